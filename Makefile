@@ -1,0 +1,23 @@
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
+
+.PHONY: train test lint demo-sweep
+train: .venv/ready
+	$(BIN)/python train.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A small sweep over the number of clusters, run here one after the other; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.
+demo-sweep: .venv/ready
+	for k in 16 64 256; do $(BIN)/python train.py cluster.k=$$k tracking.group=demo-sweep run.name=demo-sweep-k$$k || exit; done
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,379 @@
+"""Clusters patterns: each training step assigns a block of rows and adds it to its clusters' sums, each update keeps the
+neurons with the largest sums.
+
+All sums are integers, so an update is the same to the bit on any number of ranks, and with full passes the objective, the
+importance that the centroids capture, never falls. Shape letters as in `apc.patterns`; G groups that are clustered apart
+(the layers, or one), K clusters.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from apc import distributed, ops
+from apc.errors import UserError
+from apc.patterns import WEIGHTINGS, Block, PatternInfo, PatternSource
+
+ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    k: int = 256  # clusters in a codebook
+    density: float = 0.5  # share of ones in every centroid
+    weighting: str = "energy"  # binary (the paper), magnitude or energy
+    scope: str = "layer"  # a codebook for each layer, or `pooled`: one for all (the paper)
+    algorithm: str = "lloyd"
+    schedule: str = "epoch"  # centroids change after a full pass (epoch) or after every step from running sums (step)
+    init: str = "random"  # random, or k-means++ over a sample
+    init_sample: int = 4096  # rows of a group that k-means++ looks at
+    max_epochs: int = 20  # full passes at most
+    tolerance: float = 1e-4  # stop when the captured share gains less than this, relative, in a pass
+
+    def __post_init__(self):
+        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=("lloyd",), schedule=("epoch", "step"))
+        for key, known in {**choices, "init": ("random", "k-means++")}.items():
+            if getattr(self, key) not in known:
+                raise UserError(f"cluster.{key}={getattr(self, key)}: choose {' or '.join(known)}")
+        for key in ("k", "max_epochs", "init_sample"):
+            if getattr(self, key) < 1:
+                raise UserError(f"cluster.{key} must be at least 1, got {getattr(self, key)}")
+        if not 0 < self.density < 1:
+            raise UserError(f"cluster.density must lie between 0 and 1, got {self.density}")
+        if self.tolerance < 0:
+            raise UserError(f"cluster.tolerance must not be negative, got {self.tolerance}")
+
+
+class ClusteringModule(LightningModule):
+    """Lloyd's algorithm on packed patterns, for all layers and sites of a run.
+
+    Everything that a run needs to go on is in the buffers, one set per site:
+    centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far; profile_sums, profile_sizes of
+    the last full pass, that the centroids were cut from; layer_sums int64 [L, D], every row of the first pass;
+    captured and weight, int64 [G], the objective and its upper limit; worst_share float64 [G, K] and worst_row int64 [G, K],
+    the rows captured worst so far, worst first.
+    """
+
+    def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
+        super().__init__()
+        self.cfg, self.info, self.seed = cfg, info, seed
+        self.automatic_optimization = False
+        self.power = WEIGHTINGS[cfg.weighting]
+        self.pooled = cfg.scope == "pooled"
+        self.groups = 1 if self.pooled else info.layers
+        self.group_rows = info.tokens * (info.layers if self.pooled else 1)
+        self._check()
+        self.history: list[dict] = []
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
+        for site, D in info.widths.items():
+            self._register_site(site, D)
+        self._pass_began = time.perf_counter()
+
+    def _check(self) -> None:
+        cfg = self.cfg
+        if cfg.k > self.group_rows:
+            raise UserError(f"cluster.k={cfg.k} is more than the {self.group_rows} patterns to cluster; lower it or raise data.fit_windows")
+        if self.power and not self.info.with_importance:
+            raise UserError(f"cluster.weighting={cfg.weighting} needs importances; set collect.importance=true or cluster.weighting=binary")
+        if self.power and self.group_rows > ROWS_LIMIT:
+            raise UserError(f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; use cluster.weighting=binary")
+
+    def _register_site(self, site: str, D: int) -> None:
+        G, K, L = self.groups, self.cfg.k, self.info.layers
+        zeros = dict(sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), worst_row=(G, K), captured=(G,), weight=(G,))
+        for name, shape in zeros.items():
+            self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
+        self.register_buffer(f"worst_share_{site}", torch.full((G, K), torch.inf, dtype=torch.float64))
+
+    def get(self, name: str, site: str) -> Tensor:
+        """The buffer `name` of a site."""
+        return getattr(self, f"{name}_{site}")
+
+    def _set(self, name: str, site: str, value: Tensor) -> None:
+        self.get(name, site).copy_(value)
+
+    def configure_optimizers(self):
+        # Nothing is trained by gradients; a step of this counts global_step on, which max_steps and checkpoints go by.
+        return torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
+
+    def get_extra_state(self) -> dict:
+        return {"history": self.history}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.history = state["history"]
+
+    def fields(self) -> list[str]:
+        """The fields of a block that a step reads."""
+        sites = self.info.sites
+        return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
+
+    def on_fit_start(self) -> None:
+        if not self.started:
+            source = self.trainer.datamodule.source
+            for site in self.info.sites:
+                self._set("centroids", site, _Start(self, source, site).centroids())
+            self.started.fill_(True)
+
+    def on_train_start(self) -> None:
+        self._pass_began = time.perf_counter()
+        if self.converged or self.passes >= self.cfg.max_epochs:
+            self.trainer.should_stop = True
+
+    def training_step(self, block: Block, batch_index: int) -> None:
+        if batch_index == 0:
+            self._begin_pass()
+        changed = []
+        for site in self.info.sites:
+            sums, sizes = self._add_rows(site, block)
+            if self.cfg.schedule == "step":
+                self._set("sums", site, self.get("sums", site) + distributed.all_sum(sums))
+                self._set("sizes", site, self.get("sizes", site) + distributed.all_sum(sizes))
+                changed.append(self._update(site))
+            else:
+                self.get("sums", site).add_(sums)
+                self.get("sizes", site).add_(sizes)
+        if batch_index == self.trainer.num_training_batches - 1:
+            self._end_pass(changed)
+        self.optimizers().step()
+
+    def _begin_pass(self) -> None:
+        self._pass_began = time.perf_counter()
+        for site in self.info.sites:
+            if self.cfg.schedule == "epoch":
+                self.get("sums", site).zero_()
+                self.get("sizes", site).zero_()
+            else:  # half of what earlier passes saw is forgotten, by an exact integer step
+                self._set("sums", site, self.get("sums", site) >> 1)
+                self._set("sizes", site, self.get("sizes", site) >> 1)
+            for name in ("captured", "weight"):
+                self.get(name, site).zero_()
+            self.get("worst_share", site).fill_(torch.inf)
+            self.get("worst_row", site).fill_(torch.iinfo(torch.int64).max)
+
+    def _grouped(self, value: Tensor) -> Tensor:
+        """[L, n, ...] → [G, rows, ...]"""
+        return value.flatten(0, 1).unsqueeze(0) if self.pooled else value
+
+    def _row_numbers(self, block: Block) -> Tensor:
+        """int64 [G, rows]: each row's number in its group, the same however the rows are cut into blocks and ranks."""
+        positions = block.positions.to(self.device)
+        if not self.pooled:
+            return positions.expand(self.groups, -1)
+        layers = torch.arange(self.info.layers, device=self.device)
+        return (positions * self.info.layers + layers.unsqueeze(1)).reshape(1, -1)
+
+    def _add_rows(self, site: str, block: Block) -> tuple[Tensor, Tensor]:
+        """Assigns a block's rows and notes what was captured; returns the block's sums [G, K, D] and sizes [G, K]."""
+        centroids, K, D = self.get("centroids", site), self.cfg.k, self.info.widths[site]
+        rows = self._grouped(block.patterns[site])
+        if self.power:
+            importance = self._grouped(block.importance[site])
+            ids, captured = ops.assign_weighted(importance, centroids, self.power)
+            scales = ops.row_scales(importance, self.power)
+            sums, sizes = ops.accumulate_weighted(importance, ids, scales, K, self.power)
+            total = _row_totals(importance, self.power)
+            self.get("captured", site).add_((captured * scales).sum(1))
+            self.get("weight", site).add_((total * scales).sum(1))
+        else:
+            ids, captured = ops.assign(rows, centroids)
+            sums, sizes = ops.accumulate(rows, ids, K, D)
+            total = ops.popcount(rows).long()
+            self.get("captured", site).add_(captured.sum(1))
+            self.get("weight", site).add_(total.sum(1))
+        if self.passes == 0:
+            self._add_layer_sums(site, block, sums)
+        self._note_worst(site, captured, total, self._row_numbers(block))
+        return sums, sizes
+
+    def _add_layer_sums(self, site: str, block: Block, sums: Tensor) -> None:
+        if self.pooled:
+            L, n = block.patterns[site].shape[:2]
+            layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
+            if self.power:
+                importance = block.importance[site]
+                scales = ops.row_scales(importance, self.power)
+                sums = ops.accumulate_weighted(importance, layer_ids, scales, 1, self.power)[0]
+            else:
+                sums = ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site])[0]
+        self.get("layer_sums", site).add_(sums.sum(1))
+
+    def _note_worst(self, site: str, captured: Tensor, total: Tensor, rows: Tensor) -> None:
+        """Merges a block into the K rows captured worst: least captured / total, ties to the lowest row; empty rows left out."""
+        share = torch.where(total > 0, captured.double() / total.double(), torch.inf)
+        self._merge_worst(site, share, rows)
+
+    def _merge_worst(self, site: str, share: Tensor, rows: Tensor) -> None:
+        share = torch.cat([self.get("worst_share", site), share], dim=1)
+        rows = torch.cat([self.get("worst_row", site), rows.to(share.device)], dim=1)
+        rows, order = rows.sort(dim=1)
+        share, order = share.gather(1, order).sort(dim=1, stable=True)
+        K = self.cfg.k
+        self._set("worst_share", site, share[:, :K])
+        self._set("worst_row", site, rows.gather(1, order)[:, :K])
+
+    def _update(self, site: str) -> Tensor:
+        """New centroids from the sums; a cluster with no member keeps its own. Returns the bits that changed, int64 [G]."""
+        old = self.get("centroids", site)
+        new = ops.binarize(self.get("sums", site), self.cfg.density)
+        new = torch.where((self.get("sizes", site) > 0).unsqueeze(2), new, old)
+        changed = ops.popcount(new ^ old).long().sum(1)
+        self._set("centroids", site, new)
+        return changed
+
+    def _end_pass(self, changed_in_steps: list[Tensor]) -> None:
+        """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
+        empty, changed, figures = 0, 0, {}
+        for index, site in enumerate(self.info.sites):
+            names = ("captured", "weight") if self.cfg.schedule == "step" else ("captured", "weight", "sums", "sizes")
+            for name in names + (("layer_sums",) if self.passes == 0 else ()):
+                self._set(name, site, distributed.all_sum(self.get(name, site).clone()))
+            changed += int((changed_in_steps[index] if changed_in_steps else self._update(site)).sum())
+            for name in ("sums", "sizes"):
+                self._set(f"profile_{name}", site, self.get(name, site))
+            empties = self.get("sizes", site) == 0
+            empty += int(empties.sum())
+            changed += self._reseed(site, empties)
+            captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
+            figures |= {f"cluster/captured_{site}": captured.mean().item()}
+            if not self.pooled:
+                figures |= {f"cluster_layers/captured_{site}_{layer:02d}": value for layer, value in enumerate(captured.tolist())}
+        self.passes += 1
+        self._report(figures, empty, changed)
+
+    def _report(self, figures: dict[str, float], empty: int, changed: int) -> None:
+        seconds = time.perf_counter() - self._pass_began
+        captured = sum(value for name, value in figures.items() if name.startswith("cluster/")) / len(self.info.sites)
+        bits = sum(2 * self.groups * self.cfg.k * ops.mask_size(D, self.cfg.density) for D in self.info.widths.values())
+        before = self.history[-1]["captured"] if self.history else None
+        record = dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / bits, seconds=seconds)
+        self.history.append(record)
+        self.log_dict({f"cluster/{name}": float(value) for name, value in record.items()} | figures, on_step=False, on_epoch=True, batch_size=1)
+        stalled = before is not None and empty == 0 and captured - before < self.cfg.tolerance * before
+        if changed == 0 or (stalled and self.cfg.schedule == "epoch"):
+            self.converged.fill_(True)
+        if self.converged or self.passes >= self.cfg.max_epochs:
+            self.trainer.should_stop = True
+
+    def _reseed(self, site: str, empties: Tensor) -> int:
+        """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
+        if not empties.any():
+            return 0
+        share, rows = (distributed.all_concat(self.get(name, site), dim=1) for name in ("worst_share", "worst_row"))
+        self.get("worst_share", site).fill_(torch.inf)
+        self._merge_worst(site, share, rows)
+        usable = self.get("worst_share", site).isfinite()
+        group, cluster = empties.nonzero(as_tuple=True)
+        rank_in_group = (empties.cumsum(1) - 1)[group, cluster]
+        has_row = usable[group, rank_in_group]
+        group, cluster, rank_in_group = group[has_row], cluster[has_row], rank_in_group[has_row]
+        source = self.trainer.datamodule.source
+        seeds = _RowReader(self, source, site).masks(group, self.get("worst_row", site)[group, rank_in_group])
+        centroids = self.get("centroids", site)
+        changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
+        centroids[group, cluster] = seeds
+        return changed
+
+
+def _row_totals(importance: Tensor, power: int) -> Tensor:
+    """Σ importance**power of each row, int64 [..., n]."""
+    if power == 1:
+        return importance.sum(-1, dtype=torch.int64)
+    return importance.int().square_().sum(-1, dtype=torch.int64)
+
+
+class _RowReader:
+    """Reads rows by group and number, wherever they lie: each rank contributes those it owns, and all get all."""
+
+    def __init__(self, module: ClusteringModule, source: PatternSource, site: str):
+        self.module, self.source, self.site = module, source, site
+
+    def _layers_tokens(self, group: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        L = self.module.info.layers
+        return (row % L, row // L) if self.module.pooled else (group, row)
+
+    def read(self, name: str, group: Tensor, row: Tensor) -> Tensor:
+        """The field's rows [n, ...] at pairs (group, row number), int64 [n] each."""
+        layers, tokens = self._layers_tokens(group.cpu(), row.cpu())
+        owned = self._owned(tokens)
+        found = self.source.rows(f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.module.device)
+        result = torch.zeros(len(tokens), *found.shape[1:], dtype=found.dtype, device=self.module.device)
+        result[owned.to(self.module.device)] = found
+        return distributed.all_sum(result)
+
+    def _owned(self, tokens: Tensor) -> Tensor:
+        """Indices of the tokens in this rank's share: the loader's, so that memory-held rows are there."""
+        return self.module.trainer.datamodule.loader.owned(tokens).nonzero().flatten()
+
+    def masks(self, group: Tensor, row: Tensor) -> Tensor:
+        """Patterns cut or filled to the centroid's size, uint8 [n, W]."""
+        info, device = self.module.info, self.module.device
+        D = info.widths[self.site]
+        active = ops.unpack(self.read("patterns", group, row), D)
+        importance = self.read("importance", group, row) if info.with_importance else None
+        layers = self._layers_tokens(group.cpu(), row.cpu())[0]
+        counts = info.activity[self.site]
+        frequency = (counts.sum(0, keepdim=True).expand_as(active) if self.module.pooled else counts[layers]).to(device)
+        return ops.cut_or_fill(active, ops.mask_size(D, self.module.cfg.density), importance, frequency)
+
+
+class _Start:
+    """The first centroids: rows drawn at random without replacement, or by k-means++ from a random sample; empty rows left out."""
+
+    def __init__(self, module: ClusteringModule, source: PatternSource, site: str):
+        self.module, self.site = module, site
+        self.reader = _RowReader(module, source, site)
+        self.generator = torch.Generator().manual_seed(module.seed)
+
+    def centroids(self) -> Tensor:
+        """uint8 [G, K, W]"""
+        K = self.module.cfg.k
+        order = torch.randperm(self.module.group_rows, generator=self.generator)
+        wanted = K if self.module.cfg.init == "random" else max(K, self.module.cfg.init_sample)
+        chosen = [self._draw(group, order, wanted) for group in range(self.module.groups)]
+        if self.module.cfg.init == "k-means++":
+            chosen = [self._spread(group, rows) for group, rows in enumerate(chosen)]
+        return torch.stack([self.reader.masks(torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)])
+
+    def _draw(self, group: int, order: Tensor, wanted: int) -> Tensor:
+        """The first `wanted` rows of `order` that are not empty (fewer, down to K, if there are no more)."""
+        found = torch.zeros(0, dtype=torch.int64)
+        for start in range(0, len(order), wanted):
+            rows = order[start : start + wanted]
+            filled = ops.popcount(self.reader.read("patterns", torch.full_like(rows, group), rows)).cpu() > 0
+            found = torch.cat([found, rows[filled]])[:wanted]
+            if len(found) == wanted:
+                return found
+        if len(found) < self.module.cfg.k:
+            raise UserError(
+                f"cluster.k={self.module.cfg.k} is more than the {len(found)} patterns that are not empty "
+                f"(site {self.site}, {'all layers' if self.module.pooled else f'layer {group}'}); lower it or raise data.fit_windows"
+            )
+        return found
+
+    def _spread(self, group: int, rows: Tensor) -> Tensor:
+        """k-means++ (Arthur and Vassilvitskii, 2007) over sample `rows`, with what a centroid fails to capture as the distance."""
+        module = self.module
+        groups = torch.full_like(rows, group)
+        masks = self.reader.masks(groups, rows)
+        sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
+        scales = ops.row_scales(sample, module.power) if module.power else None
+        total = _row_totals(sample, module.power) if module.power else ops.popcount(sample).long()
+        missed = total.clone()
+        picked: list[int] = []
+        for _ in range(module.cfg.k):
+            chances = (missed * scales >> 16 if scales is not None else missed).cumsum(0)
+            draw = int(torch.randint(max(int(chances[-1]), 1), (1,), generator=self.generator))
+            pick = int(torch.searchsorted(chances, draw, right=True).clamp(max=len(rows) - 1))
+            if picked and int(missed[pick]) == 0:  # every row is captured whole: any row not picked yet will do
+                pick = next(index for index in range(len(rows)) if index not in set(picked))
+            picked.append(pick)
+            centroid = masks[pick : pick + 1]
+            captured = (ops.assign_weighted(sample, centroid, module.power) if module.power else ops.assign(sample, centroid))[1]
+            missed = torch.minimum(missed, total - captured)
+        return rows[torch.tensor(picked)]

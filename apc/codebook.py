@@ -1,0 +1,140 @@
+"""The codebook: what clustering leaves. It needs neither the training code nor the patterns to be used.
+
+Shape letters: L layers, G groups (L, or 1 if pooled), K clusters, D neurons at a site, W bytes of a packed row.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apc import ops
+from apc.errors import UserError
+from apc.patterns import WEIGHTINGS, ActiveRule
+from apc.files import load_tensors, save_tensors
+
+KIND, VERSION = "apc-codebook", 1
+
+
+@dataclass
+class SiteCodebook:
+    """One site's clusters.
+
+    centroids: uint8 [G, K, W], packed masks with exactly m ones; profiles: float16 [G, K, D], the mean pattern of each
+    cluster under the fitted weighting, scaled to a mean of 1 over the neurons (a cluster without members: its centroid);
+    sizes: int64 [G, K], rows in each cluster; static: uint8 [L, W], the best single mask of each layer;
+    thresholds: float32 [L], zero where the rule is `top`.
+    """
+
+    centroids: Tensor
+    profiles: Tensor
+    sizes: Tensor
+    static: Tensor
+    thresholds: Tensor
+
+
+@dataclass
+class Codebook:
+    """Masks for the FFNs of a model, and how they came about.
+
+    widths: neurons at each site; provenance: model, text, configuration, versions and commit.
+    """
+
+    sites: dict[str, SiteCodebook]
+    widths: dict[str, int]
+    layers: int
+    hidden_size: int
+    ffn_width: int
+    scope: str
+    weighting: str
+    density: float
+    active: str
+    sparsity: float
+    provenance: dict = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        return next(iter(self.sites.values())).centroids.shape[1]
+
+    @property
+    def power(self) -> int:
+        """The power of the importance that patterns were weighted with; 0: binary."""
+        return WEIGHTINGS[self.weighting]
+
+    @property
+    def rule(self) -> ActiveRule:
+        return ActiveRule(self.active, self.sparsity, {site: book.thresholds for site, book in self.sites.items()})
+
+    def group(self, layer: int) -> int:
+        """The group whose centroids a layer uses."""
+        return 0 if self.scope == "pooled" else layer
+
+    def to(self, device: torch.device) -> "Codebook":
+        moved = {site: SiteCodebook(**{name: value.to(device) for name, value in vars(book).items()}) for site, book in self.sites.items()}
+        return Codebook(**{**vars(self), "sites": moved})
+
+    @classmethod
+    def from_clustering(cls, module, provenance: dict) -> "Codebook":
+        """The codebook of a `ClusteringModule` as it stands."""
+        info, cfg = module.info, module.cfg
+        sites = {}
+        for site in info.widths:
+            sums, sizes, centroids = (module.get(name, site) for name in ("profile_sums", "profile_sizes", "centroids"))
+            threshold = info.rule.thresholds.get(site, torch.zeros(info.layers))
+            static = ops.binarize(module.get("layer_sums", site), cfg.density)
+            sites[site] = SiteCodebook(centroids.clone(), _profiles(sums, sizes, centroids), sizes.clone(), static, threshold.clone())
+        book = cls(
+            sites, dict(info.widths), info.layers, info.hidden_size, info.ffn_width, cfg.scope, cfg.weighting, cfg.density, info.rule.kind, info.rule.sparsity, provenance
+        )
+        return book.to(torch.device("cpu"))
+
+    def save(self, path: str | Path) -> None:
+        header = {name: value for name, value in vars(self).items() if name != "sites"}
+        tensors = {f"{name}.{site}": value for site, book in self.sites.items() for name, value in vars(book).items()}
+        save_tensors(Path(path), KIND, VERSION, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Codebook":
+        """Raises UserError, naming the file, if it is missing, damaged, or doesn't hold what its header says."""
+        path = Path(path)
+        header, tensors = load_tensors(path, KIND, VERSION)
+        try:
+            names = list(SiteCodebook.__dataclass_fields__)
+            sites = {site: SiteCodebook(**{name: tensors.pop(f"{name}.{site}") for name in names}) for site in header["widths"]}
+            book = cls(sites=sites, **header)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged (its header and tensors don't match: {error}); make it again") from error
+        problem = book.problem()
+        if problem:
+            raise UserError(f"{path}: damaged ({problem}); make it again")
+        return book
+
+    def problem(self) -> str | None:
+        """What is inconsistent in the codebook; None if nothing is."""
+        G, L = 1 if self.scope == "pooled" else self.layers, self.layers
+        if self.weighting not in WEIGHTINGS or self.scope not in ("layer", "pooled") or self.active not in ("threshold", "top"):
+            return f"unknown weighting {self.weighting}, scope {self.scope} or active rule {self.active}"
+        for site, book in self.sites.items():
+            D = self.widths[site]
+            K, W = book.centroids.shape[-2] if book.centroids.dim() == 3 else 0, ops.row_bytes(D)
+            expected = dict(centroids=(G, K, W), profiles=(G, K, D), sizes=(G, K), static=(L, W), thresholds=(L,))
+            for name, shape in expected.items():
+                if tuple(getattr(book, name).shape) != shape:
+                    return f"{name} of site {site} is {tuple(getattr(book, name).shape)}, expected {shape}"
+            m = ops.mask_size(D, self.density)
+            for name in ("centroids", "static"):
+                masks = getattr(book, name)
+                counts, inside = ops.popcount(masks), ops.popcount(ops.pack(ops.unpack(masks, D)))
+                if masks.dtype != torch.uint8 or not bool((counts == m).all() and (inside == m).all()):
+                    return f"a mask in {name} of site {site} does not have {m} ones in {D} neurons"
+        return None
+
+
+def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:
+    """int64 [G, K, D] sums → float16 [G, K, D]; by group, since the doubles of all would take much memory."""
+    result = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
+    for group in range(len(sums)):
+        mean = torch.where((sizes[group] > 0).unsqueeze(1), sums[group].double(), ops.unpack(centroids[group], sums.shape[2]).double())
+        result[group] = (mean / mean.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).half()
+    return result

@@ -1,0 +1,129 @@
+"""From a model and token windows to a source of patterns: found on disk, or collected now."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apc import assets, distributed
+from apc.activations import Collector, activity, progress
+from apc.datamodule import block_ranges, rank_range
+from apc.patterns import ActiveRule, Block, CollectConfig, PatternInfo, PatternSource, ResidentPatterns
+from apc.store import PatternStore, StoreWriter, collecting, find_store
+from apc.text import Windows
+
+
+def store_folder(cfg: CollectConfig) -> Path:
+    return Path(cfg.dir).expanduser() if cfg.dir else assets.cache_dir() / "patterns"
+
+
+def pattern_identity(weights: str, text: str, sites: list[str], active: str, sparsity: float, calibration_windows: int) -> dict:
+    """What decides the content of collected patterns. weights, text: digests; no paths, so a moved model is the same model."""
+    return dict(format=1, weights=weights, text=text, sites=sites, active=active, sparsity=sparsity, calibration_windows=calibration_windows)
+
+
+def calibration_sample(windows: Tensor, count: int) -> Tensor:
+    """`count` windows spread evenly over the text (all, where it has no more)."""
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
+
+
+def collect(
+    cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, weights: str, with_hidden: bool
+) -> PatternSource:
+    """The patterns of `windows`, from the store where they are, else collected into the storage that cfg names.
+
+    Raises UserError for non-finite activations (naming layer and window), a full disk, or a damaged store (naming the file).
+    """
+    first_ffn = collector.ffns[0]
+    info = PatternInfo(
+        layers=len(collector.ffns), hidden_size=first_ffn.hidden_size, ffn_width=first_ffn.width,
+        windows=len(windows.tokens), seq_len=windows.tokens.shape[1],
+        widths={site: first_ffn.site_width(site) for site in collector.sites}, rule=ActiveRule(active, sparsity),
+        with_importance=cfg.importance, with_hidden=with_hidden,
+        identity=pattern_identity(weights, windows.digest, collector.sites, active, sparsity, cfg.calibration_windows),
+    )  # fmt: skip
+    if cfg.storage == "disk":
+        found = find_store(store_folder(cfg), info)
+        if found is not None:
+            _say(f"patterns: found {found}")
+            return PatternStore(found)
+    size = info.bytes_per_token() * info.tokens
+    where = str(store_folder(cfg)) if cfg.storage == "disk" else {"memory": "host memory", "device": str(collector.device)}[cfg.storage]
+    _say(f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size / 2**30:.2f} GiB into {where}")
+    if active == "threshold":
+        thresholds = collector.calibrate(calibration_sample(windows.tokens, cfg.calibration_windows), sparsity)
+        info = replace(info, rule=ActiveRule(active, sparsity, thresholds))
+
+    def read(first: int, last: int) -> Block:
+        return collector.block(windows.tokens[first:last], first, info.rule, info.with_importance, info.with_hidden)
+
+    if cfg.storage == "disk":
+        return _to_disk(store_folder(cfg), info, read, collector.batch_windows)
+    return _to_memory(cfg, info, read, collector)
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
+
+
+def _to_disk(folder: Path, info: PatternInfo, read, step: int) -> PatternStore:
+    writer = StoreWriter(folder, info)
+    with collecting(folder, info):
+        if distributed.is_main():
+            writer.prepare()
+        distributed.barrier()
+        mine = writer.missing()[distributed.rank() :: distributed.world_size()]
+        with progress(sum(last - first for first, last in mine) * info.seq_len, "collect") as bar:
+            for first, last in mine:
+                parts = [part.to("cpu") for part in _read_steps(read, first, last, step, bar)]
+                named = {name: torch.cat([part.tensors()[name] for part in parts], dim=1) for name in parts[0].tensors()}
+                writer.add(Block.of_windows(named, first, last, info.seq_len))
+        distributed.barrier()
+        if distributed.is_main():
+            writer.finish()
+        distributed.barrier()
+    return PatternStore(writer.path, verify=False)
+
+
+def _read_steps(read, first: int, last: int, step: int, bar) -> Iterator[Block]:
+    """Windows first … last-1, `step` at a time, so that the bar moves."""
+    for begin in range(first, last, step):
+        block = read(begin, min(begin + step, last))
+        yield block
+        bar.update(block.tokens)
+
+
+def _to_memory(cfg: CollectConfig, info: PatternInfo, read, collector: Collector) -> ResidentPatterns:
+    block_windows = max(1, cfg.block_tokens // info.seq_len)
+    shares = [rank_range(*block) for block in block_ranges(info.windows, block_windows)]
+    owned = [window for first, last in shares for window in range(first, last)]
+    held = ResidentPatterns(info, owned, collector.device if cfg.storage == "device" else torch.device("cpu"))
+    counts = {site: torch.zeros(info.layers, D, dtype=torch.int64, device=collector.device) for site, D in info.widths.items()}
+    with progress(len(owned) * info.seq_len, "collect") as bar:
+        for first, last in shares:
+            for block in _read_steps(read, first, last, collector.batch_windows, bar):
+                held.add(block)
+                for site, found in activity(block, info.widths).items():
+                    counts[site] += found
+    held.info = replace(info, activity={site: distributed.all_sum(value).cpu() for site, value in counts.items()})
+    return held
+
+
+class StreamedHidden:
+    """A source whose FFN inputs come from running the model again, block by block, instead of from the store."""
+
+    def __init__(self, source: PatternSource, collector: Collector, windows: Windows):
+        self.info = replace(source.info, with_hidden=True)
+        self._source, self._collector, self._windows = source, collector, windows
+
+    def block(self, first: int, last: int, fields: list[str]) -> Block:
+        block = self._source.block(first, last, [name for name in fields if name != "hidden"])
+        if "hidden" in fields:
+            block.hidden = self._collector.hidden(self._windows.tokens[first:last])
+        return block
+
+    def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
+        return self._source.rows(name, layers, tokens)

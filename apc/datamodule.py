@@ -1,0 +1,124 @@
+"""Hands patterns to training in large blocks of consecutive windows, each rank its own share, in an order that a seed decides."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from apc import distributed
+from apc.patterns import Block, PatternSource
+
+
+def block_ranges(windows: int, block_windows: int) -> list[tuple[int, int]]:
+    """Window ranges [first, last) of the blocks that all ranks work on together."""
+    return [(first, min(first + block_windows, windows)) for first in range(0, windows, block_windows)]
+
+
+def rank_range(first: int, last: int) -> tuple[int, int]:
+    """This rank's windows of a block; empty where a block has fewer windows than there are ranks."""
+    begin, end = distributed.share(last - first)
+    return first + begin, first + end
+
+
+class BlockLoader:
+    """Every block once an epoch, shuffled; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
+
+    Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `state_dict` says what has
+    been handed out, and after `load_state_dict` the next iteration goes on behind it, so that a resumed run sees each row
+    exactly once. Reading runs ahead on a thread.
+
+    Args:
+        fields: names of the fields to read, as in `PatternInfo.fields`.
+        block_windows: windows in a block, over all ranks.
+        batch_tokens: tokens in a mini-batch of one rank; None: whole blocks.
+    """
+
+    def __init__(
+        self, source: PatternSource, fields: list[str], block_windows: int, seed: int, batch_tokens: int | None = None, pin_memory: bool = False
+    ):
+        self.source, self.fields, self.seed = source, fields, seed
+        self.batch_tokens, self.pin_memory = batch_tokens, pin_memory
+        self.blocks = block_ranges(source.info.windows, block_windows)
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        return sum(self._batches(block) for block in range(len(self.blocks)))
+
+    def _batches(self, block: int) -> int:
+        if self.batch_tokens is None:
+            return 1
+        first, last = self.blocks[block]
+        largest_share = math.ceil((last - first) / distributed.world_size())
+        return math.ceil(largest_share * self.source.info.seq_len / self.batch_tokens)
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
+        """This rank's share of every block, once and in order, with other fields; the loader's own position stays."""
+        for block in self.blocks:
+            yield self.source.block(*rank_range(*block), fields)
+
+    def owned(self, tokens: Tensor) -> Tensor:
+        """bool [n]: which tokens (int64 [n], on the host) are this rank's own."""
+        windows = tokens // self.source.info.seq_len
+        mine = torch.zeros(self.source.info.windows, dtype=torch.bool)
+        for block in self.blocks:
+            first, last = rank_range(*block)
+            mine[first:last] = True
+        return mine[windows]
+
+    def _generator(self, *keys: int) -> torch.Generator:
+        seed = self.seed
+        for key in keys:
+            seed = (seed * 1_000_003 + key) % (1 << 62)
+        return torch.Generator().manual_seed(seed)
+
+    def _read(self, block: int) -> Block:
+        first, last = rank_range(*self.blocks[block])
+        if first == last and self.batch_tokens is not None:  # a gradient step needs a token on every rank
+            first, last = self.blocks[block]
+        data = self.source.block(first, last, self.fields)
+        return data.pin_memory() if self.pin_memory and data.tokens and not next(iter(data.tensors().values())).is_cuda else data
+
+    def _split(self, block: int, data: Block, skip: int) -> Iterator[Block]:
+        if self.batch_tokens is None:
+            yield data
+            return
+        order = torch.randperm(data.tokens, generator=self._generator(self.epoch, block, distributed.rank()))
+        for index in order.tensor_split(self._batches(block))[skip:]:
+            yield data.select(index)
+
+    def __iter__(self) -> Iterator[Block]:
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        order = torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
+        skip = self.position
+        while order and skip >= self._batches(order[0]):
+            skip -= self._batches(order.pop(0))
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = deque(reader.submit(self._read, block) for block in order[:1])
+            for index, block in enumerate(order):
+                pending.extend(reader.submit(self._read, ahead) for ahead in order[index + 1 : index + 2])
+                for batch in self._split(block, pending.popleft().result(), skip):
+                    self.position += 1
+                    yield batch
+                skip = 0
+
+
+class PatternDataModule(LightningDataModule):
+    """A source of patterns with one loader over it; `source` is there for the modules' random access."""
+
+    def __init__(self, source: PatternSource, loader: BlockLoader):
+        super().__init__()
+        self.source, self.loader = source, loader
+
+    def train_dataloader(self) -> BlockLoader:
+        return self.loader

@@ -1,0 +1,129 @@
+"""Measures arms on scored text: what their masks capture, what they cost, and their perplexity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apc import distributed
+from apc.codebook import Codebook
+from apc.errors import UserError
+from apc.metrics import MaskMeter, arm_cost, layer_figures, mask_figures, perplexity, perplexity_ratio, window_losses
+from apc.models import find_ffns
+from apc.predictor import Predictor
+from apc.sparse_model import ARMS, Arm, ForwardReader, MaskedForward, Tokens, check_fits, make_arm
+
+
+class DenseMeters(ForwardReader):
+    """Measures what every arm's masks would keep, on the tokens of one dense forward pass that it leaves as it is."""
+
+    def __init__(self, ffns, codebook: Codebook, arms: list[Arm], meters: list[MaskMeter]):
+        lookahead = max((arm.predictor.lookahead for arm in arms if arm.predictor), default=0)
+        super().__init__(ffns, codebook, lookahead, any(arm.reads_gate for arm in arms))
+        self.arms, self.meters = arms, meters
+
+    def see(self, tokens: Tokens) -> None:
+        for arm, meter in zip(self.arms, self.meters, strict=True):
+            meter.add(tokens, arm.mask(tokens))
+
+
+class KeepAll(Arm):
+    """The dense FFN, as an arm whose masks keep every neuron: what the others are measured beside."""
+
+    name = "dense"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return torch.ones(1, tokens.values.shape[-1], dtype=torch.bool, device=tokens.values.device)
+
+
+@dataclass
+class Evaluator:
+    """Scores arms on windows, each rank its share of them.
+
+    windows: int64 [n, seq_len], each scored alone; batch_windows: windows in one forward pass; seed: for the arm `random`.
+    """
+
+    model: nn.Module
+    codebook: Codebook
+    predictor: Predictor | None
+    windows: Tensor
+    device: torch.device
+    batch_windows: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        self.ffns = find_ffns(self.model)
+        check_fits(self.ffns, self.codebook, self.predictor)
+        self.codebook = self.codebook.to(self.device)
+        self.predictor = self.predictor.to(self.device) if self.predictor is not None else None
+
+    def arms(self, names: list[str], progress: bool = True) -> list[dict]:
+        """One record for each arm, as `report` describes them; always measured beside the dense model."""
+        arms = {name: make_arm(name, self.codebook, self.predictor, self.seed) for name in names if name != "dense"}
+        with tqdm(total=(1 + len(arms)) * len(self._share()), desc="evaluate", unit=" windows", disable=not progress or not distributed.is_main()) as bar:
+            records, dense_losses = self._dense(arms, "dense" in names, bar)
+            for name, arm in arms.items():
+                self._masked(records[name], arm, dense_losses, bar)
+        return [records[name] for name in names]
+
+    def _share(self) -> Tensor:
+        first, last = distributed.share(len(self.windows))
+        return self.windows[first:last]
+
+    @torch.inference_mode()
+    def _losses(self, reader: ForwardReader, meters: list[MaskMeter], bar: tqdm) -> Tensor:
+        """float64 [windows], of all ranks."""
+        losses = torch.zeros(len(self.windows), dtype=torch.float64, device=self.device)
+        begin = distributed.share(len(self.windows))[0]
+        hooks = reader.hook()
+        try:
+            for start in range(0, len(self._share()), self.batch_windows):
+                batch = self._share()[start : start + self.batch_windows].to(self.device)
+                first = torch.zeros(batch.shape, dtype=torch.bool, device=self.device)
+                first[:, 0] = True
+                for meter in meters:
+                    meter.first = first.flatten()
+                losses[begin + start : begin + start + len(batch)] = window_losses(self.model, batch)
+                bar.update(len(batch))
+        finally:
+            hooks.remove()
+        return distributed.all_sum(losses).cpu()
+
+    def _meter(self) -> MaskMeter:
+        return MaskMeter(self.codebook, self.device)
+
+    def _dense(self, arms: dict[str, Arm], with_dense: bool, bar: tqdm) -> tuple[dict[str, dict], Tensor]:
+        """The dense pass: every arm's record with its figures there, and the dense losses."""
+        measured = ({"dense": KeepAll(self.codebook, None, 0)} if with_dense else {}) | arms
+        meters = [self._meter() for _ in measured]
+        losses = self._losses(DenseMeters(self.ffns, self.codebook, list(measured.values()), meters), meters, bar)
+        records = {}
+        for (name, arm), meter in zip(measured.items(), meters, strict=True):
+            totals = meter.totals().cpu()
+            records[name] = {"arm": name, "missing": None, "excludes_finding": arm.excludes_finding, "masked": None}
+            records[name] |= mask_figures(totals) | {"per_layer": layer_figures(totals)}
+        if with_dense:
+            self._complete(records["dense"], None, losses, losses)
+        return records, losses
+
+    def _masked(self, record: dict, arm: Arm, dense_losses: Tensor, bar: tqdm) -> None:
+        """The pass under the arm's own masks: perplexity, and the figures of its masks there."""
+        meter = self._meter()
+        losses = self._losses(MaskedForward(self.ffns, arm, meter), [meter], bar)
+        record["masked"] = mask_figures(meter.totals().cpu())
+        self._complete(record, arm, losses, dense_losses)
+
+    def _complete(self, record: dict, arm: Arm | None, losses: Tensor, dense_losses: Tensor) -> None:
+        record["perplexity"] = perplexity(losses)
+        record["ratio"], record["ratio_low"], record["ratio_high"] = perplexity_ratio(losses, dense_losses)
+        record |= vars(arm_cost(arm, self.codebook, self.predictor, record["masked"]["density"] if arm else 1.0))
+
+
+def choose_arms(asked: list[str] | None, defaults: tuple[str, ...], codebook: Codebook, predictor: Predictor | None) -> tuple[list[str], list[dict]]:
+    """The arms to run, and a record with the reason for each default that can't be. Raises UserError for one asked for by name."""
+    problems = {name: ARMS[name].missing(codebook, predictor) for name in asked or defaults if name != "dense"}
+    missing = {name: reason for name, reason in problems.items() if reason}
+    if asked and missing:
+        raise UserError("; ".join(f"arm {name}: {reason}" for name, reason in missing.items()))
+    return [name for name in asked or defaults if name not in missing], [{"arm": name, "missing": reason} for name, reason in missing.items()]

@@ -1,0 +1,134 @@
+"""What masks capture, what they cost, and perplexity. Sums first, over all ranks; one division last."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apc import distributed, ops
+from apc.codebook import Codebook
+from apc.predictor import Predictor
+from apc.sparse_model import Arm, Tokens
+
+_FIELDS = ("active", "mask", "hits", "rows", "importance", "energy", "rows_first", "importance_first", "energy_first", "neurons")
+
+
+class MaskMeter:
+    """Sums over tokens, for each site and layer, of what a mask keeps. first: bool [n], which of the next tokens begin a window."""
+
+    def __init__(self, codebook: Codebook, device: torch.device):
+        self._sites = list(codebook.sites)
+        self._sums = torch.zeros(len(self._sites), codebook.layers, len(_FIELDS), dtype=torch.float64, device=device)
+        self.first: Tensor | None = None
+
+    def add(self, tokens: Tokens, mask: Tensor) -> None:
+        """mask: bool [n, D] or [1, D]"""
+        n, D = tokens.values.shape
+        mask = mask.expand(n, D)
+        importance, energy = ((share * mask).sum(-1, dtype=torch.float64) for share in tokens.captured_shares)
+        first = self.first.double()
+        rest = 1 - first
+        found = (
+            tokens.active.sum(), mask.sum(), (tokens.active & mask).sum(),
+            rest.sum(), importance @ rest, energy @ rest, first.sum(), importance @ first, energy @ first,
+            torch.tensor(n * D, device=mask.device),
+        )  # fmt: skip
+        self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([value.double() for value in found])
+
+    def totals(self) -> Tensor:
+        """float64 [sites, L, fields], summed over all ranks."""
+        return distributed.all_sum(self._sums.clone())
+
+
+def mask_figures(totals: Tensor) -> dict[str, float | None]:
+    """density, coverage, precision, captured importance and energy (first tokens of windows apart) from sums [..., fields]."""
+    s = dict(zip(_FIELDS, totals.reshape(-1, len(_FIELDS)).sum(0).tolist(), strict=True))
+
+    def ratio(top: str, bottom: str) -> float | None:
+        return s[top] / s[bottom] if s[bottom] else None
+
+    return {
+        "density": ratio("mask", "neurons"), "coverage": ratio("hits", "active"), "precision": ratio("hits", "mask"),
+        "captured_importance": ratio("importance", "rows"), "captured_energy": ratio("energy", "rows"),
+        "captured_importance_first": ratio("importance_first", "rows_first"), "captured_energy_first": ratio("energy_first", "rows_first"),
+    }  # fmt: skip
+
+
+def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
+    """The same figures for each layer, over its sites; totals [sites, L, fields]."""
+    layers = [mask_figures(totals[:, layer]) for layer in range(totals.shape[1])]
+    return {name: [figures[name] for figures in layers] for name in layers[0]}
+
+
+def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean next-token loss (nats) of each window, scored alone: int64 [n, seq_len] → float64 [n]."""
+    logits = model(input_ids=windows, use_cache=False).logits
+    losses = [F.cross_entropy(one[:-1].float(), ids[1:]) for one, ids in zip(logits, windows, strict=True)]
+    return torch.stack(losses).double()
+
+
+def perplexity(losses: Tensor) -> float:
+    """exp of the mean loss; infinity where that overflows. losses: float64 [windows]."""
+    mean = losses.mean().item()
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity_ratio(losses: Tensor, dense: Tensor) -> tuple[float, float | None, float | None]:
+    """(ratio to dense, lower, upper): perplexity over the dense model's, and its 95 % interval from differences paired by window
+    (Student's t). A single window has no interval."""
+    difference = losses - dense
+    mean, count = difference.mean().item(), len(difference)
+    ratio = math.exp(min(mean, 700))
+    if count < 2:
+        return ratio, None, None
+    half = student_t95(count - 1) * difference.std().item() / math.sqrt(count)
+    return ratio, math.exp(min(mean - half, 700)), math.exp(min(mean + half, 700))
+
+
+def student_t95(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t (Cornish-Fisher expansion about the normal's; exact table below 4 degrees)."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182}
+    if freedom in table:
+        return table[freedom]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """bits: information in the choice of a mask, per token and layer; bytes_share, flops_share: of the dense FFN's."""
+
+    bits: float
+    bytes_share: float
+    flops_share: float
+
+
+def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, density: float) -> ArmCost:
+    """What one token reads and computes in an FFN under an arm whose masks have this density (None: the dense FFN).
+
+    Read are the FFN rows kept, predictor, centroid and profiles, at 16 bits a parameter, over the dense FFN's 3·E·D. At
+    `neuron` one mask saves rows of all three projections; at gate, up and down each mask saves its own.
+    """
+    if arm is None:
+        return ArmCost(0.0, 1.0, 1.0)
+    dense = 3 * codebook.hidden_size * codebook.ffn_width
+    if "neuron" in codebook.widths:
+        kept = (1 + 2 * density) / 3 if arm.reads_gate else density
+    else:
+        kept = 1 - len(codebook.widths) * (1 - density) / 3
+    bits, read, computed = 0.0, 0.0, 0.0
+    for site, D in codebook.widths.items():
+        m = ops.mask_size(D, codebook.density)
+        choices = math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)
+        by_cluster = arm.name in ("oracle", "predicted")
+        bits += math.log2(codebook.k) if by_cluster else 0.0 if arm.name in ("static", "random") else choices / math.log(2)
+        read += D / 16 if by_cluster else 0
+        if arm.name in ("predicted", "soft", "neuron-predictor"):
+            read += predictor.parameters_read(site)
+            computed += predictor.parameters_read(site)
+        if arm.name == "soft":
+            read += codebook.k * D
+            computed += codebook.k * D
+    return ArmCost(bits, kept + read / dense, kept + computed / dense)

@@ -1,0 +1,209 @@
+"""Loads a causal language model and finds its gated feed-forward networks (FFNs).
+
+An FFN here is down(act(gate(x)) * up(x)), with gate and up as two linear layers (Llama, Mistral, Qwen, Gemma, SmolLM) or fused
+into one (Phi-3). `FFNHooks` lets a visitor read, and change, the tensors at every site of every layer.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apc import assets, text
+from apc.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SITES = ("gate", "up", "neuron", "down")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "bundled"  # `bundled`, a Hugging Face id, a model folder, or a .gguf file
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: as stored (a .gguf file: float32)
+    device: str = "auto"  # cpu, cuda, cuda:N; auto: the GPU where there is one
+    revision: str | None = None  # branch, tag or commit of a Hugging Face id
+    trust_remote_code: bool = False  # run code that the model's repository brings along
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", *DTYPES):
+            raise UserError(f"model.dtype={self.dtype}: not a data type; choose auto, {', '.join(DTYPES)}")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+            raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a `model.device` value means on this machine; `cuda` is the rank's own GPU. Raises UserError if it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or local_rank)
+    if index >= torch.cuda.device_count():
+        raise UserError(f"model.device={name}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch sees; use model.device=cpu")
+    return torch.device("cuda", index)
+
+
+def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, object]:
+    """The model in evaluation mode on `device`, and its tokenizer. Raises UserError where it can't be had, or has no gated FFN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(cfg.path).expanduser()
+    dtype = DTYPES.get(cfg.dtype, "auto")
+    if path.suffix == ".gguf":
+        model, tokenizer = assets.load_gguf(path, torch.float32 if dtype == "auto" else dtype), assets.load_gguf_tokenizer(path)
+    else:
+        if cfg.path == "bundled":
+            source, local_only = str(assets.bundled_model()), True
+        elif path.is_dir():
+            source, local_only = str(path), True
+        elif path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1:
+            raise UserError(f"model.path={cfg.path}: no such folder")
+        else:
+            source, local_only = cfg.path, not text.hub_reachable()
+        options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if local_only and source == cfg.path:
+                reason = "it is not in the local cache, and the hub can't be reached; give a model folder or a .gguf file: model.path=FOLDER"
+            raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
+    find_ffns(model)
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def model_name(cfg: ModelConfig) -> str:
+    """A short name for tables: the bundled model's own, or the last part of the path."""
+    return "SmolLM2-135M-Instruct" if cfg.path == "bundled" else Path(cfg.path).name.removesuffix(".gguf")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names, shapes, types and bytes of all parameters: who the model is, wherever its files lie."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
+        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class GatedFFN:
+    """One layer's FFN: down(act(gate(x)) * up(x)); `gate_up` is set instead of `gate` and `up` where they are fused."""
+
+    name: str
+    module: nn.Module
+    down: nn.Linear
+    gate: nn.Linear | None = None
+    up: nn.Linear | None = None
+    gate_up: nn.Linear | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down.out_features
+
+    @property
+    def width(self) -> int:
+        return self.down.in_features
+
+    def site_width(self, site: str) -> int:
+        return self.hidden_size if site == "down" else self.width
+
+    def output_norms(self) -> Tensor:
+        """‖W_down[:, i]‖₂ of every neuron i, float32 [D]: what a unit of neuron i moves in the residual stream."""
+        return torch.linalg.vector_norm(self.down.weight.float(), dim=0)
+
+
+def find_ffns(model: nn.Module) -> list[GatedFFN]:
+    """The model's gated FFNs in layer order. Raises UserError for a mixture of experts, packed weights, or no gated FFN."""
+    kind = type(model).__name__
+    config = model.config.get_text_config()
+    experts = max((getattr(config, key, None) or 0) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+    if experts > 1:
+        raise UserError(f"{kind}: a mixture of experts ({experts} experts) is not supported; choose a model with one gated FFN a layer")
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and not _is_dequantised(quantised):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise UserError(f"{kind}: its weights are packed ({getattr(method, 'value', method)}); load a float32, bfloat16 or float16 copy")
+    found = []
+    for name, module in model.named_modules():
+        parts = {key: getattr(module, key, None) for key in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")}
+        split = isinstance(parts["gate_proj"], nn.Module) and isinstance(parts["up_proj"], nn.Module)
+        fused = isinstance(parts["gate_up_proj"], nn.Module)
+        if not isinstance(parts["down_proj"], nn.Module) or not (split or fused):
+            continue
+        linears = [parts["gate_up_proj"]] if fused else [parts["gate_proj"], parts["up_proj"]]
+        for linear in [*linears, parts["down_proj"]]:
+            if not isinstance(linear, nn.Linear) or linear.weight.dtype not in DTYPES.values():
+                raise UserError(
+                    f"{kind}: {name} holds a {type(linear).__name__} of {getattr(getattr(linear, 'weight', None), 'dtype', 'no weight')}, "
+                    "packed weights are not supported; load a float32, bfloat16 or float16 copy"
+                )
+        names = dict(gate_up=linears[0]) if fused else dict(gate=linears[0], up=linears[1])
+        found.append(GatedFFN(name, module, parts["down_proj"], **names))
+    if not found:
+        raise UserError(f"{kind}: no gated FFN found (modules gate_proj/up_proj/down_proj or gate_up_proj/down_proj); choose such a model")
+    if len({(ffn.hidden_size, ffn.width) for ffn in found}) > 1:
+        widths = sorted({ffn.width for ffn in found})
+        raise UserError(f"{kind}: FFN widths differ by layer ({widths}), which is not supported; choose a model with one width")
+    return found
+
+
+def _is_dequantised(quantised) -> bool:
+    """A GGUF file that was unpacked on loading leaves its quantization config behind; nothing is packed any more."""
+    if isinstance(quantised, dict):
+        return bool(quantised.get("dequantize"))
+    return bool(getattr(quantised, "dequantize", False))
+
+
+class FFNVisitor(Protocol):
+    """What `FFNHooks` calls during a forward pass, layer by layer."""
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """The FFN's input, [..., E]."""
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        """The tensor at a site, [..., D]; what is returned takes its place, None leaves it."""
+
+
+class FFNHooks:
+    """Calls a visitor with the input and the chosen sites of every FFN, in the order in which a forward pass reaches them."""
+
+    def __init__(self, ffns: list[GatedFFN], sites: list[str], visitor: FFNVisitor):
+        self._handles = []
+        for layer, ffn in enumerate(ffns):
+            self._hook_layer(layer, ffn, sites, visitor)
+
+    def _hook_layer(self, layer: int, ffn: GatedFFN, sites: list[str], visitor: FFNVisitor) -> None:
+        def output_hook(site):
+            return lambda _module, _inputs, output: visitor.visit(layer, site, output)
+
+        def fused_hook(_module, _inputs, output):
+            halves = dict(zip(("gate", "up"), output.chunk(2, dim=-1), strict=True))
+            changed = {site: visitor.visit(layer, site, halves[site]) for site in ("gate", "up") if site in sites}
+            if any(value is not None for value in changed.values()):
+                return torch.cat([halves[site] if changed.get(site) is None else changed[site] for site in ("gate", "up")], dim=-1)
+            return None
+
+        def neuron_hook(_module, inputs):
+            value = visitor.visit(layer, "neuron", inputs[0])
+            return None if value is None else (value,)
+
+        hook = self._handles.append
+        hook(ffn.module.register_forward_pre_hook(lambda _module, inputs: visitor.enter(layer, inputs[0])))
+        if ffn.gate_up is not None and {"gate", "up"} & set(sites):
+            hook(ffn.gate_up.register_forward_hook(fused_hook))
+        for site in ("gate", "up", "down"):
+            linear = getattr(ffn, site)
+            if site in sites and linear is not None:
+                hook(linear.register_forward_hook(output_hook(site)))
+        if "neuron" in sites:
+            hook(ffn.down.register_forward_pre_hook(neuron_hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,168 @@
+"""Bit-packed patterns: packing, counting, and masks of exactly m ones. Also the checks that `assign` and `update` share.
+
+Shape letters (all of `apc.ops`): G groups (layers), N patterns, K clusters, D neurons, W bytes of a packed row: ⌈D/8⌉ rounded up to a
+multiple of 16. Bit j of byte w is neuron 8w + j; padding bits are zero.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_ALIGN = 16  # bytes: a row starts where a 128-bit load may, whatever D is
+_FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
+
+
+def row_bytes(D: int) -> int:
+    """W: the bytes that D neurons take in a packed row."""
+    return (D + 8 * ROW_ALIGN - 1) // (8 * ROW_ALIGN) * ROW_ALIGN
+
+
+def pack(active: Tensor) -> Tensor:
+    """bool [..., D] → uint8 [..., W]. Raises ValueError for another dtype."""
+    if active.dtype != torch.bool:
+        raise ValueError(f"pack wants bool [..., D], got {describe(active)}")
+    D = active.shape[-1]
+    rows = torch.zeros((*active.shape[:-1], row_bytes(D)), dtype=torch.uint8, device=active.device)
+    if active.device.type == "cpu":  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
+        rows[..., : (D + 7) // 8] = torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
+        return rows
+    for j in range(8):
+        plane = active[..., j::8]
+        rows[..., : plane.shape[-1]] |= plane.to(torch.uint8) << j
+    return rows
+
+
+def unpack(rows: Tensor, D: int) -> Tensor:
+    """uint8 [..., W] → bool [..., D]. Raises ValueError unless W is `row_bytes(D)`."""
+    if rows.dtype != torch.uint8 or rows.shape[-1] != row_bytes(D):
+        raise ValueError(f"unpack wants uint8 [..., {row_bytes(D)}] for D = {D}, got {describe(rows)}")
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(rows.numpy(), axis=-1, count=D, bitorder="little")).view(torch.bool)
+    bits = (rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1
+    return bits.flatten(-2)[..., :D].bool()
+
+
+def popcount(rows: Tensor) -> Tensor:
+    """uint8 [..., W] → int32 [...]: the ones of each row (Warren, Hacker's Delight, figure 5-2, on bytes)."""
+    if rows.dtype != torch.uint8:
+        raise ValueError(f"popcount wants uint8 [..., W], got {describe(rows)}")
+    pairs = rows - ((rows >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int32)
+
+
+def mask_size(D: int, density: float) -> int:
+    """m: the ones of every centroid, max(1, ⌊density·D + ½⌋). Raises ValueError unless 0 < density ≤ 1."""
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+    return max(1, math.floor(density * D + 0.5))
+
+
+def top_mask(values: Tensor, m: int) -> Tensor:
+    """numbers [..., D] → bool [..., D]: exactly the m largest of the last dimension, ties to the lowest index.
+
+    Raises ValueError unless 1 ≤ m ≤ D, and for NaN, which has no rank.
+    """
+    D = values.shape[-1]
+    if not 1 <= m <= D:
+        raise ValueError(f"m must be from 1 to D = {D}, got {m} for values {describe(values)}")
+    if values.is_floating_point() and values.isnan().any():
+        raise ValueError(f"values {describe(values)} hold NaN")
+    least = _mth_largest(values, m)
+    mask = values >= least
+    if (mask.sum(-1) == m).all():  # no tie reaches past m; the usual case for floats, and a cumulative sum saved
+        return mask
+    above = values > least
+    ties = mask & ~above
+    room = m - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
+
+
+def _mth_largest(values: Tensor, m: int) -> Tensor:
+    """[..., D] → [..., 1]. On a CPU numpy's partition, five times as fast as torch.topk at D = 1,536, m = 768."""
+    if values.device.type == "cpu":
+        ranked = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        position = values.shape[-1] - m
+        least = np.partition(ranked.detach().numpy(), position, axis=-1)[..., position : position + 1]
+        return torch.from_numpy(least).to(values.dtype)
+    return values.topk(m, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
+    """bool [..., D] → uint8 [..., W]: patterns cut or filled to exactly m ones.
+
+    Active neurons go before inactive ones; within each, the more important first, then the more frequent, then the lower index.
+    importance: uint8 or float (up to 32 bits) [..., D], not negative. frequency: integers [D], or any shape that broadcasts to active's;
+    counts above 2³¹ − 1 rank as 2³¹ − 1. Raises ValueError for other shapes or dtypes, and for negative or NaN importance.
+    """
+    if active.dtype != torch.bool:
+        raise ValueError(f"cut_or_fill wants active as bool [..., D], got {describe(active)}")
+    key = active.to(torch.int64) << 62
+    if importance is not None:
+        key |= _rank_bits(active, importance).to(torch.int64) << _FREQUENCY_BITS
+    if frequency is not None:
+        if frequency.is_floating_point() or not _broadcasts(frequency.shape, active.shape):
+            raise ValueError(f"frequency {describe(frequency)} must be integers that broadcast to active {describe(active)}")
+        key |= frequency.to(torch.int64).clamp(0, 2**_FREQUENCY_BITS - 1)
+    return pack(top_mask(key, m))
+
+
+def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
+    """importance → int32 of the same order: the bits of an IEEE float32 that is not negative rise with its value."""
+    if importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16) or importance.shape != active.shape:
+        raise ValueError(f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}")
+    if not (importance >= 0).all():
+        raise ValueError(f"importance {describe(importance)} holds negative values or NaN")
+    return importance.float().abs().contiguous().view(torch.int32)  # abs: -0.0 has its sign bit set
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor as an error message names it: dtype and shape."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: Tensor, other_name: str) -> None:
+    """Raises ValueError, stating both shapes, unless `tensor` has this dtype and shape (None: any size) and lies where `other` does."""
+    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if tensor.dtype != dtype or not fits:
+        want = [size if size is not None else "any" for size in shape]
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} {describe(tensor)} must be {dtype_name} {want} to go with {other_name} {describe(other)}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} {describe(tensor)} is on {tensor.device}, {other_name} {describe(other)} on {other.device}")
+
+
+def grouped(check: Callable) -> Callable:
+    """Decorator of a function of tensors [G, ...]: calls `check` with its arguments, and takes the tensors without G too."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            check(*args, **kwargs)
+            if any(isinstance(value, Tensor) and value.dim() == 3 for value in (*args, *kwargs.values())):
+                return function(*args, **kwargs)
+            results = function(*map(_lift, args), **{name: _lift(value) for name, value in kwargs.items()})
+            return tuple(result.squeeze(0) for result in results)
+
+        return call
+
+    return decorate
+
+
+def _lift(value):
+    return value.unsqueeze(0) if isinstance(value, Tensor) else value
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """True for a CPU tensor, False for a CUDA one. Raises ValueError for any other device: nothing here runs there."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"apc.ops run on cpu and cuda, got {describe(tensor)} on {tensor.device}")
+    return tensor.device.type == "cpu"

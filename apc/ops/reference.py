@@ -1,0 +1,109 @@
+"""What every operation of `apc.ops` means, in plain torch: same names, same signatures, no cleverness.
+
+The tests compare the fast ones with these, exactly. Shape letters are those of `bits.py`; a leading group dimension G may come on top.
+"""
+
+import torch
+from torch import Tensor
+
+from apc.ops.bits import mask_size, row_bytes
+
+__all__ = [
+    "accumulate",
+    "accumulate_weighted",
+    "assign",
+    "assign_weighted",
+    "binarize",
+    "cut_or_fill",
+    "mask_size",
+    "pack",
+    "popcount",
+    "row_bytes",
+    "row_scales",
+    "top_mask",
+    "unpack",
+]
+
+
+def pack(active: Tensor) -> Tensor:
+    """bool [..., D] → uint8 [..., W]: bit j of byte w is neuron 8w + j."""
+    D = active.shape[-1]
+    padded = torch.zeros((*active.shape[:-1], 8 * row_bytes(D)), dtype=torch.int64, device=active.device)
+    padded[..., :D] = active
+    place = 2 ** torch.arange(8, device=active.device)
+    return (padded.unflatten(-1, (-1, 8)) * place).sum(-1).to(torch.uint8)
+
+
+def unpack(rows: Tensor, D: int) -> Tensor:
+    """uint8 [..., W] → bool [..., D]."""
+    place = 2 ** torch.arange(8, device=rows.device)
+    return (rows.unsqueeze(-1).to(torch.int64) // place % 2).flatten(-2)[..., :D] == 1
+
+
+def popcount(rows: Tensor) -> Tensor:
+    """uint8 [..., W] → int32 [...]."""
+    return unpack(rows, 8 * rows.shape[-1]).sum(-1).to(torch.int32)
+
+
+def top_mask(values: Tensor, m: int) -> Tensor:
+    """[..., D] → bool [..., D]: the m largest, ties to the lowest index."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order[..., :m], True)
+
+
+def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
+    """bool [..., D] → uint8 [..., W]: the first m neurons by active, then importance, then frequency, then index."""
+    order = torch.arange(active.shape[-1], device=active.device).expand(active.shape)
+    for key in (frequency, importance, active.to(torch.uint8)):  # stable sorts, the least significant key first
+        if key is not None:
+            in_order = key.expand(active.shape).gather(-1, order)
+            order = order.gather(-1, in_order.sort(dim=-1, descending=True, stable=True).indices)
+    return pack(torch.zeros_like(active).scatter(-1, order[..., :m], True))
+
+
+def assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least |x ∧ ¬c|, overlap |x ∧ c| int32 [N]. Ties to the lowest id."""
+    bits = 8 * rows.shape[-1]
+    return _best(unpack(rows, bits).double() @ unpack(centroids, bits).double().mT)
+
+
+def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
+    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, and that sum, int32 [N]. Ties to the lowest id."""
+    return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT)
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., N, K] → the lowest id of each row's greatest score, and that score."""
+    K = scores.shape[-1]
+    best = scores.amax(-1, keepdim=True)
+    ids = torch.where(scores == best, torch.arange(K, device=scores.device), K).amin(-1)
+    return ids, best.squeeze(-1).to(torch.int32)
+
+
+def accumulate(rows: Tensor, ids: Tensor, K: int, D: int) -> tuple[Tensor, Tensor]:
+    """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often neuron i is active in cluster k's rows; sizes int64 [K]."""
+    return _sum_by_id(unpack(rows, D).to(torch.int64), ids, K)
+
+
+def row_scales(importance: Tensor, power: int = 1) -> Tensor:
+    """uint8 [N, D] → int64 [N]: 2³⁶ / Σ_i importance_i^power, rounded half up; 0 for an all-zero row."""
+    totals = (importance.to(torch.int64) ** power).sum(-1)
+    scales = [(2 * 2**36 + total) // (2 * total) if total else 0 for total in totals.flatten().tolist()]
+    return torch.tensor(scales, dtype=torch.int64, device=importance.device).view(totals.shape)
+
+
+def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1) -> tuple[Tensor, Tensor]:
+    """uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D] of scales[n]·importance[n, i]^power over cluster k's rows; sizes int64 [K]."""
+    return _sum_by_id(scales.unsqueeze(-1) * importance.to(torch.int64) ** power, ids, K)
+
+
+def _sum_by_id(values: Tensor, ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """int64 [..., N, D], int64 [..., N] → int64 [..., K, D], int64 [..., K]."""
+    members = [ids == k for k in range(K)]
+    sums = torch.stack([(values * member.unsqueeze(-1)).sum(-2) for member in members], dim=-2)
+    return sums, torch.stack([member.sum(-1) for member in members], dim=-1)
+
+
+def binarize(sums: Tensor, density: float) -> Tensor:
+    """int64 [K, D] → uint8 [K, W]: each centroid is the mask_size(D, density) neurons with the largest sum, ties to the lowest."""
+    return pack(top_mask(sums, mask_size(sums.shape[-1], density)))

@@ -1,0 +1,221 @@
+"""What a pattern is: the importance of each neuron for a token, which neurons are active, and blocks of packed rows in memory.
+
+Shape letters: L layers, T tokens, D neurons at a site, E hidden size, W bytes of a packed row, n rows of a block.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from apc import ops
+from apc.errors import UserError
+from apc.models import SITES, GatedFFN
+
+WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # the power of the importance that a pattern contributes; 0: one if active
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    storage: str = "disk"  # disk (found again by later runs), memory (host) or device (GPU memory)
+    dir: str | None = None  # folder for stores; null: the user's cache
+    importance: bool = True  # keep each neuron's importance too (uint8), which the weighted clusterings and listwise losses need
+    hidden: str = "stored"  # the predictor's inputs: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch)
+    calibration_windows: int = 8  # windows, spread over the fit text, that the thresholds are calibrated on
+    block_tokens: int = 16384  # tokens that clustering and predictor training take in one step, over all ranks
+
+    def __post_init__(self):
+        if self.storage not in ("disk", "memory", "device"):
+            raise UserError(f"collect.storage={self.storage}: choose disk, memory or device")
+        if self.hidden not in ("stored", "streamed"):
+            raise UserError(f"collect.hidden={self.hidden}: choose stored or streamed")
+        for key in ("calibration_windows", "block_tokens"):
+            if getattr(self, key) < 1:
+                raise UserError(f"collect.{key} must be at least 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class ActiveRule:
+    """Which neurons count as active: importance > 0 and at least the layer's threshold, or among the token's own top share.
+
+    kind: `threshold` or `top`; sparsity: target share of inactive neurons; thresholds: float32 [L] per site (threshold only).
+    """
+
+    kind: str
+    sparsity: float
+    thresholds: dict[str, Tensor] = field(default_factory=dict)
+
+    def active(self, layer: int, site: str, importance: Tensor) -> Tensor:
+        """bool, shaped like importance [..., D]."""
+        if self.kind == "top":
+            mask = ops.top_mask(importance, ops.mask_size(importance.shape[-1], 1 - self.sparsity))
+        else:
+            mask = importance >= self.thresholds[site][layer].to(importance.device)
+        return mask & (importance > 0)
+
+
+class Importance:
+    """Importance of each neuron: |x| at gate, up and down; at `neuron`, |act(g)·u| times the norm of its column of W_down."""
+
+    def __init__(self, ffns: list[GatedFFN]):
+        self._norms = [ffn.output_norms() for ffn in ffns]
+
+    def __call__(self, layer: int, site: str, values: Tensor) -> Tensor:
+        """values [..., D] in the model's type → float32 [..., D], not negative."""
+        magnitude = values.float().abs()
+        return magnitude.mul_(self._norms[layer]) if site == "neuron" else magnitude
+
+
+def quantise(importance: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [..., D] → (uint8 [..., D], float32 scale [...]): 255 is the row's own largest value, so no row rounds to nothing."""
+    scale = importance.amax(dim=-1) / 255
+    return (importance / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().to(torch.uint8), scale
+
+
+@dataclass
+class Block:
+    """Rows of some tokens, for all layers. A field that was not asked for is empty.
+
+    positions: int64 [n], each token's index in the whole text; seq_len: tokens in a window;
+    patterns: uint8 [L, n, W] per site; importance: uint8 [L, n, D] per site; scale: float32 [L, n] per site;
+    hidden: bfloat16 [L, n, E], each FFN's input.
+    """
+
+    positions: Tensor
+    seq_len: int
+    patterns: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    scale: dict[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def first_window(self) -> int:
+        return int(self.positions[0]) // self.seq_len
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields by a flat name, e.g. `patterns.neuron`; every one is [L, n, ...]."""
+        named = {f"{part}.{site}": value for part in ("patterns", "importance", "scale") for site, value in getattr(self, part).items()}
+        return named if self.hidden is None else {**named, "hidden": self.hidden}
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor], positions: Tensor, seq_len: int) -> "Block":
+        block = cls(positions, seq_len)
+        for name, value in named.items():
+            part, _, site = name.partition(".")
+            if site:
+                getattr(block, part)[site] = value
+            else:
+                block.hidden = value
+        return block
+
+    @classmethod
+    def of_windows(cls, named: dict[str, Tensor], first: int, last: int, seq_len: int) -> "Block":
+        """The block of windows first … last-1."""
+        return cls.from_tensors(named, torch.arange(first * seq_len, last * seq_len), seq_len)
+
+    def _map(self, change, positions: Tensor) -> "Block":
+        return Block.from_tensors({name: change(value) for name, value in self.tensors().items()}, positions, self.seq_len)
+
+    def to(self, device, non_blocking: bool = False) -> "Block":
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking), self.positions.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Block":
+        return self._map(lambda value: value.pin_memory(), self.positions.pin_memory())
+
+    def select(self, index: Tensor) -> "Block":
+        """The tokens at `index`, int64 [m] within the block."""
+        return self._map(lambda value: value.index_select(1, index.to(value.device)), self.positions[index.to(self.positions.device)])
+
+
+@dataclass(frozen=True)
+class PatternInfo:
+    """What every holder of patterns knows about them.
+
+    activity: int64 [L, D] per site, how often each neuron was active; identity: what decided the content.
+    """
+
+    layers: int
+    hidden_size: int
+    ffn_width: int
+    windows: int
+    seq_len: int
+    widths: dict[str, int]
+    rule: ActiveRule
+    with_importance: bool
+    with_hidden: bool
+    identity: dict
+    activity: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.seq_len
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.widths)
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one token's rows take, all layers and fields."""
+        site_bytes = sum(ops.row_bytes(D) + (D + 4 if self.with_importance else 0) for D in self.widths.values())
+        return self.layers * (site_bytes + (2 * self.hidden_size if self.with_hidden else 0))
+
+    def fields(self) -> list[str]:
+        """The names that `Block.tensors` has for these patterns."""
+        parts = ["patterns", "importance", "scale"] if self.with_importance else ["patterns"]
+        return [f"{part}.{site}" for part in parts for site in self.widths] + (["hidden"] if self.with_hidden else [])
+
+
+class PatternSource(Protocol):
+    """Holds the patterns of a text: on disk (`store.PatternStore`) or in memory (`ResidentPatterns`)."""
+
+    info: PatternInfo
+
+    def block(self, first: int, last: int, fields: list[str]) -> Block:
+        """Windows first … last-1, with the named fields."""
+
+    def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
+        """The rows [n, ...] of field `name` at pairs (layer, global token), int64 [n] each."""
+
+
+class ResidentPatterns:
+    """Patterns kept as whole tensors [L, n, ...] in host or device memory, for the windows that this rank owns."""
+
+    def __init__(self, info: PatternInfo, owned: list[int], device: torch.device):
+        """owned: ascending window indices that will be added, in this order."""
+        self.info, self.device = info, device
+        self._slots = {window: slot for slot, window in enumerate(owned)}
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, block: Block) -> None:
+        """Copies a block of whole owned windows in."""
+        slot = self._slots[block.first_window] * self.info.seq_len
+        for name, value in block.tensors().items():
+            if name not in self._tensors:
+                shape = (value.shape[0], len(self._slots) * self.info.seq_len, *value.shape[2:])
+                self._tensors[name] = torch.empty(shape, dtype=value.dtype, device=self.device)
+            self._tensors[name][:, slot : slot + block.tokens].copy_(value)
+
+    def block(self, first: int, last: int, fields: list[str]) -> Block:
+        S = self.info.seq_len
+        slot = self._slots[first] * S if last > first else 0
+        named = {name: self._tensors[name][:, slot : slot + (last - first) * S] for name in fields}
+        return Block.of_windows(named, first, last, S)
+
+    def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
+        S = self.info.seq_len
+        slots = torch.tensor([self._slots[window] * S for window in (tokens // S).tolist()], dtype=torch.int64)
+        local = (slots + tokens.cpu() % S).to(self.device)
+        return self._tensors[name][layers.to(self.device), local]
+
+
+def check_sites(sites: list[str]) -> None:
+    """Raises UserError unless `sites` names known sites, each once, and `neuron` alone."""
+    if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+        raise UserError(f"sites={sites}: choose [neuron], or some of [gate, up, down], each once")
+    if "neuron" in sites and len(sites) > 1:
+        raise UserError(f"sites={sites}: `neuron` is one mask for all three projections and stands alone; choose [neuron] or [gate,up,down]")

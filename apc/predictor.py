@@ -1,0 +1,262 @@
+"""Predicts, from an FFN's input, which cluster its pattern will fall into (or, as the other form, which neurons it will need).
+
+Shape letters: L layers, E hidden size, H width of the bottleneck, K clusters, D neurons, n tokens.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from apc import ops
+from apc.codebook import Codebook
+from apc.datamodule import BlockLoader
+from apc.errors import UserError
+from apc.files import load_tensors, save_tensors
+from apc.patterns import Block, PatternInfo
+
+KIND, VERSION = "apc-predictor", 1
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    form: str = "cluster"  # cluster: logits over the K clusters; neuron: one score for each neuron (Deja Vu's form)
+    hidden: int = 256  # width of the bottleneck
+    lookahead: int = 0  # predict from the FFN input of this many layers earlier; the first layers use the first one
+    loss: str = "ce"  # ce (neuron form: binary cross-entropy on active), listwise (importance), mix (their sum)
+    lr: float = 2e-3  # peak of a one-cycle schedule
+    batch: int = 1024  # tokens in a step of one rank, all layers at once
+    max_epochs: int = 10
+    weight_decay: float = 0.01
+
+    def __post_init__(self):
+        for key, known in dict(form=("cluster", "neuron"), loss=("ce", "listwise", "mix")).items():
+            if getattr(self, key) not in known:
+                raise UserError(f"predictor.{key}={getattr(self, key)}: choose {', '.join(known)}")
+        for key, least in dict(hidden=1, lookahead=0, batch=1, max_epochs=1).items():
+            if getattr(self, key) < least:
+                raise UserError(f"predictor.{key} must be at least {least}, got {getattr(self, key)}")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise UserError(f"predictor.lr must be above 0 and predictor.weight_decay not negative, got {self.lr} and {self.weight_decay}")
+
+
+class Predictor(nn.Module):
+    """A bottleneck MLP for every layer, E → H → K (or D) for each site, all layers in one batched product.
+
+    outputs: how many logits each site gets; form and lookahead as in `PredictorConfig`.
+    """
+
+    def __init__(self, layers: int, hidden_size: int, hidden: int, outputs: dict[str, int], form: str = "cluster", lookahead: int = 0, provenance=None):
+        super().__init__()
+        self.layers, self.hidden_size, self.hidden, self.outputs = layers, hidden_size, hidden, dict(outputs)
+        self.form, self.lookahead, self.provenance = form, lookahead, provenance or {}
+        self.reduce = nn.Parameter(torch.empty(layers, hidden_size, hidden))
+        self.reduce_bias = nn.Parameter(torch.zeros(layers, hidden))
+        self.expand = nn.ParameterDict({site: nn.Parameter(torch.empty(layers, hidden, count)) for site, count in outputs.items()})
+        self.expand_bias = nn.ParameterDict({site: nn.Parameter(torch.zeros(layers, count)) for site, count in outputs.items()})
+        nn.init.normal_(self.reduce, std=hidden_size**-0.5)
+        for weight in self.expand.values():
+            nn.init.normal_(weight, std=hidden**-0.5)
+
+    def source_layer(self, layer: int) -> int:
+        """The layer whose FFN input predicts `layer`."""
+        return max(layer - self.lookahead, 0)
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden [L, n, E], the FFN inputs → logits float [L, n, K] (neuron form: [L, n, D]) per site."""
+        sources = torch.tensor([self.source_layer(layer) for layer in range(self.layers)], device=hidden.device)
+        inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), self._normalise(hidden[sources]), self.reduce))
+        return {site: torch.baddbmm(self.expand_bias[site].unsqueeze(1), inner, weight) for site, weight in self.expand.items()}
+
+    def layer_logits(self, layer: int, site: str, hidden: Tensor) -> Tensor:
+        """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`."""
+        inner = F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
+        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer])
+
+    def _normalise(self, hidden: Tensor) -> Tensor:
+        """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
+        return F.rms_norm(hidden.to(self.reduce.dtype), hidden.shape[-1:])
+
+    def parameters_read(self, site: str) -> int:
+        """Parameters that one layer reads for one token at `site`; the reduction counts at the first site only."""
+        shared = (self.hidden_size + 1) * self.hidden if site == next(iter(self.outputs)) else 0
+        return shared + (self.hidden + 1) * self.outputs[site]
+
+    def save(self, path: str | Path) -> None:
+        names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance")
+        save_tensors(Path(path), KIND, VERSION, {name: getattr(self, name) for name in names}, self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Predictor":
+        """Raises UserError, naming the file, if it is missing, damaged, or doesn't hold what its header says."""
+        header, tensors = load_tensors(Path(path), KIND, VERSION)
+        try:
+            with torch.device("meta"):
+                predictor = cls(**header)
+            predictor.load_state_dict(tensors, assign=True)
+        except (TypeError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: damaged (its header and tensors don't match: {reason}); make it again") from error
+        return predictor.requires_grad_(False).eval()
+
+
+def label_rows(loader: BlockLoader, codebook: Codebook, device: torch.device) -> dict[str, Tensor]:
+    """The nearest cluster of every row this rank owns, int32 [L, T] per site on the host (other rows: 0)."""
+    info = loader.source.info
+    labels = {site: torch.zeros(info.layers, info.tokens, dtype=torch.int32) for site in info.widths}
+    for block in loader.whole_blocks(block_fields(codebook, info)):
+        if block.tokens:
+            for site, ids in nearest_clusters(codebook, block.to(device)).items():
+                labels[site][:, block.positions.cpu()] = ids.int().cpu()
+    return labels
+
+
+def block_fields(codebook: Codebook, info: PatternInfo) -> list[str]:
+    """The fields that `nearest_clusters` needs."""
+    return [f"{'importance' if codebook.power else 'patterns'}.{site}" for site in info.widths]
+
+
+def nearest_clusters(codebook: Codebook, block: Block) -> dict[str, Tensor]:
+    """int64 [L, n] per site: the cluster that captures most of each row."""
+    ids = {}
+    for site, book in codebook.sites.items():
+        rows = block.importance[site] if codebook.power else block.patterns[site]
+        shape = rows.shape[:2]
+        if codebook.scope == "pooled":
+            rows = rows.flatten(0, 1).unsqueeze(0)
+        found = ops.assign_weighted(rows, book.centroids, codebook.power)[0] if codebook.power else ops.assign(rows, book.centroids)[0]
+        ids[site] = found.reshape(shape)
+    return ids
+
+
+def mixed_profiles(codebook: Codebook, site: str, probabilities: Tensor) -> Tensor:
+    """Σ_k p_k · profile_k: probabilities [L, n, K] → expected pattern [L, n, D] (mean 1 over the neurons)."""
+    profiles = codebook.sites[site].profiles.to(probabilities.dtype)
+    return probabilities @ profiles  # [G, K, D] with G = 1 is shared by all layers
+
+
+class PredictorModule(LightningModule):
+    """Trains a `Predictor` on blocks with FFN inputs; cluster ids come from the codebook, computed once.
+
+    monitor: a block of held-out rows, on which every epoch's figures are measured (top-1, top-5, captured importance and
+    energy of the hard and the soft mask, each per layer and over all).
+    """
+
+    def __init__(self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0):
+        super().__init__()
+        if cfg.loss != "ce" and not info.with_importance:
+            raise UserError(f"predictor.loss={cfg.loss} needs importances; set collect.importance=true or predictor.loss=ce")
+        self.cfg, self.info, self.codebook, self.monitor = cfg, info, codebook, monitor
+        outputs = {site: codebook.k if cfg.form == "cluster" else D for site, D in info.widths.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.predictor = Predictor(info.layers, info.hidden_size, cfg.hidden, outputs, cfg.form, cfg.lookahead)
+        self.labels: dict[str, Tensor] = {}
+        self.history: list[dict] = []
+        self.figures: dict = {}
+
+    def get_extra_state(self) -> dict:
+        return {"history": self.history, "figures": self.figures}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.history, self.figures = state["history"], state["figures"]
+
+    def fields(self) -> list[str]:
+        """The fields of a block that a step reads."""
+        sites, cfg = list(self.info.widths), self.cfg
+        active = [f"patterns.{site}" for site in sites] if cfg.form == "neuron" and cfg.loss != "listwise" else []
+        importance = [f"importance.{site}" for site in sites] if cfg.loss != "ce" else []
+        return ["hidden", *active, *importance]
+
+    def on_fit_start(self) -> None:
+        self.codebook = self.codebook.to(self.device)
+        if self.cfg.form == "cluster":
+            self.labels = label_rows(self.trainer.datamodule.loader, self.codebook, self.device)
+        if self.monitor is not None:
+            self.monitor = self.monitor.to(self.device)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.cfg.lr, total_steps=max(2, self.trainer.estimated_stepping_batches), pct_start=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, block: Block, batch_index: int) -> Tensor:
+        logits = self.predictor(block.hidden)
+        loss = sum(self._loss(site, scores, block) for site, scores in logits.items()) / len(logits)
+        if not torch.isfinite(loss):
+            raise UserError(f"the predictor's loss is not finite at step {self.global_step}; lower predictor.lr (now {self.cfg.lr})")
+        step = self.global_step + 1
+        if step % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
+            self.history.append({"step": step, "loss": loss.item()})
+            self._log({"predictor/step": step, "predictor/loss": loss.item(), "predictor/lr": self.lr_schedulers().get_last_lr()[0]})
+        return loss
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(metrics)
+
+    def _loss(self, site: str, scores: Tensor, block: Block) -> Tensor:
+        """Mean over layers and tokens; scores [L, n, K or D]."""
+        cfg, terms = self.cfg, []
+        if cfg.loss in ("ce", "mix"):
+            if cfg.form == "cluster":
+                ids = self.labels[site][:, block.positions.cpu()].to(scores.device, torch.int64)
+                terms.append(F.cross_entropy(scores.flatten(0, 1), ids.flatten()))
+            else:
+                active = ops.unpack(block.patterns[site], self.info.widths[site])
+                terms.append(F.binary_cross_entropy_with_logits(scores, active.to(scores.dtype)))
+        if cfg.loss in ("listwise", "mix"):
+            weights = block.importance[site].to(scores.dtype).pow(max(self.codebook.power, 1))
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
+            terms.append(-(weights * self._log_shares(site, scores)).sum(-1).mean())
+        return sum(terms)
+
+    def _log_shares(self, site: str, scores: Tensor) -> Tensor:
+        """log of each neuron's predicted share of the token's weight, [L, n, D] (ListNet's top-one probabilities, Cao et al., 2007)."""
+        if self.cfg.form == "neuron":
+            return scores.log_softmax(-1)
+        shares = mixed_profiles(self.codebook, site, scores.softmax(-1)) / self.info.widths[site]
+        return shares.clamp_min(1e-12).log()
+
+    def on_train_epoch_end(self) -> None:
+        if self.monitor is not None and self.monitor.tokens:
+            self.figures = predictor_figures(self.predictor, self.codebook, self.monitor)
+            overall = {f"predictor/{name}": sum(values) / len(values) for name, values in self.figures.items()}
+            layers = {f"predictor_layers/{name}_{i:02d}": value for name, values in self.figures.items() for i, value in enumerate(values)}
+            self._log({"predictor/step": self.global_step} | overall | layers)
+
+    def trained(self, provenance: dict) -> Predictor:
+        """The predictor as it stands, on the host."""
+        self.predictor.provenance = provenance | {"config": asdict(self.cfg)}
+        return self.predictor.cpu().requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) -> dict[str, list[float]]:
+    """Per layer, over the block's rows: top-1 and top-5 share (cluster form), and the importance and energy that the predicted
+    masks capture, where the block has importances: of the likeliest cluster (`hard`) and of the mixed profiles (`soft`)."""
+    figures: dict[str, Tensor] = {}
+    ids = nearest_clusters(codebook, block) if predictor.form == "cluster" else {}
+    for site, scores in predictor(block.hidden).items():
+        D = codebook.widths[site]
+        m = ops.mask_size(D, codebook.density)
+        masks = {}
+        if predictor.form == "cluster":
+            best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices
+            hits = best == ids[site].unsqueeze(-1)
+            figures[f"top1_{site}"], figures[f"top5_{site}"] = hits[..., 0].double().mean(1), hits.any(-1).double().mean(1)
+            layers = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+            groups = torch.zeros_like(layers) if codebook.scope == "pooled" else layers
+            masks["hard"] = ops.unpack(codebook.sites[site].centroids[groups, best[..., 0]], D)
+            masks["soft"] = ops.top_mask(mixed_profiles(codebook, site, scores.float().softmax(-1)), m)
+        else:
+            masks["hard"] = ops.top_mask(scores.float(), m)
+        for kind, mask in masks.items() if block.importance else ():
+            for name, power in (("importance", 1), ("energy", 2)):
+                weights = block.importance[site].double().pow(power)
+                share = (weights * mask).sum(-1) / weights.sum(-1).clamp_min(1)
+                figures[f"captured_{name}_{kind}_{site}"] = share.mean(1)
+    return {name: values.tolist() for name, values in figures.items()}

@@ -1,0 +1,157 @@
+"""The folder that a run leaves, and reading it back.
+
+    runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.safetensors, predictor.safetensors,
+                results.json, figures/*.png, wandb/
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from apc.codebook import Codebook
+from apc.config import Config, load_config, to_dict, to_yaml
+from apc.errors import UserError
+from apc.files import write_atomic
+from apc.predictor import Predictor
+
+# What decides a stage's outcome; a run folder is taken up again only by a run that agrees on what it already holds.
+CLUSTER_KEYS = ("seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor")
+PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
+# Among those, what may differ: where things lie and run.
+FREE_KEYS = {"collect": ("dir", "storage", "hidden"), "model": ("device",), "data": ("score", "score_windows")}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files in a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def codebook(self) -> Path:
+        return self.path / "codebook.safetensors"
+
+    @property
+    def predictor(self) -> Path:
+        return self.path / "predictor.safetensors"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.path / "checkpoints" / f"{stage}.ckpt"
+
+    def history(self, stage: str) -> Path:
+        return self.path / f"{stage}.json"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run left: codebook, predictor and results are None where it did not get so far."""
+
+    folder: RunFolder
+    config: Config
+    codebook: Codebook | None
+    predictor: Predictor | None
+    results: dict | None
+
+
+def load_run(folder: str | Path, overrides: list[str] | None = None) -> LoadedRun:
+    """Everything in a run's folder. Raises UserError, naming the file, if it is no run or something in it is damaged."""
+    run = RunFolder(Path(folder))
+    if not run.config.is_file():
+        raise UserError(f"{run.path}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME")
+    codebook = Codebook.load(run.codebook) if run.codebook.is_file() else None
+    predictor = Predictor.load(run.predictor) if run.predictor.is_file() else None
+    return LoadedRun(run, load_config(run.config, overrides), codebook, predictor, read_json(run.results))
+
+
+def read_json(path: Path) -> dict | None:
+    """The file's content, None if there is no file. Raises UserError if it can't be read."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def stage_records(run: RunFolder) -> dict:
+    """What the trainings noted for the report: histories, cluster sizes, figures by layer."""
+    found = {stage: read_json(run.history(stage)) for stage in ("cluster", "predictor")}
+    return {stage: record for stage, record in found.items() if record is not None}
+
+
+def open_run(cfg: Config) -> RunFolder:
+    """Makes the run's folder, or takes an existing one up. Raises UserError if that one is of another configuration."""
+    run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
+    if run.config.is_file():
+        _check_same(run, cfg)
+    (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_atomic(run.config, to_yaml(cfg).encode())
+    write_json(run.path / "provenance.json", provenance(cfg))
+    return run
+
+
+def new_name() -> str:
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _decisive(values: dict, keys: tuple[str, ...]) -> dict:
+    chosen = {key: values.get(key) for key in keys}
+    return {
+        key: {name: item for name, item in value.items() if name not in FREE_KEYS.get(key, ())} if isinstance(value, dict) else value
+        for key, value in chosen.items()
+    }
+
+
+def _check_same(run: RunFolder, cfg: Config) -> None:
+    old = OmegaConf.to_container(OmegaConf.load(run.config))
+    begun = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
+    keys = PREDICT_KEYS if begun else CLUSTER_KEYS
+    before, after = _decisive(old, keys), _decisive(to_dict(cfg), keys)
+    for key in keys:
+        if before[key] != after[key]:
+            if isinstance(after[key], dict) and isinstance(before[key], dict):
+                name = next(name for name in after[key] if before[key].get(name) != after[key][name])
+                key, one, other = f"{key}.{name}", before[key].get(name), after[key][name]
+            else:
+                one, other = before[key], after[key]
+            raise UserError(f"{run.path}: holds a run with {key}={one}, this one has {key}={other}; choose another run.name")
+
+
+def provenance(cfg: Config) -> dict:
+    """Commit, versions and time: how to make the same again."""
+    packages = ("torch", "transformers", "pytorch-lightning", "triton", "datasets", "wandb")
+    return {"commit": commit(), "made": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": {name: version(name) for name in packages}}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `+` if files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,72 @@
+"""The last stage: arms on scored text, written and logged as table, figures and results.json."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from apc import distributed, report
+from apc.callbacks import Stopwatch
+from apc.codebook import Codebook
+from apc.config import DEFAULT_ARMS, Config
+from apc.evaluation import Evaluator, choose_arms
+from apc.models import model_name
+from apc.predictor import Predictor
+from apc.runs import RunFolder, commit, stage_records, write_json
+from apc.text import Windows
+from apc.tracking import Tracking
+
+SHOWN = ("perplexity", "ratio", "density", "coverage", "precision", "captured_importance", "captured_energy", "bits", "bytes_share", "flops_share")
+
+
+def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, fit: Windows, scored: Windows, device: torch.device) -> dict:
+    """What the figures hold for: they never go without it."""
+    described = None
+    if predictor is not None:
+        outputs = next(iter(predictor.outputs.values()))
+        described = f"{predictor.form} {predictor.hidden_size}→{predictor.hidden}→{outputs}, lookahead {predictor.lookahead}"
+    return {
+        "model": model_name(cfg.model), "fit": fit.source, "score": scored.source, "split": "in-sample" if cfg.data.in_sample else "held-out",
+        "fit_tokens": fit.tokens.numel(), "score_tokens": scored.tokens.numel(), "seq_len": cfg.data.seq_len,
+        "sites": list(codebook.sites), "sparsity": codebook.sparsity, "active": codebook.active, "k": codebook.k, "density": codebook.density,
+        "weighting": codebook.weighting, "scope": codebook.scope, "predictor": described,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "dtype": cfg.model.dtype, "commit": commit(),
+    }  # fmt: skip
+
+
+def score(
+    cfg: Config, model: nn.Module, codebook: Codebook, predictor: Predictor | None, fit: Windows, scored: Windows,
+    run: RunFolder, folder: Path, tracking: Tracking, device: torch.device, batch_windows: int, watch: Stopwatch,
+) -> dict:  # fmt: skip
+    """Evaluates the arms and writes `folder`/results.json and figures/; returns the results as `apc.report` describes them.
+
+    run: the folder whose trainings the results tell of.
+    """
+    names, missing = choose_arms(cfg.arms, DEFAULT_ARMS, codebook, predictor)
+    evaluator = Evaluator(model, codebook, predictor, scored.tokens, device, batch_windows, cfg.seed)
+    order = list(cfg.arms or DEFAULT_ARMS)
+    arms = sorted(evaluator.arms(names) + missing, key=lambda record: order.index(record["arm"]))
+    watch.lap("evaluate")
+    results = {"conditions": conditions(cfg, codebook, predictor, fit, scored, device), "arms": arms, **stage_records(run), "seconds": watch.seconds}
+    if distributed.is_main():
+        write_json(folder / "results.json", results)
+        _publish(results, folder, tracking)
+    distributed.barrier()
+    return results
+
+
+def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
+    """Figures beside the results, and everything to the run's record."""
+    ran = [record for record in results["arms"] if not record["missing"]]
+    tracking.summary({f"eval/{record['arm']}/{name}": record[name] for record in ran for name in SHOWN if record[name] is not None})
+    columns = ["arm", *SHOWN]
+    tracking.table("eval/arms", columns, [[record["arm"], *(record[name] for name in SHOWN)] for record in ran])
+    layer_rows = [
+        [record["arm"], layer, *(record["per_layer"][name][layer] for name in ("density", "coverage", "precision", "captured_importance"))]
+        for record in ran
+        for layer in range(len(record["per_layer"]["density"]))
+    ]
+    tracking.table("eval/layers", ["arm", "layer", "density", "coverage", "precision", "captured_importance"], layer_rows)
+    for key, path in report.save_figures(results, folder / "figures").items():
+        tracking.figure(f"figures/{key}", path)

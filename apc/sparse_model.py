@@ -1,0 +1,297 @@
+"""Makes a Hugging Face model run its FFNs under masks: `sparsify` and `restore`, and the arms that say where a mask comes from.
+
+Here a mask multiplies what was computed: this is what an arm costs in quality. Shape letters: n tokens, E hidden size,
+D neurons at a site, K clusters.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from apc import ops
+from apc.codebook import Codebook
+from apc.errors import UserError
+from apc.models import FFNHooks, GatedFFN, find_ffns
+from apc.patterns import Importance, quantise
+from apc.predictor import Predictor, mixed_profiles
+
+
+@dataclass
+class Tokens:
+    """What an arm may look at to choose the masks of some tokens at one site of one layer.
+
+    values [n, D] at the site; inputs: FFN inputs [n, E] of this layer and those before it; gate: act(gate) [n, D] if it was asked for.
+    """
+
+    layer: int
+    site: str
+    values: Tensor
+    inputs: dict[int, Tensor]
+    codebook: Codebook
+    measure: Importance
+    gate: Tensor | None = None
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """float32 [n, D]"""
+        return self.measure(self.layer, self.site, self.values)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """bool [n, D]"""
+        return self.codebook.rule.active(self.layer, self.site, self.importance)
+
+    @cached_property
+    def captured_shares(self) -> tuple[Tensor, Tensor]:
+        """Each neuron's share of its token's importance and of its energy, float32 [n, D] each."""
+        energy = self.importance.square()
+        tiny = torch.finfo(torch.float32).tiny
+        return tuple(weights / weights.sum(-1, keepdim=True).clamp_min(tiny) for weights in (self.importance, energy))
+
+
+class Arm:
+    """Chooses masks. Subclasses say what they need, and whether finding the mask already takes the token's own activations."""
+
+    name = ""
+    excludes_finding = False
+    reads_gate = False
+
+    def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
+        self.codebook, self.predictor, self.seed = codebook, predictor, seed
+
+    @classmethod
+    def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        """Why this arm can't run with what there is; None if it can."""
+        return None
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        """bool [n, D] (or [1, D], the same for all), True where a neuron is kept."""
+        raise NotImplementedError  # every arm below gives its own
+
+    def size(self, site: str) -> int:
+        """Ones in a mask of fixed density."""
+        return ops.mask_size(self.codebook.widths[site], self.codebook.density)
+
+
+class Exact(Arm):
+    """The token's own active neurons."""
+
+    name = "exact"
+    excludes_finding = True
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return tokens.active
+
+
+class Static(Arm):
+    """One mask for each layer: the neurons that captured most over the fit text."""
+
+    name = "static"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return ops.unpack(self.codebook.sites[tokens.site].static[tokens.layer : tokens.layer + 1], tokens.values.shape[-1])
+
+
+class Random(Arm):
+    """One mask for each layer and site, drawn from the seed."""
+
+    name = "random"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        D = tokens.values.shape[-1]
+        site = list(self.codebook.sites).index(tokens.site)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.layer * len(self.codebook.sites) + site)
+        mask = torch.zeros(1, D, dtype=torch.bool)
+        mask[0, torch.randperm(D, generator=generator)[: self.size(tokens.site)]] = True
+        return mask.to(tokens.values.device)
+
+
+class Oracle(Arm):
+    """The nearest centroid, found from the token's own activations."""
+
+    name = "oracle"
+    excludes_finding = True
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        book, group = self.codebook.sites[tokens.site], self.codebook.group(tokens.layer)
+        centroids = book.centroids[group]
+        if self.codebook.power:
+            ids = ops.assign_weighted(quantise(tokens.importance)[0], centroids, self.codebook.power)[0]
+        else:
+            ids = ops.assign(ops.pack(tokens.active), centroids)[0]
+        return ops.unpack(centroids[ids], tokens.values.shape[-1])
+
+
+class _NeedsPredictor(Arm):
+    form = "cluster"
+
+    @classmethod
+    def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        if predictor is None:
+            return "no predictor was given"
+        if predictor.form != cls.form:
+            return f"needs a predictor of form {cls.form}, this one's is {predictor.form}"
+        return None
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)]
+        return self.predictor.layer_logits(tokens.layer, tokens.site, hidden).float()
+
+
+class Predicted(_NeedsPredictor):
+    """The centroid of the likeliest cluster, known before the FFN runs."""
+
+    name = "predicted"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        centroids = self.codebook.sites[tokens.site].centroids[self.codebook.group(tokens.layer)]
+        return ops.unpack(centroids[self.logits(tokens).argmax(-1)], tokens.values.shape[-1])
+
+
+class Soft(_NeedsPredictor):
+    """The top share of the profiles mixed by the predicted probabilities, known before the FFN runs."""
+
+    name = "soft"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        profiles = self.codebook.sites[tokens.site].profiles[self.codebook.group(tokens.layer)]
+        return ops.top_mask(self.logits(tokens).softmax(-1) @ profiles.float(), self.size(tokens.site))
+
+
+class NeuronPredictor(_NeedsPredictor):
+    """The top share of scores predicted neuron by neuron (the form of Deja Vu, Liu et al., 2023)."""
+
+    name = "neuron-predictor"
+    form = "neuron"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return ops.top_mask(self.logits(tokens), self.size(tokens.site))
+
+
+class Gate(Arm):
+    """The top share by |act(gate)| (the rule of CATS, Lee et al., 2024): the gate runs in full, up and down are masked."""
+
+    name = "gate"
+    reads_gate = True
+
+    @classmethod
+    def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        return None if list(codebook.sites) == ["neuron"] else "needs the site neuron"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return ops.top_mask(tokens.gate.float().abs(), self.size(tokens.site))
+
+
+ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, Predicted, Soft, Gate, NeuronPredictor)}
+
+
+def make_arm(name: str, codebook: Codebook, predictor: Predictor | None, seed: int = 0) -> Arm:
+    """Raises UserError for an unknown arm, or one whose inputs are missing."""
+    if name not in ARMS:
+        raise UserError(f"arm {name}: unknown; choose dense, {', '.join(ARMS)}")
+    problem = ARMS[name].missing(codebook, predictor)
+    if problem:
+        raise UserError(f"arm {name}: {problem}")
+    return ARMS[name](codebook, predictor, seed)
+
+
+@dataclass
+class ForwardReader:
+    """An `FFNVisitor` that gathers what arms look at; subclasses decide in `see` what to do with it."""
+
+    ffns: list[GatedFFN]
+    codebook: Codebook
+    lookahead: int = 0
+    reads_gate: bool = False
+    _inputs: dict[int, Tensor] = field(default_factory=dict)
+    _gate: Tensor | None = None
+
+    def __post_init__(self):
+        self._measure = Importance(self.ffns)
+
+    def hook(self) -> FFNHooks:
+        return FFNHooks(self.ffns, list(self.codebook.sites) + ["gate"] * self.reads_gate, self)
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        if layer == 0:
+            self._inputs.clear()
+        self._inputs[layer] = hidden.flatten(0, -2)
+        if layer - self.lookahead - 1 > 0:
+            self._inputs.pop(layer - self.lookahead - 1, None)
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        flat = values.flatten(0, -2)
+        if site == "gate" and self.reads_gate:
+            module = self.ffns[layer].module
+            self._gate = getattr(module, "act_fn", None) or module.activation_fn
+            self._gate = self._gate(flat)
+            return None
+        mask = self.see(Tokens(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
+        if mask is None:
+            return None
+        return torch.where(mask, flat, torch.zeros((), dtype=flat.dtype, device=flat.device)).view_as(values)
+
+    def see(self, tokens: Tokens) -> Tensor | None:
+        raise NotImplementedError  # every reader gives its own
+
+
+class MaskedForward(ForwardReader):
+    """Applies an arm's masks; a meter, if given, gets every mask with what it was measured against."""
+
+    def __init__(self, ffns: list[GatedFFN], arm: Arm, meter=None):
+        super().__init__(ffns, arm.codebook, arm.predictor.lookahead if arm.predictor else 0, arm.reads_gate)
+        self.arm, self.meter = arm, meter
+
+    def see(self, tokens: Tokens) -> Tensor:
+        mask = self.arm.mask(tokens)
+        if self.meter is not None:
+            self.meter.add(tokens, mask)
+        return mask
+
+
+def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | None) -> None:
+    """Raises UserError unless codebook and predictor have the model's shapes."""
+    have = dict(layers=len(ffns), hidden_size=ffns[0].hidden_size)
+    for what, thing in (("codebook", codebook), ("predictor", predictor)):
+        for name, value in have.items() if thing is not None else ():
+            if getattr(thing, name) != value:
+                raise UserError(f"the {what} is of another model: {name} {getattr(thing, name)}, the model's is {value}; give the one made for it")
+    for site, D in codebook.widths.items():
+        if ffns[0].site_width(site) != D:
+            raise UserError(f"the codebook is of another model: {D} neurons at {site}, the model has {ffns[0].site_width(site)}; give the one made for it")
+    if predictor is not None:
+        expected = {site: codebook.k if predictor.form == "cluster" else D for site, D in codebook.widths.items()}
+        if predictor.outputs != expected:
+            raise UserError(f"the predictor is of another codebook: it has {predictor.outputs} outputs, the codebook {expected}; give the one made for it")
+
+
+def sparsify(model: nn.Module, codebook: Codebook, predictor: Predictor | None = None, arm: str = "oracle", seed: int = 0) -> nn.Module:
+    """The model, changed in place so that its FFNs run under the arm's masks; `restore` takes that back.
+
+    Args:
+        codebook, predictor: as `Codebook.load` and `Predictor.load` give them; moved to the model's device.
+        arm: dense, exact, static, random, oracle, predicted, soft, gate or neuron-predictor.
+        seed: what the arm `random` draws its masks from.
+
+    Raises:
+        UserError: the shapes are another model's, the arm is unknown, or its predictor is missing.
+    """
+    ffns = find_ffns(model)
+    check_fits(ffns, codebook, predictor)
+    restore(model)
+    if arm != "dense":
+        device = ffns[0].down.weight.device
+        predictor = predictor.to(device) if predictor is not None else None
+        chosen = make_arm(arm, codebook.to(device), predictor, seed)
+        model._apc_hooks = MaskedForward(ffns, chosen).hook()
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The model as it was before `sparsify`; does nothing to one that wasn't changed."""
+    hooks = model.__dict__.pop("_apc_hooks", None)
+    if hooks is not None:
+        hooks.remove()
+    return model

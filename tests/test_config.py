@@ -1,0 +1,104 @@
+"""Sources are merged in order, and every mistake in them is one line that names the key."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apc.config import load_config, to_yaml
+from apc.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_later_sources_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: wikitext2\ncluster: {k: 12, density: 0.4}\n")
+    cfg = load_config(tmp_path / "a.yaml", ["cluster.k=13", "model=mistral7b", "model.dtype=float16"])
+    assert (cfg.cluster.k, cfg.cluster.density, cfg.data.seq_len) == (13, 0.4, 2048)
+    assert (cfg.model.path, cfg.model.dtype) == ("mistralai/Mistral-7B-v0.1", "float16")
+
+
+def test_an_override_changes_a_group_that_an_experiment_chose():
+    assert load_config(None, ["experiment=wikitext2"]).data.seq_len == 2048
+    assert load_config(None, ["experiment=wikitext2", "data=bundled"]).data.fit == "bundled"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_file_in_configs_is_valid(path):
+    if path.parent.name != "sweep":
+        load_config(None, [f"{path.parent.name}={path.stem}"])
+
+
+def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
+    cfg = load_config(None, ["sites=[gate,up,down]", "arms=[dense,oracle]", "cluster.k=7"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.seed = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.cluster.k = 3
+    (tmp_path / "again.yaml").write_text(to_yaml(cfg))
+    assert load_config(tmp_path / "again.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("cluster.kk=3", r"cluster\.kk: unknown key; did you mean cluster\.k\?"),
+        ("clusters.k=3", r"clusters: unknown key; did you mean cluster\?"),
+        ("cluster.k=many", r"cluster\.k: Value 'many' of type 'str' could not be converted to Integer"),
+        ("cluster.k", "cluster.k: not an override; write key=value"),
+        ("cluster.k=0", "cluster.k must be at least 1, got 0"),
+        ("cluster.density=1.5", "cluster.density must lie between 0 and 1, got 1.5"),
+        ("cluster.density=0", "cluster.density must lie between 0 and 1, got 0"),
+        ("sparsity=1", "sparsity must lie between 0 and 1, got 1"),
+        ("cluster.weighting=entropy", "cluster.weighting=entropy: choose binary or magnitude or energy"),
+        ("sites=[neuron,gate]", r"sites=\['neuron', 'gate'\]: `neuron` is one mask"),
+        ("sites=[gates]", r"sites=\['gates'\]: choose"),
+        ("arms=[oracle,orcale]", "arms: orcale is unknown; choose from dense, exact"),
+        ("model=mistral8b", "model=mistral8b: no such group file; choose bundled, mistral7b"),
+        ("experiment=none", "experiment=none: no such group file"),
+        ("stage=evaluate", "stage=evaluate: choose collect, cluster, predict, all"),
+        ("model.dtype=int8", "model.dtype=int8: not a data type"),
+        ("model.device=gpu", "model.device=gpu: not a device"),
+        ("predictor.lr=-1", "predictor.lr must be above 0"),
+        ("trainer.devices=0", "trainer.devices must be at least 1"),
+        ("tracking.wandb=maybe", "tracking.wandb"),
+        ("data.seq_len=1", "data.seq_len must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, line):
+    with pytest.raises(UserError, match=line) as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="none.yaml: no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("cluster: [k: 3")
+    with pytest.raises(UserError, match="broken.yaml: not readable as YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 3\n")
+    with pytest.raises(UserError, match="list.yaml: holds no keys"):
+        load_config(tmp_path / "list.yaml")
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_keys_and_groups_and_print_config_stops_there():
+    shown = run("train.py", "--help")
+    assert shown.returncode == 0
+    for expected in ("cluster.k=256", "clusters in a codebook", "model=bundled|mistral7b", "experiment=wikitext2", "data.seq_len="):
+        assert expected in shown.stdout
+    printed = run("train.py", "--print-config", "cluster.k=99", "data=wikitext2")
+    assert printed.returncode == 0
+    assert "k: 99" in printed.stdout and "seq_len: 2048" in printed.stdout
+
+
+def test_a_mistake_on_the_command_line_exits_with_2_and_one_line():
+    failed = run("train.py", "cluster.kk=3")
+    assert failed.returncode == 2
+    assert failed.stderr.strip() == "error: cluster.kk: unknown key; did you mean cluster.k?"

@@ -1,0 +1,116 @@
+"""Finding and hooking gated FFNs of several families; what is refused is refused by name."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from apc.errors import UserError
+from apc.models import FFNHooks, ModelConfig, find_ffns, load_model, resolve_device, weights_digest
+from apc.patterns import Importance
+
+
+class Recorder:
+    def __init__(self, change=None):
+        self.seen, self.inputs, self.change = {}, {}, change
+
+    def enter(self, layer, hidden):
+        self.inputs[layer] = hidden.clone()
+
+    def visit(self, layer, site, values):
+        self.seen[layer, site] = values.clone()
+        return self.change(values) if self.change else None
+
+
+def weights_of(ffn):
+    """(W_gate, W_up, W_down), however the family stores them."""
+    if ffn.gate_up is not None:
+        return *ffn.gate_up.weight.chunk(2), ffn.down.weight
+    return ffn.gate.weight, ffn.up.weight, ffn.down.weight
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_hooks_see_what_the_weights_say(family):
+    model = tiny.make_model(family)
+    ffns = find_ffns(model)
+    recorder = Recorder()
+    hooks = FFNHooks(ffns, ["gate", "up", "neuron", "down"], recorder)
+    with torch.no_grad():
+        model(torch.arange(9)[None])
+    hooks.remove()
+    for layer, ffn in enumerate(ffns):
+        W_gate, W_up, W_down = weights_of(ffn)
+        gate, up = recorder.inputs[layer] @ W_gate.T, recorder.inputs[layer] @ W_up.T
+        act = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
+        for site, expected in dict(gate=gate, up=up, neuron=act(gate) * up, down=(act(gate) * up) @ W_down.T).items():
+            torch.testing.assert_close(recorder.seen[layer, site], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("site", ["gate", "up", "neuron", "down"])
+def test_what_a_visitor_returns_takes_the_place_of_a_site(family, site):
+    model = tiny.make_model(family)
+    recorder = Recorder()
+    hooks = FFNHooks(find_ffns(model), [site], Recorder(change=torch.zeros_like))
+    after = FFNHooks(find_ffns(model), ["down"], recorder)
+    with torch.no_grad():
+        model(torch.arange(9)[None])
+    hooks.remove()
+    after.remove()
+    assert all(float(value.abs().max()) == 0 for (_, name), value in recorder.seen.items() if name == "down")
+
+
+def test_importance_at_the_neuron_is_what_it_moves_in_the_residual_stream():
+    model = tiny.make_model()
+    ffns = find_ffns(model)
+    values = torch.randn(5, ffns[1].width)
+    expected = torch.stack([(values[:, i : i + 1] * ffns[1].down.weight[:, i]).norm(dim=1) for i in range(ffns[1].width)], dim=1)
+    torch.testing.assert_close(Importance(ffns)(1, "neuron", values), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=11), "GPT2LMHeadModel: no gated FFN"),
+        (
+            dict(model_type="mixtral", hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                 num_local_experts=4, vocab_size=11),
+            "MixtralForCausalLM: a mixture of experts",
+        ),
+    ],
+    ids=["no-gated-ffn", "mixture-of-experts"],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_is_refused_by_name(options, named):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
+    with pytest.raises(UserError, match=named):
+        find_ffns(model)
+
+
+def test_packed_weights_are_refused_by_name():
+    model = tiny.make_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UserError, match=r"LlamaForCausalLM: its weights are packed \(gptq\)"):
+        find_ffns(model)
+    del model.config.quantization_config
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 52, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp holds a Linear of torch\.uint8, packed weights"):
+        find_ffns(model)
+
+
+def test_the_digest_is_of_the_weights_and_not_of_the_folder(tmp_path):
+    digests = []
+    for name in ("a", "b"):
+        tiny.save_model(tmp_path / name)
+        model, _ = load_model(ModelConfig(path=str(tmp_path / name), device="cpu"), torch.device("cpu"))
+        digests.append(weights_digest(model))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] += 1e-3
+    assert digests[0] == digests[1] != weights_digest(model)
+
+
+def test_an_absent_gpu_and_an_absent_folder_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="model.device=cuda: this machine has 0 CUDA devices"):
+        resolve_device("cuda")
+    with pytest.raises(UserError, match=f"model.path={tmp_path}/none: no such folder"):
+        load_model(ModelConfig(path=str(tmp_path / "none")), torch.device("cpu"))

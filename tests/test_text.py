@@ -1,0 +1,339 @@
+"""Text → windows: sources are read alike, windows tile the tokens, and score text that was fitted on is refused."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from apc import text
+from apc.errors import UserError
+from apc.text import DataConfig, load_windows
+
+WORDS = [f"w{i}" for i in range(97)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per word; a context of 8 and a BOS token, neither of which may show in the windows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[BOS]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", bos_token="[BOS]", model_max_length=8)
+
+
+def _words(count: int, start: int = 0, step: int = 1) -> str:
+    return " ".join(WORDS[(start + i * step) % len(WORDS)] for i in range(count))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Two texts without a common paragraph, in the working directory: fit.txt with 50 words and score.txt with 35."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fit.txt").write_text(_words(50))
+    (tmp_path / "score.txt").write_text(_words(35, start=3, step=5))
+    return tmp_path
+
+
+def _config(**changes) -> DataConfig:
+    return DataConfig(**{"fit": "fit.txt", "score": "score.txt", "seq_len": 8} | changes)
+
+
+# ---- windows
+
+
+def test_windows_tile_the_text_without_bos_and_drop_the_tail(files, tokenizer, caplog):
+    fit, score = load_windows(_config(), tokenizer)
+    ids = [WORDS.index(word) + 2 for word in _words(50).split()]
+    assert fit.tokens.dtype == torch.int64 and fit.tokens.tolist() == [ids[i : i + 8] for i in range(0, 48, 8)]
+    assert score.tokens.shape == (4, 8)
+    assert (fit.source, score.source, fit.documents) == ("fit.txt", "score.txt", 1)
+    assert not caplog.records, "no warning about the model's context"
+
+
+def test_windows_asked_for_are_the_first(files, tokenizer):
+    everything, _ = load_windows(_config(), tokenizer)
+    fit, score = load_windows(_config(fit_windows=2, score_windows=4), tokenizer)
+    assert torch.equal(fit.tokens, everything.tokens[:2]) and len(score.tokens) == 4
+
+
+def test_more_windows_than_there_are_says_how_many_there_are(files, tokenizer):
+    with pytest.raises(UserError, match="data.score_windows=5, but score.txt has 4 windows of 8 tokens"):
+        load_windows(_config(score_windows=5), tokenizer)
+
+
+def test_a_text_shorter_than_a_window_says_found_and_needed(files, tokenizer):
+    with pytest.raises(UserError, match="data.score: score.txt has 35 tokens, one window needs 36: lower data.seq_len"):
+        load_windows(_config(seq_len=36), tokenizer)
+
+
+def test_digest_follows_tokens_and_length_but_not_the_path(files, tokenizer):
+    digest = load_windows(_config(), tokenizer)[0].digest
+    (files / "elsewhere").mkdir()
+    (files / "elsewhere" / "copy.md").write_text(_words(50))
+    assert load_windows(_config(fit="elsewhere/copy.md"), tokenizer)[0].digest == digest
+    (files / "tail.txt").write_text(_words(49))
+    assert load_windows(_config(fit="tail.txt"), tokenizer)[0].digest == digest, "what no window holds does not count"
+    assert load_windows(_config(fit_windows=5), tokenizer)[0].digest != digest
+    one_row, two_rows = torch.arange(16).view(1, 16), torch.arange(16).view(2, 8)
+    assert text._digest(one_row) != text._digest(two_rows), "same ids, other seq_len"
+    (files / "fit.txt").write_text(_words(50, step=2))
+    assert load_windows(_config(), tokenizer)[0].digest != digest
+
+
+# ---- config
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"seq_len": 1}, "data.seq_len must be at least 2, got 1"),
+        ({"fit_windows": 0}, "data.fit_windows must be at least 1, or null for all, got 0"),
+        ({"score_windows": -1}, "data.score_windows must be at least 1, or null for all, got -1"),
+        ({"score": ""}, "data.score is empty"),
+    ],
+    ids=["seq_len", "fit_windows", "score_windows", "score"],
+)
+def test_a_bad_value_names_its_key(values, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**values)
+
+
+def test_omegaconf_lets_the_validation_speak():
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.from_dotlist(["seq_len=1"]))
+    with pytest.raises(UserError, match="data.seq_len"):
+        OmegaConf.to_object(merged)
+
+
+# ---- local files
+
+
+def test_rows_of_parquet_and_jsonl_are_joined_by_blank_lines(files, tokenizer):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [_words(9), "", _words(20, start=40)]
+    parquet.write_table(pa.table({"text": rows, "title": ["a", "b", "c"]}), files / "named.parquet")
+    parquet.write_table(pa.table({"content": [*rows, None], "id": [1, 2, 3, 4]}), files / "only.parquet")
+    (files / "rows.jsonl").write_text("\n".join(json.dumps({"text": row, "id": 1}) for row in rows) + "\n\n")
+    (files / "plain.tokens").write_text("\n\n".join(rows))
+    names = ["named.parquet", "only.parquet", "rows.jsonl", "plain.tokens"]
+    read = [load_windows(_config(fit=name), tokenizer)[0] for name in names]
+    assert len({windows.digest for windows in read}) == 1
+    assert [windows.documents for windows in read] == [3, 3, 3, 1]
+    assert text._read("rows.jsonl", "fit").joined == "\n\n".join(rows)
+
+
+def test_unreadable_files_are_named(files, tokenizer):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"a": ["x"], "b": ["y"]}), files / "two.parquet")
+    (files / "bad.parquet").write_bytes(b"no parquet")
+    (files / "bad.jsonl").write_text('{"text": "x"}\n{"text": 1}\n')
+    (files / "broken.jsonl").write_text('{"text"\n')
+    (files / "latin.txt").write_bytes(b"caf\xe9")
+    (files / "page.pdf").write_bytes(b"")
+    (files / "folder").mkdir()
+    for name, message in {
+        "two.parquet": "no column `text` but 2 columns of strings",
+        "bad.parquet": "not a parquet file",
+        "bad.jsonl": "line 2 has no string `text`",
+        "broken.jsonl": "line 1 is not JSON",
+        "latin.txt": "not UTF-8 text .byte 3.",
+        "page.pdf": "unknown ending",
+        "folder": "is a folder",
+    }.items():
+        with pytest.raises(UserError, match=f"data.fit: .*{name}.*{message}"):
+            load_windows(_config(fit=name), tokenizer)
+
+
+@pytest.mark.parametrize("missing", ["absent.txt", "./absent", "/no/such/file", "~/absent/x", "here/absent", "a/b/c"])
+def test_a_missing_file_is_not_taken_for_a_hub_id(files, tokenizer, missing):
+    (files / "here").mkdir()
+    with pytest.raises(UserError, match="data.score: file .* does not exist"):
+        load_windows(_config(score=missing), tokenizer)
+
+
+@pytest.mark.parametrize("hub_id", ["imdb", "Salesforce/wikitext:wikitext-2-raw-v1:test", "org/name-v1.5", "org/x:a/b"])
+def test_a_hub_id_is_not_taken_for_a_file(files, hub_id):
+    assert not text._looks_like_path(hub_id)
+
+
+# ---- fit and score apart
+
+LONG = [_words(60, start=i, step=i + 1) for i in range(30)]  # each over 200 characters
+
+
+def _write(path, paragraphs):
+    path.write_text("\n".join(paragraphs))
+
+
+def test_the_same_text_is_refused_unless_in_sample(files, tokenizer):
+    (files / "copy.txt").write_text(_words(50))
+    for score in ("fit.txt", "./fit.txt", "copy.txt"):
+        with pytest.raises(UserError, match="data.fit and data.score are the same text .*data.in_sample=true"):
+            load_windows(_config(score=score), tokenizer)
+    fit, score = load_windows(_config(score="fit.txt", in_sample=True), tokenizer)
+    assert fit.digest == score.digest
+
+
+def test_shared_paragraphs_are_counted_quoted_and_refused(files, tokenizer):
+    _write(files / "fit.txt", LONG[:20])
+    _write(files / "score.txt", [LONG[25], f"  {LONG[3]}\t", LONG[26], LONG[4]])
+    with pytest.raises(UserError, match=f"score.txt. shares 2 paragraphs, 5.% .*fit.txt.*“{LONG[3][:60]}….*data.in_sample=true"):
+        load_windows(_config(), tokenizer)
+    load_windows(_config(in_sample=True), tokenizer)
+
+
+def test_shared_paragraphs_are_found_in_text_wrapped_at_short_lines(files, tokenizer):
+    def wrapped(paragraph):
+        words = paragraph.split()
+        return "\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12))
+
+    (files / "fit.txt").write_text("\n\n".join(map(wrapped, LONG[:5])))
+    (files / "score.txt").write_text("\n\n".join(map(wrapped, LONG[4:10])))
+    with pytest.raises(UserError, match="shares 1 paragraphs"):
+        load_windows(_config(), tokenizer)
+
+
+def test_one_per_cent_of_shared_text_and_short_lines_are_allowed(files, tokenizer):
+    _write(files / "fit.txt", [LONG[0], "See also", _words(20)])
+    _write(files / "score.txt", [LONG[0], "See also", _words(20)] + [_words(97, start=i, step=i) for i in range(2, 96)])
+    shared = len(LONG[0]) / (files / "score.txt").stat().st_size
+    assert 0.005 < shared < 0.01
+    load_windows(_config(), tokenizer)
+
+
+# ---- bundled
+
+
+def test_bundled_fit_and_score_are_separate_articles(monkeypatch, tokenizer):
+    articles = [_words(60, start=i, step=i + 1) for i in range(11)]
+    monkeypatch.setattr(text, "bundled_documents", lambda: articles)
+    fit, score = load_windows(DataConfig(seq_len=8), tokenizer)
+    assert (fit.source, score.source, fit.documents, score.documents) == ("bundled:fit", "bundled:score", 9, 2)
+    assert sorted(text._bundled("fit") + text._bundled("score")) == sorted(articles)
+    swapped = load_windows(DataConfig("bundled:score", "bundled:fit", seq_len=8), tokenizer)
+    assert [windows.digest for windows in swapped] == [score.digest, fit.digest]
+    with pytest.raises(UserError, match="same text .bundled:score."):
+        load_windows(DataConfig("bundled:score", "bundled", seq_len=8), tokenizer)
+    both = load_windows(DataConfig("bundled:score", "bundled:score", seq_len=8, in_sample=True), tokenizer)
+    assert both[0].digest == both[1].digest == score.digest
+    with pytest.raises(UserError, match="no bundled text `test`"):
+        load_windows(DataConfig("bundled:test", seq_len=8), tokenizer)
+
+
+def test_real_bundled_text_leaves_enough_tokens_to_score():
+    from transformers import AutoTokenizer
+
+    from apc.assets import bundled_model
+
+    fit, score = load_windows(DataConfig(), AutoTokenizer.from_pretrained(bundled_model()))
+    assert (fit.documents, score.documents) == (85, 21)
+    assert fit.tokens.shape[0] >= 500 and score.tokens.numel() >= 60_000
+
+
+# ---- hub
+
+
+@pytest.fixture
+def closed_hub(monkeypatch, tmp_path):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def test_an_unreachable_hub_is_said_within_five_seconds(files, tokenizer, closed_hub):
+    before = time.monotonic()
+    with pytest.raises(UserError, match="data.score: can't reach the hub.*`no-such/set:a:test`.*data.score=path/to/file.txt"):
+        load_windows(_config(score="no-such/set:a:test"), tokenizer)
+    assert time.monotonic() - before < 5
+
+
+def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        before = time.monotonic()
+        assert text.hub_reachable(timeout=0.5) is False
+        assert time.monotonic() - before < 2
+
+
+def test_a_hub_whose_name_is_looked_up_for_ever_is_given_up_in_time(monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(4))
+    before = time.monotonic()
+    assert text.hub_reachable(timeout=0.5) is False
+    assert time.monotonic() - before < 2
+
+
+@pytest.mark.parametrize("status, reachable", [(200, True), (404, True), (503, False)])
+def test_a_hub_that_answers_is_reachable_unless_it_is_down(monkeypatch, status, reachable):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    from huggingface_hub import constants
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert text.hub_reachable() is reachable
+        server.shutdown()
+
+
+def test_hub_rows_are_joined_and_config_and_split_are_passed(files, tokenizer, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split, datasets.config.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_dict({"text": [_words(9), "", _words(30, start=len(calls), step=7)], "n": [1, 2, 3]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(text, "hub_reachable", lambda: False)
+    fit, score = load_windows(_config(fit="org/set", score="org/set:raw:validation"), tokenizer)
+    assert calls == [("org/set", None, "train", True), ("org/set", "raw", "validation", True)], "unreachable: its cache is still asked"
+    assert not datasets.config.HF_HUB_OFFLINE, "and offline mode is left again"
+    assert (fit.source, score.source, fit.documents) == ("org/set::train", "org/set:raw:validation", 3)
+    assert text._read("org/set", "score").name == "org/set::test"
+    with pytest.raises(UserError, match="same text"):
+        load_windows(_config(fit="org/set:raw:test", score="org/set:raw"), tokenizer)
+
+
+def test_what_the_hub_refuses_is_passed_on_in_one_line(files, tokenizer, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(text, "hub_reachable", lambda: True)
+    with pytest.raises(UserError, match="data.fit: can't load `org/set` from the hub: Config name is missing. Please pick one among"):
+        load_windows(_config(fit="org/set"), tokenizer)
+    with pytest.raises(UserError, match="too many parts"):
+        load_windows(_config(fit="org/set:a:b:c"), tokenizer)

@@ -1,0 +1,80 @@
+"""Tiny models, a tokenizer and texts, made in a folder: what the tests run the whole program on."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 120
+FAMILIES = {
+    "llama": dict(model_type="llama"),
+    "mistral": dict(model_type="mistral", sliding_window=None),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "gemma2": dict(model_type="gemma2", head_dim=16),
+    "gemma3": dict(model_type="gemma3_text", head_dim=16),
+    "phi3": dict(model_type="phi3", pad_token_id=0),
+}
+
+
+def make_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
+    """Words drawn by a random Markov chain, so that tokens have something to be predicted from."""
+    generator = torch.Generator().manual_seed(99)
+    steps = torch.rand(VOCABULARY, VOCABULARY, generator=generator).pow(12)
+    walk = torch.Generator().manual_seed(seed)
+    word, found = 0, []
+    for _ in range(words):
+        word = int(torch.multinomial(steps[word], 1, generator=walk))
+        found.append(f"w{word}")
+    path.write_text(" ".join(found))
+    return path
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCABULARY)} | {"[UNK]": VOCABULARY}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]", eos_token="[UNK]")
+
+
+def make_model(family: str = "llama", width: int = 52, layers: int = 3, **options):
+    """A random causal language model: hidden size 32, FFN width 52 (not a multiple of 8)."""
+    settings = dict(
+        hidden_size=32, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY + 1, max_position_embeddings=256, bos_token_id=VOCABULARY, eos_token_id=VOCABULARY, pad_token_id=VOCABULARY,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(settings | FAMILIES[family] | options)))
+    with torch.no_grad():  # larger than the usual start, so that masks change what comes out
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def save_model(folder: Path, family: str = "llama", **options) -> Path:
+    make_model(family, **options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_overrides(folder: Path, **changes) -> list[str]:
+    """Overrides for a run of seconds, all of whose files lie in `folder`; the model and texts must be there."""
+    values = {
+        "model.path": folder / "model", "model.device": "cpu", "data.fit": folder / "fit.txt", "data.score": folder / "score.txt",
+        "data.seq_len": 32, "data.fit_windows": 21, "data.score_windows": 4, "collect.dir": folder / "stores", "collect.block_tokens": 128,
+        "collect.calibration_windows": 4, "cluster.k": 6, "cluster.max_epochs": 6, "predictor.hidden": 16, "predictor.max_epochs": 2,
+        "predictor.batch": 32, "run.dir": folder / "runs", "run.name": "run", "tracking.wandb": "disabled", "trainer.progress": "false",
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in (values | changes).items()]
+
+
+def make_workplace(folder: Path, family: str = "llama") -> Path:
+    """A folder with a model and two texts that share nothing."""
+    save_model(folder / "model", family)
+    make_text(folder / "fit.txt", seed=1)
+    make_text(folder / "score.txt", words=600, seed=2)
+    return folder
