@@ -87,7 +87,7 @@ class _Visitor:
         """float32 [n, D]"""
         importance = self._importance(layer, site, values.flatten(0, -2))
         self._largest.append((layer, site, importance.amax()))
-        return importance
+        return importance.nan_to_num_(nan=0.0)  # the pass goes on to its end, where the layer is named
 
     def take_nonfinite(self) -> tuple[int, str] | None:
         """The first layer and site with a NaN or infinity since the last call."""

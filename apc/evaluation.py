@@ -88,7 +88,12 @@ class Evaluator:
                 bar.update(len(batch))
         finally:
             hooks.remove()
-        return distributed.all_sum(losses).cpu()
+        losses = distributed.all_sum(losses).cpu()
+        if not losses.isfinite().all():
+            arm = reader.arm.name if isinstance(reader, MaskedForward) else "dense"
+            window = int((~losses.isfinite()).nonzero()[0])
+            raise UserError(f"arm {arm}: the loss of score window {window} is not finite; try model.dtype=float32 or bfloat16, or check the weights")
+        return losses
 
     def _meter(self) -> MaskMeter:
         return MaskMeter(self.codebook, self.device)

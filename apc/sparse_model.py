@@ -35,8 +35,8 @@ class Tokens:
 
     @cached_property
     def importance(self) -> Tensor:
-        """float32 [n, D]"""
-        return self.measure(self.layer, self.site, self.values)
+        """float32 [n, D]; NaN counts as 0, so that a forward pass that breaks down ends with a loss that says so"""
+        return self.measure(self.layer, self.site, self.values).nan_to_num_(nan=0.0)
 
     @cached_property
     def active(self) -> Tensor:
@@ -136,7 +136,7 @@ class _NeedsPredictor(Arm):
         return None
 
     def logits(self, tokens: Tokens) -> Tensor:
-        hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)]
+        hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)].nan_to_num(nan=0.0)
         return self.predictor.layer_logits(tokens.layer, tokens.site, hidden).float()
 
 

@@ -99,9 +99,11 @@ def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int,
 
 def _sum_by_id(values: Tensor, ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """int64 [..., N, D], int64 [..., N] → int64 [..., K, D], int64 [..., K]."""
-    members = [ids == k for k in range(K)]
-    sums = torch.stack([(values * member.unsqueeze(-1)).sum(-2) for member in members], dim=-2)
-    return sums, torch.stack([member.sum(-1) for member in members], dim=-1)
+    if values.dim() == 3:
+        sums, sizes = zip(*(_sum_by_id(*group, K) for group in zip(values, ids, strict=True)), strict=True)
+        return torch.stack(sums), torch.stack(sizes)
+    sums = torch.zeros((K, values.shape[1]), dtype=torch.int64, device=values.device).index_add(0, ids, values)
+    return sums, torch.zeros(K, dtype=torch.int64, device=values.device).index_add(0, ids, torch.ones_like(ids))
 
 
 def binarize(sums: Tensor, density: float) -> Tensor:

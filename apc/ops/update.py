@@ -1,6 +1,6 @@
 """Update: what each cluster's rows add up to, and the centroids that follow from it.
 
-All sums are integers in int64, so their order does not matter: any split of the rows over blocks, devices or ranks gives the same centroids.
+All sums are integers in int64, so their order does not matter: any split of the rows over blocks, devices or ranks gives one answer.
 Shape letters: see `bits.py`.
 """
 
@@ -120,7 +120,7 @@ def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int,
 def _sum_cpu(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights: Tensor, K: int, D: int) -> Tensor:
     """Sums by cluster: sparse matrices [K, n], weights where a row is a member, times blocks of rows [n, D]. Each row is read once.
 
-    load(group, span, neurons, block): fills block [n, d] with the integers of these rows and neurons; ids: int64 [G, N]; weights: float32 or
+    load(group, span, neurons, block): fills block [n, d] with these rows' and neurons' integers. ids: int64 [G, N]. weights: float32 or
     float64 [G, N], in which type the sums of `_CPU_SPAN` rows are exact. Three times as fast as index_add_ in int64.
     """
     G, N = ids.shape

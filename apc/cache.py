@@ -1,0 +1,69 @@
+"""Lists and prunes collected patterns.
+
+    python -m apc.cache                  what there is
+    python -m apc.cache prune NAME …     deletes stores by name
+    python -m apc.cache prune --partial  deletes what interrupted runs left
+    python -m apc.cache prune --all
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from apc.collect import store_folder
+from apc.errors import UserError
+from apc.patterns import CollectConfig
+
+
+def stores(folder: Path) -> list[Path]:
+    """Complete and partial stores in the folder, by name."""
+    return sorted(path for path in folder.glob("*-p*") if path.is_dir())
+
+
+def size(path: Path) -> int:
+    """Bytes of all files in a store."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def line(path: Path) -> str:
+    """What a listing says of one store."""
+    used = f"{size(path) / 2**20:10.1f} MiB  {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    manifest = path / "manifest.json"
+    if path.suffix == ".partial" or not manifest.is_file():
+        return f"{path.name:<32}{used}  interrupted; the same train.py command goes on from it"
+    held = json.loads(manifest.read_text())
+    tokens = held["windows"] * held["seq_len"]
+    return f"{path.name:<32}{used}  {tokens:,} tokens × {held['layers']} layers, {', '.join(held['widths'])}"
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m apc.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=["list", "prune"], default="list")
+    parser.add_argument("names", nargs="*", help="stores to delete")
+    parser.add_argument("--partial", action="store_true", help="delete what interrupted runs left")
+    parser.add_argument("--all", action="store_true", help="delete everything")
+    parser.add_argument("--dir", help="the folder, if not the user's cache (collect.dir)")
+    options = parser.parse_args(words)
+    folder = store_folder(CollectConfig(dir=options.dir))
+    found = stores(folder)
+    if options.action == "list":
+        print("\n".join([f"{folder}: {len(found)} stores, {sum(map(size, found)) / 2**20:.1f} MiB", *map(line, found)]))
+        return
+    chosen = [path for path in found if options.all or path.name in options.names or (options.partial and path.suffix == ".partial")]
+    unknown = set(options.names) - {path.name for path in found}
+    if unknown or not (options.names or options.partial or options.all):
+        raise UserError(f"{', '.join(sorted(unknown)) or 'prune'}: no such store in {folder}; `python -m apc.cache` lists them")
+    for path in chosen:
+        print(f"deleting {path.name} ({size(path) / 2**20:.1f} MiB)")
+        shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

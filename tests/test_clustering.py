@@ -1,0 +1,191 @@
+"""The objective never falls, empty clusters come back, and neither a kill nor a second rank changes a bit of the codebook."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import train
+from pytorch_lightning import Callback, Trainer
+
+from apc import ops
+from apc.clustering import ClusterConfig, ClusteringModule
+from apc.codebook import Codebook
+from apc.config import load_config
+from apc.datamodule import BlockLoader, PatternDataModule
+from apc.errors import UserError
+from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+from apc.predictor import Predictor, PredictorModule
+from apc.runs import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS, WINDOWS, SEQ_LEN, D = 2, 9, 16, 43
+
+
+def make_source(seed=0, prototypes=12, windows=WINDOWS, empty_rows=3):
+    """Random patterns around prototypes, with some empty rows."""
+    generator = torch.Generator().manual_seed(seed)
+    n = windows * SEQ_LEN
+    base = torch.rand(LAYERS, prototypes, D, generator=generator).pow(4)
+    chosen = base[:, torch.randint(prototypes, (n,), generator=generator)]
+    values = (chosen * torch.rand(LAYERS, n, D, generator=generator) * 255).to(torch.uint8)
+    values[:, :empty_rows] = 0
+    active = values > 20
+    info = PatternInfo(LAYERS, 8, D, windows, SEQ_LEN, {"neuron": D}, ActiveRule("top", 0.5), True, False, {}, {"neuron": active.sum(1)})
+    source = ResidentPatterns(info, list(range(windows)), torch.device("cpu"))
+    named = {"patterns.neuron": ops.pack(active), "importance.neuron": values, "scale.neuron": torch.ones(LAYERS, n)}
+    source.add(Block.of_windows(named, 0, windows, SEQ_LEN))
+    return source
+
+
+class Objective(Callback):
+    def __init__(self):
+        self.captured, self.ones = [], []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.captured.append(module.get("captured", "neuron").clone())
+        self.ones.append(ops.popcount(module.get("centroids", "neuron")))
+
+
+def fit(source, block_windows=2, seed=0, **options):
+    module = ClusteringModule(ClusterConfig(**(dict(k=7, max_epochs=12, tolerance=0.0) | options)), source.info, seed)
+    watch = Objective()
+    trainer = Trainer(accelerator="cpu", max_epochs=12, logger=False, callbacks=[watch], enable_progress_bar=False, enable_model_summary=False,
+                      enable_checkpointing=False)  # fmt: skip
+    trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), block_windows, seed)))
+    return module, watch
+
+
+@pytest.mark.parametrize("scope", ["layer", "pooled"])
+@pytest.mark.parametrize("weighting", ["binary", "magnitude", "energy"])
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_captured_never_falls_and_every_centroid_keeps_its_size(weighting, scope, init):
+    module, watch = fit(make_source(), weighting=weighting, scope=scope, init=init, init_sample=40)
+    assert len(watch.captured) > 2
+    for before, after in zip(watch.captured, watch.captured[1:], strict=False):
+        assert (after >= before).all()
+    assert all((ones == ops.mask_size(D, 0.5)).all() for ones in watch.ones)
+    assert Codebook.from_clustering(module, {}).problem() is None
+
+
+def test_block_size_and_order_do_not_change_a_bit():
+    books = [fit(make_source(), block_windows=size)[0].get("centroids", "neuron") for size in (1, 2, 9)]
+    assert torch.equal(books[0], books[1]) and torch.equal(books[0], books[2])
+
+
+def test_seeds_differ_and_repeat():
+    one, again, other = (fit(make_source(), seed=seed)[0].get("centroids", "neuron") for seed in (3, 3, 4))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_a_run_ends_when_nothing_changes():
+    module, watch = fit(make_source(prototypes=2), k=2)
+    assert bool(module.converged) and len(watch.captured) < 12 and module.history[-1]["changed"] == 0
+
+
+def test_empty_clusters_take_the_rows_captured_worst():
+    source = make_source(prototypes=3)
+    module = ClusteringModule(ClusterConfig(k=5, weighting="binary"), source.info)
+    module._trainer = type("T", (), dict(datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2, 0))))()
+    block = source.block(0, WINDOWS, module.fields())
+    centroid = ops.cut_or_fill(ops.unpack(block.patterns["neuron"][:, 5], D), ops.mask_size(D, 0.5))
+    module.get("centroids", "neuron").copy_(centroid.unsqueeze(1).expand(-1, 5, -1))  # five alike: ids 1 to 4 stay empty
+    module._begin_pass()
+    sums, sizes = module._add_rows("neuron", block)
+    module.get("sums", "neuron").add_(sums)
+    assert (sizes[:, 1:] == 0).all()
+    module._reseed("neuron", sizes == 0)
+    for layer in range(LAYERS):
+        active = ops.unpack(block.patterns["neuron"][layer], D)
+        overlap = (active & ops.unpack(centroid[layer], D)).sum(1)
+        order = sorted((n for n in range(len(active)) if active[n].any()), key=lambda n: (float(overlap[n]) / float(active[n].sum()), n))  # noqa: B023
+        for cluster, row in zip(range(1, 5), order, strict=False):
+            kept = ops.unpack(module.get("centroids", "neuron")[layer, cluster], D)
+            inside = active[row]
+            assert (kept & ~inside).sum() == 0 or (inside & ~kept).sum() == 0  # cut or filled, never both
+
+
+def test_the_step_schedule_finds_clusters_too():
+    module, _ = fit(make_source(), schedule="step", k=12)
+    start = ClusteringModule(ClusterConfig(k=12, max_epochs=1), make_source().info)
+    assert module.history[-1]["captured"] > module.history[0]["captured"] > 0.3
+    assert start.groups == LAYERS
+
+
+def test_more_clusters_than_patterns_is_refused():
+    source = make_source(windows=1)
+    with pytest.raises(UserError, match="cluster.k=17 is more than the 16 patterns"):
+        fit(source, k=17)
+    with pytest.raises(UserError, match=r"cluster.k=14 is more than the 13 patterns that are not empty \(site neuron, layer 0\)"):
+        fit(source, k=14)
+    assert fit(source, k=13)[0].get("sizes", "neuron").sum() == LAYERS * 16
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tiny.make_workplace(tmp_path_factory.mktemp("clustering"))
+
+
+def train_tiny(workplace, **changes):
+    return train.train(load_config(None, tiny.tiny_overrides(workplace, **changes)))
+
+
+def same_tensors(one, other):
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster.schedule": "step"}], ids=["epoch", "step"])
+def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, monkeypatch, options):
+    settings = {"trainer.checkpoint_every_n_steps": 1, "stage": "predict", **options}
+    name = "-".join(options.values()) or "epoch"
+    train_tiny(workplace, **{"run.name": f"whole-{name}", **settings})
+    whole = load_run(workplace / "runs" / f"whole-{name}")
+    for kill_at in (1, 4, 5, 8, 13):
+        settings["run.name"] = f"killed-{name}-{kill_at}"
+        for kind in (ClusteringModule, PredictorModule):
+            step, count = kind.training_step, 0
+
+            def dying_step(self, block, index, step=step):
+                nonlocal count
+                count += 1
+                if count > kill_at:  # noqa: B023
+                    raise Killed
+                return step(self, block, index)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, "training_step", dying_step)
+                with pytest.raises(Killed):
+                    train_tiny(workplace, **settings)
+        train_tiny(workplace, **settings)
+        again = load_run(workplace / "runs" / settings["run.name"])
+        for name_of in ("centroids", "profiles", "sizes", "static"):
+            assert torch.equal(getattr(again.codebook.sites["neuron"], name_of), getattr(whole.codebook.sites["neuron"], name_of))
+        assert same_tensors(again.predictor, whole.predictor)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(2, {}), (3, {"collect.storage": "memory", "cluster.scope": "pooled", "cluster.weighting": "binary", "cluster.init": "k-means++"})],
+    ids=["two-ranks-layer-disk", "three-ranks-pooled-memory"],
+)
+def test_several_ranks_equal_one_bit_for_bit(workplace, ranks, options):
+    name = f"ranks{ranks}"
+    options = {"stage": "predict", **options}
+    train_tiny(workplace, **{"run.name": f"{name}-alone", **options})
+    words = tiny.tiny_overrides(workplace, **{"run.name": name, "collect.dir": workplace / f"stores-{name}", **options})
+    done = subprocess.run(
+        [sys.executable, "train.py", *words, f"trainer.devices={ranks}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = (load_run(workplace / "runs" / run).codebook.sites["neuron"] for run in (f"{name}-alone", name))
+    for field in ("centroids", "sizes", "profiles", "static", "thresholds"):
+        assert torch.equal(getattr(alone, field), getattr(together, field)), field
+    assert isinstance(load_run(workplace / "runs" / name).predictor, Predictor)

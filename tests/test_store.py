@@ -1,0 +1,251 @@
+"""A store gives back what was collected, is found again by content, and says which file is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from apc import cache, collect, ops, store
+from apc.activations import HISTOGRAM_SHIFT, Collector
+from apc.datamodule import BlockLoader
+from apc.errors import UserError
+from apc.models import find_ffns, weights_digest
+from apc.patterns import CollectConfig, Importance
+from apc.store import PatternStore
+from apc.text import Windows, _digest
+
+
+def make_windows(count=7, seq_len=16, seed=0):
+    tokens = torch.randint(0, tiny.VOCABULARY, (count, seq_len), generator=torch.Generator().manual_seed(seed))
+    return Windows(tokens, "made", 1, _digest(tokens))
+
+
+def run_collect(folder, model=None, windows=None, sites=("neuron",), active="threshold", storage="disk", with_hidden=True, **options):
+    model = model or tiny.make_model()
+    collector = Collector(model, list(sites), torch.device("cpu"), batch_windows=2)
+    cfg = CollectConfig(storage=storage, dir=str(folder), calibration_windows=options.pop("calibration_windows", 7), **options)
+    return collect.collect(cfg, collector, windows or make_windows(), active, 0.5, weights_digest(model), with_hidden)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 20_000)  # several shards even for tiny models
+
+
+def dense_values(model, windows):
+    """The intermediate neurons and FFN inputs, by hooks of the test's own: [L, n, D] and [L, n, E]."""
+    neurons, inputs, handles = [], [], []
+    for ffn in find_ffns(model):
+        handles.append(ffn.down.register_forward_pre_hook(lambda _m, args: neurons.append(args[0].flatten(0, 1))))
+        handles.append(ffn.module.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, 1))))
+    with torch.no_grad():
+        model(windows)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(neurons), torch.stack(inputs)
+
+
+@pytest.mark.parametrize("storage", ["disk", "memory"])
+@pytest.mark.parametrize("active", ["threshold", "top"])
+def test_what_is_collected_is_what_the_definitions_say(tmp_path, storage, active):
+    model, windows = tiny.make_model(), make_windows()
+    source = run_collect(tmp_path, model, windows, active=active, storage=storage)
+    neurons, inputs = dense_values(model, windows.tokens)
+    importance = neurons.abs() * torch.stack([ffn.down.weight.norm(dim=0) for ffn in find_ffns(model)]).unsqueeze(1)
+    block = source.block(0, 7, source.info.fields())
+    found = ops.unpack(block.patterns["neuron"], 52)
+    if active == "top":
+        assert torch.equal(found, ops.top_mask(importance, 26))
+    else:
+        thresholds = source.info.rule.thresholds["neuron"]
+        exact = importance.flatten(1).quantile(0.5, dim=1)
+        assert ((thresholds / exact - 1).abs() < 2 ** -(23 - HISTOGRAM_SHIFT) + 0.01).all()
+        assert torch.equal(found, importance >= thresholds.view(-1, 1, 1))
+        assert 0.48 < found.double().mean() < 0.52
+    restored = block.importance["neuron"].float() * block.scale["neuron"].unsqueeze(-1)
+    assert ((restored - importance).abs() <= block.scale["neuron"].unsqueeze(-1) * 0.51).all()
+    torch.testing.assert_close(block.hidden.float(), inputs, rtol=0.01, atol=0.01)
+    assert torch.equal(source.info.activity["neuron"], found.sum(1))
+
+
+def test_blocks_and_rows_agree_across_shards(tmp_path):
+    source = run_collect(tmp_path)
+    assert len(source._shards) > 2
+    whole = source.block(0, 7, source.info.fields())
+    for first, last in ((0, 1), (2, 6), (6, 7), (3, 3)):
+        part = source.block(first, last, source.info.fields())
+        for name, value in part.tensors().items():
+            assert torch.equal(value, whole.tensors()[name][:, first * 16 : last * 16])
+    layers, tokens = torch.randint(0, 3, (50,)), torch.randint(0, 7 * 16, (50,))
+    for name, value in whole.tensors().items():
+        assert torch.equal(source.rows(name, layers, tokens), value[layers, tokens])
+
+
+def test_memory_holds_what_the_disk_holds(tmp_path):
+    disk, memory = run_collect(tmp_path), run_collect(tmp_path, storage="memory")
+    for name, value in disk.block(0, 7, disk.info.fields()).tensors().items():
+        assert torch.equal(value, memory.block(0, 7, memory.info.fields()).tensors()[name])
+
+
+def count_forwards(monkeypatch):
+    calls = []
+    original = Collector.block
+    monkeypatch.setattr(Collector, "block", lambda self, *args, **more: calls.append(1) or original(self, *args, **more))
+    return calls
+
+
+def test_the_same_content_is_not_collected_twice_and_other_content_is(tmp_path, monkeypatch):
+    calls = count_forwards(monkeypatch)
+    run_collect(tmp_path)
+    first = len(calls)
+    assert first > 0
+    run_collect(tmp_path)
+    run_collect(tmp_path, with_hidden=False)  # a store with more fields serves
+    assert len(calls) == first
+    changed = tiny.make_model()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    for options in (dict(model=changed), dict(windows=make_windows(seed=1)), dict(active="top"), dict(sites=["gate"]), dict(calibration_windows=2)):
+        before = len(calls)
+        run_collect(tmp_path, **options)
+        assert len(calls) > before, options
+
+
+def test_collecting_goes_on_after_the_last_whole_shard(tmp_path, monkeypatch):
+    whole = run_collect(tmp_path / "whole")
+    original, written = store.StoreWriter.add, []
+
+    def dying_add(self, block):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(block.first_window)
+        original(self, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.StoreWriter, "add", dying_add)
+        with pytest.raises(KeyboardInterrupt):
+            run_collect(tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*/manifest.json"))
+    calls = count_forwards(monkeypatch)
+    again = run_collect(tmp_path / "killed")
+    assert 0 < len(calls) < 7 - len(written)
+    for name, value in whole.block(0, 7, whole.info.fields()).tensors().items():
+        assert torch.equal(value, again.block(0, 7, again.info.fields()).tensors()[name])
+
+
+def first_file(source, name="patterns"):
+    return next(path for path in sorted(source.path.iterdir()) if name in path.name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "truncated or foreign"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])), "checksum"),
+    ],
+    ids=["missing", "truncated", "flipped-bit"],
+)
+def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, damage, line):
+    source = run_collect(tmp_path)
+    path = first_file(source)
+    damage(path)
+    with pytest.raises(UserError, match=line) as caught:
+        run_collect(tmp_path)
+    assert str(path) in str(caught.value) and f"python -m apc.cache prune {source.path.name}" in str(caught.value)
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    source = run_collect(tmp_path)
+    (source.path / "manifest.json").write_text('{"format": "apc-patterns", "ver')
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        PatternStore(source.path)
+    (source.path / "manifest.json").write_text(json.dumps({"format": "apc-patterns", "version": 99}))
+    with pytest.raises(UserError, match="not a pattern store of format 1"):
+        PatternStore(source.path)
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(UserError, match="the patterns need .* are free; make room, lower data.fit_windows"):
+        run_collect(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".npy", ".json")]
+
+
+def test_a_disk_that_runs_full_keeps_whole_shards_and_leaves_no_half_file(tmp_path, monkeypatch):
+    original, left = store._write_array, [5]
+
+    def full(path, value):
+        if not left[0]:
+            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        return original(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_array", full)
+        with pytest.raises(UserError, match="the disk is full; 1 of . shards are kept"):
+            run_collect(tmp_path)
+    partial = next(tmp_path.glob("*.partial"))
+    assert not list(partial.glob("*.tmp")) and not list(partial.glob("00001-*"))
+    assert run_collect(tmp_path).info.tokens == 7 * 16
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_activations_that_are_not_finite_name_layer_and_window(tmp_path, poison):
+    model = tiny.make_model()
+    original = model.model.layers[1].mlp.up_proj.forward
+    calls = []
+
+    def poisoned(hidden):
+        calls.append(1)
+        value = original(hidden)
+        if len(calls) == 3:  # the third pass: windows 4 and 5
+            value[0, 3, 7] = poison
+        return value
+
+    model.model.layers[1].mlp.up_proj.forward = poisoned
+    with pytest.raises(UserError, match=r"layer 1 \(model\.layers\.1\.mlp\), site neuron, windows 4 to 5"):
+        run_collect(tmp_path, model, active="top", storage="memory")
+
+
+def test_importance_bins_are_as_fine_as_said():
+    values = torch.rand(10_000) + 0.1
+    edges = ((values.view(torch.int32) >> HISTOGRAM_SHIFT) << HISTOGRAM_SHIFT).view(torch.float32)
+    assert ((values - edges) / values).max() < 2**-10 and Importance is not None
+
+
+def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
+    source = run_collect(tmp_path)
+    for batch_tokens in (None, 10):
+        loader = BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens)
+        epochs = [[batch.positions.tolist() for batch in loader] for _ in range(2)]
+        assert len(epochs[0]) == len(loader) and epochs[0] != epochs[1]
+        assert all(sorted(sum(epoch, [])) == list(range(7 * 16)) for epoch in epochs)
+        for stop in range(len(loader) + 1):
+            first, second = (BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens) for _ in range(2))
+            iterator = iter(first)
+            head = [next(iterator).positions.tolist() for _ in range(stop)]
+            second.load_state_dict(first.state_dict())
+            tail = [batch.positions.tolist() for batch in second]
+            assert head + tail == epochs[0] if stop < len(loader) else tail == epochs[1]
+
+
+def test_the_cache_lists_and_prunes(tmp_path, capsys):
+    source = run_collect(tmp_path)
+    cache.main(["--dir", str(tmp_path)])
+    listed = capsys.readouterr().out
+    assert source.path.name in listed and "112 tokens × 3 layers, neuron" in listed
+    with pytest.raises(UserError, match="nothing: no such store"):
+        cache.main(["prune", "nothing", "--dir", str(tmp_path)])
+    cache.main(["prune", source.path.name, "--dir", str(tmp_path)])
+    assert not source.path.exists()
+
+
+def test_bfloat16_survives_the_disk(tmp_path):
+    source = run_collect(tmp_path)
+    hidden = source.block(0, 7, ["hidden"]).hidden
+    assert hidden.dtype == torch.bfloat16 and np.isfinite(hidden.float().numpy()).all()
