@@ -175,9 +175,9 @@ class ClusteringModule(LightningModule):
         if self.power:
             importance = self._grouped(block.importance[site])
             ids, captured = ops.assign_weighted(importance, centroids, self.power)
-            scales = ops.row_scales(importance, self.power)
+            total = ops.row_totals(importance, self.power)
+            scales = ops.scales_of(total)
             sums, sizes = ops.accumulate_weighted(importance, ids, scales, K, self.power)
-            total = _row_totals(importance, self.power)
             self.get("captured", site).add_((captured * scales).sum(1))
             self.get("weight", site).add_((total * scales).sum(1))
         else:
@@ -264,7 +264,7 @@ class ClusteringModule(LightningModule):
         """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
         if not empties.any():
             return 0
-        share, rows = (distributed.all_concat(self.get(name, site), dim=1) for name in ("worst_share", "worst_row"))
+        share, rows = (distributed.all_concat(self.get(name, site), dim=1).clone() for name in ("worst_share", "worst_row"))
         self.get("worst_share", site).fill_(torch.inf)
         self._merge_worst(site, share, rows)
         usable = self.get("worst_share", site).isfinite()
@@ -278,13 +278,6 @@ class ClusteringModule(LightningModule):
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds
         return changed
-
-
-def _row_totals(importance: Tensor, power: int) -> Tensor:
-    """Σ importance**power of each row, int64 [..., n]."""
-    if power == 1:
-        return importance.sum(-1, dtype=torch.int64)
-    return importance.int().square_().sum(-1, dtype=torch.int64)
 
 
 class _RowReader:
@@ -363,7 +356,7 @@ class _Start:
         masks = self.reader.masks(groups, rows)
         sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
         scales = ops.row_scales(sample, module.power) if module.power else None
-        total = _row_totals(sample, module.power) if module.power else ops.popcount(sample).long()
+        total = ops.row_totals(sample, module.power) if module.power else ops.popcount(sample).long()
         missed = total.clone()
         picked: list[int] = []
         for _ in range(module.cfg.k):

@@ -27,9 +27,9 @@ def rank_range(first: int, last: int) -> tuple[int, int]:
 class BlockLoader:
     """Every block once an epoch, shuffled; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
 
-    Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `state_dict` says what has
-    been handed out, and after `load_state_dict` the next iteration goes on behind it, so that a resumed run sees each row
-    exactly once. Reading runs ahead on a thread.
+    Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `progress` says what has
+    been handed out, and after `resume` the next iteration goes on behind it, so that a resumed run sees each row exactly
+    once. Reading runs ahead on a thread.
 
     Args:
         fields: names of the fields to read, as in `PatternInfo.fields`.
@@ -55,11 +55,11 @@ class BlockLoader:
         largest_share = math.ceil((last - first) / distributed.world_size())
         return math.ceil(largest_share * self.source.info.seq_len / self.batch_tokens)
 
-    def state_dict(self) -> dict:
+    def progress(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+    def resume(self, progress: dict[str, int]) -> None:
+        self.epoch, self.position = progress["epoch"], progress["position"]
 
     def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
         """This rank's share of every block, once and in order, with other fields; the loader's own position stays."""
@@ -122,3 +122,11 @@ class PatternDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BlockLoader:
         return self.loader
+
+    # The loader's place is kept here and not in the loader's own state_dict: Lightning 2.6 forgets that one in a checkpoint of an
+    # epoch's end, and whenever the loader was set up before the checkpoint was read.
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.progress()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.loader.resume(state_dict)

@@ -145,11 +145,11 @@ class PredictorModule(LightningModule):
     energy of the hard and the soft mask, each per layer and over all).
     """
 
-    def __init__(self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0):
+    def __init__(self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0, log_every: int = 20):
         super().__init__()
         if cfg.loss != "ce" and not info.with_importance:
             raise UserError(f"predictor.loss={cfg.loss} needs importances; set collect.importance=true or predictor.loss=ce")
-        self.cfg, self.info, self.codebook, self.monitor = cfg, info, codebook, monitor
+        self.cfg, self.info, self.codebook, self.monitor, self.log_every = cfg, info, codebook, monitor, log_every
         outputs = {site: codebook.k if cfg.form == "cluster" else D for site, D in info.widths.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -180,7 +180,8 @@ class PredictorModule(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.cfg.lr, total_steps=max(2, self.trainer.estimated_stepping_batches), pct_start=0.1)
+        steps = len(self.trainer.datamodule.loader) * self.cfg.max_epochs
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.cfg.lr, total_steps=max(2, steps), pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, block: Block, batch_index: int) -> Tensor:
@@ -189,7 +190,7 @@ class PredictorModule(LightningModule):
         if not torch.isfinite(loss):
             raise UserError(f"the predictor's loss is not finite at step {self.global_step}; lower predictor.lr (now {self.cfg.lr})")
         step = self.global_step + 1
-        if step % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
+        if step % self.log_every == 0 or batch_index + 1 == self.trainer.num_training_batches:
             self.history.append({"step": step, "loss": loss.item()})
             self._log({"predictor/step": step, "predictor/loss": loss.item(), "predictor/lr": self.lr_schedulers().get_last_lr()[0]})
         return loss

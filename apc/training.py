@@ -1,5 +1,6 @@
 """Runs the two trainings of a run, each from where it was left: clustering to a codebook, then the predictor."""
 
+import warnings
 from dataclasses import asdict
 from functools import partial
 
@@ -41,7 +42,7 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
         precision=cfg.trainer.precision,
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
-        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        log_every_n_steps=1,  # the modules choose what they log
         logger=tracking.loggers,
         callbacks=[*callbacks, *shown],
         enable_progress_bar=cfg.trainer.progress,
@@ -60,6 +61,9 @@ def _fit(trainer: Trainer, module, data: PatternDataModule, checkpoint) -> None:
             raise UserError(f"{checkpoint}: damaged ({str(error).splitlines()[0]}); delete it to train from the start") from error
         except Exception as error:  # pickle.UnpicklingError: not plain tensors and containers
             raise UserError(f"{checkpoint}: not a checkpoint of this program; delete it to train from the start") from error
+    # The loader is resumable: the data module keeps its place (see there why).
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
 
 
@@ -108,7 +112,7 @@ def train_predictor(
     """
     if run.predictor.is_file():
         return Predictor.load(run.predictor)
-    module = PredictorModule(cfg.predictor, codebook, source.info, monitor, cfg.seed)
+    module = PredictorModule(cfg.predictor, codebook, source.info, monitor, cfg.seed, cfg.trainer.log_every_n_steps)
     callbacks: list[Callback] = [ResumePoint(run.checkpoint("predictor"), cfg.trainer.checkpoint_every_n_steps)]
     trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, DDPStrategy)
     loader = _loader(cfg, source, module.fields(), device, cfg.predictor.batch)

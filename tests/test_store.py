@@ -229,7 +229,7 @@ def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
             first, second = (BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens) for _ in range(2))
             iterator = iter(first)
             head = [next(iterator).positions.tolist() for _ in range(stop)]
-            second.load_state_dict(first.state_dict())
+            second.resume(first.progress())
             tail = [batch.positions.tolist() for batch in second]
             assert head + tail == epochs[0] if stop < len(loader) else tail == epochs[1]
 

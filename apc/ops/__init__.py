@@ -2,7 +2,7 @@
 
 from apc.ops.assign import assign, assign_triton, assign_weighted, assign_weighted_triton
 from apc.ops.bits import cut_or_fill, mask_size, pack, popcount, row_bytes, top_mask, unpack
-from apc.ops.update import accumulate, accumulate_triton, accumulate_weighted, accumulate_weighted_triton, binarize, row_scales
+from apc.ops.update import accumulate, accumulate_triton, accumulate_weighted, accumulate_weighted_triton, binarize, row_scales, row_totals, scales_of
 
 __all__ = [
     "accumulate",
@@ -20,6 +20,8 @@ __all__ = [
     "popcount",
     "row_bytes",
     "row_scales",
+    "row_totals",
+    "scales_of",
     "top_mask",
     "unpack",
 ]

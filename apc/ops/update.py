@@ -68,32 +68,44 @@ def accumulate(rows: Tensor, ids: Tensor, K: int, D: int) -> tuple[Tensor, Tenso
     return _sum_cpu(load, ids, torch.ones(ids.shape, dtype=torch.float32), K, D), _sizes(ids, K)
 
 
-def row_scales(importance: Tensor, power: int = 1) -> Tensor:
-    """uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]: 2³⁶ / Σ_i importance_i^power, rounded half up; 0 for an all-zero row.
+def row_totals(importance: Tensor, power: int = 1) -> Tensor:
+    """uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]: Σ_i importance_i^power, all that a mask could capture of each row.
 
-    scale · importance^power is the row normalised to a sum of about 2³⁶, in integers: off by at most Σ / 2³⁷, so less than 2 % while
-    Σ < 2³¹. Which centroid captures most of a row does not depend on a factor of that row, so `assign_weighted` needs no scales, and
-    assignment and update raise exactly the same integer objective Σ_n scale_n · captured_n. A sum over 10⁸ rows (nearly 2²⁷) fits int64
-    even where one neuron holds all of every row.
     Raises ValueError for other dtypes and dimensions, a power other than 1 and 2, and where 255^power·D reaches 2³¹.
     """
     if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
         raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D]")
     if importance.dim() == 2:
-        return row_scales(importance.unsqueeze(0), power).squeeze(0)
+        return row_totals(importance.unsqueeze(0), power).squeeze(0)
     G, N, D = importance.shape
     check_power(power, D)
-    rows_at_once = min(max(1, _BLOCK // D), N)
+    rows_at_once = max(1, min(_BLOCK // D, N))
     totals = torch.empty((G, N), dtype=torch.int64, device=importance.device)
     block = torch.empty((rows_at_once, D), dtype=torch.int32, device=importance.device)
     for group in range(G):
-        for n in range(0, N, max(1, rows_at_once)):
+        for n in range(0, N, rows_at_once):
             values = block[: min(rows_at_once, N - n)].copy_(importance[group, n : n + rows_at_once])
             if power == 2:
                 values.mul_(values)
             totals[group, n : n + rows_at_once] = values.sum(-1, dtype=torch.int32)
+    return totals
+
+
+def scales_of(totals: Tensor) -> Tensor:
+    """int64 [...] of `row_totals` → int64 [...]: 2³⁶ / total, rounded half up; 0 for an empty row.
+
+    scale · importance^power is the row normalised to a sum of about 2³⁶, in integers: off by at most total / 2³⁷, so less than 2 %
+    while total < 2³¹. Which centroid captures most of a row does not depend on a factor of that row, so `assign_weighted` needs no
+    scales, and assignment and update raise exactly the same integer objective Σ_n scale_n · captured_n. A sum over 10⁸ rows (nearly
+    2²⁷) fits int64 even where one neuron holds all of every row.
+    """
     scales = (2 * ROW_UNIT + totals) // (2 * totals).clamp_min(1)
     return scales.masked_fill_(totals == 0, 0)
+
+
+def row_scales(importance: Tensor, power: int = 1) -> Tensor:
+    """`scales_of` the `row_totals` of importance, uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]. Raises as `row_totals` does."""
+    return scales_of(row_totals(importance, power))
 
 
 @grouped(_check_weighted)
