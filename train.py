@@ -1,8 +1,8 @@
 """From text to a table of arms: collects activation patterns, clusters them, trains a predictor, and evaluates.
 
-    python train.py                                   everything, on the bundled model and text
-    python train.py experiment=wikitext2              a configuration from configs/experiment/
-    python train.py my.yaml cluster.k=1024 run.name=a a file of your own, and overrides
+python train.py                                   everything, on the bundled model and text
+python train.py experiment=wikitext2              a configuration from configs/experiment/
+python train.py my.yaml cluster.k=1024 run.name=a a file of your own, and overrides
 """
 
 import os
@@ -15,13 +15,12 @@ from apc import cli, collect, distributed, report
 from apc.activations import Collector
 from apc.callbacks import Stopwatch
 from apc.config import Config, to_dict
-from apc.errors import UserError
-from apc.models import load_model, model_name, resolve_device, weights_digest
-from apc.runs import load_run, open_run
+from apc.models import load_model, resolve_device, weights_digest
+from apc.runs import open_run
 from apc.scoring import score
 from apc.text import load_windows
 from apc.tracking import Tracking
-from apc.training import train_codebook, train_predictor
+from apc.training import take_codebook, train_codebook, train_predictor
 
 
 def train(cfg: Config) -> dict:
@@ -41,6 +40,8 @@ def train(cfg: Config) -> dict:
     watch.lap("load")
 
     run = open_run(cfg)
+    if cfg.checkpoint is not None:
+        take_codebook(cfg.checkpoint, run, collector.ffns, cfg.sites)
     with Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main()) as tracking:
         with_hidden = cfg.collect.hidden == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, weights, with_hidden)
@@ -48,12 +49,7 @@ def train(cfg: Config) -> dict:
         if cfg.stage == "collect":
             return {"run": str(run.path), "seconds": watch.seconds}
 
-        if cfg.checkpoint is not None:
-            codebook = load_run(cfg.checkpoint).codebook
-            if codebook is None:
-                raise UserError(f"{cfg.checkpoint}: holds no codebook; run stage=cluster there first")
-        else:
-            codebook = train_codebook(cfg, patterns, run, tracking, collector, monitored.tokens)
+        codebook = train_codebook(cfg, patterns, run, tracking, collector, monitored.tokens)
         watch.lap("cluster")
         if cfg.stage == "cluster":
             return {"run": str(run.path), "seconds": watch.seconds}
@@ -61,7 +57,7 @@ def train(cfg: Config) -> dict:
         inputs = patterns if with_hidden else collect.StreamedHidden(patterns, collector, fit)
         monitor_block = None
         if len(monitored.tokens):
-            monitor_block = collector.block(monitored.tokens, 0, patterns.info.rule, cfg.collect.importance, with_hidden=True)
+            monitor_block = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
         predictor = train_predictor(cfg, inputs, codebook, run, tracking, device, monitor_block)
         watch.lap("predict")
         if cfg.stage == "predict":

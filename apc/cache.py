@@ -1,9 +1,9 @@
 """Lists and prunes collected patterns.
 
-    python -m apc.cache                  what there is
-    python -m apc.cache prune NAME …     deletes stores by name
-    python -m apc.cache prune --partial  deletes what interrupted runs left
-    python -m apc.cache prune --all
+python -m apc.cache                  what there is
+python -m apc.cache prune NAME …     deletes stores by name
+python -m apc.cache prune --partial  deletes what interrupted runs left
+python -m apc.cache prune --all
 """
 
 import argparse

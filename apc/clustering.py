@@ -85,7 +85,9 @@ class ClusteringModule(LightningModule):
 
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
-        zeros = dict(sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), worst_row=(G, K), captured=(G,), weight=(G,))
+        zeros = dict(
+            sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), worst_row=(G, K), captured=(G,), weight=(G,)
+        )
         for name, shape in zeros.items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))

@@ -85,7 +85,17 @@ class Codebook:
             static = ops.binarize(module.get("layer_sums", site), cfg.density)
             sites[site] = SiteCodebook(centroids.clone(), _profiles(sums, sizes, centroids), sizes.clone(), static, threshold.clone())
         book = cls(
-            sites, dict(info.widths), info.layers, info.hidden_size, info.ffn_width, cfg.scope, cfg.weighting, cfg.density, info.rule.kind, info.rule.sparsity, provenance
+            sites,
+            dict(info.widths),
+            info.layers,
+            info.hidden_size,
+            info.ffn_width,
+            cfg.scope,
+            cfg.weighting,
+            cfg.density,
+            info.rule.kind,
+            info.rule.sparsity,
+            provenance,
         )
         return book.to(torch.device("cpu"))
 

@@ -29,9 +29,7 @@ def calibration_sample(windows: Tensor, count: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
 
 
-def collect(
-    cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, weights: str, with_hidden: bool
-) -> PatternSource:
+def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, weights: str, with_hidden: bool) -> PatternSource:
     """The patterns of `windows`, from the store where they are, else collected into the storage that cfg names.
 
     Raises UserError for non-finite activations (naming layer and window), a full disk, or a damaged store (naming the file).

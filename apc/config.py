@@ -95,6 +95,15 @@ class Config:
         for arm in self.arms or ():
             if arm != "dense" and arm not in ARMS:
                 raise UserError(f"arms: {arm} is unknown; choose from dense, {', '.join(ARMS)}")
+            form = getattr(ARMS.get(arm), "form", None)
+            if form not in (None, self.predictor.form):
+                raise UserError(f"arms: {arm} needs predictor.form={form}, this run has predictor.form={self.predictor.form}")
+            if arm == "gate" and self.sites != ["neuron"]:
+                raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
+        if self.cluster.weighting != "binary" and not self.collect.importance:
+            raise UserError(f"cluster.weighting={self.cluster.weighting} needs importances; set collect.importance=true or cluster.weighting=binary")
+        if self.predictor.loss != "ce" and not self.collect.importance:
+            raise UserError(f"predictor.loss={self.predictor.loss} needs importances; set collect.importance=true or predictor.loss=ce")
         if self.data.fit_windows is not None and self.monitor.windows >= self.data.fit_windows:
             raise UserError(f"monitor.windows={self.monitor.windows} leaves nothing to fit of data.fit_windows={self.data.fit_windows}; lower it")
 

@@ -37,9 +37,7 @@ class BlockLoader:
         batch_tokens: tokens in a mini-batch of one rank; None: whole blocks.
     """
 
-    def __init__(
-        self, source: PatternSource, fields: list[str], block_windows: int, seed: int, batch_tokens: int | None = None, pin_memory: bool = False
-    ):
+    def __init__(self, source: PatternSource, fields: list[str], block_windows: int, seed: int, batch_tokens: int | None = None, pin_memory: bool = False):
         self.source, self.fields, self.seed = source, fields, seed
         self.batch_tokens, self.pin_memory = batch_tokens, pin_memory
         self.blocks = block_ranges(source.info.windows, block_windows)

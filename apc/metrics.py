@@ -26,16 +26,18 @@ class MaskMeter:
     def add(self, tokens: Tokens, mask: Tensor) -> None:
         """mask: bool [n, D] or [1, D]"""
         n, D = tokens.values.shape
-        mask = mask.expand(n, D)
-        importance, energy = ((share * mask).sum(-1, dtype=torch.float64) for share in tokens.captured_shares)
+        kept = mask.to(torch.float32).expand(n, D)
+        active = tokens.active.to(torch.float32)
+        importance, energy = (share.double() for share in tokens.captured(kept))
         first = self.first.double()
         rest = 1 - first
+        hits = torch.linalg.vecdot(active, kept)  # a row's counts are exact in float32, all rows' together would not be
         found = (
-            tokens.active.sum(), mask.sum(), (tokens.active & mask).sum(),
+            active.sum(-1).double().sum(), kept.sum(-1).double().sum(), hits.double().sum(),
             rest.sum(), importance @ rest, energy @ rest, first.sum(), importance @ first, energy @ first,
-            torch.tensor(n * D, device=mask.device),
+            torch.full_like(first[0], n * D),
         )  # fmt: skip
-        self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([value.double() for value in found])
+        self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack(found)
 
     def totals(self) -> Tensor:
         """float64 [sites, L, fields], summed over all ranks."""

@@ -211,9 +211,7 @@ def _arm_grid(columns: Sequence[tuple[str, str, Callable[[dict], str]]], arms: S
 
 def _layer_grid(title: str, columns: dict[str, Sequence[float]], overall: dict[str, float | None], markdown: bool) -> str:
     count = max(len(values) for values in columns.values())
-    rows = [
-        [str(layer)] + [_percent(values[layer] if layer < len(values) else None) for values in columns.values()] for layer in range(count)
-    ]
+    rows = [[str(layer)] + [_percent(values[layer] if layer < len(values) else None) for values in columns.values()] for layer in range(count)]
     rows.append(["all"] + [_percent(overall[name]) for name in columns])
     heading = f"**{title}, %**\n\n" if markdown else f"{title}, %\n"
     return heading + _grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
@@ -365,9 +363,7 @@ def convergence_figure(results: dict, path: Path) -> bool:
     for axes, (title, history, x, y, scale, color) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         points = [_real(row.get(x)) for row in history]
         marker = "o" if len(points) <= _MAX_MARKERS else None
-        axes.plot(
-            points, [scale * _real(row.get(y)) for row in history], color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False
-        )
+        axes.plot(points, [scale * _real(row.get(y)) for row in history], color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)
         axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
         if y in ("empty", "changed"):
             axes.set_ylim(bottom=0)

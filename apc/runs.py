@@ -1,7 +1,7 @@
 """The folder that a run leaves, and reading it back.
 
-    runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.safetensors, predictor.safetensors,
-                results.json, figures/*.png, wandb/
+runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.safetensors, predictor.safetensors,
+            results.json, figures/*.png, wandb/
 """
 
 import json
@@ -20,7 +20,7 @@ from apc.files import write_atomic
 from apc.predictor import Predictor
 
 # What decides a stage's outcome; a run folder is taken up again only by a run that agrees on what it already holds.
-CLUSTER_KEYS = ("seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor")
+CLUSTER_KEYS = ("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor")
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
 # Among those, what may differ: where things lie and run.
 FREE_KEYS = {"collect": ("dir", "storage", "hidden"), "model": ("device",), "data": ("score", "score_windows")}
@@ -99,7 +99,7 @@ def stage_records(run: RunFolder) -> dict:
 
 
 def open_run(cfg: Config) -> RunFolder:
-    """Makes the run's folder, or takes an existing one up. Raises UserError if that one is of another configuration."""
+    """Makes the run's folder, or takes an existing one up. Raises UserError if what that one holds is of another configuration."""
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
     if run.config.is_file():
         _check_same(run, cfg)
@@ -123,8 +123,9 @@ def _decisive(values: dict, keys: tuple[str, ...]) -> dict:
 
 def _check_same(run: RunFolder, cfg: Config) -> None:
     old = OmegaConf.to_container(OmegaConf.load(run.config))
-    begun = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
-    keys = PREDICT_KEYS if begun else CLUSTER_KEYS
+    clustered = any(path.exists() for path in (run.codebook, run.checkpoint("cluster")))
+    predicted = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
+    keys = PREDICT_KEYS if predicted else CLUSTER_KEYS if clustered else ()
     before, after = _decisive(old, keys), _decisive(to_dict(cfg), keys)
     for key in keys:
         if before[key] != after[key]:

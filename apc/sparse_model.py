@@ -44,11 +44,14 @@ class Tokens:
         return self.codebook.rule.active(self.layer, self.site, self.importance)
 
     @cached_property
-    def captured_shares(self) -> tuple[Tensor, Tensor]:
-        """Each neuron's share of its token's importance and of its energy, float32 [n, D] each."""
-        energy = self.importance.square()
+    def energy(self) -> Tensor:
+        """float32 [n, D], the square of the importance"""
+        return self.importance.square()
+
+    def captured(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of each token's importance and of its energy that a mask keeps, float32 [n] each; kept: the mask as float32 [n, D]."""
         tiny = torch.finfo(torch.float32).tiny
-        return tuple(weights / weights.sum(-1, keepdim=True).clamp_min(tiny) for weights in (self.importance, energy))
+        return tuple(torch.linalg.vecdot(weights, kept) / weights.sum(-1).clamp_min(tiny) for weights in (self.importance, self.energy))
 
 
 class Arm:

@@ -1,8 +1,8 @@
 """Patterns on disk: shards of .npy files beside a manifest, found again by a hash of what decided their content.
 
-    <folder>/<key>-<fields>/manifest.json            what the store holds, and each file's size and sha256
-    <folder>/<key>-<fields>/00000-patterns.neuron.npy …   [L, tokens of the shard, …]
-    <folder>/<key>-<fields>.partial/                 being collected; a later run goes on after the last whole shard
+<folder>/<key>-<fields>/manifest.json            what the store holds, and each file's size and sha256
+<folder>/<key>-<fields>/00000-patterns.neuron.npy …   [L, tokens of the shard, …]
+<folder>/<key>-<fields>.partial/                 being collected; a later run goes on after the last whole shard
 """
 
 import errno

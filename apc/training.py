@@ -18,9 +18,11 @@ from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.evaluation import Evaluator
+from apc.models import GatedFFN
 from apc.patterns import Block, PatternSource
 from apc.predictor import Predictor, PredictorModule
-from apc.runs import RunFolder, provenance, write_json
+from apc.runs import RunFolder, load_run, provenance, write_json
+from apc.sparse_model import check_fits
 from apc.tracking import Tracking
 
 
@@ -97,6 +99,19 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
         tracking.artifact("codebook", "codebook", run.codebook)
     distributed.barrier()
     return codebook
+
+
+def take_codebook(checkpoint: str, run: RunFolder, ffns: list[GatedFFN], sites: list[str]) -> None:
+    """Puts another run's codebook into this run's folder. Raises UserError if there is none, or it is not for this model and these sites."""
+    codebook = load_run(checkpoint).codebook
+    if codebook is None:
+        raise UserError(f"checkpoint={checkpoint}: holds no codebook; run stage=cluster there first")
+    if list(codebook.sites) != sites:
+        raise UserError(f"checkpoint={checkpoint}: its codebook is for sites {list(codebook.sites)}, this run has sites={sites}")
+    check_fits(ffns, codebook, None)
+    if distributed.is_main() and not run.codebook.is_file():
+        codebook.save(run.codebook)
+    distributed.barrier()
 
 
 def _oracle_evaluator(codebook: Codebook, model, windows, device, batch_windows, seed) -> Evaluator:

@@ -27,9 +27,7 @@ DENSE = pytest.param((2, 2500, 40, 1536), id="several-blocks-of-D1536")
 
 IMPLEMENTATIONS = [
     pytest.param("fast", "cpu", id="cpu"),
-    pytest.param(
-        "triton", "cpu", id="interpreter", marks=pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU")
-    ),
+    pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU")),
     pytest.param("fast", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 CASES = [
@@ -221,9 +219,7 @@ def test_top_mask_equals_reference_with_ties_to_the_lowest_index(device, values)
         "int64": torch.randint(-(2**60), 2**60, (3, 8, D)),
         "few levels": torch.randint(0, 4, (3, 8, D)),
         "all equal": torch.zeros(3, 8, D),
-        "infinite": torch.randn(3, 8, D)
-        .masked_fill(torch.rand(3, 8, D) < 0.5, float("inf"))
-        .masked_fill(torch.rand(3, 8, D) < 0.3, -float("inf")),
+        "infinite": torch.randn(3, 8, D).masked_fill(torch.rand(3, 8, D) < 0.5, float("inf")).masked_fill(torch.rand(3, 8, D) < 0.3, -float("inf")),
     }
     x = made[values] if values in made else torch.randn(3, 8, D).to(getattr(torch, values))
     for m in (1, 2, 65, D - 1, D):

@@ -146,9 +146,7 @@ class Tiny(pl.LightningModule):
 
 def test_a_trainer_reaches_both_records_once(tmp_path):
     with Tracking(OFFLINE, tmp_path, "n", {}) as run:
-        trainer = pl.Trainer(
-            logger=run.loggers, max_epochs=2, log_every_n_steps=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
-        )
+        trainer = pl.Trainer(logger=run.loggers, max_epochs=2, log_every_n_steps=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
         trainer.fit(Tiny(), torch.utils.data.DataLoader(torch.ones(3, 1)))
     lines = read_metrics(tmp_path)
     assert all("epoch" not in line for line in lines)
@@ -239,9 +237,7 @@ def test_a_broken_netrc_is_no_login(nobody):
     assert tracking._wandb_mode("auto") == "offline"
 
 
-@pytest.mark.parametrize(
-    ("variable", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")]
-)
+@pytest.mark.parametrize(("variable", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")])
 def test_auto_follows_wandb_mode(monkeypatch, variable, mode):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     monkeypatch.setenv("WANDB_MODE", variable)

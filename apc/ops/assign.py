@@ -264,9 +264,7 @@ def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1
         grid = (triton.cdiv(N, _WEIGHTED_TILE["BLOCK_N"]), G)
         strides = importance.stride(0), importance.stride(1)
         with torch.cuda.device_of(importance):
-            _assign_weighted_kernel[grid](
-                importance, planes, ones, ids, captured, N, K, D, *strides, POWER=power, **_WEIGHTED_TILE, num_warps=8
-            )
+            _assign_weighted_kernel[grid](importance, planes, ones, ids, captured, N, K, D, *strides, POWER=power, **_WEIGHTED_TILE, num_warps=8)
     return ids, captured
 
 

@@ -1,0 +1,44 @@
+"""The bundled model and text, small: the arms come out in the order that makes the figures mean something, and W&B has them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train
+
+from apc.config import load_config
+from apc.tracking import read_metrics
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, results) of a small run on the bundled model and text, tracked offline."""
+    folder = tmp_path_factory.mktemp("bundled")
+    words = [
+        "data.fit_windows=13", "data.score_windows=4", "data.seq_len=384", "cluster.k=16", "cluster.max_epochs=4", "collect.calibration_windows=2",
+        "predictor.max_epochs=3", "predictor.batch=256", "trainer.progress=false", "tracking.wandb=offline", f"collect.dir={folder / 'stores'}",
+        f"run.dir={folder}", "run.name=small", "model.device=cpu",
+    ]  # fmt: skip
+    return folder / "small", train.train(load_config(None, words))
+
+
+def test_arms_stand_in_their_order(run):
+    perplexity = {record["arm"]: record["perplexity"] for record in run[1]["arms"]}
+    assert perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"] < perplexity["random"]
+    assert max(perplexity["predicted"], perplexity["soft"]) < perplexity["static"]
+    assert perplexity["dense"] < 25 and perplexity["exact"] < 1.1 * perplexity["dense"]
+
+
+def test_the_offline_run_reads_back_with_its_metrics(run):
+    folder = run[0]
+    offline = next(path for path in (folder / "wandb").iterdir() if path.name.startswith("offline-run"))
+    wandb = Path(sys.executable).with_name("wandb")
+    shown = subprocess.run([wandb, "leet", "inspect", "--json", offline], capture_output=True, text=True, timeout=60)
+    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    text = json.dumps(records)
+    for name in ("cluster/captured", "predictor/loss", "eval/oracle/perplexity", "figures/perplexity", "cluster/epoch"):
+        assert name in text, name
+    mirrored = {name for record in read_metrics(folder) for name in record}
+    assert {"cluster/captured", "predictor/loss", "cluster/monitor_perplexity"} <= mirrored

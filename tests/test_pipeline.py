@@ -1,0 +1,217 @@
+"""The whole way on tiny models: every family, what each stage leaves for the next, and what bad input says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import tiny
+import torch
+import train
+
+import apc
+from apc.config import load_config
+from apc.errors import UserError
+from apc.models import ModelConfig, load_model
+from apc.report import arms_table
+from apc.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_train(folder, **changes):
+    return train.train(load_config(None, tiny.tiny_overrides(folder, **changes)))
+
+
+def run_evaluate(folder, *words, run="run"):
+    words = [f"checkpoint={folder / 'runs' / run}", "tracking.wandb=disabled", *words]
+    return evaluate.evaluate(evaluate.config_of_run(None, words))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a model, texts, and one finished run."""
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("pipeline"))
+    run_train(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3"])
+def test_every_family_goes_from_text_to_generation(tmp_path, family):
+    tiny.make_workplace(tmp_path, family)
+    results = run_train(tmp_path)
+    arms = {record["arm"]: record for record in results["arms"]}
+    assert list(arms) == ["dense", "exact", "static", "random", "oracle", "predicted", "soft"]
+    assert arms["dense"]["perplexity"] > 1 and arms["dense"]["ratio"] == 1.0
+    assert all(abs(arms[name]["density"] - 0.5) < 0.1 for name in arms if name != "dense")
+    assert arms["exact"]["coverage"] == 1.0 and arms["oracle"]["captured_energy"] > arms["static"]["captured_energy"] > arms["random"]["captured_energy"]
+    left = apc.load_run(tmp_path / "runs" / "run")
+    model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
+    for arm in ("predicted", "soft"):
+        apc.sparsify(model, left.codebook, left.predictor, arm)
+        assert model.generate(torch.arange(6)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sites": "[gate,up,down]", "cluster.weighting": "binary", "cluster.scope": "pooled", "active": "top"},
+        {"collect.storage": "memory", "collect.hidden": "streamed", "predictor.lookahead": "1", "predictor.loss": "mix"},
+        {"collect.importance": "false", "cluster.weighting": "binary", "monitor.windows": "0", "cluster.schedule": "step"},
+        {"predictor.form": "neuron", "predictor.loss": "listwise", "arms": "[dense,oracle,gate,neuron-predictor]"},
+        {"predictor.form": "neuron", "cluster.init": "k-means++", "cluster.weighting": "magnitude", "data.score_windows": "1"},
+    ],
+    ids=["papers-form", "streamed-mix", "no-importance-step", "neuron-listwise", "neuron-defaults"],
+)
+def test_other_ways_through_the_pipeline(workplace, changes):
+    results = run_train(workplace, **{"run.name": "way", "run.dir": workplace / f"ways-{abs(hash(str(changes)))}", **changes})
+    ran = [record for record in results["arms"] if not record["missing"]]
+    assert all(record["perplexity"] > 1 for record in ran)
+    if changes.get("predictor.form") == "neuron" and "arms" not in changes:
+        reasons = {record["arm"]: record["missing"] for record in results["arms"] if record["missing"]}
+        assert set(reasons) == {"predicted", "soft"} and "form cluster" in reasons["soft"]
+    assert "dense" in arms_table(results)
+
+
+def test_a_run_leaves_everything_in_its_folder(workplace):
+    folder = workplace / "runs" / "run"
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "codebook.safetensors", "predictor.safetensors", "results.json"):
+        assert (folder / name).stat().st_size > 0
+    assert {path.name for path in (folder / "figures").glob("*.png")} >= {"perplexity.png", "captured_importance.png", "cluster_usage.png", "convergence.png"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"cluster.ckpt", "predictor.ckpt"}
+    names = {name for record in read_metrics(folder) for name in record}
+    for name in ("cluster/captured", "cluster/monitor_perplexity", "cluster/monitor_coverage", "predictor/loss", "predictor/top1_neuron",
+                 "predictor/captured_energy_soft_neuron", "predictor_layers/top5_neuron_02", "cluster_layers/monitor_precision_01"):  # fmt: skip
+        assert name in names
+    assert not list(folder.rglob("*.tmp"))
+
+
+def figures_of(results):
+    dropped = ("seconds",)
+    return json.loads(json.dumps({key: value for key, value in results.items() if key not in dropped}))
+
+
+def test_evaluate_repeats_the_figures_of_training(workplace):
+    trained = json.loads((workplace / "runs" / "run" / "results.json").read_text())
+    again = run_evaluate(workplace, "run.name=again")
+    assert figures_of(again) == figures_of(trained)
+    written = json.loads((workplace / "runs" / "run" / "evaluations" / "again" / "results.json").read_text())
+    assert figures_of(written) == figures_of(trained)
+    assert json.loads((workplace / "runs" / "run" / "results.json").read_text()) == trained
+
+
+def test_evaluate_takes_other_arms_and_text(workplace):
+    tiny.make_text(workplace / "other.txt", words=400, seed=9)
+    results = run_evaluate(workplace, "arms=[oracle,gate]", f"data.score={workplace / 'other.txt'}", "data.score_windows=3", "run.name=other")
+    assert [record["arm"] for record in results["arms"]] == ["oracle", "gate"]
+    assert results["conditions"]["score"] == "other.txt" and results["conditions"]["score_tokens"] == 96
+
+
+def test_stages_one_by_one_equal_all_at_once(workplace):
+    for stage in ("collect", "cluster", "predict", "all"):
+        results = run_train(workplace, **{"run.name": "staged", "stage": stage})
+    whole = json.loads((workplace / "runs" / "run" / "results.json").read_text())
+    assert [record.get("perplexity") for record in results["arms"]] == [record.get("perplexity") for record in whole["arms"]]
+
+
+def test_a_codebook_can_be_taken_from_another_run(workplace):
+    run_train(workplace, **{"run.name": "taken", "checkpoint": workplace / "runs" / "run", "predictor.hidden": 8, "stage": "predict"})
+    taken = apc.load_run(workplace / "runs" / "taken")
+    assert taken.predictor.hidden == 8 and taken.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
+    with pytest.raises(UserError, match=r"its codebook is for sites \['neuron'\], this run has sites=\['up'\]"):
+        run_train(workplace, **{"run.name": "bad", "checkpoint": workplace / "runs" / "run", "sites": "[up]"})
+    assert not (workplace / "runs" / "taken" / "checkpoints" / "cluster.ckpt").exists()
+
+
+def test_in_sample_figures_say_so(workplace):
+    changes = {"data.score": workplace / "fit.txt", "run.name": "in-sample"}
+    with pytest.raises(UserError, match="data.in_sample=true"):
+        run_train(workplace, **changes)
+    results = run_train(workplace, **{**changes, "data.in_sample": "true"})
+    assert results["conditions"]["split"] == "in-sample" and "IN-SAMPLE" in arms_table(results)
+
+
+BAD = {
+    "too-many-clusters": ({"cluster.k": 5000, "run.name": "bad"}, r"cluster\.k=5000 is more than the 640 patterns"),
+    "short-text": ({"data.seq_len": 5000, "run.name": "bad"}, r"data\.fit: fit\.txt has 3000 tokens, one window needs 5000"),
+    "too-many-windows": ({"data.fit_windows": 999, "run.name": "bad"}, r"data\.fit_windows=999, but fit\.txt has 93 windows"),
+    "missing-text": ({"data.fit": "none.txt", "run.name": "bad"}, r"none\.txt"),
+    "missing-model": ({"model.path": "./none", "run.name": "bad"}, r"model\.path=\./none: no such folder"),
+    "no-gpu": ({"model.device": "cuda:7", "run.name": "bad"}, r"model\.device=cuda:7: this machine has \d CUDA devices"),
+    "missing-checkpoint": ({"checkpoint": "runs/none", "run.name": "bad"}, r"runs/none: not a run folder"),
+    "another-run": ({"cluster.k": 5}, r"holds a run with cluster\.k=6, this one has cluster\.k=5; choose another run\.name"),
+    "arm-without-inputs": ({"arms": "[neuron-predictor]"}, r"arms: neuron-predictor needs predictor\.form=neuron, this run has predictor\.form=cluster"),
+    "weights-without-importance": ({"collect.importance": "false", "run.name": "bad"}, r"cluster\.weighting=energy needs importances"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_no_result(workplace, case, monkeypatch):
+    monkeypatch.chdir(workplace)
+    changes, line = BAD[case]
+    with pytest.raises(UserError, match=line) as caught:
+        run_train(workplace, **changes)
+    assert "\n" not in str(caught.value)
+    bad = workplace / "runs" / "bad"
+    assert not list(bad.glob("*.safetensors")) and not (bad / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["codebook.safetensors", "predictor.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "header"])
+def test_a_damaged_file_of_a_run_is_named(workplace, tmp_path, name, damage):
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(workplace / "runs" / "run", run)
+    path = run / name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "foreign":
+        shutil.copy(workplace / "model" / "model.safetensors", path)
+    else:
+        path.write_bytes(path.read_bytes().replace(b'\\"layers\\": 3', b'\\"layers\\": 4'))
+    with pytest.raises(UserError, match=name):
+        run_evaluate(tmp_path)
+
+
+def test_a_missing_codebook_and_a_damaged_checkpoint_are_named(workplace, tmp_path):
+    shutil.copytree(workplace / "runs" / "run", tmp_path / "runs" / "run")
+    (tmp_path / "runs" / "run" / "codebook.safetensors").unlink()
+    with pytest.raises(UserError, match=r"codebook\.safetensors: no such file"):
+        run_evaluate(tmp_path)
+    checkpoint = workplace / "runs" / "cut" / "checkpoints" / "cluster.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    for content in (b"not a checkpoint", (workplace / "runs/run/checkpoints/cluster.ckpt").read_bytes()[:2000]):
+        checkpoint.write_bytes(content)
+        with pytest.raises(UserError, match=r"cluster\.ckpt: .*delete it to train from the start"):
+            run_train(workplace, **{"run.name": "cut"})
+
+
+def test_a_codebook_of_another_model_is_refused(workplace, tmp_path):
+    tiny.save_model(tmp_path / "narrow", width=40)
+    with pytest.raises(UserError, match="the codebook is of another model: 52 neurons at neuron, the model has 40"):
+        run_evaluate(workplace, f"model.path={tmp_path / 'narrow'}")
+
+
+def test_the_command_line_exits_with_2_and_prints_one_line(workplace):
+    words = tiny.tiny_overrides(workplace, **{"cluster.k": 5000, "run.name": "exit"})
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: cluster.k=5000 is more than the 640 patterns to cluster; lower it or raise data.fit_windows"
+    ]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_trains_and_evaluates(workplace):
+    words = tiny.tiny_overrides(workplace, **{"run.name": "command"})
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout and "predicted" in done.stdout and "held-out" in done.stdout
+    again = subprocess.run(
+        [sys.executable, "evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "arms=[dense,static]", "run.name=cli"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "static" in again.stdout and (workplace / "runs/command/evaluations/cli/results.json").is_file()
