@@ -11,8 +11,8 @@ from torch import Tensor
 
 from apc import ops
 from apc.errors import UserError
-from apc.patterns import WEIGHTINGS, ActiveRule
 from apc.files import load_tensors, save_tensors
+from apc.patterns import WEIGHTINGS, ActiveRule
 
 KIND, VERSION = "apc-codebook", 1
 

@@ -1,6 +1,5 @@
 """The last stage: arms on scored text, written and logged as table, figures and results.json."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch

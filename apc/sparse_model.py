@@ -15,7 +15,7 @@ from apc.codebook import Codebook
 from apc.errors import UserError
 from apc.models import FFNHooks, GatedFFN, find_ffns
 from apc.patterns import Importance, quantise
-from apc.predictor import Predictor, mixed_profiles
+from apc.predictor import Predictor
 
 
 @dataclass

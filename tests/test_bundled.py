@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import train
 
+import train
 from apc.config import load_config
 from apc.tracking import read_metrics
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import train
 from pytorch_lightning import Callback, Trainer
 
+import tiny
+import train
 from apc import ops
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.codebook import Codebook

@@ -1,10 +1,10 @@
 """Finding and hooking gated FFNs of several families; what is refused is refused by name."""
 
 import pytest
-import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny
 from apc.errors import UserError
 from apc.models import FFNHooks, ModelConfig, find_ffns, load_model, resolve_device, weights_digest
 from apc.patterns import Importance

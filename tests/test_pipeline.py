@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
 import pytest
-import tiny
 import torch
-import train
 
 import apc
+import evaluate
+import tiny
+import train
 from apc.config import load_config
 from apc.errors import UserError
 from apc.models import ModelConfig, load_model

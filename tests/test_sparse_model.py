@@ -1,11 +1,11 @@
 """`sparsify` computes what an independently written masked forward computes; `restore` leaves no trace."""
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 import apc
+import tiny
 from apc import ops
 from apc.codebook import Codebook, SiteCodebook
 from apc.errors import UserError

@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from apc import cache, collect, ops, store
 from apc.activations import HISTOGRAM_SHIFT, Collector
 from apc.datamodule import BlockLoader
