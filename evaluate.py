@@ -4,8 +4,8 @@
     python evaluate.py checkpoint=runs/x arms=[oracle,gate]       other arms
     python evaluate.py checkpoint=runs/x data.score=other.txt     other text
 
-Every key of the run's own configuration can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name, or
-the date and time.
+Keys that don't concern the fitting can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name, or the
+date and time.
 """
 
 import os
@@ -16,59 +16,66 @@ import dataclasses
 from pathlib import Path
 
 from apc import cli, distributed, report
-from apc.callbacks import Stopwatch
 from apc.config import Config, load_config, to_dict, to_yaml
 from apc.errors import UserError
 from apc.files import write_atomic
-from apc.models import load_model, resolve_device
-from apc.runs import RunFolder, load_run, new_name
-from apc.scoring import score
+from apc.models import find_ffns, load_model, resolve_device
+from apc.runs import RunFolder, Stopwatch, load_run, new_name
+from apc.scoring import score, split_windows
+from apc.sparse_model import check_fits
 from apc.text import load_windows
 from apc.tracking import Tracking
+
+# What the run was fitted with: an evaluation can't change it.
+FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "monitor")
+FITTED_DATA = ("fit", "fit_windows", "seq_len")
 
 
 def evaluate(cfg: Config) -> dict:
     """Evaluates the run `cfg.checkpoint` under cfg, and returns the results (see `apc.report`)."""
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
-    loaded = load_run(_checkpoint(cfg))
-    if loaded.codebook is None:
-        raise UserError(f"{loaded.folder.codebook}: no such file; run train.py stage=cluster run.name={loaded.folder.path.name} first")
+    run = load_run(cfg.checkpoint)
+    if run.codebook is None:
+        raise UserError(f"{run.folder.codebook}: no such file; run train.py stage=cluster run.name={run.folder.path.name} first")
     watch = Stopwatch()
 
-    model, tokenizer = load_model(cfg.model, device)
-    fit, scored = load_windows(cfg.data, tokenizer)
-    fit, _ = fit.split(len(fit.tokens) - cfg.monitor.windows)
-    batch_windows = cfg.trainer.batch_windows or (8 if device.type == "cuda" else 1)
+    with distributed.main_first():  # which fetches and unpacks what is bundled
+        model, tokenizer = load_model(cfg.model, device)
+        texts = load_windows(cfg.data, tokenizer)
+    _, _, scored = split_windows(cfg, *texts)
+    check_fits(find_ffns(model), run.codebook, run.predictor)
     watch.lap("load")
 
-    folder = loaded.folder.path / "evaluations" / (cfg.run.name or new_name())
-    folder.mkdir(parents=True, exist_ok=True)
-    with Tracking(cfg.tracking, folder, f"{loaded.folder.path.name}-{folder.name}", to_dict(cfg), enabled=distributed.is_main()) as tracking:
+    folder = run.folder.path / "evaluations" / (cfg.run.name or new_name())
+    with Tracking(cfg.tracking, folder, f"{run.folder.path.name}-{folder.name}", to_dict(cfg), enabled=distributed.is_main()) as tracking:
         if distributed.is_main():
             write_atomic(folder / "config.yaml", to_yaml(cfg).encode())
-        results = score(cfg, model, loaded.codebook, loaded.predictor, fit, scored, loaded.folder, folder, tracking, device, batch_windows, watch)
+        results = score(cfg, model, run.codebook, run.predictor, scored, run.folder, folder, tracking, device, watch)
         if distributed.is_main():
-            print("\n" + report.arms_table(results) + "\n\n" + report.layer_table(results), flush=True)
+            print("\n\n".join(["", report.arms_table(results), report.detail_table(results), report.layer_table(results)]), flush=True)
             print(f"\nresults: {folder / 'results.json'}   figures: {RunFolder(folder).figures}", flush=True)
     return results
 
 
-def _checkpoint(cfg: Config) -> Path:
-    if cfg.checkpoint is None:
-        raise UserError("checkpoint: not given; name a run folder that train.py left, e.g. checkpoint=runs/NAME")
-    return Path(cfg.checkpoint)
-
-
 def config_of_run(path: str | None, overrides: list[str]) -> Config:
-    """The run's own configuration, with the overrides on top."""
-    cfg = load_config(path, overrides)
-    run = RunFolder(_checkpoint(cfg))
+    """The run's own configuration, with the overrides on top. Raises UserError for one that would change what was fitted."""
+    if path is not None:
+        raise UserError(f"{path}: evaluate.py takes the run's own configuration; write checkpoint=runs/NAME and key=value overrides")
+    checkpoint = next((word.partition("=")[2] for word in overrides if word.startswith("checkpoint=")), None)
+    if not checkpoint:
+        raise UserError("checkpoint: not given; name a run folder that train.py left, e.g. checkpoint=runs/NAME")
+    run = RunFolder(Path(checkpoint))
     if not run.config.is_file():
-        load_run(run.path)  # says what is wrong
-    merged = load_config(run.config, ["run.name=null", "stage=all", *overrides])
-    return dataclasses.replace(merged, checkpoint=str(run.path))
+        raise UserError(f"{run.path}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME")
+    fitted = load_config(run.config)
+    cfg = load_config(run.config, ["run.name=null", "stage=all", *overrides])
+    for owner, other, keys, prefix in ((fitted, cfg, FITTED, ""), (fitted.data, cfg.data, FITTED_DATA, "data.")):
+        for key in keys:
+            if getattr(owner, key) != getattr(other, key):
+                raise UserError(f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; train another run")
+    return dataclasses.replace(cfg, checkpoint=str(run.path))
 
 
 if __name__ == "__main__":
-    cli.main(__doc__, lambda cfg, overrides: evaluate(cfg), config_of_run)
+    cli.main(__doc__, evaluate, config_of_run)

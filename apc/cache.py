@@ -34,7 +34,10 @@ def line(path: Path) -> str:
     manifest = path / "manifest.json"
     if path.suffix == ".partial" or not manifest.is_file():
         return f"{path.name:<32}{used}  interrupted; the same train.py command goes on from it"
-    held = json.loads(manifest.read_text())
+    try:
+        held = json.loads(manifest.read_text())
+    except ValueError:
+        return f"{path.name:<32}{used}  damaged manifest; prune it"
     tokens = held["windows"] * held["seq_len"]
     return f"{path.name:<32}{used}  {tokens:,} tokens × {held['layers']} layers, {', '.join(held['widths'])}"
 

@@ -1,15 +1,17 @@
 """What watches a training: checkpoints to go on from, and figures on held-out text."""
 
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
 from apc import distributed
-from apc.codebook import Codebook
 from apc.evaluation import Evaluator
+
+LAYER_MONITORED = ("coverage", "precision", "captured_importance")
+MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 
 
 class ResumePoint(Checkpoint):
@@ -37,34 +39,27 @@ class ResumePoint(Checkpoint):
         self._save(trainer)
 
 
-class OracleOnHeldOut(Callback):
-    """During clustering: the oracle arm's perplexity and figures on the monitored windows, every few passes."""
+class ArmsOnHeldOut(Callback):
+    """During a training: perplexity and figures of some arms on the monitored windows, every few epochs and at the end.
 
-    def __init__(self, evaluator_of, every: int):
-        """evaluator_of: makes an `Evaluator` over the monitored windows from a `Codebook`."""
-        self._evaluator_of, self._every = evaluator_of, every
+    evaluator_of: makes an `Evaluator` over the monitored windows from the module as it stands; stage: the metrics' prefix.
+    """
 
-    def on_train_epoch_end(self, trainer: Trainer, module) -> None:
-        if int(module.passes) % self._every and not trainer.should_stop:
+    def __init__(self, stage: str, arms: list[str], evaluator_of: Callable[[LightningModule], Evaluator], every: int, last: int):
+        self._stage, self._arms, self._evaluator_of, self._every, self._last = stage, arms, evaluator_of, every, last
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch % self._every and epoch != self._last and not trainer.should_stop:
             return
-        evaluator: Evaluator = self._evaluator_of(Codebook.from_clustering(module, {}))
-        record = evaluator.arms(["oracle"], progress=False)[0]
-        shown = {f"cluster/monitor_{name}": record[name] for name in ("perplexity", "ratio", "coverage", "precision", "captured_importance")}
-        layers = record["per_layer"]
-        for name in ("coverage", "precision", "captured_importance"):
-            shown |= {f"cluster_layers/monitor_{name}_{layer:02d}": value for layer, value in enumerate(layers[name])}
+        shown: dict[str, float] = {"cluster/epoch": epoch} if self._stage == "cluster" else {"predictor/step": trainer.global_step}
+        training = module.training
+        for record in self._evaluator_of(module.eval()).arms(self._arms, progress=False):
+            prefix = f"monitor_{record['arm']}_"
+            shown |= {f"{self._stage}/{prefix}{name}": record[name] for name in MONITORED if record.get(name) is not None}
+            for name in LAYER_MONITORED:
+                layers = enumerate(record["per_layer"][name])
+                shown |= {f"{self._stage}_layers/{prefix}{name}_{layer:02d}": value for layer, value in layers if value is not None}
+        module.train(training)
         for logger in trainer.loggers:
-            logger.log_metrics({"cluster/epoch": int(module.passes)} | shown)
-
-
-class Stopwatch:
-    """Seconds that each stage took."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._began
-        self._began = now
+            logger.log_metrics(shown)

@@ -1,19 +1,24 @@
 """What `train.py` and `evaluate.py` share: words of the command line, ranks, and how errors end a run."""
 
 import argparse
+import ctypes
 import dataclasses
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable
 
 from apc.config import Config, describe, load_config, to_yaml
 from apc.errors import UserError
+from apc.models import resolve_device
 from apc.runs import new_name
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-def main(description: str, run: Callable[[Config, list[str]], dict], defaults: Callable[[str | None, list[str]], Config] = load_config) -> None:
-    """Reads the command line, starts the ranks where there are several, and calls `run(config, overrides)`.
+
+def main(description: str, run: Callable[[Config], dict], defaults: Callable[[str | None, list[str]], Config] = load_config) -> None:
+    """Reads the command line, starts the ranks where there are several, and calls `run(config)`.
 
     A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
     """
@@ -24,13 +29,17 @@ def main(description: str, run: Callable[[Config, list[str]], dict], defaults: C
             print(to_yaml(cfg), end="")
             return
         _quiet_libraries()
+        _keep_freed_memory()
         if cfg.trainer.devices > 1 and "WORLD_SIZE" not in os.environ:
-            _launch(cfg)
+            sys.exit(_launch(cfg))
         if cfg.run.name is None:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
             cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
-        run(cfg, overrides)
+        run(cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command with this run.name goes on from here", file=sys.stderr)
@@ -47,13 +56,32 @@ def _parse(description: str) -> tuple[str | None, list[str], bool]:
     return path, words, options.print_config
 
 
-def _launch(cfg: Config) -> None:
-    """Becomes torchrun with this very command line, one process for each device."""
+def _launch(cfg: Config) -> int:
+    """Runs this very command line once for each device, as torchrun does, and returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     if cfg.trainer.num_nodes > 1:
-        raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: start this through torchrun or SLURM, which start the processes")
+        raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: start this through torchrun on every machine, with run.name=NAME")
+    for local_rank in range(cfg.trainer.devices):
+        resolve_device(cfg.model.device, local_rank)
     name = [] if cfg.run.name else [f"run.name={new_name()}"]  # one folder for all ranks
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.trainer.devices}", *sys.argv, *name]
-    os.execv(sys.executable, command)
+    launch = LaunchConfig(1, 1, cfg.trainer.devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=secrets.token_hex(4), max_restarts=0)
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks whose threads wait for each other's cores are ten times slower
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))
+    try:
+        elastic_launch(launch, sys.executable)(*sys.argv, *name)
+    except ChildFailedError as error:
+        return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
+    return 0
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks: each step allocates the same large tensors anew, and fresh pages cost a tenth of a CPU run."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _quiet_libraries() -> None:

@@ -70,6 +70,7 @@ class ClusteringModule(LightningModule):
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("changed", torch.zeros((), dtype=torch.int64))  # bits of centroids, in the pass so far
         for site, D in info.widths.items():
             self._register_site(site, D)
         self._pass_began = time.perf_counter()
@@ -80,6 +81,11 @@ class ClusteringModule(LightningModule):
             raise UserError(f"cluster.k={cfg.k} is more than the {self.group_rows} patterns to cluster; lower it or raise data.fit_windows")
         if self.power and not self.info.with_importance:
             raise UserError(f"cluster.weighting={cfg.weighting} needs importances; set collect.importance=true or cluster.weighting=binary")
+        widest = max(self.info.widths.values())
+        if 255**self.power * widest >= 2**31:
+            raise UserError(
+                f"cluster.weighting={cfg.weighting} sums exactly only below {2**31 // 255**self.power:,} neurons, the model has {widest:,}; use magnitude"
+            )
         if self.power and self.group_rows > ROWS_LIMIT:
             raise UserError(f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; use cluster.weighting=binary")
 
@@ -130,22 +136,22 @@ class ClusteringModule(LightningModule):
     def training_step(self, block: Block, batch_index: int) -> None:
         if batch_index == 0:
             self._begin_pass()
-        changed = []
         for site in self.info.sites:
             sums, sizes = self._add_rows(site, block)
             if self.cfg.schedule == "step":
                 self._set("sums", site, self.get("sums", site) + distributed.all_sum(sums))
                 self._set("sizes", site, self.get("sizes", site) + distributed.all_sum(sizes))
-                changed.append(self._update(site))
+                self.changed += self._update(site)
             else:
                 self.get("sums", site).add_(sums)
                 self.get("sizes", site).add_(sizes)
         if batch_index == self.trainer.num_training_batches - 1:
-            self._end_pass(changed)
+            self._end_pass()
         self.optimizers().step()
 
     def _begin_pass(self) -> None:
         self._pass_began = time.perf_counter()
+        self.changed.zero_()
         for site in self.info.sites:
             if self.cfg.schedule == "epoch":
                 self.get("sums", site).zero_()
@@ -220,33 +226,34 @@ class ClusteringModule(LightningModule):
         self._set("worst_row", site, rows.gather(1, order)[:, :K])
 
     def _update(self, site: str) -> Tensor:
-        """New centroids from the sums; a cluster with no member keeps its own. Returns the bits that changed, int64 [G]."""
+        """New centroids from the sums; a cluster with no member keeps its own. Returns how many bits changed, int64."""
         old = self.get("centroids", site)
         new = ops.binarize(self.get("sums", site), self.cfg.density)
         new = torch.where((self.get("sizes", site) > 0).unsqueeze(2), new, old)
-        changed = ops.popcount(new ^ old).long().sum(1)
+        changed = ops.popcount(new ^ old).long().sum()
         self._set("centroids", site, new)
         return changed
 
-    def _end_pass(self, changed_in_steps: list[Tensor]) -> None:
+    def _end_pass(self) -> None:
         """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
-        empty, changed, figures = 0, 0, {}
-        for index, site in enumerate(self.info.sites):
+        empty, figures = 0, {}
+        for site in self.info.sites:
             names = ("captured", "weight") if self.cfg.schedule == "step" else ("captured", "weight", "sums", "sizes")
             for name in names + (("layer_sums",) if self.passes == 0 else ()):
                 self._set(name, site, distributed.all_sum(self.get(name, site).clone()))
-            changed += int((changed_in_steps[index] if changed_in_steps else self._update(site)).sum())
+            if self.cfg.schedule == "epoch":
+                self.changed += self._update(site)
             for name in ("sums", "sizes"):
                 self._set(f"profile_{name}", site, self.get(name, site))
             empties = self.get("sizes", site) == 0
             empty += int(empties.sum())
-            changed += self._reseed(site, empties)
+            self.changed += self._reseed(site, empties)
             captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
             figures |= {f"cluster/captured_{site}": captured.mean().item()}
             if not self.pooled:
                 figures |= {f"cluster_layers/captured_{site}_{layer:02d}": value for layer, value in enumerate(captured.tolist())}
         self.passes += 1
-        self._report(figures, empty, changed)
+        self._report(figures, empty, int(self.changed))
 
     def _report(self, figures: dict[str, float], empty: int, changed: int) -> None:
         seconds = time.perf_counter() - self._pass_began

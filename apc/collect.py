@@ -29,8 +29,10 @@ def calibration_sample(windows: Tensor, count: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
 
 
-def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, weights: str, with_hidden: bool) -> PatternSource:
+def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, identity: dict, with_hidden: bool) -> PatternSource:
     """The patterns of `windows`, from the store where they are, else collected into the storage that cfg names.
+
+    identity: as `pattern_identity` makes it, what they are found again by.
 
     Raises UserError for non-finite activations (naming layer and window), a full disk, or a damaged store (naming the file).
     """
@@ -40,13 +42,16 @@ def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: 
         windows=len(windows.tokens), seq_len=windows.tokens.shape[1],
         widths={site: first_ffn.site_width(site) for site in collector.sites}, rule=ActiveRule(active, sparsity),
         with_importance=cfg.importance, with_hidden=with_hidden,
-        identity=pattern_identity(weights, windows.digest, collector.sites, active, sparsity, cfg.calibration_windows),
+        identity=identity,
     )  # fmt: skip
     if cfg.storage == "disk":
         found = find_store(store_folder(cfg), info)
         if found is not None:
             _say(f"patterns: found {found}")
-            return PatternStore(found)
+            store = PatternStore(found)
+            # What else the store holds must not matter to what is made of it.
+            store.info = replace(store.info, with_importance=info.with_importance, with_hidden=info.with_hidden)
+            return store
     size = info.bytes_per_token() * info.tokens
     where = str(store_folder(cfg)) if cfg.storage == "disk" else {"memory": "host memory", "device": str(collector.device)}[cfg.storage]
     _say(f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size / 2**30:.2f} GiB into {where}")

@@ -1,7 +1,7 @@
 """The configuration of a run: dataclasses beside the code that reads them, put together here.
 
 Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ← key=value
-overrides. Wherever a section is expected, a bare name chooses a group file: `model=mistral7b`. Without an experiment or file,
+overrides (group choices among them first). Wherever a section is expected, a bare name chooses a group file: `model=mistral7b`. Without an experiment or file,
 `experiment=demo` is taken.
 """
 
@@ -63,6 +63,8 @@ class TrainerConfig:
         for key, value in least.items():
             if getattr(self, key) is not None and getattr(self, key) < value:
                 raise UserError(f"trainer.{key} must be at least {value}, got {getattr(self, key)}")
+        if self.max_steps == 0:
+            raise UserError("trainer.max_steps=0 trains nothing; give -1 for no limit")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Config:
             raise UserError(f"active={self.active}: choose threshold or top")
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, got {self.seed}")
+        if self.arms is not None and not self.arms:
+            raise UserError("arms=[]: names none; leave it out for all, or choose some")
         for arm in self.arms or ():
             if arm != "dense" and arm not in ARMS:
                 raise UserError(f"arms: {arm} is unknown; choose from dense, {', '.join(ARMS)}")
@@ -136,16 +142,18 @@ def to_yaml(cfg: Config) -> str:
 
 
 def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
-    """Group files first, then the YAML files' own values, then the overrides."""
+    """What the files chose of the groups, then the files' own values, then the groups and values of the command line."""
     names, dotlist = _parse_overrides(overrides)
     experiment = names.pop("experiment", "demo" if path is None else None)
     files = [_group_file("experiment", experiment)] if experiment else []
     files += [Path(path)] if path is not None else []
     chosen: dict[str, str] = {}
     values = [_take_groups(_read_yaml(file), chosen) for file in files]
-    chosen |= names
-    groups = [OmegaConf.create({group: _read_yaml(_group_file(group, name))}) for group, name in chosen.items()]
-    return [*groups, *values, dotlist]
+    return [*_read_groups(chosen), *values, *_read_groups(names), dotlist]
+
+
+def _read_groups(names: dict[str, str]) -> list[DictConfig]:
+    return [OmegaConf.create({group: _read_yaml(_group_file(group, name))}) for group, name in names.items()]
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
@@ -158,7 +166,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
         if key == "experiment" or key in SECTIONS:
             names[key] = value
         else:
-            words.append(word)
+            words.append(f"{key}=null" if value == "None" else word)  # W&B sweeps write None for null
     try:
         return names, OmegaConf.from_dotlist(words)
     except (OmegaConfBaseException, YAMLError) as error:

@@ -10,16 +10,27 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from apc import distributed
+from apc.errors import UserError
 from apc.patterns import Block, PatternSource
 
 
 def block_ranges(windows: int, block_windows: int) -> list[tuple[int, int]]:
-    """Window ranges [first, last) of the blocks that all ranks work on together."""
-    return [(first, min(first + block_windows, windows)) for first in range(0, windows, block_windows)]
+    """Window ranges [first, last) of the blocks that all ranks work on together; each has a window for every rank.
+
+    Raises UserError if there are fewer windows than ranks.
+    """
+    ranks = distributed.world_size()
+    if windows < ranks:
+        raise UserError(f"{windows} windows of text for {ranks} processes; give more text, lower data.seq_len, or lower trainer.devices")
+    each = max(block_windows, ranks)
+    starts = list(range(0, windows, each))
+    if len(starts) > 1 and windows - starts[-1] < ranks:
+        starts.pop()  # the last block takes the short rest too
+    return list(zip(starts, [*starts[1:], windows], strict=True))
 
 
 def rank_range(first: int, last: int) -> tuple[int, int]:
-    """This rank's windows of a block; empty where a block has fewer windows than there are ranks."""
+    """This rank's windows of a block."""
     begin, end = distributed.share(last - first)
     return first + begin, first + end
 
@@ -81,10 +92,8 @@ class BlockLoader:
 
     def _read(self, block: int) -> Block:
         first, last = rank_range(*self.blocks[block])
-        if first == last and self.batch_tokens is not None:  # a gradient step needs a token on every rank
-            first, last = self.blocks[block]
         data = self.source.block(first, last, self.fields)
-        return data.pin_memory() if self.pin_memory and data.tokens and not next(iter(data.tensors().values())).is_cuda else data
+        return data.pin_memory() if self.pin_memory else data
 
     def _split(self, block: int, data: Block, skip: int) -> Iterator[Block]:
         if self.batch_tokens is None:

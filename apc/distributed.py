@@ -1,6 +1,7 @@
 """The ranks of a run: which one this is, and exact sums over all of them. One process alone is rank 0 of 1."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,16 @@ def start(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+@contextmanager
+def main_first():
+    """The first rank goes through the block before the others enter it: it fetches and caches, they find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def barrier() -> None:

@@ -9,10 +9,10 @@ from tqdm import tqdm
 from apc import distributed
 from apc.codebook import Codebook
 from apc.errors import UserError
-from apc.metrics import MaskMeter, arm_cost, layer_figures, mask_figures, perplexity, perplexity_ratio, window_losses
+from apc.metrics import MaskMeter, arm_cost, layer_figures, mask_figures, perplexity, perplexity_ratio, site_densities, window_losses
 from apc.models import find_ffns
 from apc.predictor import Predictor
-from apc.sparse_model import ARMS, Arm, ForwardReader, MaskedForward, Tokens, check_fits, make_arm
+from apc.sparse_model import ARMS, Arm, ForwardReader, KeepAll, MaskedForward, Tokens, check_fits, make_arm
 
 
 class DenseMeters(ForwardReader):
@@ -26,15 +26,6 @@ class DenseMeters(ForwardReader):
     def see(self, tokens: Tokens) -> None:
         for arm, meter in zip(self.arms, self.meters, strict=True):
             meter.add(tokens, arm.mask(tokens))
-
-
-class KeepAll(Arm):
-    """The dense FFN, as an arm whose masks keep every neuron: what the others are measured beside."""
-
-    name = "dense"
-
-    def mask(self, tokens: Tokens) -> Tensor:
-        return torch.ones(1, tokens.values.shape[-1], dtype=torch.bool, device=tokens.values.device)
 
 
 @dataclass
@@ -88,12 +79,7 @@ class Evaluator:
                 bar.update(len(batch))
         finally:
             hooks.remove()
-        losses = distributed.all_sum(losses).cpu()
-        if not losses.isfinite().all():
-            arm = reader.arm.name if isinstance(reader, MaskedForward) else "dense"
-            window = int((~losses.isfinite()).nonzero()[0])
-            raise UserError(f"arm {arm}: the loss of score window {window} is not finite; try model.dtype=float32 or bfloat16, or check the weights")
-        return losses
+        return distributed.all_sum(losses).cpu()
 
     def _meter(self) -> MaskMeter:
         return MaskMeter(self.codebook, self.device)
@@ -103,26 +89,38 @@ class Evaluator:
         measured = ({"dense": KeepAll(self.codebook, None, 0)} if with_dense else {}) | arms
         meters = [self._meter() for _ in measured]
         losses = self._losses(DenseMeters(self.ffns, self.codebook, list(measured.values()), meters), meters, bar)
+        problem = not_finite(losses)
+        if problem:
+            raise UserError(f"the dense model: {problem}; try model.dtype=float32 or bfloat16, or check the weights")
         records = {}
         for (name, arm), meter in zip(measured.items(), meters, strict=True):
             totals = meter.totals().cpu()
             records[name] = {"arm": name, "missing": None, "excludes_finding": arm.excludes_finding, "masked": None}
             records[name] |= mask_figures(totals) | {"per_layer": layer_figures(totals)}
         if with_dense:
-            self._complete(records["dense"], None, losses, losses)
+            self._complete(records["dense"], None, losses, losses, {})
         return records, losses
 
     def _masked(self, record: dict, arm: Arm, dense_losses: Tensor, bar: tqdm) -> None:
         """The pass under the arm's own masks: perplexity, and the figures of its masks there."""
         meter = self._meter()
         losses = self._losses(MaskedForward(self.ffns, arm, meter), [meter], bar)
-        record["masked"] = mask_figures(meter.totals().cpu())
-        self._complete(record, arm, losses, dense_losses)
+        totals = meter.totals().cpu()
+        record["masked"] = mask_figures(totals)
+        record["missing"] = not_finite(losses)
+        if not record["missing"]:
+            self._complete(record, arm, losses, dense_losses, site_densities(totals, list(self.codebook.sites)))
 
-    def _complete(self, record: dict, arm: Arm | None, losses: Tensor, dense_losses: Tensor) -> None:
+    def _complete(self, record: dict, arm: Arm | None, losses: Tensor, dense_losses: Tensor, densities: dict[str, float]) -> None:
         record["perplexity"] = perplexity(losses)
         record["ratio"], record["ratio_low"], record["ratio_high"] = perplexity_ratio(losses, dense_losses)
-        record |= vars(arm_cost(arm, self.codebook, self.predictor, record["masked"]["density"] if arm else 1.0))
+        record |= vars(arm_cost(arm, self.codebook, self.predictor, densities))
+
+
+def not_finite(losses: Tensor) -> str | None:
+    """Which window's loss (float64 [windows]) is NaN or infinite first; None if none is."""
+    bad = (~losses.isfinite()).nonzero()
+    return f"the loss of score window {int(bad[0])} is not finite" if len(bad) else None
 
 
 def choose_arms(asked: list[str] | None, defaults: tuple[str, ...], codebook: Codebook, predictor: Predictor | None) -> tuple[list[str], list[dict]]:

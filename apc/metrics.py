@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apc import distributed, ops
+from apc import distributed
 from apc.codebook import Codebook
 from apc.predictor import Predictor
 from apc.sparse_model import Arm, Tokens
@@ -107,8 +107,13 @@ class ArmCost:
     flops_share: float
 
 
-def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, density: float) -> ArmCost:
-    """What one token reads and computes in an FFN under an arm whose masks have this density (None: the dense FFN).
+def site_densities(totals: Tensor, sites: list[str]) -> dict[str, float]:
+    """The share of neurons that masks keep at each site; totals [sites, L, fields]."""
+    return {site: mask_figures(totals[index])["density"] for index, site in enumerate(sites)}
+
+
+def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, densities: dict[str, float]) -> ArmCost:
+    """What one token reads and computes in an FFN under an arm whose masks have these densities at the sites (None: the dense FFN).
 
     Read are the FFN rows kept, predictor, centroid and profiles, at 16 bits a parameter, over the dense FFN's 3·E·D. At
     `neuron` one mask saves rows of all three projections; at gate, up and down each mask saves its own.
@@ -116,13 +121,12 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
     if arm is None:
         return ArmCost(0.0, 1.0, 1.0)
     dense = 3 * codebook.hidden_size * codebook.ffn_width
-    if "neuron" in codebook.widths:
-        kept = (1 + 2 * density) / 3 if arm.reads_gate else density
-    else:
-        kept = 1 - len(codebook.widths) * (1 - density) / 3
-    bits, read, computed = 0.0, 0.0, 0.0
+    bits, read, computed, kept = 0.0, 0.0, 0.0, 1.0
     for site, D in codebook.widths.items():
-        m = ops.mask_size(D, codebook.density)
+        density = densities[site]
+        projections = 3 if site == "neuron" else 1
+        kept -= (projections - arm.reads_gate) * (1 - density) / 3
+        m = min(D, max(0, round(density * D)))
         choices = math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)
         by_cluster = arm.name in ("oracle", "predicted")
         bits += math.log2(codebook.k) if by_cluster else 0.0 if arm.name in ("static", "random") else choices / math.log(2)

@@ -5,11 +5,14 @@ into one (Phi-3). `FFNHooks` lets a visitor read, and change, the tensors at eve
 """
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from apc import assets, text
@@ -17,6 +20,7 @@ from apc.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SITES = ("gate", "up", "neuron", "down")
+_NOT_IDENTITY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")  # in a model's configuration
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ModelConfig:
     def __post_init__(self):
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"model.dtype={self.dtype}: not a data type; choose auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
 
 
@@ -48,7 +52,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, object]:
     """The model in evaluation mode on `device`, and its tokenizer. Raises UserError where it can't be had, or has no gated FFN."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(cfg.path).expanduser()
     dtype = DTYPES.get(cfg.dtype, "auto")
@@ -65,9 +69,10 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, objec
             source, local_only = cfg.path, not text.hub_reachable()
         options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
         try:
+            check_config(AutoConfig.from_pretrained(source, **options))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if local_only and source == cfg.path:
                 reason = "it is not in the local cache, and the hub can't be reached; give a model folder or a .gguf file: model.path=FOLDER"
@@ -82,8 +87,9 @@ def model_name(cfg: ModelConfig) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names, shapes, types and bytes of all parameters: who the model is, wherever its files lie."""
-    digest = hashlib.sha256()
+    """sha256 over the configuration and the names, shapes, types and bytes of all parameters: who the model is, wherever its files lie."""
+    config = {key: value for key, value in model.config.get_text_config().to_dict().items() if key not in _NOT_IDENTITY}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
         digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
@@ -117,17 +123,23 @@ class GatedFFN:
         return torch.linalg.vector_norm(self.down.weight.float(), dim=0)
 
 
-def find_ffns(model: nn.Module) -> list[GatedFFN]:
-    """The model's gated FFNs in layer order. Raises UserError for a mixture of experts, packed weights, or no gated FFN."""
-    kind = type(model).__name__
-    config = model.config.get_text_config()
-    experts = max((getattr(config, key, None) or 0) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+def check_config(config) -> None:
+    """Raises UserError if a model's configuration says that it is a mixture of experts or that its weights are packed."""
+    kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    inner = config.get_text_config()
+    experts = max((getattr(inner, key, None) or 0) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
     if experts > 1:
         raise UserError(f"{kind}: a mixture of experts ({experts} experts) is not supported; choose a model with one gated FFN a layer")
-    quantised = getattr(model.config, "quantization_config", None)
+    quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not _is_dequantised(quantised):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise UserError(f"{kind}: its weights are packed ({getattr(method, 'value', method)}); load a float32, bfloat16 or float16 copy")
+
+
+def find_ffns(model: nn.Module) -> list[GatedFFN]:
+    """The model's gated FFNs in layer order. Raises UserError for a mixture of experts, packed weights, or no gated FFN."""
+    kind = type(model).__name__
+    check_config(model.config)
     found = []
     for name, module in model.named_modules():
         parts = {key: getattr(module, key, None) for key in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")}

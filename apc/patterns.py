@@ -125,7 +125,8 @@ class Block:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking), self.positions.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Block":
-        return self._map(lambda value: value.pin_memory(), self.positions.pin_memory())
+        """What lies in host memory, in pages that a GPU can copy from by itself."""
+        return self._map(lambda value: value if value.is_cuda else value.pin_memory(), self.positions.pin_memory())
 
     def select(self, index: Tensor) -> "Block":
         """The tokens at `index`, int64 [m] within the block."""

@@ -345,12 +345,12 @@ def usage_figure(results: dict, path: Path) -> bool:
 
 
 def convergence_figure(results: dict, path: Path) -> bool:
-    """Captured share, rows that changed cluster and empty clusters over epochs, and the predictor's loss over steps."""
+    """Captured share, centroid bits that changed and empty clusters over epochs, and the predictor's loss over steps."""
     cluster = (results.get("cluster") or {}).get("history") or []
     predictor = (results.get("predictor") or {}).get("history") or []
     wanted = [
         ("captured by the centroids, %", cluster, "epoch", "captured", 100.0, "#009E73"),
-        ("rows that changed cluster, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
+        ("centroid bits that changed, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
         ("empty clusters", cluster, "epoch", "empty", 1.0, "#E69F00"),
         ("predictor's loss", predictor, "step", "loss", 1.0, "#D55E00"),
     ]

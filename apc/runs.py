@@ -5,14 +5,15 @@ runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.
 """
 
 import json
+import secrets
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from apc import distributed
 from apc.codebook import Codebook
 from apc.config import Config, load_config, to_dict, to_yaml
 from apc.errors import UserError
@@ -20,10 +21,15 @@ from apc.files import write_atomic
 from apc.predictor import Predictor
 
 # What decides a stage's outcome; a run folder is taken up again only by a run that agrees on what it already holds.
-CLUSTER_KEYS = ("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor")
+CLUSTER_KEYS = ("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor", "trainer")
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
 # Among those, what may differ: where things lie and run.
-FREE_KEYS = {"collect": ("dir", "storage", "hidden"), "model": ("device",), "data": ("score", "score_windows")}
+FREE_KEYS = {
+    "collect": ("dir", "storage", "hidden"),
+    "model": ("device",),
+    "data": ("score", "score_windows", "in_sample"),
+    "trainer": ("devices", "num_nodes", "precision", "batch_windows", "log_every_n_steps", "checkpoint_every_n_steps", "progress"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,14 @@ class LoadedRun:
     results: dict | None
 
 
-def load_run(folder: str | Path, overrides: list[str] | None = None) -> LoadedRun:
+def load_run(folder: str | Path) -> LoadedRun:
     """Everything in a run's folder. Raises UserError, naming the file, if it is no run or something in it is damaged."""
     run = RunFolder(Path(folder))
     if not run.config.is_file():
         raise UserError(f"{run.path}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME")
     codebook = Codebook.load(run.codebook) if run.codebook.is_file() else None
     predictor = Predictor.load(run.predictor) if run.predictor.is_file() else None
-    return LoadedRun(run, load_config(run.config, overrides), codebook, predictor, read_json(run.results))
+    return LoadedRun(run, load_config(run.config), codebook, predictor, read_json(run.results))
 
 
 def read_json(path: Path) -> dict | None:
@@ -103,14 +109,21 @@ def open_run(cfg: Config) -> RunFolder:
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
     if run.config.is_file():
         _check_same(run, cfg)
-    (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_atomic(run.config, to_yaml(cfg).encode())
-    write_json(run.path / "provenance.json", provenance(cfg))
+    distributed.barrier()  # every rank has looked before one writes
+    if distributed.is_main():
+        try:
+            (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_atomic(run.config, to_yaml(cfg).encode())
+            write_json(run.path / "provenance.json", provenance())
+        except OSError as error:
+            raise UserError(f"{run.path}: can't be written ({error.strerror}); choose another folder with run.dir=FOLDER") from error
+    distributed.barrier()
     return run
 
 
 def new_name() -> str:
-    return datetime.now().strftime("%Y%m%d-%H%M%S")
+    """Date and time, and something that tells runs of the same second apart."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def _decisive(values: dict, keys: tuple[str, ...]) -> dict:
@@ -122,7 +135,7 @@ def _decisive(values: dict, keys: tuple[str, ...]) -> dict:
 
 
 def _check_same(run: RunFolder, cfg: Config) -> None:
-    old = OmegaConf.to_container(OmegaConf.load(run.config))
+    old = to_dict(load_config(run.config))
     clustered = any(path.exists() for path in (run.codebook, run.checkpoint("cluster")))
     predicted = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
     keys = PREDICT_KEYS if predicted else CLUSTER_KEYS if clustered else ()
@@ -130,14 +143,14 @@ def _check_same(run: RunFolder, cfg: Config) -> None:
     for key in keys:
         if before[key] != after[key]:
             if isinstance(after[key], dict) and isinstance(before[key], dict):
-                name = next(name for name in after[key] if before[key].get(name) != after[key][name])
-                key, one, other = f"{key}.{name}", before[key].get(name), after[key][name]
+                name = next(name for name in after[key] if before[key][name] != after[key][name])
+                key, one, other = f"{key}.{name}", before[key][name], after[key][name]
             else:
                 one, other = before[key], after[key]
             raise UserError(f"{run.path}: holds a run with {key}={one}, this one has {key}={other}; choose another run.name")
 
 
-def provenance(cfg: Config) -> dict:
+def provenance() -> dict:
     """Commit, versions and time: how to make the same again."""
     packages = ("torch", "transformers", "pytorch-lightning", "triton", "datasets", "wandb")
     return {"commit": commit(), "made": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": {name: version(name) for name in packages}}
@@ -156,3 +169,17 @@ def commit() -> str | None:
 
     head = git("rev-parse", "--short", "HEAD")
     return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+class Stopwatch:
+    """Seconds that each stage took."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap under `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._began
+        self._began = now

@@ -6,48 +6,63 @@ import torch
 from torch import nn
 
 from apc import distributed, report
-from apc.callbacks import Stopwatch
 from apc.codebook import Codebook
 from apc.config import DEFAULT_ARMS, Config
+from apc.errors import UserError
 from apc.evaluation import Evaluator, choose_arms
 from apc.models import model_name
 from apc.predictor import Predictor
-from apc.runs import RunFolder, commit, stage_records, write_json
+from apc.runs import RunFolder, Stopwatch, commit, stage_records, write_json
 from apc.text import Windows
 from apc.tracking import Tracking
 
 SHOWN = ("perplexity", "ratio", "density", "coverage", "precision", "captured_importance", "captured_energy", "bits", "bytes_share", "flops_share")
 
 
-def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, fit: Windows, scored: Windows, device: torch.device) -> dict:
+def batch_windows(cfg: Config, device: torch.device) -> int:
+    """Windows in one forward pass."""
+    return cfg.trainer.batch_windows or (8 if device.type == "cuda" else 1)
+
+
+def split_windows(cfg: Config, fit: Windows, scored: Windows) -> tuple[Windows, Windows, Windows]:
+    """(fitted, monitored, scored) windows: the monitored ones are the last of the fit text. Raises UserError if none is left to fit."""
+    count = len(fit.tokens) - cfg.monitor.windows
+    if count < 1:
+        raise UserError(f"data.fit: {fit.source} has {len(fit.tokens)} windows and monitor.windows={cfg.monitor.windows} leaves none to fit; give more text")
+    return *fit.split(count), scored
+
+
+def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, scored: Windows, model: nn.Module, device: torch.device) -> dict:
     """What the figures hold for: they never go without it."""
     described = None
     if predictor is not None:
         outputs = next(iter(predictor.outputs.values()))
         described = f"{predictor.form} {predictor.hidden_size}→{predictor.hidden}→{outputs}, lookahead {predictor.lookahead}"
+    made = codebook.provenance
     return {
-        "model": model_name(cfg.model), "fit": fit.source, "score": scored.source, "split": "in-sample" if cfg.data.in_sample else "held-out",
-        "fit_tokens": fit.tokens.numel(), "score_tokens": scored.tokens.numel(), "seq_len": cfg.data.seq_len,
+        "model": model_name(cfg.model), "fit": made["fit"], "score": scored.source, "split": "in-sample" if cfg.data.in_sample else "held-out",
+        "fit_tokens": made["fit_tokens"], "score_tokens": scored.tokens.numel(), "seq_len": cfg.data.seq_len,
         "sites": list(codebook.sites), "sparsity": codebook.sparsity, "active": codebook.active, "k": codebook.k, "density": codebook.density,
         "weighting": codebook.weighting, "scope": codebook.scope, "predictor": described,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "dtype": cfg.model.dtype, "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "commit": commit(),
     }  # fmt: skip
 
 
 def score(
-    cfg: Config, model: nn.Module, codebook: Codebook, predictor: Predictor | None, fit: Windows, scored: Windows,
-    run: RunFolder, folder: Path, tracking: Tracking, device: torch.device, batch_windows: int, watch: Stopwatch,
+    cfg: Config, model: nn.Module, codebook: Codebook, predictor: Predictor | None, scored: Windows,
+    run: RunFolder, folder: Path, tracking: Tracking, device: torch.device, watch: Stopwatch,
 ) -> dict:  # fmt: skip
     """Evaluates the arms and writes `folder`/results.json and figures/; returns the results as `apc.report` describes them.
 
     run: the folder whose trainings the results tell of.
     """
     names, missing = choose_arms(cfg.arms, DEFAULT_ARMS, codebook, predictor)
-    evaluator = Evaluator(model, codebook, predictor, scored.tokens, device, batch_windows, cfg.seed)
+    evaluator = Evaluator(model, codebook, predictor, scored.tokens, device, batch_windows(cfg, device), cfg.seed)
     order = list(cfg.arms or DEFAULT_ARMS)
     arms = sorted(evaluator.arms(names) + missing, key=lambda record: order.index(record["arm"]))
     watch.lap("evaluate")
-    results = {"conditions": conditions(cfg, codebook, predictor, fit, scored, device), "arms": arms, **stage_records(run), "seconds": watch.seconds}
+    results = {"conditions": conditions(cfg, codebook, predictor, scored, model, device), "arms": arms, **stage_records(run), "seconds": watch.seconds}
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, tracking)

@@ -187,6 +187,15 @@ class Gate(Arm):
         return ops.top_mask(tokens.gate.float().abs(), self.size(tokens.site))
 
 
+class KeepAll(Arm):
+    """The dense FFN, as an arm whose masks keep every neuron: what the others are measured beside."""
+
+    name = "dense"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return torch.ones(1, tokens.values.shape[-1], dtype=torch.bool, device=tokens.values.device)
+
+
 ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, Predicted, Soft, Gate, NeuronPredictor)}
 
 
@@ -265,6 +274,9 @@ def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | 
         if ffns[0].site_width(site) != D:
             raise UserError(f"the codebook is of another model: {D} neurons at {site}, the model has {ffns[0].site_width(site)}; give the one made for it")
     if predictor is not None:
+        made_for = predictor.provenance.get("codebook")
+        if made_for and codebook.provenance and made_for != codebook.provenance:
+            raise UserError("the predictor is of another codebook (its provenance says so); give the one made for it")
         expected = {site: codebook.k if predictor.form == "cluster" else D for site, D in codebook.widths.items()}
         if predictor.outputs != expected:
             raise UserError(f"the predictor is of another codebook: it has {predictor.outputs} outputs, the codebook {expected}; give the one made for it")
@@ -283,11 +295,11 @@ def sparsify(model: nn.Module, codebook: Codebook, predictor: Predictor | None =
     """
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
+    device = ffns[0].down.weight.device
+    moved = predictor.to(device) if predictor is not None else None
+    chosen = None if arm == "dense" else make_arm(arm, codebook.to(device), moved, seed)
     restore(model)
-    if arm != "dense":
-        device = ffns[0].down.weight.device
-        predictor = predictor.to(device) if predictor is not None else None
-        chosen = make_arm(arm, codebook.to(device), predictor, seed)
+    if chosen is not None:
         model._apc_hooks = MaskedForward(ffns, chosen).hook()
     return model
 

@@ -26,6 +26,7 @@ from apc.files import write_atomic
 from apc.patterns import ActiveRule, Block, PatternInfo
 
 FORMAT = 1
+PARTIAL = ".partial"
 SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
 
 
@@ -38,7 +39,7 @@ def find_store(folder: Path, info: PatternInfo) -> Path | None:
     """A complete store of these patterns that has at least the fields of `info`."""
     key, needed = store_key(info.identity), _field_letters(info)
     for path in sorted(folder.glob(f"{key}-*")):
-        if (path / "manifest.json").is_file() and set(needed) <= set(path.name.rpartition("-")[2]):
+        if not path.name.endswith(PARTIAL) and (path / "manifest.json").is_file() and set(needed) <= set(path.name.rpartition("-")[2]):
             return path
     return None
 
@@ -60,11 +61,13 @@ class StoreWriter:
     def __init__(self, folder: Path, info: PatternInfo):
         self.info = info
         self.path = folder / f"{store_key(info.identity)}-{_field_letters(info)}"
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.shards = _shard_ranges(info.windows, shard_windows(info))
 
     def prepare(self) -> None:
         """Makes the partial folder and checks that what is missing fits the disk."""
+        if self.path.exists():
+            raise UserError(f"{self.path}: has no manifest; {repair(self.path)}")
         self.partial.mkdir(parents=True, exist_ok=True)
         missing = sum(last - first for first, last in self.missing()) * self.info.seq_len * self.info.bytes_per_token()
         free = shutil.disk_usage(self.partial).free
@@ -102,7 +105,8 @@ class StoreWriter:
         """Writes the manifest and gives the store its name."""
         info = self.info
         manifest = {
-            "format": "apc-patterns", "version": FORMAT, "identity": info.identity, "layers": info.layers, "hidden_size": info.hidden_size, "ffn_width": info.ffn_width,
+            "format": "apc-patterns", "version": FORMAT, "identity": info.identity, "layers": info.layers,
+            "hidden_size": info.hidden_size, "ffn_width": info.ffn_width,
             "windows": info.windows, "seq_len": info.seq_len, "widths": info.widths, "fields": info.fields(),
             "active": info.rule.kind, "sparsity": info.rule.sparsity,
             "thresholds": {site: values.tolist() for site, values in info.rule.thresholds.items()},
@@ -126,15 +130,24 @@ def _shard_ranges(windows: int, each: int) -> list[tuple[int, int]]:
 @contextmanager
 def collecting(folder: Path, info: PatternInfo):
     """Holds the lock on one store while it is collected. Raises UserError if another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{store_key(info.identity)}.lock"
-    with open(path, "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115, closed by the `with` below
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER") from error
+    with lock:
         if distributed.is_main():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{path}: another process is collecting these patterns; wait for it, then run this again") from error
         yield
+
+
+def repair(path: Path) -> str:
+    """What to do about a damaged store."""
+    return f"delete the store, and it is collected again: python -m apc.cache prune {path.name} --dir {path.parent}"
 
 
 class _HashingFile:
@@ -203,7 +216,7 @@ class PatternStore:
         return manifest
 
     def _repair(self) -> str:
-        return f"delete the store and collect again: python -m apc.cache prune {self.path.name}"
+        return repair(self.path)
 
     def _check(self, name: str, entry: dict, verify: bool) -> None:
         path = self.path / name

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,16 +233,22 @@ def _text_column(strings: list[str], name: str, key: str) -> str:
 
 def hub_reachable(timeout: float = 3.0) -> bool:
     """Whether the Hugging Face hub answers within `timeout` seconds; False at once when HF_HUB_OFFLINE is set."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, timeout)
+
+
+@cache
+def _answers(endpoint: str, timeout: float) -> bool:
+    """Asks once a run: model and text together must not wait twice."""
+    from huggingface_hub import get_session
+
     answers = []
 
     def ask() -> None:
         # Any failure means no: the session's exceptions differ between versions of the hub client, which changed its HTTP library.
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=timeout).status_code < 500)
+            answers.append(get_session().head(endpoint, timeout=timeout).status_code < 500)
         except Exception:
             answers.append(False)
 
@@ -266,7 +273,7 @@ def _read_hub(source: str, role: str) -> _Text:
     try:
         with _hub_offline(not reachable):
             rows = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         remedy = f"or use {key}=path/to/file.txt"
         if reachable:
             reason = " ".join(str(error).split())[:300]

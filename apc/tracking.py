@@ -34,7 +34,12 @@ METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "wandb-run-id"
 
 # What each family of metrics is plotted against in W&B.
-STEP_METRICS = {"cluster": "cluster/epoch", "predictor": "predictor/step"}
+STEP_METRICS = {
+    "cluster": "cluster/epoch",
+    "cluster_layers": "cluster/epoch",
+    "predictor": "predictor/step",
+    "predictor_layers": "predictor/step",
+}
 
 # A server that hangs must not stop the run: so long for the first contact, then offline ...
 INIT_TIMEOUT_S = 20

@@ -1,28 +1,29 @@
 """Runs the two trainings of a run, each from where it was left: clustering to a codebook, then the predictor."""
 
+import sys
 import warnings
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.trainer.states import TrainerStatus
 
 from apc import distributed
 from apc.activations import Collector
-from apc.callbacks import OracleOnHeldOut, ResumePoint
+from apc.callbacks import ArmsOnHeldOut, ResumePoint
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.evaluation import Evaluator
-from apc.models import GatedFFN
 from apc.patterns import Block, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
-from apc.sparse_model import check_fits
 from apc.tracking import Tracking
 
 
@@ -33,15 +34,13 @@ class SumsOnlyStrategy(DDPStrategy):
         pass
 
 
-def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: RunFolder, max_epochs: int, callbacks: list[Callback], strategy) -> Trainer:
+def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: RunFolder, max_epochs: int, callbacks: list[Callback], **options) -> Trainer:
     world = distributed.world_size()
     shown = [TQDMProgressBar(refresh_rate=10)] if cfg.trainer.progress else []
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index] if device.type == "cuda" and world == 1 else max(1, world // cfg.trainer.num_nodes),
         num_nodes=cfg.trainer.num_nodes,
-        strategy=strategy() if world > 1 else "auto",
-        precision=cfg.trainer.precision,
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
@@ -51,22 +50,36 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run.path,
+        **options,
     )
 
 
-def _fit(trainer: Trainer, module, data: PatternDataModule, checkpoint) -> None:
+def _fit(trainer: Trainer, module: LightningModule, data: PatternDataModule, checkpoint: Path) -> None:
     """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be taken up."""
-    if checkpoint.is_file():
-        try:
-            torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{checkpoint}: damaged ({str(error).splitlines()[0]}); delete it to train from the start") from error
-        except Exception as error:  # pickle.UnpicklingError: not plain tensors and containers
-            raise UserError(f"{checkpoint}: not a checkpoint of this program; delete it to train from the start") from error
     # The loader is resumable: the data module keeps its place (see there why).
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    if checkpoint.is_file():
+        _check_checkpoint(checkpoint, module)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _check_checkpoint(path: Path, module: LightningModule) -> None:
+    """Raises UserError unless the file is a checkpoint of a module with these shapes."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or no checkpoint ({reason}); delete it to train from the start") from error
+    state = held.get("state_dict") if isinstance(held, dict) and "pytorch-lightning_version" in held else None
+    expected = {name: value.shape for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    if state is None or {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)} != expected:
+        raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
 
 
 def _loader(cfg: Config, source: PatternSource, fields: list[str], device: torch.device, batch_tokens: int | None = None) -> BlockLoader:
@@ -74,24 +87,45 @@ def _loader(cfg: Config, source: PatternSource, fields: list[str], device: torch
     return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, pin_memory=device.type == "cuda")
 
 
-def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking: Tracking, collector: Collector, monitor: torch.Tensor) -> Codebook:
+@dataclass(frozen=True)
+class Watched:
+    """What trainings are watched on: held-out windows int64 [n, seq_len] (n may be 0), and how to run the model on them."""
+
+    windows: torch.Tensor
+    collector: Collector
+    seed: int
+
+    def evaluator(self, codebook: Codebook, predictor: Predictor | None = None) -> Evaluator:
+        collector = self.collector
+        return Evaluator(collector.model, codebook, predictor, self.windows, collector.device, collector.batch_windows, self.seed)
+
+
+def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking: Tracking, watched: Watched, facts: dict) -> Codebook:
     """The run's codebook: read if it is there, else clustered (going on from the last checkpoint) and saved.
 
-    monitor: int64 [n, seq_len], windows that the oracle arm is watched on.
+    facts: what its provenance says of model and text. Raises UserError if the codebook there was made from other patterns.
     """
     if run.codebook.is_file():
-        return Codebook.load(run.codebook)
+        codebook = Codebook.load(run.codebook)
+        check_patterns(run.codebook, codebook, source.info.identity)
+        return codebook
+    device = watched.collector.device
     module = ClusteringModule(cfg.cluster, source.info, cfg.seed)
-    callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), cfg.trainer.checkpoint_every_n_steps)]
-    if len(monitor):
-        evaluator = partial(
-            _oracle_evaluator, model=collector.model, windows=monitor, device=collector.device, batch_windows=collector.batch_windows, seed=cfg.seed
+    # Within a pass each rank holds sums of its own, and a checkpoint those of the first: with several ranks only whole passes are kept.
+    every = cfg.trainer.checkpoint_every_n_steps if distributed.world_size() == 1 else sys.maxsize
+    callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), every)]
+    if len(watched.windows):
+        callbacks.append(
+            ArmsOnHeldOut(
+                "cluster", ["oracle"], lambda module: watched.evaluator(Codebook.from_clustering(module, {})), cfg.monitor.every, cfg.cluster.max_epochs
+            )
         )
-        callbacks.append(OracleOnHeldOut(evaluator, cfg.monitor.every))
-    trainer = make_trainer(cfg, collector.device, tracking, run, cfg.cluster.max_epochs, callbacks, SumsOnlyStrategy)
-    loader = _loader(cfg, source, module.fields(), collector.device)
-    _fit(trainer, module.to(collector.device), PatternDataModule(source, loader), run.checkpoint("cluster"))
-    codebook = Codebook.from_clustering(module, provenance(cfg) | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed})
+    strategy = SumsOnlyStrategy() if distributed.world_size() > 1 else "auto"
+    trainer = make_trainer(cfg, device, tracking, run, cfg.cluster.max_epochs, callbacks, strategy=strategy)
+    loader = _loader(cfg, source, module.fields(), device)
+    _fit(trainer, module.to(device), PatternDataModule(source, loader), run.checkpoint("cluster"))
+    made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
+    codebook = Codebook.from_clustering(module, made)
     if distributed.is_main():
         sizes = {site: module.get("sizes", site).tolist() for site in source.info.widths}
         write_json(run.history("cluster"), {"history": module.history, "sizes": sizes})
@@ -101,25 +135,29 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
     return codebook
 
 
-def take_codebook(checkpoint: str, run: RunFolder, ffns: list[GatedFFN], sites: list[str]) -> None:
-    """Puts another run's codebook into this run's folder. Raises UserError if there is none, or it is not for this model and these sites."""
-    codebook = load_run(checkpoint).codebook
-    if codebook is None:
+def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
+    """Raises UserError if a codebook was made from patterns of another identity."""
+    made_from = codebook.provenance.get("patterns", {})
+    differing = [key for key in identity if made_from.get(key) != identity[key]]
+    if differing:
+        meaning = {"weights": "model weights", "text": "fit text or windows"}
+        names = ", ".join(meaning.get(key, key) for key in differing)
+        raise UserError(f"{path}: made from other patterns ({names} differ); choose another run.name, or give what it was made from")
+
+
+def take_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
+    """Puts another run's codebook into this run's folder. Raises UserError if there is none, or it was made from other patterns."""
+    taken = load_run(checkpoint)
+    if taken.codebook is None:
         raise UserError(f"checkpoint={checkpoint}: holds no codebook; run stage=cluster there first")
-    if list(codebook.sites) != sites:
-        raise UserError(f"checkpoint={checkpoint}: its codebook is for sites {list(codebook.sites)}, this run has sites={sites}")
-    check_fits(ffns, codebook, None)
+    check_patterns(taken.folder.codebook, taken.codebook, identity)
     if distributed.is_main() and not run.codebook.is_file():
-        codebook.save(run.codebook)
+        taken.codebook.save(run.codebook)
     distributed.barrier()
 
 
-def _oracle_evaluator(codebook: Codebook, model, windows, device, batch_windows, seed) -> Evaluator:
-    return Evaluator(model, codebook, None, windows, device, batch_windows, seed)
-
-
 def train_predictor(
-    cfg: Config, source: PatternSource, codebook: Codebook, run: RunFolder, tracking: Tracking, device: torch.device, monitor: Block | None
+    cfg: Config, source: PatternSource, codebook: Codebook, run: RunFolder, tracking: Tracking, watched: Watched, monitor: Block | None
 ) -> Predictor:
     """The run's predictor: read if it is there, else trained (going on from the last checkpoint) and saved.
 
@@ -127,12 +165,19 @@ def train_predictor(
     """
     if run.predictor.is_file():
         return Predictor.load(run.predictor)
+    device = watched.collector.device
     module = PredictorModule(cfg.predictor, codebook, source.info, monitor, cfg.seed, cfg.trainer.log_every_n_steps)
     callbacks: list[Callback] = [ResumePoint(run.checkpoint("predictor"), cfg.trainer.checkpoint_every_n_steps)]
-    trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, DDPStrategy)
+    if len(watched.windows):
+        arms = ["predicted", "soft"] if cfg.predictor.form == "cluster" else ["neuron-predictor"]
+        callbacks.append(
+            ArmsOnHeldOut("predictor", arms, lambda module: watched.evaluator(codebook, module.predictor), cfg.monitor.every, cfg.predictor.max_epochs)
+        )
+    strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
+    trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, strategy=strategy, precision=cfg.trainer.precision)
     loader = _loader(cfg, source, module.fields(), device, cfg.predictor.batch)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
-    predictor = module.trained(provenance(cfg) | {"codebook": codebook.provenance})
+    predictor = module.trained(provenance() | {"codebook": codebook.provenance})
     if distributed.is_main():
         write_json(run.history("predictor"), {"history": module.history, "per_layer": module.figures})
         predictor.save(run.predictor)

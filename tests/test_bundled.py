@@ -41,4 +41,4 @@ def test_the_offline_run_reads_back_with_its_metrics(run):
     for name in ("cluster/captured", "predictor/loss", "eval/oracle/perplexity", "figures/perplexity", "cluster/epoch"):
         assert name in text, name
     mirrored = {name for record in read_metrics(folder) for name in record}
-    assert {"cluster/captured", "predictor/loss", "cluster/monitor_perplexity"} <= mirrored
+    assert {"cluster/captured", "predictor/loss", "cluster/monitor_oracle_perplexity"} <= mirrored

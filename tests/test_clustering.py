@@ -110,9 +110,7 @@ def test_empty_clusters_take_the_rows_captured_worst():
 
 def test_the_step_schedule_finds_clusters_too():
     module, _ = fit(make_source(), schedule="step", k=12)
-    start = ClusteringModule(ClusterConfig(k=12, max_epochs=1), make_source().info)
     assert module.history[-1]["captured"] > module.history[0]["captured"] > 0.3
-    assert start.groups == LAYERS
 
 
 def test_more_clusters_than_patterns_is_refused():

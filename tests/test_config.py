@@ -23,6 +23,12 @@ def test_later_sources_win(tmp_path):
 def test_an_override_changes_a_group_that_an_experiment_chose():
     assert load_config(None, ["experiment=wikitext2"]).data.seq_len == 2048
     assert load_config(None, ["experiment=wikitext2", "data=bundled"]).data.fit == "bundled"
+    cfg = load_config(None, ["experiment=wikitext2", "cluster=binary", "cluster.k=9"])  # over what the experiment says itself
+    assert (cfg.cluster.weighting, cfg.cluster.k) == ("binary", 9)
+
+
+def test_none_as_a_wandb_sweep_writes_it_is_null():
+    assert load_config(None, ["run.name=None", "data.fit_windows=None"]).run.name is None
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -60,6 +66,11 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("experiment=none", "experiment=none: no such group file"),
         ("stage=evaluate", "stage=evaluate: choose collect, cluster, predict, all"),
         ("model.dtype=int8", "model.dtype=int8: not a data type"),
+        ("seed=-1", "seed must not be negative"),
+        ("arms=[]", r"arms=\[\]: names none"),
+        ("arms=[neuron-predictor]", "arms: neuron-predictor needs predictor.form=neuron"),
+        ("trainer.max_steps=0", "trainer.max_steps=0 trains nothing"),
+        ("model.device=1", "model.device=1: not a device"),
         ("model.device=gpu", "model.device=gpu: not a device"),
         ("predictor.lr=-1", "predictor.lr must be above 0"),
         ("trainer.devices=0", "trainer.devices must be at least 1"),

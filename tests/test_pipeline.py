@@ -13,6 +13,7 @@ import apc
 import evaluate
 import tiny
 import train
+from apc import evaluation
 from apc.config import load_config
 from apc.errors import UserError
 from apc.models import ModelConfig, load_model
@@ -83,8 +84,11 @@ def test_a_run_leaves_everything_in_its_folder(workplace):
     assert {path.name for path in (folder / "figures").glob("*.png")} >= {"perplexity.png", "captured_importance.png", "cluster_usage.png", "convergence.png"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"cluster.ckpt", "predictor.ckpt"}
     names = {name for record in read_metrics(folder) for name in record}
-    for name in ("cluster/captured", "cluster/monitor_perplexity", "cluster/monitor_coverage", "predictor/loss", "predictor/top1_neuron",
-                 "predictor/captured_energy_soft_neuron", "predictor_layers/top5_neuron_02", "cluster_layers/monitor_precision_01"):  # fmt: skip
+    for name in (
+        "cluster/captured", "cluster/monitor_oracle_perplexity", "cluster/monitor_oracle_coverage", "predictor/monitor_soft_perplexity",
+        "predictor/loss", "predictor/top1_neuron", "predictor/captured_energy_soft_neuron", "predictor_layers/top5_neuron_02",
+        "cluster_layers/monitor_oracle_precision_01",
+    ):  # fmt: skip
         assert name in names
     assert not list(folder.rglob("*.tmp"))
 
@@ -121,7 +125,7 @@ def test_a_codebook_can_be_taken_from_another_run(workplace):
     run_train(workplace, **{"run.name": "taken", "checkpoint": workplace / "runs" / "run", "predictor.hidden": 8, "stage": "predict"})
     taken = apc.load_run(workplace / "runs" / "taken")
     assert taken.predictor.hidden == 8 and taken.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
-    with pytest.raises(UserError, match=r"its codebook is for sites \['neuron'\], this run has sites=\['up'\]"):
+    with pytest.raises(UserError, match=r"made from other patterns \(sites differ\)"):
         run_train(workplace, **{"run.name": "bad", "checkpoint": workplace / "runs" / "run", "sites": "[up]"})
     assert not (workplace / "runs" / "taken" / "checkpoints" / "cluster.ckpt").exists()
 
@@ -192,6 +196,76 @@ def test_a_codebook_of_another_model_is_refused(workplace, tmp_path):
     tiny.save_model(tmp_path / "narrow", width=40)
     with pytest.raises(UserError, match="the codebook is of another model: 52 neurons at neuron, the model has 40"):
         run_evaluate(workplace, f"model.path={tmp_path / 'narrow'}")
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("cluster.k=7", r"cluster: the run was fitted with"),
+        ("data.fit=score.txt", r"data\.fit: the run was fitted with"),
+        ("sparsity=0.3", "sparsity: the run was fitted with 0.5"),
+    ],
+)
+def test_evaluate_refuses_what_would_change_the_fitting(workplace, word, line):
+    with pytest.raises(UserError, match=line):
+        run_evaluate(workplace, word)
+
+
+def test_a_neuron_predictor_is_evaluated_by_its_own_arm(workplace):
+    run_train(workplace, **{"run.name": "neuron", "predictor.form": "neuron", "stage": "predict"})
+    results = run_evaluate(workplace, "arms=[neuron-predictor]", "run.name=own", run="neuron")
+    assert results["arms"][0]["arm"] == "neuron-predictor" and results["arms"][0]["bytes_share"] > 0.5
+
+
+def test_a_predictor_of_another_codebook_is_refused(workplace, tmp_path):
+    run_train(workplace, **{"run.name": "seed1", "seed": 1, "stage": "predict"})
+    other = apc.load_run(workplace / "runs" / "seed1").predictor
+    with pytest.raises(UserError, match="the predictor is of another codebook"):
+        apc.sparsify(tiny.make_model(), apc.load_run(workplace / "runs" / "run").codebook, other, "predicted")
+
+
+def test_a_run_whose_text_has_changed_is_not_taken_up(workplace, tmp_path):
+    tiny.make_workplace(tmp_path)
+    run_train(tmp_path, stage="cluster")
+    tiny.make_text(tmp_path / "fit.txt", seed=8)
+    with pytest.raises(UserError, match=r"codebook\.safetensors: made from other patterns \(fit text or windows differ\)"):
+        run_train(tmp_path, stage="cluster")
+
+
+def test_truncated_weights_are_named(tmp_path):
+    tiny.make_workplace(tmp_path)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"model\.path={tmp_path}/model: can't be loaded"):
+        run_train(tmp_path)
+
+
+def test_one_checkpoint_in_the_place_of_another_is_named(workplace):
+    checkpoints = workplace / "runs" / "swapped" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(workplace / "runs" / "run" / "checkpoints" / "predictor.ckpt", checkpoints / "cluster.ckpt")
+    with pytest.raises(UserError, match=r"cluster\.ckpt: not a checkpoint of this training; delete it"):
+        run_train(workplace, **{"run.name": "swapped"})
+
+
+def test_an_arm_that_breaks_down_leaves_the_table(workplace, monkeypatch):
+    original = evaluation.window_losses
+
+    def breaking(model, windows):
+        losses = original(model, windows)
+        return losses * torch.nan if calls.append(1) is None and len(calls) == 6 else losses
+
+    calls = []
+    monkeypatch.setattr(evaluation, "window_losses", breaking)
+    results = run_evaluate(workplace, "arms=[dense,random,static]", "run.name=broken")
+    assert [record["missing"] for record in results["arms"]] == [None, "the loss of score window 1 is not finite", None]
+    assert "the loss of score window 1 is not finite" in arms_table(results)
+
+
+def test_several_ranks_end_with_the_exit_code_of_the_one_that_failed(workplace):
+    words = tiny.tiny_overrides(workplace, **{"run.name": "ranks", "trainer.devices": 2, "cluster.k": 5000})
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "error: cluster.k=5000 is more than the 640 patterns" in done.stderr
 
 
 def test_the_command_line_exits_with_2_and_prints_one_line(workplace):

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import tiny
-from apc import cache, collect, ops, store
+from apc import cache, collect, distributed, ops, store
 from apc.activations import HISTOGRAM_SHIFT, Collector
-from apc.datamodule import BlockLoader
+from apc.datamodule import BlockLoader, block_ranges
 from apc.errors import UserError
 from apc.models import find_ffns, weights_digest
-from apc.patterns import CollectConfig, Importance
+from apc.patterns import CollectConfig
 from apc.store import PatternStore
 from apc.text import Windows, _digest
 
@@ -27,7 +27,9 @@ def run_collect(folder, model=None, windows=None, sites=("neuron",), active="thr
     model = model or tiny.make_model()
     collector = Collector(model, list(sites), torch.device("cpu"), batch_windows=2)
     cfg = CollectConfig(storage=storage, dir=str(folder), calibration_windows=options.pop("calibration_windows", 7), **options)
-    return collect.collect(cfg, collector, windows or make_windows(), active, 0.5, weights_digest(model), with_hidden)
+    windows = windows or make_windows()
+    identity = collect.pattern_identity(weights_digest(model), windows.digest, list(sites), active, 0.5, cfg.calibration_windows)
+    return collect.collect(cfg, collector, windows, active, 0.5, identity, with_hidden)
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +217,7 @@ def test_activations_that_are_not_finite_name_layer_and_window(tmp_path, poison)
 def test_importance_bins_are_as_fine_as_said():
     values = torch.rand(10_000) + 0.1
     edges = ((values.view(torch.int32) >> HISTOGRAM_SHIFT) << HISTOGRAM_SHIFT).view(torch.float32)
-    assert ((values - edges) / values).max() < 2**-10 and Importance is not None
+    assert ((values - edges) / values).max() < 2**-10
 
 
 def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
@@ -232,6 +234,23 @@ def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
             second.resume(first.progress())
             tail = [batch.positions.tolist() for batch in second]
             assert head + tail == epochs[0] if stop < len(loader) else tail == epochs[1]
+
+
+@pytest.mark.parametrize(("windows", "each", "ranks"), [(9, 2, 1), (9, 2, 4), (9, 4, 4), (7, 8, 3), (4, 1, 4)])
+def test_every_block_has_a_window_for_every_rank_and_every_window_a_rank(monkeypatch, windows, each, ranks):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    found = []
+    for first, last in block_ranges(windows, each):
+        shares = [distributed.share(last - first, part, ranks) for part in range(ranks)]
+        assert all(end > begin for begin, end in shares)
+        found += [first + window for begin, end in shares for window in range(begin, end)]
+    assert found == list(range(windows))
+
+
+def test_fewer_windows_than_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    with pytest.raises(UserError, match="3 windows of text for 5 processes"):
+        block_ranges(3, 2)
 
 
 def test_the_cache_lists_and_prunes(tmp_path, capsys):
