@@ -368,6 +368,7 @@ def convergence_figure(results: dict, path: Path) -> bool:
         if y in ("empty", "changed"):
             axes.set_ylim(bottom=0)
         if y == "empty":
+            axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
             axes.yaxis.get_major_locator().set_params(integer=True)
         _integer_ticks(axes)
         _plain_axes(axes, xlabel=x)

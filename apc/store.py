@@ -237,9 +237,22 @@ class PatternStore:
         return self._arrays[file]
 
     def _tensor(self, index: int, name: str, array: np.ndarray) -> Tensor:
-        value = torch.from_numpy(np.array(array))
+        value = torch.from_numpy(array)
         dtype = self._shards[index].files[f"{index:05d}-{name}.npy"]["dtype"]
         return value.view(torch.bfloat16) if dtype == "bfloat16" else value
+
+    def _read_slice(self, index: int, name: str, begin: int, end: int) -> np.ndarray:
+        """Tokens begin … end-1 of a shard's array. Read, not mapped: mapped pages are faulted in one by one and stay in this process."""
+        mapped = self._array(index, name)
+        result = np.empty((mapped.shape[0], end - begin, *mapped.shape[2:]), mapped.dtype)
+        row_bytes = mapped.strides[1]
+        with open(mapped.filename, "rb", buffering=0) as file:
+            for layer in range(len(result) if end > begin else 0):
+                file.seek(mapped.offset + layer * mapped.strides[0] + begin * row_bytes)
+                wanted = memoryview(result[layer].reshape(-1).view(np.uint8))
+                if file.readinto(wanted) != len(wanted):
+                    raise UserError(f"{mapped.filename}: truncated since it was opened; {self._repair()}")
+        return result
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         S = self.info.seq_len
@@ -247,9 +260,9 @@ class PatternStore:
         for index, shard in enumerate(self._shards):
             begin, end = max(first, shard.first), min(last, shard.last)
             if begin < end or (first == last and index == 0):
-                rows = slice((begin - shard.first) * S, (end - shard.first) * S) if begin < end else slice(0, 0)
+                rows = ((begin - shard.first) * S, (end - shard.first) * S) if begin < end else (0, 0)
                 for name in fields:
-                    parts[name].append(self._tensor(index, name, self._array(index, name)[:, rows]))
+                    parts[name].append(self._tensor(index, name, self._read_slice(index, name, *rows)))
         named = {name: values[0] if len(values) == 1 else torch.cat(values, dim=1) for name, values in parts.items()}
         return Block.of_windows(named, first, last, S)
 

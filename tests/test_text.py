@@ -301,6 +301,7 @@ def test_a_hub_that_answers_is_reachable_unless_it_is_down(monkeypatch, status, 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         assert text.hub_reachable() is reachable
         server.shutdown()
 
@@ -315,6 +316,7 @@ def test_hub_rows_are_joined_and_config_and_split_are_passed(files, tokenizer, m
         return datasets.Dataset.from_dict({"text": [_words(9), "", _words(30, start=len(calls), step=7)], "n": [1, 2, 3]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(text, "hub_reachable", lambda: False)
     fit, score = load_windows(_config(fit="org/set", score="org/set:raw:validation"), tokenizer)
     assert calls == [("org/set", None, "train", True), ("org/set", "raw", "validation", True)], "unreachable: its cache is still asked"
