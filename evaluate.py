@@ -23,7 +23,7 @@ from apc.models import find_ffns, load_model, resolve_device
 from apc.runs import RunFolder, Stopwatch, load_run, new_name
 from apc.scoring import score, split_windows
 from apc.sparse_model import check_fits
-from apc.text import load_windows
+from apc.text import cut_windows, read_texts
 from apc.tracking import Tracking
 
 # What the run was fitted with: an evaluation can't change it.
@@ -41,9 +41,10 @@ def evaluate(cfg: Config) -> dict:
     watch = Stopwatch()
 
     with distributed.main_first():  # which fetches and unpacks what is bundled
+        texts = read_texts(cfg.data)
         model, tokenizer = load_model(cfg.model, device)
-        texts = load_windows(cfg.data, tokenizer)
-    _, _, scored = split_windows(cfg, *texts)
+        windows = cut_windows(cfg.data, *texts, tokenizer)
+    _, _, scored = split_windows(cfg, *windows)
     check_fits(find_ffns(model), run.codebook, run.predictor)
     watch.lap("load")
 

@@ -16,7 +16,7 @@ from apc.activations import Collector
 from apc.config import Config, to_dict
 from apc.models import load_model, model_name, resolve_device, weights_digest
 from apc.runs import Stopwatch, open_run
-from apc.text import load_windows
+from apc.text import cut_windows, read_texts
 from apc.tracking import Tracking
 
 
@@ -29,9 +29,10 @@ def train(cfg: Config) -> dict:
     watch = Stopwatch()
 
     with distributed.main_first():  # which fetches and unpacks what is bundled
+        texts = read_texts(cfg.data)
         model, tokenizer = load_model(cfg.model, device)
-        texts = load_windows(cfg.data, tokenizer)
-    fit, monitored, scored = scoring.split_windows(cfg, *texts)
+        windows = cut_windows(cfg.data, *texts, tokenizer)
+    fit, monitored, scored = scoring.split_windows(cfg, *windows)
     collector = Collector(model, cfg.sites, device, scoring.batch_windows(cfg, device))
     identity = collect.pattern_identity(weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect.calibration_windows)
     facts = {"model": model_name(cfg.model), "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}

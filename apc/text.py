@@ -81,13 +81,23 @@ class _Text:
 
 
 def load_windows(cfg: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[Windows, Windows]:
-    """Windows of the fit text and of the score text.
+    """Windows of the fit text and of the score text. Raises UserError as `read_texts` and `cut_windows` do."""
+    return cut_windows(cfg, *read_texts(cfg), tokenizer)
 
-    Raises UserError if a source can't be read, is too short for the windows asked for, or if the score text was fitted on.
+
+def read_texts(cfg: DataConfig) -> tuple[_Text, _Text]:
+    """The fit text and the score text; needs no model, so that what is wrong with them is said before one is loaded.
+
+    Raises UserError if a source can't be read, or if the score text was fitted on.
     """
     fit, score = _read(cfg.fit, "fit"), _read(cfg.score, "score")
     if not cfg.in_sample:
         _check_apart(fit, score)
+    return fit, score
+
+
+def cut_windows(cfg: DataConfig, fit: _Text, score: _Text, tokenizer: "PreTrainedTokenizerBase") -> tuple[Windows, Windows]:
+    """(fit, score) windows of what `read_texts` read. Raises UserError if a text is too short for the windows asked for."""
     return _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer), _windows(score, cfg.seq_len, cfg.score_windows, tokenizer)
 
 
