@@ -1,0 +1,276 @@
+"""Assignment by CUDA C++ kernels on tensor cores: packed bits by AND-POPC on the b1 units (Ampere up), uint8 importance on Hopper's.
+
+NVRTC compiles the sources in `cuda/` for the GPU at hand when a kernel is first used (2 seconds, once a process and kind of size): no
+build step, no compiler at install. Shape letters: see `bits.py`.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).resolve().parent / "cuda"
+
+# The Hopper kernel's shape: 2 consumer warpgroups of 64 rows × 256 clusters hold 128 sums a thread; two blocks share their centroids;
+# four stages of 48 KB fill the shared memory; a warpgroup starts a stage's 512 clocks after the other, so that maxima and products overlap.
+HOPPER = {"CONSUMERS": 2, "STAGES": 4, "CLUSTER": 2, "STAGGER": 512}
+AMPERE = {"STAGES": 3}
+_STEP = 128  # bytes of a row in a stage, of both kernels
+_TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a time
+_TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
+_MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's smaller
+
+
+class Unavailable(RuntimeError):
+    """Why these kernels cannot run here, in one line."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel to compile: `b1` or `u8` products for sm_90a, or `b1` for any other architecture from sm_80 (its tile is fixed)."""
+
+    arch: str
+    kind: str = "b1"
+    tile_k: int = 256  # clusters at a time
+    tail: int = 4  # products of 32 bytes in a row's last step of 128
+
+    def source(self) -> str:
+        head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
+        if self.arch != "sm_90a":
+            return head + _constants(AMPERE) + (SOURCES / "assign_sm80.cu").read_text()
+        constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail}
+        return head + _constants(constants) + _warpgroup_mma(self.kind, self.tile_k) + (SOURCES / "assign_sm90.cu").read_text()
+
+
+def _constants(values: dict[str, int]) -> str:
+    return "".join(f"constexpr int {name} = {value};\n" for name, value in values.items())
+
+
+def _warpgroup_mma(kind: str, tile_k: int) -> str:
+    """`mma`: sums [64, tile_k] = or += 64 rows · tile_k centroids over 32 bytes, both in shared memory (PTX ISA, `wgmma.mma_async`)."""
+    instruction = {"b1": f"m64n{tile_k}k256.s32.b1.b1.and.popc", "u8": f"m64n{tile_k}k32.s32.u8.u8"}[kind]
+    n = tile_k // 2
+    registers = ", ".join(f"%{i}" for i in range(n))
+    operands = ", ".join(f'"+r"(sums[{i}])' for i in range(n))
+    return f"""
+__device__ __forceinline__ void mma(int (&sums)[{n}], u64 rows, u64 centroids, int add) {{
+    asm volatile(
+        "{{ .reg .pred p; setp.ne.b32 p, %{n + 2}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.{instruction} {{{registers}}}, %{n}, %{n + 1}, p; }}"
+        : {operands} : "l"(rows), "l"(centroids), "r"(add));
+}}
+"""
+
+
+def compile_variant(variant: Variant) -> bytes:
+    """The cubin of a variant, by NVRTC; needs no GPU. Raises RuntimeError with the compiler's words."""
+    from cuda.bindings import nvrtc
+
+    program = _take(nvrtc.nvrtcCreateProgram(variant.source().encode(), b"assign.cu", 0, [], []))
+    options = [f"--gpu-architecture={variant.arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_take(nvrtc.nvrtcGetProgramLogSize(program)))
+        _take(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"NVRTC, {variant}: {status.name}\n{log.rstrip(bytes(1)).decode()}")
+    cubin = bytearray(_take(nvrtc.nvrtcGetCUBINSize(program)))
+    _take(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _take(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(cubin)
+
+
+def _take(answer: tuple):
+    """What a call of `cuda.bindings` returns after its status. Raises RuntimeError on any status but success."""
+    status, *values = answer
+    if status.value != 0:
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def architecture(device: torch.device) -> str:
+    """What to compile for: sm_90a on Hopper, else the device's own among sm_8x. Raises Unavailable for others."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in (8, 9):  # before, there is no AND-POPC; after, it is no instruction of the tensor cores any more
+        raise Unavailable(f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; b1 tensor cores are in 8.x and 9.0")
+    return "sm_90a" if major == 9 else f"sm_{major}{minor}"
+
+
+@functools.cache
+def unavailable(device_index: int, kind: str = "b1") -> str | None:
+    """Why the kernels of this kind cannot run on this CUDA device, or None where they can: they were compiled and loaded."""
+    device = torch.device("cuda", device_index)
+    try:
+        arch = architecture(device)
+        if kind == "u8" and arch != "sm_90a":
+            raise Unavailable("the uint8 kernel is for Hopper (sm_90)")
+        if importlib.util.find_spec("cuda.bindings") is None:
+            raise Unavailable("the package cuda-bindings is not installed")
+        _module(Variant(arch, kind), device_index)
+    except (Unavailable, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _module(variant: Variant, device_index: int) -> dict[str, object]:
+    """The loaded functions of a variant, by name, in the device's primary context."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # which makes torch's context current
+        module = _take(driver.cuModuleLoadData(compile_variant(variant)))
+        functions = {"assign": _take(driver.cuModuleGetFunction(module, b"assign"))}
+        _take(driver.cuFuncSetAttribute(functions["assign"], driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _shared_bytes(variant)))
+        if variant.arch == "sm_90a":
+            functions["take_keys"] = _take(driver.cuModuleGetFunction(module, b"take_keys"))
+    return functions
+
+
+def _shared_bytes(variant: Variant) -> int:
+    if variant.arch == "sm_90a":
+        return HOPPER["STAGES"] * _STEP * (64 * HOPPER["CONSUMERS"] + variant.tile_k) + 1024  # stages start on 1,024 bytes
+    return AMPERE["STAGES"] * (128 + 256) * (_STEP + 16)
+
+
+def _launch(function, grid: tuple[int, int], block: int, shared: int, *values) -> None:
+    """Launches on torch's current stream. values: ctypes scalars or buffers, in the kernel's order."""
+    from cuda.bindings import driver
+
+    parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    stream = torch.cuda.current_stream().cuda_stream
+    _take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def assign_b1(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [G, N, W], uint8 [G, K, W] on one CUDA device → ids int64 [G, N] of the greatest |x ∧ c|, that overlap int32 [G, N].
+
+    Raises Unavailable, saying why, where the kernel cannot run.
+    """
+    if reason := unavailable(rows.device.index):
+        raise Unavailable(reason)
+    arch = architecture(rows.device)
+    if arch == "sm_90a":
+        return _assign_hopper("b1", rows, centroids)
+    rows, centroids = _aligned(rows), _aligned(centroids.contiguous())
+    (G, N, W), K = rows.shape, centroids.shape[1]
+    ids, scores = _outputs(rows)
+    if G and N:
+        variant = Variant(arch)
+        numbers = (ctypes.c_longlong(rows.stride(0)), ctypes.c_longlong(rows.stride(1)), *map(ctypes.c_int, (N, K, W)))
+        with torch.cuda.device_of(rows):
+            function = _module(variant, rows.device.index)["assign"]
+            tensors = map(_pointer, (rows, centroids, ids, scores))
+            _launch(function, (math.ceil(N / 128), G), 256, _shared_bytes(variant), *tensors, *numbers)
+    return ids, scores
+
+
+def assign_u8(importance: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N].
+
+    Raises Unavailable where the kernel cannot run, and ValueError where a sum could reach 2²⁵.
+    """
+    if reason := unavailable(importance.device.index, "u8"):
+        raise Unavailable(reason)
+    return _assign_hopper("u8", importance, planes)
+
+
+def _outputs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    G, N = rows.shape[:2]
+    return torch.empty((G, N), dtype=torch.int64, device=rows.device), torch.empty((G, N), dtype=torch.int32, device=rows.device)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """[G, N, W] with rows that start on 16 bytes and lie in one piece, copied if need be. W must be a multiple of 16."""
+    placed = rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.stride(1) % 16 == 0
+    return rows if placed and rows.stride(2) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How row tiles × cluster tiles are dealt out to clusters of blocks: `whole` row tiles one by one, the other `cut` in `splits` along K."""
+
+    k_tiles: int
+    tiles_in_group: int
+    whole: int
+    cut: int
+    splits: int
+    workers: int
+
+    @property
+    def items(self) -> int:
+        return self.whole + self.cut * self.splits
+
+    @classmethod
+    def of(cls, G: int, N: int, K: int, tile_n: int, tile_k: int, workers: int) -> "Schedule":
+        """The last round of row tiles, if it does not fill all workers, is cut so that the longest share of it is as short as it gets."""
+        tiles_in_group, k_tiles = math.ceil(N / tile_n), math.ceil(K / tile_k)
+        cut = G * tiles_in_group % workers
+        costs = [math.ceil(cut * splits / workers) * math.ceil(k_tiles / splits) for splits in range(1, min(k_tiles, workers) + 1)]
+        splits = costs.index(min(costs)) + 1
+        if splits == 1:
+            cut = 0
+        return cls(k_tiles, tiles_in_group, G * tiles_in_group - cut, cut, splits, workers)
+
+
+def tile_for(K: int) -> int:
+    """How many clusters to take at a time: the tile that wastes least on the last one."""
+    return min(_TILES_K, key=lambda tile: (math.ceil(K / tile) * (tile + _TILE_COST), -tile))
+
+
+def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and centroids of W bytes each, uint8 [G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
+    rows, centroids = _aligned(rows), _aligned(centroids)
+    (G, N, W), K = rows.shape, centroids.shape[1]
+    ids, scores = _outputs(rows)
+    if not (G and N):
+        return ids, scores
+    steps = math.ceil(W / _STEP)
+    variant = Variant("sm_90a", kind, tile_for(K), tail=math.ceil((W - (steps - 1) * _STEP) / 32))
+    tile_n, cluster = 64 * HOPPER["CONSUMERS"], HOPPER["CLUSTER"]
+    processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    plan = Schedule.of(G, N, K, cluster * tile_n, variant.tile_k, processors // cluster)
+    keys = torch.zeros((plan.cut, cluster * tile_n), dtype=torch.int64, device=rows.device)
+    maps = _tensor_map(rows, tile_n), _tensor_map(centroids, variant.tile_k // cluster)
+    numbers = [N, steps, plan.k_tiles, plan.tiles_in_group, plan.items, plan.whole, plan.splits]
+    with torch.cuda.device_of(rows):
+        functions = _module(variant, rows.device.index)
+        grid, block = min(plan.items, plan.workers) * cluster, 128 * (HOPPER["CONSUMERS"] + 1)
+        tensors = [_pointer(tensor) for tensor in (ids, scores, keys)]
+        _launch(functions["assign"], (grid, 1), block, _shared_bytes(variant), *maps, *tensors, *map(ctypes.c_int, numbers))
+        if plan.cut:
+            numbers = map(ctypes.c_int, (N, plan.whole, plan.tiles_in_group))
+            _launch(functions["take_keys"], (plan.cut, 1), cluster * tile_n, 0, _pointer(keys), *tensors[:2], *numbers)
+    return ids, scores
+
+
+def _tensor_map(rows: Tensor, box_rows: int) -> ctypes.Array:
+    """The copy engine's map of uint8 [G, N, W]: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
+    from cuda.bindings import driver
+
+    G, N, W = rows.shape
+    strides = rows.stride(1) if N > 1 else W, rows.stride(0) if G > 1 else 16
+    answer = _take(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            3,
+            rows.data_ptr(),
+            [driver.cuuint64_t(size) for size in (W, N, G)],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in (_STEP, box_rows, 1)],
+            [driver.cuuint32_t(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return (ctypes.c_char * 128).from_buffer_copy(ctypes.string_at(answer.getPtr(), 128))
