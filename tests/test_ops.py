@@ -8,6 +8,8 @@ import torch
 from apc import ops
 from apc.ops import reference
 
+update = importlib.import_module("apc.ops.update")
+
 NO_GPU = not torch.cuda.is_available()
 
 SHAPES = [  # (G, N, K, D); G = 0: no group dimension
@@ -29,21 +31,27 @@ IMPLEMENTATIONS = [
     pytest.param("fast", "cpu", id="cpu"),
     pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU")),
     pytest.param("fast", "cuda", id="cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
 ]
 CASES = [
     *(pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks) for i in IMPLEMENTATIONS for s in SHAPES),
-    *(pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks) for i in IMPLEMENTATIONS[::2] for s in (BEYOND, MANY, DENSE)),
+    *(pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks) for i in IMPLEMENTATIONS if i.id != "interpreter" for s in (BEYOND, MANY, DENSE)),
 ]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 POWERS = [1, 2]
 
 
-def run(kind: str, device: str, name: str, *args):
+def run(kind: str, device: str, name: str, *args, **kwargs):
     """The operation `name` in this implementation, its results on the CPU."""
     function = getattr(ops, name if kind == "fast" else f"{name}_triton")
-    moved = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
-    results = function(*moved)
-    return [result.cpu() for result in results]
+    results = function(*(_moved(arg, device) for arg in args), **{key: _moved(value, device) for key, value in kwargs.items()})
+    return results.cpu() if isinstance(results, torch.Tensor) else [result.cpu() for result in results]
+
+
+def _moved(value, device: str):
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def assert_same(got, expected):
@@ -83,6 +91,14 @@ def memberships(G: int, N: int, K: int) -> torch.Tensor:
     """Random ids, with cluster 1 empty where there are three or more."""
     ids = torch.randint(0, K, (*([G] if G else []), N))
     return ids.masked_fill(ids == 1, 0) if K > 2 else ids
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """In the interpreter a cluster of more than 20 rows is several pieces; that is also faster there, having fewer bits to a count."""
+    if NO_GPU:
+        monkeypatch.setattr(update, "_TILE", update._TILE | {"PIECE": 20, "BITS": 16})
+        monkeypatch.setattr(update, "_WEIGHTED_TILE", update._WEIGHTED_TILE | {"PIECE": 20})
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +145,88 @@ def test_accumulate_weighted_equals_reference(kind, device, shape, power):
     assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K, power), expected)
 
 
+@pytest.mark.parametrize("power", [0, 1, 2], ids=["binary", "magnitude", "energy"])
+@pytest.mark.parametrize("shape", [(0, 60, 4, 130), (3, 33, 5, 72), (2, 0, 3, 130), (0, 90, 1, 257)], ids=str)
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_sums_are_added_to_out_in_place(kind, device, shape, power):
+    G, N, K, D = shape
+    ids = memberships(G, N, K)
+    if power:
+        name, importance = "accumulate_weighted", importances(G, N, D)
+        args = importance, ids, reference.row_scales(importance, power), K, power
+    else:
+        name, args = "accumulate", (reference.pack(patterns(G, N, D)), ids, K, D)
+    lead = (G,) if G else ()
+    before = torch.randint(-(2**60), 2**60, (*lead, K, D)), torch.randint(0, 99, (*lead, K))
+    expected = [a + b for a, b in zip(before, getattr(reference, name)(*args), strict=True)]
+    assert_same(getattr(reference, name)(*args, out=tuple(part.clone() for part in before)), expected)
+    out = tuple(part.clone().to(device) for part in before)
+    assert_same(run(kind, device, name, *args, out=out), expected)
+    assert_same([part.cpu() for part in out], expected)
+
+
+@pytest.mark.parametrize("sizes", [(0, 70, 0), (1, 20, 21), (0, 0, 0, 3), (41,)], ids=str)
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_clusters_of_no_one_and_many_pieces_add_up(kind, device, sizes, monkeypatch):
+    for name in ("_TILE", "_WEIGHTED_TILE"):
+        monkeypatch.setattr(update, name, getattr(update, name) | {"PIECE": 20})
+    K, D = len(sizes), 140
+    ids = torch.repeat_interleave(torch.arange(K), torch.tensor(sizes))
+    ids = ids[torch.randperm(len(ids))]
+    rows, importance = reference.pack(patterns(0, len(ids), D)), importances(0, len(ids), D)
+    assert_same(run(kind, device, "accumulate", rows, ids, K, D), reference.accumulate(rows, ids, K, D))
+    scales = reference.row_scales(importance)
+    expected = reference.accumulate_weighted(importance, ids, scales, K)
+    assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K), expected)
+
+
+@pytest.mark.parametrize("tile", [{}, {"UNROLL": 16, "BITS": 8}, {"BLOCK_W": 16}], ids=str)
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS[1:])
+def test_accumulate_equals_reference_in_tiles_of_a_gpu(kind, device, tile, monkeypatch):
+    monkeypatch.setattr(update, "_TILE", update._TILE | {"PIECE": 1024, "BITS": 4} | tile)
+    N, K, D = 1100, 2, 600
+    rows, ids = reference.pack(patterns(0, N, D)), (torch.rand(N) < 0.01).long()
+    assert_same(run(kind, device, "accumulate", rows, ids, K, D), reference.accumulate(rows, ids, K, D))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(0, 200_000, 33_000, 130), (7, 40_000, 9_000, 72), (1, 300_000, 3, 1536)], ids=str)
+def test_many_rows_and_clusters_add_up_on_a_gpu(shape):
+    G, N, K, D = shape
+    rows, importance, ids = (function(G, N, size).cuda() for function, size in ((patterns, D), (importances, D), (memberships, K)))
+    ids[ids % 3 == 0] = 0  # one cluster of many pieces
+    packed, scales = ops.pack(rows), ops.row_scales(importance)
+    assert_same(ops.accumulate(packed, ids, K, D), reference.accumulate(packed, ids, K, D))
+    assert_same(ops.accumulate_weighted(importance, ids, scales, K), reference.accumulate_weighted(importance, ids, scales, K))
+
+
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_scales_beyond_32_bits_count_in_full(kind, device):
+    importance = importances(0, 50, 20) * (torch.rand(50, 20) < 0.05)
+    importance[:25] = importance[:25].clamp(max=1)  # rows that sum to a few: 2³⁶ over that is more than 32 bits hold
+    scales, ids = reference.row_scales(importance, 2), memberships(0, 50, 2)
+    assert (scales >= 2**32).any() and (scales < 2**32).any()
+    expected = reference.accumulate_weighted(importance, ids, scales, 2, 2)
+    assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, 2, 2), expected)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (40,), (3, 33), (2, 3, 4), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("W", [16, 32, 192, 272, 13])
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_popcount_equals_reference(kind, device, W, lead):
+    rows = torch.randint(0, 256, (*lead, W), dtype=torch.uint8)
+    expected = sum(((rows >> j) & 1).sum(-1) for j in range(8)).int()
+    assert_same([run(kind, device, "popcount", rows)], [expected])
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize(("kind", "device", "shape"), CASES)
+def test_row_totals_equal_reference(kind, device, shape, power):
+    G, N, _, D = shape
+    importance = importances(G, N, D)
+    assert_same([run(kind, device, "row_totals", importance, power)], [reference.row_totals(importance, power)])
+
+
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
 def test_operations_read_slices_of_larger_tensors(kind, device):
     G, N, K, D = 2, 50, 7, 130
@@ -141,6 +239,10 @@ def test_operations_read_slices_of_larger_tensors(kind, device):
     assert_same(run(kind, device, "accumulate", rows, ids, K, D), reference.accumulate(rows.cpu(), ids, K, D))
     expected = reference.accumulate_weighted(importance.cpu(), ids, scales, K, 2)
     assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K, 2), expected)
+    assert_same([run(kind, device, "popcount", rows)], [reference.popcount(rows.cpu())])
+    assert_same([run(kind, device, "row_totals", importance, 2)], [reference.row_totals(importance.cpu(), 2)])
+    shifted = rows.flatten()[1:-31].view(-1, 32)  # no row starts at a multiple of 16 bytes
+    assert_same(run(kind, device, "accumulate", shifted, ids.flatten()[1:], K, 255), reference.accumulate(shifted.cpu(), ids.flatten()[1:], K, 255))
 
 
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
@@ -183,7 +285,6 @@ def test_assignment_is_exact_whatever_the_matmul_precision():
 
 
 def test_sums_are_exact_over_several_spans_of_rows():
-    update = importlib.import_module("apc.ops.update")
     N = 2 * update._CPU_SPAN + 5
     importance = torch.zeros(N, 3, dtype=torch.uint8)
     importance[:, 1] = 1  # one neuron owns every row, so its sum is the largest that N rows can make
@@ -263,14 +364,33 @@ def test_cut_or_fill_never_drops_an_active_neuron_for_an_inactive_one():
 
 
 @pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("D", [1, 7, 130, 1536])
-def test_binarize_has_exactly_m_ones_and_equals_reference(D, density):
+@pytest.mark.parametrize("D", [1, 7, 128, 130, 257, 1536])
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, density):
     m = ops.mask_size(D, density)
     assert m == max(1, int(density * D + 0.5))
-    for sums in (torch.randint(0, 2**62, (6, D)), torch.randint(0, 3, (2, 6, D)), torch.zeros(1, D, dtype=torch.int64)):
-        centroids = ops.binarize(sums, density)
-        assert (ops.popcount(centroids) == m).all()
-        assert torch.equal(centroids, reference.binarize(sums, density))
+    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    made = [
+        torch.randint(0, 2**62, (6, D)),
+        torch.randint(-(2**62), 2**62, (3, D)),
+        torch.randint(0, 3, (2, 6, D)),
+        torch.zeros(1, D, dtype=torch.int64),
+        torch.full((D,), -5),
+        torch.full((2, D), most),
+        torch.where(torch.rand(3, D) < 0.5, least, most),
+        torch.zeros(0, D, dtype=torch.int64),
+    ]
+    for sums in made:
+        centroids = run(kind, device, "binarize", sums, density)
+        assert (reference.popcount(centroids) == m).all()
+        assert_same([centroids], [reference.binarize(sums, density)])
+
+
+@pytest.mark.parametrize("D", [14336, 28672, 40000])
+@pytest.mark.parametrize("device", DEVICES)
+def test_binarize_of_long_rows_equals_reference(device, D):
+    for sums in (torch.randint(0, 512, (5, D)), torch.randint(0, 2**45, (5, D))):
+        assert torch.equal(ops.binarize(sums.to(device), 0.5).cpu(), reference.binarize(sums, 0.5))
 
 
 def test_binarize_gives_ties_to_the_lowest_neuron():
@@ -318,6 +438,7 @@ def test_errors_state_both_shapes():
     rows, importance = ops.pack(patterns(0, 4, 130)), importances(0, 4, 130)
     wide, deep = centroids_of(0, 3, 300), centroids_of(2, 3, 130)
     ids, scales = memberships(0, 5, 3), torch.ones(4, dtype=torch.int64)
+    sums, sizes = torch.zeros(3, 130, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     failing = [
         (r"\[3, 48\].*\[4, 32\]", lambda: ops.assign(rows, wide)),
         (r"\[2, 3, 32\].*\[4, 32\]", lambda: ops.assign(rows, deep)),
@@ -327,6 +448,10 @@ def test_errors_state_both_shapes():
         (r"\[3, 48\].*\[4, 130\]", lambda: ops.assign_weighted(importance, wide)),
         (r"\[3, 48\].*\[4, 130\]", lambda: ops.assign_weighted_triton(importance, wide)),
         (r"\[5\].*\[4, 32\]", lambda: ops.accumulate(rows, ids, 3, 130)),
+        (r"\[3, 129\].*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums[:, 1:], sizes))),
+        (r"\[4\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids[:4], 3, 130, out=(sums, ids[:4]))),
+        (r"float32 \[3, 130\].*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.float(), sizes))),
+        (r"\[3, 130\].*\[4, 130\].*contiguous", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.T.contiguous().T, sizes))),
         (r"\[5\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids, 3, 130)),
         (r"\[4, 32\].*48.*\[5\]", lambda: ops.accumulate(rows, ids, 3, 300)),
         (r"int32 \[4\].*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4].int(), 3, 130)),
@@ -356,6 +481,9 @@ def test_values_out_of_range_are_refused():
         ("density", lambda: ops.mask_size(10, 0.0)),
         ("density", lambda: ops.binarize(torch.zeros(1, 10, dtype=torch.int64), 1.01)),
         ("int64", lambda: ops.binarize(torch.zeros(1, 10), 0.5)),
+        ("up to 32768", lambda: ops.binarize_triton(torch.zeros(1, 2**15 + 1, dtype=torch.int64), 0.5)),
+        ("got int32", lambda: ops.popcount_triton(torch.zeros(2, 16, dtype=torch.int32))),
+        ("power must be 1", lambda: ops.row_totals_triton(importance, 3)),
         ("m must be from 1", lambda: ops.top_mask(torch.zeros(2, 5), 6)),
         ("NaN", lambda: ops.top_mask(torch.tensor([1.0, float("nan")]), 1)),
         ("negative", lambda: ops.cut_or_fill(torch.ones(2, dtype=torch.bool), 1, torch.tensor([1.0, -1.0]))),

@@ -1,8 +1,18 @@
 """Operations on bit-packed patterns: fast on CPU and CUDA, exact on both; `reference.py` says what each of them means."""
 
-from apc.ops.assign import assign, assign_triton, assign_weighted, assign_weighted_triton
-from apc.ops.bits import cut_or_fill, mask_size, pack, popcount, row_bytes, top_mask, unpack
-from apc.ops.update import accumulate, accumulate_triton, accumulate_weighted, accumulate_weighted_triton, binarize, row_scales, row_totals, scales_of
+from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, assign_weighted_triton
+from apc.ops.binarize import binarize, binarize_triton
+from apc.ops.bits import cut_or_fill, mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
+from apc.ops.update import (
+    accumulate,
+    accumulate_triton,
+    accumulate_weighted,
+    accumulate_weighted_triton,
+    row_scales,
+    row_totals,
+    row_totals_triton,
+    scales_of,
+)
 
 __all__ = [
     "accumulate",
@@ -10,17 +20,21 @@ __all__ = [
     "accumulate_weighted",
     "accumulate_weighted_triton",
     "assign",
+    "assign_b1",
     "assign_triton",
     "assign_weighted",
     "assign_weighted_triton",
     "binarize",
+    "binarize_triton",
     "cut_or_fill",
     "mask_size",
     "pack",
     "popcount",
+    "popcount_triton",
     "row_bytes",
     "row_scales",
     "row_totals",
+    "row_totals_triton",
     "scales_of",
     "top_mask",
     "unpack",

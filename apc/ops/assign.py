@@ -1,34 +1,43 @@
 """Assignment: the nearest centroid of every pattern, with its captured sum, and no N × K matrix.
 
 Nearest by the masked distance |x ∧ ¬c| = |x| − |x ∧ c|, so the greatest overlap; weighted, the greatest Σ_{i∈c} importance_i^power.
-Every sum is an exact integer and ties go to the lowest cluster id, so both devices and `reference.py` give the same answer.
+Every sum is an exact integer and ties go to the lowest cluster id, so all paths and `reference.py` give the same answer: tables on the CPU
+(`assign_cpu.py`), CUDA C++ on tensor cores where they have the instructions (`tensor_cores.py`), Triton on any other GPU (here).
 Shape letters: see `bits.py`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import warnings
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, popcount, require, row_bytes, unpack
+from apc.ops import tensor_cores
+from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, popcount, require, row_bytes
 
-# Kernel tiles, as rows × clusters × bytes or neurons. Powers of two; tl.dot on int8 needs at least 16 × 16 × 32.
-_TILE = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_W": 64}
-_WEIGHTED_TILE = {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": 64}  # two int32 accumulators, for the halves of importance²
+# Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks of one warpgroup on a multiprocessor, so that one multiplies
+# while another expands its rows.
+_TILE = {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_W": 128, "num_warps": 4, "num_stages": 3}
+_WEIGHTED_TILES = {
+    1: {"BLOCK_N": 128, "BLOCK_K": 256, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},
+    2: {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},  # two accumulators
+}
+_EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
+_LEAST_K = 32  # the narrowest tile of clusters
 
-_CPU_BLOCK = 2**21  # floats of rows expanded at a time: 8 MB, which stays in the last-level cache
-_CPU_CLUSTERS = 1024  # clusters expanded at a time
-_FLOAT_EXACT = 2**24  # float32 sums of integers are exact up to here, in any order
-_MAX_CLUSTERS = 2**22  # the CPU's key, score·K + (K − 1 − id), is exact in float64 while score < 2³¹ and K ≤ 2²²
+_MAX_CLUSTERS = 2**22
+_MAX_NEURONS = 2**22  # a kernel's key holds an overlap and, below it, the 8 bits of a cluster in its tile
 
 
 def _check(rows: Tensor, centroids: Tensor) -> None:
     _check_dim(rows, "rows", centroids)
     if rows.shape[-1] % ROW_ALIGN:
         raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be a multiple of {ROW_ALIGN}")
+    if 8 * rows.shape[-1] > _MAX_NEURONS:
+        raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be at most {_MAX_NEURONS // 8}")
     require(centroids, "centroids", torch.uint8, (*rows.shape[:-2], None, rows.shape[-1]), rows, "rows")
     _check_clusters(rows, "rows", centroids)
 
@@ -64,15 +73,27 @@ def assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the nearest centroids, overlap |x ∧ c| int32 [N].
 
     With groups: [G, N, W], [G, K, W] → [G, N], [G, N]. Raises ValueError where shapes, dtypes or devices do not match.
+    On CUDA by `assign_b1` where that runs, else by `assign_triton`, with one warning that says why.
     """
-    if not on_cpu(rows):
+    if on_cpu(rows):
+        from apc.ops.assign_cpu import assign_cpu  # which imports numba
+
+        return assign_cpu(rows, centroids)
+    if reason := tensor_cores.unavailable(rows.device.index):
+        _warn_once(f"patterns are assigned by the int8 kernel, several times slower than b1 tensor cores: {reason}")
         return assign_triton(rows, centroids)
-    W = rows.shape[-1]
+    return tensor_cores.assign_b1(rows, centroids)
 
-    def load(group: int, first: int, block: Tensor) -> None:
-        block.copy_(unpack(rows[group, first : first + len(block)], 8 * W).view(torch.uint8))
 
-    return _nearest_cpu(load, rows.shape[1], centroids, 8 * W, most=1)
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@grouped(_check)
+def assign_b1(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """`assign` on the b1 tensor cores of one CUDA device. Raises `tensor_cores.Unavailable`, saying why, where it has none that can be used."""
+    return tensor_cores.assign_b1(rows, centroids)
 
 
 @grouped(_check_weighted)
@@ -81,193 +102,189 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> tu
 
     power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
     Raises ValueError where shapes, dtypes or devices do not match, and where 255^power·D reaches 2³¹.
+    On CUDA by Hopper's uint8 tensor cores where they can be used and the power is 1, else in Triton.
     """
-    if not on_cpu(importance):
-        return assign_weighted_triton(importance, centroids, power)
+    if on_cpu(importance):
+        from apc.ops.assign_cpu import assign_weighted_cpu
 
-    def load(group: int, first: int, block: Tensor) -> None:
-        block.copy_(importance[group, first : first + len(block)])
-        if power == 2:
-            block.mul_(block)
-
-    return _nearest_cpu(load, importance.shape[1], centroids, importance.shape[2], most=255**power)
-
-
-def _nearest_cpu(load: Callable[[int, int, Tensor], None], N: int, centroids: Tensor, D: int, most: int) -> tuple[Tensor, Tensor]:
-    """Blocks of rows against blocks of centroids by float32 matrix products over so few neurons that every sum is exact.
-
-    load(group, first, block): fills float32 block [n, D] with the integers of rows first … first+n-1; most: the largest there can be.
-    """
-    G, K, _ = centroids.shape
-    rows_at_once = min(max(32, min(2048, _CPU_BLOCK // D)), max(N, 1))
-    clusters_at_once = min(K, _CPU_CLUSTERS)
-    exact = min(D, 256 if most == 255**2 else _FLOAT_EXACT // most)  # 256 · 255² < 2²⁴
-    # Fresh pages cost more than the products, so the buffers are allocated once and cut to size.
-    values = torch.empty(rows_at_once * D, dtype=torch.float32)
-    partial = torch.empty(rows_at_once * clusters_at_once, dtype=torch.float32)
-    keys = torch.empty(rows_at_once * clusters_at_once, dtype=torch.float64)
-    best = torch.full((G, N), -1, dtype=torch.float64)
-    with _full_float32():
-        for group in range(G):
-            for k in range(0, K, clusters_at_once):
-                planes = unpack(centroids[group, k : k + clusters_at_once], D).view(torch.uint8).to(torch.float32)
-                # The key orders by score, then by the lower id: ties are settled by arithmetic, not by how a reduction walks.
-                low = (K - 1 - torch.arange(k, k + len(planes))).double()
-                for n in range(0, N, rows_at_once):
-                    size = min(rows_at_once, N - n)
-                    block = values[: size * D].view(size, D)
-                    load(group, n, block)
-                    product = partial[: size * len(planes)].view(size, -1)
-                    key = keys[: size * len(planes)].view(size, -1)
-                    for d in range(0, D, exact):
-                        torch.mm(block[:, d : d + exact], planes[:, d : d + exact].T, out=product)
-                        key.copy_(product) if d == 0 else key.add_(product)
-                    torch.add(low, key, alpha=K, out=key)
-                    rows_best = best[group, n : n + size]
-                    torch.maximum(rows_best, key.amax(1), out=rows_best)
-    best = best.to(torch.int64)
-    return K - 1 - best % K, (best // K).to(torch.int32)
+        return assign_weighted_cpu(importance, centroids, power)
+    if power == 1 and not tensor_cores.unavailable(importance.device.index, "u8") and tensor_cores.holds(255 * importance.shape[-1]):
+        importance = _whole_lines(importance)
+        return tensor_cores.assign_u8(importance, _expand(centroids, importance.shape[-1]))
+    return assign_weighted_triton(importance, centroids, power)
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """`torch.set_float32_matmul_precision("medium")` lets a CPU round the factors to bfloat16, and 255² is not one: not in here."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def _whole_lines(rows: Tensor) -> Tensor:
+    """[G, N, D] that the copy engine takes: each row in one piece that starts on 16 bytes; where it does not, a copy with D rounded up."""
+    D = rows.shape[-1]
+    if rows.stride(-1) == 1 and not (D % 16 or rows.stride(0) % 16 or rows.stride(1) % 16 or rows.data_ptr() % 16):
+        return rows
+    padded = torch.zeros((*rows.shape[:-1], -(-D // 16) * 16), dtype=rows.dtype, device=rows.device)
+    padded[..., :D] = rows
+    return padded
 
 
 @triton.jit
-def _keep_best(scores, k, K, best, best_id):
-    """Folds a tile of scores int32 [BLOCK_N, BLOCK_K] for clusters k [BLOCK_K] into the best so far, int32 [BLOCK_N] each."""
-    scores = tl.where((k < K)[None, :], scores, -1)
-    tile_best = tl.max(scores, axis=1)
-    tile_id = tl.min(tl.where(scores == tile_best[:, None], k[None, :], K), axis=1)
-    better = tile_best > best  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
-    return tl.where(better, tile_best, best), tl.where(better, tile_id, best_id)
+def _expand_kernel(
+    centroids_ptr,  # uint8 [R, W]
+    planes_ptr,  # int8 [R, width], out: neuron 8w + j at stride_j · j + stride_w · w
+    R,
+    W,
+    width,
+    stride_j,
+    stride_w,
+    SCALED: tl.constexpr,  # bit j as what makes −128 of bit j of a byte, −2^(7−j), or 1 for j = 7; else as 1
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.load(centroids_ptr + r[:, None] * W + w[None, :], mask=(r < R)[:, None] & (w < W)[None, :], other=0)
+    for j in tl.static_range(8):
+        at = stride_j * j + stride_w * w
+        value = ((c >> j) & 1).to(tl.int32)
+        if SCALED:
+            value = value * (-(2 ** (7 - j)) if j < 7 else 1)
+        tl.store(planes_ptr + r[:, None] * width + at[None, :], value.to(tl.int8), mask=(r < R)[:, None] & ((w < W) & (at < width))[None, :])
+
+
+def _expand(centroids: Tensor, width: int, by_bit: bool = False) -> Tensor:
+    """uint8 [G, K, W] → [G, K, width], each neuron's bit as a byte, uint8; by_bit: int8 [G, K, 8 · W], bit 0 of all bytes first, scaled."""
+    (G, K, W), centroids = centroids.shape, centroids.contiguous()
+    planes = torch.empty((G, K, width), dtype=torch.int8 if by_bit else torch.uint8, device=centroids.device)
+    grid = (triton.cdiv(G * K, _EXPAND_TILE["BLOCK_R"]), triton.cdiv(W, _EXPAND_TILE["BLOCK_W"]))
+    strides = (W, 1) if by_bit else (1, 8)
+    if G:
+        with torch.cuda.device_of(centroids):
+            _expand_kernel[grid](centroids, planes.view(torch.int8), G * K, W, width, *strides, SCALED=by_bit, **_EXPAND_TILE)
+    return planes
+
+
+def _tile_for(tile: dict[str, int], K: int) -> dict[str, int]:
+    """The tile, with no more clusters than K fills."""
+    return tile | {"BLOCK_K": max(_LEAST_K, min(tile["BLOCK_K"], triton.next_power_of_2(K)))}
+
+
+def _lines(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
+    """The copy engine's view of [G, N, length in all]: blocks of rows × length; what lies outside reads as zero."""
+    return TensorDescriptor.from_tensor(tensor, [1, rows, length])
 
 
 @triton.jit
 def _assign_kernel(
-    rows_ptr,  # uint8 [G, N, W], strides stride_g, stride_n, 1
-    centroids_ptr,  # uint8 [G, K, W]
+    rows,  # descriptor of int8 [G, N, W], blocks [1, BLOCK_N, BLOCK_W]
+    planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand, by_bit
     ids_ptr,  # int64 [G, N], out
     overlap_ptr,  # int32 [G, N], out
     N,
     K,
     W,
-    stride_g,
-    stride_n,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    g = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = tl.arange(0, BLOCK_W)
-    row_ptrs = rows_ptr + g * stride_g + n[:, None] * stride_n + w[None, :]
+    # Bit j of a byte is taken out in its place, as 2^j (−128 for j = 7), and the centroid's bit as what makes −128 of it: one operation
+    # for the four neurons of a register. Where a block of planes reaches into the next bit's, the rows read as zero.
+    g = tl.program_id(1)
+    n0 = tl.program_id(0) * BLOCK_N
+    column = BLOCK_K - 1 - tl.arange(0, BLOCK_K)
     best = tl.full([BLOCK_N], -1, tl.int32)
-    best_id = tl.zeros([BLOCK_N], tl.int32)
+    best_tile = tl.zeros([BLOCK_N], tl.int32)
     for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        centroid_ptrs = centroids_ptr + (g * K + k[:, None]) * W + w[None, :]
-        overlap = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-        for w0 in range(0, W, BLOCK_W):
-            in_w = (w0 + w < W)[None, :]
-            x = tl.load(row_ptrs + w0, mask=(n < N)[:, None] & in_w, other=0)
-            c = tl.load(centroid_ptrs + w0, mask=(k < K)[:, None] & in_w, other=0)
-            # Bit j of all bytes at a time: the order of neurons does not matter to a sum, and each byte is loaded once.
-            for j in tl.static_range(8):
-                x_bit = ((x >> j) & 1).to(tl.int8)
-                c_bit = ((c >> j) & 1).to(tl.int8)
-                overlap = tl.dot(x_bit, tl.trans(c_bit), overlap, out_dtype=tl.int32)
-        best, best_id = _keep_best(overlap, k, K, best, best_id)
-    tl.store(ids_ptr + g * N + n, best_id.to(tl.int64), mask=n < N)
-    tl.store(overlap_ptr + g * N + n, best, mask=n < N)
+        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+        for w0 in tl.range(0, W, BLOCK_W, flatten=True):
+            x = rows.load([g, n0, w0]).reshape(BLOCK_N, BLOCK_W)
+            for j in range(8):
+                c = planes.load([g, k0, j * W + w0]).reshape(BLOCK_K, BLOCK_W)
+                bit = (tl.full([1, 1], 1, tl.int32) << j).to(tl.int8)
+                sums = tl.dot(x & bit, c.T, sums, out_dtype=tl.int32)
+        # The key orders by overlap, then by the lower column. Clusters past K overlap nothing and have the highest ids: they never win.
+        top = tl.max((sums >> 7) * -BLOCK_K + column[None, :], axis=1)
+        better = (top | (BLOCK_K - 1)) > (best | (BLOCK_K - 1))  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
+        best = tl.where(better, top, best)
+        best_tile = tl.where(better, k0, best_tile)
+    n = n0 + tl.arange(0, BLOCK_N)
+    to = g.to(tl.int64) * N + n
+    tl.store(ids_ptr + to, (best_tile + (BLOCK_K - 1 - best % BLOCK_K)).to(tl.int64), mask=n < N)
+    tl.store(overlap_ptr + to, best // BLOCK_K, mask=n < N)
 
 
 @grouped(_check)
 def assign_triton(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """`assign` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    rows, centroids = _dense_rows(rows), centroids.contiguous()
+    rows = _whole_lines(rows)
     (G, N, W), K = rows.shape, centroids.shape[1]
     ids = torch.empty((G, N), dtype=torch.int64, device=rows.device)
     overlap = torch.empty((G, N), dtype=torch.int32, device=rows.device)
     if N and G:
-        grid = (triton.cdiv(N, _TILE["BLOCK_N"]), G)
+        tile = _tile_for(_TILE, K)
+        lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
+        planes = _lines(_expand(centroids, 8 * W, by_bit=True), tile["BLOCK_K"], tile["BLOCK_W"])
         with torch.cuda.device_of(rows):
-            _assign_kernel[grid](rows, centroids, ids, overlap, N, K, W, rows.stride(0), rows.stride(1), **_TILE, num_warps=8)
+            _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](lines, planes, ids, overlap, N, K, W, **tile)
     return ids, overlap
 
 
 @triton.jit
 def _assign_weighted_kernel(
-    importance_ptr,  # uint8 [G, N, D], strides stride_g, stride_n, 1
-    planes_ptr,  # int8 [G, K, D], the centroids' bits
+    importance,  # descriptor of uint8 [G, N, D], blocks [1, BLOCK_N, BLOCK_D]
+    planes,  # descriptor of int8 [G, K, D], blocks [1, BLOCK_K, BLOCK_D]: the centroids' bits
     ones_ptr,  # int32 [G, K], how many of them are set
     ids_ptr,  # int64 [G, N], out
     captured_ptr,  # int32 [G, N], out
     N,
     K,
     D,
-    stride_g,
-    stride_n,
     POWER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # int8 holds -128 … 127: an importance, or either byte of its square, goes in less 128, and 128 per set bit is added back.
-    g = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    row_ptrs = importance_ptr + g * stride_g + n[:, None] * stride_n + d[None, :]
+    g = tl.program_id(1)
+    n0 = tl.program_id(0) * BLOCK_N
     best = tl.full([BLOCK_N], -1, tl.int32)
     best_id = tl.zeros([BLOCK_N], tl.int32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        plane_ptrs = planes_ptr + (g * K + k[:, None]) * D + d[None, :]
         low = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
         high = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
         for d0 in range(0, D, BLOCK_D):
-            in_d = (d0 + d < D)[None, :]
-            q = tl.load(row_ptrs + d0, mask=(n < N)[:, None] & in_d, other=0).to(tl.int32)
-            c = tl.trans(tl.load(plane_ptrs + d0, mask=(k < K)[:, None] & in_d, other=0))
+            q = importance.load([g, n0, d0]).reshape(BLOCK_N, BLOCK_D)
+            c = planes.load([g, k0, d0]).reshape(BLOCK_K, BLOCK_D).T
             if POWER == 1:
-                low = tl.dot((q - 128).to(tl.int8), c, low, out_dtype=tl.int32)
+                low = tl.dot((q ^ 128).to(tl.int8, bitcast=True), c, low, out_dtype=tl.int32)
             else:
-                square = q * q
-                low = tl.dot(((square & 255) - 128).to(tl.int8), c, low, out_dtype=tl.int32)
-                high = tl.dot(((square >> 8) - 128).to(tl.int8), c, high, out_dtype=tl.int32)
+                square = q.to(tl.uint16) * q.to(tl.uint16)
+                low = tl.dot((square.to(tl.uint8) ^ 128).to(tl.int8, bitcast=True), c, low, out_dtype=tl.int32)
+                high = tl.dot(((square >> 8).to(tl.uint8) ^ 128).to(tl.int8, bitcast=True), c, high, out_dtype=tl.int32)
         ones = tl.load(ones_ptr + g * K + k, mask=k < K, other=0)[None, :]
         captured = low + 128 * ones
         if POWER == 2:
             captured += 256 * (high + 128 * ones)
-        best, best_id = _keep_best(captured, k, K, best, best_id)
-    tl.store(ids_ptr + g * N + n, best_id.to(tl.int64), mask=n < N)
-    tl.store(captured_ptr + g * N + n, best, mask=n < N)
+        tile_best = tl.max(captured, axis=1)  # clusters past K capture nothing and have the highest ids: they never win
+        tile_id = tl.min(tl.where(captured == tile_best[:, None], k[None, :], k0 + BLOCK_K), axis=1)
+        better = tile_best > best  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
+        best = tl.where(better, tile_best, best)
+        best_id = tl.where(better, tile_id, best_id)
+    n = n0 + tl.arange(0, BLOCK_N)
+    to = g.to(tl.int64) * N + n
+    tl.store(ids_ptr + to, best_id.to(tl.int64), mask=n < N)
+    tl.store(captured_ptr + to, best, mask=n < N)
 
 
 @grouped(_check_weighted)
 def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
     """`assign_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    importance = _dense_rows(importance)
+    importance = _whole_lines(importance)
     (G, N, D), K = importance.shape, centroids.shape[1]
-    planes, ones = unpack(centroids, D).contiguous().view(torch.int8), popcount(centroids)
     ids = torch.empty((G, N), dtype=torch.int64, device=importance.device)
     captured = torch.empty((G, N), dtype=torch.int32, device=importance.device)
     if N and G:
-        grid = (triton.cdiv(N, _WEIGHTED_TILE["BLOCK_N"]), G)
-        strides = importance.stride(0), importance.stride(1)
+        tile = _tile_for(_WEIGHTED_TILES[power], K)
+        lines = _lines(importance, tile["BLOCK_N"], tile["BLOCK_D"])
+        planes = _lines(_expand(centroids, D).view(torch.int8), tile["BLOCK_K"], tile["BLOCK_D"])
         with torch.cuda.device_of(importance):
-            _assign_weighted_kernel[grid](importance, planes, ones, ids, captured, N, K, D, *strides, POWER=power, **_WEIGHTED_TILE, num_warps=8)
+            grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
+            _assign_weighted_kernel[grid](lines, planes, popcount(centroids), ids, captured, N, K, D, POWER=power, **tile)
     return ids, captured
-
-
-def _dense_rows(rows: Tensor) -> Tensor:
-    """The kernels take any stride between rows and groups, but the bytes of a row side by side."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -10,10 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 ROW_ALIGN = 16  # bytes: a row starts where a 128-bit load may, whatever D is
 _FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
+
+# Kernel tile, rows × 32-bit words: 8 KB in flight from each program, in whole sectors of short rows too.
+_POPCOUNT_TILE = {"BLOCK_N": 32, "BLOCK_W": 64, "num_warps": 4}
 
 
 def row_bytes(D: int) -> int:
@@ -48,11 +53,71 @@ def unpack(rows: Tensor, D: int) -> Tensor:
 
 def popcount(rows: Tensor) -> Tensor:
     """uint8 [..., W] → int32 [...]: the ones of each row (Warren, Hacker's Delight, figure 5-2, on bytes)."""
-    if rows.dtype != torch.uint8:
-        raise ValueError(f"popcount wants uint8 [..., W], got {describe(rows)}")
+    _check_popcount(rows)
+    if not on_cpu(rows):
+        return popcount_triton(rows)
     pairs = rows - ((rows >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int32)
+
+
+def _check_popcount(rows: Tensor) -> None:
+    if rows.dtype != torch.uint8:
+        raise ValueError(f"popcount wants uint8 [..., W], got {describe(rows)}")
+
+
+def row_words(rows: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """uint8 [G, N, W] → the rows as int32 [G, N, W/4] whose every row starts at a multiple of 16 bytes, and strides of groups and rows
+    in units of 16 bytes: so a kernel that multiplies them by 4 words knows that it may load 128 bits. Copies only where rows lie otherwise.
+    """
+    if rows.shape[-1] % ROW_ALIGN:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROW_ALIGN))
+    if rows.stride(-1) != 1 or rows.stride(0) % ROW_ALIGN or rows.stride(1) % ROW_ALIGN or rows.data_ptr() % ROW_ALIGN:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.int32), (rows.stride(0) // ROW_ALIGN, rows.stride(1) // ROW_ALIGN)
+
+
+@triton.jit
+def _popcount_kernel(
+    rows_ptr,  # int32 [G, N, W/4], strides 4·stride_g, 4·stride_n, 1
+    counts_ptr,  # int32 [G, N], out
+    N,
+    quads,  # W/16
+    stride_g,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w = tl.arange(0, BLOCK_W)
+    row_ptrs = rows_ptr + (g * stride_g + n[:, None] * stride_n) * 4 + w[None, :]
+    counts = tl.zeros([BLOCK_N, BLOCK_W], tl.int32)
+    for w0 in range(0, quads * 4, BLOCK_W):
+        x = tl.load(row_ptrs + w0, mask=(n < N)[:, None] & (w0 + w < quads * 4)[None, :], other=0).to(tl.uint32, bitcast=True)
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        x = x + (x >> 8)
+        counts += ((x + (x >> 16)) & 0x3F).to(tl.int32)
+    tl.store(counts_ptr + g * N + n, tl.sum(counts, axis=1), mask=n < N)
+
+
+def popcount_triton(rows: Tensor) -> Tensor:
+    """`popcount` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    _check_popcount(rows)
+    lead = rows.shape[:-1]
+    counts = torch.empty(lead, dtype=torch.int32, device=rows.device)
+    if not rows.numel():
+        return counts.zero_()
+    rows = rows if rows.dim() == 3 else rows.unsqueeze(0) if rows.dim() == 2 else rows.reshape(1, -1, rows.shape[-1])
+    words, strides = row_words(rows)
+    G, N, W = words.shape
+    tile = dict(_POPCOUNT_TILE)
+    grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
+    with torch.cuda.device_of(rows):
+        _popcount_kernel[grid](words, counts, N, W // 4, *strides, **tile)
+    return counts
 
 
 def mask_size(D: int, density: float) -> int:
@@ -141,7 +206,10 @@ def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: 
 
 
 def grouped(check: Callable) -> Callable:
-    """Decorator of a function of tensors [G, ...]: calls `check` with its arguments, and takes the tensors without G too."""
+    """Decorator of a function of tensors [G, ...]: calls `check` with its arguments, and takes the tensors without G too.
+
+    A keyword `out`, a tuple of tensors that the function writes to, is what the caller gets back.
+    """
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -150,7 +218,8 @@ def grouped(check: Callable) -> Callable:
             if any(isinstance(value, Tensor) and value.dim() == 3 for value in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
             results = function(*map(_lift, args), **{name: _lift(value) for name, value in kwargs.items()})
-            return tuple(result.squeeze(0) for result in results)
+            out = kwargs.get("out")
+            return tuple(result.squeeze(0) for result in results) if out is None else out
 
         return call
 
@@ -158,6 +227,8 @@ def grouped(check: Callable) -> Callable:
 
 
 def _lift(value):
+    if isinstance(value, tuple):
+        return tuple(map(_lift, value))
     return value.unsqueeze(0) if isinstance(value, Tensor) else value
 
 

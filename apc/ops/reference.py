@@ -20,6 +20,7 @@ __all__ = [
     "popcount",
     "row_bytes",
     "row_scales",
+    "row_totals",
     "top_mask",
     "unpack",
 ]
@@ -80,21 +81,33 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     return ids, best.squeeze(-1).to(torch.int32)
 
 
-def accumulate(rows: Tensor, ids: Tensor, K: int, D: int) -> tuple[Tensor, Tensor]:
-    """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often neuron i is active in cluster k's rows; sizes int64 [K]."""
-    return _sum_by_id(unpack(rows, D).to(torch.int64), ids, K)
+def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often neuron i is active in cluster k's rows; sizes int64 [K]. Added to out, if any."""
+    return _added(out, _sum_by_id(unpack(rows, D).to(torch.int64), ids, K))
+
+
+def row_totals(importance: Tensor, power: int = 1) -> Tensor:
+    """uint8 [N, D] → int64 [N]: Σ_i importance_i^power."""
+    return (importance.to(torch.int64) ** power).sum(-1)
 
 
 def row_scales(importance: Tensor, power: int = 1) -> Tensor:
     """uint8 [N, D] → int64 [N]: 2³⁶ / Σ_i importance_i^power, rounded half up; 0 for an all-zero row."""
-    totals = (importance.to(torch.int64) ** power).sum(-1)
+    totals = row_totals(importance, power)
     scales = [(2 * 2**36 + total) // (2 * total) if total else 0 for total in totals.flatten().tolist()]
     return torch.tensor(scales, dtype=torch.int64, device=importance.device).view(totals.shape)
 
 
-def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1) -> tuple[Tensor, Tensor]:
+def accumulate_weighted(
+    importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D] of scales[n]·importance[n, i]^power over cluster k's rows; sizes int64 [K]."""
-    return _sum_by_id(scales.unsqueeze(-1) * importance.to(torch.int64) ** power, ids, K)
+    return _added(out, _sum_by_id(scales.unsqueeze(-1) * importance.to(torch.int64) ** power, ids, K))
+
+
+def _added(out: tuple[Tensor, Tensor] | None, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """out, with results added in place; or results."""
+    return results if out is None else (out[0].add_(results[0]), out[1].add_(results[1]))
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, K: int) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,15 @@ from torch import Tensor
 SOURCES = Path(__file__).resolve().parent / "cuda"
 
 # The Hopper kernel's shape: 2 consumer warpgroups of 64 rows × 256 clusters hold 128 sums a thread; two blocks share their centroids;
-# four stages of 48 KB fill the shared memory; a warpgroup starts a stage's 512 clocks after the other, so that maxima and products overlap.
-HOPPER = {"CONSUMERS": 2, "STAGES": 4, "CLUSTER": 2, "STAGGER": 512}
+# four stages of 48 KB fill the shared memory.
+HOPPER = {"CONSUMERS": 2, "STAGES": 4, "CLUSTER": 2}
 AMPERE = {"STAGES": 3}
 _STEP = 128  # bytes of a row in a stage, of both kernels
 _TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a time
 _TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
-_MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's smaller
+_ITEM_COST = 64  # what a piece of work costs besides its tiles, in clusters
+_MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's hold more
+_L2_SHARE = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids
 
 
 class Unavailable(RuntimeError):
@@ -37,7 +39,7 @@ class Variant:
     arch: str
     kind: str = "b1"
     tile_k: int = 256  # clusters at a time
-    tail: int = 4  # products of 32 bytes in a row's last step of 128
+    tail: int = 4  # products of 32 bytes in a row's last step
 
     def source(self) -> str:
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
@@ -125,7 +127,8 @@ def _module(variant: Variant, device_index: int) -> dict[str, object]:
         torch.cuda.current_stream().synchronize()  # which makes torch's context current
         module = _take(driver.cuModuleLoadData(compile_variant(variant)))
         functions = {"assign": _take(driver.cuModuleGetFunction(module, b"assign"))}
-        _take(driver.cuFuncSetAttribute(functions["assign"], driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _shared_bytes(variant)))
+        most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _take(driver.cuFuncSetAttribute(functions["assign"], most_shared, _shared_bytes(variant)))
         if variant.arch == "sm_90a":
             functions["take_keys"] = _take(driver.cuModuleGetFunction(module, b"take_keys"))
     return functions
@@ -194,36 +197,52 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows if placed and rows.stride(2) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
+def holds(score: int) -> bool:
+    """Whether the Hopper kernel's keys hold a score as large."""
+    return score < _MOST_SCORE
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How row tiles × cluster tiles are dealt out to clusters of blocks: `whole` row tiles one by one, the other `cut` in `splits` along K."""
 
+    tile_k: int  # clusters in a tile
     k_tiles: int
     tiles_in_group: int
     whole: int
     cut: int
     splits: int
-    workers: int
 
     @property
     def items(self) -> int:
         return self.whole + self.cut * self.splits
 
-    @classmethod
-    def of(cls, G: int, N: int, K: int, tile_n: int, tile_k: int, workers: int) -> "Schedule":
-        """The last round of row tiles, if it does not fill all workers, is cut so that the longest share of it is as short as it gets."""
-        tiles_in_group, k_tiles = math.ceil(N / tile_n), math.ceil(K / tile_k)
-        cut = G * tiles_in_group % workers
-        costs = [math.ceil(cut * splits / workers) * math.ceil(k_tiles / splits) for splits in range(1, min(k_tiles, workers) + 1)]
-        splits = costs.index(min(costs)) + 1
-        if splits == 1:
-            cut = 0
-        return cls(k_tiles, tiles_in_group, G * tiles_in_group - cut, cut, splits, workers)
+    def cost(self, workers: int) -> float:
+        """The time of the worker with the most to do, in clusters × row tiles."""
+        tile = self.tile_k + _TILE_COST
+        part = math.ceil(self.k_tiles / self.splits) * tile + _ITEM_COST
+        return self.whole // workers * (self.k_tiles * tile + _ITEM_COST) + math.ceil((self.whole % workers + self.cut * self.splits) / workers) * part
 
 
-def tile_for(K: int) -> int:
-    """How many clusters to take at a time: the tile that wastes least on the last one."""
-    return min(_TILES_K, key=lambda tile: (math.ceil(K / tile) * (tile + _TILE_COST), -tile))
+@functools.lru_cache(maxsize=64)
+def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Schedule:
+    """The cheapest schedule. tile_n: rows that a worker takes at a time.
+
+    The last round of row tiles, if it does not fill all workers, is cut along K, so that all end together. Where the rows that all
+    workers have in hand would not stay in the L2 cache from one tile of clusters to the next, all row tiles are cut, and the parts of
+    one follow each other, so that they are worked on at the same time.
+    """
+    tiles_in_group = math.ceil(N / tile_n)
+    tiles = G * tiles_in_group
+    plans = []
+    for tile_k in _TILES_K:
+        k_tiles = math.ceil(K / tile_k)
+        least = min(k_tiles, math.ceil(workers * tile_n * W / _L2_SHARE))
+        cut = tiles if least > 1 else tiles % workers
+        plans += [Schedule(tile_k, k_tiles, tiles_in_group, tiles - cut, cut, splits) for splits in range(max(2, least), min(k_tiles, workers) + 1)]
+        if least == 1:
+            plans.append(Schedule(tile_k, k_tiles, tiles_in_group, tiles, 0, 1))
+    return min(plans, key=lambda plan: (plan.cost(workers), plan.splits))
 
 
 def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,17 +252,16 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, 
     ids, scores = _outputs(rows)
     if not (G and N):
         return ids, scores
-    steps = math.ceil(W / _STEP)
-    variant = Variant("sm_90a", kind, tile_for(K), tail=math.ceil((W - (steps - 1) * _STEP) / 32))
     tile_n, cluster = 64 * HOPPER["CONSUMERS"], HOPPER["CLUSTER"]
-    processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    plan = Schedule.of(G, N, K, cluster * tile_n, variant.tile_k, processors // cluster)
+    workers = torch.cuda.get_device_properties(rows.device).multi_processor_count // cluster
+    plan, steps = schedule(G, N, K, W, cluster * tile_n, workers), math.ceil(W / _STEP)
+    variant = Variant("sm_90a", kind, plan.tile_k, tail=math.ceil((W - (steps - 1) * _STEP) / 32))
     keys = torch.zeros((plan.cut, cluster * tile_n), dtype=torch.int64, device=rows.device)
-    maps = _tensor_map(rows, tile_n), _tensor_map(centroids, variant.tile_k // cluster)
+    maps = [_tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), box) for tensor, box in ((rows, tile_n), (centroids, plan.tile_k // cluster))]
     numbers = [N, steps, plan.k_tiles, plan.tiles_in_group, plan.items, plan.whole, plan.splits]
     with torch.cuda.device_of(rows):
         functions = _module(variant, rows.device.index)
-        grid, block = min(plan.items, plan.workers) * cluster, 128 * (HOPPER["CONSUMERS"] + 1)
+        grid, block = min(plan.items, workers) * cluster, 128 * (HOPPER["CONSUMERS"] + 1)
         tensors = [_pointer(tensor) for tensor in (ids, scores, keys)]
         _launch(functions["assign"], (grid, 1), block, _shared_bytes(variant), *maps, *tensors, *map(ctypes.c_int, numbers))
         if plan.cut:
@@ -252,19 +270,20 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, 
     return ids, scores
 
 
-def _tensor_map(rows: Tensor, box_rows: int) -> ctypes.Array:
-    """The copy engine's map of uint8 [G, N, W]: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
+@functools.lru_cache(maxsize=256)
+def _tensor_map(pointer: int, shape: tuple[int, int, int], strides: tuple[int, int, int], box_rows: int) -> ctypes.Array:
+    """The copy engine's map of uint8 [G, N, W] at pointer: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
     from cuda.bindings import driver
 
-    G, N, W = rows.shape
-    strides = rows.stride(1) if N > 1 else W, rows.stride(0) if G > 1 else 16
+    G, N, W = shape
+    steps = strides[1] if N > 1 else W, strides[0] if G > 1 else 16
     answer = _take(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             3,
-            rows.data_ptr(),
+            pointer,
             [driver.cuuint64_t(size) for size in (W, N, G)],
-            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint64_t(step) for step in steps],
             [driver.cuuint32_t(size) for size in (_STEP, box_rows, 1)],
             [driver.cuuint32_t(1)] * 3,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

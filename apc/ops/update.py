@@ -13,59 +13,86 @@ import triton.language as tl
 from torch import Tensor
 
 from apc.ops.assign import check_power
-from apc.ops.bits import describe, grouped, mask_size, on_cpu, pack, require, row_bytes, top_mask, unpack
+from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, require, row_bytes, row_words, unpack
 
 ROW_UNIT = 2**36  # what a weighted row sums to after scaling
 
-# Kernel tiles, rows × bytes or neurons: the weighted one holds int64 values in registers, so it is small.
-_TILE = {"BLOCK_N": 128, "BLOCK_W": 64}
-_WEIGHTED_TILE = {"BLOCK_N": 32, "BLOCK_D": 128}
+# Kernel tiles. A program adds up at most PIECE rows of one cluster: more are several pieces, so that a large cluster keeps many
+# multiprocessors busy. It takes a strip of each row, BLOCK_W words of 32 neurons (weighted: 4), one warp wide: in flight are UNROLL rows, a
+# power of two, of many small programs. At the end BITS bits of each word become sums at a time, at least 4, which are one sector of 32 bytes.
+_TILE = {"PIECE": 1024, "BLOCK_W": 64, "UNROLL": 8, "BITS": 4, "num_warps": 1}
+_WEIGHTED_TILE = {"PIECE": 1024, "BLOCK_W": 128, "UNROLL": 8, "num_warps": 1}
+_TOTALS_TILE = {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4}
+_SORT_BLOCK = 1024  # rows in a program of the sort
+_PLAN_BLOCK = 128  # pieces in a program of the plan
+_ZERO_BLOCK = 1024  # sums that are zeroed at a time
+_COUNTERS = 2**18  # of the sort in all: each cluster has several, so that a large one's rows do not queue for one address …
+_COPIES = 64  # … but no more than these
 
 _BLOCK = 2**21  # numbers of rows expanded at a time, which stay in a CPU's last-level cache
 _CPU_SPAN = 2**16  # rows that floats add up before int64 does: 2¹⁶ rows of about 2³⁶ stay below 2⁵³, 2¹⁶ ones below 2²⁴
 
+Sums = tuple[Tensor, Tensor]  # sums int64 [K, D] and sizes int64 [K], or with G before
 
-def _check(rows: Tensor, ids: Tensor, K: int, D: int) -> None:
+
+def _check(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> None:
     W = row_bytes(D)
     if rows.dtype != torch.uint8 or rows.dim() not in (2, 3) or rows.shape[-1] != W or D < 1:
         raise ValueError(f"rows {describe(rows)} must be uint8 [N, {W}] or [G, N, {W}] for D = {D}, to go with ids {describe(ids)}")
     require(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, "rows")
     _check_ids(ids, K)
+    _check_out(out, rows, "rows", K, D)
 
 
-def _check_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1) -> None:
+def _check_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None) -> None:
     if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
         raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D], to go with ids {describe(ids)}")
     require(ids, "ids", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
     require(scales, "scales", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
     check_power(power, importance.shape[-1])
     _check_ids(ids, K)
+    _check_out(out, importance, "importance", K, importance.shape[-1])
+
+
+def _check_out(out: Sums | None, rows: Tensor, name: str, K: int, D: int) -> None:
+    if out is None:
+        return
+    sums, sizes = out
+    require(sums, "out sums", torch.int64, (*rows.shape[:-2], K, D), rows, name)
+    require(sizes, "out sizes", torch.int64, (*rows.shape[:-2], K), rows, name)
+    if not (sums.is_contiguous() and sizes.is_contiguous()):
+        raise ValueError(f"out sums {describe(sums)} and sizes {describe(sizes)} for {name} {describe(rows)} must be contiguous")
 
 
 def _check_ids(ids: Tensor, K: int) -> None:
     if K < 1:
         raise ValueError(f"K must be at least 1, got {K}")
-    # On a GPU this look would wait for it; there an id out of range trips scatter_add_'s own assertion.
+    # On a GPU this look would wait for it; there `_order` counts the rows that have a place, and asserts on the device that all do.
     if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= K):
         raise ValueError(f"ids {describe(ids)} must be from 0 to K - 1 = {K - 1}, got {int(ids.min())} to {int(ids.max())}")
 
 
 @grouped(_check)
-def accumulate(rows: Tensor, ids: Tensor, K: int, D: int) -> tuple[Tensor, Tensor]:
+def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> Sums:
     """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often each neuron is active in each cluster's rows; sizes int64 [K], its rows.
 
-    With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids
-    outside 0 … K-1.
+    With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned. Raises ValueError where
+    shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1; on a GPU those trip an assertion on the device.
     """
     if not on_cpu(rows):
-        return accumulate_triton(rows, ids, K, D)
+        return accumulate_triton(rows, ids, K, D, out=out)
 
     def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
         first = neurons.start // 8
         width = neurons.stop - neurons.start
         block.copy_(unpack(rows[group, span, first : first + row_bytes(width)], width).view(torch.uint8))
 
-    return _sum_cpu(load, ids, torch.ones(ids.shape, dtype=torch.float32), K, D), _sizes(ids, K)
+    return _sum_cpu(load, ids, torch.ones(ids.shape, dtype=torch.float32), out or _zeros(ids, K, D))
+
+
+def _zeros(ids: Tensor, K: int, D: int) -> Sums:
+    G = len(ids)
+    return torch.zeros((G, K, D), dtype=torch.int64, device=ids.device), torch.zeros((G, K), dtype=torch.int64, device=ids.device)
 
 
 def row_totals(importance: Tensor, power: int = 1) -> Tensor:
@@ -73,21 +100,66 @@ def row_totals(importance: Tensor, power: int = 1) -> Tensor:
 
     Raises ValueError for other dtypes and dimensions, a power other than 1 and 2, and where 255^power·D reaches 2³¹.
     """
-    if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
-        raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D]")
+    _check_totals(importance, power)
+    if not on_cpu(importance):
+        return row_totals_triton(importance, power)
     if importance.dim() == 2:
         return row_totals(importance.unsqueeze(0), power).squeeze(0)
     G, N, D = importance.shape
-    check_power(power, D)
     rows_at_once = max(1, min(_BLOCK // D, N))
-    totals = torch.empty((G, N), dtype=torch.int64, device=importance.device)
-    block = torch.empty((rows_at_once, D), dtype=torch.int32, device=importance.device)
+    totals = torch.empty((G, N), dtype=torch.int64)
+    block = torch.empty((rows_at_once, D), dtype=torch.int32)
     for group in range(G):
         for n in range(0, N, rows_at_once):
             values = block[: min(rows_at_once, N - n)].copy_(importance[group, n : n + rows_at_once])
             if power == 2:
                 values.mul_(values)
             totals[group, n : n + rows_at_once] = values.sum(-1, dtype=torch.int32)
+    return totals
+
+
+def _check_totals(importance: Tensor, power: int) -> None:
+    if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
+        raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D]")
+    check_power(power, importance.shape[-1])
+
+
+@triton.jit
+def _totals_kernel(
+    importance_ptr,  # uint8 [G, N, D], strides stride_g, stride_n, 1
+    totals_ptr,  # int64 [G, N], out
+    N,
+    D,
+    stride_g,
+    stride_n,
+    POWER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    row_ptrs = importance_ptr + g * stride_g + n[:, None] * stride_n + d[None, :]
+    totals = tl.zeros([BLOCK_N, BLOCK_D], tl.int32)
+    for d0 in range(0, D, BLOCK_D):
+        q = tl.load(row_ptrs + d0, mask=(n < N)[:, None] & (d0 + d < D)[None, :], other=0).to(tl.int32)
+        totals += q * q if POWER == 2 else q
+    tl.store(totals_ptr + g * N + n, tl.sum(totals, axis=1).to(tl.int64), mask=n < N)
+
+
+def row_totals_triton(importance: Tensor, power: int = 1) -> Tensor:
+    """`row_totals` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    _check_totals(importance, power)
+    if importance.dim() == 2:
+        return row_totals_triton(importance.unsqueeze(0), power).squeeze(0)
+    importance = _dense_rows(importance)
+    G, N, D = importance.shape
+    totals = torch.empty((G, N), dtype=torch.int64, device=importance.device)
+    if G and N:
+        tile = dict(_TOTALS_TILE)
+        grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
+        with torch.cuda.device_of(importance):
+            _totals_kernel[grid](importance, totals, N, D, importance.stride(0), importance.stride(1), POWER=power, **tile)
     return totals
 
 
@@ -109,15 +181,16 @@ def row_scales(importance: Tensor, power: int = 1) -> Tensor:
 
 
 @grouped(_check_weighted)
-def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1) -> tuple[Tensor, Tensor]:
+def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None) -> Sums:
     """uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D] of scales[n]·importance[n, i]^power over each cluster's rows; sizes int64 [K].
 
-    scales: as `row_scales` gives them for the same power. With groups: [G, N, D], [G, N], [G, N] → [G, K, D], [G, K].
+    scales: as `row_scales` gives them for the same power.
+    With groups: [G, N, D], [G, N], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned.
     Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1 and for scales far above those of
-    `row_scales`.
+    `row_scales`; on a GPU such ids trip an assertion on the device.
     """
     if not on_cpu(importance):
-        return accumulate_weighted_triton(importance, ids, scales, K, power)
+        return accumulate_weighted_triton(importance, ids, scales, K, power, out=out)
     if scales.numel() and (scales.min() < 0 or scales.max() > ROW_UNIT):
         raise ValueError(f"scales {describe(scales)} of importance {describe(importance)} must be from 0 to 2^36: see row_scales")
 
@@ -126,23 +199,24 @@ def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int,
         if power == 2:
             block.mul_(block)
 
-    return _sum_cpu(load, ids, scales.double(), K, importance.shape[2]), _sizes(ids, K)
+    return _sum_cpu(load, ids, scales.double(), out or _zeros(ids, K, importance.shape[2]))
 
 
-def _sum_cpu(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights: Tensor, K: int, D: int) -> Tensor:
+def _sum_cpu(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights: Tensor, out: Sums) -> Sums:
     """Sums by cluster: sparse matrices [K, n], weights where a row is a member, times blocks of rows [n, D]. Each row is read once.
 
     load(group, span, neurons, block): fills block [n, d] with these rows' and neurons' integers. ids: int64 [G, N]. weights: float32 or
-    float64 [G, N], in which type the sums of `_CPU_SPAN` rows are exact. Three times as fast as index_add_ in int64.
+    float64 [G, N], in which type the sums of `_CPU_SPAN` rows are exact. out: int64 [G, K, D] and [G, K], added to. Three times as fast
+    as index_add_ in int64.
     """
-    G, N = ids.shape
+    sums, sizes = out
+    (G, N), (_, K, D) = ids.shape, sums.shape
     dtype, exact = weights.dtype, 2**53 if weights.dtype == torch.float64 else 2**24
     # Each product also passes over its K sums, so many clusters want many rows at a time, and then fewer neurons.
     rows_at_once = min(max(1024, 4 * K), 8192)
     neurons_at_once = min(_BLOCK // rows_at_once // 128 * 128, 8 * row_bytes(D))  # whole packed rows of 16 bytes
     buffer = torch.empty(min(rows_at_once, N) * neurons_at_once, dtype=dtype)
     partial = torch.empty(K * neurons_at_once, dtype=dtype)
-    sums = torch.zeros((G, K, D), dtype=torch.int64)
     for group in range(G):
         for start in range(0, N, _CPU_SPAN):
             stop = min(start + _CPU_SPAN, N)
@@ -159,7 +233,7 @@ def _sum_cpu(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, wei
                 if totals.max() >= exact:  # nothing is negative, so a total below the bound had only exact terms
                     raise ValueError(f"the sums of {stop - start} rows reach {exact}: these scales are not row_scales of this importance")
                 sums[group, :, neurons] += totals.to(torch.int64)
-    return sums
+    return sums, sizes.scatter_add_(1, ids, torch.ones_like(ids))
 
 
 def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
@@ -172,119 +246,355 @@ def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
         return torch.sparse_csr_tensor(starts, order, weights[order], (K, len(ids)), check_invariants=False)
 
 
-def _sizes(ids: Tensor, K: int) -> Tensor:
-    """int64 [G, N] → int64 [G, K]."""
-    return torch.zeros((len(ids), K), dtype=torch.int64, device=ids.device).scatter_add_(1, ids, torch.ones_like(ids))
+# On a GPU: `_order` lists the rows cluster by cluster (a counting sort), `_plan` cuts the lists into pieces, and a kernel adds up the
+# rows of each piece. Nothing waits for the GPU: how many pieces there are is only bounded here, and programs past the last do nothing.
 
 
-def binarize(sums: Tensor, density: float) -> Tensor:
-    """int64 [K, D] → uint8 [K, W], with any leading dimensions: each row's m = mask_size(D, density) neurons with the largest sum.
+@triton.jit
+def _rank_kernel(
+    ids_ptr,  # int64 [G, N]
+    counts_ptr,  # int32 or int64 [COPIES, G·K], added to
+    ranks_ptr,  # as counts, [G, N], out: how many rows came to the same counter before
+    N,
+    K,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.load(ids_ptr + g * N + n, mask=n < N, other=-1)
+    inside = (k >= 0) & (k < K)
+    counter = (n % COPIES) * tl.num_programs(1) * K + g * K + k
+    one = tl.full([BLOCK], 1, counts_ptr.dtype.element_ty)
+    rank = tl.atomic_add(counts_ptr + counter, one, mask=inside, sem="relaxed")
+    tl.store(ranks_ptr + g * N + n, rank, mask=inside)
 
-    Ties go to the lowest index. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
+
+@triton.jit
+def _place_kernel(
+    ids_ptr,  # int64 [G, N]
+    ranks_ptr,  # int32 or int64 [G, N]
+    starts_ptr,  # as ranks, [G·K, COPIES]
+    order_ptr,  # as ranks, [G·N], out
+    N,
+    K,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.load(ids_ptr + g * N + n, mask=n < N, other=-1)
+    inside = (k >= 0) & (k < K)
+    start = tl.load(starts_ptr + (g * K + k) * COPIES + n % COPIES, mask=inside, other=0)
+    rank = tl.load(ranks_ptr + g * N + n, mask=inside, other=0)
+    tl.store(order_ptr + start + rank, n.to(order_ptr.dtype.element_ty), mask=inside)
+
+
+def _order(ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """int64 [G, N] → the rows' numbers cluster by cluster, [G·N], in any order within one; where each cluster's begin, [G·K + 1].
+
+    int32, or int64 where G·N needs it. An id outside 0 … K-1 has no place there, and trips an assertion on the device.
+    A counting sort by atomics: two passes over the ids, where torch.sort moves keys and int64 indices in two to four. It may order a
+    cluster's rows otherwise each time, which integer sums do not show.
     """
-    if sums.dtype != torch.int64:
-        raise ValueError(f"binarize wants sums as int64 [K, D], got {describe(sums)}")
-    return pack(top_mask(sums, mask_size(sums.shape[-1], density)))
+    ids = ids.contiguous()
+    (G, N), device = ids.shape, ids.device
+    dtype = torch.int32 if G * N < 2**31 else torch.int64
+    copies = min(_COPIES, 1 << (max(1, _COUNTERS // (G * K)).bit_length() - 1))  # a power of two: few kernels to compile
+    counts = torch.zeros((copies, G * K), dtype=dtype, device=device)
+    ranks = torch.empty((G, N), dtype=dtype, device=device)
+    order = torch.empty(G * N, dtype=dtype, device=device)
+    starts = torch.zeros(G * K * copies + 1, dtype=dtype, device=device)
+    grid = (triton.cdiv(N, _SORT_BLOCK), G)
+    _rank_kernel[grid](ids, counts, ranks, N, K, COPIES=copies, BLOCK=_SORT_BLOCK, num_warps=4)
+    torch.cumsum(counts.T.flatten(), 0, dtype=dtype, out=starts[1:])
+    _place_kernel[grid](ids, ranks, starts, order, N, K, COPIES=copies, BLOCK=_SORT_BLOCK, num_warps=4)
+    torch._assert_async(starts[-1] == G * N, f"ids must be from 0 to K - 1 = {K - 1}")
+    return order, starts[::copies]
+
+
+@triton.jit
+def _plan_kernel(
+    starts_ptr,  # int32 or int64, G·K + 1 of them, each `step` after the last
+    ends_ptr,  # int64 [G·K], pieces up to the end of each cluster
+    plan_ptr,  # int64 [pieces, 4], out: cluster, first row in the order, the one after the last, pieces of the cluster
+    step,
+    clusters,  # G·K
+    pieces,
+    STEPS: tl.constexpr,  # 2^STEPS > G·K
+    BLOCK: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Bisection: the first cluster whose pieces end after p, which is G·K for a program past the last piece.
+    low = tl.zeros([BLOCK], tl.int64)
+    high = low + clusters
+    for _ in range(STEPS):
+        middle = (low + high) >> 1
+        after = tl.load(ends_ptr + middle, mask=middle < clusters, other=0x7FFFFFFFFFFFFFFF) > p
+        high = tl.where(after, middle, high)
+        low = tl.where(after | (low == high), low, middle + 1)
+    used = low < clusters
+    first = tl.load(ends_ptr + low - 1, mask=used & (low > 0), other=0)
+    count = tl.load(ends_ptr + low, mask=used, other=1) - first
+    start = tl.load(starts_ptr + low * step, mask=used, other=0).to(tl.int64)
+    size = tl.load(starts_ptr + (low + 1) * step, mask=used, other=0).to(tl.int64) - start
+    entry = plan_ptr + p * 4
+    tl.store(entry, low, mask=p < pieces)
+    tl.store(entry + 1, start + size * (p - first) // count, mask=p < pieces)
+    tl.store(entry + 2, start + size * (p - first + 1) // count, mask=p < pieces)
+    tl.store(entry + 3, count, mask=p < pieces)
+
+
+@triton.jit
+def _zero_kernel(
+    sums_ptr,  # int64 [G·K, D], zeroed where a cluster has more than one piece
+    starts_ptr,  # int32 or int64, G·K + 1 of them, each `step` after the last
+    step,
+    D,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cluster = tl.program_id(0).to(tl.int64)
+    size = tl.load(starts_ptr + (cluster + 1) * step) - tl.load(starts_ptr + cluster * step)
+    if size > PIECE:
+        for d0 in range(0, D, BLOCK):
+            d = d0 + tl.arange(0, BLOCK)
+            tl.store(sums_ptr + cluster * D + d, tl.zeros([BLOCK], tl.int64), mask=d < D)
+
+
+def _plan(starts: Tensor, rows: int, piece: int, out: Sums | None, shape: tuple[int, int, int]) -> tuple[Tensor, Sums]:
+    """Clusters' starts → the plan int64 [pieces, 4] of `_plan_kernel`, and sums and sizes for the kernel that follows it.
+
+    The sums int64 [G, K, D] of `shape` hold `out`, or else zeros where pieces will be added up and nothing elsewhere; the sizes are final.
+    """
+    G, K, D = shape
+    step = starts.stride(0)
+    sizes = starts.diff().to(torch.int64)
+    ends = sizes.add(piece - 1).div_(piece, rounding_mode="floor").clamp_(min=1).cumsum(0)
+    pieces = rows // piece + G * K  # ⌈size/piece⌉ ≤ 1 + ⌊(size - 1)/piece⌋, and 1 for an empty cluster
+    plan = torch.empty((pieces, 4), dtype=torch.int64, device=starts.device)
+    grid = (triton.cdiv(pieces, _PLAN_BLOCK),)
+    _plan_kernel[grid](starts, ends, plan, step, G * K, pieces, STEPS=(G * K).bit_length(), BLOCK=_PLAN_BLOCK, num_warps=4)
+    if out is not None:
+        return plan, (out[0], out[1].add_(sizes.view(G, K)))
+    sums = torch.empty(shape, dtype=torch.int64, device=starts.device)
+    if rows > piece:
+        _zero_kernel[(G * K,)](sums, starts, step, D, PIECE=piece, BLOCK=_ZERO_BLOCK, num_warps=4)
+    return plan, (sums, sizes.view(G, K))
+
+
+@triton.jit
+def _row_numbers(
+    order_ptr,  # int32 or int64 [size]
+    i,
+    size,
+    UNROLL: tl.constexpr,
+):
+    """The entries i … i + UNROLL - 1 of the order, a tuple; 0 from `size` on."""
+    numbers = ()
+    for u in tl.static_range(UNROLL):
+        numbers = numbers + (tl.load(order_ptr + i + u, mask=i + u < size, other=0),)
+    return numbers
+
+
+@triton.jit
+def _put(
+    ptrs,  # int64 [...]
+    values,
+    mask,
+    pieces,
+    ADD: tl.constexpr,
+):
+    """Writes sums that are complete, or adds where there are more pieces or something to add to."""
+    if pieces > 1:
+        tl.atomic_add(ptrs, values, mask=mask, sem="relaxed")
+    else:
+        if ADD:
+            values += tl.load(ptrs, mask=mask, other=0)
+        tl.store(ptrs, values, mask=mask)
 
 
 @triton.jit
 def _accumulate_kernel(
-    rows_ptr,  # uint8 [G, N, W], strides stride_g, stride_n, 1
-    order_ptr,  # int64 [G, N], the rows sorted by cluster
-    ids_ptr,  # int64 [G, N], their clusters, ascending
-    sums_ptr,  # int64 [G, K, D], added to
-    N,
+    rows_ptr,  # int32 [G, N, W/4], strides 4·stride_g, 4·stride_n, 1
+    order_ptr,  # int32 or int64 [G·N]
+    plan_ptr,  # int64 [pieces, 4]
+    sums_ptr,  # int64 [G, K, D], out
     K,
     D,
+    clusters,  # G·K
+    quads,  # W/16
+    strips,  # of BLOCK_W words in a row
     stride_g,
     stride_n,
-    BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr,
+    PLANES: tl.constexpr,  # bits of a count
+    LEVELS: tl.constexpr,  # UNROLL is 2^LEVELS
+    UNROLL: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    g = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    row = tl.load(order_ptr + g * N + n, mask=n < N, other=0)
-    ids = tl.load(ids_ptr + g * N + n, mask=n < N, other=-1)
-    in_row = (n < N)[:, None] & (8 * w < D)[None, :]
-    x = tl.load(rows_ptr + g * stride_g + row[:, None] * stride_n + w[None, :], mask=in_row, other=0)
-    lowest = tl.load(ids_ptr + g * N + first)
-    highest = tl.load(ids_ptr + g * N + tl.minimum(first + BLOCK_N, N) - 1)
-    for k in range(lowest, highest + 1):  # sorted, so nearly always one cluster, and over all blocks at most K more
-        member = (ids == k).to(tl.int32)
-        if tl.sum(member, axis=0) > 0:
-            for j in tl.static_range(8):
-                count = tl.sum(((x >> j) & 1).to(tl.int32) * member[:, None], axis=0)
-                d = 8 * w + j
-                tl.atomic_add(sums_ptr + (g * K + k) * D + d, count.to(tl.int64), mask=d < D, sem="relaxed")
+    entry = plan_ptr + (tl.program_id(0) // strips).to(tl.int64) * 4
+    cluster, start, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3)
+    size = (tl.load(entry + 2) - start).to(tl.int32)
+    order_ptr += start
+    if (cluster < clusters) & ((size > 0) | (not ADD)):
+        w = (tl.program_id(0) % strips) * BLOCK_W + tl.arange(0, BLOCK_W)
+        row_ptrs = rows_ptr + (cluster // K) * stride_g * 4 + w
+        # Counters are bit-sliced: word w of plane b holds bit b of the counts of neurons 32w … 32w + 31. A full adder takes three words
+        # of one weight to a sum and a carry, so UNROLL rows reach the planes with about two operations a word (Harley and Seal).
+        planes = ()
+        for _ in tl.static_range(PLANES):
+            planes = planes + (tl.zeros([BLOCK_W], tl.int32),)
+        numbers = _row_numbers(order_ptr, 0, size, UNROLL)
+        for i in range(0, size, UNROLL):
+            upcoming = _row_numbers(order_ptr, i + UNROLL, size, UNROLL)  # asked for now, so that the next rows need not wait
+            words = ()
+            for u in tl.static_range(UNROLL):
+                in_row = (i + u < size) & (w < quads * 4)
+                words = words + (tl.load(row_ptrs + numbers[u].to(tl.int64) * stride_n * 4, mask=in_row, other=0),)
+            added = ()
+            for b in tl.static_range(PLANES):
+                plane = planes[b]
+                carries = ()
+                for pair in tl.static_range(max(UNROLL >> b, 1) // 2):
+                    x, y = words[2 * pair], words[2 * pair + 1]
+                    carries = carries + ((plane & x) | (y & (plane | x)),)
+                    plane = plane ^ x ^ y
+                if b >= LEVELS:
+                    carries = (plane & words[0],)
+                    plane = plane ^ words[0]
+                words = carries
+                added = added + (plane,)
+            planes = added
+            numbers = upcoming
+        for j in tl.static_range(0, 32, BITS):
+            bit = j + tl.arange(0, BITS)
+            count = tl.zeros([BLOCK_W, BITS], tl.int32)
+            for b in tl.static_range(PLANES):
+                count += ((planes[b][:, None] >> bit[None, :]) & 1) << b
+            d = w[:, None] * 32 + bit[None, :]
+            _put(sums_ptr + cluster * D + d, count.to(tl.int64), d < D, pieces, ADD)
 
 
 @grouped(_check)
-def accumulate_triton(rows: Tensor, ids: Tensor, K: int, D: int) -> tuple[Tensor, Tensor]:
+def accumulate_triton(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> Sums:
     """`accumulate` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    G, N, _ = rows.shape
-    sizes = _sizes(ids, K)  # first: on a GPU its assertion stops ids out of range before the kernel writes by them
-    sums = torch.zeros((G, K, D), dtype=torch.int64, device=rows.device)
-    if G and N:
-        sorted_ids, order = ids.sort(dim=1, stable=True)
-        grid = (triton.cdiv(N, _TILE["BLOCK_N"]), triton.cdiv(D, 8 * _TILE["BLOCK_W"]), G)
-        with torch.cuda.device_of(rows):
-            _accumulate_kernel[grid](rows, order, sorted_ids, sums, N, K, D, rows.stride(0), rows.stride(1), **_TILE, num_warps=4)
+    (G, N, W), tile = rows.shape, dict(_TILE)
+    piece, unroll = tile.pop("PIECE"), tile["UNROLL"]
+    if not G * N:
+        return out or _zeros(ids, K, D)
+    words, strides = row_words(rows)
+    with torch.cuda.device_of(rows):
+        order, starts = _order(ids, K)
+        plan, (sums, sizes) = _plan(starts, G * N, piece, out, (G, K, D))
+        strips = triton.cdiv(triton.cdiv(D, 32), tile["BLOCK_W"])
+        constants = {"ADD": out is not None, "PLANES": piece.bit_length(), "LEVELS": unroll.bit_length() - 1}
+        _accumulate_kernel[(len(plan) * strips,)](words, order, plan, sums, K, D, G * K, W // ROW_ALIGN, strips, *strides, **constants, **tile)
     return sums, sizes
 
 
 @triton.jit
+def _scaled_sums(
+    row_ptrs,  # int32 [BLOCK_W], of row 0
+    scales_ptr,  # int32 [N, 2]
+    order_ptr,  # int32 or int64 [size]
+    size,
+    in_row,  # bool [BLOCK_W]
+    stride_n,
+    HALF: tl.constexpr,
+    POWER: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Four uint64 [BLOCK_W], for the bytes of a word: sums of importance^POWER times the low (HALF 0) or high half of each row's scale.
+
+    Then also all high halves or-ed, uint32.
+    """
+    totals = ()
+    for _ in tl.static_range(4):
+        totals = totals + (tl.zeros([BLOCK_W], tl.uint64),)
+    high = tl.zeros([], tl.uint32)
+    numbers = _row_numbers(order_ptr, 0, size, UNROLL)
+    for i in range(0, size, UNROLL):
+        upcoming = _row_numbers(order_ptr, i + UNROLL, size, UNROLL)  # asked for now, so that the next rows need not wait
+        words = ()
+        scales = ()
+        for u in tl.static_range(UNROLL):
+            n = numbers[u].to(tl.int64)
+            words = words + (tl.load(row_ptrs + n * stride_n * 4, mask=(i + u < size) & in_row, other=0).to(tl.uint32, bitcast=True),)
+            scales = scales + (tl.load(scales_ptr + 2 * n + HALF, mask=i + u < size, other=0).to(tl.uint32, bitcast=True),)
+            if HALF == 0:
+                high |= tl.load(scales_ptr + 2 * n + 1, mask=i + u < size, other=0).to(tl.uint32, bitcast=True)
+        for u in tl.static_range(UNROLL):
+            added = ()
+            for byte in tl.static_range(4):
+                q = (words[u] >> (8 * byte)) & 0xFF
+                if POWER == 2:
+                    q = q * q
+                # 32 × 32 bits, added to 64, are one instruction, where the compiler sees that nothing is wider: hence whole words, and halves.
+                added = added + (totals[byte] + q.to(tl.uint64) * scales[u].to(tl.uint64),)
+            totals = added
+        numbers = upcoming
+    return totals, high
+
+
+@triton.jit
 def _accumulate_weighted_kernel(
-    importance_ptr,  # uint8 [G, N, D], strides stride_g, stride_n, 1
-    scales_ptr,  # int64 [G, N]
-    order_ptr,  # int64 [G, N], the rows sorted by cluster
-    ids_ptr,  # int64 [G, N], their clusters, ascending
-    sums_ptr,  # int64 [G, K, D], added to
+    importance_ptr,  # int32 [G, N, quads·4], of 4 neurons each; strides 4·stride_g, 4·stride_n, 1
+    scales_ptr,  # int32 [G, N, 2], low and high halves
+    order_ptr,  # int32 or int64 [G·N]
+    plan_ptr,  # int64 [pieces, 4]
+    sums_ptr,  # int64 [G, K, D], out
     N,
     K,
     D,
+    clusters,  # G·K
+    quads,  # ⌈D/16⌉
+    strips,  # of BLOCK_W words in a row
     stride_g,
     stride_n,
+    ADD: tl.constexpr,
     POWER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    g = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row = tl.load(order_ptr + g * N + n, mask=n < N, other=0)
-    ids = tl.load(ids_ptr + g * N + n, mask=n < N, other=-1)
-    scale = tl.load(scales_ptr + g * N + row, mask=n < N, other=0)
-    in_row = (n < N)[:, None] & (d < D)[None, :]
-    q = tl.load(importance_ptr + g * stride_g + row[:, None] * stride_n + d[None, :], mask=in_row, other=0).to(tl.int32)
-    if POWER == 2:
-        q = q * q
-    weight = q.to(tl.int64) * scale[:, None]
-    lowest = tl.load(ids_ptr + g * N + first)
-    highest = tl.load(ids_ptr + g * N + tl.minimum(first + BLOCK_N, N) - 1)
-    for k in range(lowest, highest + 1):
-        member = ids == k
-        if tl.sum(member.to(tl.int32), axis=0) > 0:
-            total = tl.sum(tl.where(member[:, None], weight, 0), axis=0)
-            tl.atomic_add(sums_ptr + (g * K + k) * D + d, total, mask=d < D, sem="relaxed")
+    entry = plan_ptr + (tl.program_id(0) // strips).to(tl.int64) * 4
+    cluster, start, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3)
+    size = (tl.load(entry + 2) - start).to(tl.int32)
+    order_ptr += start
+    if (cluster < clusters) & ((size > 0) | (not ADD)):
+        g = cluster // K
+        strip = tl.program_id(0) % strips
+        w = strip * BLOCK_W + tl.arange(0, BLOCK_W)
+        row_ptrs = importance_ptr + g * stride_g * 4 + w
+        scales_ptr += g * N * 2
+        totals, high = _scaled_sums(row_ptrs, scales_ptr, order_ptr, size, w < quads * 4, stride_n, 0, POWER, UNROLL, BLOCK_W)
+        if high > 0:  # a row that sums to less than 16 has a scale beyond 32 bits: over the rows once more
+            more, _ = _scaled_sums(row_ptrs, scales_ptr, order_ptr, size, w < quads * 4, stride_n, 1, POWER, UNROLL, BLOCK_W)
+            totals = (totals[0] + (more[0] << 32), totals[1] + (more[1] << 32), totals[2] + (more[2] << 32), totals[3] + (more[3] << 32))
+        together = tl.join(tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3]))  # [BLOCK_W, 2, 2]: bytes 0 1, 2 3
+        d = strip * (4 * BLOCK_W) + tl.arange(0, 4 * BLOCK_W)
+        _put(sums_ptr + cluster * D + d, tl.reshape(together, [4 * BLOCK_W]).to(tl.int64), d < D, pieces, ADD)
 
 
 @grouped(_check_weighted)
-def accumulate_weighted_triton(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1) -> tuple[Tensor, Tensor]:
+def accumulate_weighted_triton(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None) -> Sums:
     """`accumulate_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    importance = importance if importance.stride(-1) == 1 else importance.contiguous()
-    G, N, D = importance.shape
-    sizes = _sizes(ids, K)  # first: on a GPU its assertion stops ids out of range before the kernel writes by them
-    sums = torch.zeros((G, K, D), dtype=torch.int64, device=importance.device)
-    if G and N:
-        sorted_ids, order = ids.sort(dim=1, stable=True)
-        grid = (triton.cdiv(N, _WEIGHTED_TILE["BLOCK_N"]), triton.cdiv(D, _WEIGHTED_TILE["BLOCK_D"]), G)
-        strides = importance.stride(0), importance.stride(1)
-        with torch.cuda.device_of(importance):
-            _accumulate_weighted_kernel[grid](
-                importance, scales.contiguous(), order, sorted_ids, sums, N, K, D, *strides, POWER=power, **_WEIGHTED_TILE, num_warps=4
-            )
+    (G, N, D), tile = importance.shape, dict(_WEIGHTED_TILE)
+    piece = tile.pop("PIECE")
+    if not G * N:
+        return out or _zeros(ids, K, D)
+    words, strides = row_words(importance)
+    with torch.cuda.device_of(importance):
+        order, starts = _order(ids, K)
+        plan, (sums, sizes) = _plan(starts, G * N, piece, out, (G, K, D))
+        quads, strips = triton.cdiv(D, ROW_ALIGN), triton.cdiv(D, 4 * tile["BLOCK_W"])
+        arguments = (words, scales.contiguous().view(torch.int32), order, plan, sums, N, K, D, G * K, quads, strips, *strides)
+        _accumulate_weighted_kernel[(len(plan) * strips,)](*arguments, ADD=out is not None, POWER=power, **tile)
     return sums, sizes
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """The kernels take any stride between rows and groups, but the bytes of a row side by side."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

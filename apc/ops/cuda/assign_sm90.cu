@@ -5,7 +5,7 @@
 // centroids are rows of `W` bytes. A block is one producer warp, which has the copy engine fill a ring of stages, and CONSUMERS
 // warpgroups of 64 rows each; the two blocks of a cluster share their centroids: each fetches half of a tile for both.
 //
-// Put before it: CONSUMERS, TILE_K clusters at a time, STAGES, CLUSTER blocks, STAGGER in clocks, TAIL products of 32 bytes in a row's
+// Put before it: CONSUMERS, TILE_K clusters at a time, STAGES, CLUSTER blocks, TAIL products of 32 bytes in a row's
 // last step, and `mma(int (&sums)[TILE_K / 2], u64 rows, u64 centroids, int add)`.
 
 constexpr int STEP = 128;                // bytes of a row in a stage: the width of the 128-byte swizzle
@@ -43,12 +43,13 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier of block `block` of the cluster that lies where `barrier` lies in this one.
+// Arrives at the barrier of block `block` of the cluster that lies where `barrier` lies in this one. What it releases was read by
+// products that were waited for, so it needs no order of the cluster's memory: `.release.cluster` here costs 900 clocks a stage.
 __device__ __forceinline__ void arrive_at(u64* barrier, int block) {
     asm volatile(
         "{ .reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(barrier)), "r"(block) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(barrier)), "r"(block) : "memory");
 }
 
 __device__ __forceinline__ void fetch(u32 to, const TensorMap& map, u64* barrier, int byte, int row, int group) {
@@ -150,10 +151,6 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
         int stage = 0, sums[TILE_K / 2];
         u32 parity = 0;
         const bool signals = threadIdx.x % 128 < CLUSTER;
-        if (consumer == 1) {  // starts late, so that one warpgroup multiplies while the other takes its maxima
-            barrier_wait(&full[0], 0);
-            for (const long long start = clock64(); clock64() - start < STAGGER;) {}
-        }
 
         // Starts the products of the stage at hand, PARTS times 32 bytes.
         auto multiply = [&](auto parts, int add) {

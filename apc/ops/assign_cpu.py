@@ -1,0 +1,503 @@
+"""Assignment on the CPU, exact, by looking sums up in tables instead of multiplying (the "Method of Four Russians"), in numba.
+
+A table holds, for each of the 2⁵ patterns that five neurons can have, what they add to many sums that lie side by side in a vector: one load
+and one addition then do five neurons for all of these sums. `assign_cpu` makes tables out of 64 centroids (sums of bytes) and looks rows
+up; `assign_weighted_cpu` makes them out of 16 rows' importances (sums of 32 bits) and looks centroids up. Tables take time to make: for
+few rows, or few centroids, `assign_cpu` counts the bits of x ∧ c.
+
+The vectors are LLVM's, which become the instructions of any CPU. Functions are compiled at their first call (1 to 2 s in a process) and
+not kept on disk: a cache would have to be written beside the package, and would be shared by ranks and by machines of different CPUs.
+Importing this module imports numba, so import it where it is needed. Shape letters: see `bits.py`; addresses and strides are in bytes.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_BITS = 5  # neurons looked up at a time
+_ENTRY = 64  # bytes of a table's entry: one cache line
+_TABLES = 8  # tables in use at a time: 16 KB, half of a usual L1 cache; the other half is for what passes through
+_TABLE = _ENTRY << _BITS  # bytes of a table
+_SPAN = _TABLES * _BITS  # neurons of a span, what the tables in use cover
+_SPAN_BYTES = _SPAN // 8
+_SPANS_IN_BYTE = 255 // _SPAN  # a sum of one byte holds so many spans
+_CENTROIDS = _ENTRY  # centroids in an entry of one-byte sums
+_WEIGHTED_ROWS = _ENTRY // 4  # rows in an entry of 32-bit sums
+
+_ROWS = 1024  # rows that use a set of tables before the next: making it costs as much as 64 rows; their sums, 192 KB, stay in L2
+_CLUSTERS = 4096  # clusters that use a set of tables, in the same way
+_WORTH_TABLES = 64  # rows whose look-ups take as long as making the tables
+_WORTH_CLUSTERS = 64  # clusters whose look-ups take as long as making the tables out of importances
+_TABLES_GAIN = 2  # counting takes twice as long as looking up
+_LONG = 2**16 // 8  # bytes of a row whose overlap might not go into 16 bits: such rows are counted
+_COUNTED = 2**17  # bytes of centroids counted against all rows before the next ones: they stay in L2
+_FEW = 2**24  # pairs of bits, some 50 µs: not worth a thread
+_LAST_ID = 2**32 - 1  # a key holds the overlap above the 32 bits of _LAST_ID − id
+_ARGUMENTS = 10  # of every function that runs as tasks, before the scratch memory
+
+# Scratch memory of a task, by offset.
+_PLANES_AT = _TABLES * _TABLE  # 40 entries, for one neuron each
+_COLUMNS_AT = _PLANES_AT + _SPAN * _ENTRY  # the 5 bytes of each centroid; the best sums and ids of the weighted rows
+_SUMS_AT = _COLUMNS_AT + _SPAN_BYTES * _ENTRY
+
+
+def assign_cpu(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [G, N, W], uint8 [G, K, W] → ids int64 [G, N], overlap int32 [G, N]. The caller has checked shapes, dtypes and W % 16 == 0."""
+    rows, centroids = _dense(rows), centroids.contiguous()
+    (G, N, W), K = rows.shape, centroids.shape[1]
+    blocks = -(-K // _CENTROIDS)
+    by_tables = W < _LONG and blocks * _CENTROIDS * (N + _WORTH_TABLES) < _TABLES_GAIN * N * K
+    row_parts, cluster_parts = _parts(G, N, blocks, least_rows=512 if by_tables else 64, work=G * N * K * 8 * W)
+    keys = torch.empty((cluster_parts, G, N), dtype=torch.int64)
+    tile, spans = min(N, _ROWS), -(-W // _SPAN_BYTES)
+    tasks = []
+    for group in range(G):
+        row_at, stride, centroids_at = rows[group].data_ptr(), rows.stride(1), centroids[group].data_ptr()
+        for part in range(cluster_parts):
+            clusters = blocks * part // cluster_parts * _CENTROIDS, min(K, blocks * (part + 1) // cluster_parts * _CENTROIDS)
+            keys_at = keys[part, group].data_ptr()
+            for n, count in _spans(N, row_parts):
+                tasks.append((row_at + n * stride, stride, count, W, centroids_at, *clusters, keys_at + 8 * n, tile, spans))
+    if by_tables:
+        _run(_assign_by_tables, tasks, _SUMS_AT + tile * (3 * _ENTRY + 8 * spans))
+    else:
+        _run(_assign_by_counting, tasks)
+    best = keys.amax(0) if cluster_parts > 1 else keys[0]
+    return _LAST_ID - (best & _LAST_ID), (best >> 32).to(torch.int32)
+
+
+def assign_weighted_cpu(importance: Tensor, centroids: Tensor, power: int) -> tuple[Tensor, Tensor]:
+    """uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured int32 [G, N].
+
+    The caller has checked shapes and dtypes, and that 255^power·D is below 2³¹.
+    """
+    importance, centroids = _dense(importance), centroids.contiguous()
+    (G, N, D), (K, W) = importance.shape, centroids.shape[1:]
+    ids, captured = torch.empty((G, N), dtype=torch.int64), torch.empty((G, N), dtype=torch.int32)
+    row_parts, _ = _parts(1, N, 1, least_rows=_WEIGHTED_ROWS, work=N * (K + _WORTH_CLUSTERS) * D)
+    spans, stride = -(-D // _SPAN), importance.stride(1)
+    patterns = torch.empty((spans, K), dtype=torch.int64)
+    for group in range(G):
+        patterns_at, centroids_at, rows_at, ids_at, captured_at = (
+            tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group], captured[group])
+        )
+        _patterns_of(centroids_at, W, K, W, spans, patterns_at)
+        tasks = [
+            (rows_at + n * stride, stride, count, D, patterns_at, K, spans, power, ids_at + 8 * n, captured_at + 4 * n) for n, count in _spans(N, row_parts)
+        ]
+        _run(_assign_weighted, tasks, _SUMS_AT + min(K, _CLUSTERS) * _ENTRY)
+    return ids, captured
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """The functions take any stride between rows, but the bytes of a row side by side."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _parts(G: int, N: int, blocks: int, least_rows: int, work: int) -> tuple[int, int]:
+    """(of rows, of blocks of clusters) in how many parts each of G groups goes, so that every thread has as much to do.
+
+    work: pairs of bits in all groups.
+    """
+    if work < _FEW:
+        return 1, 1
+    threads = -(-torch.get_num_threads() // G)
+    row_parts = max(1, min(4 * threads, N // least_rows))
+    if row_parts >= threads:
+        return row_parts - row_parts % threads, 1
+    return row_parts, min(blocks, -(-threads // row_parts))
+
+
+def _spans(N: int, parts: int) -> list[tuple[int, int]]:
+    """(first row, rows) of each part of N rows that has any."""
+    edges = [N * part // parts for part in range(parts + 1)]
+    return [(first, last - first) for first, last in zip(edges, edges[1:], strict=False) if first < last]
+
+
+def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> None:
+    """function(*task, address of so many bytes of scratch memory) for all tasks, on as many threads as torch has.
+
+    They are torch's own, through the runtime of OpenMP that torch has loaded: for some milliseconds after an operation these spin
+    on their cores, and threads of ours beside them made the whole slower than one thread alone. Without OpenMP: a pool of threads.
+    """
+    if not tasks:
+        return
+    threads = torch.get_num_threads() if len(tasks) > 1 else 1
+    scratch = -(-scratch // 4096) * 4096
+    memory = _memory(threads * scratch)
+    table = np.array(tasks, np.int64).reshape(-1, _ARGUMENTS)
+    state = np.array([0, 0, len(tasks), table.ctypes.data, memory.ctypes.data, scratch], np.int64)
+    worker = _worker(function)
+    if threads == 1:
+        worker.ctypes(state.ctypes.data)
+    elif hasattr(_process, "GOMP_parallel"):
+        # Always all of torch's threads: a team of another size would be taken down and set up again.
+        _process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(worker.ctypes, state.ctypes.data) for _ in range(threads)]:
+                done.result()
+
+
+_process = ctypes.CDLL(None)  # whatever the process has loaded; ctypes lets go of the GIL while it calls
+_own = threading.local()
+
+
+def _memory(size: int) -> np.ndarray:
+    """uint8 [≥ size] of unknown content, the calling thread's own until it asks again: fresh pages would cost a quarter of the time."""
+    if not hasattr(_own, "memory") or len(_own.memory) < size:
+        _own.memory = np.empty(size, np.uint8)
+    return _own.memory
+
+
+@cache
+def _worker(function: Callable):
+    """function as a C function of the state that `_run` lays out, which does tasks until there are none left."""
+
+    @cfunc(types.void(types.intp))
+    def work(state):
+        scratch = _load_int(state + 32) + _next(state + 8) * _load_int(state + 40)
+        task = _next(state)
+        while task < _load_int(state + 16):
+            at = _load_int(state + 24) + task * 8 * _ARGUMENTS
+            function(
+                _load_int(at),
+                _load_int(at + 8),
+                _load_int(at + 16),
+                _load_int(at + 24),
+                _load_int(at + 32),
+                _load_int(at + 40),
+                _load_int(at + 48),
+                _load_int(at + 56),
+                _load_int(at + 64),
+                _load_int(at + 72),
+                scratch,
+            )
+            task = _next(state)
+
+    return work
+
+
+@njit(nogil=True)
+def _key(overlap, cluster):
+    """int64 that orders by overlap, then by the lower cluster."""
+    return (overlap << 32) | (_LAST_ID - cluster)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, lane_bits: int, lanes: int = _ENTRY) -> ir.Value:
+    return builder.inttoptr(address, ir.VectorType(ir.IntType(lane_bits), lanes).as_pointer())
+
+
+def _every(lane_bits: int, values: int | list[int], lanes: int = _ENTRY) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(lane_bits), lanes), [values] * lanes if isinstance(values, int) else values)
+
+
+def _memory_operations(bits: int, numba_type: types.Integer):
+    """(load, store) of an integer of so many bits at any address, the first byte lowest; in numba of the type, zero-extended."""
+    element = ir.IntType(bits)
+
+    @intrinsic
+    def load(context, address):
+        def generate(context, builder, signature, args):
+            value = builder.load(builder.inttoptr(args[0], element.as_pointer()), align=1)
+            return value if bits == 64 else builder.zext(value, ir.IntType(64))
+
+        return numba_type(types.intp), generate
+
+    @intrinsic
+    def store(context, address, value):
+        def generate(context, builder, signature, args):
+            value = args[1] if bits == 64 else builder.trunc(args[1], element)
+            builder.store(value, builder.inttoptr(args[0], element.as_pointer()), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, numba_type), generate
+
+    return load, store
+
+
+_load_byte, _store_byte = _memory_operations(8, types.int64)
+_load_word, _store_word = _memory_operations(32, types.int64)
+_load_int, _store_int = _memory_operations(64, types.int64)
+_load, _store = _memory_operations(64, types.uint64)
+
+
+@intrinsic
+def _next(context, address):
+    """The int64 at this address, which becomes one more before any other thread can read it."""
+
+    def generate(context, builder, signature, args):
+        at = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", at, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def _clear(context, entry):
+    """The 64 bytes at this address = 0."""
+
+    def generate(context, builder, signature, args):
+        builder.store(_every(8, 0), _pointer(builder, args[0], 8), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def _ones(context, word):
+    """How many bits of a uint64 are set, as an int64."""
+    return types.int64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+def _table_operations(lane_bits: int):
+    """(add, look_up) on entries of 64 bytes whose sums have so many bits."""
+    lanes, word = 8 * _ENTRY // lane_bits, ir.IntType(64)
+
+    @intrinsic
+    def add(context, out, left, right):
+        """Entry at out = entry at left + entry at right."""
+
+        def generate(context, builder, signature, args):
+            out, left, right = (_pointer(builder, address, lane_bits, lanes) for address in args)
+            builder.store(builder.add(builder.load(left, align=1), builder.load(right, align=1)), out, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), generate
+
+    @intrinsic
+    def look_up(context, sums, tables, pattern):
+        """Entry at sums += the eight entries that the lowest 40 bits of pattern, five for each table, choose."""
+
+        def generate(context, builder, signature, args):
+            sums, tables, pattern = _pointer(builder, args[0], lane_bits, lanes), *args[1:]
+            total = builder.load(sums, align=1)
+            for i in range(_TABLES):
+                shift = _BITS * i - 6  # pattern >> 5i is the number of an entry, shifted left by 6 its offset
+                moved = builder.lshr(pattern, word(shift)) if shift > 0 else builder.shl(pattern, word(-shift))
+                address = builder.add(builder.add(tables, word(i * _TABLE)), builder.and_(moved, word(_TABLE - _ENTRY)))
+                total = builder.add(total, builder.load(_pointer(builder, address, lane_bits, lanes), align=1))
+            builder.store(total, sums, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.uint64), generate
+
+    return add, look_up
+
+
+_add_bytes, _look_up_bytes = _table_operations(8)
+_add_words, _look_up_words = _table_operations(32)
+
+
+@intrinsic
+def _bit_of_bytes(context, out, source, bit):
+    """64 bytes at out = bit number `bit`, 0 or 1, of each of the 64 bytes at source."""
+
+    def generate(context, builder, signature, args):
+        vector = ir.VectorType(ir.IntType(8), _ENTRY)
+        undefined = ir.Constant(vector, ir.Undefined)
+        count = builder.insert_element(undefined, builder.trunc(args[2], ir.IntType(8)), ir.IntType(32)(0))
+        count = builder.shuffle_vector(count, undefined, _every(32, 0))
+        moved = builder.lshr(builder.load(_pointer(builder, args[1], 8), align=1), count)
+        builder.store(builder.and_(moved, _every(8, 1)), _pointer(builder, args[0], 8), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _widen(context, totals, sums):
+    """64 uint16 at totals += 64 bytes at sums, which become 0."""
+
+    def generate(context, builder, signature, args):
+        totals, sums = _pointer(builder, args[0], 16), _pointer(builder, args[1], 8)
+        added = builder.zext(builder.load(sums, align=1), totals.type.pointee)
+        builder.store(builder.add(builder.load(totals, align=1), added), totals, align=1)
+        builder.store(_every(8, 0), sums, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def _take_best(context, totals):
+    """int64, the greatest total · 64 + (63 − lane) of the 64 uint16 at totals, which become 0: on a tie the lowest lane."""
+
+    def generate(context, builder, signature, args):
+        totals = _pointer(builder, args[0], 16)
+        value = builder.zext(builder.load(totals, align=1), ir.VectorType(ir.IntType(32), _ENTRY))
+        value = builder.or_(builder.shl(value, _every(32, 6)), _every(32, list(range(_ENTRY))[::-1]))
+        lanes = _ENTRY
+        while lanes > 1:
+            lanes //= 2
+            low, high = (builder.shuffle_vector(value, value, _every(32, list(range(i, i + lanes)), lanes)) for i in (0, lanes))
+            value = builder.select(builder.icmp_signed(">", low, high), low, high)
+        builder.store(_every(16, 0), totals, align=1)
+        return builder.zext(builder.extract_element(value, ir.IntType(32)(0)), ir.IntType(64))
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def _keep_best(context, best, ids, sums, cluster):
+    """16 int32 at best and at ids: where the sum at sums is greater, that sum and this cluster."""
+
+    def generate(context, builder, signature, args):
+        best, ids, sums = (_pointer(builder, address, 32, _WEIGHTED_ROWS) for address in args[:3])
+        undefined = ir.Constant(best.type.pointee, ir.Undefined)
+        cluster = builder.insert_element(undefined, builder.trunc(args[3], ir.IntType(32)), ir.IntType(32)(0))
+        cluster = builder.shuffle_vector(cluster, undefined, _every(32, 0, _WEIGHTED_ROWS))
+        before, now = builder.load(best, align=1), builder.load(sums, align=1)
+        better = builder.icmp_signed(">", now, before)
+        builder.store(builder.select(better, now, before), best, align=1)
+        builder.store(builder.select(better, cluster, builder.load(ids, align=1)), ids, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.int64), generate
+
+
+@njit(nogil=True)
+def _pattern_of(row, span, W):
+    """The 5 bytes of a row from 5·span on, in the lowest 40 bits; what would lie past the row's end is 0 and is not read."""
+    past = span * _SPAN_BYTES + 8 - W
+    return _load(row + span * _SPAN_BYTES) if past <= 0 else _load(row + W - 8) >> np.uint64(8 * past)
+
+
+@njit(nogil=True)
+def _patterns_of(rows, stride, count, W, spans, patterns):
+    """count rows of W bytes → uint64 [spans, count] at address patterns, eight rows at a time: a column's elements lie far apart."""
+    for first in range(0, count, 8):
+        for span in range(spans):
+            for n in range(first, min(first + 8, count)):
+                _store(patterns + 8 * (span * count + n), _pattern_of(rows + n * stride, span, W))
+
+
+@njit(nogil=True)
+def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, spans, scratch):
+    """N rows against clusters first … last-1 → keys int64 [N], the `_key` of each row's best. W < `_LONG`, spans = ⌈W/5⌉.
+
+    scratch: the address of `_SUMS_AT` + tile · (192 + 8 · spans) bytes, for tiles of so many rows.
+    """
+    planes, columns, sums = scratch + _PLANES_AT, scratch + _COLUMNS_AT, scratch + _SUMS_AT
+    totals = sums + tile * _ENTRY
+    patterns = totals + tile * 2 * _ENTRY
+    for at in range(scratch, patterns, _ENTRY):  # the tables' entries 0 stay so; sums and totals are 0 again after each use
+        _clear(at)
+    for n0 in range(0, N, tile):
+        count = min(tile, N - n0)
+        _patterns_of(rows + n0 * stride, stride, count, W, spans, patterns)
+        for k0 in range(first, last, _CENTROIDS):
+            for span in range(spans):
+                for lane in range(_CENTROIDS):
+                    # Lanes past the last cluster get zeros, which never win a tie against the lower lanes.
+                    pattern = _pattern_of(centroids + (k0 + lane) * W, span, W) if k0 + lane < last else np.uint64(0)
+                    for j in range(_SPAN_BYTES):
+                        _store_byte(columns + j * _CENTROIDS + lane, np.int64(pattern >> np.uint64(8 * j)))
+                for i in range(_SPAN):
+                    _bit_of_bytes(planes + i * _ENTRY, columns + i // 8 * _ENTRY, i % 8)
+                for i in range(_SPAN):
+                    entry, doubled = scratch + i // _BITS * _TABLE, _ENTRY << (i % _BITS)
+                    for offset in range(0, doubled, _ENTRY):
+                        _add_bytes(entry + doubled + offset, entry + offset, planes + i * _ENTRY)
+                for n in range(count):
+                    _look_up_bytes(sums + n * _ENTRY, scratch, _load(patterns + 8 * (span * count + n)))
+                if span % _SPANS_IN_BYTE == _SPANS_IN_BYTE - 1 or span == spans - 1:
+                    for n in range(count):
+                        _widen(totals + n * 2 * _ENTRY, sums + n * _ENTRY)
+            for n in range(count):
+                best = _take_best(totals + n * 2 * _ENTRY)
+                key = _key(best >> 6, k0 + _CENTROIDS - 1 - (best & 63))
+                at = keys + 8 * (n0 + n)
+                _store_int(at, key if k0 == first else max(key, _load_int(at)))
+
+
+@njit(nogil=True)
+def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, spans, scratch):
+    """As `_assign_by_tables`, for rows of any length: counts the ones of x ∧ c, of four rows for each load of c. Ignores the last three."""
+    clusters = max(1, _COUNTED // W)
+    fours = N - N % 4
+    for n in range(N):
+        _store_int(keys + 8 * n, -1)
+    for k0 in range(first, last, clusters):
+        for n in range(0, fours, 4):
+            row = rows + n * stride
+            best_0 = best_1 = best_2 = best_3 = -1
+            for k in range(k0, min(k0 + clusters, last)):
+                centroid = centroids + k * W
+                ones_0 = ones_1 = ones_2 = ones_3 = 0
+                for w in range(0, W, 8):
+                    word = _load(centroid + w)
+                    ones_0 += _ones(_load(row + w) & word)
+                    ones_1 += _ones(_load(row + stride + w) & word)
+                    ones_2 += _ones(_load(row + 2 * stride + w) & word)
+                    ones_3 += _ones(_load(row + 3 * stride + w) & word)
+                best_0, best_1 = max(best_0, _key(ones_0, k)), max(best_1, _key(ones_1, k))
+                best_2, best_3 = max(best_2, _key(ones_2, k)), max(best_3, _key(ones_3, k))
+            _raise(keys + 8 * n, best_0)
+            _raise(keys + 8 * n + 8, best_1)
+            _raise(keys + 8 * n + 16, best_2)
+            _raise(keys + 8 * n + 24, best_3)
+        for n in range(fours, N):
+            row = rows + n * stride
+            best = -1
+            for k in range(k0, min(k0 + clusters, last)):
+                ones = 0
+                for w in range(0, W, 8):
+                    ones += _ones(_load(row + w) & _load(centroids + k * W + w))
+                best = max(best, _key(ones, k))
+            _raise(keys + 8 * n, best)
+
+
+@njit(nogil=True)
+def _raise(at, key):
+    """The int64 at this address = the greater of itself and key."""
+    _store_int(at, max(_load_int(at), key))
+
+
+@njit(nogil=True)
+def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, captured, scratch):
+    """N rows of D bytes against the clusters' patterns, uint64 [spans, K], spans = ⌈D/40⌉ → ids int64 [N], captured int32 [N].
+
+    scratch: the address of `_SUMS_AT` + 64 · min(K, _CLUSTERS) bytes.
+    """
+    planes, best, best_ids, sums = scratch + _PLANES_AT, scratch + _COLUMNS_AT, scratch + _COLUMNS_AT + _ENTRY, scratch + _SUMS_AT
+    for table in range(_TABLES):
+        _clear(scratch + table * _TABLE)  # entry 0, which stays so
+    for n0 in range(0, N, _WEIGHTED_ROWS):
+        rows = min(_WEIGHTED_ROWS, N - n0)
+        for lane in range(_WEIGHTED_ROWS):
+            _store_word(best + 4 * lane, -1)
+        for k0 in range(0, K, _CLUSTERS):
+            clusters = min(_CLUSTERS, K - k0)
+            for k in range(clusters):
+                _clear(sums + k * _ENTRY)
+            for span in range(spans):
+                width = min(_SPAN, D - span * _SPAN)
+                for lane in range(rows):
+                    row = importance + (n0 + lane) * stride + span * _SPAN
+                    for i in range(width):
+                        value = _load_byte(row + i)
+                        _store_word(planes + i * _ENTRY + 4 * lane, value * value if power == 2 else value)
+                for i in range(width, _SPAN):
+                    for lane in range(rows):
+                        _store_word(planes + i * _ENTRY + 4 * lane, 0)
+                for i in range(_SPAN):
+                    entry, doubled = scratch + i // _BITS * _TABLE, _ENTRY << (i % _BITS)
+                    for offset in range(0, doubled, _ENTRY):
+                        _add_words(entry + doubled + offset, entry + offset, planes + i * _ENTRY)
+                for k in range(clusters):
+                    _look_up_words(sums + k * _ENTRY, scratch, _load(patterns + 8 * (span * K + k0 + k)))
+            for k in range(clusters):
+                _keep_best(best, best_ids, sums + k * _ENTRY, k0 + k)
+        for lane in range(rows):
+            _store_int(ids + 8 * (n0 + lane), _load_word(best_ids + 4 * lane))
+            _store_word(captured + 4 * (n0 + lane), _load_word(best + 4 * lane))

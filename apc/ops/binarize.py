@@ -1,0 +1,81 @@
+"""Binarising: each cluster's sums cut to the m neurons that have the largest, as a packed centroid. Shape letters: see `bits.py`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes, top_mask
+
+# The kernel holds a row of int64 in the registers of one program: half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
+# 32,768, where about half spills to the L1 cache. Longer rows go through `top_mask`.
+_LONGEST = 2**15
+_NEURONS_PER_THREAD = 16
+
+
+def binarize(sums: Tensor, density: float) -> Tensor:
+    """int64 [K, D] → uint8 [K, W], with any leading dimensions: each row's m = mask_size(D, density) neurons with the largest sum.
+
+    Ties go to the lowest index. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
+    """
+    m = _check(sums, density)
+    if on_cpu(sums) or 8 * row_bytes(sums.shape[-1]) > _LONGEST:
+        return pack(top_mask(sums, m))
+    return binarize_triton(sums, density)
+
+
+def _check(sums: Tensor, density: float) -> int:
+    """m, the ones of each row."""
+    if sums.dtype != torch.int64:
+        raise ValueError(f"binarize wants sums as int64 [K, D], got {describe(sums)}")
+    return mask_size(sums.shape[-1], density)
+
+
+@triton.jit
+def _binarize_kernel(
+    sums_ptr,  # int64 [K, D]
+    centroids_ptr,  # uint8 [K, W], out
+    m,
+    D,
+    W,
+    BLOCK_D: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    sums = tl.load(sums_ptr + k * D + d, mask=d < D, other=0x7FFFFFFFFFFFFFFF)
+    least = tl.min(sums, axis=0)
+    # What a sum is above the row's least, so 0 or more for any int64; 0 also past D, where a tie comes after all others.
+    height = tl.where(d < D, sums - least, 0).to(tl.uint64, bitcast=True)
+    # The m-th largest lies from `low` to `high`: at least m are `low` or more, fewer than m above `high`.
+    low = tl.min(height, axis=0)
+    high = tl.max(height, axis=0)
+    while low < high:
+        middle = high - ((high - low) >> 1)
+        count = tl.sum((height >= middle).to(tl.int32), axis=0)
+        low = tl.where(count >= m, middle, low)
+        high = tl.where(count > m, high, tl.where(count == m, middle, middle - 1))  # exactly m: no need to know the m-th itself
+    mask = height >= low
+    if tl.sum(mask.to(tl.int32), axis=0) > m:
+        above = height > low
+        tie = (height == low).to(tl.int32)
+        room = m - tl.sum(above.to(tl.int32), axis=0)
+        mask = above | ((tie > 0) & (tl.cumsum(tie, axis=0) <= room))
+    bits = tl.reshape(mask.to(tl.int32), [BLOCK_D // 8, 8]) << tl.arange(0, 8)[None, :]
+    w = tl.arange(0, BLOCK_D // 8)
+    tl.store(centroids_ptr + k * W + w, tl.sum(bits, axis=1).to(tl.uint8), mask=w < W)
+
+
+def binarize_triton(sums: Tensor, density: float) -> Tensor:
+    """`binarize` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; rows of up to 32,768 neurons."""
+    m = _check(sums, density)
+    D = sums.shape[-1]
+    W = row_bytes(D)
+    block = triton.next_power_of_2(8 * W)
+    if block > _LONGEST:
+        raise ValueError(f"binarize_triton takes up to {_LONGEST} neurons, got sums {describe(sums)}")
+    centroids = torch.empty((*sums.shape[:-1], W), dtype=torch.uint8, device=sums.device)
+    if centroids.numel():
+        warps = min(max(block // (32 * _NEURONS_PER_THREAD), 1), 32)
+        with torch.cuda.device_of(sums):
+            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, BLOCK_D=block, num_warps=warps)
+    return centroids
