@@ -22,8 +22,8 @@ from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, popcount, require
 # while another expands its rows.
 _TILE = {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_W": 128, "num_warps": 4, "num_stages": 3}
 _WEIGHTED_TILES = {
-    1: {"BLOCK_N": 128, "BLOCK_K": 256, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},
-    2: {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},  # two accumulators
+    1: {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
+    2: {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},  # two accumulators
 }
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
 _LEAST_K = 32  # the narrowest tile of clusters

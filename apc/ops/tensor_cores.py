@@ -25,7 +25,8 @@ _TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a t
 _TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
 _ITEM_COST = 64  # what a piece of work costs besides its tiles, in clusters
 _MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's hold more
-_L2_SHARE = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids
+_L2_MOST = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids …
+_L2_SHARE = 16 * 2**20  # … and how many, once row tiles are cut along K at all, so that the parts' centroids stay there too
 
 
 class Unavailable(RuntimeError):
@@ -237,7 +238,8 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
     plans = []
     for tile_k in _TILES_K:
         k_tiles = math.ceil(K / tile_k)
-        least = min(k_tiles, math.ceil(workers * tile_n * W / _L2_SHARE))
+        in_hand = workers * tile_n * W
+        least = min(k_tiles, math.ceil(in_hand / _L2_SHARE)) if in_hand > _L2_MOST else 1
         cut = tiles if least > 1 else tiles % workers
         plans += [Schedule(tile_k, k_tiles, tiles_in_group, tiles - cut, cut, splits) for splits in range(max(2, least), min(k_tiles, workers) + 1)]
         if least == 1:

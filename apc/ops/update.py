@@ -21,7 +21,7 @@ ROW_UNIT = 2**36  # what a weighted row sums to after scaling
 # multiprocessors busy. It takes a strip of each row, BLOCK_W words of 32 neurons (weighted: 4), one warp wide: in flight are UNROLL rows, a
 # power of two, of many small programs. At the end BITS bits of each word become sums at a time, at least 4, which are one sector of 32 bytes.
 _TILE = {"PIECE": 1024, "BLOCK_W": 64, "UNROLL": 8, "BITS": 4, "num_warps": 1}
-_WEIGHTED_TILE = {"PIECE": 1024, "BLOCK_W": 128, "UNROLL": 8, "num_warps": 1}
+_WEIGHTED_TILE = {"PIECE": 1024, "BLOCK_W": 128, "UNROLL": 4, "num_warps": 1}
 _TOTALS_TILE = {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4}
 _SORT_BLOCK = 1024  # rows in a program of the sort
 _PLAN_BLOCK = 128  # pieces in a program of the plan
