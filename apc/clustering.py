@@ -7,6 +7,7 @@ importance that the centroids capture, never falls. Shape letters as in `apc.pat
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from apc.errors import UserError
 from apc.patterns import WEIGHTINGS, Block, PatternInfo, PatternSource
 
 ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
+SHARE_BITS, ROW_BITS = 24, 38  # of a key in `worst`
+NO_ROW = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class ClusteringModule(LightningModule):
     Everything that a run needs to go on is in the buffers, one set per site:
     centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far; profile_sums, profile_sizes of
     the last full pass, that the centroids were cut from; layer_sums int64 [L, D], every row of the first pass;
-    captured and weight, int64 [G], the objective and its upper limit; worst_share float64 [G, K] and worst_row int64 [G, K],
-    the rows captured worst so far, worst first.
+    captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
+    first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
     """
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
@@ -86,18 +89,18 @@ class ClusteringModule(LightningModule):
             raise UserError(
                 f"cluster.weighting={cfg.weighting} sums exactly only below {2**31 // 255**self.power:,} neurons, the model has {widest:,}; use magnitude"
             )
+        if self.group_rows >> ROW_BITS:
+            raise UserError(f"{self.group_rows:,} patterns in one group: row numbers hold {1 << ROW_BITS:,}; lower data.fit_windows")
         if self.power and self.group_rows > ROWS_LIMIT:
             raise UserError(f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; use cluster.weighting=binary")
 
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
-        zeros = dict(
-            sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), worst_row=(G, K), captured=(G,), weight=(G,)
-        )
+        zeros = dict(sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
         for name, shape in zeros.items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
-        self.register_buffer(f"worst_share_{site}", torch.full((G, K), torch.inf, dtype=torch.float64))
+        self.register_buffer(f"worst_{site}", torch.full((G, K), NO_ROW))
 
     def get(self, name: str, site: str) -> Tensor:
         """The buffer `name` of a site."""
@@ -121,6 +124,10 @@ class ClusteringModule(LightningModule):
         sites = self.info.sites
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
+    def working_bytes(self) -> int:
+        """About what a step holds on the device besides its block and the buffers: copies of the sums, and the sort of a block's rows."""
+        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
+
     def on_fit_start(self) -> None:
         if not self.started:
             source = self.trainer.datamodule.source
@@ -137,14 +144,9 @@ class ClusteringModule(LightningModule):
         if batch_index == 0:
             self._begin_pass()
         for site in self.info.sites:
-            sums, sizes = self._add_rows(site, block)
+            self._add_rows(site, block)
             if self.cfg.schedule == "step":
-                self._set("sums", site, self.get("sums", site) + distributed.all_sum(sums))
-                self._set("sizes", site, self.get("sizes", site) + distributed.all_sum(sizes))
                 self.changed += self._update(site)
-            else:
-                self.get("sums", site).add_(sums)
-                self.get("sizes", site).add_(sizes)
         if batch_index == self.trainer.num_training_batches - 1:
             self._end_pass()
         self.optimizers().step()
@@ -161,8 +163,7 @@ class ClusteringModule(LightningModule):
                 self._set("sizes", site, self.get("sizes", site) >> 1)
             for name in ("captured", "weight"):
                 self.get(name, site).zero_()
-            self.get("worst_share", site).fill_(torch.inf)
-            self.get("worst_row", site).fill_(torch.iinfo(torch.int64).max)
+            self.get("worst", site).fill_(NO_ROW)
 
     def _grouped(self, value: Tensor) -> Tensor:
         """[L, n, ...] → [G, rows, ...]"""
@@ -176,8 +177,8 @@ class ClusteringModule(LightningModule):
         layers = torch.arange(self.info.layers, device=self.device)
         return (positions * self.info.layers + layers.unsqueeze(1)).reshape(1, -1)
 
-    def _add_rows(self, site: str, block: Block) -> tuple[Tensor, Tensor]:
-        """Assigns a block's rows and notes what was captured; returns the block's sums [G, K, D] and sizes [G, K]."""
+    def _add_rows(self, site: str, block: Block) -> None:
+        """Assigns a block's rows, adds them to their clusters' sums, and notes what was captured."""
         centroids, K, D = self.get("centroids", site), self.cfg.k, self.info.widths[site]
         rows = self._grouped(block.patterns[site])
         if self.power:
@@ -185,45 +186,47 @@ class ClusteringModule(LightningModule):
             ids, captured = ops.assign_weighted(importance, centroids, self.power)
             total = ops.row_totals(importance, self.power)
             scales = ops.scales_of(total)
-            sums, sizes = ops.accumulate_weighted(importance, ids, scales, K, self.power)
+            self._accumulate(site, lambda **out: ops.accumulate_weighted(importance, ids, scales, K, self.power, **out))
             self.get("captured", site).add_((captured * scales).sum(1))
             self.get("weight", site).add_((total * scales).sum(1))
         else:
             ids, captured = ops.assign(rows, centroids)
-            sums, sizes = ops.accumulate(rows, ids, K, D)
+            self._accumulate(site, lambda **out: ops.accumulate(rows, ids, K, D, **out))
             total = ops.popcount(rows).long()
             self.get("captured", site).add_(captured.sum(1))
             self.get("weight", site).add_(total.sum(1))
-        if self.passes == 0:
-            self._add_layer_sums(site, block, sums)
+        if self.pooled and not self.history:
+            self._add_layer_sums(site, block)
         self._note_worst(site, captured, total, self._row_numbers(block))
-        return sums, sizes
 
-    def _add_layer_sums(self, site: str, block: Block, sums: Tensor) -> None:
-        if self.pooled:
-            L, n = block.patterns[site].shape[:2]
-            layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
-            if self.power:
-                importance = block.importance[site]
-                scales = ops.row_scales(importance, self.power)
-                sums = ops.accumulate_weighted(importance, layer_ids, scales, 1, self.power)[0]
-            else:
-                sums = ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site])[0]
-        self.get("layer_sums", site).add_(sums.sum(1))
+    def _accumulate(self, site: str, accumulate: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        """Adds a block's sums [G, K, D] and sizes [G, K] to those of the pass: this rank's own, or with schedule `step` all ranks'."""
+        held = self.get("sums", site), self.get("sizes", site)
+        if self.cfg.schedule == "epoch":
+            accumulate(out=held)
+        else:
+            for value, added in zip(held, accumulate(), strict=True):
+                value.add_(distributed.all_sum(added))
+
+    def _add_layer_sums(self, site: str, block: Block) -> None:
+        """For codebooks that the layers share; others' own sums hold them at the end of the first pass."""
+        L, n = block.patterns[site].shape[:2]
+        layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
+        sums = self.get("layer_sums", site).unsqueeze(1), torch.zeros(L, 1, dtype=torch.int64, device=self.device)
+        if self.power:
+            importance = block.importance[site]
+            ops.accumulate_weighted(importance, layer_ids, ops.row_scales(importance, self.power), 1, self.power, out=sums)
+        else:
+            ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site], out=sums)
 
     def _note_worst(self, site: str, captured: Tensor, total: Tensor, rows: Tensor) -> None:
-        """Merges a block into the K rows captured worst: least captured / total, ties to the lowest row; empty rows left out."""
-        share = torch.where(total > 0, captured.double() / total.double(), torch.inf)
-        self._merge_worst(site, share, rows)
+        """Merges a block into the K rows captured worst; empty rows are left out."""
+        keys = ((captured.long() << SHARE_BITS) // total.clamp_min(1) << ROW_BITS) + rows
+        self._merge_worst(site, keys.masked_fill_(total == 0, NO_ROW))
 
-    def _merge_worst(self, site: str, share: Tensor, rows: Tensor) -> None:
-        share = torch.cat([self.get("worst_share", site), share], dim=1)
-        rows = torch.cat([self.get("worst_row", site), rows.to(share.device)], dim=1)
-        rows, order = rows.sort(dim=1)
-        share, order = share.gather(1, order).sort(dim=1, stable=True)
-        K = self.cfg.k
-        self._set("worst_share", site, share[:, :K])
-        self._set("worst_row", site, rows.gather(1, order)[:, :K])
+    def _merge_worst(self, site: str, keys: Tensor) -> None:
+        keys = torch.cat([self.get("worst", site), keys], dim=1)
+        self._set("worst", site, keys.topk(self.cfg.k, dim=1, largest=False, sorted=True).values)
 
     def _update(self, site: str) -> Tensor:
         """New centroids from the sums; a cluster with no member keeps its own. Returns how many bits changed, int64."""
@@ -239,8 +242,10 @@ class ClusteringModule(LightningModule):
         empty, figures = 0, {}
         for site in self.info.sites:
             names = ("captured", "weight") if self.cfg.schedule == "step" else ("captured", "weight", "sums", "sizes")
-            for name in names + (("layer_sums",) if self.passes == 0 else ()):
-                self._set(name, site, distributed.all_sum(self.get(name, site).clone()))
+            for name in names + (("layer_sums",) if self.pooled and not self.history else ()):
+                distributed.all_sum(self.get(name, site))
+            if not (self.pooled or self.history):
+                self._set("layer_sums", site, self.get("sums", site).sum(1))
             if self.cfg.schedule == "epoch":
                 self.changed += self._update(site)
             for name in ("sums", "sizes"):
@@ -273,16 +278,16 @@ class ClusteringModule(LightningModule):
         """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
         if not empties.any():
             return 0
-        share, rows = (distributed.all_concat(self.get(name, site), dim=1).clone() for name in ("worst_share", "worst_row"))
-        self.get("worst_share", site).fill_(torch.inf)
-        self._merge_worst(site, share, rows)
-        usable = self.get("worst_share", site).isfinite()
+        keys = distributed.all_concat(self.get("worst", site), dim=1).clone()
+        self.get("worst", site).fill_(NO_ROW)
+        self._merge_worst(site, keys)
         group, cluster = empties.nonzero(as_tuple=True)
         rank_in_group = (empties.cumsum(1) - 1)[group, cluster]
-        has_row = usable[group, rank_in_group]
-        group, cluster, rank_in_group = group[has_row], cluster[has_row], rank_in_group[has_row]
+        worst = self.get("worst", site)[group, rank_in_group]
+        has_row = worst < NO_ROW
+        group, cluster, worst = group[has_row], cluster[has_row], worst[has_row]
         source = self.trainer.datamodule.source
-        seeds = _RowReader(self, source, site).masks(group, self.get("worst_row", site)[group, rank_in_group])
+        seeds = _RowReader(self, source, site).masks(group, worst & ((1 << ROW_BITS) - 1))
         centroids = self.get("centroids", site)
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds

@@ -103,7 +103,8 @@ def _to_memory(cfg: CollectConfig, info: PatternInfo, read, collector: Collector
     block_windows = max(1, cfg.block_tokens // info.seq_len)
     shares = [rank_range(*block) for block in block_ranges(info.windows, block_windows)]
     owned = [window for first, last in shares for window in range(first, last)]
-    held = ResidentPatterns(info, owned, collector.device if cfg.storage == "device" else torch.device("cpu"))
+    device = collector.device if cfg.storage == "device" else torch.device("cpu")
+    held = ResidentPatterns(info, owned, device, locked=device != collector.device)
     counts = {site: torch.zeros(info.layers, D, dtype=torch.int64, device=collector.device) for site, D in info.widths.items()}
     with progress(len(owned) * info.seq_len, "collect") as bar:
         for first, last in shares:
@@ -121,6 +122,9 @@ class StreamedHidden:
     def __init__(self, source: PatternSource, collector: Collector, windows: Windows):
         self.info = replace(source.info, with_hidden=True)
         self._source, self._collector, self._windows = source, collector, windows
+
+    def host_fields(self, fields: list[str]) -> list[str]:
+        return self._source.host_fields([name for name in fields if name != "hidden"])
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         block = self._source.block(first, last, [name for name in fields if name != "hidden"])

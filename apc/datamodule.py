@@ -1,8 +1,11 @@
-"""Hands patterns to training in large blocks of consecutive windows, each rank its own share, in an order that a seed decides."""
+"""Hands patterns to training in large blocks of consecutive windows, each rank its own share, in an order that a seed decides.
+
+Blocks are read ahead, and copied to the GPU while it works on earlier ones; those that fit stay there.
+"""
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -35,22 +38,108 @@ def rank_range(first: int, last: int) -> tuple[int, int]:
     return first + begin, first + end
 
 
+class BlockStream:
+    """Reads blocks of a source ahead of their use, on a thread, and onto a GPU by a stream of copies beside the one that computes.
+
+    Args:
+        fields: names of the fields to read, as in `PatternInfo.fields`.
+        device: a GPU that the blocks go to; None or a CPU: they stay where the source gives them.
+        keep_bytes: device memory for blocks that stay there, so that later passes find them, as far as they fit. Beside it three blocks
+            are on the device at a time: one at work, one that is being copied, and one that the caller may not have let go of yet.
+    """
+
+    def __init__(self, source: PatternSource, fields: list[str], device: torch.device | None = None, keep_bytes: int = 0):
+        self.source, self.fields, self.keep_bytes = source, fields, keep_bytes
+        self.device = device if device is not None and device.type == "cuda" else None
+        self._kept: dict[tuple[int, int], Block] = {}
+        self._copies = None if self.device is None else torch.cuda.Stream(self.device)
+        self._done: deque[torch.cuda.Event] = deque()
+
+    def blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Block]:
+        """The blocks of these window ranges [first, last), in order."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            upcoming, pending = deque(ranges), deque()
+            try:
+                while upcoming or pending:
+                    while upcoming and len(pending) < 2:
+                        pending.append(self._start(reader, upcoming.popleft()))
+                    yield pending.popleft()()
+            finally:
+                for finish in pending:  # their memory is free again only after the copies to it
+                    finish()
+
+    def _start(self, reader: ThreadPoolExecutor, windows: tuple[int, int]) -> Callable[[], Block]:
+        """Begins to read a block. What it returns waits for that; of the copy only the current CUDA stream waits."""
+        if windows in self._kept:
+            return lambda: self._kept[windows]
+        if self.device is None:
+            return reader.submit(self.source.block, *windows, self.fields).result
+        info = self.source.info
+        tokens = (windows[1] - windows[0]) * info.seq_len
+        # Taken here and not on the thread: what had this memory before belongs to work on the current stream up to now.
+        targets = {}
+        for name in self.source.host_fields(self.fields):
+            shape, dtype = info.field(name, tokens)
+            targets[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        free = torch.cuda.current_stream(self.device).record_event()
+        copied = reader.submit(self._copy, windows, targets, free)
+
+        def finish() -> Block:
+            tensors, done = copied.result()
+            torch.cuda.current_stream(self.device).wait_event(done)
+            positions = torch.arange(windows[0] * info.seq_len, windows[1] * info.seq_len, device=self.device)
+            block = Block.from_tensors(tensors, positions, info.seq_len)
+            size = sum(value.nbytes for value in tensors.values())
+            if targets and size <= self.keep_bytes:
+                self.keep_bytes -= size
+                self._kept[windows] = block
+            return block
+
+        return finish
+
+    def _copy(self, windows: tuple[int, int], targets: dict[str, Tensor], free: torch.cuda.Event) -> tuple[dict[str, Tensor], torch.cuda.Event]:
+        """Reads a block and starts to copy its host fields into `targets`, once these are `free`. On the reader's thread."""
+        while len(self._done) > 1:  # or reading runs ahead of a slower GPU until the host's memory is full
+            self._done.popleft().synchronize()
+        read = self.source.block(*windows, self.fields).tensors()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+            self._copies.wait_event(free)
+            for name, target in targets.items():
+                value = read[name] if read[name].is_pinned() else read[name].pin_memory()
+                if value.is_contiguous():
+                    target.copy_(value, non_blocking=True)
+                else:  # one piece for each layer; torch would gather them in host memory first
+                    for to, layer in zip(target, value, strict=True):
+                        to.copy_(layer, non_blocking=True)
+            self._done.append(self._copies.record_event())
+        return read | targets, self._done[-1]
+
+
 class BlockLoader:
     """Every block once an epoch, shuffled; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
 
     Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `progress` says what has
     been handed out, and after `resume` the next iteration goes on behind it, so that a resumed run sees each row exactly
-    once. Reading runs ahead on a thread.
+    once.
 
     Args:
-        fields: names of the fields to read, as in `PatternInfo.fields`.
+        fields, device, keep_bytes: as for `BlockStream`.
         block_windows: windows in a block, over all ranks.
         batch_tokens: tokens in a mini-batch of one rank; None: whole blocks.
     """
 
-    def __init__(self, source: PatternSource, fields: list[str], block_windows: int, seed: int, batch_tokens: int | None = None, pin_memory: bool = False):
-        self.source, self.fields, self.seed = source, fields, seed
-        self.batch_tokens, self.pin_memory = batch_tokens, pin_memory
+    def __init__(
+        self,
+        source: PatternSource,
+        fields: list[str],
+        block_windows: int,
+        seed: int,
+        batch_tokens: int | None = None,
+        device: torch.device | None = None,
+        keep_bytes: int = 0,
+    ):
+        self.source, self.seed, self.batch_tokens = source, seed, batch_tokens
+        self._stream = BlockStream(source, fields, device, keep_bytes)
         self.blocks = block_ranges(source.info.windows, block_windows)
         self.epoch, self.position = 0, 0
 
@@ -72,8 +161,7 @@ class BlockLoader:
 
     def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
         """This rank's share of every block, once and in order, with other fields; the loader's own position stays."""
-        for block in self.blocks:
-            yield self.source.block(*rank_range(*block), fields)
+        yield from BlockStream(self.source, fields, self._stream.device).blocks([rank_range(*block) for block in self.blocks])
 
     def owned(self, tokens: Tensor) -> Tensor:
         """bool [n]: which tokens (int64 [n], on the host) are this rank's own."""
@@ -90,11 +178,6 @@ class BlockLoader:
             seed = (seed * 1_000_003 + key) % (1 << 62)
         return torch.Generator().manual_seed(seed)
 
-    def _read(self, block: int) -> Block:
-        first, last = rank_range(*self.blocks[block])
-        data = self.source.block(first, last, self.fields)
-        return data.pin_memory() if self.pin_memory else data
-
     def _split(self, block: int, data: Block, skip: int) -> Iterator[Block]:
         if self.batch_tokens is None:
             yield data
@@ -110,14 +193,12 @@ class BlockLoader:
         skip = self.position
         while order and skip >= self._batches(order[0]):
             skip -= self._batches(order.pop(0))
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = deque(reader.submit(self._read, block) for block in order[:1])
-            for index, block in enumerate(order):
-                pending.extend(reader.submit(self._read, ahead) for ahead in order[index + 1 : index + 2])
-                for batch in self._split(block, pending.popleft().result(), skip):
-                    self.position += 1
-                    yield batch
-                skip = 0
+        blocks = self._stream.blocks([rank_range(*self.blocks[block]) for block in order])
+        for block, data in zip(order, blocks, strict=True):
+            for batch in self._split(block, data, skip):
+                self.position += 1
+                yield batch
+            skip = 0
 
 
 class PatternDataModule(LightningDataModule):

@@ -3,6 +3,7 @@
 Shape letters: L layers, T tokens, D neurons at a site, E hidden size, W bytes of a packed row, n rows of a block.
 """
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,10 +125,6 @@ class Block:
     def to(self, device, non_blocking: bool = False) -> "Block":
         return self._map(lambda value: value.to(device, non_blocking=non_blocking), self.positions.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Block":
-        """What lies in host memory, in pages that a GPU can copy from by itself."""
-        return self._map(lambda value: value if value.is_cuda else value.pin_memory(), self.positions.pin_memory())
-
     def select(self, index: Tensor) -> "Block":
         """The tokens at `index`, int64 [m] within the block."""
         return self._map(lambda value: value.index_select(1, index.to(value.device)), self.positions[index.to(self.positions.device)])
@@ -165,6 +162,17 @@ class PatternInfo:
         site_bytes = sum(ops.row_bytes(D) + (D + 4 if self.with_importance else 0) for D in self.widths.values())
         return self.layers * (site_bytes + (2 * self.hidden_size if self.with_hidden else 0))
 
+    def field(self, name: str, tokens: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape [L, tokens, ...] and type that the field `name` has in a block of so many tokens."""
+        part, _, site = name.partition(".")
+        width, dtype = {
+            "patterns": lambda: ((ops.row_bytes(self.widths[site]),), torch.uint8),
+            "importance": lambda: ((self.widths[site],), torch.uint8),
+            "scale": lambda: ((), torch.float32),
+            "hidden": lambda: ((self.hidden_size,), torch.bfloat16),
+        }[part]()
+        return (self.layers, tokens, *width), dtype
+
     def fields(self) -> list[str]:
         """The names that `Block.tensors` has for these patterns."""
         parts = ["patterns", "importance", "scale"] if self.with_importance else ["patterns"]
@@ -176,30 +184,62 @@ class PatternSource(Protocol):
 
     info: PatternInfo
 
+    def host_fields(self, fields: list[str]) -> list[str]:
+        """Those of the fields that `block` gives in host memory; the others lie on the GPU already."""
+
     def block(self, first: int, last: int, fields: list[str]) -> Block:
-        """Windows first … last-1, with the named fields."""
+        """Windows first … last-1, with the named fields. May be called on a thread of its own."""
 
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
         """The rows [n, ...] of field `name` at pairs (layer, global token), int64 [n] each."""
 
 
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Host memory that a GPU can copy from by itself, zeroed, until `unlock_pages`. No more than asked for: torch's allocator of such memory
+    takes the next power of two. Raises RuntimeError where the system does not let as much memory be locked.
+    """
+    value = torch.zeros(shape, dtype=dtype)  # by all threads, where locking would touch page after page on one
+    if value.nbytes:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(value.data_ptr(), value.nbytes, 0))
+    return value
+
+
+def unlock_pages(pointers: list[int]) -> None:
+    for pointer in pointers:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
+
+
 class ResidentPatterns:
     """Patterns kept as whole tensors [L, n, ...] in host or device memory, for the windows that this rank owns."""
 
-    def __init__(self, info: PatternInfo, owned: list[int], device: torch.device):
-        """owned: ascending window indices that will be added, in this order."""
+    def __init__(self, info: PatternInfo, owned: list[int], device: torch.device, locked: bool = False):
+        """owned: ascending window indices that will be added, in this order. locked: host memory that a GPU can copy from by itself."""
         self.info, self.device = info, device
         self._slots = {window: slot for slot, window in enumerate(owned)}
         self._tensors: dict[str, Tensor] = {}
+        self._locked: list[int] | None = None
+        if locked:
+            self._locked = []
+            weakref.finalize(self, unlock_pages, self._locked).atexit = False
 
     def add(self, block: Block) -> None:
         """Copies a block of whole owned windows in."""
         slot = self._slots[block.first_window] * self.info.seq_len
         for name, value in block.tensors().items():
             if name not in self._tensors:
-                shape = (value.shape[0], len(self._slots) * self.info.seq_len, *value.shape[2:])
-                self._tensors[name] = torch.empty(shape, dtype=value.dtype, device=self.device)
+                self._tensors[name] = self._empty(value.shape, value.dtype)
             self._tensors[name][:, slot : slot + block.tokens].copy_(value)
+
+    def _empty(self, block_shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        shape = (block_shape[0], len(self._slots) * self.info.seq_len, *block_shape[2:])
+        if self._locked is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        value = page_locked(shape, dtype)
+        self._locked += [value.data_ptr()] if value.nbytes else []
+        return value
+
+    def host_fields(self, fields: list[str]) -> list[str]:
+        return fields if self.device.type == "cpu" else []
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         S = self.info.seq_len

@@ -104,13 +104,14 @@ class Predictor(nn.Module):
 
 
 def label_rows(loader: BlockLoader, codebook: Codebook, device: torch.device) -> dict[str, Tensor]:
-    """The nearest cluster of every row this rank owns, int32 [L, T] per site on the host (other rows: 0)."""
+    """The nearest cluster of every row this rank owns, int32 [L, T] per site on the device (other rows: 0)."""
     info = loader.source.info
-    labels = {site: torch.zeros(info.layers, info.tokens, dtype=torch.int32) for site in info.widths}
+    labels = {site: torch.zeros(info.layers, info.tokens, dtype=torch.int32, device=device) for site in info.widths}
     for block in loader.whole_blocks(block_fields(codebook, info)):
         if block.tokens:
-            for site, ids in nearest_clusters(codebook, block.to(device)).items():
-                labels[site][:, block.positions.cpu()] = ids.int().cpu()
+            block = block.to(device)
+            for site, ids in nearest_clusters(codebook, block).items():
+                labels[site][:, block.positions] = ids.int()
     return labels
 
 
@@ -171,6 +172,11 @@ class PredictorModule(LightningModule):
         importance = [f"importance.{site}" for site in sites] if cfg.loss != "ce" else []
         return ["hidden", *active, *importance]
 
+    def working_bytes(self) -> int:
+        """About what a step holds on the device besides its batch: weights, gradients and two moments; scores and what is made of them."""
+        scores = self.info.layers * self.cfg.batch * sum(self.predictor.outputs.values())
+        return 16 * sum(value.numel() for value in self.parameters()) + 8 * 4 * scores
+
     def on_fit_start(self) -> None:
         self.codebook = self.codebook.to(self.device)
         if self.cfg.form == "cluster":
@@ -204,7 +210,7 @@ class PredictorModule(LightningModule):
         cfg, terms = self.cfg, []
         if cfg.loss in ("ce", "mix"):
             if cfg.form == "cluster":
-                ids = self.labels[site][:, block.positions.cpu()].to(scores.device, torch.int64)
+                ids = self.labels[site][:, block.positions].long()
                 terms.append(F.cross_entropy(scores.flatten(0, 1), ids.flatten()))
             else:
                 active = ops.unpack(block.patterns[site], self.info.widths[site])

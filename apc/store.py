@@ -254,6 +254,9 @@ class PatternStore:
                     raise UserError(f"{mapped.filename}: truncated since it was opened; {self._repair()}")
         return result
 
+    def host_fields(self, fields: list[str]) -> list[str]:
+        return fields
+
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         S = self.info.seq_len
         parts: dict[str, list[Tensor]] = {name: [] for name in fields}

@@ -1,5 +1,6 @@
 """Runs the two trainings of a run, each from where it was left: clustering to a codebook, then the predictor."""
 
+import math
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -82,9 +83,17 @@ def _check_checkpoint(path: Path, module: LightningModule) -> None:
         raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
 
 
-def _loader(cfg: Config, source: PatternSource, fields: list[str], device: torch.device, batch_tokens: int | None = None) -> BlockLoader:
+def _loader(cfg: Config, source: PatternSource, fields: list[str], device: torch.device, needed: int, batch_tokens: int | None = None) -> BlockLoader:
+    """The loader of a training that needs so many bytes of device memory at a time for other things."""
     block_windows = max(1, cfg.collect.block_tokens // source.info.seq_len)
-    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, pin_memory=device.type == "cuda")
+    keep_bytes = 0
+    if device.type == "cuda":
+        shapes = [source.info.field(name, block_windows * source.info.seq_len) for name in fields]
+        in_flight = 3 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        keep_bytes = max(0, free + unused - in_flight - needed - total // 10)
+    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, keep_bytes)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,9 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
         )
     strategy = SumsOnlyStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.cluster.max_epochs, callbacks, strategy=strategy)
-    loader = _loader(cfg, source, module.fields(), device)
-    _fit(trainer, module.to(device), PatternDataModule(source, loader), run.checkpoint("cluster"))
+    module.to(device)
+    loader = _loader(cfg, source, module.fields(), device, module.working_bytes())
+    _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("cluster"))
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
     codebook = Codebook.from_clustering(module, made)
     if distributed.is_main():
@@ -175,7 +185,7 @@ def train_predictor(
         )
     strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, strategy=strategy, precision=cfg.trainer.precision)
-    loader = _loader(cfg, source, module.fields(), device, cfg.predictor.batch)
+    loader = _loader(cfg, source, module.fields(), device, module.working_bytes(), cfg.predictor.batch)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
     predictor = module.trained(provenance() | {"codebook": codebook.provenance})
     if distributed.is_main():

@@ -94,14 +94,14 @@ def test_empty_clusters_take_the_rows_captured_worst():
     centroid = ops.cut_or_fill(ops.unpack(block.patterns["neuron"][:, 5], D), ops.mask_size(D, 0.5))
     module.get("centroids", "neuron").copy_(centroid.unsqueeze(1).expand(-1, 5, -1))  # five alike: ids 1 to 4 stay empty
     module._begin_pass()
-    sums, sizes = module._add_rows("neuron", block)
-    module.get("sums", "neuron").add_(sums)
+    module._add_rows("neuron", block)
+    sizes = module.get("sizes", "neuron")
     assert (sizes[:, 1:] == 0).all()
     module._reseed("neuron", sizes == 0)
     for layer in range(LAYERS):
         active = ops.unpack(block.patterns["neuron"][layer], D)
-        overlap = (active & ops.unpack(centroid[layer], D)).sum(1)
-        order = sorted((n for n in range(len(active)) if active[n].any()), key=lambda n: (float(overlap[n]) / float(active[n].sum()), n))  # noqa: B023
+        overlap, total = (active & ops.unpack(centroid[layer], D)).sum(1).tolist(), active.sum(1).tolist()
+        order = sorted((n for n in range(len(active)) if total[n]), key=lambda n: ((overlap[n] << 24) // total[n], n))  # noqa: B023
         for cluster, row in zip(range(1, 5), order, strict=False):
             kept = ops.unpack(module.get("centroids", "neuron")[layer, cluster], D)
             inside = active[row]

@@ -1,0 +1,87 @@
+"""Blocks reach a GPU whole and in order, whatever stays there and however slow or fast their user is; so the codebook is the CPU's."""
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+from apc import ops
+from apc.clustering import ClusterConfig, ClusteringModule
+from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
+from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+
+LAYERS, WINDOWS, SEQ_LEN, D, HIDDEN = 3, 11, 64, 200, 24
+RANGES = [(0, 3), (3, 4), (4, 9), (9, 11), (0, 3), (4, 9)]
+gpu = pytest.mark.gpu
+PLACES = ["cpu", pytest.param("locked", marks=gpu), pytest.param("cuda", marks=gpu)]
+
+
+def make_source(place="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    n = WINDOWS * SEQ_LEN
+    importance = (torch.rand(LAYERS, n, D, generator=generator).pow(3) * 255).to(torch.uint8)
+    active = importance > 60
+    info = PatternInfo(LAYERS, HIDDEN, D, WINDOWS, SEQ_LEN, {"neuron": D}, ActiveRule("top", 0.5), True, True, {}, {"neuron": active.sum(1)})
+    source = ResidentPatterns(info, list(range(WINDOWS)), torch.device("cuda" if place == "cuda" else "cpu"), locked=place == "locked")
+    hidden = torch.randn(LAYERS, n, HIDDEN, generator=generator).bfloat16()
+    named = {"patterns.neuron": ops.pack(active), "importance.neuron": importance, "scale.neuron": torch.rand(LAYERS, n, generator=generator), "hidden": hidden}
+    source.add(Block.of_windows(named, 0, WINDOWS, SEQ_LEN))
+    return source
+
+
+def test_a_field_has_the_shape_and_type_that_its_info_says():
+    source = make_source()
+    for name, value in source.block(1, 4, source.info.fields()).tensors().items():
+        assert source.info.field(name, 3 * SEQ_LEN) == (tuple(value.shape), value.dtype)
+
+
+@gpu
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 18, 1 << 30], ids=["nothing-kept", "some-kept", "all-kept"])
+def test_blocks_on_a_gpu_are_those_of_the_source(place, keep_bytes):
+    source = make_source(place)
+    fields = source.info.fields()
+    stream = BlockStream(source, fields, torch.device("cuda", 0), keep_bytes)
+    for _ in range(2):
+        held = []
+        for block in stream.blocks(RANGES):
+            busy = torch.randn(2048, 2048, device="cuda")
+            for _ in range(20):  # the GPU is behind the host, and copies would overtake it
+                busy = busy @ busy / 64
+            held.append(block.to("cuda"))
+        for (first, last), block in zip(RANGES, held, strict=True):
+            expected = source.block(first, last, fields)
+            assert torch.equal(block.positions.cpu(), expected.positions) and block.hidden.is_cuda
+            for name, value in block.tensors().items():
+                assert torch.equal(value.cpu(), expected.tensors()[name].cpu()), name
+    assert (keep_bytes > stream.keep_bytes) == (keep_bytes > 0 and place != "cuda")
+
+
+@gpu
+def test_a_stream_that_is_left_early_begins_anew():
+    source = make_source("locked")
+    stream = BlockStream(source, ["patterns.neuron"], torch.device("cuda", 0), 1 << 16)
+    next(iter(stream.blocks(RANGES)))
+    for (first, last), block in zip(RANGES, stream.blocks(RANGES), strict=True):
+        assert torch.equal(block.patterns["neuron"].cpu(), source.block(first, last, ["patterns.neuron"]).patterns["neuron"])
+
+
+def fit(source, device, keep_bytes=0, **options):
+    module = ClusteringModule(ClusterConfig(**(dict(k=9, max_epochs=6, tolerance=0.0) | options)), source.info, 0)
+    trainer = Trainer(accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=6, logger=False, enable_progress_bar=False,
+                      enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    loader = BlockLoader(source, module.fields(), 2, 0, device=torch.device(device), keep_bytes=keep_bytes)
+    trainer.fit(module, datamodule=PatternDataModule(source, loader))
+    return module.cpu()
+
+
+@gpu
+@pytest.mark.parametrize("scope", ["layer", "pooled"])
+@pytest.mark.parametrize("weighting", ["binary", "magnitude", "energy"])
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+def test_the_codebook_is_the_same_on_a_gpu(weighting, scope, schedule):
+    options = dict(weighting=weighting, scope=scope, schedule=schedule)
+    expected = fit(make_source(), "cpu", **options)
+    for place, keep_bytes in (("locked", 0), ("locked", 1 << 16), ("cpu", 1 << 30), ("cuda", 0)):
+        found = fit(make_source(place), "cuda", keep_bytes, **options)
+        for name, value in expected.named_buffers():
+            assert torch.equal(value, found.get_buffer(name)), name
