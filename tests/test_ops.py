@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apc import ops
-from apc.ops import reference
+from apc.ops import reference, update_cpu
 
 update = importlib.import_module("apc.ops.update")
 
@@ -285,7 +285,7 @@ def test_assignment_is_exact_whatever_the_matmul_precision():
 
 
 def test_sums_are_exact_over_several_spans_of_rows():
-    N = 2 * update._CPU_SPAN + 5
+    N = 2 * update_cpu._SPAN + 5
     importance = torch.zeros(N, 3, dtype=torch.uint8)
     importance[:, 1] = 1  # one neuron owns every row, so its sum is the largest that N rows can make
     scales = ops.row_scales(importance)

@@ -33,29 +33,23 @@ _MAX_NEURONS = 2**22  # a kernel's key holds an overlap and, below it, the 8 bit
 
 
 def _check(rows: Tensor, centroids: Tensor) -> None:
-    _check_dim(rows, "rows", centroids)
+    _check_both(rows, "rows", centroids, packed=True)
     if rows.shape[-1] % ROW_ALIGN:
         raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be a multiple of {ROW_ALIGN}")
     if 8 * rows.shape[-1] > _MAX_NEURONS:
         raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be at most {_MAX_NEURONS // 8}")
-    require(centroids, "centroids", torch.uint8, (*rows.shape[:-2], None, rows.shape[-1]), rows, "rows")
-    _check_clusters(rows, "rows", centroids)
 
 
 def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> None:
-    _check_dim(importance, "importance", centroids)
-    D = importance.shape[-1]
-    require(centroids, "centroids", torch.uint8, (*importance.shape[:-2], None, row_bytes(D)), importance, "importance")
-    _check_clusters(importance, "importance", centroids)
-    check_power(power, D)
+    _check_both(importance, "importance", centroids, packed=False)
+    check_power(power, importance.shape[-1])
 
 
-def _check_dim(tensor: Tensor, name: str, centroids: Tensor) -> None:
+def _check_both(tensor: Tensor, name: str, centroids: Tensor, packed: bool) -> None:
     if tensor.dtype != torch.uint8 or tensor.dim() not in (2, 3) or not tensor.shape[-1]:
         raise ValueError(f"{name} {describe(tensor)} must be uint8 with 2 or 3 dimensions, to go with centroids {describe(centroids)}")
-
-
-def _check_clusters(tensor: Tensor, name: str, centroids: Tensor) -> None:
+    W = tensor.shape[-1] if packed else row_bytes(tensor.shape[-1])
+    require(centroids, "centroids", torch.uint8, (*tensor.shape[:-2], None, W), tensor, name)
     if not 1 <= centroids.shape[-2] <= _MAX_CLUSTERS:
         raise ValueError(f"centroids {describe(centroids)} for {name} {describe(tensor)}: K must be from 1 to {_MAX_CLUSTERS}")
 

@@ -219,7 +219,7 @@ def grouped(check: Callable) -> Callable:
                 return function(*args, **kwargs)
             results = function(*map(_lift, args), **{name: _lift(value) for name, value in kwargs.items()})
             out = kwargs.get("out")
-            return tuple(result.squeeze(0) for result in results) if out is None else out
+            return _drop(results) if out is None else out
 
         return call
 
@@ -230,6 +230,12 @@ def _lift(value):
     if isinstance(value, tuple):
         return tuple(map(_lift, value))
     return value.unsqueeze(0) if isinstance(value, Tensor) else value
+
+
+def _drop(value):
+    if isinstance(value, tuple):
+        return tuple(map(_drop, value))
+    return value.squeeze(0) if isinstance(value, Tensor) else value
 
 
 def on_cpu(tensor: Tensor) -> bool:

@@ -1,11 +1,8 @@
 """Update: what each cluster's rows add up to, and the centroids that follow from it.
 
 All sums are integers in int64, so their order does not matter: any split of the rows over blocks, devices or ranks gives one answer.
-Shape letters: see `bits.py`.
+On the CPU by sparse products (`update_cpu.py`), on a GPU in Triton (here). Shape letters: see `bits.py`.
 """
-
-import warnings
-from collections.abc import Callable
 
 import torch
 import triton
@@ -13,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from apc.ops.assign import check_power
-from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, require, row_bytes, row_words, unpack
+from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, require, row_bytes, row_words
+from apc.ops.update_cpu import accumulate_cpu, accumulate_weighted_cpu, row_totals_cpu
 
 ROW_UNIT = 2**36  # what a weighted row sums to after scaling
 
@@ -29,9 +27,6 @@ _ZERO_BLOCK = 1024  # sums that are zeroed at a time
 _COUNTERS = 2**18  # of the sort in all: each cluster has several, so that a large one's rows do not queue for one address …
 _COPIES = 64  # … but no more than these
 
-_BLOCK = 2**21  # numbers of rows expanded at a time, which stay in a CPU's last-level cache
-_CPU_SPAN = 2**16  # rows that floats add up before int64 does: 2¹⁶ rows of about 2³⁶ stay below 2⁵³, 2¹⁶ ones below 2²⁴
-
 Sums = tuple[Tensor, Tensor]  # sums int64 [K, D] and sizes int64 [K], or with G before
 
 
@@ -39,22 +34,30 @@ def _check(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None
     W = row_bytes(D)
     if rows.dtype != torch.uint8 or rows.dim() not in (2, 3) or rows.shape[-1] != W or D < 1:
         raise ValueError(f"rows {describe(rows)} must be uint8 [N, {W}] or [G, N, {W}] for D = {D}, to go with ids {describe(ids)}")
-    require(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, "rows")
-    _check_ids(ids, K)
-    _check_out(out, rows, "rows", K, D)
+    _check_clusters(rows, "rows", ids, K, D, out)
 
 
 def _check_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None) -> None:
-    if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
-        raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D], to go with ids {describe(ids)}")
-    require(ids, "ids", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
+    _check_totals(importance, power, f", to go with ids {describe(ids)}")
     require(scales, "scales", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
+    _check_clusters(importance, "importance", ids, K, importance.shape[-1], out)
+    if scales.device.type == "cpu" and scales.numel() and (scales.min() < 0 or scales.max() > ROW_UNIT):
+        raise ValueError(f"scales {describe(scales)} of importance {describe(importance)} must be from 0 to 2^36: see row_scales")
+
+
+def _check_totals(importance: Tensor, power: int, also: str = "") -> None:
+    if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
+        raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D]{also}")
     check_power(power, importance.shape[-1])
-    _check_ids(ids, K)
-    _check_out(out, importance, "importance", K, importance.shape[-1])
 
 
-def _check_out(out: Sums | None, rows: Tensor, name: str, K: int, D: int) -> None:
+def _check_clusters(rows: Tensor, name: str, ids: Tensor, K: int, D: int, out: Sums | None) -> None:
+    require(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, name)
+    if K < 1:
+        raise ValueError(f"K must be at least 1, got {K}")
+    # On a GPU this look would wait for it; there `_order` counts the rows that have a place, and asserts on the device that all do.
+    if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= K):
+        raise ValueError(f"ids {describe(ids)} must be from 0 to K - 1 = {K - 1}, got {int(ids.min())} to {int(ids.max())}")
     if out is None:
         return
     sums, sizes = out
@@ -64,14 +67,6 @@ def _check_out(out: Sums | None, rows: Tensor, name: str, K: int, D: int) -> Non
         raise ValueError(f"out sums {describe(sums)} and sizes {describe(sizes)} for {name} {describe(rows)} must be contiguous")
 
 
-def _check_ids(ids: Tensor, K: int) -> None:
-    if K < 1:
-        raise ValueError(f"K must be at least 1, got {K}")
-    # On a GPU this look would wait for it; there `_order` counts the rows that have a place, and asserts on the device that all do.
-    if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= K):
-        raise ValueError(f"ids {describe(ids)} must be from 0 to K - 1 = {K - 1}, got {int(ids.min())} to {int(ids.max())}")
-
-
 @grouped(_check)
 def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> Sums:
     """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often each neuron is active in each cluster's rows; sizes int64 [K], its rows.
@@ -79,15 +74,9 @@ def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = 
     With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned. Raises ValueError where
     shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1; on a GPU those trip an assertion on the device.
     """
-    if not on_cpu(rows):
-        return accumulate_triton(rows, ids, K, D, out=out)
-
-    def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
-        first = neurons.start // 8
-        width = neurons.stop - neurons.start
-        block.copy_(unpack(rows[group, span, first : first + row_bytes(width)], width).view(torch.uint8))
-
-    return _sum_cpu(load, ids, torch.ones(ids.shape, dtype=torch.float32), out or _zeros(ids, K, D))
+    if on_cpu(rows):
+        return accumulate_cpu(rows, ids, out or _zeros(ids, K, D))
+    return accumulate_triton(rows, ids, K, D, out=out)
 
 
 def _zeros(ids: Tensor, K: int, D: int) -> Sums:
@@ -95,33 +84,13 @@ def _zeros(ids: Tensor, K: int, D: int) -> Sums:
     return torch.zeros((G, K, D), dtype=torch.int64, device=ids.device), torch.zeros((G, K), dtype=torch.int64, device=ids.device)
 
 
+@grouped(_check_totals)
 def row_totals(importance: Tensor, power: int = 1) -> Tensor:
     """uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]: Σ_i importance_i^power, all that a mask could capture of each row.
 
     Raises ValueError for other dtypes and dimensions, a power other than 1 and 2, and where 255^power·D reaches 2³¹.
     """
-    _check_totals(importance, power)
-    if not on_cpu(importance):
-        return row_totals_triton(importance, power)
-    if importance.dim() == 2:
-        return row_totals(importance.unsqueeze(0), power).squeeze(0)
-    G, N, D = importance.shape
-    rows_at_once = max(1, min(_BLOCK // D, N))
-    totals = torch.empty((G, N), dtype=torch.int64)
-    block = torch.empty((rows_at_once, D), dtype=torch.int32)
-    for group in range(G):
-        for n in range(0, N, rows_at_once):
-            values = block[: min(rows_at_once, N - n)].copy_(importance[group, n : n + rows_at_once])
-            if power == 2:
-                values.mul_(values)
-            totals[group, n : n + rows_at_once] = values.sum(-1, dtype=torch.int32)
-    return totals
-
-
-def _check_totals(importance: Tensor, power: int) -> None:
-    if importance.dtype != torch.uint8 or importance.dim() not in (2, 3) or not importance.shape[-1]:
-        raise ValueError(f"importance {describe(importance)} must be uint8 [N, D] or [G, N, D]")
-    check_power(power, importance.shape[-1])
+    return row_totals_cpu(importance, power) if on_cpu(importance) else row_totals_triton(importance, power)
 
 
 @triton.jit
@@ -147,12 +116,10 @@ def _totals_kernel(
     tl.store(totals_ptr + g * N + n, tl.sum(totals, axis=1).to(tl.int64), mask=n < N)
 
 
+@grouped(_check_totals)
 def row_totals_triton(importance: Tensor, power: int = 1) -> Tensor:
     """`row_totals` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    _check_totals(importance, power)
-    if importance.dim() == 2:
-        return row_totals_triton(importance.unsqueeze(0), power).squeeze(0)
-    importance = _dense_rows(importance)
+    importance = importance if importance.stride(-1) == 1 else importance.contiguous()
     G, N, D = importance.shape
     totals = torch.empty((G, N), dtype=torch.int64, device=importance.device)
     if G and N:
@@ -189,61 +156,9 @@ def accumulate_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int,
     Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1 and for scales far above those of
     `row_scales`; on a GPU such ids trip an assertion on the device.
     """
-    if not on_cpu(importance):
-        return accumulate_weighted_triton(importance, ids, scales, K, power, out=out)
-    if scales.numel() and (scales.min() < 0 or scales.max() > ROW_UNIT):
-        raise ValueError(f"scales {describe(scales)} of importance {describe(importance)} must be from 0 to 2^36: see row_scales")
-
-    def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
-        block.copy_(importance[group, span, neurons])
-        if power == 2:
-            block.mul_(block)
-
-    return _sum_cpu(load, ids, scales.double(), out or _zeros(ids, K, importance.shape[2]))
-
-
-def _sum_cpu(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights: Tensor, out: Sums) -> Sums:
-    """Sums by cluster: sparse matrices [K, n], weights where a row is a member, times blocks of rows [n, D]. Each row is read once.
-
-    load(group, span, neurons, block): fills block [n, d] with these rows' and neurons' integers. ids: int64 [G, N]. weights: float32 or
-    float64 [G, N], in which type the sums of `_CPU_SPAN` rows are exact. out: int64 [G, K, D] and [G, K], added to. Three times as fast
-    as index_add_ in int64.
-    """
-    sums, sizes = out
-    (G, N), (_, K, D) = ids.shape, sums.shape
-    dtype, exact = weights.dtype, 2**53 if weights.dtype == torch.float64 else 2**24
-    # Each product also passes over its K sums, so many clusters want many rows at a time, and then fewer neurons.
-    rows_at_once = min(max(1024, 4 * K), 8192)
-    neurons_at_once = min(_BLOCK // rows_at_once // 128 * 128, 8 * row_bytes(D))  # whole packed rows of 16 bytes
-    buffer = torch.empty(min(rows_at_once, N) * neurons_at_once, dtype=dtype)
-    partial = torch.empty(K * neurons_at_once, dtype=dtype)
-    for group in range(G):
-        for start in range(0, N, _CPU_SPAN):
-            stop = min(start + _CPU_SPAN, N)
-            spans = [slice(n, min(n + rows_at_once, stop)) for n in range(start, stop, rows_at_once)]
-            members = [_membership(ids[group, span], weights[group, span], K) for span in spans]
-            for d in range(0, D, neurons_at_once):
-                neurons = slice(d, min(d + neurons_at_once, D))
-                width = neurons.stop - d
-                totals = partial[: K * width].view(K, width).zero_()
-                for span, member in zip(spans, members, strict=True):
-                    block = buffer[: (span.stop - span.start) * width].view(-1, width)
-                    load(group, span, neurons, block)
-                    torch.addmm(totals, member, block, out=totals)
-                if totals.max() >= exact:  # nothing is negative, so a total below the bound had only exact terms
-                    raise ValueError(f"the sums of {stop - start} rows reach {exact}: these scales are not row_scales of this importance")
-                sums[group, :, neurons] += totals.to(torch.int64)
-    return sums, sizes.scatter_add_(1, ids, torch.ones_like(ids))
-
-
-def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
-    """int64 [n], float [n] → sparse CSR [K, n]: entry (ids[j], j) is weights[j]."""
-    starts = torch.zeros(K + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(ids, minlength=K), 0, out=starts[1:])
-    order = ids.argsort(stable=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(starts, order, weights[order], (K, len(ids)), check_invariants=False)
+    if on_cpu(importance):
+        return accumulate_weighted_cpu(importance, ids, scales, power, out or _zeros(ids, K, importance.shape[-1]))
+    return accumulate_weighted_triton(importance, ids, scales, K, power, out=out)
 
 
 # On a GPU: `_order` lists the rows cluster by cluster (a counting sort), `_plan` cuts the lists into pieces, and a kernel adds up the
@@ -593,8 +508,3 @@ def accumulate_weighted_triton(importance: Tensor, ids: Tensor, scales: Tensor, 
         arguments = (words, scales.contiguous().view(torch.int32), order, plan, sums, N, K, D, G * K, quads, strips, *strides)
         _accumulate_weighted_kernel[(len(plan) * strips,)](*arguments, ADD=out is not None, POWER=power, **tile)
     return sums, sizes
-
-
-def _dense_rows(rows: Tensor) -> Tensor:
-    """The kernels take any stride between rows and groups, but the bytes of a row side by side."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
