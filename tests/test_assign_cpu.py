@@ -104,7 +104,10 @@ def importances(G, N, D):
 def test_assign_equals_reference(shape, way, fresh_seed):
     G, N, K, D = shape
     rows, centroids = reference.pack(patterns(G, N, D)), centroids_of(G, K, D)
-    assert_same(assign_cpu(rows, centroids), reference.assign(rows, centroids), f"seed {fresh_seed}")
+    expected = reference.assign(rows, centroids)
+    assert_same(assign_cpu(rows, centroids), expected, f"seed {fresh_seed}")
+    ids, nothing = assign_cpu(rows, centroids, scores=False)
+    assert nothing is None and torch.equal(ids, expected[0])
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -114,7 +117,10 @@ def test_assign_weighted_equals_reference(shape, power, fresh_seed):
     if 255**power * D >= 2**31:
         D = 33025  # the longest row whose sum fits int32
     importance, centroids = importances(G, N, D), centroids_of(G, K, D)
-    assert_same(assign_weighted_cpu(importance, centroids, power), reference.assign_weighted(importance, centroids, power), f"seed {fresh_seed}")
+    expected = reference.assign_weighted(importance, centroids, power)
+    assert_same(assign_weighted_cpu(importance, centroids, power), expected, f"seed {fresh_seed}")
+    ids, nothing = assign_weighted_cpu(importance, centroids, power, scores=False)
+    assert nothing is None and torch.equal(ids, expected[0])
 
 
 def test_sizes_drawn_afresh(fresh_seed):

@@ -45,7 +45,7 @@ def run(kind: str, device: str, name: str, *args, **kwargs):
     """The operation `name` in this implementation, its results on the CPU."""
     function = getattr(ops, name if kind == "fast" else f"{name}_triton")
     results = function(*(_moved(arg, device) for arg in args), **{key: _moved(value, device) for key, value in kwargs.items()})
-    return results.cpu() if isinstance(results, torch.Tensor) else [result.cpu() for result in results]
+    return _moved(results, "cpu")
 
 
 def _moved(value, device: str):
@@ -126,6 +126,20 @@ def test_assign_weighted_equals_reference(kind, device, shape, power):
     G, N, K, D = shape
     importance, centroids = importances(G, N, D), centroids_of(G, K, D)
     assert_same(run(kind, device, "assign_weighted", importance, centroids, power), reference.assign_weighted(importance, centroids, power))
+
+
+@pytest.mark.parametrize("power", [0, *POWERS], ids=["binary", "magnitude", "energy"])
+@pytest.mark.parametrize("shape", [(0, 40, 70, 130), (3, 21, 5, 72), (0, 0, 3, 130)], ids=str)
+@pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
+def test_ids_are_the_same_without_scores(kind, device, shape, power):
+    G, N, K, D = shape
+    if power:
+        name, args = "assign_weighted", (importances(G, N, D), centroids_of(G, K, D), power)
+    else:
+        name, args = "assign", (reference.pack(patterns(G, N, D)), centroids_of(G, K, D))
+    ids, nothing = run(kind, device, name, *args, scores=False)
+    assert nothing is None
+    assert_same([ids], getattr(reference, name)(*args)[:1])
 
 
 @pytest.mark.parametrize(("kind", "device", "shape"), CASES)

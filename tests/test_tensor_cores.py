@@ -95,7 +95,7 @@ def test_without_tensor_cores_the_int8_kernel_runs_after_one_warning(monkeypatch
     module._warn_once.cache_clear()
     monkeypatch.setattr(module, "on_cpu", lambda tensor: False)
     monkeypatch.setattr(tensor_cores, "unavailable", lambda *args: "no such unit")
-    monkeypatch.setattr(module, "assign_triton", lambda rows, centroids: (rows, centroids))
+    monkeypatch.setattr(module, "assign_triton", lambda rows, centroids, scores: (rows, centroids))
     rows, centroids = rows_of(1, 4, 130), centroids_of(1, 3, 130)
     with pytest.warns(RuntimeWarning, match="slower than b1 tensor cores: no such unit"):
         module.assign(rows, centroids)
@@ -132,6 +132,8 @@ def test_b1_int8_and_reference_agree(b1, shape):
         for function in (b1, ops.assign_triton, ops.assign):
             for got, want in zip(function(rows, centroids), expected, strict=True):
                 assert got.dtype == want.dtype and torch.equal(got, want), function
+            ids, nothing = function(rows, centroids, scores=False)
+            assert nothing is None and torch.equal(ids, expected[0]), function
 
 
 @pytest.mark.gpu
@@ -145,6 +147,8 @@ def test_u8_int8_and_reference_agree(shape):
     for function in (ops.assign_weighted, ops.assign_weighted_triton):
         for got, want in zip(function(importance, centroids), expected, strict=True):
             assert got.dtype == want.dtype and torch.equal(got, want), function
+        ids, nothing = function(importance, centroids, scores=False)
+        assert nothing is None and torch.equal(ids, expected[0]), function
 
 
 @pytest.mark.gpu

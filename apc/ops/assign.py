@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apc.ops import tensor_cores
-from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, popcount, require, row_bytes
+from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, outputs, popcount, require, row_bytes
 
 # Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks of one warpgroup on a multiprocessor, so that one multiplies
 # while another expands its rows.
@@ -32,7 +32,7 @@ _MAX_CLUSTERS = 2**22
 _MAX_NEURONS = 2**22  # a kernel's key holds an overlap and, below it, the 8 bits of a cluster in its tile
 
 
-def _check(rows: Tensor, centroids: Tensor) -> None:
+def _check(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> None:
     _check_both(rows, "rows", centroids, packed=True)
     if rows.shape[-1] % ROW_ALIGN:
         raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be a multiple of {ROW_ALIGN}")
@@ -40,7 +40,7 @@ def _check(rows: Tensor, centroids: Tensor) -> None:
         raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be at most {_MAX_NEURONS // 8}")
 
 
-def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> None:
+def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> None:
     _check_both(importance, "importance", centroids, packed=False)
     check_power(power, importance.shape[-1])
 
@@ -63,8 +63,8 @@ def check_power(power: int, D: int) -> None:
 
 
 @grouped(_check)
-def assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the nearest centroids, overlap |x ∧ c| int32 [N].
+def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the nearest centroids, overlap |x ∧ c| int32 [N], or None without scores.
 
     With groups: [G, N, W], [G, K, W] → [G, N], [G, N]. Raises ValueError where shapes, dtypes or devices do not match.
     On CUDA by `assign_b1` where that runs, else by `assign_triton`, with one warning that says why.
@@ -72,11 +72,11 @@ def assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if on_cpu(rows):
         from apc.ops.assign_cpu import assign_cpu  # which imports numba
 
-        return assign_cpu(rows, centroids)
+        return assign_cpu(rows, centroids, scores)
     if reason := tensor_cores.unavailable(rows.device.index):
         _warn_once(f"patterns are assigned by the int8 kernel, several times slower than b1 tensor cores: {reason}")
-        return assign_triton(rows, centroids)
-    return tensor_cores.assign_b1(rows, centroids)
+        return assign_triton(rows, centroids, scores=scores)
+    return tensor_cores.assign_b1(rows, centroids, scores)
 
 
 @functools.cache
@@ -85,14 +85,14 @@ def _warn_once(message: str) -> None:
 
 
 @grouped(_check)
-def assign_b1(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def assign_b1(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign` on the b1 tensor cores of one CUDA device. Raises `tensor_cores.Unavailable`, saying why, where it has none that can be used."""
-    return tensor_cores.assign_b1(rows, centroids)
+    return tensor_cores.assign_b1(rows, centroids, scores)
 
 
 @grouped(_check_weighted)
-def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
-    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, captured int32 [N], that sum.
+def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, captured int32 [N], that sum, or None without scores.
 
     power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
     Raises ValueError where shapes, dtypes or devices do not match, and where 255^power·D reaches 2³¹.
@@ -101,11 +101,11 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> tu
     if on_cpu(importance):
         from apc.ops.assign_cpu import assign_weighted_cpu
 
-        return assign_weighted_cpu(importance, centroids, power)
+        return assign_weighted_cpu(importance, centroids, power, scores)
     if power == 1 and not tensor_cores.unavailable(importance.device.index, "u8") and tensor_cores.holds(255 * importance.shape[-1]):
         importance = _whole_lines(importance)
-        return tensor_cores.assign_u8(importance, _expand(centroids, importance.shape[-1]))
-    return assign_weighted_triton(importance, centroids, power)
+        return tensor_cores.assign_u8(importance, _expand(centroids, importance.shape[-1]), scores)
+    return assign_weighted_triton(importance, centroids, power, scores=scores)
 
 
 def _whole_lines(rows: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _assign_kernel(
     rows,  # descriptor of int8 [G, N, W], blocks [1, BLOCK_N, BLOCK_W]
     planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand, by_bit
     ids_ptr,  # int64 [G, N], out
-    overlap_ptr,  # int32 [G, N], out
+    overlap_ptr,  # int32 [G, N], out, or None
     N,
     K,
     W,
@@ -200,16 +200,16 @@ def _assign_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     to = g.to(tl.int64) * N + n
     tl.store(ids_ptr + to, (best_tile + (BLOCK_K - 1 - best % BLOCK_K)).to(tl.int64), mask=n < N)
-    tl.store(overlap_ptr + to, best // BLOCK_K, mask=n < N)
+    if overlap_ptr is not None:
+        tl.store(overlap_ptr + to, best // BLOCK_K, mask=n < N)
 
 
 @grouped(_check)
-def assign_triton(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
     rows = _whole_lines(rows)
     (G, N, W), K = rows.shape, centroids.shape[1]
-    ids = torch.empty((G, N), dtype=torch.int64, device=rows.device)
-    overlap = torch.empty((G, N), dtype=torch.int32, device=rows.device)
+    ids, overlap = outputs(rows, scores)
     if N and G:
         tile = _tile_for(_TILE, K)
         lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
@@ -225,7 +225,7 @@ def _assign_weighted_kernel(
     planes,  # descriptor of int8 [G, K, D], blocks [1, BLOCK_K, BLOCK_D]: the centroids' bits
     ones_ptr,  # int32 [G, K], how many of them are set
     ids_ptr,  # int64 [G, N], out
-    captured_ptr,  # int32 [G, N], out
+    captured_ptr,  # int32 [G, N], out, or None
     N,
     K,
     D,
@@ -264,16 +264,16 @@ def _assign_weighted_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     to = g.to(tl.int64) * N + n
     tl.store(ids_ptr + to, best_id.to(tl.int64), mask=n < N)
-    tl.store(captured_ptr + to, best, mask=n < N)
+    if captured_ptr is not None:
+        tl.store(captured_ptr + to, best, mask=n < N)
 
 
 @grouped(_check_weighted)
-def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
+def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
     importance = _whole_lines(importance)
     (G, N, D), K = importance.shape, centroids.shape[1]
-    ids = torch.empty((G, N), dtype=torch.int64, device=importance.device)
-    captured = torch.empty((G, N), dtype=torch.int32, device=importance.device)
+    ids, captured = outputs(importance, scores)
     if N and G:
         tile = _tile_for(_WEIGHTED_TILES[power], K)
         lines = _lines(importance, tile["BLOCK_N"], tile["BLOCK_D"])

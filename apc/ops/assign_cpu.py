@@ -23,6 +23,8 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from apc.ops.bits import outputs
+
 _BITS = 5  # neurons looked up at a time
 _ENTRY = 64  # bytes of a table's entry: one cache line
 _TABLES = 8  # tables in use at a time: 16 KB, half of a usual L1 cache; the other half is for what passes through
@@ -50,8 +52,11 @@ _COLUMNS_AT = _PLANES_AT + _SPAN * _ENTRY  # the 5 bytes of each centroid; the b
 _SUMS_AT = _COLUMNS_AT + _SPAN_BYTES * _ENTRY
 
 
-def assign_cpu(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, W], uint8 [G, K, W] → ids int64 [G, N], overlap int32 [G, N]. The caller has checked shapes, dtypes and W % 16 == 0."""
+def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [G, N, W], uint8 [G, K, W] → ids int64 [G, N], overlap int32 [G, N], or None without scores.
+
+    The caller has checked shapes, dtypes and W % 16 == 0.
+    """
     rows, centroids = _dense(rows), centroids.contiguous()
     (G, N, W), K = rows.shape, centroids.shape[1]
     blocks = -(-K // _CENTROIDS)
@@ -72,27 +77,27 @@ def assign_cpu(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     else:
         _run(_assign_by_counting, tasks)
     best = keys.amax(0) if cluster_parts > 1 else keys[0]
-    return _LAST_ID - (best & _LAST_ID), (best >> 32).to(torch.int32)
+    return _LAST_ID - (best & _LAST_ID), (best >> 32).to(torch.int32) if scores else None
 
 
-def assign_weighted_cpu(importance: Tensor, centroids: Tensor, power: int) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured int32 [G, N].
+def assign_weighted_cpu(importance: Tensor, centroids: Tensor, power: int, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured int32 [G, N], or None without scores.
 
     The caller has checked shapes and dtypes, and that 255^power·D is below 2³¹.
     """
     importance, centroids = _dense(importance), centroids.contiguous()
     (G, N, D), (K, W) = importance.shape, centroids.shape[1:]
-    ids, captured = torch.empty((G, N), dtype=torch.int64), torch.empty((G, N), dtype=torch.int32)
+    ids, captured = outputs(importance, scores)
     row_parts, _ = _parts(1, N, 1, least_rows=_WEIGHTED_ROWS, work=N * (K + _WORTH_CLUSTERS) * D)
     spans, stride = -(-D // _SPAN), importance.stride(1)
     patterns = torch.empty((spans, K), dtype=torch.int64)
     for group in range(G):
-        patterns_at, centroids_at, rows_at, ids_at, captured_at = (
-            tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group], captured[group])
-        )
+        patterns_at, centroids_at, rows_at, ids_at = (tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group]))
+        captured_at = captured[group].data_ptr() if scores else 0
         _patterns_of(centroids_at, W, K, W, spans, patterns_at)
         tasks = [
-            (rows_at + n * stride, stride, count, D, patterns_at, K, spans, power, ids_at + 8 * n, captured_at + 4 * n) for n, count in _spans(N, row_parts)
+            (rows_at + n * stride, stride, count, D, patterns_at, K, spans, power, ids_at + 8 * n, captured_at + 4 * n if scores else 0)
+            for n, count in _spans(N, row_parts)
         ]
         _run(_assign_weighted, tasks, _SUMS_AT + min(K, _CLUSTERS) * _ENTRY)
     return ids, captured
@@ -465,7 +470,7 @@ def _raise(at, key):
 
 @njit(nogil=True)
 def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, captured, scratch):
-    """N rows of D bytes against the clusters' patterns, uint64 [spans, K], spans = ⌈D/40⌉ → ids int64 [N], captured int32 [N].
+    """N rows of D bytes against the clusters' patterns, uint64 [spans, K], spans = ⌈D/40⌉ → ids int64 [N], captured int32 [N] unless 0.
 
     scratch: the address of `_SUMS_AT` + 64 · min(K, _CLUSTERS) bytes.
     """
@@ -500,4 +505,5 @@ def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, c
                 _keep_best(best, best_ids, sums + k * _ENTRY, k0 + k)
         for lane in range(rows):
             _store_int(ids + 8 * (n0 + lane), _load_word(best_ids + 4 * lane))
-            _store_word(captured + 4 * (n0 + lane), _load_word(best + 4 * lane))
+            if captured:
+                _store_word(captured + 4 * (n0 + lane), _load_word(best + 4 * lane))

@@ -1,4 +1,4 @@
-"""Bit-packed patterns: packing, counting, and masks of exactly m ones. Also the checks that `assign` and `update` share.
+"""Bit-packed patterns: packing, counting, and masks of exactly m ones. Also what `assign` and `update` share.
 
 Shape letters (all of `apc.ops`): G groups (layers), N patterns, K clusters, D neurons, W bytes of a packed row: ⌈D/8⌉ rounded up to a
 multiple of 16. Bit j of byte w is neuron 8w + j; padding bits are zero.
@@ -203,6 +203,12 @@ def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: 
         raise ValueError(f"{name} {describe(tensor)} must be {dtype_name} {want} to go with {other_name} {describe(other)}")
     if tensor.device != other.device:
         raise ValueError(f"{name} {describe(tensor)} is on {tensor.device}, {other_name} {describe(other)} on {other.device}")
+
+
+def outputs(rows: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """[G, N, ...] → ids int64 [G, N] and, if wanted, scores int32 [G, N], of unknown content, where the rows lie."""
+    lead, device = rows.shape[:2], rows.device
+    return torch.empty(lead, dtype=torch.int64, device=device), torch.empty(lead, dtype=torch.int32, device=device) if scores else None
 
 
 def grouped(check: Callable) -> Callable:

@@ -62,23 +62,23 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
     return pack(torch.zeros_like(active).scatter(-1, order[..., :m], True))
 
 
-def assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least |x ∧ ¬c|, overlap |x ∧ c| int32 [N]. Ties to the lowest id."""
+def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least |x ∧ ¬c|, overlap |x ∧ c| int32 [N], or None. Ties to the lowest id."""
     bits = 8 * rows.shape[-1]
-    return _best(unpack(rows, bits).double() @ unpack(centroids, bits).double().mT)
+    return _best(unpack(rows, bits).double() @ unpack(centroids, bits).double().mT, scores)
 
 
-def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
-    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, and that sum, int32 [N]. Ties to the lowest id."""
-    return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT)
+def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, that sum int32 [N], or None. Ties to the lowest id."""
+    return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT, scores)
 
 
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., N, K] → the lowest id of each row's greatest score, and that score."""
-    K = scores.shape[-1]
-    best = scores.amax(-1, keepdim=True)
-    ids = torch.where(scores == best, torch.arange(K, device=scores.device), K).amin(-1)
-    return ids, best.squeeze(-1).to(torch.int32)
+def _best(products: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """[..., N, K] → the lowest id of each row's greatest product, and that product if scores are wanted."""
+    K = products.shape[-1]
+    best = products.amax(-1, keepdim=True)
+    ids = torch.where(products == best, torch.arange(K, device=products.device), K).amin(-1)
+    return ids, best.squeeze(-1).to(torch.int32) if scores else None
 
 
 def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

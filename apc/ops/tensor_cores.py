@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apc.ops.bits import outputs
+
 SOURCES = Path(__file__).resolve().parent / "cuda"
 
 # The Hopper kernel's shape: 2 consumer warpgroups of 64 rows × 256 clusters hold 128 sums a thread; two blocks share their centroids;
@@ -150,12 +152,12 @@ def _launch(function, grid: tuple[int, int], block: int, shared: int, *values) -
     _take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def assign_b1(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, W], uint8 [G, K, W] on one CUDA device → ids int64 [G, N] of the greatest |x ∧ c|, that overlap int32 [G, N].
+def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [G, N, W], uint8 [G, K, W] on one CUDA device → ids int64 [G, N] of the greatest |x ∧ c|, that overlap int32 [G, N], or None.
 
     Raises Unavailable, saying why, where the kernel cannot run.
     """
@@ -163,33 +165,28 @@ def assign_b1(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable(reason)
     arch = architecture(rows.device)
     if arch == "sm_90a":
-        return _assign_hopper("b1", rows, centroids)
+        return _assign_hopper("b1", rows, centroids, scores)
     rows, centroids = _aligned(rows), _aligned(centroids.contiguous())
     (G, N, W), K = rows.shape, centroids.shape[1]
-    ids, scores = _outputs(rows)
+    ids, overlap = outputs(rows, scores)
     if G and N:
         variant = Variant(arch)
         numbers = (ctypes.c_longlong(rows.stride(0)), ctypes.c_longlong(rows.stride(1)), *map(ctypes.c_int, (N, K, W)))
         with torch.cuda.device_of(rows):
             function = _module(variant, rows.device.index)["assign"]
-            tensors = map(_pointer, (rows, centroids, ids, scores))
+            tensors = map(_pointer, (rows, centroids, ids, overlap))
             _launch(function, (math.ceil(N / 128), G), 256, _shared_bytes(variant), *tensors, *numbers)
-    return ids, scores
+    return ids, overlap
 
 
-def assign_u8(importance: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N].
+def assign_u8(importance: Tensor, planes: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N], or None.
 
     Raises Unavailable where the kernel cannot run, and ValueError where a sum could reach 2²⁵.
     """
     if reason := unavailable(importance.device.index, "u8"):
         raise Unavailable(reason)
-    return _assign_hopper("u8", importance, planes)
-
-
-def _outputs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    G, N = rows.shape[:2]
-    return torch.empty((G, N), dtype=torch.int64, device=rows.device), torch.empty((G, N), dtype=torch.int32, device=rows.device)
+    return _assign_hopper("u8", importance, planes, scores)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -247,13 +244,13 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
     return min(plans, key=lambda plan: (plan.cost(workers), plan.splits))
 
 
-def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
     """Rows and centroids of W bytes each, uint8 [G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
     rows, centroids = _aligned(rows), _aligned(centroids)
     (G, N, W), K = rows.shape, centroids.shape[1]
-    ids, scores = _outputs(rows)
+    ids, best = outputs(rows, scores)
     if not (G and N):
-        return ids, scores
+        return ids, best
     tile_n, cluster = 64 * HOPPER["CONSUMERS"], HOPPER["CLUSTER"]
     workers = torch.cuda.get_device_properties(rows.device).multi_processor_count // cluster
     plan, steps = schedule(G, N, K, W, cluster * tile_n, workers), math.ceil(W / _STEP)
@@ -264,12 +261,12 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, 
     with torch.cuda.device_of(rows):
         functions = _module(variant, rows.device.index)
         grid, block = min(plan.items, workers) * cluster, 128 * (HOPPER["CONSUMERS"] + 1)
-        tensors = [_pointer(tensor) for tensor in (ids, scores, keys)]
+        tensors = [_pointer(tensor) for tensor in (ids, best, keys)]
         _launch(functions["assign"], (grid, 1), block, _shared_bytes(variant), *maps, *tensors, *map(ctypes.c_int, numbers))
         if plan.cut:
             numbers = map(ctypes.c_int, (N, plan.whole, plan.tiles_in_group))
             _launch(functions["take_keys"], (plan.cut, 1), cluster * tile_n, 0, _pointer(keys), *tensors[:2], *numbers)
-    return ids, scores
+    return ids, best
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 assign(const unsigned char* __restrict__ rows,       // uint8 [G, N, W], strides row_group_stride, row_stride, 1
        const unsigned char* __restrict__ centroids,  // uint8 [G, K, W]
        long long* __restrict__ ids,                  // [G, N], out
-       int* __restrict__ scores,                     // [G, N], out
+       int* __restrict__ scores,                     // [G, N], out, or null
        long long row_group_stride, long long row_stride, int N, int K, int W) {
     extern __shared__ __align__(16) unsigned char ring[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -117,6 +117,6 @@ assign(const unsigned char* __restrict__ rows,       // uint8 [G, N, W], strides
         const u64 key = max(max(mine[0], mine[1]), max(mine[2], mine[3]));
         const long long to = static_cast<long long>(blockIdx.y) * N + first_row + threadIdx.x;
         ids[to] = static_cast<u32>(~static_cast<u32>(key));
-        scores[to] = static_cast<int>(key >> 32);
+        if (scores) scores[to] = static_cast<int>(key >> 32);
     }
 }

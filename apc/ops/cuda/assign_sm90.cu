@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) __cluster
 assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
        const __grid_constant__ TensorMap centroids,  // uint8 [G, K, W]
        long long* __restrict__ ids,                  // [G, N], out
-       int* __restrict__ scores,                     // [G, N], out
+       int* __restrict__ scores,                     // [G, N], out, or null
        u64* __restrict__ keys,                       // [cut tiles, CLUSTER * ROWS], zero at first: score << 32 | ~id
        int N, int steps, int k_tiles, int tiles_in_group, int items, int whole, int splits) {
     extern __shared__ unsigned char dynamic[];
@@ -217,7 +217,7 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
                 if (lane % 4 == 0 && row < N) {
                     if (item.slot < 0) {
                         ids[static_cast<long long>(item.group) * N + row] = id;
-                        scores[static_cast<long long>(item.group) * N + row] = score;
+                        if (scores) scores[static_cast<long long>(item.group) * N + row] = score;
                     } else {
                         const long long slot = (static_cast<long long>(item.slot) * CLUSTER + block) * ROWS + row_in_block;
                         atomicMax(keys + slot, static_cast<u64>(score) << 32 | static_cast<u32>(~id));
@@ -231,7 +231,7 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
 
 extern "C" __global__ void take_keys(const u64* __restrict__ keys,   // [cut tiles, CLUSTER * ROWS]
                                      long long* __restrict__ ids,    // [G, N], out
-                                     int* __restrict__ scores,       // [G, N], out
+                                     int* __restrict__ scores,       // [G, N], out, or null
                                      int N, int first_tile, int tiles_in_group) {
     const int row_of_tile = threadIdx.x;
     const int tile = first_tile + blockIdx.x;
@@ -240,6 +240,6 @@ extern "C" __global__ void take_keys(const u64* __restrict__ keys,   // [cut til
         const u64 key = keys[static_cast<long long>(blockIdx.x) * CLUSTER * ROWS + row_of_tile];
         const long long to = static_cast<long long>(tile / tiles_in_group) * N + row;
         ids[to] = ~static_cast<u32>(key);
-        scores[to] = static_cast<int>(key >> 32);
+        if (scores) scores[to] = static_cast<int>(key >> 32);
     }
 }
