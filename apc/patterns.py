@@ -225,18 +225,21 @@ class ResidentPatterns:
     def add(self, block: Block) -> None:
         """Copies a block of whole owned windows in."""
         slot = self._slots[block.first_window] * self.info.seq_len
-        for name, value in block.tensors().items():
-            if name not in self._tensors:
-                self._tensors[name] = self._empty(value.shape, value.dtype)
-            self._tensors[name][:, slot : slot + block.tokens].copy_(value)
+        values = block.tensors()
+        self.reserve([name for name in values if name not in self._tensors])
+        for name, value in values.items():
+            for to, layer in zip(self._tensors[name][:, slot : slot + block.tokens], value, strict=True):
+                to.copy_(layer)  # in one piece: torch gathers what is not before it leaves the GPU
 
-    def _empty(self, block_shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        shape = (block_shape[0], len(self._slots) * self.info.seq_len, *block_shape[2:])
-        if self._locked is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        value = page_locked(shape, dtype)
-        self._locked += [value.data_ptr()] if value.nbytes else []
-        return value
+    def reserve(self, fields: list[str]) -> None:
+        """Takes the memory of these fields, for all windows; `add` would when the first comes."""
+        for name in fields:
+            shape, dtype = self.info.field(name, len(self._slots) * self.info.seq_len)
+            if self._locked is None:
+                self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            else:
+                self._tensors[name] = page_locked(shape, dtype)
+                self._locked += [self._tensors[name].data_ptr()] if self._tensors[name].nbytes else []
 
     def host_fields(self, fields: list[str]) -> list[str]:
         return fields if self.device.type == "cpu" else []

@@ -22,7 +22,7 @@ from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.evaluation import Evaluator
-from apc.patterns import Block, PatternSource
+from apc.patterns import Block, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.tracking import Tracking
@@ -83,17 +83,23 @@ def _check_checkpoint(path: Path, module: LightningModule) -> None:
         raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
 
 
-def _loader(cfg: Config, source: PatternSource, fields: list[str], device: torch.device, needed: int, batch_tokens: int | None = None) -> BlockLoader:
-    """The loader of a training that needs so many bytes of device memory at a time for other things."""
-    block_windows = max(1, cfg.collect.block_tokens // source.info.seq_len)
-    keep_bytes = 0
-    if device.type == "cuda":
-        shapes = [source.info.field(name, block_windows * source.info.seq_len) for name in fields]
-        in_flight = 3 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
-        free, total = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        keep_bytes = max(0, free + unused - in_flight - needed - total // 10)
-    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, keep_bytes)
+def keep_bytes(info: PatternInfo, fields: list[str], block_windows: int, device: torch.device, needed: int) -> int:
+    """Device memory in which blocks can stay, where a training needs so many bytes for other things: nine tenths of all, less what is used."""
+    if device.type != "cuda":
+        return 0
+    shapes = [info.field(name, block_windows * info.seq_len) for name in fields]
+    in_flight = 3 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + unused - in_flight - needed - total // 10)
+
+
+def _loader(
+    cfg: Config, source: PatternSource, module: ClusteringModule | PredictorModule, device: torch.device, batch_tokens: int | None = None
+) -> BlockLoader:
+    block_windows, fields = max(1, cfg.collect.block_tokens // source.info.seq_len), module.fields()
+    kept = keep_bytes(source.info, fields, block_windows, device, module.working_bytes())
+    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
     strategy = SumsOnlyStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.cluster.max_epochs, callbacks, strategy=strategy)
     module.to(device)
-    loader = _loader(cfg, source, module.fields(), device, module.working_bytes())
+    loader = _loader(cfg, source, module, device)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("cluster"))
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
     codebook = Codebook.from_clustering(module, made)
@@ -185,7 +191,7 @@ def train_predictor(
         )
     strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, strategy=strategy, precision=cfg.trainer.precision)
-    loader = _loader(cfg, source, module.fields(), device, module.working_bytes(), cfg.predictor.batch)
+    loader = _loader(cfg, source, module, device, cfg.predictor.batch)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
     predictor = module.trained(provenance() | {"codebook": codebook.provenance})
     if distributed.is_main():

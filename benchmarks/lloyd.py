@@ -1,0 +1,194 @@
+"""Whole Lloyd iterations through `ClusteringModule`, as `train.py` runs them: `python benchmarks/lloyd.py [--quick] [--only PART …] [--csv PATH]`.
+
+Parts: `iteration` (one projection, rows kept on the GPU or streamed from host memory) and `paper` (its full clustering: three projections,
+ten iterations, random start). Patterns are random, of Mistral-7B's shape over 163 windows of 2,048 tokens: 32 layers, pooled, 10.68 M rows.
+Every iteration is timed from the end of the one before to its own end, with all that Lightning, update and re-seeding take.
+First a small clustering is compared with the CPU's, bit for bit. Shape letters: see `apc/ops/bits.py`.
+"""
+
+import argparse
+import logging
+import resource
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import RESULTS, Row, append, commit, markdown, row
+from pytorch_lightning import Callback, Trainer
+
+from apc import ops
+from apc.clustering import ClusterConfig, ClusteringModule
+from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
+from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+from apc.training import keep_bytes
+
+PARTS = ("iteration", "paper")
+PROJECTIONS = {"gate": 14336, "up": 14336, "down": 4096}
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    windows: int
+    seq_len: int
+    block_windows: int
+    clusters: tuple[int, ...]
+    widths: dict[str, int]
+
+
+FULL = Size(layers=32, windows=163, seq_len=2048, block_windows=8, clusters=(2048, 16384), widths=PROJECTIONS)
+QUICK = Size(layers=2, windows=5, seq_len=64, block_windows=2, clusters=(16, 32), widths={"gate": 300, "up": 300, "down": 67})
+
+
+class Clock(Callback):
+    """Seconds of each epoch, from the end of the one before; the first from the start of the fit, which draws the first centroids."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, []
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def setup(self, trainer, module, stage) -> None:
+        self._last = self._now()
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        now = self._now()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; on a CPU too")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.quick:
+        sys.exit("benchmarks/lloyd.py: no CUDA GPU here; --quick runs tiny sizes on the CPU")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*your dataloader is not resumable.*"):
+        warnings.filterwarnings("ignore", message=message)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    size = QUICK if arguments.quick else FULL
+    check(device)
+    rows = []
+    if "iteration" in arguments.only:
+        rows += iterations(size, device)
+    if "paper" in arguments.only:
+        rows += paper(size, device)
+    append(rows, arguments.csv)
+    print(f"\n{device_name(device)}, torch {torch.__version__}, commit {commit()}\n\n{markdown(rows)}")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def make_source(size: Size, sites: list[str], device: torch.device) -> tuple[ResidentPatterns, float]:
+    """Random patterns in host memory, page-locked where there is a GPU, and the seconds that taking this memory took."""
+    widths = {site: size.widths[site] for site in sites}
+    info = PatternInfo(size.layers, 64, max(widths.values()), size.windows, size.seq_len, widths, ActiveRule("top", 0.5), False, False, {},
+                       {site: torch.ones(size.layers, D, dtype=torch.int64) for site, D in widths.items()})  # fmt: skip
+    source = ResidentPatterns(info, list(range(size.windows)), torch.device("cpu"), locked=device.type == "cuda")
+    start = time.perf_counter()
+    source.reserve(info.fields())
+    seconds = time.perf_counter() - start
+    generator = torch.Generator(device).manual_seed(1)
+    for window in range(size.windows):
+        named = {}
+        for site, D in widths.items():
+            shape = (size.layers, size.seq_len, ops.row_bytes(D))
+            value = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+            whole, bits = divmod(D, 8)
+            if bits:
+                value[..., whole] &= (1 << bits) - 1
+            value[..., whole + bool(bits) :] = 0
+            named[f"patterns.{site}"] = value
+        source.add(Block.of_windows(named, window, window + 1, size.seq_len))
+    return source, seconds
+
+
+def fit(source: ResidentPatterns, k: int, epochs: int, block_windows: int, device: torch.device, keep: bool) -> tuple[ClusteringModule, list[float]]:
+    """Clusters binary patterns, pooled, from a random start. keep: blocks stay on the GPU as far as they fit, as in `train.py`."""
+    cfg = ClusterConfig(k=k, weighting="binary", scope="pooled", init="random", max_epochs=epochs, tolerance=0.0)
+    module, clock = ClusteringModule(cfg, source.info, 0).to(device), Clock(device)
+    trainer = Trainer(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=epochs, logger=False, callbacks=[clock],
+                      enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    budget = keep_bytes(source.info, module.fields(), block_windows, device, module.working_bytes()) if keep else 0
+    loader = BlockLoader(source, module.fields(), block_windows, 0, device=device, keep_bytes=budget)
+    trainer.fit(module, datamodule=PatternDataModule(source, loader))
+    return module, clock.seconds
+
+
+def check(device: torch.device) -> None:
+    """Raises AssertionError unless a small clustering gives the CPU's codebook, blocks kept or streamed."""
+    source, _ = make_source(QUICK, ["gate", "down"], device)
+    expected = fit(source, 16, 4, QUICK.block_windows, torch.device("cpu"), keep=False)[0]
+    for keep in (False, True):
+        found = fit(source, 16, 4, QUICK.block_windows, device, keep)[0].cpu()
+        for name, value in expected.named_buffers():
+            if not torch.equal(value, found.get_buffer(name)):
+                raise AssertionError(f"{name} is not what the CPU finds, with blocks {'kept' if keep else 'streamed'}")
+
+
+def copy_seconds(source: ResidentPatterns, size: Size, device: torch.device) -> list[float]:
+    """Seconds to stream all blocks to the GPU, with nothing else for it to do."""
+    ranges = [(first, min(first + size.block_windows, size.windows)) for first in range(0, size.windows, size.block_windows)]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _block in BlockStream(source, source.info.fields(), device).blocks(ranges):
+            pass
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def iterations(size: Size, device: torch.device) -> list[Row]:
+    source, taken = make_source(size, ["gate"], device)
+    D, N = size.widths["gate"], source.info.tokens * size.layers
+    held = N * ops.row_bytes(D)
+    copies = copy_seconds(source, size, device)
+    print(f"{held / 1e9:.1f} GB of patterns, page-locked in {taken:.1f} s, streamed at {held / statistics.median(copies) / 1e9:.1f} GB/s alone")
+    rows = [row("blocks to the GPU", "apc", (1, N, 1, D), copies, device_name(device), ok=True, moved=held, note="host memory, nothing else to do")]
+    for k in size.clusters:
+        for keep, epochs in ((True, 8), (False, 5)):
+            seconds = fit(source, k, epochs, size.block_windows, device, keep)[1][2:]  # the first streams, and draws the start
+            if keep:
+                compute, note = statistics.median(seconds), "rows kept on the GPU"
+            else:
+                limit = max(compute, statistics.median(copies))
+                ratio = statistics.median(seconds) / limit
+                note = f"rows in host memory: {ratio:.2f} × the larger of compute and copy time"
+            rows.append(row("Lloyd iteration", "apc", (1, N, k, D), seconds, device_name(device), ok=True, note=note))
+            print(f"K {k:,}, {note}: {statistics.median(seconds):.4f} s")
+    return rows
+
+
+def paper(size: Size, device: torch.device) -> list[Row]:
+    source, taken = make_source(size, list(size.widths), device)
+    N, k = source.info.tokens * size.layers, size.clusters[-1]
+    held = sum(N * ops.row_bytes(D) for D in size.widths.values())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    _, seconds = fit(source, k, 10, size.block_windows, device, keep=True)
+    total = time.perf_counter() - start
+    on_gpu = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    note = f"3 projections, 10 iterations; {held / 1e9:.1f} GB of rows page-locked in {taken:.1f} s before; peak {peak:.1f} GB host, {on_gpu:.1f} GB GPU"
+    print(f"the paper's clustering: {total:.2f} s; its start and first iteration {seconds[0]:.2f} s, the others {statistics.median(seconds[1:]):.3f} s; {note}")
+    return [row("paper's full clustering", "apc", (10, N, k, sum(size.widths.values())), [total], device_name(device), ok=True, note=note)]
+
+
+if __name__ == "__main__":
+    main()
