@@ -7,6 +7,7 @@ import torch
 
 from apc import ops
 from apc.ops import reference, update_cpu
+from apc.ops.lines import whole_lines
 
 update = importlib.import_module("apc.ops.update")
 
@@ -257,6 +258,34 @@ def test_operations_read_slices_of_larger_tensors(kind, device):
     assert_same([run(kind, device, "row_totals", importance, 2)], [reference.row_totals(importance.cpu(), 2)])
     shifted = rows.flatten()[1:-31].view(-1, 32)  # no row starts at a multiple of 16 bytes
     assert_same(run(kind, device, "accumulate", shifted, ids.flatten()[1:], K, 255), reference.accumulate(shifted.cpu(), ids.flatten()[1:], K, 255))
+
+
+@pytest.mark.parametrize("D", [1, 2, 7, 15, 16, 131, 257, 600])
+@pytest.mark.parametrize("N", [1, 37, 70])
+@pytest.mark.parametrize(("_", "device"), [IMPLEMENTATIONS[1], IMPLEMENTATIONS[3]])
+def test_whole_lines_are_the_rows_and_zeros_after_them(_, device, N, D):
+    G = 2
+    layouts = {
+        "side by side to the end of memory": importances(G, N, D).to(device),
+        "from any byte, in the middle": importances(G, N + 30, D + 5).to(device)[:, 9 : 9 + N, 3 : 3 + D],
+        "from any byte, to the end of memory": importances(G, N + 1, D + 3).to(device)[:, 1:, 3:],
+        "rows of all groups in turn": importances(N, G, D).to(device).transpose(0, 1),
+        "one row for all": importances(G, 2, D).to(device)[:, 1:].expand(G, N, D),
+        "bytes apart": importances(G, D, N).to(device).mT,
+        "no groups": importances(0, N, D).to(device).expand(0, N, D),
+    }
+    for layout, rows in layouts.items():
+        lines = whole_lines(rows)
+        assert lines.shape == (*rows.shape[:2], -(-D // 16) * 16) and lines.dtype == torch.uint8, layout
+        assert torch.equal(lines[..., :D], rows) and not lines[..., D:].any(), layout
+        assert lines.data_ptr() % 16 == 0 and lines.stride(1) % 16 == 0 and lines.stride(0) % 16 == 0, layout
+
+
+def test_whole_lines_are_not_copied():
+    rows = torch.zeros(2, 9, 48, dtype=torch.uint8)
+    assert whole_lines(rows) is rows
+    part = rows[:, 1:5, 16:]
+    assert whole_lines(part) is part
 
 
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)

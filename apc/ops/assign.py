@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apc.ops import tensor_cores
-from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, outputs, popcount, require, row_bytes
+from apc.ops.bits import describe, grouped, on_cpu, outputs, popcount, require, row_bytes
+from apc.ops.lines import ROW_ALIGN, whole_lines
 
 # Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks of one warpgroup on a multiprocessor, so that one multiplies
 # while another expands its rows.
@@ -103,19 +104,9 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 
         return assign_weighted_cpu(importance, centroids, power, scores)
     if power == 1 and not tensor_cores.unavailable(importance.device.index, "u8") and tensor_cores.holds(255 * importance.shape[-1]):
-        importance = _whole_lines(importance)
+        importance = whole_lines(importance)
         return tensor_cores.assign_u8(importance, _expand(centroids, importance.shape[-1]), scores)
     return assign_weighted_triton(importance, centroids, power, scores=scores)
-
-
-def _whole_lines(rows: Tensor) -> Tensor:
-    """[G, N, D] that the copy engine takes: each row in one piece that starts on 16 bytes; where it does not, a copy with D rounded up."""
-    D = rows.shape[-1]
-    if rows.stride(-1) == 1 and not (D % 16 or rows.stride(0) % 16 or rows.stride(1) % 16 or rows.data_ptr() % 16):
-        return rows
-    padded = torch.zeros((*rows.shape[:-1], -(-D // 16) * 16), dtype=rows.dtype, device=rows.device)
-    padded[..., :D] = rows
-    return padded
 
 
 @triton.jit
@@ -207,7 +198,7 @@ def _assign_kernel(
 @grouped(_check)
 def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    rows = _whole_lines(rows)
+    rows = whole_lines(rows)
     (G, N, W), K = rows.shape, centroids.shape[1]
     ids, overlap = outputs(rows, scores)
     if N and G:
@@ -271,7 +262,7 @@ def _assign_weighted_kernel(
 @grouped(_check_weighted)
 def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    importance = _whole_lines(importance)
+    importance = whole_lines(importance)
     (G, N, D), K = importance.shape, centroids.shape[1]
     ids, captured = outputs(importance, scores)
     if N and G:

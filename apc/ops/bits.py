@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROW_ALIGN = 16  # bytes: a row starts where a 128-bit load may, whatever D is
+from apc.ops.lines import ROW_ALIGN, row_words
+
 _FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
 
 # Kernel tile, rows × 32-bit words: 8 KB in flight from each program, in whole sectors of short rows too.
@@ -64,17 +65,6 @@ def popcount(rows: Tensor) -> Tensor:
 def _check_popcount(rows: Tensor) -> None:
     if rows.dtype != torch.uint8:
         raise ValueError(f"popcount wants uint8 [..., W], got {describe(rows)}")
-
-
-def row_words(rows: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """uint8 [G, N, W] → the rows as int32 [G, N, W/4] whose every row starts at a multiple of 16 bytes, and strides of groups and rows
-    in units of 16 bytes: so a kernel that multiplies them by 4 words knows that it may load 128 bits. Copies only where rows lie otherwise.
-    """
-    if rows.shape[-1] % ROW_ALIGN:
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROW_ALIGN))
-    if rows.stride(-1) != 1 or rows.stride(0) % ROW_ALIGN or rows.stride(1) % ROW_ALIGN or rows.data_ptr() % ROW_ALIGN:
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows.view(torch.int32), (rows.stride(0) // ROW_ALIGN, rows.stride(1) // ROW_ALIGN)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apc.ops.bits import outputs
+from apc.ops.lines import whole_lines
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
 
@@ -166,7 +167,7 @@ def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Ten
     arch = architecture(rows.device)
     if arch == "sm_90a":
         return _assign_hopper("b1", rows, centroids, scores)
-    rows, centroids = _aligned(rows), _aligned(centroids.contiguous())
+    rows, centroids = whole_lines(rows), whole_lines(centroids.contiguous())
     (G, N, W), K = rows.shape, centroids.shape[1]
     ids, overlap = outputs(rows, scores)
     if G and N:
@@ -187,12 +188,6 @@ def assign_u8(importance: Tensor, planes: Tensor, scores: bool = True) -> tuple[
     if reason := unavailable(importance.device.index, "u8"):
         raise Unavailable(reason)
     return _assign_hopper("u8", importance, planes, scores)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """[G, N, W] with rows that start on 16 bytes and lie in one piece, copied if need be. W must be a multiple of 16."""
-    placed = rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.stride(1) % 16 == 0
-    return rows if placed and rows.stride(2) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def holds(score: int) -> bool:
@@ -246,7 +241,7 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
 
 def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
     """Rows and centroids of W bytes each, uint8 [G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
-    rows, centroids = _aligned(rows), _aligned(centroids)
+    rows, centroids = whole_lines(rows), whole_lines(centroids)
     (G, N, W), K = rows.shape, centroids.shape[1]
     ids, best = outputs(rows, scores)
     if not (G and N):

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from apc.ops.assign import check_power
-from apc.ops.bits import ROW_ALIGN, describe, grouped, on_cpu, require, row_bytes, row_words
+from apc.ops.bits import describe, grouped, on_cpu, require, row_bytes
+from apc.ops.lines import ROW_ALIGN, row_words
 from apc.ops.update_cpu import accumulate_cpu, accumulate_weighted_cpu, row_totals_cpu
 
 ROW_UNIT = 2**36  # what a weighted row sums to after scaling
