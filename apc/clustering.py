@@ -54,7 +54,7 @@ class ClusteringModule(LightningModule):
     """Lloyd's algorithm on packed patterns, for all layers and sites of a run.
 
     Everything that a run needs to go on is in the buffers, one set per site:
-    centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far; profile_sums, profile_sizes of
+    centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far, and until the next one begins of
     the last full pass, that the centroids were cut from; layer_sums int64 [L, D], every row of the first pass;
     captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
     first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
@@ -96,7 +96,7 @@ class ClusteringModule(LightningModule):
 
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
-        zeros = dict(sums=(G, K, D), sizes=(G, K), profile_sums=(G, K, D), profile_sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
+        zeros = dict(sums=(G, K, D), sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
         for name, shape in zeros.items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
@@ -248,8 +248,6 @@ class ClusteringModule(LightningModule):
                 self._set("layer_sums", site, self.get("sums", site).sum(1))
             if self.cfg.schedule == "epoch":
                 self.changed += self._update(site)
-            for name in ("sums", "sizes"):
-                self._set(f"profile_{name}", site, self.get(name, site))
             empties = self.get("sizes", site) == 0
             empty += int(empties.sum())
             self.changed += self._reseed(site, empties)

@@ -15,6 +15,7 @@ from apc.files import load_tensors, save_tensors
 from apc.patterns import WEIGHTINGS, ActiveRule
 
 KIND, VERSION = "apc-codebook", 1
+_CLUSTERS_AT_ONCE = 1024  # whose profiles are made at a time
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Codebook:
         info, cfg = module.info, module.cfg
         sites = {}
         for site in info.widths:
-            sums, sizes, centroids = (module.get(name, site) for name in ("profile_sums", "profile_sizes", "centroids"))
+            sums, sizes, centroids = (module.get(name, site) for name in ("sums", "sizes", "centroids"))
             threshold = info.rule.thresholds.get(site, torch.zeros(info.layers))
             static = ops.binarize(module.get("layer_sums", site), cfg.density)
             sites[site] = SiteCodebook(centroids.clone(), _profiles(sums, sizes, centroids), sizes.clone(), static, threshold.clone())
@@ -142,9 +143,11 @@ class Codebook:
 
 
 def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:
-    """int64 [G, K, D] sums → float16 [G, K, D]; by group, since the doubles of all would take much memory."""
+    """int64 [G, K, D] sums → float16 [G, K, D]; in pieces, since the doubles of all would take much memory."""
     result = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
     for group in range(len(sums)):
-        mean = torch.where((sizes[group] > 0).unsqueeze(1), sums[group].double(), ops.unpack(centroids[group], sums.shape[2]).double())
-        result[group] = (mean / mean.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).half()
+        for first in range(0, sums.shape[1], _CLUSTERS_AT_ONCE):
+            piece = group, slice(first, first + _CLUSTERS_AT_ONCE)
+            mean = torch.where((sizes[piece] > 0).unsqueeze(1), sums[piece].double(), ops.unpack(centroids[piece], sums.shape[2]).double())
+            result[piece] = (mean / mean.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).half()
     return result

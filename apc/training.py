@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerStatus
 
 from apc import distributed
@@ -28,8 +28,22 @@ from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.tracking import Tracking
 
 
-class SumsOnlyStrategy(DDPStrategy):
-    """For a module without trainable parameters, which DistributedDataParallel refuses to wrap: it exchanges its sums itself."""
+class _StaysOnDevice:
+    """Of a strategy: after the training the module stays where it is, and its gigabytes of sums do not move to the host: a codebook is made of
+    them on the device."""
+
+    def teardown(self) -> None:
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
+
+
+class SumsOnDevice(_StaysOnDevice, SingleDeviceStrategy):
+    """For clustering in one process."""
+
+
+class SumsOnDevices(_StaysOnDevice, DDPStrategy):
+    """For clustering in several: a module without trainable parameters, which DistributedDataParallel refuses to wrap; it exchanges its sums itself."""
 
     def configure_ddp(self) -> None:
         pass
@@ -125,7 +139,8 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
         check_patterns(run.codebook, codebook, source.info.identity)
         return codebook
     device = watched.collector.device
-    module = ClusteringModule(cfg.cluster, source.info, cfg.seed)
+    with device:  # gigabytes of buffers come into being where they are used
+        module = ClusteringModule(cfg.cluster, source.info, cfg.seed)
     # Within a pass each rank holds sums of its own, and a checkpoint those of the first: with several ranks only whole passes are kept.
     every = cfg.trainer.checkpoint_every_n_steps if distributed.world_size() == 1 else sys.maxsize
     callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), every)]
@@ -135,9 +150,8 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
                 "cluster", ["oracle"], lambda module: watched.evaluator(Codebook.from_clustering(module, {})), cfg.monitor.every, cfg.cluster.max_epochs
             )
         )
-    strategy = SumsOnlyStrategy() if distributed.world_size() > 1 else "auto"
+    strategy = SumsOnDevices() if distributed.world_size() > 1 else SumsOnDevice(device)
     trainer = make_trainer(cfg, device, tracking, run, cfg.cluster.max_epochs, callbacks, strategy=strategy)
-    module.to(device)
     loader = _loader(cfg, source, module, device)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("cluster"))
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}

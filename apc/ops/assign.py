@@ -19,9 +19,9 @@ from apc.ops import tensor_cores
 from apc.ops.bits import describe, grouped, on_cpu, outputs, popcount, require, row_bytes
 from apc.ops.lines import ROW_ALIGN, whole_lines
 
-# Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks of one warpgroup on a multiprocessor, so that one multiplies
-# while another expands its rows.
-_TILE = {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_W": 128, "num_warps": 4, "num_stages": 3}
+# Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks on a multiprocessor, so that one multiplies while another
+# expands its rows.
+_TILE = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_W": 128, "num_warps": 8, "num_stages": 4}
 _WEIGHTED_TILES = {
     1: {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
     2: {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},  # two accumulators
@@ -159,6 +159,7 @@ def _lines(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
 def _assign_kernel(
     rows,  # descriptor of int8 [G, N, W], blocks [1, BLOCK_N, BLOCK_W]
     planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand, by_bit
+    bits_ptr,  # int8 [8], bit j alone
     ids_ptr,  # int64 [G, N], out
     overlap_ptr,  # int32 [G, N], out, or None
     N,
@@ -169,7 +170,8 @@ def _assign_kernel(
     BLOCK_W: tl.constexpr,
 ):
     # Bit j of a byte is taken out in its place, as 2^j (−128 for j = 7), and the centroid's bit as what makes −128 of it: one operation
-    # for the four neurons of a register. Where a block of planes reaches into the next bit's, the rows read as zero.
+    # for the four neurons of a register. Where a block of planes reaches into the next bit's, the rows read as zero. The bit is loaded since
+    # the compiler then takes rows from shared memory as the product wants them; a computed one has them go there and back again.
     g = tl.program_id(1)
     n0 = tl.program_id(0) * BLOCK_N
     column = BLOCK_K - 1 - tl.arange(0, BLOCK_K)
@@ -181,7 +183,7 @@ def _assign_kernel(
             x = rows.load([g, n0, w0]).reshape(BLOCK_N, BLOCK_W)
             for j in range(8):
                 c = planes.load([g, k0, j * W + w0]).reshape(BLOCK_K, BLOCK_W)
-                bit = (tl.full([1, 1], 1, tl.int32) << j).to(tl.int8)
+                bit = tl.load(bits_ptr + j + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :])
                 sums = tl.dot(x & bit, c.T, sums, out_dtype=tl.int32)
         # The key orders by overlap, then by the lower column. Clusters past K overlap nothing and have the highest ids: they never win.
         top = tl.max((sums >> 7) * -BLOCK_K + column[None, :], axis=1)
@@ -206,8 +208,14 @@ def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tu
         lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
         planes = _lines(_expand(centroids, 8 * W, by_bit=True), tile["BLOCK_K"], tile["BLOCK_W"])
         with torch.cuda.device_of(rows):
-            _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](lines, planes, ids, overlap, N, K, W, **tile)
+            _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](lines, planes, _bits(rows.device), ids, overlap, N, K, W, **tile)
     return ids, overlap
+
+
+@functools.cache
+def _bits(device: torch.device) -> Tensor:
+    """int8 [8] on the device: 1, 2, … 64, −128."""
+    return torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=device).view(torch.int8)
 
 
 @triton.jit
