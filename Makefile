@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 
-.PHONY: train test lint demo-sweep
+.PHONY: train test lint bench demo-sweep
 train: .venv/ready
 	$(BIN)/python train.py
 
@@ -12,6 +12,12 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Rows of benchmarks/results.csv: the kernels and whole Lloyd passes where there is an NVIDIA GPU, assignment on the CPU everywhere.
+bench: .venv/ready
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/lloyd.py; fi
+	$(BIN)/python benchmarks/cpu.py
 
 # A small sweep over the number of clusters, run here one after the other; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.
 demo-sweep: .venv/ready

@@ -5,8 +5,10 @@ Shape letters: see `apc/ops/bits.py`.
 
 import csv
 import datetime
+import functools
 import importlib.metadata
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -94,8 +96,14 @@ def quantile(values: Sequence[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
+@functools.cache
 def commit() -> str:
-    """The short hash of the checkout, with +dirty where tracked files (but for the results) differ; 'none' where git knows of none."""
+    """The short hash of the checkout, with +dirty where tracked files (but for the results) differ; 'none' where git knows of none, or is none.
+
+    As it was when first asked for: a process keeps the code that it began with.
+    """
+    if shutil.which("git") is None:
+        return "none"
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,541 @@
+"""The kernels on one NVIDIA GPU, against torch, flash-kmeans and what the card can do: `python benchmarks/kernels.py --help`.
+
+Every result is compared with `apc.ops.reference` before it is timed. Our time starts at packed rows and packed centroids on the device and
+ends at results on the device: whatever a kernel prepares is inside. The peers are spared that: the planes of numbers that they multiply
+are made beforehand, padded to whole 16 bytes. Shape letters: see `apc/ops/bits.py`.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from common import RESULTS, Row, append, commit, markdown, row, time_cuda
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.errors import TritonError
+
+from apc import ops
+from apc.ops import reference, tensor_cores
+
+DEVICE = torch.device("cuda", 0)
+SECONDS = 0.25  # that the calls of one implementation fill, so that the clock falls as it does in use
+REPEATS = (5, 50)  # at least, at most
+CEILING_LOOPS = 20_000  # about 10 ms on an H100
+COPIED = 2**31  # bytes
+CHECKED = 4e12  # pairs that the reference does of a size: all rows of most sizes, a sample of the others
+PIECE = 2**26  # numbers that the reference expands at a time
+STRIP, STRIPS = 128, 12  # neurons whose sums the reference does at a time, and how often
+SCORES = 2**28  # scores in a piece of a peer's N × K matrix
+PLANES = 65_536 * 14_336  # numbers in the planes of a peer's update
+PATTERNS = ("random ids", "skewed ids", "one cluster")
+
+
+class Wrong(Exception):
+    """A result that is not the reference's."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU; ceilings: pairs/s of `b1 wgmma` and `uint8 wgmma`, absent where not measured, and bytes/s of `copy`."""
+
+    name: str
+    ceilings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An implementation to time, its result found right. moved: bytes, where those and not pairs are counted; calls: on different inputs."""
+
+    name: str
+    calls: Sequence[Callable[[], object]]
+    shape: tuple[int, int, int, int]  # G, N, K, D
+    ceiling: str = ""
+    moved: int | None = None
+    exact: bool = True
+    note: str = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(parts(True)), metavar="PART,…", help=f"of {', '.join(parts(True))}")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the inputs, which are others in every run")
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.only) - set(parts(True))):
+        parser.error(f"--only takes {', '.join(parts(True))}, got {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        print("benchmarks/kernels.py needs an NVIDIA GPU, and torch sees none; benchmarks/cpu.py runs anywhere", file=sys.stderr)
+        sys.exit(2)
+    try:
+        append([], arguments.csv)  # what cannot be added to is found out now
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    torch.manual_seed(arguments.seed)
+    start = time.perf_counter()
+    name = torch.cuda.get_device_name(DEVICE)
+    print(f"# {name}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}\n\nSeed {arguments.seed}.")
+    if not flash_kmeans():
+        print("flash-kmeans is not installed and stays out: pip install 'flash-kmeans>=0.3', or pip install -e '.[bench]', would bring it.")
+    found = ceilings(name)
+    publish("ceilings", found, arguments.csv)
+    card = Card(name, {result.implementation: result.rate for result in found})
+    try:
+        for part in arguments.only:
+            publish(part, [result for case in parts(arguments.quick)[part] for result in attempt(part, partial(case, card))], arguments.csv)
+    except Wrong as error:
+        sys.exit(f"benchmarks/kernels.py: WRONG RESULT, seed {arguments.seed}: {error}")
+    print(f"\n{time.perf_counter() - start:.0f} s")
+
+
+def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
+    """The cases of each part. Shapes are (G, N, K, D)."""
+    if quick:
+        even, odd = (1, 1024, 64, 1536), (2, 521, 131, 1531)
+        return {
+            "assign": [partial(assign, shape=even), partial(assign, shape=odd), partial(assign, shape=(1, 300, 16, 256), peers=False)],
+            "weighted": [partial(assign_weighted, shape=shape, power=power) for shape in (even, odd) for power in (1, 2)],
+            "update": [partial(update, shape=even, patterns=PATTERNS), partial(update, shape=odd)],
+            "update_weighted": [partial(update, shape=even, power=2, patterns=PATTERNS), partial(update, shape=odd, power=1)],
+            "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in (even, odd)],
+            "totals": [partial(totals, shape=even)],
+        }
+    layers = [(30, 301_056, 256, 1536), (30, 301_056, 2048, 1536)]
+    paper = [(1, 65_536, 2048, 14_336), (1, 65_536, 16_384, 14_336)]
+    primes = [(1, 65_521, 2039, 14_341), (1, 65_521, 16_381, 14_341)]
+    large = (1, 1_048_576, 2048, 14_336)
+    compared = [*paper, (1, 65_536, 2048, 4096), *primes, *layers, (1, 8192, 256, 1536)]
+    weighted = [(shape, 1) for shape in (*paper, primes[0])] + [(shape, 2) for shape in (paper[0], primes[0])]
+    return {
+        "assign": [*(partial(assign, shape=shape) for shape in compared), partial(assign, shape=large, peers=False)],
+        "weighted": [partial(assign_weighted, shape=shape, power=power) for shape, power in weighted],
+        "update": [partial(update, shape=large, patterns=PATTERNS), partial(update, shape=layers[0])],
+        "update_weighted": [partial(update, shape=large, power=2, patterns=PATTERNS), partial(update, shape=layers[0], power=2)],
+        "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in paper],
+        "totals": [partial(totals, shape=large)],
+    }
+
+
+def attempt(part: str, case: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a case, or none, with a line that says so, where the GPU's memory does not hold it."""
+    try:
+        return case()
+    except torch.OutOfMemoryError as error:
+        print(f"{part}: a size stays out, as the memory does not hold it: {first_line(error)}")
+        return []
+    finally:
+        torch.cuda.empty_cache()
+
+
+def publish(part: str, rows: list[Row], path: Path) -> None:
+    append(rows, path)
+    print(f"\n## {part}\n\n{markdown(rows)}", flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def show(shape: tuple[int, int, int, int]) -> str:
+    return "G × N × K × D = " + " × ".join(f"{size:,}" for size in shape)
+
+
+@dataclass(frozen=True)
+class Ceiling(tensor_cores.Variant):
+    """The kernel of ceiling.cu, for products of `b1` or `u8`."""
+
+    def source(self) -> str:
+        head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n" + tensor_cores._warpgroup_mma(self.kind, self.tile_k)
+        return head + Path(__file__).with_name("ceiling.cu").read_text()
+
+
+def ceilings(name: str) -> list[Row]:
+    source = torch.randint(0, 256, (COPIED,), dtype=torch.uint8, device=DEVICE)
+    copy = torch.empty_like(source)
+    seconds = time_cuda([partial(copy.copy_, source)], REPEATS[1])
+    if not torch.equal(copy, source):
+        raise RuntimeError("a copy on the device is not what was copied")
+    rows = [row("ceiling", "copy", (1, COPIED, 0, 0), seconds, name, ok=True, moved=2 * COPIED, note="bytes read and written")]
+    del source, copy
+    torch.cuda.empty_cache()
+    if reason := tensor_cores.unavailable(DEVICE.index, "u8"):
+        print(f"No ceiling of tensor cores is measured, and what would be shares of it stay empty: {reason}.")
+        return rows
+    for implementation, kind, neurons in (("b1 wgmma", "b1", 256), ("uint8 wgmma", "u8", 32)):
+        seconds, blocks = time_ceiling(kind)
+        shape = (1, 128 * blocks, 256, 4 * neurons * CEILING_LOOPS)  # rows of two warpgroups; four products a loop
+        rows.append(row("ceiling", implementation, shape, seconds, name, ok=False, note="products on shared memory alone: nothing to compare"))
+    return rows
+
+
+def time_ceiling(kind: str) -> tuple[list[float], int]:
+    """Seconds of calls of ceiling.cu that follow each other for about 0.3 s, and the blocks, one on each multiprocessor."""
+    from cuda.bindings import driver
+
+    blocks, shared = torch.cuda.get_device_properties(DEVICE).multi_processor_count, (2 * 64 + 256) * 128 + 1024
+    out = torch.empty((blocks, 256), dtype=torch.int32, device=DEVICE)
+    module = tensor_cores._take(driver.cuModuleLoadData(tensor_cores.compile_variant(Ceiling("sm_90a", kind))))
+    kernel = tensor_cores._take(driver.cuModuleGetFunction(module, b"ceiling"))
+    most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    tensor_cores._take(driver.cuFuncSetAttribute(kernel, most_shared, shared))
+    arguments = tensor_cores._pointer(out), ctypes.c_int(CEILING_LOOPS)
+    return time_cuda([lambda: tensor_cores._launch(kernel, (blocks, 1), 256, shared, *arguments)], repeats=30), blocks
+
+
+def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:
+    """Times the runs, one after the other, and prints how ours compare with the peers at the rate, if there are any."""
+    rows = []
+    for run in runs:
+        ceiling = card.ceilings.get(run.ceiling)
+        facts = {"ok": run.exact, "moved": run.moved, "ceiling": ceiling, "share_of": run.ceiling if ceiling else "", "note": run.note}
+        rows.append(row(operation, run.name, run.shape, timed(run.calls), card.name, **facts))
+    peers = [result for result in rows if not result.implementation.startswith("apc")]
+    for ours in rows:
+        if peers and ours not in peers:
+            ratios = ", ".join(f"{ours.rate / peer.rate:.3g} × {peer.implementation}" for peer in peers)
+            print(f"{operation}, {show(runs[0].shape)}: {ours.implementation} at the rate of {ratios}", flush=True)
+    return rows
+
+
+def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+    once = statistics.median(time_cuda(calls, repeats=3, warmup=2))
+    together = 20 if once < 2e-4 else 1
+    repeats = min(max(int(SECONDS / (once * together)), REPEATS[0]), REPEATS[1])
+    return time_cuda(calls, repeats, warmup=1, calls=together)
+
+
+def copies(size: int) -> int:
+    """How many inputs of so many bytes take turns: enough that the L2 cache does not hold them, where it would hold one."""
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return 1 if size > cache else -(-2 * cache // size)
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """torch.empty is filled with the largest number of its type, so that nothing passes that was left there by an earlier call."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], shape: tuple[int, int, int, int]) -> None:
+    """Raises Wrong unless both are the same."""
+    for ours, theirs in zip(got, expected, strict=True):
+        if not torch.equal(ours, theirs):
+            raise Wrong(f"{name} at {show(shape)}: {int((ours != theirs).sum()):,} of {ours.numel():,} numbers differ")
+
+
+def peer(run: Run, check_result: Callable[[object], str]) -> list[Run]:
+    """Somebody else's run, with what check_result has to note; none, with a line that says why, where it fails."""
+    try:
+        notes = run.note, check_result(run.calls[0]())
+    except (RuntimeError, ValueError, TritonError) as error:
+        print(f"{run.name} stays out at {show(run.shape)}: {first_line(error)}")
+        return []
+    except Wrong as error:
+        raise Wrong(f"{run.name} at {show(run.shape)}: {error}") from None
+    return [replace(run, note="; ".join(filter(None, notes)))]
+
+
+def draw_rows(G: int, N: int, D: int) -> Tensor:
+    """uint8 [G, N, W], half of the neurons active."""
+    rows = torch.randint(0, 256, (G, N, ops.row_bytes(D)), dtype=torch.uint8, device=DEVICE)
+    return rows.bitwise_and_(ops.pack(torch.ones(D, dtype=torch.bool, device=DEVICE)))  # padding bits are zero
+
+
+def draw_centroids(G: int, K: int, D: int) -> Tensor:
+    """uint8 [G, K, W], as many ones in each, so that the nearest by Euclid's distance overlaps most."""
+    return ops.binarize(torch.randint(2**40, (G, K, D), device=DEVICE), 0.5)
+
+
+def draw_sample(G: int, N: int, K: int, D: int) -> Tensor:
+    """int64 [n]: the rows of each group that the reference does, the last ones among them."""
+    count = int(CHECKED / (G * K * D))
+    return torch.arange(N, device=DEVICE) if count >= N else torch.cat([torch.randperm(N, device=DEVICE)[:count], torch.arange(N - 64, N, device=DEVICE)])
+
+
+def expect(operation: Callable, rows: Tensor, centroids: Tensor, sample: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """[G, n], [G, n]: what the reference says of the sampled rows, a piece at a time."""
+    size = max(1, PIECE // max(D, centroids.shape[1]))
+    groups = [[operation(group[piece], group_centroids) for piece in sample.split(size)] for group, group_centroids in zip(rows, centroids, strict=True)]
+    ids, sums = (torch.stack([torch.cat([piece[i] for piece in pieces]) for pieces in groups]) for i in (0, 1))
+    return ids, sums
+
+
+def planes(packed: Tensor, D: int, dtype: torch.dtype) -> Tensor:
+    """uint8 [n, W] → [n, D], D rounded up to a multiple of 16: each bit as a number."""
+    return ops.unpack(packed, -(-D // 16) * 16).to(dtype)
+
+
+def best_products(multiply: Callable[[Tensor, Tensor], Tensor], rows: Tensor, centroids: Tensor) -> Tensor:
+    """[N, D], [K, D] → int64 [N]: which products are the greatest, the N × K matrix in as few equal pieces as memory asks for."""
+    pieces = -(-len(rows) * len(centroids) // SCORES)
+    return torch.cat([multiply(piece, centroids.T).argmax(1) for piece in rows.split(-(-len(rows) // pieces))])
+
+
+def whole_eights(centroids: Tensor) -> Tensor:
+    """[K, D] → K rounded up to a multiple of 8 with zeros, which overlap nothing."""
+    return pad(centroids, (0, 0, 0, -len(centroids) % 8))
+
+
+def flash_kmeans() -> str:
+    """The version of flash-kmeans; empty where it is not installed."""
+    return importlib.metadata.version("flash-kmeans") if importlib.util.find_spec("flash_kmeans") else ""
+
+
+def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> list[Row]:
+    """assign_b1 and assign_triton; the peers do the first group."""
+    G, N, K, D = shape
+    centroids, sample = draw_centroids(G, K, D), draw_sample(*shape)
+    inputs = [draw_rows(G, N, D) for _ in range(copies(G * N * ops.row_bytes(D)))]
+    expected = expect(reference.assign, inputs[0], centroids, sample, D)
+    ours = {"apc b1": (ops.assign_b1, "b1 wgmma"), "apc Triton int8": (ops.assign_triton, "uint8 wgmma")}
+    if reason := tensor_cores.unavailable(DEVICE.index):
+        del ours["apc b1"]
+        print(f"apc b1 stays out at {show(shape)}: {reason}")
+    runs, first = [], None
+    for name, (function, ceiling) in ours.items():
+        with poison():
+            got = function(inputs[0], centroids)
+        check(f"{name} against reference.py", [result[:, sample] for result in got], expected, shape)
+        first = first or got
+        check(f"{name} against {next(iter(ours))}", got, first, shape)  # of all rows, where the sample is some
+        runs.append(Run(name, [partial(function, rows, centroids) for rows in inputs], shape, ceiling))
+    if peers:
+        runs += assign_peers([rows[0] for rows in inputs], centroids[0], sample, expected[1][0], shape)
+    return measure(card, "assign", runs)
+
+
+def assign_peers(inputs: list[Tensor], centroids: Tensor, sample: Tensor, best: Tensor, shape: tuple[int, int, int, int]) -> list[Run]:
+    """inputs: uint8 [N, W], several where they take turns; centroids: uint8 [K, W]; best: int32 [n], the sampled rows' overlaps."""
+    G, N, K, D = shape
+
+    def check_ids(ids: Tensor, rounded: bool = False) -> str:
+        found = ops.popcount(inputs[0][sample] & centroids[in_range(ids, K)[sample]])
+        return check_best(found, best, rounded)
+
+    def take_turns(dtype: torch.dtype) -> list[Tensor]:
+        return [planes(rows, D, dtype) for rows in inputs[: copies(N * D * dtype.itemsize)]]
+
+    facts = {"shape": (1, N, K, D), "note": peers_note(G)}
+    bits = whole_eights(planes(centroids, D, torch.bfloat16))
+    calls = [partial(best_products, torch.mm, rows, bits) for rows in take_turns(torch.bfloat16)]
+    runs = peer(Run("torch bf16 GEMM + argmax, rounded", calls, exact=False, **facts), partial(check_ids, rounded=True))
+    bits = whole_eights(planes(centroids, D, torch.int8))
+    calls = [partial(best_products, torch._int_mm, rows, bits) for rows in take_turns(torch.int8)]
+    runs += peer(Run("torch int8 GEMM + argmax", calls, ceiling="uint8 wgmma", **facts), check_ids)
+    if version := flash_kmeans():
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+        bits = planes(centroids, D, torch.float16).unsqueeze(0)
+        squares = ops.popcount(centroids).float().unsqueeze(0)
+        turns = [(numbers.unsqueeze(0), ops.popcount(rows).float().unsqueeze(0)) for rows, numbers in zip(inputs, take_turns(torch.float16), strict=False)]
+        calls = [partial(euclid_assign_triton, rows, bits, row_squares, c_sq=squares) for rows, row_squares in turns]
+        runs += peer(Run(f"flash-kmeans {version} Euclid, fp16", calls, **facts), lambda ids: check_ids(ids[0].long()))
+    return runs
+
+
+def peers_note(G: int) -> str:
+    return "planes made beforehand" + (f", one group of {G}" if G > 1 else "")
+
+
+def in_range(ids: Tensor, K: int) -> Tensor:
+    """ids, or Wrong where they are no clusters."""
+    if int(ids.min()) < 0 or int(ids.max()) >= K:
+        raise Wrong(f"ids go from {int(ids.min())} to {int(ids.max())} where K = {K}")
+    return ids
+
+
+def check_best(found: Tensor, best: Tensor, rounded: bool) -> str:
+    """Raises Wrong unless a peer's clusters score as much as the best (ties are its to settle), or, rounded to 8 bits, nearly; notes how nearly."""
+    short = int((found != best).sum())
+    if (found > best).any() or (found < best * (1 - 2**-7 if rounded else 1)).any():
+        raise Wrong(f"not the nearest clusters for {short:,} of {len(best):,} rows")
+    return f"{100 * short / len(best):.2g} % of rows miss the nearest" if rounded else ""
+
+
+def assign_weighted(card: Card, shape: tuple[int, int, int, int], power: int) -> list[Row]:
+    """assign_weighted; the peer does the first group."""
+    G, N, K, D = shape
+    centroids, sample = draw_centroids(G, K, D), draw_sample(*shape)
+    importance = torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE)
+    expected = expect(partial(reference.assign_weighted, power=power), importance, centroids, sample, D)
+    with poison():
+        got = ops.assign_weighted(importance, centroids, power)
+    check("assign_weighted against reference.py", [result[:, sample] for result in got], expected, shape)
+    note = "" if power == 1 else "a pair is two products of bytes"
+    runs = [Run("apc", [partial(ops.assign_weighted, importance, centroids, power)], shape, "uint8 wgmma", note=note)]
+
+    def check_ids(ids: Tensor) -> str:
+        ids, size = in_range(ids, K), PIECE // D + 1
+        found = [
+            (importance[0, piece].double() ** power * reference.unpack(centroids[0, ids[piece]], D)).sum(1).to(torch.int32) for piece in sample.split(size)
+        ]
+        return check_best(torch.cat(found), expected[1][0], rounded=True)
+
+    numbers = pad(importance[0].bfloat16(), (0, -D % 16)) ** power
+    bits = whole_eights(planes(centroids[0], D, torch.bfloat16))
+    calls = [partial(best_products, torch.mm, numbers, bits)]
+    runs += peer(Run("torch bf16 GEMM + argmax, rounded", calls, (1, N, K, D), exact=False, note=peers_note(G)), check_ids)
+    return measure(card, f"assign_weighted, power {power}", runs)
+
+
+def draw_ids(pattern: str, G: int, N: int, K: int) -> Tensor:
+    """int64 [G, N]. Skewed: cluster k has a share that falls as 1 / (k + 1)."""
+    if pattern == "random ids":
+        return torch.randint(K, (G, N), device=DEVICE)
+    if pattern == "skewed ids":
+        return torch.multinomial(1 / torch.arange(1, K + 1, device=DEVICE), G * N, replacement=True).view(G, N)
+    return torch.full((G, N), K // 2, device=DEVICE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is added up by cluster: packed rows uint8 [G, N, W], or, to a power of 1 or 2, importance uint8 [G, N, D] times scales int64 [G, N]."""
+
+    rows: Tensor
+    D: int
+    power: int = 0
+    scales: Tensor | None = None
+
+    def sums(self, ids: Tensor, K: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if self.power:
+            return ops.accumulate_weighted(self.rows, ids, self.scales, K, self.power, out=out)
+        return ops.accumulate(self.rows, ids, K, self.D, out=out)
+
+    def expected(self, ids: Tensor, K: int) -> list[tuple[slice, tuple[Tensor, Tensor]]]:
+        """The reference's sums int64 [G, K, STRIP] and sizes int64 [G, K], for some strips of neurons, the last one among them."""
+        (G, N), last = ids.shape, (self.D - 1) // STRIP
+        strips = []
+        for strip in {*torch.randperm(last + 1)[:STRIPS].tolist(), last}:
+            neurons, out = slice(strip * STRIP, min((strip + 1) * STRIP, self.D)), None
+            for span in (slice(n, n + PIECE // (G * STRIP)) for n in range(0, N, PIECE // (G * STRIP))):
+                if self.power:
+                    out = reference.accumulate_weighted(self.rows[:, span, neurons], ids[:, span], self.scales[:, span], K, self.power, out=out)
+                else:
+                    packed = self.rows[:, span, neurons.start // 8 : (neurons.start + STRIP) // 8]
+                    out = reference.accumulate(packed, ids[:, span], K, neurons.stop - neurons.start, out=out)
+            strips.append((neurons, out))
+        return strips
+
+    def first(self, n: int) -> "Source":
+        """The first rows of the first group."""
+        return Source(self.rows[:1, :n], self.D, self.power, None if self.scales is None else self.scales[:1, :n])
+
+    def numbers(self) -> Tensor:
+        """float32 [N, D] of the first group; those of importance are rounded."""
+        return self.scales[0, :, None] * self.rows[0].float() ** self.power if self.power else ops.unpack(self.rows[0], self.D).float()
+
+
+def update(card: Card, shape: tuple[int, int, int, int], power: int = 0, patterns: Sequence[str] = PATTERNS[:1]) -> list[Row]:
+    """accumulate (power 0) or accumulate_weighted into new sums; random ids also into `out`, and by the peers, for the first rows of a group."""
+    G, N, K, D = shape
+    if power:
+        rows = torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE)
+        operation, source = f"accumulate_weighted, power {power}", Source(rows, D, power, ops.row_scales(rows, power))
+    else:
+        operation, source = "accumulate", Source(draw_rows(G, N, D), D)
+    results = []
+    for pattern in patterns:
+        ids, name = draw_ids(pattern, G, N, K), f"{operation}, {pattern}"
+        expected = source.expected(ids, K)
+        with poison():
+            got = source.sums(ids, K)
+        check_sums(name, got, expected, shape)
+        facts = {"shape": shape, "ceiling": "copy", "moved": source.rows.numel()}
+        runs = [Run("apc", [partial(source.sums, ids, K)], **facts)]
+        if pattern == PATTERNS[0]:
+            out = got[0].clone(), got[1].clone()
+            source.sums(ids, K, out)
+            check_sums(f"{name}, into out", (out[0] - got[0], out[1] - got[1]), expected, shape)
+            runs.append(Run("apc, into out", [partial(source.sums, ids, K, out)], **facts))
+            n = min(N, PLANES // D)
+            runs += update_peers(source.first(n), ids[:1, :n], K, f"planes made beforehand, {n:,} rows")
+        results += measure(card, name, runs)
+    return results
+
+
+def check_sums(name: str, got: Sequence[Tensor], expected: list[tuple[slice, tuple[Tensor, Tensor]]], shape: tuple[int, int, int, int]) -> None:
+    """got: sums [G, K, D] and sizes [G, K]; expected: as of Source.expected."""
+    for neurons, result in expected:
+        check(f"{name} against reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}", (got[0][..., neurons], got[1]), result, shape)
+
+
+def update_peers(source: Source, ids: Tensor, K: int, note: str) -> list[Run]:
+    """source: one group; ids: int64 [1, n]. Both peers add floats: exact for patterns, and rounded for importance."""
+    expected, numbers = source.expected(ids, K), source.numbers()
+    n, D = numbers.shape
+    halves = numbers.bfloat16()
+
+    def index_add() -> Tensor:
+        return torch.zeros((K, D), device=DEVICE).index_add_(0, ids[0], numbers)
+
+    def one_hot() -> Tensor:
+        members = torch.zeros((K, n), dtype=torch.bfloat16, device=DEVICE).scatter_(0, ids, 1)
+        return torch.mm(members, halves, out_dtype=torch.float32)
+
+    def check_floats(sums: Tensor) -> str:
+        for neurons, (exact, _) in expected:
+            if ((sums[:, neurons] - exact[0]).abs() > (0.01 * exact[0] if source.power else 0)).any():
+                raise Wrong(f"not the sums of reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}")
+        return ""
+
+    runs = []
+    for name, call in (("torch index_add_ float32", index_add), ("torch one-hot bf16 GEMM", one_hot)):
+        name, exact = name + ", rounded" * bool(source.power), not source.power
+        runs += peer(Run(name, [call], (1, n, K, D), "copy", source.rows.numel(), exact, note), check_floats)
+    return runs
+
+
+def binarize(card: Card, K: int, D: int) -> list[Row]:
+    """binarize at density 0.5; the peer ends at a mask of bools, not packed."""
+    sums, m, shape = torch.randint(200, 400, (K, D), device=DEVICE), ops.mask_size(D, 0.5), (1, 0, K, D)
+    with poison():
+        got = ops.binarize(sums, 0.5)
+    for k in range(0, K, 2048):
+        check("binarize against reference.py", [got[k : k + 2048]], [reference.binarize(sums[k : k + 2048], 0.5)], shape)
+
+    def top() -> Tensor:
+        return torch.zeros((K, D), dtype=torch.bool, device=DEVICE).scatter_(1, sums.topk(m, sorted=False).indices, True)
+
+    def check_mask(mask: Tensor) -> str:
+        if not (torch.equal((sums * mask).sum(1), (sums * ops.unpack(got, D)).sum(1)) and bool((mask.sum(1) == m).all())):
+            raise Wrong("the masks do not hold the most")
+        return ""
+
+    facts = {"shape": shape, "ceiling": "copy", "moved": 8 * K * D}
+    runs = [Run("apc", [partial(ops.binarize, sums, 0.5)], **facts), *peer(Run("torch.topk + scatter", [top], **facts, note="not packed"), check_mask)]
+    return measure(card, "binarize", runs)
+
+
+def totals(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
+    """popcount of packed rows, and row_totals of importance, power 2."""
+    G, N, _, D = shape
+    shape, sample, results = (G, N, 0, D), torch.randperm(N, device=DEVICE)[: PIECE // D], []
+    for operation, rows, call in (
+        ("popcount", draw_rows(G, N, D), lambda module, rows: module.popcount(rows)),
+        ("row_totals, power 2", torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE), lambda module, rows: module.row_totals(rows, 2)),
+    ):
+        with poison():
+            got = call(ops, rows)
+        check(f"{operation} against reference.py", [got[:, sample]], [call(reference, rows[:, sample])], shape)
+        results += measure(card, operation, [Run("apc", [partial(call, ops, rows)], shape, "copy", rows.numel())])
+    return results
+
+
+if __name__ == "__main__":
+    main()
