@@ -79,7 +79,7 @@ def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
     torch.cumsum(torch.bincount(ids, minlength=K), 0, out=starts[1:])
     order = ids.argsort(stable=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta state|invariant checks are implicitly disabled)")
         return torch.sparse_csr_tensor(starts, order, weights[order], (K, len(ids)), check_invariants=False)
 
 
