@@ -323,7 +323,7 @@ class _RowReader:
         importance = self.read("importance", group, row) if info.with_importance else None
         layers = self._layers_tokens(group.cpu(), row.cpu())[0]
         counts = info.activity[self.site]
-        frequency = (counts.sum(0, keepdim=True).expand_as(active) if self.module.pooled else counts[layers]).to(device)
+        frequency = counts.sum(0).to(device) if self.module.pooled else counts.to(device)[layers.to(device)]
         return ops.cut_or_fill(active, ops.mask_size(D, self.module.cfg.density), importance, frequency)
 
 

@@ -1,8 +1,8 @@
 """Operations on bit-packed patterns: fast on CPU and CUDA, exact on both; `reference.py` says what each of them means."""
 
 from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, assign_weighted_triton
-from apc.ops.binarize import binarize, binarize_triton
-from apc.ops.bits import cut_or_fill, mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
+from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
+from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
 from apc.ops.update import (
     accumulate,
     accumulate_triton,

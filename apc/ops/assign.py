@@ -27,6 +27,8 @@ _WEIGHTED_TILES = {
     2: {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},  # two accumulators
 }
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
+_SQUARES_TILE = {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 4}
+_SQUARES_BYTES = 2**30  # of squares made at a time: more rows than all multiprocessors have in hand, and little beside the importances
 _LEAST_K = 32  # the narrowest tile of clusters
 
 _MAX_CLUSTERS = 2**22
@@ -97,16 +99,66 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 
     power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
     Raises ValueError where shapes, dtypes or devices do not match, and where 255^power·D reaches 2³¹.
-    On CUDA by Hopper's uint8 tensor cores where they can be used and the power is 1, else in Triton.
+    On CUDA by Hopper's uint8 tensor cores where they can be used, else in Triton.
     """
     if on_cpu(importance):
         from apc.ops.assign_cpu import assign_weighted_cpu
 
         return assign_weighted_cpu(importance, centroids, power, scores)
-    if power == 1 and not tensor_cores.unavailable(importance.device.index, "u8") and tensor_cores.holds(255 * importance.shape[-1]):
-        importance = whole_lines(importance)
-        return tensor_cores.assign_u8(importance, _expand(centroids, importance.shape[-1]), scores)
-    return assign_weighted_triton(importance, centroids, power, scores=scores)
+    if tensor_cores.unavailable(importance.device.index, "u8") or (power == 1 and not tensor_cores.holds(255 * importance.shape[-1])):
+        return assign_weighted_triton(importance, centroids, power, scores=scores)
+    importance = whole_lines(importance)
+    planes = _expand(centroids, importance.shape[-1])
+    return tensor_cores.assign_u8(importance, planes, scores) if power == 1 else _assign_squares(importance, planes, scores)
+
+
+def _assign_squares(importance: Tensor, planes: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """`tensor_cores.assign_u8` of the importances' squares, which are made a piece at a time. uint8 [G, N, D], uint8 [G, K, D], D a multiple of 16."""
+    G, N, D = importance.shape
+    ids, captured = outputs(importance, scores)
+    rows_at_once = max(1, _SQUARES_BYTES // (2 * D))
+    groups_at_once = max(1, rows_at_once // max(N, 1))
+    for g in range(0, G, groups_at_once):
+        for n in range(0, N, rows_at_once):
+            piece = slice(g, g + groups_at_once), slice(n, n + rows_at_once)
+            found = tensor_cores.assign_u8(_squares(importance[piece]), planes[piece[0]], scores)
+            ids[piece] = found[0]
+            if captured is not None:
+                captured[piece] = found[1]
+    return ids, captured
+
+
+@triton.jit
+def _squares_kernel(
+    importance_ptr,  # uint8 [G, N, D], strides 16 · stride_g, 16 · stride_n, 1
+    squares_ptr,  # uint8 [2, G, N, D], out: high bytes, then low bytes
+    N,
+    quads,  # D/16
+    stride_g,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    g, groups = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    inside = (n < N) & (d < quads * 16)
+    q = tl.load(importance_ptr + (g * stride_g + n * stride_n) * 16 + d, mask=inside, other=0).to(tl.uint16)
+    to = squares_ptr + (g * N + n) * quads * 16 + d
+    tl.store(to, (q * q >> 8).to(tl.uint8), mask=inside)
+    tl.store(to + groups.to(tl.int64) * N * quads * 16, (q * q).to(tl.uint8), mask=inside)
+
+
+def _squares(importance: Tensor) -> Tensor:
+    """uint8 [G, N, D] in `whole_lines` → uint8 [2 · G, N, D]: the high bytes of the squares, then the low ones."""
+    G, N, D = importance.shape
+    squares = torch.empty((2 * G, N, D), dtype=torch.uint8, device=importance.device)
+    if squares.numel():
+        tile = dict(_SQUARES_TILE)
+        grid = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(D, tile["BLOCK_D"]), G)
+        with torch.cuda.device_of(importance):
+            _squares_kernel[grid](importance, squares, N, D // ROW_ALIGN, importance.stride(0) // ROW_ALIGN, importance.stride(1) // ROW_ALIGN, **tile)
+    return squares
 
 
 @triton.jit

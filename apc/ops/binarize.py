@@ -1,4 +1,4 @@
-"""Binarising: each cluster's sums cut to the m neurons that have the largest, as a packed centroid. Shape letters: see `bits.py`."""
+"""Binarising: packed masks of exactly m ones, from sums or from patterns. Shape letters: see `bits.py`."""
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes, top_mask
 # 32,768, where about half spills to the L1 cache. Longer rows go through `top_mask`.
 _LONGEST = 2**15
 _NEURONS_PER_THREAD = 16
+_FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
 
 
 def binarize(sums: Tensor, density: float) -> Tensor:
@@ -18,10 +19,13 @@ def binarize(sums: Tensor, density: float) -> Tensor:
 
     Ties go to the lowest index. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
     """
-    m = _check(sums, density)
-    if on_cpu(sums) or 8 * row_bytes(sums.shape[-1]) > _LONGEST:
-        return pack(top_mask(sums, m))
-    return binarize_triton(sums, density)
+    return _pack_top(sums, _check(sums, density))
+
+
+def _pack_top(values: Tensor, m: int) -> Tensor:
+    if on_cpu(values) or 8 * row_bytes(values.shape[-1]) > _LONGEST:
+        return pack(top_mask(values, m))
+    return _pack_top_triton(values, m)
 
 
 def _check(sums: Tensor, density: float) -> int:
@@ -67,7 +71,10 @@ def _binarize_kernel(
 
 def binarize_triton(sums: Tensor, density: float) -> Tensor:
     """`binarize` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; rows of up to 32,768 neurons."""
-    m = _check(sums, density)
+    return _pack_top_triton(sums, _check(sums, density))
+
+
+def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
     D = sums.shape[-1]
     W = row_bytes(D)
     block = triton.next_power_of_2(8 * W)
@@ -79,3 +86,37 @@ def binarize_triton(sums: Tensor, density: float) -> Tensor:
         with torch.cuda.device_of(sums):
             _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, BLOCK_D=block, num_warps=warps)
     return centroids
+
+
+def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
+    """bool [..., D] → uint8 [..., W]: patterns cut or filled to exactly m ones.
+
+    Active neurons go before inactive ones; within each, the more important first, then the more frequent, then the lower index.
+    importance: uint8 or float (up to 32 bits) [..., D], not negative. frequency: integers [D], or any shape that broadcasts to active's;
+    counts above 2³¹ − 1 rank as 2³¹ − 1. Raises ValueError for other shapes or dtypes, and for negative or NaN importance.
+    """
+    if active.dtype != torch.bool:
+        raise ValueError(f"cut_or_fill wants active as bool [..., D], got {describe(active)}")
+    key = active.to(torch.int64) << 62
+    if importance is not None:
+        key |= _rank_bits(active, importance).to(torch.int64) << _FREQUENCY_BITS
+    if frequency is not None:
+        if frequency.is_floating_point() or not _broadcasts(frequency.shape, active.shape):
+            raise ValueError(f"frequency {describe(frequency)} must be integers that broadcast to active {describe(active)}")
+        key |= frequency.to(torch.int64).clamp(0, 2**_FREQUENCY_BITS - 1)
+    if not 1 <= m <= active.shape[-1]:
+        raise ValueError(f"m must be from 1 to D = {active.shape[-1]}, got {m} for active {describe(active)}")
+    return _pack_top(key, m)
+
+
+def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
+    """importance → int32 of the same order: the bits of an IEEE float32 that is not negative rise with its value."""
+    if importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16) or importance.shape != active.shape:
+        raise ValueError(f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}")
+    if not (importance >= 0).all():
+        raise ValueError(f"importance {describe(importance)} holds negative values or NaN")
+    return importance.float().abs().contiguous().view(torch.int32)  # abs: -0.0 has its sign bit set
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))

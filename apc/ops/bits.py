@@ -16,8 +16,6 @@ from torch import Tensor
 
 from apc.ops.lines import ROW_ALIGN, row_words
 
-_FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
-
 # Kernel tile, rows × 32-bit words: 8 KB in flight from each program, in whole sectors of short rows too.
 _POPCOUNT_TILE = {"BLOCK_N": 32, "BLOCK_W": 64, "num_warps": 4}
 
@@ -145,38 +143,6 @@ def _mth_largest(values: Tensor, m: int) -> Tensor:
         least = np.partition(ranked.detach().numpy(), position, axis=-1)[..., position : position + 1]
         return torch.from_numpy(least).to(values.dtype)
     return values.topk(m, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-
-
-def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
-    """bool [..., D] → uint8 [..., W]: patterns cut or filled to exactly m ones.
-
-    Active neurons go before inactive ones; within each, the more important first, then the more frequent, then the lower index.
-    importance: uint8 or float (up to 32 bits) [..., D], not negative. frequency: integers [D], or any shape that broadcasts to active's;
-    counts above 2³¹ − 1 rank as 2³¹ − 1. Raises ValueError for other shapes or dtypes, and for negative or NaN importance.
-    """
-    if active.dtype != torch.bool:
-        raise ValueError(f"cut_or_fill wants active as bool [..., D], got {describe(active)}")
-    key = active.to(torch.int64) << 62
-    if importance is not None:
-        key |= _rank_bits(active, importance).to(torch.int64) << _FREQUENCY_BITS
-    if frequency is not None:
-        if frequency.is_floating_point() or not _broadcasts(frequency.shape, active.shape):
-            raise ValueError(f"frequency {describe(frequency)} must be integers that broadcast to active {describe(active)}")
-        key |= frequency.to(torch.int64).clamp(0, 2**_FREQUENCY_BITS - 1)
-    return pack(top_mask(key, m))
-
-
-def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
-    """importance → int32 of the same order: the bits of an IEEE float32 that is not negative rise with its value."""
-    if importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16) or importance.shape != active.shape:
-        raise ValueError(f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}")
-    if not (importance >= 0).all():
-        raise ValueError(f"importance {describe(importance)} holds negative values or NaN")
-    return importance.float().abs().contiguous().view(torch.int32)  # abs: -0.0 has its sign bit set
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
 
 
 def describe(tensor: Tensor) -> str:

@@ -1,11 +1,12 @@
 """Assignment by CUDA C++ kernels on tensor cores: packed bits by AND-POPC on the b1 units (Ampere up), uint8 importance on Hopper's.
 
-NVRTC compiles the sources in `cuda/` for the GPU at hand when a kernel is first used (2 seconds, once a process and kind of size): no
-build step, no compiler at install. Shape letters: see `bits.py`.
+NVRTC compiles the sources in `cuda/` for the GPU at hand when a kernel is first used (2 seconds a kind of size; then Triton's cache has it):
+no build step, no compiler at install. Shape letters: see `bits.py`.
 """
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 from apc.ops.bits import outputs
 from apc.ops.lines import whole_lines
@@ -27,6 +29,7 @@ _STEP = 128  # bytes of a row in a stage, of both kernels
 _TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a time
 _TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
 _ITEM_COST = 64  # what a piece of work costs besides its tiles, in clusters
+_CUT_COST = 2**26  # what cutting along K costs once, for a second kernel and its keys, in bytes of rows × clusters
 _MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's hold more
 _L2_MOST = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids …
 _L2_SHARE = 16 * 2**20  # … and how many, once row tiles are cut along K at all, so that the parts' centroids stay there too
@@ -44,12 +47,13 @@ class Variant:
     kind: str = "b1"
     tile_k: int = 256  # clusters at a time
     tail: int = 4  # products of 32 bytes in a row's last step
+    passes: int = 1  # rows of bytes for each row: 2, high bytes before low ones, for numbers of 16 bits
 
     def source(self) -> str:
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
         if self.arch != "sm_90a":
             return head + _constants(AMPERE) + (SOURCES / "assign_sm80.cu").read_text()
-        constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail}
+        constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail, "PASSES": self.passes}
         return head + _constants(constants) + _warpgroup_mma(self.kind, self.tile_k) + (SOURCES / "assign_sm90.cu").read_text()
 
 
@@ -88,6 +92,19 @@ def compile_variant(variant: Variant) -> bytes:
     _take(nvrtc.nvrtcGetCUBIN(program, cubin))
     _take(nvrtc.nvrtcDestroyProgram(program))
     return bytes(cubin)
+
+
+def _cubin(variant: Variant) -> bytes:
+    """`compile_variant`, or what an earlier process left of it in Triton's cache of kernels."""
+    from cuda.bindings import nvrtc
+
+    made_of = f"{variant.source()} {variant.arch} {_take(nvrtc.nvrtcVersion())}"
+    cache = get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest())
+    if path := cache.get_file("assign.cubin"):
+        return Path(path).read_bytes()
+    cubin = compile_variant(variant)
+    cache.put(cubin, "assign.cubin")
+    return cubin
 
 
 def _take(answer: tuple):
@@ -129,7 +146,7 @@ def _module(variant: Variant, device_index: int) -> dict[str, object]:
 
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # which makes torch's context current
-        module = _take(driver.cuModuleLoadData(compile_variant(variant)))
+        module = _take(driver.cuModuleLoadData(_cubin(variant)))
         functions = {"assign": _take(driver.cuModuleGetFunction(module, b"assign"))}
         most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _take(driver.cuFuncSetAttribute(functions["assign"], most_shared, _shared_bytes(variant)))
@@ -180,10 +197,11 @@ def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Ten
     return ids, overlap
 
 
-def assign_u8(importance: Tensor, planes: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N], or None.
+def assign_u8(importance: Tensor, planes: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N].
 
-    Raises Unavailable where the kernel cannot run, and ValueError where a sum could reach 2²⁵.
+    Or numbers of 16 bits, as uint8 [2 · G, N, D]: first all groups' high bytes, then the low ones. Sums must be below 2²⁵, then 2³¹: see `holds`.
+    Raises Unavailable where the kernel cannot run.
     """
     if reason := unavailable(importance.device.index, "u8"):
         raise Unavailable(reason)
@@ -191,7 +209,7 @@ def assign_u8(importance: Tensor, planes: Tensor, scores: bool = True) -> tuple[
 
 
 def holds(score: int) -> bool:
-    """Whether the Hopper kernel's keys hold a score as large."""
+    """Whether the Hopper kernel's keys, which go with numbers of 8 bits, hold a score as large."""
     return score < _MOST_SCORE
 
 
@@ -210,14 +228,14 @@ class Schedule:
     def items(self) -> int:
         return self.whole + self.cut * self.splits
 
-    def cost(self, workers: int) -> float:
-        """The time of the worker with the most to do, in clusters × row tiles."""
+    def cost(self, workers: int, tile_bytes: int) -> float:
+        """The time of the worker with the most to do, in clusters × row tiles, which are of so many bytes."""
         tile = self.tile_k + _TILE_COST
         part = math.ceil(self.k_tiles / self.splits) * tile + _ITEM_COST
-        return self.whole // workers * (self.k_tiles * tile + _ITEM_COST) + math.ceil((self.whole % workers + self.cut * self.splits) / workers) * part
+        last_rounds = math.ceil((self.whole % workers + self.cut * self.splits) / workers)
+        return self.whole // workers * (self.k_tiles * tile + _ITEM_COST) + last_rounds * part + bool(self.cut) * _CUT_COST / tile_bytes
 
 
-@functools.lru_cache(maxsize=64)
 def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Schedule:
     """The cheapest schedule. tile_n: rows that a worker takes at a time.
 
@@ -236,31 +254,53 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
         plans += [Schedule(tile_k, k_tiles, tiles_in_group, tiles - cut, cut, splits) for splits in range(max(2, least), min(k_tiles, workers) + 1)]
         if least == 1:
             plans.append(Schedule(tile_k, k_tiles, tiles_in_group, tiles, 0, 1))
-    return min(plans, key=lambda plan: (plan.cost(workers), plan.splits))
+    return min(plans, key=lambda plan: (plan.cost(workers, tile_n * W), plan.splits))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a call of the Hopper kernels needs that depends on sizes alone."""
+
+    functions: dict[str, object]
+    plan: Schedule
+    grid: tuple[int, int]
+    shared: int
+    numbers: tuple[ctypes.c_int, ...]  # of `assign`
+    cut_numbers: tuple[ctypes.c_int, ...]  # of `take_keys`
+
+
+_TILE_N = 64 * HOPPER["CONSUMERS"]  # rows of a block
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(kind: str, passes: int, G: int, N: int, K: int, W: int, device_index: int) -> _Launch:
+    cluster = HOPPER["CLUSTER"]
+    workers = torch.cuda.get_device_properties(device_index).multi_processor_count // cluster
+    plan, steps = schedule(G, N, K, passes * W, cluster * _TILE_N, workers), math.ceil(W / _STEP)
+    variant = Variant("sm_90a", kind, plan.tile_k, math.ceil((W - (steps - 1) * _STEP) / 32), passes)
+    numbers = N, G, steps, plan.k_tiles, plan.tiles_in_group, plan.items, plan.whole, plan.splits
+    grid = min(plan.items, workers) * cluster, 1
+    cut_numbers = N, plan.whole, plan.tiles_in_group
+    functions = _module(variant, device_index)
+    return _Launch(functions, plan, grid, _shared_bytes(variant), tuple(map(ctypes.c_int, numbers)), tuple(map(ctypes.c_int, cut_numbers)))
 
 
 def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows and centroids of W bytes each, uint8 [G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
+    """Rows and centroids of W bytes each, uint8 [passes · G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
     rows, centroids = whole_lines(rows), whole_lines(centroids)
-    (G, N, W), K = rows.shape, centroids.shape[1]
-    ids, best = outputs(rows, scores)
+    (_, N, W), (G, K, _) = rows.shape, centroids.shape
+    ids, best = outputs(rows[:G], scores)
     if not (G and N):
         return ids, best
-    tile_n, cluster = 64 * HOPPER["CONSUMERS"], HOPPER["CLUSTER"]
-    workers = torch.cuda.get_device_properties(rows.device).multi_processor_count // cluster
-    plan, steps = schedule(G, N, K, W, cluster * tile_n, workers), math.ceil(W / _STEP)
-    variant = Variant("sm_90a", kind, plan.tile_k, tail=math.ceil((W - (steps - 1) * _STEP) / 32))
-    keys = torch.zeros((plan.cut, cluster * tile_n), dtype=torch.int64, device=rows.device)
-    maps = [_tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), box) for tensor, box in ((rows, tile_n), (centroids, plan.tile_k // cluster))]
-    numbers = [N, steps, plan.k_tiles, plan.tiles_in_group, plan.items, plan.whole, plan.splits]
+    launch, cluster = _prepare(kind, len(rows) // G, G, N, K, W, rows.device.index), HOPPER["CLUSTER"]
+    keys = torch.zeros((launch.plan.cut, cluster * _TILE_N), dtype=torch.int64, device=rows.device) if launch.plan.cut else None
+    boxes = (rows, _TILE_N), (centroids, launch.plan.tile_k // cluster)
+    maps = [_tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), box) for tensor, box in boxes]
+    tensors = [_pointer(tensor) for tensor in (ids, best, keys)]
     with torch.cuda.device_of(rows):
-        functions = _module(variant, rows.device.index)
-        grid, block = min(plan.items, workers) * cluster, 128 * (HOPPER["CONSUMERS"] + 1)
-        tensors = [_pointer(tensor) for tensor in (ids, best, keys)]
-        _launch(functions["assign"], (grid, 1), block, _shared_bytes(variant), *maps, *tensors, *map(ctypes.c_int, numbers))
-        if plan.cut:
-            numbers = map(ctypes.c_int, (N, plan.whole, plan.tiles_in_group))
-            _launch(functions["take_keys"], (plan.cut, 1), cluster * tile_n, 0, _pointer(keys), *tensors[:2], *numbers)
+        _launch(launch.functions["assign"], launch.grid, 128 * (HOPPER["CONSUMERS"] + 1), launch.shared, *maps, *tensors, *launch.numbers)
+        if keys is not None:
+            _launch(launch.functions["take_keys"], (launch.plan.cut, 1), cluster * _TILE_N, 0, tensors[2], *tensors[:2], *launch.cut_numbers)
     return ids, best
 
 

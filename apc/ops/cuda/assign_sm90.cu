@@ -2,11 +2,12 @@
 //
 // One source for two products, chosen by the `mma` that is put before it: AND-POPC of packed bits (`b1`), where a step of 32
 // bytes is 256 neurons, and uint8 × uint8 (importance × the centroids' bits as bytes), where it is 32 neurons. Either way rows and
-// centroids are rows of `W` bytes. A block is one producer warp, which has the copy engine fill a ring of stages, and CONSUMERS
+// centroids are rows of `W` bytes. With two PASSES each row comes as two rows of bytes, the second groups on: the sums over the first, which
+// holds the high bytes, are taken times 256 before the second is added. A block is one producer warp, which has the copy engine fill a ring of stages, and CONSUMERS
 // warpgroups of 64 rows each; the two blocks of a cluster share their centroids: each fetches half of a tile for both.
 //
 // Put before it: CONSUMERS, TILE_K clusters at a time, STAGES, CLUSTER blocks, TAIL products of 32 bytes in a row's
-// last step, and `mma(int (&sums)[TILE_K / 2], u64 rows, u64 centroids, int add)`.
+// last step, PASSES, and `mma(int (&sums)[TILE_K / 2], u64 rows, u64 centroids, int add)`.
 
 constexpr int STEP = 128;                // bytes of a row in a stage: the width of the 128-byte swizzle
 constexpr int ROWS = 64 * CONSUMERS;     // rows of a block
@@ -100,12 +101,12 @@ __device__ __forceinline__ Item item_of(int index, int whole, int splits, int ti
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) __cluster_dims__(CLUSTER, 1, 1)
-assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
+assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
        const __grid_constant__ TensorMap centroids,  // uint8 [G, K, W]
        long long* __restrict__ ids,                  // [G, N], out
        int* __restrict__ scores,                     // [G, N], out, or null
        u64* __restrict__ keys,                       // [cut tiles, CLUSTER * ROWS], zero at first: score << 32 | ~id
-       int N, int steps, int k_tiles, int tiles_in_group, int items, int whole, int splits) {
+       int N, int G, int steps, int k_tiles, int tiles_in_group, int items, int whole, int splits) {
     extern __shared__ unsigned char dynamic[];
     __shared__ u64 full[STAGES], empty[STAGES];
     const u32 ring = (shared_address(dynamic) + 1023) & ~1023u;
@@ -131,16 +132,18 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
             for (int index = first_item; index < items; index += stride) {
                 const Item item = item_of(index, whole, splits, tiles_in_group, k_tiles, block);
                 for (int k = item.k_first; k < item.k_last; k++) {
-                    for (int step = 0; step < steps; step++) {
-                        barrier_wait(&empty[stage], parity);
-                        expect_bytes(&full[stage], ROW_STAGE + CENTROID_STAGE);
-                        fetch(ring + stage * ROW_STAGE, rows, &full[stage], step * STEP, item.first_row, item.group);
-                        const u32 to = centroid_ring + stage * CENTROID_STAGE + block * SHARE * STEP;
-                        if (CLUSTER > 1)
-                            fetch_for_cluster(to, centroids, &full[stage], step * STEP, k * TILE_K + block * SHARE, item.group);
-                        else
-                            fetch(to, centroids, &full[stage], step * STEP, k * TILE_K, item.group);
-                        if (++stage == STAGES) stage = 0, parity ^= 1;
+                    for (int pass = 0; pass < PASSES; pass++) {
+                        for (int step = 0; step < steps; step++) {
+                            barrier_wait(&empty[stage], parity);
+                            expect_bytes(&full[stage], ROW_STAGE + CENTROID_STAGE);
+                            fetch(ring + stage * ROW_STAGE, rows, &full[stage], step * STEP, item.first_row, pass * G + item.group);
+                            const u32 to = centroid_ring + stage * CENTROID_STAGE + block * SHARE * STEP;
+                            if (CLUSTER > 1)
+                                fetch_for_cluster(to, centroids, &full[stage], step * STEP, k * TILE_K + block * SHARE, item.group);
+                            else
+                                fetch(to, centroids, &full[stage], step * STEP, k * TILE_K, item.group);
+                            if (++stage == STAGES) stage = 0, parity ^= 1;
+                        }
                     }
                 }
             }
@@ -166,47 +169,55 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [G, N, W]
 
         for (int index = first_item; index < items; index += stride) {
             const Item item = item_of(index, whole, splits, tiles_in_group, k_tiles, block);
-            int best[2] = {-1, -1}, best_tile[2] = {0, 0};
+            int best[2] = {-1, -1}, best_id[2] = {0, 0};
             for (int k = item.k_first; k < item.k_last; k++) {
-                int previous = stage;
-                for (int step = 0; step < steps - 1; step++) {
-                    multiply(Parts<STEP / 32>(), step > 0);
-                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                    if (signals && step > 0) arrive_at(&empty[previous], threadIdx.x % 128);
-                    previous = stage;
+#pragma unroll
+                for (int pass = 0; pass < PASSES; pass++) {
+                    int previous = stage;
+                    for (int step = 0; step < steps - 1; step++) {
+                        multiply(Parts<STEP / 32>(), pass + step > 0);
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                        if (signals && step > 0) arrive_at(&empty[previous], threadIdx.x % 128);
+                        previous = stage;
+                        if (++stage == STAGES) stage = 0, parity ^= 1;
+                    }
+                    multiply(Parts<TAIL>(), pass + steps > 1);
+                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+                    for (int i = 0; i < TILE_K / 2; i++) asm volatile("" : "+r"(sums[i])::"memory");
+                    if (signals) {
+                        if (steps > 1) arrive_at(&empty[previous], threadIdx.x % 128);
+                        arrive_at(&empty[stage], threadIdx.x % 128);
+                    }
                     if (++stage == STAGES) stage = 0, parity ^= 1;
-                }
-                multiply(Parts<TAIL>(), steps > 1);
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    if (pass + 1 < PASSES) {
 #pragma unroll
-                for (int i = 0; i < TILE_K / 2; i++) asm volatile("" : "+r"(sums[i])::"memory");
-                if (signals) {
-                    if (steps > 1) arrive_at(&empty[previous], threadIdx.x % 128);
-                    arrive_at(&empty[stage], threadIdx.x % 128);
+                        for (int i = 0; i < TILE_K / 2; i++) sums[i] *= 256;
+                    }
                 }
-                if (++stage == STAGES) stage = 0, parity ^= 1;
-                // A thread's scores: rows lane / 4 and 8 more, columns 8 · (j / 2) + 2 · (lane % 4) + j % 2. The key orders by score, then by
-                // the lower column, and its maximum is one instruction for two scores.
-                int top[2] = {-1, -1};
-#pragma unroll
-                for (int j = 0; j < COLUMNS; j++) {
-#pragma unroll
-                    for (int half = 0; half < 2; half++)
-                        top[half] = max(top[half], sums[j / 2 * 4 + 2 * half + j % 2] * COLUMNS + (COLUMNS - 1 - j));
-                }
+                // A thread's scores: rows lane / 4 and 8 more, columns 8 · (j / 2) + 2 · (lane % 4) + j % 2.
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    if ((top[half] | (COLUMNS - 1)) > (best[half] | (COLUMNS - 1))) {  // strictly: on a tie the earlier tile's ids are lower
-                        best[half] = top[half];
-                        best_tile[half] = k;
+                    int score = -1, column = 0;
+                    if (PASSES == 1) {  // a key orders by score, then by the lower column, and its maximum is one instruction for two scores
+                        int top = -1;
+#pragma unroll
+                        for (int j = 0; j < COLUMNS; j++) top = max(top, sums[j / 2 * 4 + 2 * half + j % 2] * COLUMNS + (COLUMNS - 1 - j));
+                        score = top / COLUMNS, column = COLUMNS - 1 - top % COLUMNS;
+                    } else {  // scores that leave a key no room
+#pragma unroll
+                        for (int j = 0; j < COLUMNS; j++)
+                            if (sums[j / 2 * 4 + 2 * half + j % 2] > score) score = sums[j / 2 * 4 + 2 * half + j % 2], column = j;
+                    }
+                    if (score > best[half]) {  // strictly: on a tie the earlier tile's ids are lower
+                        best[half] = score;
+                        best_id[half] = k * TILE_K + column / 2 * 8 + lane % 4 * 2 + column % 2;
                     }
                 }
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int column = COLUMNS - 1 - best[half] % COLUMNS;
-                int score = best[half] / COLUMNS;
-                int id = best_tile[half] * TILE_K + column / 2 * 8 + lane % 4 * 2 + column % 2;
+                int score = best[half], id = best_id[half];
 #pragma unroll
                 for (int distance = 1; distance < 4; distance *= 2) {
                     const int other_score = __shfl_xor_sync(~0u, score, distance), other_id = __shfl_xor_sync(~0u, id, distance);
