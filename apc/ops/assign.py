@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apc.ops import tensor_cores
 from apc.ops.bits import describe, grouped, on_cpu, outputs, popcount, require, row_bytes
-from apc.ops.lines import ROW_ALIGN, whole_lines
+from apc.ops.lines import ROW_ALIGN, empty_lines, whole_lines
 
 # Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks on a multiprocessor, so that one multiplies while another
 # expands its rows.
@@ -131,11 +131,12 @@ def _assign_squares(importance: Tensor, planes: Tensor, scores: bool) -> tuple[T
 @triton.jit
 def _squares_kernel(
     importance_ptr,  # uint8 [G, N, D], strides 16 · stride_g, 16 · stride_n, 1
-    squares_ptr,  # uint8 [2, G, N, D], out: high bytes, then low bytes
+    squares_ptr,  # uint8 [2, G, N, D], out, rows `pitch` apart: high bytes, then low bytes
     N,
     quads,  # D/16
     stride_g,
     stride_n,
+    pitch,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -144,56 +145,82 @@ def _squares_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     inside = (n < N) & (d < quads * 16)
     q = tl.load(importance_ptr + (g * stride_g + n * stride_n) * 16 + d, mask=inside, other=0).to(tl.uint16)
-    to = squares_ptr + (g * N + n) * quads * 16 + d
+    to = squares_ptr + (g * N + n) * pitch + d
     tl.store(to, (q * q >> 8).to(tl.uint8), mask=inside)
-    tl.store(to + groups.to(tl.int64) * N * quads * 16, (q * q).to(tl.uint8), mask=inside)
+    tl.store(to + groups.to(tl.int64) * N * pitch, (q * q).to(tl.uint8), mask=inside)
 
 
 def _squares(importance: Tensor) -> Tensor:
     """uint8 [G, N, D] in `whole_lines` → uint8 [2 · G, N, D]: the high bytes of the squares, then the low ones."""
     G, N, D = importance.shape
-    squares = torch.empty((2 * G, N, D), dtype=torch.uint8, device=importance.device)
+    squares = empty_lines(2 * G, N, D, importance.device)
     if squares.numel():
         tile = dict(_SQUARES_TILE)
         grid = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(D, tile["BLOCK_D"]), G)
+        strides = importance.stride(0) // ROW_ALIGN, importance.stride(1) // ROW_ALIGN, squares.stride(1)
         with torch.cuda.device_of(importance):
-            _squares_kernel[grid](importance, squares, N, D // ROW_ALIGN, importance.stride(0) // ROW_ALIGN, importance.stride(1) // ROW_ALIGN, **tile)
+            _squares_kernel[grid](importance, squares, N, D // ROW_ALIGN, *strides, **tile)
     return squares
 
 
 @triton.jit
 def _expand_kernel(
     centroids_ptr,  # uint8 [R, W]
-    planes_ptr,  # int8 [R, width], out: neuron 8w + j at stride_j · j + stride_w · w
+    words_ptr,  # uint64 [R, words], out, rows `pitch` apart: byte w of a row, each bit as a byte
     R,
     W,
-    width,
-    stride_j,
-    stride_w,
-    SCALED: tl.constexpr,  # bit j as what makes −128 of bit j of a byte, −2^(7−j), or 1 for j = 7; else as 1
+    words,
+    pitch,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    c = tl.load(centroids_ptr + r[:, None] * W + w[None, :], mask=(r < R)[:, None] & (w < W)[None, :], other=0)
-    for j in tl.static_range(8):
-        at = stride_j * j + stride_w * w
-        value = ((c >> j) & 1).to(tl.int32)
-        if SCALED:
-            value = value * (-(2 ** (7 - j)) if j < 7 else 1)
-        tl.store(planes_ptr + r[:, None] * width + at[None, :], value.to(tl.int8), mask=(r < R)[:, None] & ((w < W) & (at < width))[None, :])
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    w = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    inside = (r < R) & (w < words)
+    c = tl.load(centroids_ptr + r * W + w, mask=inside, other=0).to(tl.uint64)
+    # All bytes get the eight bits, byte j keeps bit j, and 127 more carry it to the byte's top.
+    word = ((c * 0x0101010101010101) & 0x8040201008040201) + 0x7F7F7F7F7F7F7F7F
+    tl.store(words_ptr + r * pitch + w, (word >> 7) & 0x0101010101010101, mask=inside)
 
 
-def _expand(centroids: Tensor, width: int, by_bit: bool = False) -> Tensor:
-    """uint8 [G, K, W] → [G, K, width], each neuron's bit as a byte, uint8; by_bit: int8 [G, K, 8 · W], bit 0 of all bytes first, scaled."""
+def _expand(centroids: Tensor, D: int) -> Tensor:
+    """uint8 [G, K, W] → uint8 [G, K, D], D a multiple of 16: each neuron's bit as a byte."""
     (G, K, W), centroids = centroids.shape, centroids.contiguous()
-    planes = torch.empty((G, K, width), dtype=torch.int8 if by_bit else torch.uint8, device=centroids.device)
-    grid = (triton.cdiv(G * K, _EXPAND_TILE["BLOCK_R"]), triton.cdiv(W, _EXPAND_TILE["BLOCK_W"]))
-    strides = (W, 1) if by_bit else (1, 8)
+    planes = empty_lines(G, K, D, centroids.device)
     if G:
+        words = planes.view(torch.uint64)
+        grid = (triton.cdiv(G * K, _EXPAND_TILE["BLOCK_R"]), triton.cdiv(D // 8, _EXPAND_TILE["BLOCK_W"]))
         with torch.cuda.device_of(centroids):
-            _expand_kernel[grid](centroids, planes.view(torch.int8), G * K, W, width, *strides, SCALED=by_bit, **_EXPAND_TILE)
+            _expand_kernel[grid](centroids, words, G * K, W, D // 8, words.stride(1), **_EXPAND_TILE)
+    return planes
+
+
+@triton.jit
+def _expand_by_bit_kernel(
+    centroids_ptr,  # uint8 [R, W]
+    planes_ptr,  # int8 [R, 8, W], out
+    R,
+    W,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    w = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    inside = (r < R) & (w < W)
+    c = tl.load(centroids_ptr + r * W + w, mask=inside, other=0)
+    for j in tl.static_range(8):
+        value = ((c >> j) & 1).to(tl.int32) * (-(2 ** (7 - j)) if j < 7 else 1)
+        tl.store(planes_ptr + (r * 8 + j) * W + w, value.to(tl.int8), mask=inside)
+
+
+def _expand_by_bit(centroids: Tensor) -> Tensor:
+    """uint8 [G, K, W] → int8 [G, K, 8 · W], bit 0 of all bytes first; bit j as what makes −128 of bit j of a byte, −2^(7−j), or 1 for j = 7."""
+    (G, K, W), centroids = centroids.shape, centroids.contiguous()
+    planes = torch.empty((G, K, 8 * W), dtype=torch.int8, device=centroids.device)
+    if G:
+        grid = (triton.cdiv(G * K, _EXPAND_TILE["BLOCK_R"]), triton.cdiv(W, _EXPAND_TILE["BLOCK_W"]))
+        with torch.cuda.device_of(centroids):
+            _expand_by_bit_kernel[grid](centroids, planes, G * K, W, **_EXPAND_TILE)
     return planes
 
 
@@ -210,7 +237,7 @@ def _lines(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
 @triton.jit
 def _assign_kernel(
     rows,  # descriptor of int8 [G, N, W], blocks [1, BLOCK_N, BLOCK_W]
-    planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand, by_bit
+    planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand_by_bit
     bits_ptr,  # int8 [8], bit j alone
     ids_ptr,  # int64 [G, N], out
     overlap_ptr,  # int32 [G, N], out, or None
@@ -258,7 +285,7 @@ def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tu
     if N and G:
         tile = _tile_for(_TILE, K)
         lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
-        planes = _lines(_expand(centroids, 8 * W, by_bit=True), tile["BLOCK_K"], tile["BLOCK_W"])
+        planes = _lines(_expand_by_bit(centroids), tile["BLOCK_K"], tile["BLOCK_W"])
         with torch.cuda.device_of(rows):
             _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](lines, planes, _bits(rows.device), ids, overlap, N, K, W, **tile)
     return ids, overlap

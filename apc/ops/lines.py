@@ -6,20 +6,22 @@ import triton.language as tl
 from torch import Tensor
 
 ROW_ALIGN = 16  # bytes: a row starts where a 128-bit load may, whatever D is
+_LINE = 128  # bytes of a cache line: where rows that are made here start, so that the copy engine's 128 bytes are one line and not two halves
 
 # Kernel tile, rows × 64-bit words: half a warp on 256 bytes of a row, 16 loads in flight from each thread.
 _TILE = {"BLOCK_N": 32, "BLOCK_W": 32, "num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["low", "high", "N", "D", "quads", "strips", "stride_g", "stride_n"])  # nothing to gain: one kernel to compile
+@triton.jit(do_not_specialize=["low", "high", "N", "D", "quads", "pitch", "strips", "stride_g", "stride_n"])  # nothing to gain: one kernel to compile
 def _copy_kernel(
     rows_ptr,  # uint8 [G, N, D], strides stride_g, stride_n, 1, from any byte on
-    lines_ptr,  # uint64 [G, N, 2 · quads], out
+    lines_ptr,  # uint64 [G, N, 2 · quads], out, the rows `pitch` apart
     low,  # address of the first byte that may be read
     high,  # of the one after the last
     N,
     D,
     quads,  # ⌈D/16⌉
+    pitch,
     strips,  # of BLOCK_W words in a line
     stride_g,
     stride_n,
@@ -49,7 +51,13 @@ def _copy_kernel(
         for j in tl.static_range(8):
             byte = tl.load(rows_ptr + g * stride_g + n * stride_n + d + j, mask=(n < N) & (d + j < D), other=0)
             line |= byte.to(tl.uint64) << (8 * j)
-    tl.store(lines_ptr + (g * N + n) * (2 * quads) + w, line, mask=(n < N) & (w < 2 * quads))
+    tl.store(lines_ptr + (g * N + n) * pitch + w, line, mask=(n < N) & (w < 2 * quads))
+
+
+def empty_lines(G: int, N: int, length: int, device: torch.device) -> Tensor:
+    """uint8 [G, N, length], a multiple of 16, of unknown content: rows that start on cache lines, with unused bytes between them if need be."""
+    pitch = -(-length // _LINE) * _LINE
+    return torch.empty((G, N, pitch), dtype=torch.uint8, device=device)[..., :length]
 
 
 def whole_lines(rows: Tensor) -> Tensor:
@@ -63,13 +71,14 @@ def whole_lines(rows: Tensor) -> Tensor:
     if not (D % ROW_ALIGN or rows.stride(0) % ROW_ALIGN or rows.stride(1) % ROW_ALIGN or rows.data_ptr() % ROW_ALIGN):
         return rows
     quads, tile = triton.cdiv(D, ROW_ALIGN), dict(_TILE)
-    lines = torch.empty((G, N, ROW_ALIGN * quads), dtype=torch.uint8, device=rows.device)
+    lines = empty_lines(G, N, ROW_ALIGN * quads, rows.device)
     if lines.numel():
         strips, memory = triton.cdiv(2 * quads, tile["BLOCK_W"]), rows.untyped_storage()
         bounds = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         with torch.cuda.device_of(rows):
             grid = (triton.cdiv(N, tile["BLOCK_N"]) * strips, G)
-            _copy_kernel[grid](rows, lines.view(torch.uint64), *bounds, N, D, quads, strips, rows.stride(0), rows.stride(1), **tile)
+            words = lines.view(torch.uint64)
+            _copy_kernel[grid](rows, words, *bounds, N, D, quads, words.stride(1), strips, rows.stride(0), rows.stride(1), **tile)
     return lines
 
 

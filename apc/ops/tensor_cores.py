@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
 from apc.ops.bits import outputs
@@ -165,8 +166,8 @@ def _launch(function, grid: tuple[int, int], block: int, shared: int, *values) -
     """Launches on torch's current stream. values: ctypes scalars or buffers, in the kernel's order."""
     from cuda.bindings import driver
 
-    parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    stream = torch.cuda.current_stream().cuda_stream
+    parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    stream = triton_driver.active.get_current_stream(torch.cuda.current_device())  # a number; torch makes an object of it, in ten times as long
     _take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
 
 
