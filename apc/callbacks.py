@@ -1,6 +1,7 @@
 """What watches a training: checkpoints to go on from, and figures on held-out text."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,21 +16,28 @@ MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 
 
 class ResumePoint(Checkpoint):
-    """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one.
+    """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one, but for those that
+    come so soon after the last that writing would take more than a tenth of the time.
 
     It runs after all other hooks of an epoch's end, so that it holds what they changed.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
+        self._due = time.monotonic()
 
     def _save(self, trainer: Trainer) -> None:
+        start = time.monotonic()
+        if trainer.strategy.broadcast(start < self._due):  # one rank's clock for all
+            return
         temporary = self.path.with_name(self.path.name + ".tmp")
         trainer.save_checkpoint(temporary)
         if distributed.is_main():
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
+        end = time.monotonic()
+        self._due = end + 9 * (end - start)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:

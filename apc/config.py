@@ -52,7 +52,7 @@ class TrainerConfig:
     precision: str = "32-true"  # of the predictor's training, as Lightning names it: 32-true, bf16-mixed, …
     batch_windows: int | None = None  # windows in one forward pass; null: 1 on a CPU, 8 on a GPU
     log_every_n_steps: int = 20  # predictor steps between logged losses
-    checkpoint_every_n_steps: int = 100  # training steps between checkpoints, besides one at each epoch's end
+    checkpoint_every_n_steps: int = 100  # training steps between checkpoints, besides each epoch's end; fewer where writing would take a tenth of the time
     max_steps: int = -1  # stop each training after so many steps; -1: no limit
     progress: bool = True  # show Lightning's progress bar
 

@@ -11,7 +11,8 @@ from pytorch_lightning import Callback, Trainer
 
 import tiny
 import train
-from apc import ops
+from apc import callbacks, ops
+from apc.callbacks import ResumePoint
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
@@ -187,3 +188,22 @@ def test_several_ranks_equal_one_bit_for_bit(workplace, ranks, options):
     for field in ("centroids", "sizes", "profiles", "static", "thresholds"):
         assert torch.equal(getattr(alone, field), getattr(together, field)), field
     assert isinstance(load_run(workplace / "runs" / name).predictor, Predictor)
+
+
+def test_checkpoints_take_no_more_than_a_tenth_of_the_time(tmp_path, monkeypatch):
+    now, saved = [100.0], []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+
+    class Slow:
+        strategy = type("Strategy", (), {"broadcast": staticmethod(lambda value: value)})
+
+        def save_checkpoint(self, path):
+            path.write_bytes(b"whole")
+            saved.append(now[0])
+            now[0] += 2
+
+    point = ResumePoint(tmp_path / "cluster.ckpt", 100)
+    for moment in (100, 103, 119, 120, 130, 145):
+        now[0] = max(now[0], moment)
+        point.on_train_epoch_end(Slow(), None)
+    assert saved == [100, 120, 145] and (tmp_path / "cluster.ckpt").read_bytes() == b"whole"

@@ -21,6 +21,7 @@ SHAPES = [  # (G, N, K, D)
     pytest.param((2, 37, 70, 14336), id="D14336"),
     pytest.param((1, 70, 9, 40009), id="overlap-beyond-16384"),
     pytest.param((1, 40000, 600, 256), id="cut-last-round"),
+    pytest.param((1, 9001, 300, 130), id="centroids-copied"),
     pytest.param((1, 3, 16381, 300), id="many-clusters"),
     pytest.param((2, 0, 3, 130), id="N0"),
 ]
@@ -141,7 +142,9 @@ def test_b1_int8_and_reference_agree(b1, shape):
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_u8_int8_and_reference_agree(shape, power, squares_bytes, monkeypatch):
-    monkeypatch.setattr(__import__("importlib").import_module("apc.ops.assign"), "_SQUARES_BYTES", squares_bytes)
+    module = __import__("importlib").import_module("apc.ops.assign")
+    monkeypatch.setattr(module, "_SQUARES_BYTES", squares_bytes)
+    monkeypatch.setattr(module, "_SQUARES_LEAST_K", 1)
     G, N, K, D = shape
     if 255**power * D >= 2**31:
         pytest.skip("sums that int32 does not hold")

@@ -28,6 +28,7 @@ _WEIGHTED_TILES = {
 }
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
 _SQUARES_TILE = {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 4}
+_SQUARES_LEAST_K = 320  # clusters for which it pays to make squares that tensor cores take, measured on an H100: the Triton kernel makes its own
 _SQUARES_BYTES = 2**30  # of squares made at a time: more rows than all multiprocessors have in hand, and little beside the importances
 _LEAST_K = 32  # the narrowest tile of clusters
 
@@ -99,13 +100,14 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 
     power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
     Raises ValueError where shapes, dtypes or devices do not match, and where 255^power·D reaches 2³¹.
-    On CUDA by Hopper's uint8 tensor cores where they can be used, else in Triton.
+    On CUDA by Hopper's uint8 tensor cores where they can be used (and, for energies, K is worth it), else in Triton.
     """
     if on_cpu(importance):
         from apc.ops.assign_cpu import assign_weighted_cpu
 
         return assign_weighted_cpu(importance, centroids, power, scores)
-    if tensor_cores.unavailable(importance.device.index, "u8") or (power == 1 and not tensor_cores.holds(255 * importance.shape[-1])):
+    fits = tensor_cores.holds(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
+    if not fits or tensor_cores.unavailable(importance.device.index, "u8"):
         return assign_weighted_triton(importance, centroids, power, scores=scores)
     importance = whole_lines(importance)
     planes = _expand(centroids, importance.shape[-1])

@@ -18,7 +18,7 @@ from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
 from apc.ops.bits import outputs
-from apc.ops.lines import whole_lines
+from apc.ops.lines import empty_lines, whole_lines
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
 
@@ -30,6 +30,8 @@ _STEP = 128  # bytes of a row in a stage, of both kernels
 _TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a time
 _TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
 _ITEM_COST = 64  # what a piece of work costs besides its tiles, in clusters
+_SECTOR = 32  # bytes that the L2 cache reads at least: centroids that start within one cost a seventh of the time …
+_COPY_LEAST_N = 8192  # … and a copy that does not pays from so many rows on
 _CUT_COST = 2**26  # what cutting along K costs once, for a second kernel and its keys, in bytes of rows × clusters
 _MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's hold more
 _L2_MOST = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids …
@@ -290,6 +292,8 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> 
     """Rows and centroids of W bytes each, uint8 [passes · G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
     rows, centroids = whole_lines(rows), whole_lines(centroids)
     (_, N, W), (G, K, _) = rows.shape, centroids.shape
+    if W % _SECTOR and N >= _COPY_LEAST_N:
+        centroids = empty_lines(G, K, W, centroids.device).copy_(centroids)
     ids, best = outputs(rows[:G], scores)
     if not (G and N):
         return ids, best
