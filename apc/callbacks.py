@@ -60,6 +60,7 @@ class ArmsOnHeldOut(Callback):
         epoch = trainer.current_epoch + 1
         if epoch % self._every and epoch != self._last and not trainer.should_stop:
             return
+        trainer.datamodule.loader.release()  # the model's pass needs the memory, and no source may run the model meanwhile
         shown: dict[str, float] = {"cluster/epoch": epoch} if self._stage == "cluster" else {"predictor/step": trainer.global_step}
         training = module.training
         for record in self._evaluator_of(module.eval()).arms(self._arms, progress=False):

@@ -147,8 +147,8 @@ class ClusteringModule(LightningModule):
             self._add_rows(site, block)
             if self.cfg.schedule == "step":
                 self.changed += self._update(site)
-        if batch_index == self.trainer.num_training_batches - 1:
-            self._end_pass()
+        if batch_index == self.trainer.num_training_batches - 1 or self.global_step + 1 == self.trainer.max_steps:
+            self._end_pass()  # one that max_steps cuts short ends with what it has seen
         self.optimizers().step()
 
     def _begin_pass(self) -> None:

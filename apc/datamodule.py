@@ -5,8 +5,9 @@ Blocks are read ahead, and copied to the GPU while it works on earlier ones; tho
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -52,28 +53,42 @@ class BlockStream:
         self.source, self.fields, self.keep_bytes = source, fields, keep_bytes
         self.device = device if device is not None and device.type == "cuda" else None
         self._kept: dict[tuple[int, int], Block] = {}
+        self._pending: deque[_Pending] = deque()
         self._copies = None if self.device is None else torch.cuda.Stream(self.device)
         self._done: deque[torch.cuda.Event] = deque()
 
     def blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Block]:
-        """The blocks of these window ranges [first, last), in order."""
+        """The blocks of these window ranges [first, last), in order. What the source raises for a block is raised where that block is due."""
         with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming, pending = deque(ranges), deque()
+            upcoming = deque(ranges)
+            pending = self._pending = deque()
             try:
                 while upcoming or pending:
-                    while upcoming and len(pending) < 2:
+                    while upcoming and sum(block.read is not None for block in pending) < 2:
                         pending.append(self._start(reader, upcoming.popleft()))
-                    yield pending.popleft()()
+                    yield self._finish(pending.popleft())
             finally:
-                for finish in pending:  # their memory is free again only after the copies to it
-                    finish()
+                self._settle()
 
-    def _start(self, reader: ThreadPoolExecutor, windows: tuple[int, int]) -> Callable[[], Block]:
-        """Begins to read a block. What it returns waits for that; of the copy only the current CUDA stream waits."""
+    def release(self) -> None:
+        """Gives the memory of kept blocks back; later passes copy them again."""
+        self._settle()
+        self.keep_bytes += sum(map(_size, self._kept.values()))
+        self._kept.clear()
+
+    def _settle(self) -> None:
+        """Waits until nothing reads or copies any more: the memory of what is pending is free again only then."""
+        for block in self._pending:
+            if block.read is not None:
+                block.read.exception()  # waits; an error is raised where the block is due, and these are not due any more
+        if self._copies is not None:
+            self._copies.synchronize()
+
+    def _start(self, reader: ThreadPoolExecutor, windows: tuple[int, int]) -> "_Pending":
         if windows in self._kept:
-            return lambda: self._kept[windows]
+            return _Pending(windows, None)
         if self.device is None:
-            return reader.submit(self.source.block, *windows, self.fields).result
+            return _Pending(windows, reader.submit(self.source.block, *windows, self.fields))
         info = self.source.info
         tokens = (windows[1] - windows[0]) * info.seq_len
         # Taken here and not on the thread: what had this memory before belongs to work on the current stream up to now.
@@ -82,37 +97,55 @@ class BlockStream:
             shape, dtype = info.field(name, tokens)
             targets[name] = torch.empty(shape, dtype=dtype, device=self.device)
         free = torch.cuda.current_stream(self.device).record_event()
-        copied = reader.submit(self._copy, windows, targets, free)
+        return _Pending(windows, reader.submit(self._copy, windows, targets, free), targets)
 
-        def finish() -> Block:
-            tensors, done = copied.result()
-            torch.cuda.current_stream(self.device).wait_event(done)
-            positions = torch.arange(windows[0] * info.seq_len, windows[1] * info.seq_len, device=self.device)
-            block = Block.from_tensors(tensors, positions, info.seq_len)
-            size = sum(value.nbytes for value in tensors.values())
-            if targets and size <= self.keep_bytes:
-                self.keep_bytes -= size
-                self._kept[windows] = block
-            return block
-
-        return finish
+    def _finish(self, pending: "_Pending") -> Block:
+        """Waits for a block to be read. For its copy only the current CUDA stream waits."""
+        windows, seq_len = pending.windows, self.source.info.seq_len
+        if windows in self._kept:
+            return self._kept[windows]
+        if self.device is None:
+            return pending.read.result()
+        tensors, done = pending.read.result()
+        torch.cuda.current_stream(self.device).wait_event(done)
+        positions = torch.arange(windows[0] * seq_len, windows[1] * seq_len, device=self.device)
+        block = Block.from_tensors(tensors, positions, seq_len)
+        if pending.targets and _size(block) <= self.keep_bytes:
+            self.keep_bytes -= _size(block)
+            self._kept[windows] = block
+        return block
 
     def _copy(self, windows: tuple[int, int], targets: dict[str, Tensor], free: torch.cuda.Event) -> tuple[dict[str, Tensor], torch.cuda.Event]:
         """Reads a block and starts to copy its host fields into `targets`, once these are `free`. On the reader's thread."""
         while len(self._done) > 1:  # or reading runs ahead of a slower GPU until the host's memory is full
             self._done.popleft().synchronize()
         read = self.source.block(*windows, self.fields).tensors()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-            self._copies.wait_event(free)
-            for name, target in targets.items():
-                value = read[name] if read[name].is_pinned() else read[name].pin_memory()
-                if value.is_contiguous():
-                    target.copy_(value, non_blocking=True)
-                else:  # one piece for each layer; torch would gather them in host memory first
-                    for to, layer in zip(target, value, strict=True):
-                        to.copy_(layer, non_blocking=True)
-            self._done.append(self._copies.record_event())
+        with torch.cuda.device(self.device):
+            self._copies.wait_stream(torch.cuda.current_stream())  # what the source itself computes there
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(free)
+                for name, target in targets.items():
+                    value = read[name] if read[name].is_pinned() else read[name].pin_memory()
+                    if value.is_contiguous():
+                        target.copy_(value, non_blocking=True)
+                    else:  # one piece for each layer; torch would gather them in host memory first
+                        for to, layer in zip(target, value, strict=True):
+                            to.copy_(layer, non_blocking=True)
+                self._done.append(self._copies.record_event())
         return read | targets, self._done[-1]
+
+
+@dataclass
+class _Pending:
+    """A block on its way. read: what the thread makes of it, None for one that was kept; targets: the device memory that it is copied to."""
+
+    windows: tuple[int, int]
+    read: Future | None
+    targets: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _size(block: Block) -> int:
+    return sum(value.nbytes for value in block.tensors().values())
 
 
 class BlockLoader:
@@ -158,6 +191,10 @@ class BlockLoader:
 
     def resume(self, progress: dict[str, int]) -> None:
         self.epoch, self.position = progress["epoch"], progress["position"]
+
+    def release(self) -> None:
+        """Gives the device memory of kept blocks back; later passes copy them again."""
+        self._stream.release()
 
     def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
         """This rank's share of every block, once and in order, with other fields; the loader's own position stays."""

@@ -196,11 +196,16 @@ class PatternSource(Protocol):
 
 def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU can copy from by itself, zeroed, until `unlock_pages`. No more than asked for: torch's allocator of such memory
-    takes the next power of two. Raises RuntimeError where the system does not let as much memory be locked.
+    takes the next power of two. Raises UserError where the system does not let as much memory be locked.
     """
     value = torch.zeros(shape, dtype=dtype)  # by all threads, where locking would touch page after page on one
     if value.nbytes:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(value.data_ptr(), value.nbytes, 0))
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(value.data_ptr(), value.nbytes, 0))
+        except torch.cuda.CudaError as error:
+            raise UserError(
+                f"the system does not let {value.nbytes / 2**30:.1f} GiB of host memory be locked for the GPU ({error}); use collect.storage=disk"
+            ) from error
     return value
 
 
@@ -226,14 +231,14 @@ class ResidentPatterns:
         """Copies a block of whole owned windows in."""
         slot = self._slots[block.first_window] * self.info.seq_len
         values = block.tensors()
-        self.reserve([name for name in values if name not in self._tensors])
+        self.reserve(list(values))
         for name, value in values.items():
             for to, layer in zip(self._tensors[name][:, slot : slot + block.tokens], value, strict=True):
                 to.copy_(layer)  # in one piece: torch gathers what is not before it leaves the GPU
 
     def reserve(self, fields: list[str]) -> None:
         """Takes the memory of these fields, for all windows; `add` would when the first comes."""
-        for name in fields:
+        for name in set(fields) - set(self._tensors):
             shape, dtype = self.info.field(name, len(self._slots) * self.info.seq_len)
             if self._locked is None:
                 self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)

@@ -173,9 +173,13 @@ class PredictorModule(LightningModule):
         return ["hidden", *active, *importance]
 
     def working_bytes(self) -> int:
-        """About what a step holds on the device besides its batch: weights, gradients and two moments; scores and what is made of them."""
-        scores = self.info.layers * self.cfg.batch * sum(self.predictor.outputs.values())
-        return 16 * sum(value.numel() for value in self.parameters()) + 8 * 4 * scores
+        """About what training holds on the device besides its batch: weights, gradients and two moments; the codebook and its profiles as
+        floats; labels; scores of a step, and shares and weights of every neuron where the loss needs them."""
+        neurons = sum(self.info.widths.values()) if self.cfg.loss != "ce" else 0
+        step = 8 * 4 * self.info.layers * self.cfg.batch * (sum(self.predictor.outputs.values()) + neurons)
+        books = sum(6 * book.profiles.numel() + book.centroids.numel() for book in self.codebook.sites.values())
+        labels = 4 * self.info.layers * self.info.tokens * len(self.info.widths)
+        return 16 * sum(value.numel() for value in self.parameters()) + step + books + labels
 
     def on_fit_start(self) -> None:
         self.codebook = self.codebook.to(self.device)

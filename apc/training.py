@@ -1,5 +1,6 @@
 """Runs the two trainings of a run, each from where it was left: clustering to a codebook, then the predictor."""
 
+import gc
 import math
 import sys
 import warnings
@@ -34,8 +35,10 @@ class _StaysOnDevice:
 
     def teardown(self) -> None:
         module, self._lightning_module = self._lightning_module, None
-        super().teardown()
-        self._lightning_module = module
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
 
 
 class SumsOnDevice(_StaysOnDevice, SingleDeviceStrategy):
@@ -82,6 +85,8 @@ def _fit(trainer: Trainer, module: LightningModule, data: PatternDataModule, che
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from error
         raise
+    finally:
+        data.loader.release()
 
 
 def _check_checkpoint(path: Path, module: LightningModule) -> None:
@@ -138,6 +143,20 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
         codebook = Codebook.load(run.codebook)
         check_patterns(run.codebook, codebook, source.info.identity)
         return codebook
+    made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
+    codebook, history = _cluster(cfg, source, run, tracking, watched, made)
+    gc.collect()  # trainer and module hold each other, and the module gigabytes of sums on the device
+    if distributed.is_main():
+        sizes = {site: book.sizes.tolist() for site, book in codebook.sites.items()}
+        write_json(run.history("cluster"), {"history": history, "sizes": sizes})
+        codebook.save(run.codebook)
+        tracking.artifact("codebook", "codebook", run.codebook)
+    distributed.barrier()
+    return codebook
+
+
+def _cluster(cfg: Config, source: PatternSource, run: RunFolder, tracking: Tracking, watched: Watched, made: dict) -> tuple[Codebook, list[dict]]:
+    """The codebook, with the provenance `made`, and the module's history."""
     device = watched.collector.device
     with device:  # gigabytes of buffers come into being where they are used
         module = ClusteringModule(cfg.cluster, source.info, cfg.seed)
@@ -154,15 +173,7 @@ def train_codebook(cfg: Config, source: PatternSource, run: RunFolder, tracking:
     trainer = make_trainer(cfg, device, tracking, run, cfg.cluster.max_epochs, callbacks, strategy=strategy)
     loader = _loader(cfg, source, module, device)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("cluster"))
-    made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
-    codebook = Codebook.from_clustering(module, made)
-    if distributed.is_main():
-        sizes = {site: module.get("sizes", site).tolist() for site in source.info.widths}
-        write_json(run.history("cluster"), {"history": module.history, "sizes": sizes})
-        codebook.save(run.codebook)
-        tracking.artifact("codebook", "codebook", run.codebook)
-    distributed.barrier()
-    return codebook
+    return Codebook.from_clustering(module, made), module.history
 
 
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:

@@ -45,7 +45,7 @@ class Row:
     unit: str  # of the rate: pairs/s, G·N·K·D a second, or bytes/s
     share: float | str  # rate over the ceiling's
     share_of: str  # which ceiling
-    ok: bool  # the results were compared with reference.py, and equal
+    ok: bool  # these very results were compared with reference.py, and equal
     note: str
 
 

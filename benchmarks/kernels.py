@@ -65,6 +65,7 @@ class Run:
     moved: int | None = None
     exact: bool = True
     note: str = ""
+    products: int = 1  # of the ceiling's that a pair takes
 
 
 def main() -> None:
@@ -198,7 +199,7 @@ def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:
     """Times the runs, one after the other, and prints how ours compare with the peers at the rate, if there are any."""
     rows = []
     for run in runs:
-        ceiling = card.ceilings.get(run.ceiling)
+        ceiling = card.ceilings[run.ceiling] / run.products if run.ceiling in card.ceilings else None
         facts = {"ok": run.exact, "moved": run.moved, "ceiling": ceiling, "share_of": run.ceiling if ceiling else "", "note": run.note}
         rows.append(row(operation, run.name, run.shape, timed(run.calls), card.name, **facts))
     peers = [result for result in rows if not result.implementation.startswith("apc")]
@@ -378,7 +379,7 @@ def assign_weighted(card: Card, shape: tuple[int, int, int, int], power: int) ->
         got = ops.assign_weighted(importance, centroids, power)
     check("assign_weighted against reference.py", [result[:, sample] for result in got], expected, shape)
     note = "" if power == 1 else "a pair is two products of bytes"
-    runs = [Run("apc", [partial(ops.assign_weighted, importance, centroids, power)], shape, "uint8 wgmma", note=note)]
+    runs = [Run("apc", [partial(ops.assign_weighted, importance, centroids, power)], shape, "uint8 wgmma", note=note, products=power)]
 
     def check_ids(ids: Tensor) -> str:
         ids, size = in_range(ids, K), PIECE // D + 1

@@ -1,5 +1,6 @@
 """The objective never falls, empty clusters come back, and neither a kill nor a second rank changes a bit of the codebook."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from apc.callbacks import ResumePoint
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
-from apc.datamodule import BlockLoader, PatternDataModule
+from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
 from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
 from apc.predictor import Predictor, PredictorModule
@@ -112,6 +113,34 @@ def test_empty_clusters_take_the_rows_captured_worst():
 def test_the_step_schedule_finds_clusters_too():
     module, _ = fit(make_source(), schedule="step", k=12)
     assert module.history[-1]["captured"] > module.history[0]["captured"] > 0.3
+
+
+@pytest.mark.parametrize("scope", ["layer", "pooled"])
+@pytest.mark.parametrize("max_steps", [2, 5, 8])
+def test_a_pass_that_max_steps_cuts_short_counts_what_it_saw(max_steps, scope):
+    source = make_source()
+    module = ClusteringModule(ClusterConfig(k=5, tolerance=0.0, scope=scope), source.info)
+    loader = BlockLoader(source, module.fields(), 2, 0)
+    trainer = Trainer(accelerator="cpu", max_steps=max_steps, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer.fit(module, datamodule=PatternDataModule(source, loader))
+    again = BlockLoader(source, module.fields(), 2, 0)
+    passes = [list(again), list(again)]
+    seen, last = passes[0][:max_steps], passes[(max_steps - 1) // 5][: (max_steps - 1) % 5 + 1]
+    assert trainer.global_step == max_steps and len(module.history) == -(-max_steps // 5)
+    assert module.get("sizes", "neuron").sum() == LAYERS * sum(block.tokens for block in last)
+    energy = torch.cat([block.importance["neuron"] for block in seen], dim=1)
+    expected = ops.accumulate_weighted(energy, torch.zeros(energy.shape[:2], dtype=torch.int64), ops.row_scales(energy, 2), 1, 2)[0]
+    assert torch.equal(module.get("layer_sums", "neuron"), expected.squeeze(1))
+
+
+def test_nothing_of_a_clustering_outlives_it(workplace):
+    def alive():
+        return [thing for thing in gc.get_objects() if isinstance(thing, ClusteringModule | BlockStream)]
+
+    gc.collect()
+    before = {id(thing) for thing in alive()}
+    train_tiny(workplace, **{"run.name": "freed", "stage": "cluster"})
+    assert not [thing for thing in alive() if id(thing) not in before]
 
 
 def test_more_clusters_than_patterns_is_refused():

@@ -7,6 +7,7 @@ from pytorch_lightning import Trainer
 from apc import ops
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
+from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
 
 LAYERS, WINDOWS, SEQ_LEN, D, HIDDEN = 3, 11, 64, 200, 24
@@ -34,6 +35,33 @@ def test_a_field_has_the_shape_and_type_that_its_info_says():
         assert source.info.field(name, 3 * SEQ_LEN) == (tuple(value.shape), value.dtype)
 
 
+class Failing:
+    """A source whose blocks from some window on cannot be read."""
+
+    def __init__(self, source, from_window):
+        self.info, self.from_window, self._source = source.info, from_window, source
+
+    def host_fields(self, fields):
+        return fields
+
+    def block(self, first, last, fields):
+        if first >= self.from_window:
+            raise UserError(f"window {first} cannot be read")
+        return self._source.block(first, last, fields)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_block_that_cannot_be_read_is_the_one_that_is_named(device):
+    stream = BlockStream(Failing(make_source(), 3), ["patterns.neuron"], torch.device(device))
+    blocks = stream.blocks([(0, 3), (3, 4), (4, 9)])
+    assert next(blocks).tokens == 3 * SEQ_LEN
+    with pytest.raises(UserError, match="window 3 cannot be read"):
+        next(blocks)
+    left = stream.blocks([(0, 3), (3, 4)])
+    next(left)
+    left.close()  # the next block's failure is nobody's business any more
+
+
 @gpu
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 18, 1 << 30], ids=["nothing-kept", "some-kept", "all-kept"])
@@ -54,6 +82,8 @@ def test_blocks_on_a_gpu_are_those_of_the_source(place, keep_bytes):
             for name, value in block.tensors().items():
                 assert torch.equal(value.cpu(), expected.tensors()[name].cpu()), name
     assert (keep_bytes > stream.keep_bytes) == (keep_bytes > 0 and place != "cuda")
+    stream.release()
+    assert stream.keep_bytes == keep_bytes
 
 
 @gpu

@@ -79,7 +79,16 @@ def test_an_error_in_a_source_is_told_in_the_compilers_words(monkeypatch):
 
 @pytest.mark.parametrize(
     ("G", "N", "K", "W"),
-    [(1, 65536, 2048, 1792), (1, 65536, 16384, 1792), (1, 65536, 2048, 14336), (30, 301056, 2048, 192), (1, 1, 1, 16), (3, 257, 700, 48), (1, 20000, 257, 192)],
+    [
+        (1, 65536, 17000, 65808),
+        (1, 65536, 2048, 1792),
+        (1, 65536, 16384, 1792),
+        (1, 65536, 2048, 14336),
+        (30, 301056, 2048, 192),
+        (1, 1, 1, 16),
+        (3, 257, 700, 48),
+        (1, 20000, 257, 192),
+    ],
 )
 @pytest.mark.parametrize("workers", [1, 57, 66])
 def test_a_schedule_covers_every_tile_once(G, N, K, W, workers):
@@ -165,6 +174,10 @@ def test_rows_that_the_copy_engine_cannot_take_are_copied(b1):
     expected = reference.assign(rows, centroids)
     wide = torch.zeros(2, 300, rows.shape[-1] + 3, dtype=torch.uint8, device="cuda")
     wide[..., 3:] = rows
+    shifted = torch.zeros(centroids.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(centroids).copy_(centroids)
+    assert all(torch.equal(got, want) for got, want in zip(b1(rows, shifted), expected, strict=True))
+    one = rows[:1].expand(2, -1, -1)
+    assert all(torch.equal(got, want) for got, want in zip(b1(one, centroids), reference.assign(one, centroids), strict=True))
     for odd in (wide[..., 3:], rows.transpose(0, 1).contiguous().transpose(0, 1)):
         for function in (b1, ops.assign_triton):
             assert all(torch.equal(got, want) for got, want in zip(function(odd, centroids), expected, strict=True))

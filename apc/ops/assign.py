@@ -107,7 +107,10 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 
         return assign_weighted_cpu(importance, centroids, power, scores)
     fits = tensor_cores.holds(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
-    if not fits or tensor_cores.unavailable(importance.device.index, "u8"):
+    reason = tensor_cores.unavailable(importance.device.index, "u8") if fits else None
+    if reason:
+        _warn_once(f"importances are assigned by the Triton kernel, slower than uint8 tensor cores: {reason}")
+    if reason or not fits:
         return assign_weighted_triton(importance, centroids, power, scores=scores)
     importance = whole_lines(importance)
     planes = _expand(centroids, importance.shape[-1])

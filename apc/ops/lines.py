@@ -61,14 +61,16 @@ def empty_lines(G: int, N: int, length: int, device: torch.device) -> Tensor:
 
 
 def whole_lines(rows: Tensor) -> Tensor:
-    """uint8 [G, N, D] → itself where D and the strides of groups and rows are multiples of 16 and rows start on 16 bytes, each in one piece.
+    """uint8 [G, N, D] → itself where D and the strides of groups and rows are multiples of 16, rows start on 16 bytes, each in one piece, and none
+    is another one too.
 
     Else a copy [G, N, D rounded up to 16], zero at the end, by a Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1.
     """
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     G, N, D = rows.shape
-    if not (D % ROW_ALIGN or rows.stride(0) % ROW_ALIGN or rows.stride(1) % ROW_ALIGN or rows.data_ptr() % ROW_ALIGN):
+    repeats = (G > 1 and not rows.stride(0)) or (N > 1 and not rows.stride(1))
+    if not (D % ROW_ALIGN or rows.stride(0) % ROW_ALIGN or rows.stride(1) % ROW_ALIGN or rows.data_ptr() % ROW_ALIGN or repeats):
         return rows
     quads, tile = triton.cdiv(D, ROW_ALIGN), dict(_TILE)
     lines = empty_lines(G, N, ROW_ALIGN * quads, rows.device)

@@ -7,7 +7,6 @@ no build step, no compiler at install. Shape letters: see `bits.py`.
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +79,15 @@ __device__ __forceinline__ void mma(int (&sums)[{n}], u64 rows, u64 centroids, i
 """
 
 
+_OPTIONS = [b"--std=c++17", b"--device-as-default-execution-space"]
+
+
 def compile_variant(variant: Variant) -> bytes:
     """The cubin of a variant, by NVRTC; needs no GPU. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc
 
     program = _take(nvrtc.nvrtcCreateProgram(variant.source().encode(), b"assign.cu", 0, [], []))
-    options = [f"--gpu-architecture={variant.arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
+    options = [f"--gpu-architecture={variant.arch}".encode(), *_OPTIONS]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytearray(_take(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -101,7 +103,7 @@ def _cubin(variant: Variant) -> bytes:
     """`compile_variant`, or what an earlier process left of it in Triton's cache of kernels."""
     from cuda.bindings import nvrtc
 
-    made_of = f"{variant.source()} {variant.arch} {_take(nvrtc.nvrtcVersion())}"
+    made_of = f"{variant.source()} {variant.arch} {_OPTIONS} {_take(nvrtc.nvrtcVersion())}"
     cache = get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest())
     if path := cache.get_file("assign.cubin"):
         return Path(path).read_bytes()
@@ -134,10 +136,10 @@ def unavailable(device_index: int, kind: str = "b1") -> str | None:
         arch = architecture(device)
         if kind == "u8" and arch != "sm_90a":
             raise Unavailable("the uint8 kernel is for Hopper (sm_90)")
-        if importlib.util.find_spec("cuda.bindings") is None:
-            raise Unavailable("the package cuda-bindings is not installed")
         _module(Variant(arch, kind), device_index)
-    except (Unavailable, RuntimeError) as error:
+    except ImportError as error:
+        return f"the package cuda-bindings cannot be imported: {error}"
+    except (Unavailable, RuntimeError, OSError) as error:
         return str(error)
     return None
 
@@ -187,7 +189,9 @@ def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Ten
     arch = architecture(rows.device)
     if arch == "sm_90a":
         return _assign_hopper("b1", rows, centroids, scores)
-    rows, centroids = whole_lines(rows), whole_lines(centroids.contiguous())
+    rows, centroids = whole_lines(rows), centroids.contiguous()  # one after the other, as the kernel takes centroids
+    if centroids.data_ptr() % 16:
+        centroids = centroids.clone()
     (G, N, W), K = rows.shape, centroids.shape[1]
     ids, overlap = outputs(rows, scores)
     if G and N:
@@ -252,7 +256,7 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
     for tile_k in _TILES_K:
         k_tiles = math.ceil(K / tile_k)
         in_hand = workers * tile_n * W
-        least = min(k_tiles, math.ceil(in_hand / _L2_SHARE)) if in_hand > _L2_MOST else 1
+        least = min(k_tiles, workers, math.ceil(in_hand / _L2_SHARE)) if in_hand > _L2_MOST else 1
         cut = tiles if least > 1 else tiles % workers
         plans += [Schedule(tile_k, k_tiles, tiles_in_group, tiles - cut, cut, splits) for splits in range(max(2, least), min(k_tiles, workers) + 1)]
         if least == 1:
@@ -292,7 +296,7 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> 
     """Rows and centroids of W bytes each, uint8 [passes · G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
     rows, centroids = whole_lines(rows), whole_lines(centroids)
     (_, N, W), (G, K, _) = rows.shape, centroids.shape
-    if W % _SECTOR and N >= _COPY_LEAST_N:
+    if (centroids.stride(1) % _SECTOR or centroids.data_ptr() % _SECTOR) and N >= _COPY_LEAST_N:
         centroids = empty_lines(G, K, W, centroids.device).copy_(centroids)
     ids, best = outputs(rows[:G], scores)
     if not (G and N):

@@ -2,9 +2,9 @@
 //
 // One source for two products, chosen by the `mma` that is put before it: AND-POPC of packed bits (`b1`), where a step of 32
 // bytes is 256 neurons, and uint8 × uint8 (importance × the centroids' bits as bytes), where it is 32 neurons. Either way rows and
-// centroids are rows of `W` bytes. With two PASSES each row comes as two rows of bytes, the second groups on: the sums over the first, which
-// holds the high bytes, are taken times 256 before the second is added. A block is one producer warp, which has the copy engine fill a ring of stages, and CONSUMERS
-// warpgroups of 64 rows each; the two blocks of a cluster share their centroids: each fetches half of a tile for both.
+// centroids are rows of `W` bytes. With two PASSES a row comes as two rows of bytes, its high bytes in group g and its low bytes in group
+// G + g: the sums over the first are taken times 256 before the second is added. A block is one producer warp, which has the copy engine fill
+// a ring of stages, and CONSUMERS warpgroups of 64 rows each; the two blocks of a cluster share their centroids: each fetches half of a tile for both.
 //
 // Put before it: CONSUMERS, TILE_K clusters at a time, STAGES, CLUSTER blocks, TAIL products of 32 bytes in a row's
 // last step, PASSES, and `mma(int (&sums)[TILE_K / 2], u64 rows, u64 centroids, int add)`.
