@@ -86,7 +86,7 @@ class BlockStream:
 
     def _start(self, reader: ThreadPoolExecutor, windows: tuple[int, int]) -> "_Pending":
         if windows in self._kept:
-            return _Pending(windows, None)
+            return _Pending(windows, block=self._kept[windows])
         if self.device is None:
             return _Pending(windows, reader.submit(self.source.block, *windows, self.fields))
         info = self.source.info
@@ -102,46 +102,50 @@ class BlockStream:
     def _finish(self, pending: "_Pending") -> Block:
         """Waits for a block to be read. For its copy only the current CUDA stream waits."""
         windows, seq_len = pending.windows, self.source.info.seq_len
-        if windows in self._kept:
-            return self._kept[windows]
+        if pending.read is None:
+            return pending.block
         if self.device is None:
             return pending.read.result()
-        tensors, done = pending.read.result()
-        torch.cuda.current_stream(self.device).wait_event(done)
+        tensors, events = pending.read.result()
+        for event in events:
+            torch.cuda.current_stream(self.device).wait_event(event)
         positions = torch.arange(windows[0] * seq_len, windows[1] * seq_len, device=self.device)
         block = Block.from_tensors(tensors, positions, seq_len)
-        if pending.targets and _size(block) <= self.keep_bytes:
+        if pending.targets and windows not in self._kept and _size(block) <= self.keep_bytes:
             self.keep_bytes -= _size(block)
             self._kept[windows] = block
         return block
 
-    def _copy(self, windows: tuple[int, int], targets: dict[str, Tensor], free: torch.cuda.Event) -> tuple[dict[str, Tensor], torch.cuda.Event]:
-        """Reads a block and starts to copy its host fields into `targets`, once these are `free`. On the reader's thread."""
+    def _copy(self, windows: tuple[int, int], targets: dict[str, Tensor], free: torch.cuda.Event) -> tuple[dict[str, Tensor], list[torch.cuda.Event]]:
+        """Reads a block and starts to copy its host fields into `targets`, once these are `free`. On the reader's thread.
+
+        Returns the fields, and the events after which they hold what they should.
+        """
         while len(self._done) > 1:  # or reading runs ahead of a slower GPU until the host's memory is full
             self._done.popleft().synchronize()
         read = self.source.block(*windows, self.fields).tensors()
-        with torch.cuda.device(self.device):
-            self._copies.wait_stream(torch.cuda.current_stream())  # what the source itself computes there
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(free)
-                for name, target in targets.items():
-                    value = read[name] if read[name].is_pinned() else read[name].pin_memory()
-                    if value.is_contiguous():
-                        target.copy_(value, non_blocking=True)
-                    else:  # one piece for each layer; torch would gather them in host memory first
-                        for to, layer in zip(target, value, strict=True):
-                            to.copy_(layer, non_blocking=True)
-                self._done.append(self._copies.record_event())
-        return read | targets, self._done[-1]
+        made = torch.cuda.current_stream(self.device).record_event()  # what the source itself computes on the GPU; copies need not wait for it
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+            self._copies.wait_event(free)
+            for name, target in targets.items():
+                value = read[name] if read[name].is_pinned() else read[name].pin_memory()
+                if value.is_contiguous():
+                    target.copy_(value, non_blocking=True)
+                else:  # one piece for each layer; torch would gather them in host memory first
+                    for to, layer in zip(target, value, strict=True):
+                        to.copy_(layer, non_blocking=True)
+            self._done.append(self._copies.record_event())
+        return read | targets, [made, self._done[-1]]
 
 
 @dataclass
 class _Pending:
-    """A block on its way. read: what the thread makes of it, None for one that was kept; targets: the device memory that it is copied to."""
+    """A block on its way. read: what the thread makes of it; targets: the device memory that it is copied to. Or a block that was kept."""
 
     windows: tuple[int, int]
-    read: Future | None
+    read: Future | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
+    block: Block | None = None
 
 
 def _size(block: Block) -> int:

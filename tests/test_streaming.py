@@ -1,5 +1,7 @@
 """Blocks reach a GPU whole and in order, whatever stays there and however slow or fast their user is; so the codebook is the CPU's."""
 
+import contextlib
+
 import pytest
 import torch
 from pytorch_lightning import Trainer
@@ -33,6 +35,56 @@ def test_a_field_has_the_shape_and_type_that_its_info_says():
     source = make_source()
     for name, value in source.block(1, 4, source.info.fields()).tensors().items():
         assert source.info.field(name, 3 * SEQ_LEN) == (tuple(value.shape), value.dtype)
+
+
+class HostStream:
+    """Stands in for a CUDA stream, so that what the GPU's path keeps and frees is tried without one: every copy is done at once."""
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: HostStream())
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda value: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: value)
+
+    def stream(source, keep_bytes):
+        made = BlockStream(source, source.info.fields(), None, keep_bytes)
+        made.device, made._copies = torch.device("cpu"), HostStream()
+        return made
+
+    return stream
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 18, 1 << 30], ids=["nothing-kept", "some-kept", "all-kept"])
+@pytest.mark.parametrize("ranges", [RANGES, [(0, 3), (0, 3), (3, 4), (3, 4)], [(2, 2), (0, 11)]], ids=["again-later", "again-at-once", "empty"])
+def test_blocks_that_stay_are_found_again_and_given_back(without_a_gpu, ranges, keep_bytes):
+    source = make_source()
+    stream = without_a_gpu(source, keep_bytes)
+    for _ in range(2):
+        for _ in range(2):
+            for (first, last), block in zip(ranges, stream.blocks(ranges), strict=True):
+                expected = source.block(first, last, source.info.fields())
+                assert torch.equal(block.positions, expected.positions)
+                assert all(torch.equal(value, expected.tensors()[name]) for name, value in block.tensors().items())
+        held = sum(value.nbytes for block in stream._kept.values() for value in block.tensors().values())
+        assert stream.keep_bytes == keep_bytes - held >= 0
+        if keep_bytes == 1 << 30:
+            assert set(stream._kept) == set(ranges)
+            reading, source.block = source.block, None  # nothing is read again
+            assert len(list(stream.blocks(ranges))) == len(ranges)
+            source.block = reading
+        stream.release()
+        assert stream.keep_bytes == keep_bytes and not stream._kept
 
 
 class Failing:
