@@ -3,6 +3,7 @@
 from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, assign_weighted_triton
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
 from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
+from apc.ops.capacity import assign_with_capacity
 from apc.ops.update import (
     accumulate,
     accumulate_triton,
@@ -24,6 +25,7 @@ __all__ = [
     "assign_triton",
     "assign_weighted",
     "assign_weighted_triton",
+    "assign_with_capacity",
     "binarize",
     "binarize_triton",
     "cut_or_fill",

@@ -13,6 +13,7 @@ __all__ = [
     "accumulate_weighted",
     "assign",
     "assign_weighted",
+    "assign_with_capacity",
     "binarize",
     "cut_or_fill",
     "mask_size",
@@ -122,3 +123,14 @@ def _sum_by_id(values: Tensor, ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
 def binarize(sums: Tensor, density: float) -> Tensor:
     """int64 [K, D] → uint8 [K, W]: each centroid is the mask_size(D, density) neurons with the largest sum, ties to the lowest."""
     return pack(top_mask(sums, mask_size(sums.shape[-1], density)))
+
+
+def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
+    """uint8 [N, W], uint8 [K, W] → ids int64 [N], −1: none. One cluster after the other takes its nearest rows of those that are left."""
+    ids = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
+    for k, centroid in enumerate(centroids):
+        distance = popcount(rows & ~centroid)
+        left = (ids < 0).nonzero().flatten()
+        order = distance[left].sort(stable=True).indices
+        ids[left[order[:capacity]]] = k
+    return ids
