@@ -29,7 +29,7 @@ class ClusterConfig:
     density: float = 0.5  # share of ones in every centroid
     weighting: str = "energy"  # binary (the paper), magnitude or energy
     scope: str = "layer"  # a codebook for each layer, or `pooled`: one for all (the paper)
-    algorithm: str = "lloyd"
+    algorithm: str = "lloyd"  # or apc-paper: clusters of a fixed size, updated after every window (binary only)
     schedule: str = "epoch"  # centroids change after a full pass (epoch) or after every step from running sums (step)
     init: str = "random"  # random, or k-means++ over a sample
     init_sample: int = 4096  # rows of a group that k-means++ looks at
@@ -37,7 +37,7 @@ class ClusterConfig:
     tolerance: float = 1e-4  # stop when the captured share gains less than this, relative, in a pass
 
     def __post_init__(self):
-        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=("lloyd",), schedule=("epoch", "step"))
+        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=("lloyd", "apc-paper"), schedule=("epoch", "step"))
         for key, known in {**choices, "init": ("random", "k-means++")}.items():
             if getattr(self, key) not in known:
                 raise UserError(f"cluster.{key}={getattr(self, key)}: choose {' or '.join(known)}")
@@ -59,6 +59,8 @@ class ClusteringModule(LightningModule):
     captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
     first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
     """
+
+    in_order = False  # whether blocks must come in the order of the text
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__()
@@ -132,8 +134,11 @@ class ClusteringModule(LightningModule):
         if not self.started:
             source = self.trainer.datamodule.source
             for site in self.info.sites:
-                self._set("centroids", site, _Start(self, source, site).centroids())
+                self._set("centroids", site, self._start(source, site).centroids())
             self.started.fill_(True)
+
+    def _start(self, source: PatternSource, site: str) -> "Start":
+        return Start(self, source, site)
 
     def on_train_start(self) -> None:
         self._pass_began = time.perf_counter()
@@ -195,7 +200,7 @@ class ClusteringModule(LightningModule):
             total = ops.popcount(rows).long()
             self.get("captured", site).add_(captured.sum(1))
             self.get("weight", site).add_(total.sum(1))
-        if self.pooled and not self.history:
+        if self._layers_apart and not self.history:
             self._add_layer_sums(site, block)
         self._note_worst(site, captured, total, self._row_numbers(block))
 
@@ -208,8 +213,12 @@ class ClusteringModule(LightningModule):
             for value, added in zip(held, accumulate(), strict=True):
                 value.add_(distributed.all_sum(added))
 
+    @property
+    def _layers_apart(self) -> bool:
+        """Whether what the layers' rows add up to is not in `sums` at the end of the first pass: there layers share clusters."""
+        return self.pooled
+
     def _add_layer_sums(self, site: str, block: Block) -> None:
-        """For codebooks that the layers share; others' own sums hold them at the end of the first pass."""
         L, n = block.patterns[site].shape[:2]
         layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
         sums = self.get("layer_sums", site).unsqueeze(1), torch.zeros(L, 1, dtype=torch.int64, device=self.device)
@@ -242,15 +251,11 @@ class ClusteringModule(LightningModule):
         empty, figures = 0, {}
         for site in self.info.sites:
             names = ("captured", "weight") if self.cfg.schedule == "step" else ("captured", "weight", "sums", "sizes")
-            for name in names + (("layer_sums",) if self.pooled and not self.history else ()):
+            for name in names + (("layer_sums",) if self._layers_apart and not self.history else ()):
                 distributed.all_sum(self.get(name, site))
-            if not (self.pooled or self.history):
+            if not (self._layers_apart or self.history):
                 self._set("layer_sums", site, self.get("sums", site).sum(1))
-            if self.cfg.schedule == "epoch":
-                self.changed += self._update(site)
-            empties = self.get("sizes", site) == 0
-            empty += int(empties.sum())
-            self.changed += self._reseed(site, empties)
+            empty += self._revise(site)
             captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
             figures |= {f"cluster/captured_{site}": captured.mean().item()}
             if not self.pooled:
@@ -258,19 +263,37 @@ class ClusteringModule(LightningModule):
         self.passes += 1
         self._report(figures, empty, int(self.changed))
 
+    def _revise(self, site: str) -> int:
+        """New centroids at the end of a pass; returns how many clusters were empty."""
+        if self.cfg.schedule == "epoch":
+            self.changed += self._update(site)
+        empties = self.get("sizes", site) == 0
+        self.changed += self._reseed(site, empties)
+        return int(empties.sum())
+
     def _report(self, figures: dict[str, float], empty: int, changed: int) -> None:
         seconds = time.perf_counter() - self._pass_began
         captured = sum(value for name, value in figures.items() if name.startswith("cluster/")) / len(self.info.sites)
         bits = sum(2 * self.groups * self.cfg.k * ops.mask_size(D, self.cfg.density) for D in self.info.widths.values())
-        before = self.history[-1]["captured"] if self.history else None
-        record = dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / bits, seconds=seconds)
+        record = dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / bits, seconds=seconds) | self._own_figures()
+        if self._settled(record):
+            self.converged.fill_(True)
         self.history.append(record)
         self.log_dict({f"cluster/{name}": float(value) for name, value in record.items()} | figures, on_step=False, on_epoch=True, batch_size=1)
-        stalled = before is not None and empty == 0 and captured - before < self.cfg.tolerance * before
-        if changed == 0 or (stalled and self.cfg.schedule == "epoch"):
-            self.converged.fill_(True)
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
+
+    def _own_figures(self) -> dict[str, float]:
+        """What else a pass reports."""
+        return {}
+
+    def _settled(self, record: dict) -> bool:
+        """Whether a pass that gave `record` after those of the history needs no other."""
+        if record["changed"] == 0:
+            return True
+        before = self.history[-1]["captured"] if self.history else None
+        stalled = before is not None and record["empty"] == 0 and record["captured"] - before < self.cfg.tolerance * before
+        return stalled and self.cfg.schedule == "epoch"
 
     def _reseed(self, site: str, empties: Tensor) -> int:
         """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
@@ -285,14 +308,14 @@ class ClusteringModule(LightningModule):
         has_row = worst < NO_ROW
         group, cluster, worst = group[has_row], cluster[has_row], worst[has_row]
         source = self.trainer.datamodule.source
-        seeds = _RowReader(self, source, site).masks(group, worst & ((1 << ROW_BITS) - 1))
+        seeds = RowReader(self, source, site).masks(group, worst & ((1 << ROW_BITS) - 1))
         centroids = self.get("centroids", site)
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds
         return changed
 
 
-class _RowReader:
+class RowReader:
     """Reads rows by group and number, wherever they lie: each rank contributes those it owns, and all get all."""
 
     def __init__(self, module: ClusteringModule, source: PatternSource, site: str):
@@ -327,12 +350,12 @@ class _RowReader:
         return ops.cut_or_fill(active, ops.mask_size(D, self.module.cfg.density), importance, frequency)
 
 
-class _Start:
+class Start:
     """The first centroids: rows drawn at random without replacement, or by k-means++ from a random sample; empty rows left out."""
 
     def __init__(self, module: ClusteringModule, source: PatternSource, site: str):
         self.module, self.site = module, site
-        self.reader = _RowReader(module, source, site)
+        self.reader = RowReader(module, source, site)
         self.generator = torch.Generator().manual_seed(module.seed)
 
     def centroids(self) -> Tensor:
@@ -343,20 +366,30 @@ class _Start:
         chosen = [self._draw(group, order, wanted) for group in range(self.module.groups)]
         if self.module.cfg.init == "k-means++":
             chosen = [self._spread(group, rows) for group, rows in enumerate(chosen)]
-        return torch.stack([self.reader.masks(torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)])
+        return torch.stack([self.seeds(torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)])
+
+    def seeds(self, group: Tensor, row: Tensor) -> Tensor:
+        """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""
+        return self.reader.masks(group, row)
+
+    def usable(self, patterns: Tensor) -> Tensor:
+        """bool [n]: which patterns uint8 [n, W] may start a cluster."""
+        return ops.popcount(patterns) > 0
+
+    what_is_usable = "that are not empty"
 
     def _draw(self, group: int, order: Tensor, wanted: int) -> Tensor:
-        """The first `wanted` rows of `order` that are not empty (fewer, down to K, if there are no more)."""
+        """The first `wanted` rows of `order` that are usable (fewer, down to K, if there are no more)."""
         found = torch.zeros(0, dtype=torch.int64)
         for start in range(0, len(order), wanted):
             rows = order[start : start + wanted]
-            filled = ops.popcount(self.reader.read("patterns", torch.full_like(rows, group), rows)).cpu() > 0
-            found = torch.cat([found, rows[filled]])[:wanted]
+            usable = self.usable(self.reader.read("patterns", torch.full_like(rows, group), rows)).cpu()
+            found = torch.cat([found, rows[usable]])[:wanted]
             if len(found) == wanted:
                 return found
         if len(found) < self.module.cfg.k:
             raise UserError(
-                f"cluster.k={self.module.cfg.k} is more than the {len(found)} patterns that are not empty "
+                f"cluster.k={self.module.cfg.k} is more than the {len(found)} patterns {self.what_is_usable} "
                 f"(site {self.site}, {'all layers' if self.module.pooled else f'layer {group}'}); lower it or raise data.fit_windows"
             )
         return found
@@ -365,7 +398,7 @@ class _Start:
         """k-means++ (Arthur and Vassilvitskii, 2007) over sample `rows`, with what a centroid fails to capture as the distance."""
         module = self.module
         groups = torch.full_like(rows, group)
-        masks = self.reader.masks(groups, rows)
+        masks = self.seeds(groups, rows)
         sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
         scales = ops.row_scales(sample, module.power) if module.power else None
         total = ops.row_totals(sample, module.power) if module.power else ops.popcount(sample).long()

@@ -153,7 +153,7 @@ def _size(block: Block) -> int:
 
 
 class BlockLoader:
-    """Every block once an epoch, shuffled; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
+    """Every block once an epoch, shuffled unless `in_order`; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
 
     Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `progress` says what has
     been handed out, and after `resume` the next iteration goes on behind it, so that a resumed run sees each row exactly
@@ -174,8 +174,9 @@ class BlockLoader:
         batch_tokens: int | None = None,
         device: torch.device | None = None,
         keep_bytes: int = 0,
+        in_order: bool = False,
     ):
-        self.source, self.seed, self.batch_tokens = source, seed, batch_tokens
+        self.source, self.seed, self.batch_tokens, self.in_order = source, seed, batch_tokens, in_order
         self._stream = BlockStream(source, fields, device, keep_bytes)
         self.blocks = block_ranges(source.info.windows, block_windows)
         self.epoch, self.position = 0, 0
@@ -230,7 +231,7 @@ class BlockLoader:
     def __iter__(self) -> Iterator[Block]:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        order = torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
+        order = list(range(len(self.blocks))) if self.in_order else torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
         skip = self.position
         while order and skip >= self._batches(order[0]):
             skip -= self._batches(order.pop(0))

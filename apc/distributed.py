@@ -54,6 +54,13 @@ def all_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_max(value: Tensor) -> Tensor:
+    """The largest of `value` over all ranks, element by element. The result may be `value` itself, changed."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def all_concat(value: Tensor, dim: int) -> Tensor:
     """The ranks' equally shaped tensors one after the other along `dim`, in rank order."""
     if not dist.is_initialized():

@@ -23,10 +23,13 @@ from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.evaluation import Evaluator
+from apc.paper import PaperClustering
 from apc.patterns import Block, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.tracking import Tracking
+
+ALGORITHMS = {"lloyd": ClusteringModule, "apc-paper": PaperClustering}
 
 
 class _StaysOnDevice:
@@ -118,7 +121,7 @@ def _loader(
 ) -> BlockLoader:
     block_windows, fields = max(1, cfg.collect.block_tokens // source.info.seq_len), module.fields()
     kept = keep_bytes(source.info, fields, block_windows, device, module.working_bytes())
-    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept)
+    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=getattr(module, "in_order", False))
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _cluster(cfg: Config, source: PatternSource, run: RunFolder, tracking: Track
     """The codebook, with the provenance `made`, and the module's history."""
     device = watched.collector.device
     with device:  # gigabytes of buffers come into being where they are used
-        module = ClusteringModule(cfg.cluster, source.info, cfg.seed)
+        module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
     # Within a pass each rank holds sums of its own, and a checkpoint those of the first: with several ranks only whole passes are kept.
     every = cfg.trainer.checkpoint_every_n_steps if distributed.world_size() == 1 else sys.maxsize
     callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), every)]

@@ -169,7 +169,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("options", [{}, {"cluster.schedule": "step"}], ids=["epoch", "step"])
+PAPER = {"cluster.algorithm": "apc-paper", "cluster.weighting": "binary", "cluster.scope": "pooled"}
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster.schedule": "step"}, PAPER], ids=["epoch", "step", "paper"])
 def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, monkeypatch, options):
     settings = {"trainer.checkpoint_every_n_steps": 1, "stage": "predict", **options}
     name = "-".join(options.values()) or "epoch"

@@ -1,0 +1,137 @@
+"""The clustering of the APC paper (Dhar et al., Euro-Par 2025): clusters of a fixed size, updated window by window.
+
+A chunk is one window's patterns. Each chunk fills the clusters in the order of their ids, each with its ⌊n / K⌋ nearest patterns of those
+that are left, by the masked distance; what is then left over stays out of the update. A centroid becomes the blend of itself, which counts as
+all chunks before, and of the mean of its patterns, cut to its largest neurons. With several ranks each takes a chunk, and their centroids are
+averaged. Where the paper cuts at a quantile, ties go to the lowest neuron, so that every centroid has exactly its share of ones.
+
+Shape letters as in `apc.clustering`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from apc import distributed, ops
+from apc.clustering import ClusterConfig, ClusteringModule, Start
+from apc.errors import UserError
+from apc.patterns import Block, PatternInfo, PatternSource
+
+
+class PaperClustering(ClusteringModule):
+    """Further buffers, one set per site: seen int64 [], chunks before; cluster_of int32 [L, T], each row's cluster in the pass before (−1: it was
+    left over, −2: there was none). And moved int64 [], rows that changed their cluster in the pass so far."""
+
+    in_order = True
+
+    def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
+        super().__init__(cfg, info, seed)
+        self.register_buffer("moved", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def chunk(self) -> int:
+        """Patterns of a group in one window."""
+        return self.info.seq_len * (self.info.layers if self.pooled else 1)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.cfg.weighting != "binary":
+            raise UserError(f"cluster.algorithm=apc-paper clusters binary patterns; set cluster.weighting=binary in place of {self.cfg.weighting}")
+        if self.cfg.schedule != "epoch":
+            raise UserError("cluster.algorithm=apc-paper updates after every window by itself; leave out cluster.schedule=step")
+        if self.cfg.k > self.chunk:
+            raise UserError(f"cluster.k={self.cfg.k} is more than the {self.chunk} patterns of a window, which apc-paper fills the clusters with; lower it")
+
+    def _register_site(self, site: str, D: int) -> None:
+        super()._register_site(site, D)
+        self.register_buffer(f"seen_{site}", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(f"cluster_of_{site}", torch.full((self.info.layers, self.info.tokens), -2, dtype=torch.int32))
+
+    def on_fit_start(self) -> None:
+        left_over = self.chunk % self.cfg.k
+        if left_over and distributed.is_main():
+            print(
+                f"apc-paper: a window's {self.chunk:,} patterns fill {self.cfg.k:,} clusters with {self.chunk // self.cfg.k:,} each; "
+                f"the {left_over:,} left over stay out of its update",
+                flush=True,
+            )
+        super().on_fit_start()
+
+    def _start(self, source: PatternSource, site: str) -> Start:
+        return _PaperStart(self, source, site)
+
+    def _begin_pass(self) -> None:
+        super()._begin_pass()
+        self.moved.zero_()
+
+    @property
+    def _layers_apart(self) -> bool:
+        return True  # sums lack what was left over
+
+    def _add_rows(self, site: str, block: Block) -> None:
+        S = self.info.seq_len
+        own = block.tokens // S
+        ranks = distributed.world_size()
+        steps = math.ceil(int(distributed.all_sum(torch.tensor(own, device=self.device))) / ranks)  # blocks are shared out as evenly as can be
+        for step in range(steps):
+            old = self.get("centroids", site)
+            if step < own:
+                span = slice(step * S, (step + 1) * S)
+                new = self._learn(site, block.patterns[site][:, span], block.positions[span].to(self.device))
+            else:
+                new = torch.zeros_like(old)  # this rank has no chunk left, and no vote
+            if ranks > 1:
+                votes = distributed.all_sum(ops.unpack(new, self.info.widths[site]).long())
+                new = ops.binarize(votes, self.cfg.density)
+            self.changed += ops.popcount(new ^ old).long().sum()
+            self._set("centroids", site, new)
+            self.get("seen", site).add_(1)
+        if not self.history:
+            self._add_layer_sums(site, block)
+
+    def _learn(self, site: str, patterns: Tensor, positions: Tensor) -> Tensor:
+        """The centroids uint8 [G, K, W] after a chunk, uint8 [L, S, W] at positions int64 [S]; notes members, sums and what was captured."""
+        centroids, K, D = self.get("centroids", site), self.cfg.k, self.info.widths[site]
+        rows = self._grouped(patterns)
+        capacity = rows.shape[1] // K
+        ids = torch.stack([ops.assign_with_capacity(group, own, capacity) for group, own in zip(rows, centroids, strict=True)])
+        groups, members = torch.arange(len(rows), device=ids.device).unsqueeze(1), ids >= 0
+        members = members.nonzero()[:, 1].view(len(rows), K * capacity)  # as many in each group
+        rows_in, ids_in = rows[groups, members], ids.gather(1, members)
+        sums, sizes = ops.accumulate(rows_in, ids_in, K, D)
+        self.get("sums", site).add_(sums)
+        self.get("sizes", site).add_(sizes)
+        self.get("captured", site).add_(ops.popcount(rows_in & centroids[groups, ids_in]).sum(1))
+        self.get("weight", site).add_(ops.popcount(rows).sum(1))
+        before, now = self.get("cluster_of", site), ids.reshape(patterns.shape[:2]).int()
+        self.moved += (before[:, positions] != now).sum()
+        before[:, positions] = now
+        # (c · h + mean · n) / (h + n) with h = n · chunks before and n = capacity, which is the size of every cluster: in whole numbers, times (h + n).
+        return ops.binarize(ops.unpack(centroids, D).long() * (capacity * self.get("seen", site)) + sums, self.cfg.density)
+
+    def _revise(self, site: str) -> int:
+        if distributed.world_size() > 1:  # each rank knows its own rows, a checkpoint those of all
+            others = ~self.trainer.datamodule.loader.owned(torch.arange(self.info.tokens))
+            distributed.all_max(self.get("cluster_of", site).masked_fill_(others.to(self.device), -2))
+        return int((self.get("sizes", site) == 0).sum())
+
+    def _own_figures(self) -> dict[str, float]:
+        rows = len(self.info.sites) * self.info.layers * self.info.tokens
+        return {"moved": int(distributed.all_sum(self.moved.clone())) / rows}
+
+    def _settled(self, record: dict) -> bool:
+        return record["moved"] == 0
+
+
+class _PaperStart(Start):
+    """Patterns as they are, drawn at random (or by k-means++), leaving out those with more ones than a centroid has."""
+
+    what_is_usable = "with some ones and no more than a centroid has"
+
+    def seeds(self, group: Tensor, row: Tensor) -> Tensor:
+        return self.reader.read("patterns", group, row)
+
+    def usable(self, patterns: Tensor) -> Tensor:
+        ones = ops.popcount(patterns)
+        return (ones > 0) & (ones <= ops.mask_size(self.module.info.widths[self.site], self.module.cfg.density))
