@@ -33,8 +33,8 @@ def train(cfg: Config) -> dict:
         model, tokenizer = load_model(cfg.model, device)
         windows = cut_windows(cfg.data, *texts, tokenizer)
     fit, monitored, scored = scoring.split_windows(cfg, *windows)
-    collector = Collector(model, cfg.sites, device, scoring.batch_windows(cfg, device))
-    identity = collect.pattern_identity(weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect.calibration_windows)
+    collector = Collector(model, cfg.sites, device, scoring.batch_windows(cfg, device), thresholded=cfg.collect.forward == "thresholded")
+    identity = collect.pattern_identity(weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect)
     facts = {"model": model_name(cfg.model), "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}
     watch.lap("load")
 

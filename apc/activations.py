@@ -21,10 +21,11 @@ class Collector:
         sites: where patterns are read.
         device: where the model is.
         batch_windows: windows in one forward pass.
+        thresholded: whether inactive values become zero in the forward pass that blocks are read from, as in the paper's.
     """
 
-    def __init__(self, model: nn.Module, sites: list[str], device: torch.device, batch_windows: int = 1):
-        self.model, self.sites, self.device, self.batch_windows = model, sites, device, batch_windows
+    def __init__(self, model: nn.Module, sites: list[str], device: torch.device, batch_windows: int = 1, thresholded: bool = False):
+        self.model, self.sites, self.device, self.batch_windows, self.thresholded = model, sites, device, batch_windows, thresholded
         self.ffns = find_ffns(model)
         self.importance = Importance(self.ffns)
 
@@ -41,7 +42,7 @@ class Collector:
 
     def block(self, windows: Tensor, first: int, rule: ActiveRule, with_importance: bool, with_hidden: bool) -> Block:
         """The patterns of `windows` (int64 [n, seq_len]), whose first has the global index `first`. Raises UserError at NaN or infinity."""
-        reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden)
+        reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden, self.thresholded)
         self._forward(windows, reader, first)
         return reader.block(first, first + len(windows), windows.shape[1])
 
@@ -116,9 +117,9 @@ def _quantile(counts: Tensor, share: float) -> Tensor:
 
 
 class _PatternReader(_Visitor):
-    def __init__(self, ffns: list[GatedFFN], importance: Importance, rule: ActiveRule, with_importance: bool, with_hidden: bool):
+    def __init__(self, ffns: list[GatedFFN], importance: Importance, rule: ActiveRule, with_importance: bool, with_hidden: bool, thresholded: bool = False):
         super().__init__(importance)
-        self._layers, self._rule = len(ffns), rule
+        self._layers, self._rule, self._thresholded = len(ffns), rule, thresholded
         self._with_importance, self._with_hidden = with_importance, with_hidden
         self._parts: dict[str, list[list[Tensor]]] = {}
 
@@ -129,13 +130,15 @@ class _PatternReader(_Visitor):
         if self._with_hidden:
             self._keep("hidden", layer, hidden.flatten(0, -2).to(torch.bfloat16))
 
-    def visit(self, layer: int, site: str, values: Tensor) -> None:
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         importance = self.measure(layer, site, values)
-        self._keep(f"patterns.{site}", layer, ops.pack(self._rule.active(layer, site, importance)))
+        active = self._rule.active(layer, site, importance)
+        self._keep(f"patterns.{site}", layer, ops.pack(active))
         if self._with_importance:
             quantised, scale = quantise(importance)
             self._keep(f"importance.{site}", layer, quantised)
             self._keep(f"scale.{site}", layer, scale)
+        return values.masked_fill(~active.view(values.shape), 0) if self._thresholded else None
 
     def block(self, first: int, last: int, seq_len: int) -> Block:
         named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}

@@ -19,9 +19,10 @@ def store_folder(cfg: CollectConfig) -> Path:
     return Path(cfg.dir).expanduser() if cfg.dir else assets.cache_dir() / "patterns"
 
 
-def pattern_identity(weights: str, text: str, sites: list[str], active: str, sparsity: float, calibration_windows: int) -> dict:
+def pattern_identity(weights: str, text: str, sites: list[str], active: str, sparsity: float, cfg: CollectConfig) -> dict:
     """What decides the content of collected patterns. weights, text: digests; no paths, so a moved model is the same model."""
-    return dict(format=1, weights=weights, text=text, sites=sites, active=active, sparsity=sparsity, calibration_windows=calibration_windows)
+    forward = {} if cfg.forward == "dense" else {"forward": cfg.forward}
+    return dict(format=1, weights=weights, text=text, sites=sites, active=active, sparsity=sparsity, calibration_windows=cfg.calibration_windows) | forward
 
 
 def calibration_sample(windows: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ class CollectConfig:
     storage: str = "disk"  # disk (found again by later runs), memory (host) or device (GPU memory)
     dir: str | None = None  # folder for stores; null: the user's cache
     importance: bool = True  # keep each neuron's importance too (uint8), which the weighted clusterings and listwise losses need
+    forward: str = "dense"  # the forward pass that patterns are read from: dense, or thresholded, with inactive values set to zero (the paper)
     hidden: str = "stored"  # the predictor's inputs: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch)
     calibration_windows: int = 8  # windows, spread over the fit text, that the thresholds are calibrated on
     block_tokens: int = 16384  # tokens that clustering and predictor training take in one step, over all ranks
@@ -31,6 +32,10 @@ class CollectConfig:
             raise UserError(f"collect.storage={self.storage}: choose disk, memory or device")
         if self.hidden not in ("stored", "streamed"):
             raise UserError(f"collect.hidden={self.hidden}: choose stored or streamed")
+        if self.forward not in ("dense", "thresholded"):
+            raise UserError(f"collect.forward={self.forward}: choose dense or thresholded")
+        if self.forward == "thresholded" and self.hidden == "streamed":
+            raise UserError("collect.hidden=streamed runs the dense forward again, not the thresholded one; set collect.hidden=stored")
         for key in ("calibration_windows", "block_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"collect.{key} must be at least 1, got {getattr(self, key)}")

@@ -26,6 +26,7 @@ ARM_STYLES = {
     "static": ("#E69F00", "^"),
     "random": ("#8C8C8C", "v"),
     "oracle": ("#009E73", "D"),
+    "thresholded-oracle": ("#117733", "h"),
     "predicted": ("#D55E00", "o"),
     "soft": ("#CC79A7", "P"),
     "gate": ("#56B4E9", "X"),
@@ -59,6 +60,8 @@ def conditions_text(results: dict) -> str:
         known("K {:,}", "k"),
         known("density {:g}", "density"),
         known("{} weighting", "weighting"),
+        known("{}", "algorithm"),
+        known("{} forward", "forward"),
         known("one codebook per layer", "scope") if conditions.get("scope") == "layer" else known("{} codebook", "scope"),
     ]
     fit = " ".join(filter(None, [known("fit {}", "fit"), known("({:,} tokens)", "fit_tokens")]))

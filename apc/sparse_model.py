@@ -127,6 +127,15 @@ class Oracle(Arm):
         return ops.unpack(centroids[ids], tokens.values.shape[-1])
 
 
+class ThresholdedOracle(Oracle):
+    """Of the token's own active neurons those that its nearest centroid keeps (how the paper scores)."""
+
+    name = "thresholded-oracle"
+
+    def mask(self, tokens: Tokens) -> Tensor:
+        return super().mask(tokens) & tokens.active
+
+
 class _NeedsPredictor(Arm):
     form = "cluster"
 
@@ -196,7 +205,7 @@ class KeepAll(Arm):
         return torch.ones(1, tokens.values.shape[-1], dtype=torch.bool, device=tokens.values.device)
 
 
-ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, Predicted, Soft, Gate, NeuronPredictor)}
+ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, Gate, NeuronPredictor)}
 
 
 def make_arm(name: str, codebook: Codebook, predictor: Predictor | None, seed: int = 0) -> Arm:
@@ -287,7 +296,7 @@ def sparsify(model: nn.Module, codebook: Codebook, predictor: Predictor | None =
 
     Args:
         codebook, predictor: as `Codebook.load` and `Predictor.load` give them; moved to the model's device.
-        arm: dense, exact, static, random, oracle, predicted, soft, gate or neuron-predictor.
+        arm: dense, exact, static, random, oracle, thresholded-oracle, predicted, soft, gate or neuron-predictor.
         seed: what the arm `random` draws its masks from.
 
     Raises:

@@ -63,9 +63,10 @@ def slow_mask(arm, codebook, predictor, layer, site, ffn, values, inputs, gate):
         if arm == "gate":
             rows.append(ops.top_mask(gate[token].abs(), m))
             continue
-        if arm == "oracle":
+        if arm in ("oracle", "thresholded-oracle"):
             weights = {"binary": active.double(), "energy": row.double() ** 2, "magnitude": row.double()}[codebook.weighting]
-            rows.append(centroids[max(range(K), key=lambda k: (float((weights * centroids[k]).sum()), -k))].bool())  # noqa: B023
+            nearest = centroids[max(range(K), key=lambda k: (float((weights * centroids[k]).sum()), -k))].bool()  # noqa: B023
+            rows.append(nearest & active if arm == "thresholded-oracle" else nearest)
             continue
         hidden = inputs[max(layer - predictor.lookahead, 0)][token]
         hidden = hidden / (hidden.pow(2).mean() + torch.finfo(torch.float32).eps).sqrt()

@@ -12,7 +12,7 @@ from apc import cache, collect, distributed, ops, store
 from apc.activations import HISTOGRAM_SHIFT, Collector
 from apc.datamodule import BlockLoader, block_ranges
 from apc.errors import UserError
-from apc.models import find_ffns, weights_digest
+from apc.models import FFNHooks, find_ffns, weights_digest
 from apc.patterns import CollectConfig
 from apc.store import PatternStore
 from apc.text import Windows, _digest
@@ -25,10 +25,10 @@ def make_windows(count=7, seq_len=16, seed=0):
 
 def run_collect(folder, model=None, windows=None, sites=("neuron",), active="threshold", storage="disk", with_hidden=True, **options):
     model = model or tiny.make_model()
-    collector = Collector(model, list(sites), torch.device("cpu"), batch_windows=2)
     cfg = CollectConfig(storage=storage, dir=str(folder), calibration_windows=options.pop("calibration_windows", 7), **options)
+    collector = Collector(model, list(sites), torch.device("cpu"), batch_windows=2, thresholded=cfg.forward == "thresholded")
     windows = windows or make_windows()
-    identity = collect.pattern_identity(weights_digest(model), windows.digest, list(sites), active, 0.5, cfg.calibration_windows)
+    identity = collect.pattern_identity(weights_digest(model), windows.digest, list(sites), active, 0.5, cfg)
     return collect.collect(cfg, collector, windows, active, 0.5, identity, with_hidden)
 
 
@@ -262,6 +262,37 @@ def test_the_cache_lists_and_prunes(tmp_path, capsys):
         cache.main(["prune", "nothing", "--dir", str(tmp_path)])
     cache.main(["prune", source.path.name, "--dir", str(tmp_path)])
     assert not source.path.exists()
+
+
+def test_a_thresholded_forward_is_read_after_its_own_zeros(tmp_path):
+    model, sites = tiny.make_model(), ["gate", "up", "down"]
+    dense = run_collect(tmp_path, model, sites=sites)
+    found = run_collect(tmp_path, model, sites=sites, forward="thresholded")
+    assert found.path != dense.path and found.info.rule.thresholds.keys() == dense.info.rule.thresholds.keys()
+    seen = {site: [[] for _ in range(3)] for site in sites}
+
+    class Zeroing:
+        def enter(self, layer, hidden):
+            pass
+
+        def visit(self, layer, site, values):
+            active = values.abs() >= dense.info.rule.thresholds[site][layer]
+            seen[site][layer].append(active.flatten(0, -2))
+            return values * active
+
+    hooks = FFNHooks(find_ffns(model), sites, Zeroing())
+    with torch.inference_mode():
+        for batch in make_windows(7).tokens.split(2):
+            model.base_model(input_ids=batch, use_cache=False)
+    hooks.remove()
+    for site, layers in seen.items():
+        expected = ops.pack(torch.stack([torch.cat(batches) for batches in layers]))
+        assert torch.equal(found.block(0, 7, [f"patterns.{site}"]).patterns[site], expected)
+    assert not torch.equal(found.block(0, 7, ["patterns.up"]).patterns["up"], dense.block(0, 7, ["patterns.up"]).patterns["up"])
+    with pytest.raises(UserError, match="collect.hidden=streamed runs the dense forward again"):
+        CollectConfig(forward="thresholded", hidden="streamed")
+    with pytest.raises(UserError, match="collect.forward=sparse: choose dense or thresholded"):
+        CollectConfig(forward="sparse")
 
 
 def test_bfloat16_survives_the_disk(tmp_path):
