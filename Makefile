@@ -19,9 +19,9 @@ bench: .venv/ready
 		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/lloyd.py; fi
 	$(BIN)/python benchmarks/cpu.py
 
-# A small sweep over the number of clusters, run here one after the other; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.
+# A small sweep over clusters and weightings, run here; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.
 demo-sweep: .venv/ready
-	for k in 16 64 256; do $(BIN)/python train.py cluster.k=$$k tracking.group=demo-sweep run.name=demo-sweep-k$$k || exit; done
+	$(BIN)/python -m apc.sweep configs/sweep/demo.yaml
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv

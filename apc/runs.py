@@ -108,7 +108,7 @@ def open_run(cfg: Config) -> RunFolder:
     """Makes the run's folder, or takes an existing one up. Raises UserError if what that one holds is of another configuration."""
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
     if run.config.is_file():
-        _check_same(run, cfg)
+        check_same(run, cfg)
     distributed.barrier()  # every rank has looked before one writes
     if distributed.is_main():
         try:
@@ -134,7 +134,8 @@ def _decisive(values: dict, keys: tuple[str, ...]) -> dict:
     }
 
 
-def _check_same(run: RunFolder, cfg: Config) -> None:
+def check_same(run: RunFolder, cfg: Config) -> None:
+    """Raises UserError, naming the difference, if what a run's folder holds was made under another configuration."""
     old = to_dict(load_config(run.config))
     clustered = any(path.exists() for path in (run.codebook, run.checkpoint("cluster")))
     predicted = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))

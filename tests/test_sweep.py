@@ -1,0 +1,92 @@
+"""A sweep file's grid runs here as W&B would run it: every combination once, gone on with where it was, whatever fails beside it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import tiny
+from apc import sweep
+from apc.errors import UserError
+from apc.runs import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_sweep(path, **parameters):
+    lines = [f"  {key}: {{{'values' if isinstance(value, list) else 'value'}: {value}}}" for key, value in parameters.items()]
+    path.write_text("\n".join(["program: train.py", "method: grid", "parameters:", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tiny.make_workplace(tmp_path_factory.mktemp("sweep"))
+
+
+def words_for(workplace, **changes):
+    return [word for word in tiny.tiny_overrides(workplace, **changes) if not word.startswith(("run.name=", "cluster.k=", "cluster.weighting=", "seed="))]
+
+
+def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file = write_sweep(workplace / "grid.yaml", **{"cluster.k": [3, 5, 100_000], "cluster.weighting": "binary"})
+    words = [str(file), *words_for(workplace, arms="[dense,oracle]", **{"predictor.max_epochs": 1}), "--jobs", "2"]
+    with pytest.raises(SystemExit) as end:
+        sweep.main(words)
+    said = capsys.readouterr()
+    assert end.value.code == 1
+    assert "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err and "2 of 3 runs finished" in said.out
+    for k in (3, 5):
+        run = load_run(workplace / "runs" / f"grid-k{k}")
+        assert run.codebook.k == k and run.config.cluster.weighting == "binary" and run.config.tracking.group == "grid"
+    table = list(csv.DictReader((workplace / "runs" / "grid.csv").open()))
+    assert [(row["run"], row["cluster.k"], row["arm"]) for row in table] == [
+        (f"grid-k{k}", str(k), arm) for k in (3, 5) for arm in ("dense", "oracle")
+    ]  # fmt: skip
+    assert float(table[1]["perplexity"]) == pytest.approx(load_run(workplace / "runs" / "grid-k3").results["arms"][1]["perplexity"])
+
+    ran = []
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **options: ran.append(command) or type("Done", (), {"returncode": 0}))
+    sweep.main(words)  # only what failed is tried again
+    assert len(ran) == 1 and "run.name=grid-k100000" in ran[0]
+    with pytest.raises(UserError, match="cluster.k=9: the sweep sets cluster.k itself"):
+        sweep.main([*words, "cluster.k=9"])
+    with pytest.raises(UserError, match=r"grid-k3: holds a run with cluster.max_epochs="):
+        sweep.main([*words, "cluster.max_epochs=77"])
+
+
+def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        sweep.subprocess, "run", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or type("Done", (), {"returncode": 0})
+    )
+    file = write_sweep(workplace / "many.yaml", **{"seed": list(range(9))})
+    sweep.main([str(file), *words_for(workplace)])
+    assert len(seen) == 9 and set(seen) <= {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("method: bayes\nparameters: {cluster.k: {min: 1, max: 9}}", "method bayes needs W&B's server"),
+        ("method: grid\nparameters: {cluster.k: {min: 1, max: 9}}", r"parameters.cluster.k needs `values: \[...\]` or `value: ...`"),
+        ("method: grid", "needs `parameters:`"),
+        ("a: [", "can't be read as YAML"),
+        ("method: grid\nparameters: {cluster.kk: {values: [1, 2]}}", "cluster.kk"),
+        ("method: grid\nparameters: {run.dir: {values: ['a/b', 'a:b']}}", "both called bad-dira_b"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(sweep.subprocess, "run", None)
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        sweep.main([str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, capsys):
+    sweep.main([str(file), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) > 1 and all("train.py cluster." in line for line in lines)
