@@ -9,10 +9,10 @@ python -m apc.cache prune --all
 import argparse
 import json
 import shutil
-import sys
 from datetime import datetime
 from pathlib import Path
 
+from apc.cli import one_line_errors
 from apc.collect import store_folder
 from apc.errors import UserError
 from apc.patterns import CollectConfig
@@ -65,8 +65,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("the same command goes on with what is left"):
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -7,7 +7,8 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from apc.config import Config, describe, load_config, to_yaml
 from apc.errors import UserError
@@ -20,9 +21,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def main(description: str, run: Callable[[Config], dict], defaults: Callable[[str | None, list[str]], Config] = load_config) -> None:
     """Reads the command line, starts the ranks where there are several, and calls `run(config)`.
 
-    A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
+    Errors end as in `one_line_errors`.
     """
-    try:
+    with one_line_errors("the same command with this run.name goes on from here"):
         path, overrides, print_config = _parse(description)
         cfg = defaults(path, overrides)
         if print_config:
@@ -37,12 +38,19 @@ def main(description: str, run: Callable[[Config], dict], defaults: Callable[[st
                 raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
             cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
         run(cfg)
+
+
+@contextmanager
+def one_line_errors(after_interrupt: str) -> Iterator[None]:
+    """A UserError becomes one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130."""
+    try:
+        yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command with this run.name goes on from here", file=sys.stderr)
+        print(f"interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -159,6 +159,8 @@ class PredictorModule(LightningModule):
         self.history: list[dict] = []
         self.figures: dict = {}
 
+    in_order = False  # blocks come shuffled
+
     def get_extra_state(self) -> dict:
         return {"history": self.history, "figures": self.figures}
 

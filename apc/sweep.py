@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from apc.cli import one_line_errors
 from apc.config import Config, load_config, to_dict
 from apc.errors import UserError
 from apc.files import write_atomic
@@ -64,7 +65,9 @@ def read_sweep(path: Path) -> tuple[str, dict[str, list]]:
     """The program of a sweep file, and the values of each parameter. Raises UserError, naming the file, for what is no grid."""
     try:
         sweep = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give a sweep file, e.g. configs/sweep/demo.yaml") from error
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: can't be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or not sweep["parameters"]:
         raise UserError(f"{path}: not a sweep; it needs `parameters:` with a list of values for each key")
@@ -175,11 +178,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("the same command goes on from here"):
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

@@ -121,7 +121,7 @@ def _loader(
 ) -> BlockLoader:
     block_windows, fields = max(1, cfg.collect.block_tokens // source.info.seq_len), module.fields()
     kept = keep_bytes(source.info, fields, block_windows, device, module.working_bytes())
-    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=getattr(module, "in_order", False))
+    return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=module.in_order)
 
 
 @dataclass(frozen=True)

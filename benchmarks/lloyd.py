@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.quick:
-        sys.exit("benchmarks/lloyd.py: no CUDA GPU here; --quick runs tiny sizes on the CPU")
+        print("benchmarks/lloyd.py needs an NVIDIA GPU, and torch sees none; --quick runs tiny sizes on the CPU", file=sys.stderr)
+        sys.exit(2)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",

@@ -17,11 +17,12 @@ from apc.callbacks import ResumePoint
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
-from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
+from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import load_run
+from apc.streaming import BlockStream
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, WINDOWS, SEQ_LEN, D = 2, 9, 16, 43

@@ -8,9 +8,10 @@ from pytorch_lightning import Trainer
 
 from apc import ops
 from apc.clustering import ClusterConfig, ClusteringModule
-from apc.datamodule import BlockLoader, BlockStream, PatternDataModule
+from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+from apc.streaming import BlockStream
 
 LAYERS, WINDOWS, SEQ_LEN, D, HIDDEN = 3, 11, 64, 200, 24
 RANGES = [(0, 3), (3, 4), (4, 9), (9, 11), (0, 3), (4, 9)]
