@@ -25,7 +25,8 @@ class SiteCodebook:
     centroids: uint8 [G, K, W], packed masks with exactly m ones; profiles: float16 [G, K, D], the mean pattern of each
     cluster under the fitted weighting, scaled to a mean of 1 over the neurons (a cluster without members: its centroid);
     sizes: int64 [G, K], rows in each cluster; static: uint8 [L, W], the best single mask of each layer;
-    thresholds: float32 [L], zero where the rule is `top`.
+    thresholds: float32 [L], zero where the rule is `top`; offsets: float32 [G, K, E], what is added to an FFN's output in place of what a cluster's
+    mask drops, or None.
     """
 
     centroids: Tensor
@@ -33,13 +34,18 @@ class SiteCodebook:
     sizes: Tensor
     static: Tensor
     thresholds: Tensor
+    offsets: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass
 class Codebook:
     """Masks for the FFNs of a model, and how they came about.
 
-    widths: neurons at each site; provenance: model, text, configuration, versions and commit.
+    widths: neurons at each site; provenance: model, text, configuration, versions and commit; budget: how many ones the masks of each layer have,
+    where layers differ (static masks do not: they have ⌊density·D + ½⌋ everywhere), else empty.
     """
 
     sites: dict[str, SiteCodebook]
@@ -53,6 +59,11 @@ class Codebook:
     active: str
     sparsity: float
     provenance: dict = field(default_factory=dict)
+    budget: list[int] = field(default_factory=list)
+
+    def size(self, site: str, layer: int) -> int:
+        """Ones in a layer's masks."""
+        return self.budget[layer] if self.budget else ops.mask_size(self.widths[site], self.density)
 
     @property
     def k(self) -> int:
@@ -72,7 +83,7 @@ class Codebook:
         return 0 if self.scope == "pooled" else layer
 
     def to(self, device: torch.device) -> "Codebook":
-        moved = {site: SiteCodebook(**{name: value.to(device) for name, value in vars(book).items()}) for site, book in self.sites.items()}
+        moved = {site: SiteCodebook(**{name: value.to(device) for name, value in book.tensors().items()}) for site, book in self.sites.items()}
         return Codebook(**{**vars(self), "sites": moved})
 
     @classmethod
@@ -102,7 +113,7 @@ class Codebook:
 
     def save(self, path: str | Path) -> None:
         header = {name: value for name, value in vars(self).items() if name != "sites"}
-        tensors = {f"{name}.{site}": value for site, book in self.sites.items() for name, value in vars(book).items()}
+        tensors = {f"{name}.{site}": value for site, book in self.sites.items() for name, value in book.tensors().items()}
         save_tensors(Path(path), KIND, VERSION, header, tensors)
 
     @classmethod
@@ -111,8 +122,10 @@ class Codebook:
         path = Path(path)
         header, tensors = load_tensors(path, KIND, VERSION)
         try:
-            names = list(SiteCodebook.__dataclass_fields__)
-            sites = {site: SiteCodebook(**{name: tensors.pop(f"{name}.{site}") for name in names}) for site in header["widths"]}
+            sites = {
+                site: SiteCodebook(**{name.removesuffix(f".{site}"): tensors[name] for name in tensors if name.endswith(f".{site}")})
+                for site in header["widths"]
+            }
             book = cls(sites=sites, **header)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged (its header and tensors don't match: {error}); make it again") from error
@@ -129,16 +142,19 @@ class Codebook:
         for site, book in self.sites.items():
             D = self.widths[site]
             K, W = book.centroids.shape[-2] if book.centroids.dim() == 3 else 0, ops.row_bytes(D)
-            expected = dict(centroids=(G, K, W), profiles=(G, K, D), sizes=(G, K), static=(L, W), thresholds=(L,))
-            for name, shape in expected.items():
-                if tuple(getattr(book, name).shape) != shape:
-                    return f"{name} of site {site} is {tuple(getattr(book, name).shape)}, expected {shape}"
+            expected = dict(centroids=(G, K, W), profiles=(G, K, D), sizes=(G, K), static=(L, W), thresholds=(L,), offsets=(G, K, self.hidden_size))
+            for name, value in book.tensors().items():
+                if tuple(value.shape) != expected[name]:
+                    return f"{name} of site {site} is {tuple(value.shape)}, expected {expected[name]}"
+            if self.budget and (len(self.budget) != L or G != L or not all(0 < m <= D for m in self.budget)):
+                return f"the budget {self.budget} is none for {L} layers of {D} neurons"
             m = ops.mask_size(D, self.density)
-            for name in ("centroids", "static"):
+            sizes = torch.tensor([self.size(site, layer) for layer in range(G)]).unsqueeze(1)
+            for name, ones in (("centroids", sizes), ("static", m)):
                 masks = getattr(book, name)
-                counts, inside = ops.popcount(masks), ops.popcount(ops.pack(ops.unpack(masks, D)))
-                if masks.dtype != torch.uint8 or not bool((counts == m).all() and (inside == m).all()):
-                    return f"a mask in {name} of site {site} does not have {m} ones in {D} neurons"
+                counts, inside = (ops.popcount(found).cpu() for found in (masks, ops.pack(ops.unpack(masks, D))))
+                if masks.dtype != torch.uint8 or not bool((counts == ones).all() and (inside == ones).all()):
+                    return f"a mask in {name} of site {site} does not have {m if isinstance(ones, int) else 'its number of'} ones in {D} neurons"
         return None
 
 

@@ -25,7 +25,7 @@ class DenseMeters(ForwardReader):
 
     def see(self, tokens: Tokens) -> None:
         for arm, meter in zip(self.arms, self.meters, strict=True):
-            meter.add(tokens, arm.mask(tokens))
+            meter.add(tokens, arm.choose(tokens).mask)
 
 
 @dataclass

@@ -131,6 +131,8 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
         by_cluster = arm.name in ("oracle", "predicted")
         bits += math.log2(codebook.k) if by_cluster else 0.0 if arm.name in ("static", "random") else choices / math.log(2)
         read += D / 16 if by_cluster else 0
+        if codebook.sites[site].offsets is not None:
+            read += codebook.hidden_size * {"oracle": 1, "predicted": 1, "soft": codebook.k}.get(arm.name, 0)
         if arm.name in ("predicted", "soft", "neuron-predictor"):
             read += predictor.parameters_read(site)
             computed += predictor.parameters_read(site)

@@ -46,10 +46,14 @@ class PredictorConfig:
 class Predictor(nn.Module):
     """A bottleneck MLP for every layer, E → H → K (or D) for each site, all layers in one batched product.
 
-    outputs: how many logits each site gets; form and lookahead as in `PredictorConfig`.
+    outputs: how many logits each site gets; form and lookahead as in `PredictorConfig`. corrects: whether the bottleneck is also mapped back, H → E,
+    to what the FFN's output lacks under its mask (nothing at first: `apc.tuning` trains it).
     """
 
-    def __init__(self, layers: int, hidden_size: int, hidden: int, outputs: dict[str, int], form: str = "cluster", lookahead: int = 0, provenance=None):
+    def __init__(
+        self, layers: int, hidden_size: int, hidden: int, outputs: dict[str, int], form: str = "cluster", lookahead: int = 0, provenance=None,
+        corrects: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.layers, self.hidden_size, self.hidden, self.outputs = layers, hidden_size, hidden, dict(outputs)
         self.form, self.lookahead, self.provenance = form, lookahead, provenance or {}
@@ -57,6 +61,8 @@ class Predictor(nn.Module):
         self.reduce_bias = nn.Parameter(torch.zeros(layers, hidden))
         self.expand = nn.ParameterDict({site: nn.Parameter(torch.empty(layers, hidden, count)) for site, count in outputs.items()})
         self.expand_bias = nn.ParameterDict({site: nn.Parameter(torch.zeros(layers, count)) for site, count in outputs.items()})
+        self.corrects = corrects
+        self.correct = nn.Parameter(torch.zeros(layers, hidden, hidden_size)) if corrects else None
         nn.init.normal_(self.reduce, std=hidden_size**-0.5)
         for weight in self.expand.values():
             nn.init.normal_(weight, std=hidden**-0.5)
@@ -71,10 +77,16 @@ class Predictor(nn.Module):
         inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), self._normalise(hidden[sources]), self.reduce))
         return {site: torch.baddbmm(self.expand_bias[site].unsqueeze(1), inner, weight) for site, weight in self.expand.items()}
 
-    def layer_logits(self, layer: int, site: str, hidden: Tensor) -> Tensor:
-        """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`."""
+    def layer_outputs(self, layer: int, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`, and its correction [n, E], None if it has none."""
         inner = F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
-        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer])
+        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), inner @ self.correct[layer] if self.corrects else None
+
+    def correcting(self) -> "Predictor":
+        """A copy that corrects, by nothing yet."""
+        copy = Predictor(self.layers, self.hidden_size, self.hidden, self.outputs, self.form, self.lookahead, self.provenance, corrects=True)
+        copy.load_state_dict({**copy.state_dict(), **self.state_dict()})
+        return copy
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
@@ -82,11 +94,11 @@ class Predictor(nn.Module):
 
     def parameters_read(self, site: str) -> int:
         """Parameters that one layer reads for one token at `site`; the reduction counts at the first site only."""
-        shared = (self.hidden_size + 1) * self.hidden if site == next(iter(self.outputs)) else 0
+        shared = ((1 + self.corrects) * self.hidden_size + 1) * self.hidden if site == next(iter(self.outputs)) else 0
         return shared + (self.hidden + 1) * self.outputs[site]
 
     def save(self, path: str | Path) -> None:
-        names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance")
+        names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance", "corrects")
         save_tensors(Path(path), KIND, VERSION, {name: getattr(self, name) for name in names}, self.state_dict())
 
     @classmethod
@@ -247,6 +259,11 @@ class PredictorModule(LightningModule):
         return self.predictor.cpu().requires_grad_(False).eval()
 
 
+def _top_masks(scores: Tensor, sizes: list[int]) -> Tensor:
+    """bool [L, n, D]: of scores [L, n, D] each layer's so many largest of every token."""
+    return torch.stack([ops.top_mask(layer, m) for layer, m in zip(scores, sizes, strict=True)])
+
+
 @torch.inference_mode()
 def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) -> dict[str, list[float]]:
     """Per layer, over the block's rows: top-1 and top-5 share (cluster form), and the importance and energy that the predicted
@@ -255,7 +272,7 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
     ids = nearest_clusters(codebook, block) if predictor.form == "cluster" else {}
     for site, scores in predictor(block.hidden).items():
         D = codebook.widths[site]
-        m = ops.mask_size(D, codebook.density)
+        sizes = [codebook.size(site, layer) for layer in range(codebook.layers)]
         masks = {}
         if predictor.form == "cluster":
             best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices
@@ -264,9 +281,9 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
             layers = torch.arange(len(scores), device=scores.device).unsqueeze(1)
             groups = torch.zeros_like(layers) if codebook.scope == "pooled" else layers
             masks["hard"] = ops.unpack(codebook.sites[site].centroids[groups, best[..., 0]], D)
-            masks["soft"] = ops.top_mask(mixed_profiles(codebook, site, scores.float().softmax(-1)), m)
+            masks["soft"] = _top_masks(mixed_profiles(codebook, site, scores.float().softmax(-1)), sizes)
         else:
-            masks["hard"] = ops.top_mask(scores.float(), m)
+            masks["hard"] = _top_masks(scores.float(), sizes)
         for kind, mask in masks.items() if block.importance else ():
             for name, power in (("importance", 1), ("energy", 2)):
                 weights = block.importance[site].double().pow(power)

@@ -4,7 +4,7 @@ Here a mask multiplies what was computed: this is what an arm costs in quality. 
 D neurons at a site, K clusters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -54,6 +54,15 @@ class Tokens:
         return tuple(torch.linalg.vecdot(weights, kept) / weights.sum(-1).clamp_min(tiny) for weights in (self.importance, self.energy))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What an arm does with some tokens: mask bool [n, D] (or [1, D], the same for all), True where a neuron is kept; added, to the FFN's output:
+    [n, E], [E] or None."""
+
+    mask: Tensor
+    added: Tensor | None = None
+
+
 class Arm:
     """Chooses masks. Subclasses say what they need, and whether finding the mask already takes the token's own activations."""
 
@@ -69,13 +78,21 @@ class Arm:
         """Why this arm can't run with what there is; None if it can."""
         return None
 
+    @property
+    def adds(self) -> bool:
+        """Whether its choices add to FFN outputs."""
+        return False
+
+    def choose(self, tokens: Tokens) -> Choice:
+        return Choice(self.mask(tokens))
+
     def mask(self, tokens: Tokens) -> Tensor:
         """bool [n, D] (or [1, D], the same for all), True where a neuron is kept."""
         raise NotImplementedError  # every arm below gives its own
 
-    def size(self, site: str) -> int:
+    def size(self, tokens: Tokens) -> int:
         """Ones in a mask of fixed density."""
-        return ops.mask_size(self.codebook.widths[site], self.codebook.density)
+        return self.codebook.size(tokens.site, tokens.layer)
 
 
 class Exact(Arm):
@@ -107,24 +124,35 @@ class Random(Arm):
         site = list(self.codebook.sites).index(tokens.site)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.layer * len(self.codebook.sites) + site)
         mask = torch.zeros(1, D, dtype=torch.bool)
-        mask[0, torch.randperm(D, generator=generator)[: self.size(tokens.site)]] = True
+        mask[0, torch.randperm(D, generator=generator)[: ops.mask_size(D, self.codebook.density)]] = True
         return mask.to(tokens.values.device)
 
 
-class Oracle(Arm):
+class _ByCluster(Arm):
+    """Arms that choose a cluster, and take its centroid for the mask."""
+
+    @property
+    def adds(self) -> bool:
+        return any(book.offsets is not None for book in self.codebook.sites.values())
+
+    def by_cluster(self, tokens: Tokens, ids: Tensor) -> Choice:
+        """The choice of clusters int64 [n]."""
+        book, group = self.codebook.sites[tokens.site], self.codebook.group(tokens.layer)
+        mask = ops.unpack(book.centroids[group, ids], tokens.values.shape[-1])
+        return Choice(mask, None if book.offsets is None else book.offsets[group, ids])
+
+
+class Oracle(_ByCluster):
     """The nearest centroid, found from the token's own activations."""
 
     name = "oracle"
     excludes_finding = True
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        book, group = self.codebook.sites[tokens.site], self.codebook.group(tokens.layer)
-        centroids = book.centroids[group]
+    def choose(self, tokens: Tokens) -> Choice:
+        centroids = self.codebook.sites[tokens.site].centroids[self.codebook.group(tokens.layer)]
         if self.codebook.power:
-            ids = ops.assign_weighted(quantise(tokens.importance)[0], centroids, self.codebook.power)[0]
-        else:
-            ids = ops.assign(ops.pack(tokens.active), centroids)[0]
-        return ops.unpack(centroids[ids], tokens.values.shape[-1])
+            return self.by_cluster(tokens, ops.assign_weighted(quantise(tokens.importance)[0], centroids, self.codebook.power)[0])
+        return self.by_cluster(tokens, ops.assign(ops.pack(tokens.active), centroids)[0])
 
 
 class ThresholdedOracle(Oracle):
@@ -132,8 +160,14 @@ class ThresholdedOracle(Oracle):
 
     name = "thresholded-oracle"
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        return super().mask(tokens) & tokens.active
+    def choose(self, tokens: Tokens) -> Choice:
+        nearest = super().choose(tokens)
+        return replace(nearest, mask=nearest.mask & tokens.active)
+
+
+def _sum(*parts: Tensor | None) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], start=found[0]) if found else None
 
 
 class _NeedsPredictor(Arm):
@@ -147,29 +181,39 @@ class _NeedsPredictor(Arm):
             return f"needs a predictor of form {cls.form}, this one's is {predictor.form}"
         return None
 
-    def logits(self, tokens: Tokens) -> Tensor:
+    @property
+    def adds(self) -> bool:
+        return self.predictor.corrects or super().adds
+
+    def outputs(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """Logits float32 [n, K or D], and what the predictor itself adds to the FFN's output, [n, E] or None."""
         hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)].nan_to_num(nan=0.0)
-        return self.predictor.layer_logits(tokens.layer, tokens.site, hidden).float()
+        logits, correction = self.predictor.layer_outputs(tokens.layer, tokens.site, hidden)
+        return logits.float(), correction
 
 
-class Predicted(_NeedsPredictor):
+class Predicted(_NeedsPredictor, _ByCluster):
     """The centroid of the likeliest cluster, known before the FFN runs."""
 
     name = "predicted"
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        centroids = self.codebook.sites[tokens.site].centroids[self.codebook.group(tokens.layer)]
-        return ops.unpack(centroids[self.logits(tokens).argmax(-1)], tokens.values.shape[-1])
+    def choose(self, tokens: Tokens) -> Choice:
+        logits, correction = self.outputs(tokens)
+        chosen = self.by_cluster(tokens, logits.argmax(-1))
+        return replace(chosen, added=_sum(chosen.added, correction))
 
 
-class Soft(_NeedsPredictor):
+class Soft(_NeedsPredictor, _ByCluster):
     """The top share of the profiles mixed by the predicted probabilities, known before the FFN runs."""
 
     name = "soft"
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        profiles = self.codebook.sites[tokens.site].profiles[self.codebook.group(tokens.layer)]
-        return ops.top_mask(self.logits(tokens).softmax(-1) @ profiles.float(), self.size(tokens.site))
+    def choose(self, tokens: Tokens) -> Choice:
+        book, group = self.codebook.sites[tokens.site], self.codebook.group(tokens.layer)
+        logits, correction = self.outputs(tokens)
+        shares = logits.softmax(-1)
+        mask = ops.top_mask(shares @ book.profiles[group].float(), self.size(tokens))
+        return Choice(mask, _sum(correction, None if book.offsets is None else shares @ book.offsets[group]))
 
 
 class NeuronPredictor(_NeedsPredictor):
@@ -178,8 +222,9 @@ class NeuronPredictor(_NeedsPredictor):
     name = "neuron-predictor"
     form = "neuron"
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        return ops.top_mask(self.logits(tokens), self.size(tokens.site))
+    def choose(self, tokens: Tokens) -> Choice:
+        scores, correction = self.outputs(tokens)
+        return Choice(ops.top_mask(scores, self.size(tokens)), correction)
 
 
 class Gate(Arm):
@@ -193,7 +238,7 @@ class Gate(Arm):
         return None if list(codebook.sites) == ["neuron"] else "needs the site neuron"
 
     def mask(self, tokens: Tokens) -> Tensor:
-        return ops.top_mask(tokens.gate.float().abs(), self.size(tokens.site))
+        return ops.top_mask(tokens.gate.float().abs(), self.size(tokens))
 
 
 class KeepAll(Arm):
@@ -220,20 +265,23 @@ def make_arm(name: str, codebook: Codebook, predictor: Predictor | None, seed: i
 
 @dataclass
 class ForwardReader:
-    """An `FFNVisitor` that gathers what arms look at; subclasses decide in `see` what to do with it."""
+    """An `FFNVisitor` that gathers what arms look at; subclasses decide in `see` what to do with it. adds: whether a choice may add to FFN outputs
+    (at the site neuron only)."""
 
     ffns: list[GatedFFN]
     codebook: Codebook
     lookahead: int = 0
     reads_gate: bool = False
+    adds: bool = False
     _inputs: dict[int, Tensor] = field(default_factory=dict)
+    _added: Tensor | None = None
     _gate: Tensor | None = None
 
     def __post_init__(self):
         self._measure = Importance(self.ffns)
 
     def hook(self) -> FFNHooks:
-        return FFNHooks(self.ffns, list(self.codebook.sites) + ["gate"] * self.reads_gate, self)
+        return FFNHooks(self.ffns, list(self.codebook.sites) + ["gate"] * self.reads_gate + ["down"] * self.adds, self)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if layer == 0:
@@ -249,27 +297,35 @@ class ForwardReader:
             self._gate = getattr(module, "act_fn", None) or module.activation_fn
             self._gate = self._gate(flat)
             return None
-        mask = self.see(Tokens(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
-        if mask is None:
+        if site == "down" and self.adds:
+            return None if self._added is None else (flat + self._added.to(flat.dtype)).view_as(values)
+        choice = self.see(Tokens(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
+        if choice is None:
             return None
-        return torch.where(mask, flat, torch.zeros((), dtype=flat.dtype, device=flat.device)).view_as(values)
+        self._added = choice.added
+        return masked(flat, choice.mask).view_as(values)
 
-    def see(self, tokens: Tokens) -> Tensor | None:
+    def see(self, tokens: Tokens) -> Choice | None:
         raise NotImplementedError  # every reader gives its own
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """values [n, D] where mask, bool [n, D] or [1, D], is True, else 0, even in place of NaN."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 class MaskedForward(ForwardReader):
     """Applies an arm's masks; a meter, if given, gets every mask with what it was measured against."""
 
     def __init__(self, ffns: list[GatedFFN], arm: Arm, meter=None):
-        super().__init__(ffns, arm.codebook, arm.predictor.lookahead if arm.predictor else 0, arm.reads_gate)
+        super().__init__(ffns, arm.codebook, arm.predictor.lookahead if arm.predictor else 0, arm.reads_gate, arm.adds)
         self.arm, self.meter = arm, meter
 
-    def see(self, tokens: Tokens) -> Tensor:
-        mask = self.arm.mask(tokens)
+    def see(self, tokens: Tokens) -> Choice:
+        choice = self.arm.choose(tokens)
         if self.meter is not None:
-            self.meter.add(tokens, mask)
-        return mask
+            self.meter.add(tokens, choice.mask)
+        return choice
 
 
 def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | None) -> None:
