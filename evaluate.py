@@ -27,7 +27,7 @@ from apc.text import cut_windows, read_texts
 from apc.tracking import Tracking
 
 # What the run was fitted with: an evaluation can't change it.
-FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "monitor")
+FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
 FITTED_DATA = ("fit", "fit_windows", "seq_len")
 
 

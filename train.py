@@ -63,6 +63,12 @@ def train(cfg: Config) -> dict:
         if cfg.stage == "predict":
             return {"run": str(run.path), "seconds": watch.seconds}
 
+        if cfg.tune.max_epochs:
+            codebook, predictor = training.tune(cfg, codebook, predictor, fit.tokens, run, tracking, watched)
+            watch.lap("tune")
+        if cfg.stage == "tune":
+            return {"run": str(run.path), "seconds": watch.seconds}
+
         results = scoring.score(cfg, model, codebook, predictor, scored, run, run.path, tracking, device, watch)
         if distributed.is_main():
             print("\n" + report.arms_table(results), flush=True)

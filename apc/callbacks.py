@@ -61,7 +61,7 @@ class ArmsOnHeldOut(Callback):
         if epoch % self._every and epoch != self._last and not trainer.should_stop:
             return
         trainer.datamodule.loader.release()  # the model's pass needs the memory, and no source may run the model meanwhile
-        shown: dict[str, float] = {"cluster/epoch": epoch} if self._stage == "cluster" else {"predictor/step": trainer.global_step}
+        shown: dict[str, float] = {"cluster/epoch": epoch} if self._stage == "cluster" else {f"{self._stage}/step": trainer.global_step}
         training = module.training
         for record in self._evaluator_of(module.eval()).arms(self._arms, progress=False):
             prefix = f"monitor_{record['arm']}_"

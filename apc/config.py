@@ -23,9 +23,10 @@ from apc.predictor import PredictorConfig
 from apc.sparse_model import ARMS
 from apc.text import DataConfig
 from apc.tracking import TrackingConfig
+from apc.tuning import TuneConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-STAGES = ("collect", "cluster", "predict", "all")
+STAGES = ("collect", "cluster", "predict", "tune", "all")
 DEFAULT_ARMS = ("dense", "exact", "static", "random", "oracle", "predicted", "soft")
 
 
@@ -69,7 +70,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    stage: str = "all"  # collect, cluster, predict, or all: everything up to the table
+    stage: str = "all"  # collect, cluster, predict, tune, or all: everything up to the table
     checkpoint: str | None = None  # a run folder whose codebook (and predictor) to take up
     seed: int = 0
     sites: list[str] = field(default_factory=lambda: ["neuron"])  # [neuron], or some of [gate,up,down]
@@ -82,6 +83,7 @@ class Config:
     collect: CollectConfig = field(default_factory=CollectConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -106,6 +108,13 @@ class Config:
                 raise UserError(f"arms: {arm} needs predictor.form={form}, this run has predictor.form={self.predictor.form}")
             if arm == "gate" and self.sites != ["neuron"]:
                 raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
+        if self.tune.max_epochs:
+            if self.sites != ["neuron"] or self.cluster.scope != "layer":
+                raise UserError(f"tune.max_epochs={self.tune.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer, or set tune.max_epochs=0")
+            if self.tune.form not in (None, self.predictor.form):
+                raise UserError(f"tune.arm={self.tune.arm} needs predictor.form={self.tune.form}, this run has predictor.form={self.predictor.form}")
+        elif self.stage == "tune":
+            raise UserError("stage=tune: tune.max_epochs=0 tunes nothing; set tune.max_epochs")
         if self.cluster.weighting != "binary" and not self.collect.importance:
             raise UserError(f"cluster.weighting={self.cluster.weighting} needs importances; set collect.importance=true or cluster.weighting=binary")
         if self.predictor.loss != "ce" and not self.collect.importance:

@@ -125,14 +125,57 @@ class BlockLoader:
             skip = 0
 
 
-class PatternDataModule(LightningDataModule):
-    """A source of patterns with one loader over it; `source` is there for the modules' random access."""
+class WindowLoader:
+    """Windows of a text, int64 [n, S], a few at a time over all ranks: each epoch from another first token on and in another order.
 
-    def __init__(self, source: PatternSource, loader: BlockLoader):
+    As in `BlockLoader`, `progress` says what has been handed out, and after `resume` the next iteration goes on behind it.
+    """
+
+    def __init__(self, windows: Tensor, step_windows: int, seed: int):
+        """windows: int64 [N, S], one after the other in the text. Raises UserError if there are fewer than ranks."""
+        ranks = distributed.world_size()
+        # The text of an epoch begins up to S - 1 tokens later, so it has a window less.
+        self._usable = max(1, len(windows) - 1)
+        self.step_windows = min(max(step_windows, ranks), self._usable)
+        if self.step_windows < ranks:
+            raise UserError(f"{len(windows)} windows of text for {ranks} processes; give more text, lower data.seq_len, or lower trainer.devices")
+        self.windows, self.seed = windows, seed
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        return self._usable // self.step_windows
+
+    def progress(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def resume(self, progress: dict[str, int]) -> None:
+        self.epoch, self.position = progress["epoch"], progress["position"]
+
+    def release(self) -> None:
+        """Holds nothing on the device."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 62))
+        S = self.windows.shape[1]
+        shift = int(torch.randint(S, (1,), generator=generator)) if len(self.windows) > 1 else 0
+        text = self.windows.flatten()[shift : shift + self._usable * S].view(self._usable, S)
+        order = torch.randperm(self._usable, generator=generator)
+        first, last = distributed.share(self.step_windows)
+        for step in range(self.position, len(self)):
+            self.position += 1
+            yield text[order[step * self.step_windows : (step + 1) * self.step_windows][first:last]]
+
+
+class ResumedDataModule(LightningDataModule):
+    """One loader, whose place a checkpoint holds."""
+
+    def __init__(self, loader: BlockLoader | WindowLoader):
         super().__init__()
-        self.source, self.loader = source, loader
+        self.loader = loader
 
-    def train_dataloader(self) -> BlockLoader:
+    def train_dataloader(self) -> BlockLoader | WindowLoader:
         return self.loader
 
     # The loader's place is kept here and not in the loader's own state_dict: Lightning 2.6 forgets that one in a checkpoint of an
@@ -142,3 +185,11 @@ class PatternDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.loader.resume(state_dict)
+
+
+class PatternDataModule(ResumedDataModule):
+    """A source of patterns with one loader over it; `source` is there for the modules' random access."""
+
+    def __init__(self, source: PatternSource, loader: BlockLoader):
+        super().__init__(loader)
+        self.source = source

@@ -63,6 +63,7 @@ class Predictor(nn.Module):
         self.expand_bias = nn.ParameterDict({site: nn.Parameter(torch.zeros(layers, count)) for site, count in outputs.items()})
         self.corrects = corrects
         self.correct = nn.Parameter(torch.zeros(layers, hidden, hidden_size)) if corrects else None
+        self.correct_bias = nn.Parameter(torch.zeros(layers, hidden_size)) if corrects else None
         nn.init.normal_(self.reduce, std=hidden_size**-0.5)
         for weight in self.expand.values():
             nn.init.normal_(weight, std=hidden**-0.5)
@@ -80,13 +81,17 @@ class Predictor(nn.Module):
     def layer_outputs(self, layer: int, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`, and its correction [n, E], None if it has none."""
         inner = F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
-        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), inner @ self.correct[layer] if self.corrects else None
+        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), (
+            torch.addmm(self.correct_bias[layer], inner, self.correct[layer]) if self.corrects else None
+        )
 
-    def correcting(self) -> "Predictor":
-        """A copy that corrects, by nothing yet."""
-        copy = Predictor(self.layers, self.hidden_size, self.hidden, self.outputs, self.form, self.lookahead, self.provenance, corrects=True)
-        copy.load_state_dict({**copy.state_dict(), **self.state_dict()})
-        return copy
+    def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
+        """A copy with another provenance, or one that corrects (by nothing yet, where this one does not)."""
+        made = Predictor(
+            self.layers, self.hidden_size, self.hidden, self.outputs, self.form, self.lookahead, provenance or self.provenance, corrects or self.corrects
+        )
+        made.load_state_dict({**made.state_dict(), **self.state_dict()})
+        return made
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
@@ -94,7 +99,8 @@ class Predictor(nn.Module):
 
     def parameters_read(self, site: str) -> int:
         """Parameters that one layer reads for one token at `site`; the reduction counts at the first site only."""
-        shared = ((1 + self.corrects) * self.hidden_size + 1) * self.hidden if site == next(iter(self.outputs)) else 0
+        shared = (self.hidden_size + 1) * self.hidden + self.corrects * (self.hidden + 1) * self.hidden_size
+        shared = shared if site == next(iter(self.outputs)) else 0
         return shared + (self.hidden + 1) * self.outputs[site]
 
     def save(self, path: str | Path) -> None:

@@ -23,6 +23,7 @@ from apc.predictor import Predictor
 # What decides a stage's outcome; a run folder is taken up again only by a run that agrees on what it already holds.
 CLUSTER_KEYS = ("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor", "trainer")
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
+TUNE_KEYS = (*PREDICT_KEYS, "tune")
 # Among those, what may differ: where things lie and run.
 FREE_KEYS = {
     "collect": ("dir", "storage", "hidden"),
@@ -50,6 +51,10 @@ class RunFolder:
     def predictor(self) -> Path:
         return self.path / "predictor.safetensors"
 
+    def tuned(self, what: str) -> Path:
+        """what: codebook or predictor, as tuning left it."""
+        return self.path / f"tuned-{what}.safetensors"
+
     @property
     def results(self) -> Path:
         return self.path / "results.json"
@@ -67,7 +72,8 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a run left: codebook, predictor and results are None where it did not get so far."""
+    """What a run left: codebook, predictor and results are None where it did not get so far. Where it was tuned, codebook and predictor are the tuned
+    ones."""
 
     folder: RunFolder
     config: Config
@@ -81,8 +87,10 @@ def load_run(folder: str | Path) -> LoadedRun:
     run = RunFolder(Path(folder))
     if not run.config.is_file():
         raise UserError(f"{run.path}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME")
-    codebook = Codebook.load(run.codebook) if run.codebook.is_file() else None
-    predictor = Predictor.load(run.predictor) if run.predictor.is_file() else None
+    tuned = run.tuned("codebook").is_file()
+    of_codebook, of_predictor = (run.tuned("codebook"), run.tuned("predictor")) if tuned else (run.codebook, run.predictor)
+    codebook = Codebook.load(of_codebook) if of_codebook.is_file() else None
+    predictor = Predictor.load(of_predictor) if of_predictor.is_file() else None
     return LoadedRun(run, load_config(run.config), codebook, predictor, read_json(run.results))
 
 
@@ -100,7 +108,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def stage_records(run: RunFolder) -> dict:
     """What the trainings noted for the report: histories, cluster sizes, figures by layer."""
-    found = {stage: read_json(run.history(stage)) for stage in ("cluster", "predictor")}
+    found = {stage: read_json(run.history(stage)) for stage in ("cluster", "predictor", "tune")}
     return {stage: record for stage, record in found.items() if record is not None}
 
 
@@ -139,7 +147,8 @@ def check_same(run: RunFolder, cfg: Config) -> None:
     old = to_dict(load_config(run.config))
     clustered = any(path.exists() for path in (run.codebook, run.checkpoint("cluster")))
     predicted = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
-    keys = PREDICT_KEYS if predicted else CLUSTER_KEYS if clustered else ()
+    tuned = any(path.exists() for path in (run.tuned("codebook"), run.checkpoint("tune")))
+    keys = TUNE_KEYS if tuned else PREDICT_KEYS if predicted else CLUSTER_KEYS if clustered else ()
     before, after = _decisive(old, keys), _decisive(to_dict(cfg), keys)
     for key in keys:
         if before[key] != after[key]:

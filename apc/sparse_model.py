@@ -303,15 +303,14 @@ class ForwardReader:
         if choice is None:
             return None
         self._added = choice.added
-        return masked(flat, choice.mask).view_as(values)
+        return self.apply(flat, choice.mask).view_as(values)
+
+    def apply(self, values: Tensor, mask: Tensor) -> Tensor:
+        """values [n, D] where mask, bool [n, D] or [1, D], is True, else 0, even in place of NaN."""
+        return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     def see(self, tokens: Tokens) -> Choice | None:
         raise NotImplementedError  # every reader gives its own
-
-
-def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """values [n, D] where mask, bool [n, D] or [1, D], is True, else 0, even in place of NaN."""
-    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 class MaskedForward(ForwardReader):

@@ -39,6 +39,8 @@ STEP_METRICS = {
     "cluster_layers": "cluster/epoch",
     "predictor": "predictor/step",
     "predictor_layers": "predictor/step",
+    "tune": "tune/step",
+    "tune_layers": "tune/step",
 }
 
 # A server that hangs must not stop the run: so long for the first contact, then offline ...

@@ -20,7 +20,7 @@ from apc.callbacks import ArmsOnHeldOut, ResumePoint
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.config import Config
-from apc.datamodule import BlockLoader, PatternDataModule
+from apc.datamodule import BlockLoader, PatternDataModule, ResumedDataModule, WindowLoader
 from apc.errors import UserError
 from apc.evaluation import Evaluator
 from apc.paper import PaperClustering
@@ -28,6 +28,7 @@ from apc.patterns import Block, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.tracking import Tracking
+from apc.tuning import TuningModule
 
 ALGORITHMS = {"lloyd": ClusteringModule, "apc-paper": PaperClustering}
 
@@ -75,7 +76,7 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
     )
 
 
-def _fit(trainer: Trainer, module: LightningModule, data: PatternDataModule, checkpoint: Path) -> None:
+def _fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, checkpoint: Path) -> None:
     """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be taken up."""
     # The loader is resumable: the data module keeps its place (see there why).
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
@@ -191,12 +192,13 @@ def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
 
 def take_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
     """Puts another run's codebook into this run's folder. Raises UserError if there is none, or it was made from other patterns."""
-    taken = load_run(checkpoint)
-    if taken.codebook is None:
+    taken = load_run(checkpoint).folder.codebook
+    if not taken.is_file():
         raise UserError(f"checkpoint={checkpoint}: holds no codebook; run stage=cluster there first")
-    check_patterns(taken.folder.codebook, taken.codebook, identity)
+    codebook = Codebook.load(taken)
+    check_patterns(taken, codebook, identity)
     if distributed.is_main() and not run.codebook.is_file():
-        taken.codebook.save(run.codebook)
+        codebook.save(run.codebook)
     distributed.barrier()
 
 
@@ -228,3 +230,37 @@ def train_predictor(
         tracking.artifact("predictor", "predictor", run.predictor)
     distributed.barrier()
     return predictor
+
+
+def tune(
+    cfg: Config, codebook: Codebook, predictor: Predictor | None, windows: torch.Tensor, run: RunFolder, tracking: Tracking, watched: Watched
+) -> tuple[Codebook, Predictor | None]:
+    """The run's tuned codebook and predictor: read if they are there, else tuned (going on from the last checkpoint) and saved. A predictor that the
+    tuned arm does not use is given back as None: it is of the codebook before.
+
+    windows: int64 [n, seq_len], those of the fit text.
+    """
+    if run.tuned("codebook").is_file():
+        found = load_run(run.path)
+        return found.codebook, found.predictor
+    device, model = watched.collector.device, watched.collector.model
+    sample = windows[torch.linspace(0, len(windows) - 1, min(cfg.tune.budget_windows, len(windows))).round().long()]
+    module = TuningModule(cfg.tune, model, watched.collector.ffns, codebook, predictor, sample, cfg.seed)
+    # A step is seconds of work, and a checkpoint gigabytes.
+    callbacks: list[Callback] = [ResumePoint(run.checkpoint("tune"), cfg.trainer.checkpoint_every_n_steps)]
+    if len(watched.windows):
+        callbacks.append(ArmsOnHeldOut("tune", [cfg.tune.arm], lambda module: watched.evaluator(*module.tuned({})), cfg.monitor.every, cfg.tune.max_epochs))
+    precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+    strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
+    trainer = make_trainer(cfg, device, tracking, run, cfg.tune.max_epochs, callbacks, strategy=strategy, precision=precision, gradient_clip_val=1.0)
+    data = ResumedDataModule(WindowLoader(windows, cfg.tune.windows, cfg.seed))
+    _fit(trainer, module, data, run.checkpoint("tune"))
+    codebook, predictor = module.tuned(codebook.provenance)
+    if distributed.is_main():
+        write_json(run.history("tune"), {"history": module.history, "budget": codebook.budget})
+        if predictor is not None:
+            predictor.save(run.tuned("predictor"))
+        codebook.save(run.tuned("codebook"))
+        tracking.artifact("tuned", "codebook", run.tuned("codebook"))
+    distributed.barrier()
+    return codebook, predictor

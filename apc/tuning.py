@@ -1,0 +1,289 @@
+"""Tunes masks, offsets and predictor together, through the model: all follow the gradient of the divergence from the dense model's predictions.
+
+In the forward pass masks are as hard as in use; in the backward pass a neuron's mask is the sigmoid of its score less the last score that is kept, and
+a chosen cluster the softmax of its logits (straight-through estimators, Bengio et al., 2013). The teacher is the model itself, dense, so that nothing is
+learned of the text but where the model can be cut. Shape letters: L layers, E hidden size, D neurons, K clusters, n tokens, S tokens in a window.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from apc import distributed, ops
+from apc.codebook import Codebook
+from apc.errors import UserError
+from apc.models import GatedFFN
+from apc.patterns import quantise
+from apc.predictor import Predictor
+from apc.sparse_model import Choice, ForwardReader, Tokens
+
+ARMS = ("predicted", "oracle", "neuron-predictor")
+LEAST_PROFILE = 1e-3  # of the mean: scores are logarithms of profiles, which may be 0
+TOKENS_AT_ONCE = 2048  # whose logits are compared in float32
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    max_epochs: int = 0  # passes over the fit text; 0: no tuning
+    arm: str = "predicted"  # whose masks are tuned: predicted, oracle or neuron-predictor
+    windows: int = 4  # windows in a step, over all ranks
+    budget: bool = True  # layers keep more or fewer neurons, by what their loss costs, at the same total
+    budget_windows: int = 16  # windows that this cost is measured on
+    correction: bool = True  # the predictor's bottleneck is also mapped to what the FFN's output lacks
+    offsets: bool = True  # a vector for each cluster is added to the FFN's output
+    lr: float = 1e-3  # peak of a one-cycle schedule, of the predictor
+    lr_scores: float = 2e-2  # the same, of the neurons' scores in a cluster (logarithms)
+    lr_offsets: float = 2e-3  # the same, of the offsets
+    temperature: float = 0.5  # of the sigmoid in a mask's gradient
+    precision: str | None = None  # of the training, as Lightning names it; null: bf16-mixed on a GPU, 32-true on a CPU
+
+    def __post_init__(self):
+        if self.arm not in ARMS:
+            raise UserError(f"tune.arm={self.arm}: choose {', '.join(ARMS)}")
+        for key, least in dict(max_epochs=0, windows=1, budget_windows=1).items():
+            if getattr(self, key) < least:
+                raise UserError(f"tune.{key} must be at least {least}, got {getattr(self, key)}")
+        for key in ("lr", "lr_scores", "lr_offsets", "temperature"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"tune.{key} must be above 0, got {getattr(self, key)}")
+        if self.precision not in (None, "32-true", "bf16-mixed"):
+            raise UserError(f"tune.precision={self.precision}: choose 32-true or bf16-mixed, or null")
+
+    @property
+    def form(self) -> str | None:
+        """The form of predictor that the arm needs; None: none."""
+        return {"predicted": "cluster", "neuron-predictor": "neuron"}.get(self.arm)
+
+
+def straight_through(scores: Tensor, m: int, temperature: float) -> Tensor:
+    """The mask of the m largest of each row, scores [..., D], as float32 0 and 1 whose gradient is that of σ((score − the m-th) / temperature)."""
+    scores = scores.float()
+    kept = ops.top_mask(scores.detach(), m)
+    last = scores.detach().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    soft = torch.sigmoid((scores - last) / temperature)
+    return kept.float() + (soft - soft.detach())
+
+
+def share_out(curves: Tensor, total: int, least: int) -> list[int]:
+    """How many neurons each layer keeps, `total` in all and at least `least`, so that what the dropped ones cost together is least.
+
+    curves: float64 [L, D], what dropping the neuron of each rank costs. Costs are averaged over D / 96 ranks next to each other, and made to fall with
+    the rank: they are measured on few tokens.
+    """
+    L, D = curves.shape
+    if not L * least <= total <= L * D:
+        raise ValueError(f"{total} neurons can't be shared out to {L} layers of {D} with at least {least} each")
+    width = max(1, D // 96)
+    smooth = F.avg_pool1d(curves.unsqueeze(1), width, ceil_mode=True).squeeze(1).repeat_interleave(width, dim=1)[:, :D]
+    falling = smooth.sort(dim=1, descending=True).values
+    falling[:, :least] = torch.inf
+    order = falling.flatten().sort(descending=True, stable=True).indices[:total]
+    return torch.bincount(order // D, minlength=L).tolist()
+
+
+class TuningModule(LightningModule):
+    """Trains the arm `cfg.arm` of a codebook and a predictor.
+
+    Parameters: `scores` float32 [L, K, D], of which a cluster's mask is the largest m (logarithms of the profiles at first), `offsets` [L, K, E], and
+    the predictor's; those that the arm does not use are not trained. Buffer: `sizes` int64 [L], m of each layer.
+    """
+
+    def __init__(
+        self, cfg: TuneConfig, model: nn.Module, ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | None, windows: Tensor, seed: int = 0
+    ):
+        """windows: int64 [n, S], those that the budget is measured on. Raises UserError for a codebook or predictor that can't be tuned."""
+        super().__init__()
+        check_tunable(cfg, codebook, predictor)
+        self.cfg, self.codebook, self.seed, self.log_every = cfg, codebook, seed, 10
+        self._model, self._ffns, self._windows = [model], ffns, windows  # in a list: not a part of this module's state
+        (site,), book = codebook.sites, next(iter(codebook.sites.values()))
+        self.site = site
+        by_cluster = cfg.arm != "neuron-predictor"
+        scores = book.profiles.float().clamp_min(LEAST_PROFILE).log()
+        offsets = torch.zeros(*book.profiles.shape[:2], codebook.hidden_size) if book.offsets is None else book.offsets.clone()
+        self.scores, self.offsets = nn.Parameter(scores, requires_grad=by_cluster), nn.Parameter(offsets, requires_grad=by_cluster and cfg.offsets)
+        self.predictor = None
+        if cfg.form:
+            self.predictor = predictor.copy(corrects=cfg.correction)
+            self.predictor.requires_grad_(True)
+        flat = [codebook.size(site, layer) for layer in range(codebook.layers)]
+        self.register_buffer("sizes", torch.tensor(flat))
+        self.register_buffer("shared_out", torch.tensor(not cfg.budget))
+        self.history: list[dict] = []
+
+    in_order = False
+
+    def get_extra_state(self) -> dict:
+        return {"history": self.history}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.history = state["history"]
+
+    def configure_optimizers(self):
+        cfg = self.cfg
+        groups = [([self.scores], cfg.lr_scores), ([self.offsets], cfg.lr_offsets), (list(self.predictor.parameters()) if self.predictor else [], cfg.lr)]
+        groups = [(kept, lr) for parameters, lr in groups if (kept := [value for value in parameters if value.requires_grad])]
+        optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr} for parameters, lr in groups], betas=(0.9, 0.98), weight_decay=0.0)
+        steps = max(2, len(self.trainer.datamodule.loader) * cfg.max_epochs)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr for _, lr in groups], total_steps=steps, pct_start=0.15)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        self.codebook = self.codebook.to(self.device)
+        if not self.shared_out:
+            curves = self._costs()
+            total = int(self.sizes.sum())
+            least = max(1, curves.shape[1] // 8)
+            self.sizes.copy_(torch.tensor(share_out(curves, total, min(least, total // len(curves)))))
+            self.shared_out.fill_(True)
+
+    def _costs(self) -> Tensor:
+        """float64 [L, D]: about what it costs in nats to drop, alone, the neuron that the arm ranks r-th for a token; the mean over tokens.
+
+        Half the mean square of the gradient to a neuron's mask, for labels drawn from the model: the diagonal of the Fisher information (as in Theis et
+        al., 2018), which needs no label of the text.
+        """
+        windows = self._windows.to(self.device)
+        first, last = distributed.share(len(windows))
+        costs = torch.zeros(self.codebook.layers, self.codebook.widths[self.site], dtype=torch.float64, device=self.device)
+        for window in range(first, last):
+            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + window)
+            ranked = _MaskGradients(self)
+            hooks = ranked.hook()
+            try:
+                logits = self._model[0](input_ids=windows[window : window + 1], use_cache=False).logits[0].float()
+            finally:
+                hooks.remove()
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), ranked.masks)
+            for layer, (gradient, order) in enumerate(zip(gradients, ranked.orders, strict=True)):
+                costs[layer] += gradient.float().square().gather(1, order).double().sum(0) / 2
+        return distributed.all_sum(costs) / windows.numel()
+
+    def training_step(self, windows: Tensor, batch_index: int) -> Tensor:
+        """windows int64 [n, S] → the mean divergence KL(dense ‖ masked) of next-token predictions, in nats a token"""
+        model = self._model[0]
+        with torch.no_grad():
+            dense = model(input_ids=windows, use_cache=False).logits.flatten(0, 1)
+        hooks = _TuningForward(self).hook()
+        try:
+            found = model(input_ids=windows, use_cache=False).logits.flatten(0, 1)
+        finally:
+            hooks.remove()
+        parts = [slice(start, start + TOKENS_AT_ONCE) for start in range(0, len(dense), TOKENS_AT_ONCE)]
+        loss = sum(checkpoint(_divergence, found[part], dense[part], use_reentrant=False) for part in parts) / len(dense)
+        if not torch.isfinite(loss):
+            raise UserError(f"the divergence is not finite at step {self.global_step}; lower tune.lr (now {self.cfg.lr}) or set tune.precision=32-true")
+        step = self.global_step + 1
+        if step % self.log_every == 0 or batch_index + 1 == self.trainer.num_training_batches:
+            self.history.append({"step": step, "divergence": loss.item()})
+            for logger in self.loggers:
+                logger.log_metrics({"tune/step": step, "tune/divergence": loss.item(), "tune/lr": self.lr_schedulers().get_last_lr()[-1]})
+        return loss
+
+    def ranking(self, tokens: Tokens) -> Tensor:
+        """What the arm would cut a mask from, float32 [n, D]: the larger, the rather kept."""
+        if self.cfg.arm == "neuron-predictor":
+            return self._outputs(tokens)[0]
+        return self.scores[tokens.layer][self._ids(tokens)]
+
+    def choose(self, tokens: Tokens) -> Choice:
+        """The arm's choice, with a gradient; its mask is float32."""
+        m, tau = int(self.sizes[tokens.layer]), self.cfg.temperature
+        if self.cfg.arm == "neuron-predictor":
+            scores, correction = self._outputs(tokens)
+            return Choice(straight_through(scores, m, tau), correction)
+        masks, offsets = straight_through(self.scores[tokens.layer], m, tau), self.offsets[tokens.layer]
+        if self.cfg.arm == "oracle":
+            ids = self._ids(tokens)
+            return Choice(masks[ids], offsets[ids])
+        logits, correction = self._outputs(tokens)
+        ids, shares = logits.argmax(-1), logits.softmax(-1)
+        gradient = shares - shares.detach()  # 0, but for its gradient
+        added = offsets[ids] + gradient @ offsets.detach()
+        return Choice(masks[ids] + gradient @ masks.detach(), added if correction is None else added + correction)
+
+    def _outputs(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)]
+        logits, correction = self.predictor.layer_outputs(tokens.layer, tokens.site, hidden)
+        return logits.float(), correction
+
+    @torch.no_grad()
+    def _ids(self, tokens: Tokens) -> Tensor:
+        """The clusters that the arm chooses, int64 [n]."""
+        if self.cfg.arm == "predicted":
+            return self._outputs(tokens)[0].argmax(-1)
+        masks = ops.pack(ops.top_mask(self.scores[tokens.layer], int(self.sizes[tokens.layer])))
+        if self.codebook.power:
+            return ops.assign_weighted(quantise(tokens.importance)[0], masks, self.codebook.power)[0]
+        return ops.assign(ops.pack(tokens.active), masks)[0]
+
+    @torch.no_grad()
+    def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:
+        """The codebook and the predictor (None where the arm has none) as they stand, copies on the host."""
+        old, scores = self.codebook.to(torch.device("cpu")), self.scores.detach().cpu()
+        sizes = self.sizes.tolist()
+        (book,) = old.sites.values()
+        profiles = scores.exp()
+        made = replace(
+            book,
+            centroids=torch.stack([ops.pack(ops.top_mask(layer, m)) for layer, m in zip(scores, sizes, strict=True)]),
+            profiles=(profiles / profiles.mean(-1, keepdim=True)).half(),
+            offsets=self.offsets.detach().cpu().clone() if self.offsets.requires_grad else book.offsets,
+        )
+        codebook = replace(old, sites={self.site: made}, budget=sizes, provenance=provenance | {"tune": asdict(self.cfg)})
+        if self.predictor is None:
+            return codebook, None
+        predictor = self.predictor.copy({**self.predictor.provenance, "codebook": codebook.provenance, "tune": asdict(self.cfg)})
+        return codebook, predictor.cpu().requires_grad_(False).eval()
+
+
+def _divergence(found: Tensor, dense: Tensor) -> Tensor:
+    """Σ over tokens of KL(dense ‖ found), logits [n, V]"""
+    return F.kl_div(found.float().log_softmax(-1), dense.float().log_softmax(-1), log_target=True, reduction="sum")
+
+
+class _TuningForward(ForwardReader):
+    """The model under the module's own masks."""
+
+    def __init__(self, module: TuningModule):
+        lookahead = module.predictor.lookahead if module.predictor is not None else 0
+        super().__init__(module._ffns, module.codebook, lookahead, adds=True)
+        self.module = module
+
+    def see(self, tokens: Tokens) -> Choice:
+        return self.module.choose(tokens)
+
+    def apply(self, values: Tensor, mask: Tensor) -> Tensor:
+        return values * mask.to(values.dtype)
+
+
+class _MaskGradients(_TuningForward):
+    """Leaves the model dense, with a mask of ones to which a gradient can be taken in every layer, and the order in which the arm ranks the neurons."""
+
+    def __init__(self, module: TuningModule):
+        super().__init__(module)
+        self.adds = False
+        self.masks: list[Tensor] = []
+        self.orders: list[Tensor] = []
+
+    def see(self, tokens: Tokens) -> Choice:
+        with torch.no_grad():
+            self.orders.append(self.module.ranking(tokens).argsort(-1, descending=True))
+        self.masks.append(torch.ones_like(tokens.values, requires_grad=True))
+        return Choice(self.masks[-1])
+
+
+def check_tunable(cfg: TuneConfig, codebook: Codebook, predictor: Predictor | None) -> None:
+    """Raises UserError unless the arm of this codebook and predictor can be tuned."""
+    if list(codebook.sites) != ["neuron"] or codebook.scope != "layer":
+        raise UserError(
+            f"tune.max_epochs={cfg.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer; this codebook has {list(codebook.sites)}, {codebook.scope}"
+        )
+    if cfg.form and (predictor is None or predictor.form != cfg.form):
+        has = "none was trained" if predictor is None else f"this one's is {predictor.form}"
+        raise UserError(f"tune.arm={cfg.arm} needs a predictor of form {cfg.form}; {has}")

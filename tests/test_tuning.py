@@ -1,0 +1,207 @@
+"""Tuning: masks stay as hard as in use and of the size that was shared out, the divergence falls, and a run that was cut off goes on to the same end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import apc
+import tiny
+import train
+from apc import ops, tuning
+from apc.config import load_config
+from apc.datamodule import WindowLoader
+from apc.errors import UserError
+from apc.models import ModelConfig, find_ffns, load_model
+from apc.tuning import TuneConfig, TuningModule, share_out, straight_through
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNED = {"tune.max_epochs": 3, "tune.windows": 3, "tune.budget_windows": 4, "predictor.hidden": 8}
+
+
+def run(folder, *words, **changes):
+    return train.train(load_config(None, [*tiny.tiny_overrides(folder, **(TUNED | changes)), *words]))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("tuning"))
+    run(folder, **{"tune.max_epochs": 0, "run.name": "plain"})
+    return folder
+
+
+def test_a_hard_mask_with_the_gradient_of_a_sigmoid():
+    scores = torch.tensor([[0.3, 2.0, 0.3, -1.0, 0.9]], requires_grad=True)
+    mask = straight_through(scores, 3, temperature=0.5)
+    assert torch.equal(mask.detach(), torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0]]))  # of equal scores the lowest neuron
+    weights = torch.arange(1.0, 6.0)
+    (mask * weights).sum().backward()
+    expected = torch.tensor([s - 0.3 for s in (0.3, 2.0, 0.3, -1.0, 0.9)]).div(0.5).sigmoid()
+    assert torch.allclose(scores.grad[0], weights * expected * (1 - expected) / 0.5)
+
+
+def test_neurons_go_where_losing_them_costs_most():
+    curves = torch.tensor([[9.0, 5.0, 1.0, 0.5], [8.0, 0.4, 0.3, 0.2], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
+    assert share_out(curves, 6, 1) == [4, 1, 1]  # 9, 5, 1, 0.5 | 8 | the least that a layer keeps
+    assert share_out(curves, 12, 1) == [4, 4, 4] and share_out(curves, 3, 1) == [1, 1, 1]
+    assert share_out(curves.flip(1), 6, 1) == [4, 1, 1]  # measured costs that rise with the rank are noise
+    with pytest.raises(ValueError, match="13 neurons"):
+        share_out(curves, 13, 1)
+
+
+def test_each_window_once_an_epoch_and_going_on_hands_out_the_rest():
+    windows = torch.arange(8 * 5).view(8, 5)
+    loader, other = WindowLoader(windows, 3, seed=4), WindowLoader(windows, 3, seed=4)
+    whole = [list(loader), list(loader)]
+    for epoch in whole:
+        tokens = torch.cat(epoch).flatten()
+        assert len(epoch) == len(loader) == 2 and len(tokens.unique()) == 2 * 3 * 5  # 7 windows in threes
+        assert all(torch.equal(row, row[0] + torch.arange(5)) for row in torch.cat(epoch))
+    assert not torch.equal(torch.cat(whole[0]), torch.cat(whole[1]))
+    iterator = iter(other)
+    next(iterator)
+    again = WindowLoader(windows, 3, seed=4)
+    again.resume(other.progress())
+    assert torch.equal(torch.cat([*again, *again]), torch.cat([whole[0][1], *whole[1]]))
+
+
+def module_for(folder, cfg, codebook, predictor=None):
+    model, _ = load_model(ModelConfig(path=str(folder / "model"), device="cpu"), torch.device("cpu"))
+    windows = torch.randint(100, (3, 16), generator=torch.Generator().manual_seed(1))
+    return TuningModule(cfg, model, find_ffns(model), codebook, predictor, windows), model, windows
+
+
+def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
+    """Dropping a little of one neuron of one layer for one token: KL ≈ ε² · cost, averaged over tokens and many draws of labels."""
+    left = apc.load_run(workplace / "runs" / "plain")
+    module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm="oracle"), left.codebook)
+    D = left.codebook.widths["neuron"]
+    fixed = torch.arange(D, 0, -1.0)
+    module.ranking = lambda tokens: fixed.expand(len(tokens.values), D)  # rank r is neuron r
+    draws = []
+    for seed in range(40):
+        module.seed = seed
+        draws.append(module._costs())
+    costs = torch.stack(draws).mean(0)
+    layer, neuron = divmod(int(costs.argmax()), D)
+
+    S, epsilon = windows.shape[1], 1e-2
+    scale = torch.ones(S, S, D)
+    scale[torch.arange(S), torch.arange(S), neuron] -= epsilon  # row s lacks it at position s
+
+    def logits(window, scale):
+        hook = find_ffns(model)[layer].down.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * scale,))
+        with torch.no_grad():
+            found = model(input_ids=window.expand(S, S)).logits.double().log_softmax(-1)
+        hook.remove()
+        return found
+
+    parts = [F.kl_div(logits(window, scale), logits(window, 1), log_target=True, reduction="sum") for window in windows]
+    assert float(sum(parts)) / windows.numel() / epsilon**2 == pytest.approx(float(costs[layer, neuron]), rel=0.2)
+
+
+@pytest.mark.parametrize("arm", tuning.ARMS)
+def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm):
+    form = "neuron" if arm == "neuron-predictor" else "cluster"
+    run(workplace, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
+    left = apc.load_run(workplace / "runs" / f"start-{form}")
+    module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm=arm, correction=arm != "oracle"), left.codebook, left.predictor)
+    with torch.no_grad():
+        module.offsets.normal_(std=0.3)
+        if module.predictor is not None:
+            module.predictor.correct.normal_(std=0.3)
+            module.predictor.correct_bias.normal_(std=0.3)
+    module.sizes.copy_(torch.tensor([20, 31, 26]))
+    hooks = tuning._TuningForward(module).hook()
+    found = model(input_ids=windows).logits.detach()
+    hooks.remove()
+    codebook, predictor = module.tuned({})
+    assert codebook.problem() is None and codebook.budget == [20, 31, 26]
+    with torch.no_grad():
+        expected = apc.sparsify(model, codebook, predictor, arm)(input_ids=windows).logits
+    apc.restore(model)
+    dense = model(input_ids=windows).logits.detach()
+    assert (found - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
+
+
+@pytest.mark.parametrize("arm", tuning.ARMS)
+def test_tuning_pays_and_what_it_leaves_is_used(workplace, arm):
+    form = "neuron" if arm == "neuron-predictor" else "cluster"
+    arms = f"arms=[dense,exact,{arm}]"
+    before = run(workplace, arms, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"before-{arm}"})
+    after = run(workplace, arms, **{"tune.arm": arm, "tune.max_epochs": 15, "predictor.form": form, "run.name": f"after-{arm}"})
+    losses = [next(record for record in results["arms"] if record["arm"] == arm) for results in (before, after)]
+    assert losses[1]["perplexity"] < losses[0]["perplexity"]
+    assert losses[1]["bytes_share"] > losses[0]["bytes_share"]  # offsets and corrections are read
+    history = json.loads((workplace / "runs" / f"after-{arm}" / "tune.json").read_text())
+    assert sum(history["budget"]) == 3 * 26 and history["history"][-1]["divergence"] < history["history"][0]["divergence"]
+    left = apc.load_run(workplace / "runs" / f"after-{arm}")
+    assert left.codebook.budget == history["budget"] and (left.predictor is None) == (arm == "oracle")
+    counts = ops.popcount(left.codebook.sites["neuron"].centroids)
+    assert torch.equal(counts, torch.tensor(history["budget"], dtype=counts.dtype).unsqueeze(1).expand_as(counts))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [0, 2, 6, 9, 14])
+def test_a_killed_run_goes_on_to_the_same_end(workplace, monkeypatch, kill_at):
+    settings = {"stage": "tune", "trainer.checkpoint_every_n_steps": 1}
+    run(workplace, **settings, **{"run.name": "whole"})
+    settings["run.name"] = f"killed-{kill_at}"
+    step, count = TuningModule.training_step, 0
+
+    def dying_step(self, windows, index):
+        nonlocal count
+        count += 1
+        if count > kill_at:
+            raise Killed
+        return step(self, windows, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TuningModule, "training_step", dying_step)
+        with pytest.raises(Killed):
+            run(workplace, **settings)
+    run(workplace, **settings)
+    whole, again = (apc.load_run(workplace / "runs" / name) for name in ("whole", settings["run.name"]))
+    for name, value in whole.codebook.sites["neuron"].tensors().items():
+        assert torch.equal(value, again.codebook.sites["neuron"].tensors()[name]), name
+    assert whole.codebook.budget == again.codebook.budget
+    assert all(torch.equal(value, again.predictor.state_dict()[name]) for name, value in whole.predictor.state_dict().items())
+
+
+def test_ranks_share_the_windows(workplace):
+    words = tiny.tiny_overrides(workplace, **(TUNED | {"run.name": "ranks", "trainer.devices": 2, "stage": "tune", "tune.windows": 4, "tune.arm": "oracle"}))
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(workplace, stage="tune", **{"run.name": "alone", "tune.windows": 4, "tune.arm": "oracle"})
+    together, alone = (apc.load_run(workplace / "runs" / name) for name in ("ranks", "alone"))
+    assert together.codebook.budget == alone.codebook.budget
+    difference, size = ((found - alone.codebook.sites["neuron"].offsets).norm() for found in (together.codebook.sites["neuron"].offsets, 0))
+    assert difference < 0.05 * size  # the mean of two ranks' gradients is that of all windows, but for rounding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tune.arm": "soft"}, "tune.arm=soft: choose predicted, oracle, neuron-predictor"),
+        ({"tune.windows": 0}, "tune.windows must be at least 1"),
+        ({"tune.lr": 0}, "tune.lr must be above 0"),
+        ({"tune.temperature": -1}, "tune.temperature must be above 0"),
+        ({"tune.precision": "64"}, "tune.precision=64"),
+        ({"tune.arm": "neuron-predictor"}, "needs predictor.form=neuron"),
+        ({"cluster.scope": "pooled"}, "needs sites=.neuron. and cluster.scope=layer"),
+        ({"tune.max_epochs": 0, "stage": "tune"}, "tunes nothing"),
+    ],
+)
+def test_bad_settings_say_what_to_do(workplace, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(workplace, **changes)
