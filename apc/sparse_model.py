@@ -112,7 +112,7 @@ class Random(Arm):
 
 
 class Oracle(Arm):
-    """The nearest centroid, found from the token's own activations."""
+    """The nearest centroid (by the distance that the codebook was made with), found from the token's own activations."""
 
     name = "oracle"
     excludes_finding = True
@@ -120,11 +120,8 @@ class Oracle(Arm):
     def mask(self, tokens: Tokens) -> Tensor:
         book, group = self.codebook.sites[tokens.site], self.codebook.group(tokens.layer)
         centroids = book.centroids[group]
-        if self.codebook.power:
-            ids = ops.assign_weighted(quantise(tokens.importance)[0], centroids, self.codebook.power)[0]
-        else:
-            ids = ops.assign(ops.pack(tokens.active), centroids)[0]
-        return ops.unpack(centroids[ids], tokens.values.shape[-1])
+        rows = quantise(tokens.importance)[0] if self.codebook.power else ops.pack(tokens.active)
+        return ops.unpack(centroids[self.codebook.nearest(rows, centroids)], tokens.values.shape[-1])
 
 
 class ThresholdedOracle(Oracle):
