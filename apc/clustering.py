@@ -18,7 +18,7 @@ from apc import distributed, ops
 from apc.errors import UserError
 from apc.patterns import WEIGHTINGS, Block, PatternInfo, PatternSource
 
-ALGORITHMS = ("lloyd", "apc-paper")  # their classes: `training.ALGORITHMS`
+ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # their classes: `training.ALGORITHMS`
 ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
 SHARE_BITS, ROW_BITS = 24, 38  # of a key in `worst`
 NO_ROW = torch.iinfo(torch.int64).max
@@ -30,7 +30,7 @@ class ClusterConfig:
     density: float = 0.5  # share of ones in every centroid (brb-kmeans, k-majority: in static, random and soft masks alone)
     weighting: str = "energy"  # binary (the paper), magnitude or energy
     scope: str = "layer"  # a codebook for each layer, or `pooled`: one for all (the paper)
-    algorithm: str = "lloyd"  # or apc-paper: clusters of a fixed size, updated after every window (binary only)
+    algorithm: str = "lloyd"  # or, for binary patterns: apc-paper (clusters of a fixed size), brb-kmeans, k-majority (Hamming, centroids of any density)
     penalty: int = 1  # k-majority: how many times worse a one that the centroid lacks is than a one too many; 1: the Hamming distance
     schedule: str = "epoch"  # centroids change after a full pass (epoch) or after every step from running sums (step)
     init: str = "random"  # random, or k-means++ over a sample
