@@ -54,6 +54,7 @@ class KMajority(ClusteringModule):
 
 class BRBKMeans(KMajority):
     """BRB-KMeans, binary → real → back: k-means by the Euclidean distance on patterns as real numbers; at the end each mean is cut at 0.5, a tie to zero.
+    (With means cut after every update, as the paper's artifact has it, it would be `KMajority`: among binary points the two distances agree.)
 
     One thing is rounded, each mean: to a multiple of 2^−b, with b of `_fraction_bits` (12 at 14,336 neurons and 13 at 1,536, which moves a distance
     about as much as a product in float32 would). On that grid all else is exact, sums of products too, in float64: assignment, ties (to the
