@@ -18,6 +18,7 @@ from apc import distributed, ops
 from apc.errors import UserError
 from apc.patterns import WEIGHTINGS, Block, PatternInfo, PatternSource
 
+ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # their classes: `training.ALGORITHMS`
 ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
 SHARE_BITS, ROW_BITS = 24, 38  # of a key in `worst`
 NO_ROW = torch.iinfo(torch.int64).max
@@ -26,10 +27,11 @@ NO_ROW = torch.iinfo(torch.int64).max
 @dataclass(frozen=True)
 class ClusterConfig:
     k: int = 256  # clusters in a codebook
-    density: float = 0.5  # share of ones in every centroid
+    density: float = 0.5  # share of ones in every centroid (brb-kmeans, k-majority: in static, random and soft masks alone)
     weighting: str = "energy"  # binary (the paper), magnitude or energy
     scope: str = "layer"  # a codebook for each layer, or `pooled`: one for all (the paper)
-    algorithm: str = "lloyd"  # or apc-paper: clusters of a fixed size, updated after every window (binary only)
+    algorithm: str = "lloyd"  # or, for binary patterns: apc-paper (clusters of a fixed size), brb-kmeans, k-majority (Hamming, centroids of any density)
+    penalty: int = 1  # k-majority: how many times worse a one that the centroid lacks is than a one too many; 1: the Hamming distance
     schedule: str = "epoch"  # centroids change after a full pass (epoch) or after every step from running sums (step)
     init: str = "random"  # random, or k-means++ over a sample
     init_sample: int = 4096  # rows of a group that k-means++ looks at
@@ -37,17 +39,21 @@ class ClusterConfig:
     tolerance: float = 1e-4  # stop when the captured share gains less than this, relative, in a pass
 
     def __post_init__(self):
-        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=("lloyd", "apc-paper"), schedule=("epoch", "step"))
+        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=ALGORITHMS, schedule=("epoch", "step"))
         for key, known in {**choices, "init": ("random", "k-means++")}.items():
             if getattr(self, key) not in known:
                 raise UserError(f"cluster.{key}={getattr(self, key)}: choose {' or '.join(known)}")
-        for key in ("k", "max_epochs", "init_sample"):
+        for key in ("k", "penalty", "max_epochs", "init_sample"):
             if getattr(self, key) < 1:
                 raise UserError(f"cluster.{key} must be at least 1, got {getattr(self, key)}")
         if not 0 < self.density < 1:
             raise UserError(f"cluster.density must lie between 0 and 1, got {self.density}")
         if self.tolerance < 0:
             raise UserError(f"cluster.tolerance must not be negative, got {self.tolerance}")
+        if self.algorithm != "lloyd" and self.weighting != "binary":
+            raise UserError(f"cluster.algorithm={self.algorithm} clusters binary patterns; set cluster.weighting=binary in place of {self.weighting}")
+        if self.algorithm != "k-majority" and self.penalty > 1:
+            raise UserError(f"cluster.penalty={self.penalty} belongs to cluster.algorithm=k-majority; leave it out with {self.algorithm}")
 
 
 class ClusteringModule(LightningModule):
@@ -61,6 +67,7 @@ class ClusteringModule(LightningModule):
     """
 
     in_order = False  # whether blocks must come in the order of the text
+    ones = "fixed"  # or free: whether every centroid has exactly its share of ones
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__()
@@ -134,8 +141,12 @@ class ClusteringModule(LightningModule):
         if not self.started:
             source = self.trainer.datamodule.source
             for site in self.info.sites:
-                self._set("centroids", site, self._start(source, site).centroids())
+                self._begin(site, self._start(source, site).centroids())
             self.started.fill_(True)
+
+    def _begin(self, site: str, centroids: Tensor) -> None:
+        """Takes the first centroids, uint8 [G, K, W]."""
+        self._set("centroids", site, centroids)
 
     def _start(self, source: PatternSource, site: str) -> "Start":
         return Start(self, source, site)
@@ -184,25 +195,36 @@ class ClusteringModule(LightningModule):
 
     def _add_rows(self, site: str, block: Block) -> None:
         """Assigns a block's rows, adds them to their clusters' sums, and notes what was captured."""
-        centroids, K, D = self.get("centroids", site), self.cfg.k, self.info.widths[site]
-        rows = self._grouped(block.patterns[site])
+        K, D = self.cfg.k, self.info.widths[site]
+        rows = self._grouped(block.importance[site] if self.power else block.patterns[site])
+        ids, captured, total = self._assign(site, rows)
         if self.power:
-            importance = self._grouped(block.importance[site])
-            ids, captured = ops.assign_weighted(importance, centroids, self.power)
-            total = ops.row_totals(importance, self.power)
             scales = ops.scales_of(total)
-            self._accumulate(site, lambda **out: ops.accumulate_weighted(importance, ids, scales, K, self.power, **out))
+            self._accumulate(site, lambda **out: ops.accumulate_weighted(rows, ids, scales, K, self.power, **out))
             self.get("captured", site).add_((captured * scales).sum(1))
             self.get("weight", site).add_((total * scales).sum(1))
         else:
-            ids, captured = ops.assign(rows, centroids)
             self._accumulate(site, lambda **out: ops.accumulate(rows, ids, K, D, **out))
-            total = ops.popcount(rows).long()
             self.get("captured", site).add_(captured.sum(1))
             self.get("weight", site).add_(total.sum(1))
         if self._layers_apart and not self.history:
             self._add_layer_sums(site, block)
         self._note_worst(site, captured, total, self._row_numbers(block))
+
+    def _assign(self, site: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's rows [G, n, ...] to their clusters, as `nearest` has it."""
+        return self.nearest(site, rows, self.get("centroids", site))
+
+    def nearest(self, site: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [..., n, W or D], patterns or importances, to centroids uint8 [..., K, W] → ids int64, what is captured, and its upper limit
+        int64, [..., n] each."""
+        if self.power:
+            return *ops.assign_weighted(rows, centroids, self.power), ops.row_totals(rows, self.power)
+        return *ops.assign(rows, centroids), ops.popcount(rows).long()
+
+    def seeds(self, reader: "RowReader", group: Tensor, row: Tensor) -> Tensor:
+        """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""
+        return reader.masks(group, row)
 
     def _accumulate(self, site: str, accumulate: Callable[..., tuple[Tensor, Tensor]]) -> None:
         """Adds a block's sums [G, K, D] and sizes [G, K] to those of the pass: this rank's own, or with schedule `step` all ranks'."""
@@ -240,11 +262,19 @@ class ClusteringModule(LightningModule):
     def _update(self, site: str) -> Tensor:
         """New centroids from the sums; a cluster with no member keeps its own. Returns how many bits changed, int64."""
         old = self.get("centroids", site)
-        new = ops.binarize(self.get("sums", site), self.cfg.density)
+        new = self._cut(self.get("sums", site), self.get("sizes", site))
         new = torch.where((self.get("sizes", site) > 0).unsqueeze(2), new, old)
         changed = ops.popcount(new ^ old).long().sum()
         self._set("centroids", site, new)
         return changed
+
+    def _cut(self, sums: Tensor, sizes: Tensor) -> Tensor:
+        """The centroids uint8 [G, K, W] that follow from sums int64 [G, K, D] and sizes int64 [G, K]."""
+        return ops.binarize(sums, self.cfg.density)
+
+    def _changeable(self, D: int) -> int:
+        """The most that a centroid can count as changed by an update: bits, all of its own and as many others."""
+        return 2 * ops.mask_size(D, self.cfg.density)
 
     def _end_pass(self) -> None:
         """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
@@ -274,8 +304,8 @@ class ClusteringModule(LightningModule):
     def _report(self, figures: dict[str, float], empty: int, changed: int) -> None:
         seconds = time.perf_counter() - self._pass_began
         captured = sum(value for name, value in figures.items() if name.startswith("cluster/")) / len(self.info.sites)
-        bits = sum(2 * self.groups * self.cfg.k * ops.mask_size(D, self.cfg.density) for D in self.info.widths.values())
-        record = dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / bits, seconds=seconds) | self._own_figures()
+        changeable = sum(self.groups * self.cfg.k * self._changeable(D) for D in self.info.widths.values())
+        record = dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / changeable, seconds=seconds) | self._own_figures()
         if self._settled(record):
             self.converged.fill_(True)
         self.history.append(record)
@@ -308,7 +338,10 @@ class ClusteringModule(LightningModule):
         has_row = worst < NO_ROW
         group, cluster, worst = group[has_row], cluster[has_row], worst[has_row]
         source = self.trainer.datamodule.source
-        seeds = RowReader(self, source, site).masks(group, worst & ((1 << ROW_BITS) - 1))
+        return self._place(site, group, cluster, self.seeds(RowReader(self, source, site), group, worst & ((1 << ROW_BITS) - 1)))
+
+    def _place(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
+        """Makes seeds uint8 [n, W] the centroids of the clusters at pairs (group, cluster); returns how many bits that changed."""
         centroids = self.get("centroids", site)
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds
@@ -366,11 +399,7 @@ class Start:
         chosen = [self._draw(group, order, wanted) for group in range(self.module.groups)]
         if self.module.cfg.init == "k-means++":
             chosen = [self._spread(group, rows) for group, rows in enumerate(chosen)]
-        return torch.stack([self.seeds(torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)])
-
-    def seeds(self, group: Tensor, row: Tensor) -> Tensor:
-        """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""
-        return self.reader.masks(group, row)
+        return torch.stack([self.module.seeds(self.reader, torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)])
 
     def usable(self, patterns: Tensor) -> Tensor:
         """bool [n]: which patterns uint8 [n, W] may start a cluster."""
@@ -398,11 +427,10 @@ class Start:
         """k-means++ (Arthur and Vassilvitskii, 2007) over sample `rows`, with what a centroid fails to capture as the distance."""
         module = self.module
         groups = torch.full_like(rows, group)
-        masks = self.seeds(groups, rows)
+        masks = module.seeds(self.reader, groups, rows)
         sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
         scales = ops.row_scales(sample, module.power) if module.power else None
-        total = ops.row_totals(sample, module.power) if module.power else ops.popcount(sample).long()
-        missed = total.clone()
+        missed = module.nearest(self.site, sample, masks[:1])[2]
         picked: list[int] = []
         for _ in range(module.cfg.k):
             chances = (missed * scales >> 16 if scales is not None else missed).cumsum(0)
@@ -411,7 +439,6 @@ class Start:
             if picked and int(missed[pick]) == 0:  # every row is captured whole: any row not picked yet will do
                 pick = next(index for index in range(len(rows)) if index not in set(picked))
             picked.append(pick)
-            centroid = masks[pick : pick + 1]
-            captured = (ops.assign_weighted(sample, centroid, module.power) if module.power else ops.assign(sample, centroid))[1]
+            _, captured, total = module.nearest(self.site, sample, masks[pick : pick + 1])
             missed = torch.minimum(missed, total - captured)
         return rows[torch.tensor(picked)]

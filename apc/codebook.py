@@ -22,9 +22,9 @@ _CLUSTERS_AT_ONCE = 1024  # whose profiles are made at a time
 class SiteCodebook:
     """One site's clusters.
 
-    centroids: uint8 [G, K, W], packed masks with exactly m ones; profiles: float16 [G, K, D], the mean pattern of each
-    cluster under the fitted weighting, scaled to a mean of 1 over the neurons (a cluster without members: its centroid);
-    sizes: int64 [G, K], rows in each cluster; static: uint8 [L, W], the best single mask of each layer;
+    centroids: uint8 [G, K, W], packed masks, with exactly m ones unless the codebook's ones are free; profiles: float16 [G, K, D], the mean pattern
+    of each cluster under the fitted weighting, scaled to a mean of 1 over the neurons (a cluster without members: its centroid);
+    sizes: int64 [G, K], rows in each cluster; static: uint8 [L, W], the best single mask of m ones for each layer;
     thresholds: float32 [L], zero where the rule is `top`; offsets: float32 [G, K, E], what is added to an FFN's output in place of what a cluster's
     mask drops, or None.
     """
@@ -44,8 +44,11 @@ class SiteCodebook:
 class Codebook:
     """Masks for the FFNs of a model, and how they came about.
 
-    widths: neurons at each site; provenance: model, text, configuration, versions and commit; budget: how many ones the masks of each layer have,
-    where layers differ (static masks do not: they have ⌊density·D + ½⌋ everywhere), else empty.
+    widths: neurons at each site; provenance: model, text, configuration, versions and commit;
+    density: share m / D of ones in masks of a fixed size: static, random and soft ones, and the centroids if `ones` is fixed;
+    ones: fixed or free. Free centroids have as many ones as their clusters gave them, down to none: such a mask keeps no neuron, and the FFN
+    then adds nothing for the token; penalty: of a one that a free centroid lacks, in the distance that patterns are assigned by;
+    budget: how many ones the masks of each layer have, where layers differ (static masks do not), else empty.
     """
 
     sites: dict[str, SiteCodebook]
@@ -59,6 +62,8 @@ class Codebook:
     active: str
     sparsity: float
     provenance: dict = field(default_factory=dict)
+    ones: str = "fixed"
+    penalty: int = 1
     budget: list[int] = field(default_factory=list)
 
     def size(self, site: str, layer: int) -> int:
@@ -81,6 +86,18 @@ class Codebook:
     def group(self, layer: int) -> int:
         """The group whose centroids a layer uses."""
         return 0 if self.scope == "pooled" else layer
+
+    def nearest(self, rows: Tensor, centroids: Tensor) -> Tensor:
+        """int64 [..., n]: the cluster of each row, uint8 [..., n, D] importances if patterns were weighted, else packed patterns [..., n, W].
+
+        The distance is the one that the codebook was made with: the masked one, or with free ones Hamming's. By the masked distance most rows would go
+        to whatever centroid has most ones; among centroids of one size the two agree.
+        """
+        if self.power:
+            return ops.assign_weighted(rows, centroids, self.power)[0]
+        if self.ones == "free":
+            return ops.assign_hamming(rows, centroids, self.penalty, scores=False)[0]
+        return ops.assign(rows, centroids)[0]
 
     def to(self, device: torch.device) -> "Codebook":
         moved = {site: SiteCodebook(**{name: value.to(device) for name, value in book.tensors().items()}) for site, book in self.sites.items()}
@@ -108,6 +125,8 @@ class Codebook:
             info.rule.kind,
             info.rule.sparsity,
             provenance,
+            module.ones,
+            cfg.penalty,
         )
         return book.to(torch.device("cpu"))
 
@@ -139,6 +158,8 @@ class Codebook:
         G, L = 1 if self.scope == "pooled" else self.layers, self.layers
         if self.weighting not in WEIGHTINGS or self.scope not in ("layer", "pooled") or self.active not in ("threshold", "top"):
             return f"unknown weighting {self.weighting}, scope {self.scope} or active rule {self.active}"
+        if self.ones not in ("fixed", "free") or self.penalty < 1 or (self.ones == "free" and self.power):
+            return f"ones {self.ones}, penalty {self.penalty} and weighting {self.weighting} do not go together"
         for site, book in self.sites.items():
             D = self.widths[site]
             K, W = book.centroids.shape[-2] if book.centroids.dim() == 3 else 0, ops.row_bytes(D)
@@ -153,8 +174,11 @@ class Codebook:
             for name, ones in (("centroids", sizes), ("static", m)):
                 masks = getattr(book, name)
                 counts, inside = (ops.popcount(found).cpu() for found in (masks, ops.pack(ops.unpack(masks, D))))
-                if masks.dtype != torch.uint8 or not bool((counts == ones).all() and (inside == ones).all()):
-                    return f"a mask in {name} of site {site} does not have {m if isinstance(ones, int) else 'its number of'} ones in {D} neurons"
+                if masks.dtype != torch.uint8 or not torch.equal(counts, inside):
+                    return f"a mask in {name} of site {site} has ones beyond its {D} neurons"
+                if (name == "static" or self.ones == "fixed") and not bool((counts == ones).all()):
+                    right = m if name == "static" or not self.budget else "its layer's number of"
+                    return f"a mask in {name} of site {site} does not have {right} ones in {D} neurons"
         return None
 
 

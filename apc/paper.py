@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apc import distributed, ops
-from apc.clustering import ClusterConfig, ClusteringModule, Start
+from apc.clustering import ClusterConfig, ClusteringModule, RowReader, Start
 from apc.errors import UserError
 from apc.patterns import Block, PatternInfo, PatternSource
 
@@ -36,8 +36,6 @@ class PaperClustering(ClusteringModule):
 
     def _check(self) -> None:
         super()._check()
-        if self.cfg.weighting != "binary":
-            raise UserError(f"cluster.algorithm=apc-paper clusters binary patterns; set cluster.weighting=binary in place of {self.cfg.weighting}")
         if self.cfg.schedule != "epoch":
             raise UserError("cluster.algorithm=apc-paper updates after every window by itself; leave out cluster.schedule=step")
         if self.cfg.k > self.chunk:
@@ -60,6 +58,9 @@ class PaperClustering(ClusteringModule):
 
     def _start(self, source: PatternSource, site: str) -> Start:
         return _PaperStart(self, source, site)
+
+    def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
+        return reader.read("patterns", group, row)
 
     def _begin_pass(self) -> None:
         super()._begin_pass()
@@ -128,9 +129,6 @@ class _PaperStart(Start):
     """Patterns as they are, drawn at random (or by k-means++), leaving out those with more ones than a centroid has."""
 
     what_is_usable = "with some ones and no more than a centroid has"
-
-    def seeds(self, group: Tensor, row: Tensor) -> Tensor:
-        return self.reader.read("patterns", group, row)
 
     def usable(self, patterns: Tensor) -> Tensor:
         ones = ops.popcount(patterns)

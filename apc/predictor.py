@@ -139,15 +139,14 @@ def block_fields(codebook: Codebook, info: PatternInfo) -> list[str]:
 
 
 def nearest_clusters(codebook: Codebook, block: Block) -> dict[str, Tensor]:
-    """int64 [L, n] per site: the cluster that captures most of each row."""
+    """int64 [L, n] per site: the cluster that each row is nearest to."""
     ids = {}
     for site, book in codebook.sites.items():
         rows = block.importance[site] if codebook.power else block.patterns[site]
         shape = rows.shape[:2]
         if codebook.scope == "pooled":
             rows = rows.flatten(0, 1).unsqueeze(0)
-        found = ops.assign_weighted(rows, book.centroids, codebook.power)[0] if codebook.power else ops.assign(rows, book.centroids)[0]
-        ids[site] = found.reshape(shape)
+        ids[site] = codebook.nearest(rows, book.centroids).reshape(shape)
     return ids
 
 

@@ -58,7 +58,7 @@ def conditions_text(results: dict) -> str:
         known("active by {}", "active"),
         known("sites {}", "sites") and "sites " + "+".join(conditions["sites"]),
         known("K {:,}", "k"),
-        known("density {:g}", "density"),
+        known("density {:g}" + (" (centroids: any)" if conditions.get("ones") == "free" else ""), "density"),
         known("{} weighting", "weighting"),
         known("{}", "algorithm"),
         known("{} forward", "forward"),
@@ -351,9 +351,10 @@ def convergence_figure(results: dict, path: Path) -> bool:
     """Captured share, centroid bits that changed and empty clusters over epochs, and the predictor's loss over steps."""
     cluster = (results.get("cluster") or {}).get("history") or []
     predictor = (results.get("predictor") or {}).get("history") or []
+    free = (results.get("conditions") or {}).get("ones") == "free"
     wanted = [
-        ("captured by the centroids, %", cluster, "epoch", "captured", 100.0, "#009E73"),
-        ("centroid bits that changed, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
+        ("agreement with the centroids, %" if free else "captured by the centroids, %", cluster, "epoch", "captured", 100.0, "#009E73"),
+        ("centroids' change, %" if free else "centroid bits that changed, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
         ("empty clusters", cluster, "epoch", "empty", 1.0, "#E69F00"),
         ("predictor's loss", predictor, "step", "loss", 1.0, "#D55E00"),
     ]

@@ -39,12 +39,12 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
         outputs = next(iter(predictor.outputs.values()))
         described = f"{predictor.form} {predictor.hidden_size}→{predictor.hidden}→{outputs}, lookahead {predictor.lookahead}"
     made = codebook.provenance
-    algorithm = made.get("cluster", {}).get("algorithm", "lloyd")
+    algorithm = made.get("cluster", {}).get("algorithm", "lloyd") + (f" with penalty {codebook.penalty}" if codebook.penalty > 1 else "")
     return {
         "model": model_name(cfg.model), "fit": made["fit"], "score": scored.source, "split": "in-sample" if cfg.data.in_sample else "held-out",
         "fit_tokens": made["fit_tokens"], "score_tokens": scored.tokens.numel(), "seq_len": cfg.data.seq_len,
         "sites": list(codebook.sites), "sparsity": codebook.sparsity, "active": codebook.active, "k": codebook.k, "density": codebook.density,
-        "weighting": codebook.weighting, "scope": codebook.scope, "algorithm": None if algorithm == "lloyd" else algorithm,
+        "ones": codebook.ones, "weighting": codebook.weighting, "scope": codebook.scope, "algorithm": None if algorithm == "lloyd" else algorithm,
         "forward": made.get("patterns", {}).get("forward"), "predictor": described,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "commit": commit(),

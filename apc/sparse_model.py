@@ -143,16 +143,15 @@ class _ByCluster(Arm):
 
 
 class Oracle(_ByCluster):
-    """The nearest centroid, found from the token's own activations."""
+    """The nearest centroid (by the distance that the codebook was made with), found from the token's own activations."""
 
     name = "oracle"
     excludes_finding = True
 
     def choose(self, tokens: Tokens) -> Choice:
         centroids = self.codebook.sites[tokens.site].centroids[self.codebook.group(tokens.layer)]
-        if self.codebook.power:
-            return self.by_cluster(tokens, ops.assign_weighted(quantise(tokens.importance)[0], centroids, self.codebook.power)[0])
-        return self.by_cluster(tokens, ops.assign(ops.pack(tokens.active), centroids)[0])
+        rows = quantise(tokens.importance)[0] if self.codebook.power else ops.pack(tokens.active)
+        return self.by_cluster(tokens, self.codebook.nearest(rows, centroids))
 
 
 class ThresholdedOracle(Oracle):

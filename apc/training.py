@@ -16,6 +16,7 @@ from pytorch_lightning.trainer.states import TrainerStatus
 
 from apc import distributed
 from apc.activations import Collector
+from apc.baselines import BRBKMeans, KMajority
 from apc.callbacks import ArmsOnHeldOut, ResumePoint
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
@@ -30,7 +31,7 @@ from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.tracking import Tracking
 from apc.tuning import TuningModule
 
-ALGORITHMS = {"lloyd": ClusteringModule, "apc-paper": PaperClustering}
+ALGORITHMS = {"lloyd": ClusteringModule, "apc-paper": PaperClustering, "brb-kmeans": BRBKMeans, "k-majority": KMajority}
 
 
 class _StaysOnDevice:

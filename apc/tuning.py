@@ -218,9 +218,7 @@ class TuningModule(LightningModule):
         if self.cfg.arm == "predicted":
             return self._outputs(tokens)[0].argmax(-1)
         masks = ops.pack(ops.top_mask(self.scores[tokens.layer], int(self.sizes[tokens.layer])))
-        if self.codebook.power:
-            return ops.assign_weighted(quantise(tokens.importance)[0], masks, self.codebook.power)[0]
-        return ops.assign(ops.pack(tokens.active), masks)[0]
+        return self.codebook.nearest(quantise(tokens.importance)[0] if self.codebook.power else ops.pack(tokens.active), masks)
 
     @torch.no_grad()
     def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:
@@ -284,6 +282,8 @@ def check_tunable(cfg: TuneConfig, codebook: Codebook, predictor: Predictor | No
         raise UserError(
             f"tune.max_epochs={cfg.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer; this codebook has {list(codebook.sites)}, {codebook.scope}"
         )
+    if codebook.ones != "fixed":
+        raise UserError(f"tune.max_epochs={cfg.max_epochs}: tuning needs masks of a fixed size; this codebook's centroids have any number of ones")
     if cfg.form and (predictor is None or predictor.form != cfg.form):
         has = "none was trained" if predictor is None else f"this one's is {predictor.form}"
         raise UserError(f"tune.arm={cfg.arm} needs a predictor of form {cfg.form}; {has}")

@@ -4,6 +4,7 @@ from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, as
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
 from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
 from apc.ops.capacity import assign_with_capacity
+from apc.ops.hamming import assign_hamming
 from apc.ops.update import (
     accumulate,
     accumulate_triton,
@@ -22,6 +23,7 @@ __all__ = [
     "accumulate_weighted_triton",
     "assign",
     "assign_b1",
+    "assign_hamming",
     "assign_triton",
     "assign_weighted",
     "assign_weighted_triton",

@@ -12,6 +12,7 @@ __all__ = [
     "accumulate",
     "accumulate_weighted",
     "assign",
+    "assign_hamming",
     "assign_weighted",
     "assign_with_capacity",
     "binarize",
@@ -72,6 +73,14 @@ def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Ten
 def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, that sum int32 [N], or None. Ties to the lowest id."""
     return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT, scores)
+
+
+def assign_hamming(rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least penalty·|x ∧ ¬c| + |¬x ∧ c|, that distance int64 [N], or None. Ties to the lowest id."""
+    x, c = unpack(rows, 8 * rows.shape[-1]).double(), unpack(centroids, 8 * rows.shape[-1]).double().mT
+    distance = penalty * x @ (1 - c) + (1 - x) @ c
+    ids = _best(-distance, False)[0]
+    return ids, distance.gather(-1, ids.unsqueeze(-1)).squeeze(-1).long() if scores else None
 
 
 def _best(products: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
