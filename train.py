@@ -42,7 +42,7 @@ def train(cfg: Config) -> dict:
     if cfg.checkpoint is not None:
         training.take_codebook(cfg.checkpoint, run, identity)
     with Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main()) as tracking:
-        stored = cfg.collect.hidden == "stored"
+        stored = cfg.with_predictor and cfg.collect.hidden == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")
         if cfg.stage == "collect":
@@ -54,12 +54,14 @@ def train(cfg: Config) -> dict:
         if cfg.stage == "cluster":
             return {"run": str(run.path), "seconds": watch.seconds}
 
-        inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
-        rows = None
-        if len(monitored.tokens):
-            rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
-        predictor = training.train_predictor(cfg, inputs, codebook, run, tracking, watched, rows)
-        watch.lap("predict")
+        predictor = None
+        if cfg.with_predictor:
+            inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
+            rows = None
+            if len(monitored.tokens):
+                rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
+            predictor = training.train_predictor(cfg, inputs, codebook, run, tracking, watched, rows)
+            watch.lap("predict")
         if cfg.stage == "predict":
             return {"run": str(run.path), "seconds": watch.seconds}
 

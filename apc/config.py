@@ -113,6 +113,11 @@ class Config:
         if self.data.fit_windows is not None and self.monitor.windows >= self.data.fit_windows:
             raise UserError(f"monitor.windows={self.monitor.windows} leaves nothing to fit of data.fit_windows={self.data.fit_windows}; lower it")
 
+    @property
+    def with_predictor(self) -> bool:
+        """Whether a predictor is trained: not where the arms are named and none of them needs it, unless stage=predict asks for it."""
+        return self.stage == "predict" or any(hasattr(ARMS.get(arm), "form") for arm in self.arms or DEFAULT_ARMS)
+
 
 SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING and is_dataclass(f.default_factory)}
 
