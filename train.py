@@ -3,6 +3,7 @@
 python train.py                                   everything, on the bundled model and text
 python train.py experiment=wikitext2              a configuration from configs/experiment/
 python train.py my.yaml cluster.k=1024 run.name=a a file of your own, and overrides
+python train.py experiment=paper --dry-run        what a run would take, estimated; nothing is loaded
 """
 
 import os
@@ -11,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pytorch_lightning import seed_everything
 
-from apc import cli, collect, distributed, report, scoring, training
+from apc import cli, collect, distributed, estimate, report, scoring, training
 from apc.activations import Collector
 from apc.config import Config, to_dict
 from apc.models import load_model, model_name, resolve_device, weights_digest
@@ -73,4 +74,4 @@ def train(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    cli.main(__doc__, train)
+    cli.main(__doc__, train, dry_run=estimate.describe)

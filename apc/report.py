@@ -209,7 +209,7 @@ def _layered(results: dict, measure: str) -> list[dict]:
 
 def _arm_grid(columns: Sequence[tuple[str, str, Callable[[dict], str]]], arms: Sequence[dict], markdown: bool) -> str:
     rows = [[arm["arm"]] + [DASH] * (len(columns) - 1) if arm.get("missing") else [cell(arm) for _, _, cell in columns] for arm in arms]
-    return _grid([column[:2] for column in columns], rows, markdown)
+    return text_grid([column[:2] for column in columns], rows, markdown)
 
 
 def _layer_grid(title: str, columns: dict[str, Sequence[float]], overall: dict[str, float | None], markdown: bool) -> str:
@@ -217,10 +217,10 @@ def _layer_grid(title: str, columns: dict[str, Sequence[float]], overall: dict[s
     rows = [[str(layer)] + [_percent(values[layer] if layer < len(values) else None) for values in columns.values()] for layer in range(count)]
     rows.append(["all"] + [_percent(overall[name]) for name in columns])
     heading = f"**{title}, %**\n\n" if markdown else f"{title}, %\n"
-    return heading + _grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
+    return heading + text_grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
 
 
-def _grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+def text_grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """The first column to the left, the others to the right."""
     if markdown:
         lines = [[" ".join(filter(None, pair)) for pair in header], ["---"] + ["---:"] * (len(header) - 1), *rows]
