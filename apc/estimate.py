@@ -30,14 +30,14 @@ from apc.models import DTYPES, ModelConfig, check_config, find_ffns, find_model,
 from apc.patterns import ActiveRule, PatternInfo
 from apc.predictor import PredictorModule
 from apc.store import shard_windows, store_bytes
+from apc.streaming import BLOCKS_IN_FLIGHT, BLOCKS_READ
 from apc.text import count_windows, on_hub
-from apc.training import ALGORITHMS, BLOCKS_IN_FLIGHT, block_bytes, room_for_blocks, windows_in_block
+from apc.training import ALGORITHMS, block_bytes, room_for_blocks, windows_in_block
 
 KNOWN = Path(__file__).with_suffix(".yaml")
 RATES = CONFIGS.parent / "benchmarks" / "results.csv"
 RANKS = (1, 8)  # processes that are always shown, beside those of trainer.devices
 WIDTH = 110  # of lines, in characters
-READ_AHEAD = 2  # blocks that a `BlockStream` has read into host memory, at most
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
     if cfg.collect.storage == "memory":
         host["patterns"] = rows
     elif cfg.collect.storage == "disk":
-        host["patterns read ahead"] = ranks * READ_AHEAD * block_bytes(info, module.fields(), math.ceil(largest / ranks))
+        host["patterns read ahead"] = ranks * BLOCKS_READ * block_bytes(info, module.fields(), math.ceil(largest / ranks))
     host["codebook"] = ranks * book_bytes
     exchange = exchanged(module, blocks, ranks) if ranks > 1 else {}
     return Estimate(ranks, disk, gpu, peak, host, exchange, _seconds(cfg, work, module, ranks, kept, exchange))

@@ -27,10 +27,10 @@ from apc.paper import PaperClustering
 from apc.patterns import Block, CollectConfig, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
+from apc.streaming import BLOCKS_IN_FLIGHT
 from apc.tracking import Tracking
 
 ALGORITHMS = {"lloyd": ClusteringModule, "apc-paper": PaperClustering}
-BLOCKS_IN_FLIGHT = 3  # that a `BlockStream` has on the device at a time, besides those it keeps
 
 
 class _StaysOnDevice:
