@@ -146,6 +146,25 @@ def to_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 
+def as_word(value: object) -> str:
+    """A value as it stands on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_word, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The key=value words that make `cfg` of `base`; sections and keys in `leave_out` may differ."""
+    words = []
+    for key, value in asdict(cfg).items():
+        other = getattr(base, key)
+        if key not in leave_out and key in SECTIONS:
+            words += [f"{key}.{name}={as_word(item)}" for name, item in value.items() if f"{key}.{name}" not in leave_out and item != getattr(other, name)]
+        elif key not in leave_out and value != other:
+            words.append(f"{key}={as_word(value)}")
+    return words
+
+
 def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
     """What the files chose of the groups, then the files' own values, then the groups and values of the command line."""
     names, dotlist = _parse_overrides(overrides)
