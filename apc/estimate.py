@@ -115,8 +115,8 @@ def rate(operation: str, implementation: str, K: int, D: int, note: str = "") ->
     return float([row for row in rows if distance(row) == nearest][-1]["rate"])
 
 
-def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object | None]:
-    """The model's shape from its configuration, without its weights, and its tokenizer where that is at hand.
+def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object | str]:
+    """The model's shape from its configuration, without its weights, and its tokenizer, or why there is none.
 
     Raises UserError where neither the configuration can be read nor the shape is known.
     """
@@ -129,18 +129,28 @@ def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object |
     source, local_only = find_model(cfg.path) if cfg.path != "bundled" else (str(bundled), True)
     options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        return _shape(config, cfg, sites, "its config.json"), AutoTokenizer.from_pretrained(source, **options)
+        shape = _shape(AutoConfig.from_pretrained(source, **options), cfg, sites, "its config.json")
     except (OSError, ValueError, ImportError, KeyError) as error:
-        values = known()["shapes"].get(cfg.path)
-        if values is None:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if local_only and source == cfg.path:
-                reason = "neither the hub nor the local cache has its config.json"
-            raise UserError(
-                f"model.path={cfg.path}: its shape is not known ({reason}); give a folder with its config.json and tokenizer: model.path=FOLDER"
-            ) from error
-    return _shape(AutoConfig.for_model(**values), cfg, sites, f"known beforehand, {KNOWN.name}"), None
+        if cfg.path in known()["shapes"]:
+            return _known_shape(cfg, sites), "only the model's shape is known here"
+        reason = "neither the hub nor the local cache has its config.json" if local_only and source == cfg.path else _first_line(error)
+        raise UserError(
+            f"model.path={cfg.path}: its shape is not known ({reason}); give a folder with its config.json and tokenizer: model.path=FOLDER"
+        ) from error
+    try:
+        return shape, AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:  # said where windows have to be counted
+        return shape, _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _known_shape(cfg: ModelConfig, sites: list[str]) -> ModelShape:
+    from transformers import AutoConfig
+
+    return _shape(AutoConfig.for_model(**known()["shapes"][cfg.path]), cfg, sites, f"known beforehand, {KNOWN.name}")
 
 
 def _shape(config, cfg: ModelConfig, sites: list[str], origin: str, stored: torch.dtype | None = None) -> ModelShape:
@@ -171,17 +181,17 @@ def read_workload(cfg: Config) -> Workload:
     return Workload(shape, fit, found["score"][0], {role: how for role, (_, how) in found.items()})
 
 
-def _windows(cfg: Config, role: str, tokenizer) -> tuple[int, str]:
+def _windows(cfg: Config, role: str, tokenizer: object | str) -> tuple[int, str]:
     """(how many, how that is known)"""
     asked, source = getattr(cfg.data, f"{role}_windows"), getattr(cfg.data, role)
-    if not on_hub(source) and tokenizer is not None:
+    if not on_hub(source) and not isinstance(tokenizer, str):
         return count_windows(cfg.data, role, tokenizer), "counted"
     if asked is not None:
         return asked, f"as data.{role}_windows says"
     text = known()["texts"].get(source, {}).get(cfg.model.path)
     if text is None:
-        missing = "which lies on the hub" if on_hub(source) else "which this model's tokenizer would have to count"
-        raise UserError(f"data.{role}={source}: how many tokens it has is not known before it is read, {missing}; set data.{role}_windows=N")
+        missing = "it lies on the hub" if on_hub(source) else f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
+        raise UserError(f"data.{role}={source}: how many tokens it has is not known: {missing}; set data.{role}_windows=N")
     return text["tokens"] // cfg.data.seq_len, text["from"]
 
 
@@ -321,14 +331,8 @@ def stage_work(cfg: Config, work: Workload) -> dict[str, dict[str, float]]:
 def _reference() -> tuple[Config, Workload]:
     """The run whose stages were measured."""
     cfg = load_config(None, known()["stages"]["overrides"])
-    shape = _shape_known(cfg.model, cfg.sites)
+    shape = _known_shape(cfg.model, cfg.sites)
     return cfg, Workload(shape, cfg.data.fit_windows - cfg.monitor.windows, cfg.data.score_windows, {})
-
-
-def _shape_known(cfg: ModelConfig, sites: list[str]) -> ModelShape:
-    from transformers import AutoConfig
-
-    return _shape(AutoConfig.for_model(**known()["shapes"][cfg.path]), cfg, sites, KNOWN.name)
 
 
 def pass_seconds(module: ClusteringModule, share: float, kept: int) -> float:
