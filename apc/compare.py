@@ -532,7 +532,7 @@ def _finer_ticks(axes: Axes) -> None:
 def _paper_line(axes: Axes, value: float, label: str, above: bool) -> None:
     """A level that the paper gives, over the range of clusters that it tried."""
     axes.plot(PAPER_CLUSTERS, [value, value], color="#9A9A9A", linewidth=1.1, zorder=1.5)
-    _label(axes, label, (PAPER_CLUSTERS[1], value), "#6E6E6E", above=above, style="italic", ha="right")
+    _label(axes, label, (PAPER_CLUSTERS[1], value), report.MUTED, above=above, style="italic", ha="right")
 
 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Sequence[str]) -> None:
@@ -548,9 +548,11 @@ def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Seq
 
 
 def _label(axes: Axes, text: str, at: tuple[float, float], color: str, coordinates: str | tuple[str, str] = "data", above: bool = True, **look: str) -> None:
-    """Small words right above or below a level, readable over lines."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
-    axes.annotate(text, at, (0, 3 if above else -3), xycoords=coordinates, textcoords="offset points", fontsize=7.5, color=color, bbox=box, zorder=4,
+    """Small words right above or below a level, with a white rim that keeps them readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    rim = [withStroke(linewidth=2.2, foreground="white")]
+    axes.annotate(text, at, (0, 3 if above else -3), xycoords=coordinates, textcoords="offset points", fontsize=7.5, color=color, path_effects=rim, zorder=4,
                   va="bottom" if above else "top", **look)  # fmt: skip
 
 
