@@ -3,6 +3,7 @@
     python evaluate.py checkpoint=runs/x                          the same figures again
     python evaluate.py checkpoint=runs/x arms=[oracle,gate]       other arms
     python evaluate.py checkpoint=runs/x data.score=other.txt     other text
+    python evaluate.py compare='runs/paper-*' [out=FOLDER]        finished runs side by side, also compare=[runs/x,runs/y]; loads no model
 
 Keys that don't concern the fitting can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name, or the
 date and time.
@@ -13,9 +14,10 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses
+import sys
 from pathlib import Path
 
-from apc import cli, distributed, report
+from apc import cli, compare, distributed, report
 from apc.config import Config, load_config, to_dict, to_yaml
 from apc.errors import UserError
 from apc.files import write_atomic
@@ -79,4 +81,8 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    cli.main(__doc__, evaluate, config_of_run)
+    if any(word.startswith("compare=") for word in sys.argv[1:]):
+        with cli.one_line_errors("the same command starts again"):
+            compare.main(sys.argv[1:])
+    else:
+        cli.main(__doc__, evaluate, config_of_run)

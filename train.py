@@ -3,6 +3,7 @@
 python train.py                                   everything, on the bundled model and text
 python train.py experiment=wikitext2              a configuration from configs/experiment/
 python train.py my.yaml cluster.k=1024 run.name=a a file of your own, and overrides
+python train.py experiment=paper --dry-run        what a run would take, estimated; nothing is loaded
 """
 
 import os
@@ -11,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pytorch_lightning import seed_everything
 
-from apc import cli, collect, distributed, report, scoring, training
+from apc import cli, collect, distributed, estimate, report, scoring, training
 from apc.activations import Collector
 from apc.config import Config, to_dict
 from apc.models import load_model, model_name, resolve_device, weights_digest
@@ -42,7 +43,7 @@ def train(cfg: Config) -> dict:
     if cfg.checkpoint is not None:
         training.take_codebook(cfg.checkpoint, run, identity)
     with Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main()) as tracking:
-        stored = cfg.collect.hidden == "stored"
+        stored = cfg.with_predictor and cfg.collect.hidden == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")
         if cfg.stage == "collect":
@@ -54,12 +55,14 @@ def train(cfg: Config) -> dict:
         if cfg.stage == "cluster":
             return {"run": str(run.path), "seconds": watch.seconds}
 
-        inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
-        rows = None
-        if len(monitored.tokens):
-            rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
-        predictor = training.train_predictor(cfg, inputs, codebook, run, tracking, watched, rows)
-        watch.lap("predict")
+        predictor = None
+        if cfg.with_predictor:
+            inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
+            rows = None
+            if len(monitored.tokens):
+                rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
+            predictor = training.train_predictor(cfg, inputs, codebook, run, tracking, watched, rows)
+            watch.lap("predict")
         if cfg.stage == "predict":
             return {"run": str(run.path), "seconds": watch.seconds}
 
@@ -77,4 +80,4 @@ def train(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    cli.main(__doc__, train)
+    cli.main(__doc__, train, dry_run=estimate.describe)

@@ -26,7 +26,7 @@ from apc.errors import UserError
 if TYPE_CHECKING:
     import torch
     from mwparserfromhell.wikicode import Wikicode
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,13 @@ def load_gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     return _from_gguf(AutoTokenizer, path)
+
+
+def load_gguf_config(path: Path) -> "PretrainedConfig":
+    """The model's configuration inside a GGUF file, without its weights. Raises UserError as `load_gguf` does."""
+    from transformers import AutoConfig
+
+    return _from_gguf(AutoConfig, path)
 
 
 def _from_gguf(auto_class, path: Path, **options):

@@ -18,16 +18,27 @@ from apc.runs import new_name
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def main(description: str, run: Callable[[Config], dict], defaults: Callable[[str | None, list[str]], Config] = load_config) -> None:
+def main(
+    description: str,
+    run: Callable[[Config], dict],
+    defaults: Callable[[str | None, list[str]], Config] = load_config,
+    dry_run: Callable[[Config], str] | None = None,
+) -> None:
     """Reads the command line, starts the ranks where there are several, and calls `run(config)`.
 
-    Errors end as in `one_line_errors`.
+    dry_run: what `--dry-run` prints instead; None: there is no such flag. Errors end as in `one_line_errors`.
     """
     with one_line_errors("the same command with this run.name goes on from here"):
-        path, overrides, print_config = _parse(description)
-        cfg = defaults(path, overrides)
-        if print_config:
+        options = _parse(description, dry_run is not None)
+        words = options.words
+        path = words.pop(0) if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")) else None
+        cfg = defaults(path, words)
+        if options.print_config:
             print(to_yaml(cfg), end="")
+            return
+        if dry_run is not None and options.dry_run:
+            _quiet_libraries()
+            print(dry_run(cfg))
             return
         _quiet_libraries()
         _keep_freed_memory()
@@ -54,14 +65,13 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def _parse(description: str) -> tuple[str | None, list[str], bool]:
+def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=describe())
     parser.add_argument("words", nargs="*", metavar="file.yaml | key=value | group=name", help="a YAML file first, then overrides")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    options = parser.parse_intermixed_args()
-    words = options.words
-    path = words.pop(0) if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")) else None
-    return path, words, options.print_config
+    if with_dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print what the run would take (disk, memory, seconds, estimated) and stop")
+    return parser.parse_intermixed_args()
 
 
 def _launch(cfg: Config) -> int:

@@ -122,6 +122,11 @@ class Config:
         if self.data.fit_windows is not None and self.monitor.windows >= self.data.fit_windows:
             raise UserError(f"monitor.windows={self.monitor.windows} leaves nothing to fit of data.fit_windows={self.data.fit_windows}; lower it")
 
+    @property
+    def with_predictor(self) -> bool:
+        """Whether a predictor is trained: not where the arms are named and none of them needs it, unless stage=predict asks for it."""
+        return self.stage == "predict" or any(hasattr(ARMS.get(arm), "form") for arm in self.arms or DEFAULT_ARMS)
+
 
 SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING and is_dataclass(f.default_factory)}
 
@@ -148,6 +153,25 @@ def to_dict(cfg: Config) -> dict:
 
 def to_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def as_word(value: object) -> str:
+    """A value as it stands on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_word, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The key=value words that make `cfg` of `base`; sections and keys in `leave_out` may differ."""
+    words = []
+    for key, value in asdict(cfg).items():
+        other = getattr(base, key)
+        if key not in leave_out and key in SECTIONS:
+            words += [f"{key}.{name}={as_word(item)}" for name, item in value.items() if f"{key}.{name}" not in leave_out and item != getattr(other, name)]
+        elif key not in leave_out and value != other:
+            words.append(f"{key}={as_word(value)}")
+    return words
 
 
 def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:

@@ -13,12 +13,12 @@ from apc.patterns import Block, PatternSource
 from apc.streaming import BlockStream
 
 
-def block_ranges(windows: int, block_windows: int) -> list[tuple[int, int]]:
-    """Window ranges [first, last) of the blocks that all ranks work on together; each has a window for every rank.
+def block_ranges(windows: int, block_windows: int, ranks: int | None = None) -> list[tuple[int, int]]:
+    """Window ranges [first, last) of the blocks that all ranks (None: those of this run) work on together; each has a window for every rank.
 
     Raises UserError if there are fewer windows than ranks.
     """
-    ranks = distributed.world_size()
+    ranks = distributed.world_size() if ranks is None else ranks
     if windows < ranks:
         raise UserError(f"{windows} windows of text for {ranks} processes; give more text, lower data.seq_len, or lower trainer.devices")
     each = max(block_windows, ranks)

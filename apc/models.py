@@ -59,14 +59,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, objec
     if path.suffix == ".gguf":
         model, tokenizer = assets.load_gguf(path, torch.float32 if dtype == "auto" else dtype), assets.load_gguf_tokenizer(path)
     else:
-        if cfg.path == "bundled":
-            source, local_only = str(assets.bundled_model()), True
-        elif path.is_dir():
-            source, local_only = str(path), True
-        elif path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1:
-            raise UserError(f"model.path={cfg.path}: no such folder")
-        else:
-            source, local_only = cfg.path, not text.hub_reachable()
+        source, local_only = (str(assets.bundled_model()), True) if cfg.path == "bundled" else find_model(cfg.path)
         options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
         try:
             check_config(AutoConfig.from_pretrained(source, **options))
@@ -79,6 +72,19 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, objec
             raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
     find_ffns(model)
     return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def find_model(path: str) -> tuple[str, bool]:
+    """(folder or hub id, whether only this machine is asked for it) of a `model.path` that is neither bundled nor a .gguf file.
+
+    Raises UserError for a folder that is not there.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder), True
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path={path}: no such folder")
+    return path, not text.hub_reachable()
 
 
 def model_name(cfg: ModelConfig) -> str:

@@ -33,8 +33,8 @@ ARM_STYLES = {
     "neuron-predictor": ("#882255", "*"),
 }
 _OTHER_STYLE = ("#332288", "p")
-_INK, _MUTED, _GRID, _ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
-_DPI = 160
+INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
+DPI = 160
 _LOG_FROM = 5.0  # an axis is logarithmic once its largest value is so many times the least
 _MAX_SITES = 4  # more groups of clusters than this share one panel
 _MAX_MARKERS = 40  # with more points than this, a line is drawn without them
@@ -78,6 +78,11 @@ def _wrapped_conditions(results: dict, width: int) -> list[str]:
     return [line.replace("\xa0", " ").removesuffix(" ·") for line in textwrap.wrap(glued, width, break_on_hyphens=False)]
 
 
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters, broken at spaces only."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
 def is_in_sample(results: dict) -> bool:
     """Whether the score text is part of the fit text: then every table and figure says so."""
     return (results.get("conditions") or {}).get("split") == "in-sample"
@@ -91,12 +96,12 @@ def _real(value: object) -> float:
         return math.nan
 
 
-def _fixed(value: float | None, decimals: int) -> str:
+def fixed(value: float | None, decimals: int) -> str:
     return DASH if value is None else f"{_real(value):,.{decimals}f}"
 
 
-def _percent(value: float | None) -> str:
-    return DASH if value is None else _fixed(100 * _real(value), 1)
+def percent(value: float | None) -> str:
+    return DASH if value is None else fixed(100 * _real(value), 1)
 
 
 def _decimals(value: float) -> int:
@@ -104,18 +109,18 @@ def _decimals(value: float) -> int:
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
 
 
-def _perplexity(value: float | None) -> str:
-    return DASH if value is None else _fixed(value, min(2, _decimals(_real(value))))
+def shown_perplexity(value: float | None) -> str:
+    return DASH if value is None else fixed(value, min(2, _decimals(_real(value))))
 
 
-def _ratio(arm: dict) -> str:
+def shown_ratio(arm: dict) -> str:
     """Perplexity over dense, with half the width of its 95 % interval."""
     ratio, low, high = (arm.get(key) for key in ("ratio", "ratio_low", "ratio_high"))
     if ratio is None:
         return DASH
     decimals = _decimals(_real(ratio))
-    text = _fixed(ratio, decimals)
-    return text if low is None or high is None or low == high else f"{text} ± {_fixed((high - low) / 2, decimals)}"
+    text = fixed(ratio, decimals)
+    return text if low is None or high is None or low == high else f"{text} ± {fixed((high - low) / 2, decimals)}"
 
 
 # --- tables
@@ -123,27 +128,27 @@ def _ratio(arm: dict) -> str:
 # The two lines of a column's header, and what stands in an arm's row.
 _ARM_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("", "arm", lambda arm: arm["arm"]),
-    ("density", "%", lambda arm: _percent(arm.get("density"))),
-    ("coverage", "%", lambda arm: _percent(arm.get("coverage"))),
-    ("precision", "%", lambda arm: _percent(arm.get("precision"))),
-    ("captured", "importance %", lambda arm: _percent(arm.get("captured_importance"))),
-    ("captured", "energy %", lambda arm: _percent(arm.get("captured_energy"))),
-    ("", "perplexity", lambda arm: _perplexity(arm.get("perplexity"))),
-    ("vs dense", "× (95 %)", _ratio),
-    ("choice", "bits", lambda arm: _fixed(arm.get("bits"), 1)),
-    ("bytes", "% of dense", lambda arm: _percent(arm.get("bytes_share")) + _star(arm)),
-    ("FLOPs", "% of dense", lambda arm: _percent(arm.get("flops_share")) + _star(arm)),
+    ("density", "%", lambda arm: percent(arm.get("density"))),
+    ("coverage", "%", lambda arm: percent(arm.get("coverage"))),
+    ("precision", "%", lambda arm: percent(arm.get("precision"))),
+    ("captured", "importance %", lambda arm: percent(arm.get("captured_importance"))),
+    ("captured", "energy %", lambda arm: percent(arm.get("captured_energy"))),
+    ("", "perplexity", lambda arm: shown_perplexity(arm.get("perplexity"))),
+    ("vs dense", "× (95 %)", shown_ratio),
+    ("choice", "bits", lambda arm: fixed(arm.get("bits"), 1)),
+    ("bytes", "% of dense", lambda arm: percent(arm.get("bytes_share")) + star(arm)),
+    ("FLOPs", "% of dense", lambda arm: percent(arm.get("flops_share")) + star(arm)),
 )
 
 _DETAIL_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("", "arm", lambda arm: arm["arm"]),
-    ("first token:", "importance %", lambda arm: _percent(arm.get("captured_importance_first"))),
-    ("first token:", "energy %", lambda arm: _percent(arm.get("captured_energy_first"))),
-    ("masked:", "density %", lambda arm: _percent(_masked(arm, "density"))),
-    ("masked:", "coverage %", lambda arm: _percent(_masked(arm, "coverage"))),
-    ("masked:", "precision %", lambda arm: _percent(_masked(arm, "precision"))),
-    ("masked:", "importance %", lambda arm: _percent(_masked(arm, "captured_importance"))),
-    ("masked:", "energy %", lambda arm: _percent(_masked(arm, "captured_energy"))),
+    ("first token:", "importance %", lambda arm: percent(arm.get("captured_importance_first"))),
+    ("first token:", "energy %", lambda arm: percent(arm.get("captured_energy_first"))),
+    ("masked:", "density %", lambda arm: percent(_masked(arm, "density"))),
+    ("masked:", "coverage %", lambda arm: percent(_masked(arm, "coverage"))),
+    ("masked:", "precision %", lambda arm: percent(_masked(arm, "precision"))),
+    ("masked:", "importance %", lambda arm: percent(_masked(arm, "captured_importance"))),
+    ("masked:", "energy %", lambda arm: percent(_masked(arm, "captured_energy"))),
 )
 
 
@@ -156,11 +161,11 @@ def arms_table(results: dict, markdown: bool = False) -> str:
     """
     arms = results.get("arms") or []
     notes = []
-    if any(_star(arm) for arm in arms):
+    if any(star(arm) for arm in arms):
         notes.append("* without the cost of finding the mask: this arm reads it from the token's own activations.")
     notes += [f"{DASH} {arm['arm']}: {arm['missing']}" for arm in arms if arm.get("missing")]
     if results.get("seconds"):
-        notes.append("seconds: " + ", ".join(f"{stage} {_fixed(value, 1)}" for stage, value in results["seconds"].items()))
+        notes.append("seconds: " + ", ".join(f"{stage} {fixed(value, 1)}" for stage, value in results["seconds"].items()))
     return _document(results, [_arm_grid(_ARM_COLUMNS, arms, markdown)], notes, markdown)
 
 
@@ -193,7 +198,7 @@ def layer_table(results: dict, measures: Sequence[str] = ("density", "captured_i
     return _document(results, grids, [], markdown)
 
 
-def _star(arm: dict) -> str:
+def star(arm: dict) -> str:
     return "*" if arm.get("excludes_finding") and not arm.get("missing") else ""
 
 
@@ -209,18 +214,18 @@ def _layered(results: dict, measure: str) -> list[dict]:
 
 def _arm_grid(columns: Sequence[tuple[str, str, Callable[[dict], str]]], arms: Sequence[dict], markdown: bool) -> str:
     rows = [[arm["arm"]] + [DASH] * (len(columns) - 1) if arm.get("missing") else [cell(arm) for _, _, cell in columns] for arm in arms]
-    return _grid([column[:2] for column in columns], rows, markdown)
+    return text_grid([column[:2] for column in columns], rows, markdown)
 
 
 def _layer_grid(title: str, columns: dict[str, Sequence[float]], overall: dict[str, float | None], markdown: bool) -> str:
     count = max(len(values) for values in columns.values())
-    rows = [[str(layer)] + [_percent(values[layer] if layer < len(values) else None) for values in columns.values()] for layer in range(count)]
-    rows.append(["all"] + [_percent(overall[name]) for name in columns])
+    rows = [[str(layer)] + [percent(values[layer] if layer < len(values) else None) for values in columns.values()] for layer in range(count)]
+    rows.append(["all"] + [percent(overall[name]) for name in columns])
     heading = f"**{title}, %**\n\n" if markdown else f"{title}, %\n"
-    return heading + _grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
+    return heading + text_grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
 
 
-def _grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+def text_grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """The first column to the left, the others to the right."""
     if markdown:
         lines = [[" ".join(filter(None, pair)) for pair in header], ["---"] + ["---:"] * (len(header) - 1), *rows]
@@ -281,16 +286,16 @@ def perplexity_figure(results: dict, path: Path) -> bool:
         end = _perplexity_bar(axes, y, arm, value, left)
         ends.append(end)
     if logarithmic:
-        _log_axis(axes, "x")
+        log_axis(axes, "x")
         axes.set_xlim(left, max(ends) * (max(ends) / left) ** 0.42)
     else:
         axes.set_xlim(0, 1.38 * max(ends))
     dense = next((value for arm, value in zip(arms, values, strict=True) if arm["arm"] == "dense"), math.nan)
     if math.isfinite(dense):
-        axes.axvline(dense, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2.5)
+        axes.axvline(dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2.5)
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
     axes.set_ylim(len(arms) - 0.4, -0.6)
-    _plain_axes(axes, xlabel="perplexity" + (" (log scale)" if logarithmic else "") + "; dashed: dense", grid="x")
+    plain_axes(axes, xlabel="perplexity" + (" (log scale)" if logarithmic else "") + "; dashed: dense", grid="x")
     axes.tick_params(axis="y", length=0, labelsize=10.5)
     return _save(figure, path)
 
@@ -306,7 +311,7 @@ def captured_figure(results: dict, path: Path) -> bool:
     for arm in arms:
         shares = 100 * np.array([_real(value) for value in arm["per_layer"]["captured_importance"]])
         color, marker = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
-        density = "" if arm.get("density") is None else f" ({_percent(arm['density'])} %)"
+        density = "" if arm.get("density") is None else f" ({percent(arm['density'])} %)"
         axes.plot(
             shares,
             color=color,
@@ -319,9 +324,9 @@ def captured_figure(results: dict, path: Path) -> bool:
         lowest = float(np.nanmin([lowest, *shares]))
     axes.set_ylim(min(90.0, 10 * math.floor(lowest / 10)), 100)
     _integer_ticks(axes)
-    _plain_axes(axes, xlabel="layer", ylabel="captured importance, %")
+    plain_axes(axes, xlabel="layer", ylabel="captured importance, %")
     legend = figure.legend(loc="outside right center", frameon=False, fontsize=9.5, title="arm (density)", title_fontsize=9.5)
-    legend.get_title().set_color(_MUTED)
+    legend.get_title().set_color(MUTED)
     legend.set_alignment("left")
     return _save(figure, path)
 
@@ -343,7 +348,7 @@ def usage_figure(results: dict, path: Path) -> bool:
         _usage_curves(figure, left, layers, unit)
         _empty_bars(right, layers, unit)
         if len(groups) > 1:
-            left.set_title(site, loc="left", fontsize=11, color=_INK)
+            left.set_title(site, loc="left", fontsize=11, color=INK)
     return _save(figure, path)
 
 
@@ -368,14 +373,14 @@ def convergence_figure(results: dict, path: Path) -> bool:
         points = [_real(row.get(x)) for row in history]
         marker = "o" if len(points) <= _MAX_MARKERS else None
         axes.plot(points, [scale * _real(row.get(y)) for row in history], color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)
-        axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
         if y in ("empty", "changed"):
             axes.set_ylim(bottom=0)
         if y == "empty":
             axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
             axes.yaxis.get_major_locator().set_params(integer=True)
         _integer_ticks(axes)
-        _plain_axes(axes, xlabel=x)
+        plain_axes(axes, xlabel=x)
     return _save(figure, path)
 
 
@@ -383,18 +388,18 @@ def _perplexity_bar(axes: Axes, y: int, arm: dict, value: float, left: float) ->
     """Draws one arm's bar with its whisker and label; returns where the bar and whisker end on the x axis."""
     if not math.isfinite(value):
         reason = arm.get("missing") or ("not finite" if arm.get("perplexity") is not None else "not measured")
-        _bar_label(axes, left, y, f"{DASH} {reason}", color=_MUTED, style="italic")
+        _bar_label(axes, left, y, f"{DASH} {reason}", color=MUTED, style="italic")
         return max(left, 1e-9)
     color, _ = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
     axes.barh(y, value - left, left=left, height=0.62, color=color, zorder=2)
-    end, label = value, _perplexity(value)
+    end, label = value, shown_perplexity(value)
     ratio, low, high = (_real(arm.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
     if math.isfinite(ratio) and arm["arm"] != "dense":
-        label += f"   ×{_ratio(arm)}"
+        label += f"   ×{shown_ratio(arm)}"
     if math.isfinite(low + high + ratio) and high > low:
         end = max(end, value * high / ratio)
-        axes.plot([value * low / ratio, end], [y, y], color=_INK, linewidth=1.2, zorder=3, solid_capstyle="butt", marker="|", markersize=6)
-    _bar_label(axes, end, y, label, color=_INK)
+        axes.plot([value * low / ratio, end], [y, y], color=INK, linewidth=1.2, zorder=3, solid_capstyle="butt", marker="|", markersize=6)
+    _bar_label(axes, end, y, label, color=INK)
     return end
 
 
@@ -417,16 +422,16 @@ def _usage_curves(figure: Figure, axes: Axes, layers: Sequence[np.ndarray], unit
         if len(used) > _MAX_POINTS:
             ranks = np.unique(np.geomspace(1, len(used), _MAX_POINTS).round().astype(int))
         axes.plot(ranks, 100 * used[ranks - 1] / max(1.0, used.sum()), color=shade, linewidth=1.2, alpha=0.9)
-    axes.axhline(100 / most, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    _log_axis(axes, "y")
+    axes.axhline(100 / most, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    log_axis(axes, "y")
     if most > _MAX_LINEAR_RANKS:
-        _log_axis(axes, "x")
-    _plain_axes(axes, xlabel="cluster, by size; dashed: all equal", ylabel="share of rows, %")
+        log_axis(axes, "x")
+    plain_axes(axes, xlabel="cluster, by size; dashed: all equal", ylabel="share of rows, %")
     if len(layers) > 1:
         bar = figure.colorbar(ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(shades)), ax=axes, pad=0.02, aspect=28)
-        bar.set_label(unit, fontsize=9.5, color=_MUTED)
+        bar.set_label(unit, fontsize=9.5, color=MUTED)
         bar.ax.yaxis.get_major_locator().set_params(integer=True)
-        bar.ax.tick_params(labelsize=9, length=0, colors=_MUTED)
+        bar.ax.tick_params(labelsize=9, length=0, colors=MUTED)
         bar.outline.set_visible(False)
 
 
@@ -436,37 +441,41 @@ def _empty_bars(axes: Axes, layers: Sequence[np.ndarray], unit: str) -> None:
     axes.set_ylim(0, max(1.0, 1.15 * max(shares)))
     axes.set_xlim(-0.7, len(layers) - 0.3)
     if not any(shares):
-        axes.text(0.5, 0.5, "no cluster is empty", transform=axes.transAxes, ha="center", va="center", fontsize=9.5, color=_MUTED)
+        axes.text(0.5, 0.5, "no cluster is empty", transform=axes.transAxes, ha="center", va="center", fontsize=9.5, color=MUTED)
     _integer_ticks(axes)
-    _plain_axes(axes, xlabel=unit, ylabel="empty clusters, %")
+    plain_axes(axes, xlabel=unit, ylabel="empty clusters, %")
 
 
 def _figure(results: dict, title: str, width: float, height: float) -> Figure:
-    """A figure of `width` × `height` inches under a heading of title and conditions. No pyplot, so nothing global is touched."""
+    """A figure of `width` × `height` inches under a heading of title and conditions."""
+    return new_figure(title, _wrapped_conditions(results, int(14.2 * width)), width, height, alarm=is_in_sample(results))
+
+
+def new_figure(title: str, subtitle: Sequence[str], width: float, height: float, alarm: bool = False) -> Figure:
+    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`. No pyplot, so nothing global is touched."""
     from matplotlib.figure import Figure
 
-    subtitle = _wrapped_conditions(results, int(14.2 * width))
     heading = 0.52 + 0.165 * len(subtitle)
     total = height + heading
-    figure = Figure(figsize=(width, total), dpi=_DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total), w_pad=0.09, h_pad=0.09)
-    figure.text(0.14 / width, 1 - 0.14 / total, title, fontsize=14, weight="bold", color=_INK, va="top")
-    color = _ALARM if is_in_sample(results) else _MUTED
+    figure.text(0.14 / width, 1 - 0.14 / total, title, fontsize=14, weight="bold", color=INK, va="top")
+    color = ALARM if alarm else MUTED
     figure.text(0.14 / width, 1 - 0.44 / total, "\n".join(subtitle), fontsize=9, color=color, va="top", linespacing=1.3)
     return figure
 
 
-def _plain_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "both") -> None:
-    axes.set_xlabel(xlabel, fontsize=10, color=_MUTED)
-    axes.set_ylabel(ylabel, fontsize=10, color=_MUTED)
+def plain_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "both") -> None:
+    axes.set_xlabel(xlabel, fontsize=10, color=MUTED)
+    axes.set_ylabel(ylabel, fontsize=10, color=MUTED)
     axes.grid(True, axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#B0B0B0")
-    axes.tick_params(labelsize=9.5, color="#B0B0B0", labelcolor=_INK)
+    axes.tick_params(labelsize=9.5, color="#B0B0B0", labelcolor=INK)
 
 
-def _log_axis(axes: Axes, which: str) -> None:
+def log_axis(axes: Axes, which: str) -> None:
     """A logarithmic axis with plain numbers at its powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 

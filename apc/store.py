@@ -52,6 +52,12 @@ def shard_windows(info: PatternInfo) -> int:
     return max(1, SHARD_BYTES // (info.bytes_per_token() * info.seq_len))
 
 
+def store_bytes(info: PatternInfo) -> int:
+    """Bytes of a store's arrays: rows, and how often each neuron was active in each shard. Without the files' headers and the manifest."""
+    shards = len(_shard_ranges(info.windows, shard_windows(info)))
+    return info.bytes_per_token() * info.tokens + shards * info.layers * sum(info.widths.values()) * torch.int64.itemsize
+
+
 class StoreWriter:
     """Writes shards into a partial folder, each whole or not at all, and gives the folder its name when the last one is there.
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from apc.patterns import Block, PatternSource
 
+BLOCKS_IN_FLIGHT = 3  # blocks on the device besides those that stay: at work, being copied, and not let go of yet
+BLOCKS_READ = 2  # blocks that are read into host memory ahead of their use
+
 
 class BlockStream:
     """Reads blocks of a source ahead of their use, on a thread, and onto a GPU by a stream of copies beside the one that computes.
@@ -36,7 +39,7 @@ class BlockStream:
             pending = self._pending = deque()
             try:
                 while upcoming or pending:
-                    while upcoming and sum(block.read is not None for block in pending) < 2:
+                    while upcoming and sum(block.read is not None for block in pending) < BLOCKS_READ:
                         pending.append(self._start(reader, upcoming.popleft()))
                     yield self._finish(pending.popleft())
             finally:

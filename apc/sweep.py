@@ -5,7 +5,8 @@ python -m apc.sweep configs/sweep/demo.yaml data.fit=a.txt     with overrides fo
 python -m apc.sweep configs/sweep/demo.yaml --dry-run          what would run
 
 Runs are named by the sweep and their own values, and W&B groups them by the sweep. The same command goes on where it was: finished runs are
-left alone, others are taken up. The table of all arms of all finished runs is written to <run.dir>/<sweep>.csv.
+left alone, others are taken up. The table of all arms of all finished runs is written to <run.dir>/<sweep>.csv, and they are set side by
+side as by `evaluate.py compare=`, in <run.dir>/<sweep>.comparison/.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from apc import compare
 from apc.cli import one_line_errors
-from apc.config import Config, load_config, to_dict
+from apc.config import Config, as_word, load_config, to_dict
 from apc.errors import UserError
 from apc.files import write_atomic
 from apc.runs import RunFolder, check_same, read_json
@@ -93,18 +95,11 @@ def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> lis
         chosen = dict(zip(parameters, combination, strict=True))
         values = {key: value for key, value in chosen.items() if len(parameters[key]) > 1}
         name = "-".join([sweep, *(f"{key.rpartition('.')[2]}{re.sub(r'[^A-Za-z0-9._]+', '_', str(value))}" for key, value in values.items())])
-        words = [*(f"{key}={_word(value)}" for key, value in chosen.items()), *overrides, f"run.name={name}", f"tracking.group={sweep}"]
+        words = [*(f"{key}={as_word(value)}" for key, value in chosen.items()), *overrides, f"run.name={name}", f"tracking.group={sweep}"]
         if name in made:
             raise UserError(f"two combinations of the sweep are both called {name}; give values that differ in letters or digits")
         made[name] = Trial(name, values, words, load_config(None, words))
     return list(made.values())
-
-
-def _word(value) -> str:
-    """A value of a YAML file as a word of the command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
@@ -171,6 +166,9 @@ def main(words: list[str] | None = None) -> None:
     failed = run(found, program, options.jobs or max(1, gpus), gpus)
     path = Path(found[0].config.run.dir) / f"{options.file.stem}.csv"
     write_atomic(path, summary(found).encode())
+    finished = [compare.read_finished(trial.folder.path) for trial in found if trial.folder.results.is_file()]
+    if finished:
+        print(f"\n{compare.compare(finished, path.with_suffix('.comparison'))}\n")
     print(f"{len(found) - len(failed)} of {len(found)} runs finished; {path}")
     if failed:
         print("\n".join(["error: these failed; the same command tries them again", *failed]), file=sys.stderr)

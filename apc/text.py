@@ -101,6 +101,16 @@ def cut_windows(cfg: DataConfig, fit: _Text, score: _Text, tokenizer: "PreTraine
     return _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer), _windows(score, cfg.seq_len, cfg.score_windows, tokenizer)
 
 
+def on_hub(source: str) -> bool:
+    """Whether a source is a data set of the hub: neither bundled nor a local file."""
+    return source.partition(":")[0] != "bundled" and not _looks_like_path(source)
+
+
+def count_windows(cfg: DataConfig, role: str, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many windows the `fit` or the `score` text gives by itself. Raises UserError as `cut_windows` does."""
+    return len(_windows(_read(getattr(cfg, role), role), cfg.seq_len, getattr(cfg, f"{role}_windows"), tokenizer).tokens)
+
+
 # ---- tokens
 
 

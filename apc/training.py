@@ -25,9 +25,10 @@ from apc.datamodule import BlockLoader, PatternDataModule, ResumedDataModule, Wi
 from apc.errors import UserError
 from apc.evaluation import Evaluator
 from apc.paper import PaperClustering
-from apc.patterns import Block, PatternInfo, PatternSource
+from apc.patterns import Block, CollectConfig, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
+from apc.streaming import BLOCKS_IN_FLIGHT
 from apc.tracking import Tracking
 from apc.tuning import TuningModule
 
@@ -107,21 +108,35 @@ def _check_checkpoint(path: Path, module: LightningModule) -> None:
         raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
 
 
+def block_bytes(info: PatternInfo, fields: list[str], windows: int) -> int:
+    """What so many windows take on a device, with these fields."""
+    shapes = [info.field(name, windows * info.seq_len) for name in fields]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
 def keep_bytes(info: PatternInfo, fields: list[str], block_windows: int, device: torch.device, needed: int) -> int:
     """Device memory in which blocks can stay, where a training needs so many bytes for other things: nine tenths of all, less what is used."""
     if device.type != "cuda":
         return 0
-    shapes = [info.field(name, block_windows * info.seq_len) for name in fields]
-    in_flight = 3 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + unused - in_flight - needed - total // 10)
+    return room_for_blocks(info, fields, block_windows, free + unused, total, needed)
+
+
+def room_for_blocks(info: PatternInfo, fields: list[str], block_windows: int, free: int, total: int, needed: int) -> int:
+    """What is left for blocks that stay, of `free` bytes of a device's `total`: three blocks are on their way, and a tenth stays free."""
+    return max(0, free - BLOCKS_IN_FLIGHT * block_bytes(info, fields, block_windows) - needed - total // 10)
+
+
+def windows_in_block(cfg: CollectConfig, info: PatternInfo) -> int:
+    """Windows that one step of clustering or predictor training takes, over all ranks."""
+    return max(1, cfg.block_tokens // info.seq_len)
 
 
 def _loader(
     cfg: Config, source: PatternSource, module: ClusteringModule | PredictorModule, device: torch.device, batch_tokens: int | None = None
 ) -> BlockLoader:
-    block_windows, fields = max(1, cfg.collect.block_tokens // source.info.seq_len), module.fields()
+    block_windows, fields = windows_in_block(cfg.collect, source.info), module.fields()
     kept = keep_bytes(source.info, fields, block_windows, device, module.working_bytes())
     return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=module.in_order)
 

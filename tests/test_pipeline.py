@@ -77,6 +77,14 @@ def test_other_ways_through_the_pipeline(workplace, changes):
     assert "dense" in arms_table(results)
 
 
+def test_no_predictor_is_trained_for_arms_that_need_none_unless_it_is_asked_for(workplace):
+    results = run_train(workplace, **{"run.name": "bare", "arms": "[dense,thresholded-oracle]", "collect.forward": "thresholded"})
+    folder = workplace / "runs" / "bare"
+    assert "predict" not in results["seconds"] and not (folder / "predictor.safetensors").exists() and not (folder / "checkpoints" / "predictor.ckpt").exists()
+    run_train(workplace, **{"run.name": "bare", "arms": "[dense,thresholded-oracle]", "collect.forward": "thresholded", "stage": "predict"})
+    assert (folder / "predictor.safetensors").is_file()
+
+
 def test_a_run_leaves_everything_in_its_folder(workplace):
     folder = workplace / "runs" / "run"
     for name in ("config.yaml", "provenance.json", "metrics.jsonl", "codebook.safetensors", "predictor.safetensors", "results.json"):

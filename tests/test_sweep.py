@@ -44,6 +44,9 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     assert [(row["run"], row["cluster.k"], row["arm"]) for row in table] == [
         (f"grid-k{k}", str(k), arm) for k in (3, 5) for arm in ("dense", "oracle")
     ]  # fmt: skip
+    compared = list(csv.DictReader((workplace / "runs" / "grid.comparison" / "comparison.csv").open()))
+    assert [(row["run"], row["arm"], row["split"]) for row in compared] == [(row["run"], row["arm"], "held-out") for row in table]
+    assert (workplace / "runs" / "grid.comparison" / "perplexity.png").is_file()
     assert float(table[1]["perplexity"]) == pytest.approx(load_run(workplace / "runs" / "grid-k3").results["arms"][1]["perplexity"])
 
     ran = []

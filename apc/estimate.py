@@ -1,0 +1,500 @@
+"""What a run would take, before anything is loaded: patterns, bytes on disk, GPU and host, bytes that GPUs exchange, seconds of each stage.
+
+Bytes come from the very classes that will hold them, made on torch's meta device, which stores nothing. Seconds are rough: clustering is what its
+kernels read and compute over rates that `benchmarks/results.csv` has for an H100; the other stages are scaled from one measured run
+(`apc/estimate.yaml`), once by FLOPs and once by what they read, and the two are the ends of a range. Nothing here is a measurement.
+
+Shape letters as in `apc.patterns` and `apc.clustering`.
+"""
+
+import csv
+import math
+import shutil
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import yaml
+
+from apc import assets, ops, report
+from apc.clustering import ClusteringModule
+from apc.codebook import Codebook, SiteCodebook
+from apc.collect import store_folder
+from apc.config import CONFIGS, DEFAULT_ARMS, Config, load_config
+from apc.datamodule import block_ranges
+from apc.errors import UserError
+from apc.models import DTYPES, ModelConfig, check_config, find_ffns, find_model, model_name
+from apc.patterns import ActiveRule, PatternInfo
+from apc.predictor import PredictorModule
+from apc.store import shard_windows, store_bytes
+from apc.streaming import BLOCKS_IN_FLIGHT, BLOCKS_READ
+from apc.text import count_windows, on_hub
+from apc.training import ALGORITHMS, block_bytes, room_for_blocks, windows_in_block
+
+KNOWN = Path(__file__).with_suffix(".yaml")
+RATES = CONFIGS.parent / "benchmarks" / "results.csv"
+RANKS = (1, 8)  # processes that are always shown, beside those of trainer.devices
+WIDTH = 110  # of lines, in characters
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights. parameters: all; body: those of the layers, without embeddings and head; origin: where this is known from."""
+
+    layers: int
+    hidden_size: int
+    ffn_width: int
+    vocabulary: int
+    parameters: int
+    body: int
+    dtype: torch.dtype
+    widths: dict[str, int]  # neurons at each of the run's sites
+    origin: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run's model and how many windows it fits and scores; counted: how each of the two numbers is known."""
+
+    shape: ModelShape
+    fit_windows: int
+    score_windows: int
+    counted: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds from `low` to `high` (None: at least `low`), and how they came about."""
+
+    low: float
+    high: float | None
+    basis: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run on `ranks` GPUs would take. Bytes by what they are for: on `disk`; on each GPU (`gpu`); on the host, of all processes (`host`);
+    that each GPU gives to an all-reduce in one pass of clustering (`exchange`). `peak`: the most of a GPU that a stage takes, by stage."""
+
+    ranks: int
+    disk: dict[str, int]
+    gpu: dict[str, int]
+    peak: dict[str, int]
+    host: dict[str, int]
+    exchange: dict[str, int]
+    seconds: dict[str, Seconds]
+
+
+# ---- what is known without the weights
+
+
+@cache
+def known() -> dict:
+    return yaml.safe_load(KNOWN.read_text())
+
+
+@cache
+def rate(operation: str, implementation: str, K: int, D: int, note: str = "") -> float:
+    """The rate that `benchmarks/results.csv` has for an operation on an H100, at the shape that is nearest to K × D; of equals the last row.
+
+    note: what the row's note begins with. Raises UserError if there is no such row.
+    """
+    with RATES.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["operation"], row["implementation"]) == (operation, implementation)]
+    rows = [row for row in rows if "H100" in row["device"] and row["note"].startswith(note)]
+    if not rows:
+        raise UserError(f"{RATES}: has no row for {operation}, {implementation} on an H100; run `make bench` on one")
+
+    def distance(row: dict) -> float:
+        return abs(math.log(max(int(row["K"]), 1) / max(K, 1))) + abs(math.log(int(row["D"]) / D))
+
+    nearest = min(distance(row) for row in rows)
+    return float([row for row in rows if distance(row) == nearest][-1]["rate"])
+
+
+def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object | str]:
+    """The model's shape from its configuration, without its weights, and its tokenizer, or why there is none.
+
+    Raises UserError where neither the configuration can be read nor the shape is known.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if Path(cfg.path).suffix == ".gguf":
+        path = Path(cfg.path).expanduser()
+        return _shape(assets.load_gguf_config(path), cfg, sites, "the .gguf file", torch.float32), assets.load_gguf_tokenizer(path)
+    bundled = assets.cache_dir() / assets.MODEL_FOLDER
+    source, local_only = find_model(cfg.path) if cfg.path != "bundled" else (str(bundled), True)
+    options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
+    try:
+        shape = _shape(AutoConfig.from_pretrained(source, **options), cfg, sites, "its config.json")
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if cfg.path in known()["shapes"]:
+            return _known_shape(cfg, sites), "only the model's shape is known here"
+        reason = "neither the hub nor the local cache has its config.json" if local_only and source == cfg.path else _first_line(error)
+        raise UserError(
+            f"model.path={cfg.path}: its shape is not known ({reason}); give a folder with its config.json and tokenizer: model.path=FOLDER"
+        ) from error
+    try:
+        return shape, AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:  # said where windows have to be counted
+        return shape, _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _known_shape(cfg: ModelConfig, sites: list[str]) -> ModelShape:
+    from transformers import AutoConfig
+
+    return _shape(AutoConfig.for_model(**known()["shapes"][cfg.path]), cfg, sites, f"known beforehand, {KNOWN.name}")
+
+
+def _shape(config, cfg: ModelConfig, sites: list[str], origin: str, stored: torch.dtype | None = None) -> ModelShape:
+    """stored: the type that dtype=auto means, where the configuration does not say it."""
+    from transformers import AutoModelForCausalLM
+
+    check_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    ffns = find_ffns(model)
+    inner = config.get_text_config()
+    own = stored or (getattr(torch, inner.dtype) if isinstance(inner.dtype, str) else inner.dtype) or torch.float32
+    embeddings = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+    parameters = sum(value.numel() for value in model.parameters())
+    return ModelShape(
+        len(ffns), ffns[0].hidden_size, ffns[0].width, inner.vocab_size, parameters, parameters - sum(embeddings.values()),
+        DTYPES.get(cfg.dtype, own), {site: ffns[0].site_width(site) for site in sites}, origin,
+    )  # fmt: skip
+
+
+def read_workload(cfg: Config) -> Workload:
+    """The run's model and windows. Raises UserError where one of them can't be known without the weights or the hub."""
+    shape, tokenizer = read_shape(cfg.model, cfg.sites)
+    found = {role: _windows(cfg, role, tokenizer) for role in ("fit", "score")}
+    fit = found["fit"][0] - cfg.monitor.windows
+    if fit < 1:
+        raise UserError(f"data.fit: {found['fit'][0]} windows, and monitor.windows={cfg.monitor.windows} leaves none to fit; give more text")
+    return Workload(shape, fit, found["score"][0], {role: how for role, (_, how) in found.items()})
+
+
+def _windows(cfg: Config, role: str, tokenizer: object | str) -> tuple[int, str]:
+    """(how many, how that is known)"""
+    asked, source = getattr(cfg.data, f"{role}_windows"), getattr(cfg.data, role)
+    if not on_hub(source) and not isinstance(tokenizer, str):
+        return count_windows(cfg.data, role, tokenizer), "counted"
+    if asked is not None:
+        return asked, f"as data.{role}_windows says"
+    text = known()["texts"].get(source, {}).get(cfg.model.path)
+    if text is None:
+        missing = "it lies on the hub" if on_hub(source) else f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
+        raise UserError(f"data.{role}={source}: how many tokens it has is not known: {missing}; set data.{role}_windows=N")
+    return text["tokens"] // cfg.data.seq_len, text["from"]
+
+
+# ---- what the run will hold
+
+
+def pattern_info(cfg: Config, shape: ModelShape, windows: int) -> PatternInfo:
+    """What the run's patterns will be, as `collect` will describe them."""
+    stored = cfg.with_predictor and cfg.collect.hidden == "stored"
+    rule = ActiveRule(cfg.active, cfg.sparsity)
+    return PatternInfo(
+        shape.layers, shape.hidden_size, shape.ffn_width, windows, cfg.data.seq_len, shape.widths, rule, cfg.collect.importance, stored, identity={}
+    )
+
+
+def clustering_module(cfg: Config, info: PatternInfo) -> ClusteringModule:
+    """The module that the run will train, without memory for its buffers. Raises UserError as the module itself does."""
+    with torch.device("meta"):
+        return ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, info, cfg.seed)
+
+
+def empty_codebook(cfg: Config, info: PatternInfo) -> Codebook:
+    """The codebook that the run will leave, without memory for its tensors."""
+    K, L = cfg.cluster.k, info.layers
+    G = 1 if cfg.cluster.scope == "pooled" else L
+    with torch.device("meta"):
+        sites = {
+            site: SiteCodebook(
+                torch.empty(G, K, ops.row_bytes(D), dtype=torch.uint8), torch.empty(G, K, D, dtype=torch.float16), torch.empty(G, K, dtype=torch.int64),
+                torch.empty(L, ops.row_bytes(D), dtype=torch.uint8), torch.empty(L),
+            )
+            for site, D in info.widths.items()
+        }  # fmt: skip
+    return Codebook(
+        sites, dict(info.widths), L, info.hidden_size, info.ffn_width, cfg.cluster.scope, cfg.cluster.weighting, cfg.cluster.density, cfg.active, cfg.sparsity
+    )
+
+
+def predictor_module(cfg: Config, info: PatternInfo) -> PredictorModule:
+    """The module that trains the run's predictor, without memory for its weights."""
+    with torch.device("meta"):
+        return PredictorModule(cfg.predictor, empty_codebook(cfg, info), info, None, cfg.seed)
+
+
+def _nbytes(tensors: Iterable[object]) -> int:
+    return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+
+
+def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: int) -> dict[str, int]:
+    """Bytes of the tensors that a pass sums over the ranks, by what they are; of the first pass, which in a pooled codebook also counts each layer."""
+    sites = module.info.sites
+    held = {name: sum(module.get(name, site).nbytes for site in sites) for name in ("sums", "sizes", "captured", "weight", "layer_sums")}
+    at_end = held["captured"] + held["weight"] + (held["layer_sums"] if module._layers_apart else 0)
+    if module.cfg.algorithm == "apc-paper":
+        chunks = sum(math.ceil((last - first) / ranks) for first, last in blocks)
+        at_end += sum(module.get("cluster_of", site).nbytes for site in sites)
+        return {"centroids' votes, a window of each GPU at a time": chunks * held["sums"], "at a pass's end": held["sums"] + held["sizes"] + at_end}
+    steps = len(blocks) if module.cfg.schedule == "step" else 1
+    return {"sums and sizes": steps * (held["sums"] + held["sizes"]), "at a pass's end": at_end}
+
+
+# ---- the estimate
+
+
+def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
+    """What the run would take on so many GPUs, one process each. Raises UserError where the run itself would end on the same numbers."""
+    info = pattern_info(cfg, work.shape, work.fit_windows)
+    module, book = clustering_module(cfg, info), empty_codebook(cfg, info)
+    blocks = block_ranges(info.windows, windows_in_block(cfg.collect, info), ranks)
+    trainer = predictor_module(cfg, info) if cfg.with_predictor else None
+    weights = work.shape.parameters * work.shape.dtype.itemsize
+    rows = info.bytes_per_token() * info.tokens
+    book_bytes = _nbytes(value for site in book.sites.values() for value in vars(site).values())
+    buffers = _nbytes(module.buffers())
+
+    clustering = {"buffers of the clustering": buffers, "its work, about": module.working_bytes()}
+    largest = max(last - first for first, last in blocks)
+    in_flight = BLOCKS_IN_FLIGHT * block_bytes(info, module.fields(), math.ceil(largest / ranks))
+    own_rows = math.ceil(rows / ranks)
+    if cfg.collect.storage == "device":
+        kept = own_rows
+        clustering["patterns"] = kept
+    else:
+        readable = math.ceil(block_bytes(info, module.fields(), info.windows) / ranks)
+        total = int(known()["data_sheet"]["gpu_bytes"])
+        room = room_for_blocks(info, module.fields(), windows_in_block(cfg.collect, info), total - weights - buffers, total, module.working_bytes())
+        kept = min(room, readable)
+        clustering |= {"patterns on their way": in_flight, "patterns kept, as far as they fit": kept}
+    training = {} if trainer is None else {"training of the predictor, about": trainer.working_bytes()}
+    batch = cfg.trainer.batch_windows or 8
+    logits = batch * cfg.data.seq_len * work.shape.vocabulary * work.shape.dtype.itemsize
+    scoring = {"logits of a forward pass": logits, "codebook": book_bytes}
+    gpu = {"model": weights, **clustering, **training, **scoring}
+    stored = kept if cfg.collect.storage == "device" else 0
+    peak = {"clustering": weights + sum(clustering.values()), "scoring": weights + sum(scoring.values()) + stored}
+    peak |= {"predictor": weights + sum(training.values()) + stored} if trainer is not None else {}
+
+    disk = {f"patterns, {math.ceil(info.windows / shard_windows(info))} shards": store_bytes(info)} if cfg.collect.storage == "disk" else {}
+    disk |= {"checkpoint of the clustering": _nbytes(module.state_dict().values()), "codebook": book_bytes}
+    if trainer is not None:
+        parameters = _nbytes(trainer.parameters())
+        disk |= {"checkpoint of the predictor": 3 * parameters, "predictor": parameters}  # beside the weights Adam's two moments
+
+    host = {"model while it loads": ranks * weights}
+    if cfg.collect.storage == "memory":
+        host["patterns"] = rows
+    elif cfg.collect.storage == "disk":
+        host["patterns read ahead"] = ranks * BLOCKS_READ * block_bytes(info, module.fields(), math.ceil(largest / ranks))
+    host["codebook"] = ranks * book_bytes
+    exchange = exchanged(module, blocks, ranks) if ranks > 1 else {}
+    return Estimate(ranks, disk, gpu, peak, host, exchange, _seconds(cfg, work, module, ranks, kept, exchange))
+
+
+# ---- seconds
+
+
+def stage_work(cfg: Config, work: Workload) -> dict[str, dict[str, float]]:
+    """For each stage but clustering, what its seconds could go by: `FLOPs`, and the values that it `reads` of activations (predictor: inputs)."""
+    shape, S = work.shape, cfg.data.seq_len
+    fit, score = work.fit_windows * S, work.score_windows * S
+    calibrated = min(cfg.collect.calibration_windows, work.fit_windows) * S if cfg.active == "threshold" else 0
+    neurons = shape.layers * sum(shape.widths.values())
+    masked = sum(arm != "dense" for arm in cfg.arms or DEFAULT_ARMS)
+    found = {
+        "collect": {"FLOPs": 2 * shape.body * (fit + calibrated), "reads": neurons * (fit + calibrated)},
+        "evaluate": {"FLOPs": 2 * shape.parameters * score * (1 + masked), "reads": neurons * score * (1 + 2 * masked)},
+    }
+    if cfg.with_predictor:
+        module = predictor_module(cfg, pattern_info(cfg, shape, work.fit_windows))
+        epochs, again = cfg.predictor.max_epochs, 2 * shape.body if cfg.collect.hidden == "streamed" else 0
+        parameters = sum(value.numel() for value in module.parameters())
+        found["predict"] = {"FLOPs": (6 * parameters + again) * fit * epochs, "reads": shape.layers * shape.hidden_size * fit * epochs}
+    return found
+
+
+@cache
+def _reference() -> tuple[Config, Workload]:
+    """The run whose stages were measured."""
+    cfg = load_config(None, known()["stages"]["overrides"])
+    shape = _known_shape(cfg.model, cfg.sites)
+    return cfg, Workload(shape, cfg.data.fit_windows - cfg.monitor.windows, cfg.data.score_windows, {})
+
+
+def pass_seconds(module: ClusteringModule, share: float, kept: int) -> float:
+    """Seconds of one pass of `module` on one GPU over its `share` of the rows, of which `kept` bytes stay there, after the first pass."""
+    info, K, power = module.info, module.cfg.k, module.power
+    rows = share * info.layers * info.tokens
+    compute = 0.0
+    for D in info.widths.values():
+        pairs, packed = rows * K * D, rows * ops.row_bytes(D)
+        if module.cfg.algorithm == "apc-paper":  # at least its products, which it leaves to torch; filling the clusters comes on top
+            compute += pairs / rate("assign", "torch int8 GEMM + argmax", K, D) + packed / rate("accumulate, random ids", "apc", K, D)
+        elif power == 0:
+            read = packed * (1 / rate("accumulate, random ids", "apc", K, D) + 1 / rate("popcount", "apc", 0, D))
+            compute += pairs / rate("assign", "apc b1", K, D) + read
+        else:
+            read = rows * D * (1 / rate("accumulate_weighted, power 2, random ids", "apc", K, D) + 1 / rate("row_totals, power 2", "apc", 0, D))
+            compute += pairs / rate(f"assign_weighted, power {power}", "apc", K, D) + read
+    streamed = max(0.0, share * block_bytes(info, module.fields(), info.windows) - kept)
+    return max(compute, streamed / rate("rows over the link", "copy", 0, max(info.widths.values())))
+
+
+def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, kept: int, exchange: dict[str, int]) -> dict[str, Seconds]:
+    reference_cfg, reference = _reference()
+    measured, reference_work = known()["stages"]["seconds"], stage_work(reference_cfg, reference)
+    found = {}
+    for stage, amounts in stage_work(cfg, work).items():
+        windows = work.score_windows if stage == "evaluate" else work.fit_windows
+        share = math.ceil(windows / ranks) / windows
+        ends = sorted(measured[stage] * amount / reference_work[stage][unit] * share for unit, amount in amounts.items())
+        found[stage] = Seconds(*ends, "scaled from a measured run, by FLOPs and by what is read")
+    found["cluster"] = _cluster_seconds(cfg, module, ranks, kept, sum(exchange.values()))
+    order = ["collect", "cluster", "predict", "evaluate"]
+    last = {"all": "evaluate"}.get(cfg.stage, cfg.stage)
+    return {stage: found[stage] for stage in order[: order.index(last) + 1] if stage in found}
+
+
+def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchanged_bytes: int) -> Seconds:
+    """From what the kernels take to that and what the measured run's clustering took besides them."""
+    share = math.ceil(module.info.windows / ranks) / module.info.windows
+    passes = cfg.cluster.max_epochs
+    kernels = passes * pass_seconds(module, share, kept)
+    if ranks > 1:  # a ring's all-reduce sends nearly each byte twice
+        kernels += passes * 2 * (ranks - 1) / ranks * exchanged_bytes / float(known()["data_sheet"]["exchange"])
+    if cfg.cluster.algorithm == "apc-paper":
+        return Seconds(kernels, None, "its products at a measured rate; filling clusters in order was not timed")
+    reference_cfg, reference = _reference()
+    own = clustering_module(reference_cfg, pattern_info(reference_cfg, reference.shape, reference.fit_windows))
+    beside = known()["stages"]["seconds"]["cluster"] - reference_cfg.cluster.max_epochs * pass_seconds(own, 1.0, 1 << 62)
+    return Seconds(kernels, kernels + max(0.0, beside), "kernels at measured rates; at most what else the measured run took")
+
+
+# ---- the table
+
+
+def describe(cfg: Config) -> str:
+    """What the run would take, as text for a terminal: columns for 1 and 8 GPUs, and for trainer.devices where that is another number."""
+    work = read_workload(cfg)
+    asked = cfg.trainer.devices * cfg.trainer.num_nodes
+    counts = sorted({count for count in (*RANKS, asked) if count <= work.fit_windows} | {asked})
+    found = [estimate(cfg, work, count) for count in counts]
+    info = pattern_info(cfg, work.shape, work.fit_windows)
+    heading = [textwrap.fill(line, WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False) for line in _heading(cfg, work)]
+    notes = [textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False) for line in _notes(cfg, found)]
+    return "\n".join([*heading, "", _patterns_table(cfg, info), "", _costs_table(found), "", *notes])
+
+
+def _heading(cfg: Config, work: Workload) -> list[str]:
+    shape, S = work.shape, cfg.data.seq_len
+    origin = {role: f"{windows:,} windows × {S:,} = {windows * S:,} tokens ({work.counted[role]})" for role, windows in
+              (("fit", work.fit_windows), ("score", work.score_windows))}  # fmt: skip
+    watched = f", besides {cfg.monitor.windows} that are watched" if cfg.monitor.windows else ""
+    return [
+        "ESTIMATED, not measured: what this run would take. Nothing was loaded, nothing is written.",
+        "",
+        f"model  {model_name(cfg.model)}, {_short(shape.parameters)} parameters in {str(shape.dtype).removeprefix('torch.')}, {shape.layers} layers "
+        f"(shape: {shape.origin})",
+        f"fit    {cfg.data.fit}: {origin['fit']}{watched}",
+        f"score  {cfg.data.score}: {origin['score']}{', IN-SAMPLE' if cfg.data.in_sample else ''}",
+        f"arms   {', '.join(cfg.arms or DEFAULT_ARMS)}" + ("" if cfg.with_predictor else "; none needs a predictor, so none is trained"),
+    ]
+
+
+def _patterns_table(cfg: Config, info: PatternInfo) -> str:
+    each = "shared by all layers" if cfg.cluster.scope == "pooled" else f"for each of {info.layers} layers"
+    rows = [
+        [site, f"{info.layers * info.tokens:,}", f"{D:,}", f"{ops.row_bytes(D):,}", f"{cfg.cluster.k:,}", f"{ops.mask_size(D, cfg.cluster.density):,}"]
+        for site, D in info.widths.items()
+    ]
+    title = f"{cfg.cluster.algorithm}, {cfg.cluster.weighting}, density {cfg.cluster.density:g}, at most {cfg.cluster.max_epochs} passes; clusters {each}"
+    return (
+        title
+        + "\n\n"
+        + report.text_grid([("", "site"), ("", "patterns"), ("", "neurons"), ("bytes", "a row"), ("", "clusters"), ("ones in", "a centroid")], rows)
+    )
+
+
+def _costs_table(found: list[Estimate]) -> str:
+    rows: list[list[str]] = []
+
+    def section(title: str, columns: list[dict[str, int]], total: str | None) -> None:
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        if names:
+            rows.append([title] + [""] * len(found))
+            rows.extend([f"  {name}"] + [_bytes(column[name]) if name in column else report.DASH for column in columns] for name in names)
+            if total and len(names) > 1:
+                rows.append([f"  {total}"] + [_bytes(sum(column.values())) if column else report.DASH for column in columns])
+
+    section("on disk", [each.disk for each in found], "together")
+    section("on each GPU", [each.gpu for each in found], None)
+    section("on each GPU, at once", [each.peak for each in found], None)
+    section("on the host, all processes", [each.host for each in found], None)
+    section("all-reduced in a pass, by each GPU", [each.exchange for each in found], "together")
+    rows.append(["seconds, on H100s"] + [""] * len(found))
+    for stage in found[0].seconds:
+        rows.append([f"  {stage}"] + [_range(each.seconds[stage]) for each in found])
+    return report.text_grid([("", ""), *(("", f"{each.ranks} GPU{'s' if each.ranks > 1 else ''}") for each in found)], rows)
+
+
+def _notes(cfg: Config, found: list[Estimate]) -> list[str]:
+    stages, limit = known()["stages"], known()["data_sheet"]["gpu_bytes"]
+    bases = {value.basis: [stage for stage, other in found[0].seconds.items() if other.basis == value.basis] for value in found[0].seconds.values()}
+    notes = [f"{', '.join(names)}: {basis}." for basis, names in bases.items()]
+    notes += [
+        f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, the nearest shape.",
+        "Not in it: loading the model, reading and writing disks, a forward pass's other activations. Exchange: NVLink 4's data sheet, as if alone.",
+    ]
+    for each in found:
+        over = [stage for stage, value in each.peak.items() if value > limit]
+        if over:
+            notes.append(f"{each.ranks} GPU{'s' if each.ranks > 1 else ''}: {' and '.join(over)} would not fit an 80 GB card.")
+    if cfg.collect.storage == "disk":
+        folder = store_folder(cfg.collect)
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        needed, free = next(iter(found[0].disk.values())), shutil.disk_usage(place).free
+        notes.append(f"Patterns go to {folder}, where {_bytes(free)} are free" + (": TOO LITTLE." if needed > free else "."))
+    return notes
+
+
+def _two(value: float) -> float:
+    """Rounded to two significant digits."""
+    return 0.0 if value == 0 else round(value, 1 - math.floor(math.log10(abs(value))))
+
+
+def _number(value: float) -> str:
+    value = _two(value)
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _short(count: float) -> str:
+    """A count with its unit of a thousand: 7.2 G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{_number(count / size)} {unit}"
+    return _number(count)
+
+
+def _bytes(count: float) -> str:
+    return _short(count) + ("B" if count >= 1e3 else " B")
+
+
+def _range(value: Seconds) -> str:
+    low, high = ("< 1" if number < 1 else _number(number) for number in (value.low, value.low if value.high is None else value.high))
+    if value.high is None:
+        return f"≥ {low}" if value.low >= 1 else "unknown"
+    return low if low == high else f"{low}–{high}" if value.low >= 1 else f"up to {high}"

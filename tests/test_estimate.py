@@ -1,0 +1,245 @@
+"""What a dry run says: its bytes are those that a run then writes and holds, its seconds give back what was measured, and it needs no weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from test_assets import _write_gguf
+from test_clustering import make_source
+
+import tiny
+import train
+from apc import cli, clustering, distributed, estimate, paper, store
+from apc.config import load_config
+from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
+from apc.errors import UserError
+from apc.models import ModelConfig
+from apc.patterns import ActiveRule, PatternInfo
+from apc.store import PatternStore
+from apc.training import block_bytes
+
+K, WIDTH = 150, 404  # large enough that headers of files are a small part of them
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def words_for(folder, **changes):
+    options = {"cluster.k": K, "predictor.hidden": 128, "cluster.max_epochs": 2, "predictor.max_epochs": 1, "monitor.windows": 0, "run.name": "sized"}
+    return tiny.tiny_overrides(folder, **(options | changes))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(configuration, its estimate on one device) of a run that has ended."""
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("sized"))
+    tiny.save_model(folder / "model", width=WIDTH, layers=2)
+    cfg = load_config(None, words_for(folder, arms="[predicted]"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "SHARD_BYTES", 200_000)
+        train.train(cfg)
+        return cfg, estimate.estimate(cfg, estimate.read_workload(cfg), 1)
+
+
+def test_bytes_on_disk_are_those_that_a_run_writes(ran):
+    cfg, said = ran
+    folder = Path(cfg.run.dir) / cfg.run.name
+    (patterns,) = [path for path in Path(cfg.collect.dir).iterdir() if path.is_dir()]
+    arrays = list(patterns.glob("*.npy"))
+    shards = len({path.name[:5] for path in arrays})
+    assert shards > 2
+    written = {
+        f"patterns, {shards} shards": sum(path.stat().st_size for path in arrays),
+        "checkpoint of the clustering": (folder / "checkpoints" / "cluster.ckpt").stat().st_size,
+        "codebook": (folder / "codebook.safetensors").stat().st_size,
+        "checkpoint of the predictor": (folder / "checkpoints" / "predictor.ckpt").stat().st_size,
+        "predictor": (folder / "predictor.safetensors").stat().st_size,
+    }
+    assert said.disk.keys() == written.keys()
+    for name, size in written.items():
+        assert said.disk[name] == pytest.approx(size, rel=0.01 if name.startswith("patterns") else 0.03), name  # headers, and JSON in them
+
+
+def test_blocks_are_as_large_as_those_that_are_read(ran):
+    cfg, _ = ran
+    (folder,) = [path for path in Path(cfg.collect.dir).iterdir() if path.is_dir()]
+    source = PatternStore(folder)
+    for fields in (source.info.fields(), ["patterns.neuron"], ["hidden"]):
+        read = sum(value.nbytes for value in source.block(0, 3, fields).tensors().values())
+        assert block_bytes(source.info, fields, 3) == read
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper"])
+def test_buffers_are_those_of_a_real_module(algorithm):
+    info = PatternInfo(3, 32, 52, 5, 16, {"gate": 52, "down": 32}, ActiveRule("top", 0.5), False, False, {})
+    cfg = load_config(None, ["sites=[gate,down]", "cluster.weighting=binary", "cluster.scope=pooled", "cluster.k=7", f"cluster.algorithm={algorithm}"])
+    real = {"lloyd": clustering.ClusteringModule, "apc-paper": paper.PaperClustering}[algorithm](cfg.cluster, info)
+    on_meta = estimate.clustering_module(cfg, info)
+    assert [(name, value.shape, value.dtype) for name, value in real.named_buffers()] == [
+        (name, value.shape, value.dtype) for name, value in on_meta.named_buffers()
+    ]
+    assert all(value.is_meta for value in on_meta.buffers()) and on_meta.working_bytes() == real.working_bytes()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper"])
+def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks):
+    """One process stands for the first of equal ranks: what it hands to an exchange is counted, and only its counts of windows grow."""
+    source, summed, begun = make_source(windows=12), [], []
+    module_of = {"lloyd": clustering.ClusteringModule, "apc-paper": paper.PaperClustering}[algorithm]
+    begin = module_of._begin_pass
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "all_sum", lambda value: summed.append(value.nbytes) or (value if value.dim() else value * ranks))
+    monkeypatch.setattr(distributed, "all_max", lambda value: summed.append(value.nbytes) or value)
+    monkeypatch.setattr(distributed, "all_concat", lambda value, dim: value)
+    monkeypatch.setattr(BlockLoader, "owned", lambda self, tokens: torch.ones(len(tokens), dtype=torch.bool))
+    monkeypatch.setattr(module_of, "_begin_pass", lambda self: (begun.append(len(summed)), begin(self)))
+    monkeypatch.setattr(module_of, "_reseed", lambda self, site, empties: 0)  # rows, of some clusters in some passes: not estimated
+    options = dict(k=5, weighting="binary", scope="pooled", density=0.6, max_epochs=1, algorithm=algorithm)
+    module = module_of(clustering.ClusterConfig(**options), source.info, 1)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True)))
+    blocks = block_ranges(source.info.windows, 2 * ranks, ranks)
+    counts = 8 * len(blocks) + 8 if algorithm == "apc-paper" else 0  # windows of each block, and rows that moved
+    assert sum(estimate.exchanged(module, blocks, ranks).values()) + counts == sum(summed[begun[0] :])
+
+
+# ---- seconds
+
+
+def test_the_measured_run_is_estimated_as_it_was_measured():
+    cfg = load_config(None, ["experiment=wikitext2"])
+    said = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds
+    for stage, seconds in estimate.known()["stages"]["seconds"].items():
+        if stage in ("collect", "predict", "evaluate"):
+            assert said[stage].low == pytest.approx(seconds) == said[stage].high
+        elif stage == "cluster":
+            assert said[stage].low < seconds and said[stage].high == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("k", "storage", "measured"), [(2048, "device", 0.0805), (2048, "memory", 0.373), (16384, "device", 0.457), (16384, "memory", 0.488)])
+def test_passes_that_were_measured_are_estimated_within_a_third(k, storage, measured):
+    """benchmarks/results.csv, Lloyd iteration: one projection of 14,336 neurons, rows on the GPU or all but none of them."""
+    cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd", f"cluster.k={k}", "sites=[gate]"])
+    info = estimate.pattern_info(cfg, estimate.read_shape(cfg.model, cfg.sites)[0], 163)
+    said = estimate.pass_seconds(estimate.clustering_module(cfg, info), 1.0, 1 << 62 if storage == "device" else 0)
+    assert said == pytest.approx(measured, rel=1 / 3)
+
+
+def test_more_gpus_take_less_each_and_exchange_something():
+    cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd"])
+    work = estimate.read_workload(cfg)
+    one, eight = (estimate.estimate(cfg, work, ranks) for ranks in (1, 8))
+    assert not one.exchange and sum(eight.exchange.values()) > 3 * 2048 * 4096 * 8
+    for stage in one.seconds:
+        assert eight.seconds[stage].low < one.seconds[stage].low / 5
+    assert eight.peak["clustering"] < one.peak["clustering"] and eight.host["model while it loads"] == 8 * one.host["model while it loads"]
+
+
+def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
+    assert estimate.rate("assign", "apc b1", 256, 1536) < estimate.rate("assign", "apc b1", 16384, 14336)
+    with pytest.raises(UserError, match="has no row for assign, abacus on an H100"):
+        estimate.rate("assign", "abacus", 256, 1536)
+
+
+# ---- the paper's experiment, and what is known without weights
+
+
+def test_the_papers_experiment_is_the_papers():
+    cfg = load_config(None, ["experiment=paper"])
+    assert (cfg.model.path, cfg.sites, cfg.sparsity, cfg.active) == ("mistralai/Mistral-7B-v0.1", ["gate", "up", "down"], 0.5, "threshold")
+    assert cfg.data.fit == cfg.data.score == "Salesforce/wikitext:wikitext-2-raw-v1:test" and cfg.data.in_sample and cfg.data.seq_len == 2048
+    assert (cfg.cluster.algorithm, cfg.cluster.k, cfg.cluster.density, cfg.cluster.max_epochs) == ("apc-paper", 2048, 0.6, 10)
+    assert (cfg.cluster.scope, cfg.cluster.weighting, cfg.collect.forward) == ("pooled", "binary", "thresholded")
+    assert cfg.arms == ["dense", "exact", "oracle", "thresholded-oracle"] and cfg.monitor.windows == 0 and not cfg.with_predictor
+    work = estimate.read_workload(cfg)
+    assert (work.fit_windows, work.score_windows) == (163, 163)
+    assert work.shape.layers * 163 * 2048 == 10_682_368
+
+
+@pytest.mark.parametrize(("path", "parameters"), [("mistralai/Mistral-7B-v0.1", 7_241_732_096), ("HuggingFaceTB/SmolLM2-135M", 134_515_008)])
+def test_known_shapes_have_as_many_parameters_as_their_publishers_say(path, parameters):
+    cfg = load_config(None, [f"model.path={path}"])
+    shape, tokenizer = estimate.read_shape(cfg.model, cfg.sites)
+    assert shape.parameters == parameters and shape.body < parameters and "known beforehand" in shape.origin and "only the model's shape is known" in tokenizer
+
+
+def dry_run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", *words])
+    cli.main("", train.train, dry_run=estimate.describe)
+
+
+def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    folder = tiny.make_workplace(tmp_path)
+    (folder / "model" / "model.safetensors").unlink()
+    dry_run(monkeypatch, *words_for(folder, **{"trainer.devices": 2, "cluster.k": 20}))
+    said = capsys.readouterr().out
+    assert said.startswith("ESTIMATED, not measured") and max(map(len, said.splitlines())) <= 120
+    assert "21 windows × 32 = 672 tokens (counted)" in " ".join(said.split()) and "1 GPU" in said and "2 GPUs" in said and "8 GPUs" in said
+    for row in ("codebook", "checkpoint of the predictor", "sums and sizes", "model while it loads", "evaluate"):
+        assert f"  {row} " in said, row
+    assert not (folder / "runs").exists() and not (folder / "stores").exists()
+
+
+def test_a_configuration_alone_is_enough_where_the_windows_are_said(tmp_path, monkeypatch, capsys):
+    folder = tiny.make_workplace(tmp_path)
+    for path in [path for path in (folder / "model").iterdir() if path.name != "config.json"]:
+        path.unlink()
+    dry_run(monkeypatch, *words_for(folder))
+    assert "(as data.fit_windows says)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        dry_run(monkeypatch, *words_for(folder, **{"data.score_windows": "null"}))
+    said = capsys.readouterr().err
+    assert "the model's tokenizer, which would count them, can't be loaded (" in said and said.endswith("); set data.score_windows=N\n")
+
+
+def test_a_gguf_files_shape_is_read_without_its_weights(tmp_path, monkeypatch):
+    _write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(estimate.assets, "load_gguf", None)
+    monkeypatch.setattr(estimate.assets, "load_gguf_tokenizer", lambda path: "none inside")
+    shape, _ = estimate.read_shape(ModelConfig(path=str(tmp_path / "tiny.gguf")), ["neuron", "down"])
+    assert (shape.layers, shape.hidden_size, shape.ffn_width, shape.vocabulary, shape.dtype) == (1, 32, 64, 259, torch.float32)
+    assert shape.widths == {"neuron": 64, "down": 32} and shape.body == 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
+
+
+def test_the_bundled_model_is_not_fetched_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("APC_CACHE", str(tmp_path / "cache"))
+    dry_run(monkeypatch)
+    said = capsys.readouterr().out
+    assert "known beforehand" in said and "40 windows × 512" in said and not (tmp_path / "cache").exists()
+
+
+def test_a_stage_that_is_not_run_is_not_estimated(monkeypatch, capsys):
+    dry_run(monkeypatch, "experiment=paper", "stage=cluster")
+    said = capsys.readouterr().out
+    assert "  cluster " in said and "  evaluate " not in said and "IN-SAMPLE" in said and "none is trained" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model.path=someone/unknown-7b"],
+            "model.path=someone/unknown-7b: its shape is not known (neither the hub nor the local cache has its config.json); give a",
+        ),
+        (["model.path=./nowhere"], "model.path=./nowhere: no such folder"),
+        (
+            ["data.fit=someone/texts:all:train"],
+            "data.fit=someone/texts:all:train: how many tokens it has is not known: it lies on the hub; set data.fit_windows=N",
+        ),
+        (["data=wikitext2"], "data.fit=Salesforce/wikitext:wikitext-2-raw-v1:validation: how many tokens"),
+        (["cluster.k=70000"], "cluster.k=70000 is more than the 65536 patterns of a window"),
+        (["trainer.devices=200"], "163 windows of text for 200 processes"),
+        (["data.fit_windows=2", "monitor.windows=2"], "monitor.windows=2 leaves nothing to fit"),
+    ],
+    ids=["shape", "folder", "hub-text", "split", "clusters", "devices", "windows"],
+)
+def test_what_a_dry_run_cannot_know_is_one_line(monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        dry_run(monkeypatch, "experiment=paper", *words)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1 and not said.out
