@@ -113,6 +113,9 @@ class Config:
                 raise UserError(f"tune.max_epochs={self.tune.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer, or set tune.max_epochs=0")
             if self.tune.form not in (None, self.predictor.form):
                 raise UserError(f"tune.arm={self.tune.arm} needs predictor.form={self.tune.form}, this run has predictor.form={self.predictor.form}")
+            wanting = [arm for arm in self.arms or () if hasattr(ARMS.get(arm), "form")]
+            if wanting and self.tune.form is None:
+                raise UserError(f"arms: {', '.join(wanting)}: no predictor is left where tune.arm={self.tune.arm}; choose other arms or tune another")
         elif self.stage == "tune":
             raise UserError("stage=tune: tune.max_epochs=0 tunes nothing; set tune.max_epochs")
         if self.cluster.weighting != "binary" and not self.collect.importance:
@@ -124,7 +127,10 @@ class Config:
 
     @property
     def with_predictor(self) -> bool:
-        """Whether a predictor is trained: not where the arms are named and none of them needs it, unless stage=predict asks for it."""
+        """Whether a predictor is trained: not where the arms are named and none of them needs it, or where one is tuned that needs none, unless
+        stage=predict asks for it."""
+        if self.tune.max_epochs and self.stage != "predict":
+            return self.tune.form is not None
         return self.stage == "predict" or any(hasattr(ARMS.get(arm), "form") for arm in self.arms or DEFAULT_ARMS)
 
 

@@ -2,13 +2,17 @@
 
 import gc
 import math
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+import torch.utils.deterministic
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
@@ -196,6 +200,23 @@ def _cluster(cfg: Config, source: PatternSource, run: RunFolder, tracking: Track
     return Codebook.from_clustering(module, made), module.history
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within it a gradient is the same to the bit each time, on one GPU and in one process; a warning names what torch can't do so."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS for it
+    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
     """Raises UserError if a codebook was made from patterns of another identity."""
     made_from = codebook.provenance.get("patterns", {})
@@ -270,7 +291,8 @@ def tune(
     strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.tune.max_epochs, callbacks, strategy=strategy, precision=precision, gradient_clip_val=1.0)
     data = ResumedDataModule(WindowLoader(windows, cfg.tune.windows, cfg.seed))
-    _fit(trainer, module, data, run.checkpoint("tune"))
+    with deterministic(device):
+        _fit(trainer, module, data, run.checkpoint("tune"))
     codebook, predictor = module.tuned(codebook.provenance)
     if distributed.is_main():
         write_json(run.history("tune"), {"history": module.history, "budget": codebook.budget})
