@@ -93,7 +93,7 @@ class Finished:
         cfg, conditions = self.config, self.conditions
         cluster = {key: value for key, value in asdict(cfg.cluster).items() if key not in ("k", "density")}
         named = {key: conditions.get(key) for key in ("sites", "sparsity", "active", "forward")}
-        return cluster | named | {"calibration_windows": cfg.collect.calibration_windows}
+        return cluster | named | {"calibration_windows": cfg.collect.calibration_windows, "tuned": conditions.get("tuned")}
 
     @cached_property
     def predictor_settings(self) -> dict[str, object]:
@@ -180,6 +180,8 @@ def variants(runs: Sequence[Finished], own: Callable[[Finished], dict] = lambda 
 
     def shown(key: str, value: object) -> str:
         value = "+".join(map(str, value)) if isinstance(value, list) else value
+        if key == "tuned":
+            return f"tuned for {value}" if value else "not tuned"
         return str(value) if key in ("algorithm", "weighting", "scope", "sites") else f"{key.replace('_', ' ')} {value if value is not None else 'dense'}"
 
     return {
@@ -334,6 +336,7 @@ def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
         "perplexity": perplexity_figure,
         "captured_importance_over_bits": captured_figure,
         "perplexity_over_bits": bits_figure,
+        "perplexity_over_captured": map_figure,
         "gaps": gaps_figure,
     }
     return [folder / f"{name}.png" for name, figure in draw.items() if figure(runs, folder / f"{name}.png")]
@@ -375,6 +378,45 @@ def bits_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Perplexity over the bits of a choice among clusters, with the dense model's and that of the exact masks."""
     rows = [("perplexity", _perplexity, True, lambda axes, members: _own_levels(axes, members, _perplexity, ("dense", "exact")))]
     return _draw(runs, path, "Perplexity over bits", BY_CLUSTER, _bits, BITS, rows, [])
+
+
+def map_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """What captured importance, and captured energy, mean for perplexity: a point for each arm of each run, one row of two panels for each place."""
+    shown = {"captured_importance": "captured importance, %", "captured_energy": "captured energy, %"}
+    places = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.place)]
+    points = [
+        (index, arm, key, bool(run.conditions.get("tuned")))
+        for index, members in enumerate(places)
+        for run in members
+        for arm in run.arms.values()
+        for key in shown
+        if arm["arm"] != "dense" and arm.get(key) and arm.get("ratio") and 1 < arm["ratio"] < math.inf
+    ]
+    if not points:
+        return False
+    from matplotlib.lines import Line2D
+
+    figure = report.new_figure("What a captured share means for perplexity", [], 9.6 + _LEGEND_INCHES, 4.2 * len(places))
+    grid = figure.subplots(len(places), 2, squeeze=False)
+    for index, members in enumerate(places):
+        for axes, (key, label) in zip(grid[index], shown.items(), strict=True):
+            report.log_axis(axes, "y")
+            for place, arm, name, tuned in points:
+                if (place, name) == (index, key):
+                    color, marker = report.ARM_STYLES.get(arm["arm"], (report.INK, "p"))
+                    face = "white" if tuned else color
+                    axes.plot(100 * arm[key], math.log(arm["ratio"]), color=color, marker=marker, markerfacecolor=face, markersize=6, linestyle="none")
+            _finer_ticks(axes)
+            report.plain_axes(axes, xlabel=label, ylabel="ln of perplexity over dense (log scale)")
+        _place_title(grid[index][0], members[0])
+    arms = [arm for arm in report.ARM_STYLES if any(point[1]["arm"] == arm for point in points)]
+    handles = [Line2D([], [], color=color, marker=marker, linestyle="none", label=arm) for arm in arms for color, marker in [report.ARM_STYLES[arm]]]
+    if any(tuned for *_, tuned in points):
+        handles.append(Line2D([], [], color=report.INK, marker="o", markerfacecolor="white", linestyle="none", label="hollow: tuned"))
+    legend = figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9.5)
+    legend.set_alignment("left")
+    figure.savefig(path)
+    return True
 
 
 def gaps_figure(runs: Sequence[Finished], path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,11 @@ from apc.codebook import Codebook
 from apc.predictor import Predictor
 from apc.sparse_model import Arm, Tokens
 
-_FIELDS = ("active", "mask", "hits", "rows", "importance", "energy", "rows_first", "importance_first", "energy_first", "neurons")
+BATCHES = (2, 4, 8, 16, 32, 64)  # tokens whose masks are joined: what a batch of so many reads
+_FIELDS = (
+    "active", "mask", "hits", "rows", "importance", "energy", "rows_first", "importance_first", "energy_first", "neurons",
+    *(f"union_{batch}" for batch in BATCHES), *(f"neurons_{batch}" for batch in BATCHES),
+)  # fmt: skip
 
 
 class MaskMeter:
@@ -35,7 +40,7 @@ class MaskMeter:
         found = (
             active.sum(-1).double().sum(), kept.sum(-1).double().sum(), hits.double().sum(),
             rest.sum(), importance @ rest, energy @ rest, first.sum(), importance @ first, energy @ first,
-            torch.full_like(first[0], n * D),
+            torch.full_like(first[0], n * D), *_unions(kept[_shuffled(n).to(kept.device)] if len(mask) > 1 else kept),
         )  # fmt: skip
         self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack(found)
 
@@ -44,8 +49,27 @@ class MaskMeter:
         return distributed.all_sum(self._sums.clone())
 
 
-def mask_figures(totals: Tensor) -> dict[str, float | None]:
-    """density, coverage, precision, captured importance and energy (first tokens of windows apart) from sums [..., fields]."""
+@cache
+def _shuffled(n: int) -> Tensor:
+    """The order in which tokens are put into batches: the same for all layers and arms."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(n))
+
+
+def _unions(kept: Tensor) -> list[Tensor]:
+    """kept float32 [n, D], in the order of batches → for each size in `BATCHES` the neurons that some token of a batch keeps, summed over batches; then
+    for each size all neurons of all its batches. A batch that would not be full is left out. float64 [] each."""
+    ones, neurons = [], []
+    for _ in BATCHES:
+        pairs = len(kept) // 2
+        kept = torch.maximum(kept[0 : 2 * pairs : 2], kept[1 : 2 * pairs : 2])
+        ones.append(kept.sum(-1).double().sum())
+        neurons.append(torch.full_like(ones[-1], kept.numel()))
+    return ones + neurons
+
+
+def mask_figures(totals: Tensor) -> dict[str, float | dict[str, float | None] | None]:
+    """density, coverage, precision, captured importance and energy (first tokens of windows apart), and the density of the union of the masks of so
+    many tokens as `BATCHES` says, drawn from windows that ran together, from sums [..., fields]."""
     s = dict(zip(_FIELDS, totals.reshape(-1, len(_FIELDS)).sum(0).tolist(), strict=True))
 
     def ratio(top: str, bottom: str) -> float | None:
@@ -55,13 +79,14 @@ def mask_figures(totals: Tensor) -> dict[str, float | None]:
         "density": ratio("mask", "neurons"), "coverage": ratio("hits", "active"), "precision": ratio("hits", "mask"),
         "captured_importance": ratio("importance", "rows"), "captured_energy": ratio("energy", "rows"),
         "captured_importance_first": ratio("importance_first", "rows_first"), "captured_energy_first": ratio("energy_first", "rows_first"),
+        "union_density": {str(batch): ratio(f"union_{batch}", f"neurons_{batch}") for batch in BATCHES},
     }  # fmt: skip
 
 
 def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
     """The same figures for each layer, over its sites; totals [sites, L, fields]."""
     layers = [mask_figures(totals[:, layer]) for layer in range(totals.shape[1])]
-    return {name: [figures[name] for figures in layers] for name in layers[0]}
+    return {name: [figures[name] for figures in layers] for name in layers[0] if name != "union_density"}
 
 
 def window_losses(model: nn.Module, windows: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def conditions_text(results: dict) -> str:
     score = " ".join(filter(None, [known("score {}", "score"), known("({:,} tokens)", "score_tokens")]))
     held_out = known(", {}", "split") if not is_in_sample(results) else None
     texts = " → ".join(filter(None, [fit, score])) + "".join(filter(None, [held_out, known(", windows of {:,}", "seq_len")]))
-    items = [known("{}", "model"), texts, *settings, known("predictor {}", "predictor")]
+    items = [known("{}", "model"), texts, *settings, known("predictor {}", "predictor"), known("tuned for {}", "tuned")]
     return ("IN-SAMPLE · " if is_in_sample(results) else "") + " · ".join(filter(None, items))
 
 
@@ -261,6 +261,7 @@ def save_figures(results: dict, folder: Path) -> dict[str, Path]:
     draw = {
         "perplexity": perplexity_figure,
         "captured_importance": captured_figure,
+        "union_density": union_figure,
         "cluster_usage": usage_figure,
         "convergence": convergence_figure,
     }
@@ -331,6 +332,29 @@ def captured_figure(results: dict, path: Path) -> bool:
     return _save(figure, path)
 
 
+def union_figure(results: dict, path: Path) -> bool:
+    """How much of an FFN a batch of tokens keeps, one line per arm whose masks differ by token; dashed: were the tokens' masks independent."""
+    arms = [arm for arm in results.get("arms") or [] if arm["arm"] != "dense" and not arm.get("missing") and any((arm.get("union_density") or {}).values())]
+    if not arms:
+        return False
+    figure = _figure(results, "Neurons kept by a batch of tokens together", 8.6, 4.4)
+    axes = figure.subplots()
+    sizes = np.array([1, *map(int, arms[0]["union_density"])])
+    for arm in arms:
+        shares = 100 * np.array([_real(value) for value in (arm.get("density"), *arm["union_density"].values())])
+        color, marker = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
+        axes.plot(sizes, shares, color=color, marker=marker, markersize=5, linewidth=1.7, label=arm["arm"], clip_on=False)
+    density = _real((results.get("conditions") or {}).get("density"))
+    axes.plot(sizes, 100 * (1 - (1 - density) ** sizes), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="independent masks")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(top=100)
+    plain_axes(axes, xlabel="tokens in a batch, drawn at random from the windows that ran together", ylabel="neurons that some token keeps, %")
+    legend = figure.legend(loc="outside right center", frameon=False, fontsize=9.5)
+    legend.set_alignment("left")
+    return _save(figure, path)
+
+
 def usage_figure(results: dict, path: Path) -> bool:
     """How evenly the clusters are used: each layer's clusters by size, and the share of them that is empty."""
     sizes = (results.get("cluster") or {}).get("sizes") or {}
@@ -356,20 +380,25 @@ def convergence_figure(results: dict, path: Path) -> bool:
     """Captured share, centroid bits that changed and empty clusters over epochs, and the predictor's loss over steps."""
     cluster = (results.get("cluster") or {}).get("history") or []
     predictor = (results.get("predictor") or {}).get("history") or []
+    tuning = (results.get("tune") or {}).get("history") or []
     free = (results.get("conditions") or {}).get("ones") == "free"
     wanted = [
         ("agreement with the centroids, %" if free else "captured by the centroids, %", cluster, "epoch", "captured", 100.0, "#009E73"),
         ("centroids' change, %" if free else "centroid bits that changed, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
         ("empty clusters", cluster, "epoch", "empty", 1.0, "#E69F00"),
         ("predictor's loss", predictor, "step", "loss", 1.0, "#D55E00"),
+        ("tuning: divergence from dense, nats", tuning, "step", "divergence", 1.0, "#CC79A7"),
     ]
     panels = [panel for panel in wanted if any(math.isfinite(_real(row.get(panel[3]))) for row in panel[1])]
     if not panels:
         return False
-    columns = 2 if len(panels) == 4 else len(panels)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(results, "Convergence", max(6.4, 4.3 * columns), 0.3 + 2.7 * rows)
-    for axes, (title, history, x, y, scale, color) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, history, x, y, scale, color) in zip(places, panels, strict=False):
         points = [_real(row.get(x)) for row in history]
         marker = "o" if len(points) <= _MAX_MARKERS else None
         axes.plot(points, [scale * _real(row.get(y)) for row in history], color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)

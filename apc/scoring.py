@@ -39,6 +39,7 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
         outputs = next(iter(predictor.outputs.values()))
         described = f"{predictor.form} {predictor.hidden_size}→{predictor.hidden}→{outputs}, lookahead {predictor.lookahead}"
     made = codebook.provenance
+    tuned = made.get("tune")
     algorithm = made.get("cluster", {}).get("algorithm", "lloyd") + (f" with penalty {codebook.penalty}" if codebook.penalty > 1 else "")
     return {
         "model": model_name(cfg.model), "fit": made["fit"], "score": scored.source, "split": "in-sample" if cfg.data.in_sample else "held-out",
@@ -46,6 +47,7 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
         "sites": list(codebook.sites), "sparsity": codebook.sparsity, "active": codebook.active, "k": codebook.k, "density": codebook.density,
         "ones": codebook.ones, "weighting": codebook.weighting, "scope": codebook.scope, "algorithm": None if algorithm == "lloyd" else algorithm,
         "forward": made.get("patterns", {}).get("forward"), "predictor": described,
+        "tuned": tuned and f"{tuned['arm']}, {tuned['max_epochs']} passes",
         "layers": codebook.layers, "hidden_size": codebook.hidden_size, "ffn_width": codebook.ffn_width,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "commit": commit(),

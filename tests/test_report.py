@@ -170,6 +170,21 @@ def test_figures_are_pictures(results, tmp_path):
             assert 0.01 < np.mean(shades < 250) < 0.6, "neither blank nor all ink"
 
 
+def test_batches_keep_more_together(results, tmp_path):
+    for arm in results["arms"]:
+        arm["union_density"] = {"2": 0.7, "4": None, "8": 0.9}
+    assert list(report.save_figures(results, tmp_path)) == ["perplexity", "captured_importance", "union_density", "cluster_usage", "convergence"]
+    assert (tmp_path / "union_density.png").stat().st_size > 10_000
+
+
+def test_tuning_is_said_and_its_divergence_drawn(results, tmp_path):
+    plain = report.save_figures(results, tmp_path / "plain")["convergence"].read_bytes()
+    results["conditions"]["tuned"] = "predicted, 8 passes"
+    results["tune"] = {"history": [{"step": 10, "divergence": 0.4}, {"step": 20, "divergence": 0.2}]}
+    assert "tuned for predicted, 8 passes" in report.conditions_text(results)
+    assert report.save_figures(results, tmp_path / "tuned")["convergence"].read_bytes() != plain
+
+
 def test_in_sample_figures_differ_from_held_out_ones(results, tmp_path):
     held_out = report.save_figures(results, tmp_path / "a")
     results["conditions"]["split"] = "in-sample"

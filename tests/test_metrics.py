@@ -1,0 +1,53 @@
+"""What masks keep, summed: unions over batches of tokens against a slow count."""
+
+import pytest
+import torch
+
+from apc.codebook import Codebook
+from apc.metrics import BATCHES, MaskMeter, _shuffled, mask_figures
+from apc.sparse_model import KeepAll
+
+
+class Seen:
+    """As much of `Tokens` as a meter looks at."""
+
+    site, layer = "neuron", 0
+
+    def __init__(self, n, D):
+        self.values, self.active = torch.zeros(n, D), torch.rand(n, D) < 0.5
+
+    def captured(self, kept):
+        return torch.zeros(len(self.values)), torch.zeros(len(self.values))
+
+
+def meter_for(D):
+    book = Codebook({"neuron": None}, {"neuron": D}, 1, 4, D, "layer", "energy", 0.5, "threshold", 0.5)
+    return MaskMeter(book, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("n", [64, 130, 67, 3], ids=["one-batch-of-64", "left-over", "odd", "fewer-than-a-batch"])
+def test_what_a_batch_of_tokens_keeps_together(n):
+    D, meter, counts = 11, meter_for(11), {batch: [0, 0] for batch in BATCHES}
+    for _ in range(2):
+        tokens, mask = Seen(n, D), torch.rand(n, D) < 0.2
+        meter.first = torch.zeros(n, dtype=torch.bool)
+        meter.add(tokens, mask)
+        order = _shuffled(n).tolist()
+        assert sorted(order) == list(range(n))
+        for batch in BATCHES:
+            for start in range(0, n - batch + 1, batch):
+                kept = {neuron for token in order[start : start + batch] for neuron in mask[token].nonzero().flatten().tolist()}
+                counts[batch][0] += len(kept)
+                counts[batch][1] += D
+    found = mask_figures(meter.totals())["union_density"]
+    assert found == {str(batch): (ones / all_ if all_ else None) for batch, (ones, all_) in counts.items()}
+
+
+def test_one_mask_for_all_tokens_does_not_grow():
+    meter, tokens = meter_for(11), Seen(128, 11)
+    meter.first = torch.zeros(128, dtype=torch.bool)
+    mask = torch.arange(11).unsqueeze(0) < 4
+    meter.add(tokens, mask)
+    figures = mask_figures(meter.totals())
+    assert set(figures["union_density"].values()) == {figures["density"]} == {4 / 11}
+    assert KeepAll(None, None, 0).mask(tokens).all()
