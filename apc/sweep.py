@@ -94,12 +94,17 @@ def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> lis
     for combination in itertools.product(*parameters.values()):
         chosen = dict(zip(parameters, combination, strict=True))
         values = {key: value for key, value in chosen.items() if len(parameters[key]) > 1}
-        name = "-".join([sweep, *(f"{key.rpartition('.')[2]}{re.sub(r'[^A-Za-z0-9._]+', '_', str(value))}" for key, value in values.items())])
+        name = "-".join([sweep, *(_short(key, value) for key, value in values.items())])
         words = [*(f"{key}={as_word(value)}" for key, value in chosen.items()), *overrides, f"run.name={name}", f"tracking.group={sweep}"]
         if name in made:
             raise UserError(f"two combinations of the sweep are both called {name}; give values that differ in letters or digits")
         made[name] = Trial(name, values, words, load_config(None, words))
     return list(made.values())
+
+
+def _short(key: str, value) -> str:
+    """A parameter's part of a run's name: an experiment is its own name, anything else has the last word of its key before it."""
+    return str(value) if key == "experiment" else key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9._]+", "_", str(value))
 
 
 def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
