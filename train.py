@@ -9,6 +9,7 @@ python train.py experiment=paper --dry-run        what a run would take, estimat
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for gradients that are the same each time, before CUDA starts
 
 from pytorch_lightning import seed_everything
 

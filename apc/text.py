@@ -1,6 +1,6 @@
 """Text → token windows: read a source, check that fit and score text are apart, tokenise, cut.
 
-A source is `bundled`, a local file, or a data set of the Hugging Face hub (`name[:config[:split]]`).
+A source is `bundled`, a local file, or a data set of the Hugging Face hub (`name[:config[:split]]`). The fit text may be several, with commas between.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SHARED_LIMIT = 0.01  # share of the score text's characters that may also be fit
 class DataConfig:
     """Which text is fitted on and which is scored on. Raises UserError for a value out of range."""
 
-    fit: str = "bundled"  # `bundled`, a local file (.txt .raw .tokens .md .parquet .jsonl), or a hub id `name[:config[:split]]`
+    fit: str = "bundled"  # `bundled`, a local file (.txt .raw .tokens .md .parquet .jsonl), a hub id `name[:config[:split]]`, or several: a,b
     score: str = "bundled"
     seq_len: int = 1024  # tokens in a window
     fit_windows: int | None = None  # how many windows from the start; null: all
@@ -42,7 +42,7 @@ class DataConfig:
 
     def __post_init__(self):
         for role in ("fit", "score"):
-            if not getattr(self, role):
+            if not all(part.strip() for part in getattr(self, role).split(",")):
                 raise UserError(f"data.{role} is empty: give `bundled`, a local file, or a hub id")
             windows = getattr(self, f"{role}_windows")
             if windows is not None and windows < 1:
@@ -90,7 +90,7 @@ def read_texts(cfg: DataConfig) -> tuple[_Text, _Text]:
 
     Raises UserError if a source can't be read, or if the score text was fitted on.
     """
-    fit, score = _read(cfg.fit, "fit"), _read(cfg.score, "score")
+    fit, score = _read_role(cfg, "fit"), _read_role(cfg, "score")
     if not cfg.in_sample:
         _check_apart(fit, score)
     return fit, score
@@ -108,7 +108,7 @@ def on_hub(source: str) -> bool:
 
 def count_windows(cfg: DataConfig, role: str, tokenizer: "PreTrainedTokenizerBase") -> int:
     """How many windows the `fit` or the `score` text gives by itself. Raises UserError as `cut_windows` does."""
-    return len(_windows(_read(getattr(cfg, role), role), cfg.seq_len, getattr(cfg, f"{role}_windows"), tokenizer).tokens)
+    return len(_windows(_read_role(cfg, role), cfg.seq_len, getattr(cfg, f"{role}_windows"), tokenizer).tokens)
 
 
 # ---- tokens
@@ -138,7 +138,7 @@ def _check_apart(fit: _Text, score: _Text) -> None:
     """Raises UserError if both are one source, or share long paragraphs worth more than SHARED_LIMIT of the score text."""
     remedy = "choose other text, or set data.in_sample=true to score on fitted text"
     fit_text, score_text = fit.joined, score.joined
-    if fit.identity == score.identity or fit_text == score_text:
+    if score.identity in fit.identity.split(",") or fit_text == score_text:
         raise UserError(f"data.fit and data.score are the same text ({score.name}): {remedy}")
     known = set(_paragraphs(fit_text))
     shared = [paragraph for paragraph in _paragraphs(score_text) if paragraph in known]
@@ -160,6 +160,20 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 # ---- sources
+
+
+def _read_role(cfg: DataConfig, role: str) -> _Text:
+    """The text that `data.fit` or `data.score` names: of the fit text all sources, one after the other."""
+    source = getattr(cfg, role)
+    if role == "score" or "," not in source or Path(source).expanduser().exists():
+        return _read(source, role)
+    texts = [_read(part.strip(), role) for part in source.split(",")]
+    return _Text(
+        texts[0].key,
+        " + ".join(text.name for text in texts),
+        ",".join(text.identity for text in texts),
+        [document for text in texts for document in text.documents],
+    )
 
 
 def _read(source: str, role: str) -> _Text:

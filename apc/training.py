@@ -202,21 +202,18 @@ def _cluster(cfg: Config, source: PatternSource, run: RunFolder, tracking: Track
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Within it a gradient is the same to the bit each time, on one GPU and in one process; a warning names what torch can't do so."""
+    """Within it a gradient is the same to the bit each time, on one GPU and in one process; an operation that can't be is an error."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS for it
     before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient is not deterministic unless a warning is an error; flash attention's is
+    torch.use_deterministic_algorithms(True)  # with warnings in place of errors, attention's gradient would not be deterministic
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 

@@ -68,6 +68,28 @@ def straight_through(scores: Tensor, m: int, temperature: float) -> Tensor:
     return kept.float() + (soft - soft.detach())
 
 
+class _Rows(torch.autograd.Function):
+    """table[ids] whose gradient is a matrix product: the indexing's own adds the rows of one id one after the other."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = len(table)
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        chosen = torch.zeros(ctx.rows, len(ids), dtype=gradient.dtype, device=ids.device)
+        chosen[ids, torch.arange(len(ids), device=ids.device)] = 1
+        return chosen @ gradient, None
+
+
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """table [K, ...] at ids int64 [n] → [n, ...]"""
+    return _Rows.apply(table, ids)
+
+
 def share_out(curves: Tensor, total: int, least: int) -> list[int]:
     """How many neurons each layer keeps, `total` in all and at least `least`, so that what the dropped ones cost together is least.
 
@@ -200,12 +222,12 @@ class TuningModule(LightningModule):
         masks, offsets = straight_through(self.scores[tokens.layer], m, tau), self.offsets[tokens.layer]
         if self.cfg.arm == "oracle":
             ids = self._ids(tokens)
-            return Choice(masks[ids], offsets[ids])
+            return Choice(rows_of(masks, ids), rows_of(offsets, ids))
         logits, correction = self._outputs(tokens)
         ids, shares = logits.argmax(-1), logits.softmax(-1)
         gradient = shares - shares.detach()  # 0, but for its gradient
-        added = offsets[ids] + gradient @ offsets.detach()
-        return Choice(masks[ids] + gradient @ masks.detach(), added if correction is None else added + correction)
+        added = rows_of(offsets, ids) + gradient @ offsets.detach()
+        return Choice(rows_of(masks, ids) + gradient @ masks.detach(), added if correction is None else added + correction)
 
     def _outputs(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)]

@@ -339,3 +339,17 @@ def test_what_the_hub_refuses_is_passed_on_in_one_line(files, tokenizer, monkeyp
         load_windows(_config(fit="org/set"), tokenizer)
     with pytest.raises(UserError, match="too many parts"):
         load_windows(_config(fit="org/set:a:b:c"), tokenizer)
+
+
+def test_the_fit_text_may_be_several_sources_one_after_the_other(files, tokenizer):
+    (files / "a.txt").write_text(_words(3))
+    (files / "b.jsonl").write_text('{"text": "' + _words(2, 3) + '"}\n{"text": "' + _words(1, 5) + '"}\n')
+    (files / "c.txt").write_text(_words(4, 9))
+    fit, _ = load_windows(DataConfig(f"{files}/a.txt, {files}/b.jsonl", f"{files}/c.txt", seq_len=2), tokenizer)
+    (files / "whole.txt").write_text(_words(6))
+    whole, _ = load_windows(DataConfig(f"{files}/whole.txt", f"{files}/c.txt", seq_len=2), tokenizer)
+    assert torch.equal(fit.tokens, whole.tokens) and fit.source == "a.txt + b.jsonl" and fit.documents == 3
+    with pytest.raises(UserError, match="are the same text"):
+        load_windows(DataConfig(f"{files}/a.txt,{files}/c.txt", f"{files}/c.txt", seq_len=2), tokenizer)
+    with pytest.raises(UserError, match="data.fit is empty"):
+        DataConfig(f"{files}/a.txt,")

@@ -45,6 +45,15 @@ def test_a_hard_mask_with_the_gradient_of_a_sigmoid():
     assert torch.allclose(scores.grad[0], weights * expected * (1 - expected) / 0.5)
 
 
+def test_rows_of_a_table_have_the_gradient_of_indexing():
+    table, ids = torch.randn(5, 7, requires_grad=True), torch.tensor([3, 0, 3, 3, 4])
+    weights = torch.randn(5, 7)
+    (tuning.rows_of(table, ids) * weights).sum().backward()
+    found, table.grad = table.grad, None
+    (table[ids] * weights).sum().backward()
+    assert torch.allclose(found, table.grad) and not found[1].any()
+
+
 def test_neurons_go_where_losing_them_costs_most():
     curves = torch.tensor([[9.0, 5.0, 1.0, 0.5], [8.0, 0.4, 0.3, 0.2], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
     assert share_out(curves, 6, 1) == [4, 1, 1]  # 9, 5, 1, 0.5 | 8 | the least that a layer keeps
