@@ -364,7 +364,9 @@ def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, 
         ends = sorted(measured[stage] * amount / reference_work[stage][unit] * share for unit, amount in amounts.items())
         found[stage] = Seconds(*ends, "scaled from a measured run, by FLOPs and by what is read")
     found["cluster"] = _cluster_seconds(cfg, module, ranks, kept, sum(exchange.values()))
-    order = ["collect", "cluster", "predict", "evaluate"]
+    if cfg.tune.max_epochs:
+        found["tune"] = _tune_seconds(cfg, work, ranks)
+    order = ["collect", "cluster", "predict", "tune", "evaluate"]
     last = {"all": "evaluate"}.get(cfg.stage, cfg.stage)
     return {stage: found[stage] for stage in order[: order.index(last) + 1] if stage in found}
 
@@ -382,6 +384,16 @@ def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: in
     own = clustering_module(reference_cfg, pattern_info(reference_cfg, reference.shape, reference.fit_windows))
     beside = known()["stages"]["seconds"]["cluster"] - reference_cfg.cluster.max_epochs * pass_seconds(own, 1.0, 1 << 62)
     return Seconds(kernels, kernels + max(0.0, beside), "kernels at measured rates; at most what else the measured run took")
+
+
+def _tune_seconds(cfg: Config, work: Workload, ranks: int) -> Seconds:
+    """A measured tuning's seconds times the parameters and the tokens of all passes over its own."""
+    measured = known()["tuning"]
+    share = math.ceil(work.fit_windows / ranks) / work.fit_windows
+    amount = work.shape.parameters * work.fit_windows * cfg.data.seq_len * cfg.tune.max_epochs
+    own = _known_shape(ModelConfig(), ["neuron"]).parameters * measured["tokens"] * measured["passes"]
+    seconds = measured["seconds"] * amount / own * share
+    return Seconds(seconds, seconds, f"scaled from a measured tuning ({measured['from']}), by parameters and tokens")
 
 
 # ---- the table
@@ -457,7 +469,7 @@ def _notes(cfg: Config, found: list[Estimate]) -> list[str]:
     notes = [f"{', '.join(names)}: {basis}." for basis, names in bases.items()]
     notes += [
         f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, the nearest shape.",
-        "Not in it: loading the model, reading and writing disks, a forward pass's other activations. Exchange: NVLink 4's data sheet, as if alone.",
+        "Not in it: loading the model, reading and writing disks, activations of a forward pass and of tuning. Exchange: NVLink 4's data sheet, as if alone.",
     ]
     for each in found:
         over = [stage for stage, value in each.peak.items() if value > limit]

@@ -243,3 +243,13 @@ def test_what_a_dry_run_cannot_know_is_one_line(monkeypatch, capsys, words, mess
         dry_run(monkeypatch, "experiment=paper", *words)
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1 and not said.out
+
+
+def test_tuning_is_scaled_from_the_measured_one():
+    measured = estimate.known()["tuning"]
+    words = ["experiment=cluster-5", f"data.fit_windows={measured['tokens'] // 2048 + 1}", "data.score_windows=147"]
+    said = estimate.estimate(cfg := load_config(None, words), estimate.read_workload(cfg), 1).seconds
+    assert list(said) == ["collect", "cluster", "predict", "tune", "evaluate"] and said["tune"].low == pytest.approx(measured["seconds"])
+    twice = load_config(None, [*words, "tune.max_epochs=16", "stage=tune"])
+    again = estimate.estimate(twice, estimate.read_workload(twice), 1).seconds
+    assert list(again)[-1] == "tune" and again["tune"].low == pytest.approx(2 * measured["seconds"])
