@@ -1,6 +1,7 @@
 """A sweep file's grid runs here as W&B would run it: every combination once, gone on with where it was, whatever fails beside it."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -92,4 +93,4 @@ def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypa
 def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, capsys):
     sweep.main([str(file), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) > 1 and all("train.py cluster." in line for line in lines)
+    assert len(lines) == len(set(lines)) > 1 and all(re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines)
