@@ -212,3 +212,14 @@ def test_ranks_share_the_windows(workplace):
 def test_bad_settings_say_what_to_do(workplace, changes, message):
     with pytest.raises(UserError, match=message):
         run(workplace, **changes)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("arm", ["predicted", "oracle"])
+def test_the_same_seed_ends_the_same(workplace, device, arm):
+    ends = []
+    for name in ("once", "twice"):
+        settings = {"model.device": device, "run.name": f"{name}-{arm}-{device}", "tune.arm": arm}
+        run(workplace, stage="tune", **settings)
+        ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
