@@ -40,6 +40,8 @@ def evaluate(cfg: Config) -> dict:
     run = load_run(cfg.checkpoint)
     if run.codebook is None:
         raise UserError(f"{run.folder.codebook}: no such file; run train.py stage=cluster run.name={run.folder.path.name} first")
+    if cfg.tune.max_epochs and not run.folder.tuned("codebook").is_file() and distributed.is_main():
+        print(f"{run.folder.path}: its tuning has not ended; these are its codebook and predictor before it", flush=True)
     watch = Stopwatch()
 
     with distributed.main_first():  # which fetches and unpacks what is bundled

@@ -24,6 +24,7 @@ from apc.config import CONFIGS, Config, load_config, overrides_between
 from apc.errors import UserError
 from apc.files import write_atomic
 from apc.runs import RunFolder, read_json
+from apc.tuning import TuneConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,16 @@ class Finished:
         cfg, conditions = self.config, self.conditions
         cluster = {key: value for key, value in asdict(cfg.cluster).items() if key not in ("k", "density")}
         named = {key: conditions.get(key) for key in ("sites", "sparsity", "active", "forward")}
-        return cluster | named | {"calibration_windows": cfg.collect.calibration_windows, "tuned": conditions.get("tuned")}
+        return cluster | named | {"calibration_windows": cfg.collect.calibration_windows, "tuned": self._tuning}
+
+    @property
+    def _tuning(self) -> str | None:
+        """What it was tuned for, with the settings that are not the usual ones; None where it was not."""
+        usual = TuneConfig()
+        own = [
+            f"{key} {value}" for key, value in asdict(self.config.tune).items() if key not in ("arm", "max_epochs", "windows") and value != getattr(usual, key)
+        ]
+        return self.conditions.get("tuned") and ", ".join([self.conditions["tuned"], *own])
 
     @cached_property
     def predictor_settings(self) -> dict[str, object]:
@@ -385,7 +395,7 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
     shown = {"captured_importance": "captured importance, %", "captured_energy": "captured energy, %"}
     places = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.place)]
     points = [
-        (index, arm, key, bool(run.conditions.get("tuned")))
+        (index, arm, key, (run.conditions.get("tuned") or "").partition(",")[0] == arm["arm"])
         for index, members in enumerate(places)
         for run in members
         for arm in run.arms.values()

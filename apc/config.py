@@ -71,7 +71,7 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class Config:
     stage: str = "all"  # collect, cluster, predict, tune, or all: everything up to the table
-    checkpoint: str | None = None  # a run folder whose codebook (and predictor) to take up
+    checkpoint: str | None = None  # a run folder: train.py takes its codebook up, as clustering left it; evaluate.py evaluates it
     seed: int = 0
     sites: list[str] = field(default_factory=lambda: ["neuron"])  # [neuron], or some of [gate,up,down]
     sparsity: float = 0.5  # target share of inactive neurons
@@ -111,6 +111,12 @@ class Config:
         if self.tune.max_epochs:
             if self.sites != ["neuron"] or self.cluster.scope != "layer":
                 raise UserError(f"tune.max_epochs={self.tune.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer, or set tune.max_epochs=0")
+            if self.cluster.algorithm != "lloyd":
+                raise UserError(f"tune.max_epochs={self.tune.max_epochs}: tuning needs cluster.algorithm=lloyd in place of {self.cluster.algorithm}")
+            if self.tune.windows < self.trainer.devices * self.trainer.num_nodes:
+                raise UserError(
+                    f"tune.windows={self.tune.windows} is less than a window for each of {self.trainer.devices * self.trainer.num_nodes} processes; raise it"
+                )
             if self.tune.form not in (None, self.predictor.form):
                 raise UserError(f"tune.arm={self.tune.arm} needs predictor.form={self.tune.form}, this run has predictor.form={self.predictor.form}")
             wanting = [arm for arm in self.arms or () if hasattr(ARMS.get(arm), "form")]

@@ -132,13 +132,16 @@ class WindowLoader:
     """
 
     def __init__(self, windows: Tensor, step_windows: int, seed: int):
-        """windows: int64 [N, S], one after the other in the text. Raises UserError if there are fewer than ranks."""
+        """windows: int64 [N, S], one after the other in the text; step_windows: in a step, over all ranks. Raises UserError if a rank would have none."""
         ranks = distributed.world_size()
         # The text of an epoch begins up to S - 1 tokens later, so it has a window less.
         self._usable = max(1, len(windows) - 1)
-        self.step_windows = min(max(step_windows, ranks), self._usable)
+        self.step_windows = min(step_windows, self._usable)
         if self.step_windows < ranks:
-            raise UserError(f"{len(windows)} windows of text for {ranks} processes; give more text, lower data.seq_len, or lower trainer.devices")
+            raise UserError(
+                f"steps of {self.step_windows} windows for {ranks} processes; give more text ({len(windows)} windows, one of which makes room for other "
+                "beginnings), raise tune.windows, or lower trainer.devices"
+            )
         self.windows, self.seed = windows, seed
         self.epoch, self.position = 0, 0
 

@@ -184,13 +184,13 @@ def read_workload(cfg: Config) -> Workload:
 def _windows(cfg: Config, role: str, tokenizer: object | str) -> tuple[int, str]:
     """(how many, how that is known)"""
     asked, source = getattr(cfg.data, f"{role}_windows"), getattr(cfg.data, role)
-    if not on_hub(source) and not isinstance(tokenizer, str):
+    if not on_hub(cfg.data, role) and not isinstance(tokenizer, str):
         return count_windows(cfg.data, role, tokenizer), "counted"
     if asked is not None:
         return asked, f"as data.{role}_windows says"
     text = known()["texts"].get(source, {}).get(cfg.model.path)
     if text is None:
-        missing = "it lies on the hub" if on_hub(source) else f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
+        missing = "it lies on the hub" if on_hub(cfg.data, role) else f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
         raise UserError(f"data.{role}={source}: how many tokens it has is not known: {missing}; set data.{role}_windows=N")
     return text["tokens"] // cfg.data.seq_len, text["from"]
 

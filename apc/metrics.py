@@ -132,15 +132,16 @@ class ArmCost:
     flops_share: float
 
 
-def site_densities(totals: Tensor, sites: list[str]) -> dict[str, float]:
-    """The share of neurons that masks keep at each site; totals [sites, L, fields]."""
-    return {site: mask_figures(totals[index])["density"] for index, site in enumerate(sites)}
+def site_densities(totals: Tensor, sites: list[str]) -> dict[str, list[float]]:
+    """The share of neurons that masks keep at each site of each layer; totals [sites, L, fields]."""
+    return {site: [mask_figures(layer)["density"] for layer in totals[index]] for index, site in enumerate(sites)}
 
 
-def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, densities: dict[str, float]) -> ArmCost:
-    """What one token reads and computes in an FFN under an arm whose masks have these densities at the sites (None: the dense FFN).
+def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, densities: dict[str, list[float]]) -> ArmCost:
+    """What one token reads and computes in an FFN, the mean over layers, under an arm whose masks have these densities at the sites of each layer
+    (None: the dense FFN).
 
-    Read are the FFN rows kept, predictor, centroid and profiles, at 16 bits a parameter, over the dense FFN's 3·E·D. At
+    Read are the FFN rows kept, predictor with its correction, centroid, offset and profiles, at 16 bits a parameter, over the dense FFN's 3·E·D. At
     `neuron` one mask saves rows of all three projections; at gate, up and down each mask saves its own.
     """
     if arm is None:
@@ -148,16 +149,18 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
     dense = 3 * codebook.hidden_size * codebook.ffn_width
     bits, read, computed, kept = 0.0, 0.0, 0.0, 1.0
     for site, D in codebook.widths.items():
-        density = densities[site]
+        density = sum(densities[site]) / len(densities[site])
         projections = 3 if site == "neuron" else 1
         kept -= (projections - arm.reads_gate) * (1 - density) / 3
-        m = min(D, max(0, round(density * D)))
-        choices = math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)
         by_cluster = arm.name in ("oracle", "predicted")
-        bits += math.log2(codebook.k) if by_cluster else 0.0 if arm.name in ("static", "random") else choices / math.log(2)
-        read += D / 16 if by_cluster else 0
+        if by_cluster:
+            bits += math.log2(codebook.k)
+        elif arm.name not in ("static", "random"):
+            bits += sum(_choice_bits(D, share) for share in densities[site]) / len(densities[site])
+        read += D / 16 if by_cluster or arm.name == "thresholded-oracle" else 0
         if codebook.sites[site].offsets is not None:
-            read += codebook.hidden_size * {"oracle": 1, "predicted": 1, "soft": codebook.k}.get(arm.name, 0)
+            read += codebook.hidden_size * {"oracle": 1, "thresholded-oracle": 1, "predicted": 1, "soft": codebook.k}.get(arm.name, 0)
+            computed += codebook.hidden_size * codebook.k if arm.name == "soft" else 0
         if arm.name in ("predicted", "soft", "neuron-predictor"):
             read += predictor.parameters_read(site)
             computed += predictor.parameters_read(site)
@@ -165,3 +168,9 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
             read += codebook.k * D
             computed += codebook.k * D
     return ArmCost(bits, kept + read / dense, kept + computed / dense)
+
+
+def _choice_bits(D: int, density: float) -> float:
+    """log₂ of how many masks of this density there are over D neurons."""
+    m = min(D, max(0, round(density * D)))
+    return (math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)) / math.log(2)

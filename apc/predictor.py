@@ -43,6 +43,11 @@ class PredictorConfig:
             raise UserError(f"predictor.lr must be above 0 and predictor.weight_decay not negative, got {self.lr} and {self.weight_decay}")
 
 
+def at_16_bits(value: Tensor) -> Tensor:
+    """float32 rounded to the nearest bfloat16."""
+    return value.bfloat16().float()
+
+
 class Predictor(nn.Module):
     """A bottleneck MLP for every layer, E → H → K (or D) for each site, all layers in one batched product.
 
@@ -102,6 +107,13 @@ class Predictor(nn.Module):
         shared = (self.hidden_size + 1) * self.hidden + self.corrects * (self.hidden + 1) * self.hidden_size
         shared = shared if site == next(iter(self.outputs)) else 0
         return shared + (self.hidden + 1) * self.outputs[site]
+
+    def rounded(self) -> "Predictor":
+        """Itself, its parameters rounded to what 16 bits hold: so they are counted, and so they are scored."""
+        with torch.no_grad():
+            for value in self.parameters():
+                value.copy_(at_16_bits(value))
+        return self
 
     def save(self, path: str | Path) -> None:
         names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance", "corrects")
@@ -261,7 +273,7 @@ class PredictorModule(LightningModule):
     def trained(self, provenance: dict) -> Predictor:
         """The predictor as it stands, on the host."""
         self.predictor.provenance = provenance | {"config": asdict(self.cfg)}
-        return self.predictor.cpu().requires_grad_(False).eval()
+        return self.predictor.cpu().requires_grad_(False).eval().rounded()
 
 
 def _top_masks(scores: Tensor, sizes: list[int]) -> Tensor:

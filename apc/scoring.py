@@ -47,7 +47,7 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
         "sites": list(codebook.sites), "sparsity": codebook.sparsity, "active": codebook.active, "k": codebook.k, "density": codebook.density,
         "ones": codebook.ones, "weighting": codebook.weighting, "scope": codebook.scope, "algorithm": None if algorithm == "lloyd" else algorithm,
         "forward": made.get("patterns", {}).get("forward"), "predictor": described,
-        "tuned": tuned and f"{tuned['arm']}, {tuned['max_epochs']} passes",
+        "tuned": tuned and f"{tuned['arm']}, {tuned['steps']:,} steps of {tuned['step_windows']} windows",
         "layers": codebook.layers, "hidden_size": codebook.hidden_size, "ffn_width": codebook.ffn_width,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "commit": commit(),

@@ -101,9 +101,9 @@ def cut_windows(cfg: DataConfig, fit: _Text, score: _Text, tokenizer: "PreTraine
     return _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer), _windows(score, cfg.seq_len, cfg.score_windows, tokenizer)
 
 
-def on_hub(source: str) -> bool:
-    """Whether a source is a data set of the hub: neither bundled nor a local file."""
-    return source.partition(":")[0] != "bundled" and not _looks_like_path(source)
+def on_hub(cfg: DataConfig, role: str) -> bool:
+    """Whether the `fit` or the `score` text is, in part at least, a data set of the hub: neither bundled nor a local file."""
+    return any(source.partition(":")[0] != "bundled" and not _looks_like_path(source) for source in _sources(cfg, role))
 
 
 def count_windows(cfg: DataConfig, role: str, tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -162,12 +162,18 @@ def _paragraphs(text: str) -> Iterator[str]:
 # ---- sources
 
 
+def _sources(cfg: DataConfig, role: str) -> list[str]:
+    source = getattr(cfg, role)
+    if role == "score" or Path(source).expanduser().exists():
+        return [source]
+    return [part.strip() for part in source.split(",")]
+
+
 def _read_role(cfg: DataConfig, role: str) -> _Text:
     """The text that `data.fit` or `data.score` names: of the fit text all sources, one after the other."""
-    source = getattr(cfg, role)
-    if role == "score" or "," not in source or Path(source).expanduser().exists():
-        return _read(source, role)
-    texts = [_read(part.strip(), role) for part in source.split(",")]
+    texts = [_read(source, role) for source in _sources(cfg, role)]
+    if len(texts) == 1:
+        return texts[0]
     return _Text(
         texts[0].key,
         " + ".join(text.name for text in texts),

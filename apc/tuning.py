@@ -18,7 +18,7 @@ from apc.codebook import Codebook
 from apc.errors import UserError
 from apc.models import GatedFFN
 from apc.patterns import quantise
-from apc.predictor import Predictor
+from apc.predictor import Predictor, at_16_bits
 from apc.sparse_model import Choice, ForwardReader, Tokens
 
 ARMS = ("predicted", "oracle", "neuron-predictor")
@@ -28,7 +28,7 @@ TOKENS_AT_ONCE = 2048  # whose logits are compared in float32
 
 @dataclass(frozen=True)
 class TuneConfig:
-    max_epochs: int = 0  # passes over the fit text; 0: no tuning
+    max_epochs: int = 0  # passes over the fit text, in whole steps; 0: no tuning
     arm: str = "predicted"  # whose masks are tuned: predicted, oracle or neuron-predictor
     windows: int = 4  # windows in a step, over all ranks
     budget: bool = True  # layers keep more or fewer neurons, by what their loss costs, at the same total
@@ -62,6 +62,8 @@ class TuneConfig:
 def straight_through(scores: Tensor, m: int, temperature: float) -> Tensor:
     """The mask of the m largest of each row, scores [..., D], as float32 0 and 1 whose gradient is that of σ((score − the m-th) / temperature)."""
     scores = scores.float()
+    if scores.isnan().any():
+        raise UserError("the scores of neurons are not finite any more; lower tune.lr and tune.lr_scores")
     kept = ops.top_mask(scores.detach(), m)
     last = scores.detach().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
     soft = torch.sigmoid((scores - last) / temperature)
@@ -157,7 +159,10 @@ class TuningModule(LightningModule):
     def on_fit_start(self) -> None:
         self.codebook = self.codebook.to(self.device)
         if not self.shared_out:
-            curves = self._costs()
+            curves = self._costs().cpu()
+            if not curves.isfinite().all():
+                layer = int((~curves.isfinite()).any(1).nonzero()[0])
+                raise UserError(f"what neurons of layer {layer} cost is not finite; try model.dtype=float32 or bfloat16, or tune.budget=false")
             total = int(self.sizes.sum())
             least = max(1, curves.shape[1] // 8)
             self.sizes.copy_(torch.tensor(share_out(curves, total, min(least, total // len(curves)))))
@@ -197,14 +202,17 @@ class TuningModule(LightningModule):
         finally:
             hooks.remove()
         parts = [slice(start, start + TOKENS_AT_ONCE) for start in range(0, len(dense), TOKENS_AT_ONCE)]
-        loss = sum(checkpoint(_divergence, found[part], dense[part], use_reentrant=False) for part in parts) / len(dense)
+        # All windows of a step weigh the same, also where ranks have more or fewer of them: their gradients' mean is taken.
+        weight = len(windows) * distributed.world_size() / self.step_windows
+        loss = weight * sum(checkpoint(_divergence, found[part], dense[part], use_reentrant=False) for part in parts) / len(dense)
         if not torch.isfinite(loss):
             raise UserError(f"the divergence is not finite at step {self.global_step}; lower tune.lr (now {self.cfg.lr}) or set tune.precision=32-true")
         step = self.global_step + 1
         if step % self.log_every == 0 or batch_index + 1 == self.trainer.num_training_batches:
-            self.history.append({"step": step, "divergence": loss.item()})
+            shown = distributed.all_sum(loss.detach().clone()).item() / distributed.world_size()
+            self.history.append({"step": step, "divergence": shown})
             for logger in self.loggers:
-                logger.log_metrics({"tune/step": step, "tune/divergence": loss.item(), "tune/lr": self.lr_schedulers().get_last_lr()[-1]})
+                logger.log_metrics({"tune/step": step, "tune/divergence": shown, "tune/lr": self.lr_schedulers().get_last_lr()[-1]})
         return loss
 
     def ranking(self, tokens: Tokens) -> Tensor:
@@ -213,13 +221,13 @@ class TuningModule(LightningModule):
             return self._outputs(tokens)[0]
         return self.scores[tokens.layer][self._ids(tokens)]
 
-    def choose(self, tokens: Tokens) -> Choice:
-        """The arm's choice, with a gradient; its mask is float32."""
-        m, tau = int(self.sizes[tokens.layer]), self.cfg.temperature
+    def choose(self, tokens: Tokens, scores: Tensor, offsets: Tensor, m: int) -> Choice:
+        """The arm's choice, with a gradient; its mask is float32. scores [K, D], offsets [K, E] and m: of the layer."""
+        tau = self.cfg.temperature
         if self.cfg.arm == "neuron-predictor":
-            scores, correction = self._outputs(tokens)
-            return Choice(straight_through(scores, m, tau), correction)
-        masks, offsets = straight_through(self.scores[tokens.layer], m, tau), self.offsets[tokens.layer]
+            found, correction = self._outputs(tokens)
+            return Choice(straight_through(found, m, tau), correction)
+        masks = straight_through(scores, m, tau)
         if self.cfg.arm == "oracle":
             ids = self._ids(tokens)
             return Choice(rows_of(masks, ids), rows_of(offsets, ids))
@@ -253,13 +261,19 @@ class TuningModule(LightningModule):
             book,
             centroids=torch.stack([ops.pack(ops.top_mask(layer, m)) for layer, m in zip(scores, sizes, strict=True)]),
             profiles=(profiles / profiles.mean(-1, keepdim=True)).half(),
-            offsets=self.offsets.detach().cpu().clone() if self.offsets.requires_grad else book.offsets,
+            offsets=at_16_bits(self.offsets.detach().cpu()) if self.offsets.requires_grad else book.offsets,
         )
-        codebook = replace(old, sites={self.site: made}, budget=sizes, provenance=provenance | {"tune": asdict(self.cfg)})
+        made_by = asdict(self.cfg) | {"steps": int(self.global_step), "step_windows": self.step_windows}
+        codebook = replace(old, sites={self.site: made}, budget=sizes, provenance=provenance | {"tune": made_by})
         if self.predictor is None:
             return codebook, None
-        predictor = self.predictor.copy({**self.predictor.provenance, "codebook": codebook.provenance, "tune": asdict(self.cfg)})
-        return codebook, predictor.cpu().requires_grad_(False).eval()
+        predictor = self.predictor.copy({**self.predictor.provenance, "codebook": codebook.provenance, "tune": made_by})
+        return codebook, predictor.cpu().requires_grad_(False).eval().rounded()
+
+    @property
+    def step_windows(self) -> int:
+        """Windows in a step, over all ranks."""
+        return self.trainer.datamodule.loader.step_windows if self._trainer is not None else self.cfg.windows
 
 
 def _divergence(found: Tensor, dense: Tensor) -> Tensor:
@@ -274,9 +288,11 @@ class _TuningForward(ForwardReader):
         lookahead = module.predictor.lookahead if module.predictor is not None else 0
         super().__init__(module._ffns, module.codebook, lookahead, adds=True)
         self.module = module
+        # Taken apart once: the gradient of indexing would be a tensor of all layers for each.
+        self.layers = list(zip(module.scores.unbind(), module.offsets.unbind(), module.sizes.tolist(), strict=True))
 
     def see(self, tokens: Tokens) -> Choice:
-        return self.module.choose(tokens)
+        return self.module.choose(tokens, *self.layers[tokens.layer])
 
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
         return values * mask.to(values.dtype)

@@ -1,11 +1,15 @@
 """What masks keep, summed: unions over batches of tokens against a slow count."""
 
+import math
+
 import pytest
 import torch
 
-from apc.codebook import Codebook
-from apc.metrics import BATCHES, MaskMeter, _shuffled, mask_figures
-from apc.sparse_model import KeepAll
+from apc import ops
+from apc.codebook import Codebook, SiteCodebook
+from apc.metrics import BATCHES, MaskMeter, _shuffled, arm_cost, mask_figures
+from apc.predictor import Predictor
+from apc.sparse_model import KeepAll, make_arm
 
 
 class Seen:
@@ -51,3 +55,27 @@ def test_one_mask_for_all_tokens_does_not_grow():
     figures = mask_figures(meter.totals())
     assert set(figures["union_density"].values()) == {figures["density"]} == {4 / 11}
     assert KeepAll(None, None, 0).mask(tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("arm", "bits", "read", "computed"),
+    [
+        ("oracle", 3, 40 / 16 + 6, 0),
+        ("thresholded-oracle", (math.log2(math.comb(40, 10)) + math.log2(math.comb(40, 30))) / 2, 40 / 16 + 6, 0),
+        ("predicted", 3, 40 / 16 + 6 + (7 * 5 + 6 * 8 + 6 * 6), 7 * 5 + 6 * 8 + 6 * 6),
+        ("soft", (math.log2(math.comb(40, 10)) + math.log2(math.comb(40, 30))) / 2, 8 * (40 + 6) + 119, 8 * (40 + 6) + 119),
+        ("static", 0, 0, 0),
+    ],
+)
+def test_what_an_arm_reads_to_the_parameter(arm, bits, read, computed):
+    """L 2, E 6, D 40, K 8, bottleneck 5 with a correction; offsets; layers of density ¼ and ¾."""
+    masks = torch.stack([ops.pack(ops.top_mask(torch.rand(8, 40), m)) for m in (10, 30)])
+    static = ops.pack(ops.top_mask(torch.rand(2, 40), 20))
+    site = SiteCodebook(masks, torch.rand(2, 8, 40).half(), torch.ones(2, 8, dtype=torch.int64), static, torch.zeros(2), torch.rand(2, 8, 6))
+    book = Codebook({"neuron": site}, {"neuron": 40}, 2, 6, 40, "layer", "energy", 0.5, "threshold", 0.5, budget=[10, 30])
+    assert book.problem() is None
+    predictor = Predictor(2, 6, 5, {"neuron": 8}, corrects=True)
+    assert sum(value[0].numel() for value in predictor.parameters()) == 119
+    cost = arm_cost(make_arm(arm, book, predictor), book, predictor, {"neuron": [0.25, 0.75]})
+    assert cost.bits == pytest.approx(bits)
+    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40)) and cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))

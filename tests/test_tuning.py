@@ -18,6 +18,7 @@ from apc.config import load_config
 from apc.datamodule import WindowLoader
 from apc.errors import UserError
 from apc.models import ModelConfig, find_ffns, load_model
+from apc.predictor import at_16_bits
 from apc.tuning import TuneConfig, TuningModule, share_out, straight_through
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,21 @@ def workplace(tmp_path_factory):
     folder = tiny.make_workplace(tmp_path_factory.mktemp("tuning"))
     run(folder, **{"tune.max_epochs": 0, "run.name": "plain"})
     return folder
+
+
+def test_costs_that_are_not_finite_are_named(workplace, monkeypatch):
+    monkeypatch.setattr(TuningModule, "_costs", lambda self: torch.full((3, 52), torch.nan, dtype=torch.float64))
+    with pytest.raises(UserError, match="what neurons of layer 0 cost is not finite"):
+        run(workplace, **{"run.name": "broken"})
+
+
+def test_two_ranks_tune_a_predictor_too(workplace):
+    words = tiny.tiny_overrides(workplace, **(TUNED | {"run.name": "two", "trainer.devices": 2, "stage": "tune", "tune.max_epochs": 1}))
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert apc.load_run(workplace / "runs" / "two").predictor.corrects
 
 
 def test_a_hard_mask_with_the_gradient_of_a_sigmoid():
@@ -122,9 +138,11 @@ def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm):
     module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm=arm, correction=arm != "oracle"), left.codebook, left.predictor)
     with torch.no_grad():
         module.offsets.normal_(std=0.3)
+        module.offsets.copy_(at_16_bits(module.offsets))  # as what tuning leaves is
         if module.predictor is not None:
             module.predictor.correct.normal_(std=0.3)
             module.predictor.correct_bias.normal_(std=0.3)
+            module.predictor.rounded()
     module.sizes.copy_(torch.tensor([20, 31, 26]))
     hooks = tuning._TuningForward(module).hook()
     found = model(input_ids=windows).logits.detach()
@@ -183,14 +201,16 @@ def test_a_killed_run_goes_on_to_the_same_end(workplace, monkeypatch, kill_at):
     assert all(torch.equal(value, again.predictor.state_dict()[name]) for name, value in whole.predictor.state_dict().items())
 
 
-def test_ranks_share_the_windows(workplace):
-    words = tiny.tiny_overrides(workplace, **(TUNED | {"run.name": "ranks", "trainer.devices": 2, "stage": "tune", "tune.windows": 4, "tune.arm": "oracle"}))
+@pytest.mark.parametrize("windows", [4, 3], ids=["as-many-each", "one-has-more"])
+def test_ranks_share_the_windows(workplace, windows):
+    same = {"tune.windows": windows, "tune.arm": "oracle", "stage": "tune"}
+    words = tiny.tiny_overrides(workplace, **(TUNED | same | {"run.name": f"ranks-{windows}", "trainer.devices": 2}))
     done = subprocess.run(
         [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    run(workplace, stage="tune", **{"run.name": "alone", "tune.windows": 4, "tune.arm": "oracle"})
-    together, alone = (apc.load_run(workplace / "runs" / name) for name in ("ranks", "alone"))
+    run(workplace, **same, **{"run.name": f"alone-{windows}"})
+    together, alone = (apc.load_run(workplace / "runs" / f"{name}-{windows}") for name in ("ranks", "alone"))
     assert together.codebook.budget == alone.codebook.budget
     difference, size = ((found - alone.codebook.sites["neuron"].offsets).norm() for found in (together.codebook.sites["neuron"].offsets, 0))
     assert difference < 0.05 * size  # the mean of two ranks' gradients is that of all windows, but for rounding
@@ -205,6 +225,9 @@ def test_ranks_share_the_windows(workplace):
         ({"tune.temperature": -1}, "tune.temperature must be above 0"),
         ({"tune.precision": "64"}, "tune.precision=64"),
         ({"tune.arm": "neuron-predictor"}, "needs predictor.form=neuron"),
+        ({"tune.windows": 1, "trainer.devices": 2}, "tune.windows=1 is less than a window for each of 2 processes"),
+        ({"cluster.algorithm": "k-majority", "cluster.weighting": "binary"}, "tuning needs cluster.algorithm=lloyd"),
+        ({"tune.arm": "neuron-predictor", "predictor.form": "neuron", "tune.lr": 1e30}, "not finite"),
         ({"cluster.scope": "pooled"}, "needs sites=.neuron. and cluster.scope=layer"),
         ({"tune.max_epochs": 0, "stage": "tune"}, "tunes nothing"),
     ],
