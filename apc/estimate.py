@@ -33,6 +33,7 @@ from apc.store import shard_windows, store_bytes
 from apc.streaming import BLOCKS_IN_FLIGHT, BLOCKS_READ
 from apc.text import count_windows, on_hub
 from apc.training import ALGORITHMS, block_bytes, room_for_blocks, windows_in_block
+from apc.tuning import TuningModule
 
 KNOWN = Path(__file__).with_suffix(".yaml")
 RATES = CONFIGS.parent / "benchmarks" / "results.csv"
@@ -236,6 +237,13 @@ def predictor_module(cfg: Config, info: PatternInfo) -> PredictorModule:
         return PredictorModule(cfg.predictor, empty_codebook(cfg, info), info, None, cfg.seed)
 
 
+def tuning_module(cfg: Config, info: PatternInfo) -> TuningModule:
+    """The module that tunes the run's codebook and predictor, without memory for their weights, and without a model."""
+    predictor = predictor_module(cfg, info).predictor if cfg.tune.form else None
+    with torch.device("meta"):
+        return TuningModule(cfg.tune, None, None, empty_codebook(cfg, info), predictor, None, cfg.seed)
+
+
 def _nbytes(tensors: Iterable[object]) -> int:
     return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
@@ -281,19 +289,23 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
         kept = min(room, readable)
         clustering |= {"patterns on their way": in_flight, "patterns kept, as far as they fit": kept}
     training = {} if trainer is None else {"training of the predictor, about": trainer.working_bytes()}
+    tuned = _nbytes(value for value in tuning_module(cfg, info).parameters() if value.requires_grad) if cfg.tune.max_epochs else 0
+    tuning = {"what is tuned, gradients, Adam's moments": 4 * tuned} if tuned else {}
     batch = cfg.trainer.batch_windows or 8
     logits = batch * cfg.data.seq_len * work.shape.vocabulary * work.shape.dtype.itemsize
     scoring = {"logits of a forward pass": logits, "codebook": book_bytes}
-    gpu = {"model": weights, **clustering, **training, **scoring}
+    gpu = {"model": weights, **clustering, **training, **tuning, **scoring}
     stored = kept if cfg.collect.storage == "device" else 0
     peak = {"clustering": weights + sum(clustering.values()), "scoring": weights + sum(scoring.values()) + stored}
     peak |= {"predictor": weights + sum(training.values()) + stored} if trainer is not None else {}
+    peak |= {"tuning, without activations": weights + sum(tuning.values()) + stored} if tuned else {}
 
     disk = {f"patterns, {math.ceil(info.windows / shard_windows(info))} shards": store_bytes(info)} if cfg.collect.storage == "disk" else {}
     disk |= {"checkpoint of the clustering": _nbytes(module.state_dict().values()), "codebook": book_bytes}
     if trainer is not None:
         parameters = _nbytes(trainer.parameters())
         disk |= {"checkpoint of the predictor": 3 * parameters, "predictor": parameters}  # beside the weights Adam's two moments
+    disk |= {"checkpoint of the tuning": 3 * tuned} if tuned else {}
 
     host = {"model while it loads": ranks * weights}
     if cfg.collect.storage == "memory":

@@ -253,3 +253,12 @@ def test_tuning_is_scaled_from_the_measured_one():
     twice = load_config(None, [*words, "tune.max_epochs=16", "stage=tune"])
     again = estimate.estimate(twice, estimate.read_workload(twice), 1).seconds
     assert list(again)[-1] == "tune" and again["tune"].low == pytest.approx(2 * measured["seconds"])
+
+
+def test_what_tuning_holds_is_counted():
+    cfg = load_config(None, ["experiment=cluster-5", "data.fit_windows=133", "data.score_windows=147"])
+    found = estimate.estimate(cfg, estimate.read_workload(cfg), 1)
+    L, E, D, K, H = 30, 576, 1536, 512, 78
+    parameters = L * (K * (D + E) + (E + 1) * H + (H + 1) * K + (H + 1) * E)  # scores, offsets, and the predictor with its correction
+    assert found.gpu["what is tuned, gradients, Adam's moments"] == 16 * parameters
+    assert found.disk["checkpoint of the tuning"] == 12 * parameters and found.peak["tuning, without activations"] > 16 * parameters
