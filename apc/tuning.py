@@ -185,8 +185,8 @@ class TuningModule(LightningModule):
                 logits = self._model[0](input_ids=windows[window : window + 1], use_cache=False).logits[0].float()
             finally:
                 hooks.remove()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-            gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), ranked.masks)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            gradients = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), ranked.masks)
             for layer, (gradient, order) in enumerate(zip(gradients, ranked.orders, strict=True)):
                 costs[layer] += gradient.float().square().gather(1, order).double().sum(0) / 2
         return distributed.all_sum(costs) / windows.numel()
