@@ -31,6 +31,7 @@ from apc.cli import one_line_errors
 from apc.config import Config, as_word, load_config, to_dict
 from apc.errors import UserError
 from apc.files import write_atomic
+from apc.finished import read_finished
 from apc.runs import RunFolder, check_same, read_json
 
 PATTERN_KEYS = ("sites", "sparsity", "active", "model", "data", "collect", "monitor")  # of a configuration: what decides which patterns it collects
@@ -171,7 +172,7 @@ def main(words: list[str] | None = None) -> None:
     failed = run(found, program, options.jobs or max(1, gpus), gpus)
     path = Path(found[0].config.run.dir) / f"{options.file.stem}.csv"
     write_atomic(path, summary(found).encode())
-    finished = [compare.read_finished(trial.folder.path) for trial in found if trial.folder.results.is_file()]
+    finished = [read_finished(trial.folder.path) for trial in found if trial.folder.results.is_file()]
     if finished:
         print(f"\n{compare.compare(finished, path.with_suffix('.comparison'))}\n")
     print(f"{len(found) - len(failed)} of {len(found)} runs finished; {path}")

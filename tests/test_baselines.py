@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
-from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, Killed, make_source
+from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
 
 import tiny
 import train
@@ -275,29 +275,18 @@ def words(kind, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_to_the_table_and_a_killed_one_to_the_same_codebook(workplace, monkeypatch, kind):
+def test_a_run_goes_to_the_table_and_a_killed_one_to_the_same_codebook(workplace, kind):
     settings = words(kind, **{"trainer.checkpoint_every_n_steps": 1, "cluster.scope": "layer" if kind == "penalised" else "pooled"})
     results = train.train(load_config(None, tiny.tiny_overrides(workplace, **settings, **{"run.name": f"whole-{kind}"})))
     arms = {record["arm"]: record for record in results["arms"]}
     assert not any(record["missing"] for record in arms.values())
     assert arms["oracle"]["density"] != arms["random"]["density"] and results["conditions"]["ones"] == "free"
     whole = load_run(workplace / "runs" / f"whole-{kind}").codebook
-    step = ClusteringModule.training_step
     for kill_at in (1, 4, 7):
-        name, count = f"killed-{kind}-{kill_at}", 0
-
-        def dying_step(self, block, index, kill_at=kill_at):
-            nonlocal count
-            count += 1
-            if count > kill_at:
-                raise Killed
-            return step(self, block, index)
-
+        name = f"killed-{kind}-{kill_at}"
         run = load_config(None, tiny.tiny_overrides(workplace, **settings, **{"run.name": name, "stage": "cluster"}))
-        with monkeypatch.context() as patch:
-            patch.setattr(ClusteringModule, "training_step", dying_step)
-            with pytest.raises(Killed):
-                train.train(run)
+        with tiny.killed_after(kill_at, ClusteringModule):
+            train.train(run)
         train.train(run)
         again = load_run(workplace / "runs" / name).codebook
         for field in FIELDS:

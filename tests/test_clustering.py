@@ -166,15 +166,11 @@ def same_tensors(one, other):
     return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-class Killed(Exception):
-    pass
-
-
 PAPER = {"cluster.algorithm": "apc-paper", "cluster.weighting": "binary", "cluster.scope": "pooled"}
 
 
 @pytest.mark.parametrize("options", [{}, {"cluster.schedule": "step"}, PAPER], ids=["epoch", "step", "paper"])
-def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, monkeypatch, options):
+def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, options):
     settings = {"trainer.checkpoint_every_n_steps": 1, "stage": "predict", **options}
     name = "-".join(options.values()) or "epoch"
     train_tiny(workplace, **{"run.name": f"whole-{name}", **settings})
@@ -182,19 +178,8 @@ def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, monk
     for kill_at in (1, 4, 5, 8, 13):
         settings["run.name"] = f"killed-{name}-{kill_at}"
         for kind in (ClusteringModule, PredictorModule):
-            step, count = kind.training_step, 0
-
-            def dying_step(self, block, index, step=step):
-                nonlocal count
-                count += 1
-                if count > kill_at:  # noqa: B023
-                    raise Killed
-                return step(self, block, index)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(kind, "training_step", dying_step)
-                with pytest.raises(Killed):
-                    train_tiny(workplace, **settings)
+            with tiny.killed_after(kill_at, kind):
+                train_tiny(workplace, **settings)
         train_tiny(workplace, **settings)
         again = load_run(workplace / "runs" / settings["run.name"])
         for name_of in ("centroids", "profiles", "sizes", "static"):

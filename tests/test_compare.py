@@ -9,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 
 import evaluate
-from apc import cli, compare, report
+from apc import cli, compare, compare_figures, finished, report
 from apc.config import load_config, to_yaml
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
@@ -38,7 +38,7 @@ def finish(folder, name, *words, perplexity=None, in_sample=True, arms=("dense",
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
     (path / "results.json").write_text(json.dumps({"conditions": known | conditions, "arms": records}))
-    return compare.read_finished(path)
+    return finished.read_finished(path)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def grid(tmp_path_factory):
     for k in (256, 512):
         arms = ("dense", "exact", "oracle", "predicted")
         finish(folder, f"out-{k}", f"cluster.k={k}", "data=wikitext2", "arms=[dense,exact,oracle,predicted]", in_sample=False, arms=arms)
-    return folder, compare.find_runs(f"{folder}/*")[0]
+    return folder, finished.find_runs(f"{folder}/*")[0]
 
 
 CLUSTERS = (lambda run, arm: run.conditions["k"], lambda run, arm: arm["perplexity"])
 
 
 def test_a_line_is_one_arm_of_one_algorithm_and_density_over_clusters(grid):
-    found = compare.lines([run for run in grid[1] if run.in_sample], ("oracle", "thresholded-oracle"), *CLUSTERS)
+    found = compare_figures.lines([run for run in grid[1] if run.in_sample], ("oracle", "thresholded-oracle"), *CLUSTERS)
     assert sorted((line.arm, line.variant, line.density) for line in found) == sorted(
         (arm, algorithm, density) for arm in ("oracle", "thresholded-oracle") for algorithm in ("lloyd", "apc-paper") for density in (0.6, 0.8)
     )
@@ -70,24 +70,24 @@ def test_a_line_is_one_arm_of_one_algorithm_and_density_over_clusters(grid):
 
 @pytest.mark.parametrize("other", [{"model": "Other-1B"}, {"score": "b:test"}, {"fit": "b:train"}, {"in_sample": False}, {"seq_len": 512}, {"fit_tokens": 7}])
 def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
-    runs = compare.ordered([finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)])
-    assert [len(line.points) for line in compare.lines(runs, ("oracle",), *CLUSTERS)] == [1, 1]
+    runs = finished.ordered([finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)])
+    assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [1, 1]
     figures = []
     new_figure = report.new_figure
-    monkeypatch.setattr(compare.report, "new_figure", lambda *args, **options: figures.append(new_figure(*args, **options)) or figures[-1])
-    assert compare.perplexity_figure(runs, tmp_path / "a.png") and len(figures[0].axes) == 2
+    monkeypatch.setattr(compare_figures.report, "new_figure", lambda *args, **options: figures.append(new_figure(*args, **options)) or figures[-1])
+    assert compare_figures.perplexity_figure(runs, tmp_path / "a.png") and len(figures[0].axes) == 2
 
 
 def test_settings_that_differ_part_lines_and_are_named(tmp_path):
     runs = [finish(tmp_path, "a", "cluster.k=256"), finish(tmp_path, "b", "cluster.k=512", "cluster.init=k-means++")]
-    assert sorted(line.variant for line in compare.lines(runs, ("oracle",), *CLUSTERS)) == ["apc-paper, init k-means++", "apc-paper, init random"]
+    assert sorted(line.variant for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)) == ["apc-paper, init k-means++", "apc-paper, init random"]
 
 
 def test_predictors_that_differ_part_the_arms_that_read_them_only(tmp_path):
     arms = ("dense", "exact", "oracle", "predicted")
     runs = [finish(tmp_path, name, f"cluster.k={k}", f"predictor.hidden={h}", arms=arms) for name, k, h in (("a", 256, 64), ("b", 512, 128))]
-    assert len(compare.lines(runs, ("oracle",), *CLUSTERS)) == 1
-    assert sorted(line.variant for line in compare.lines(runs, ("predicted",), *CLUSTERS)) == [
+    assert len(compare_figures.lines(runs, ("oracle",), *CLUSTERS)) == 1
+    assert sorted(line.variant for line in compare_figures.lines(runs, ("predicted",), *CLUSTERS)) == [
         "apc-paper, predictor hidden 128",
         "apc-paper, predictor hidden 64",
     ]
@@ -95,12 +95,12 @@ def test_predictors_that_differ_part_the_arms_that_read_them_only(tmp_path):
 
 def test_runs_that_repeat_others_with_another_seed_are_points_of_the_same_line(tmp_path):
     runs = [finish(tmp_path, f"s{seed}", "cluster.k=256", f"seed={seed}", perplexity={"oracle": value}) for seed, value in ((0, 10.0), (1, 30.0))]
-    (line,) = compare.lines(runs, ("oracle",), *CLUSTERS)
+    (line,) = compare_figures.lines(runs, ("oracle",), *CLUSTERS)
     assert line.points == [(256, 10.0), (256, 30.0)] and line.middle() == [(256, 20.0)]
 
 
 def test_the_slides_cost_model_gives_the_slides_ratio():
-    direct, clustered = compare.things_predicted(2 / 3 * 7e9, 3 * 2048, layers=32, tokens=100, cost=5)
+    direct, clustered = finished.things_predicted(2 / 3 * 7e9, 3 * 2048, layers=32, tokens=100, cost=5)
     assert direct / clustered == pytest.approx(7.6e5, rel=0.005) and clustered == 6144 * 32 * 100 * 5
 
 
@@ -141,8 +141,8 @@ def test_an_evaluation_of_a_run_is_made_again_by_evaluate(tmp_path):
 def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(grid, tmp_path, monkeypatch):
     figures = {}
     new_figure = report.new_figure
-    monkeypatch.setattr(compare.report, "new_figure", lambda title, *args, **options: figures.setdefault(title, new_figure(title, *args, **options)))
-    drawn = [path.stem for path in compare.save_figures(grid[1], tmp_path)]
+    monkeypatch.setattr(compare_figures.report, "new_figure", lambda title, *args, **options: figures.setdefault(title, new_figure(title, *args, **options)))
+    drawn = [path.stem for path in compare_figures.save_figures(grid[1], tmp_path)]
     assert drawn == ["coverage", "perplexity", "captured_importance_over_bits", "perplexity_over_bits", "perplexity_over_captured", "gaps"]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in drawn)
     words = {title: " | ".join(text.get_text() for text in figure.findobj(Text)) for title, figure in figures.items()}

@@ -171,28 +171,13 @@ def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, arm):
     assert torch.equal(counts, torch.tensor(history["budget"], dtype=counts.dtype).unsqueeze(1).expand_as(counts))
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kill_at", [0, 2, 6, 9, 14])
-def test_a_killed_run_goes_on_to_the_same_end(workplace, monkeypatch, kill_at):
+def test_a_killed_run_goes_on_to_the_same_end(workplace, kill_at):
     settings = {"stage": "tune", "trainer.checkpoint_every_n_steps": 1}
     run(workplace, **settings, **{"run.name": "whole"})
     settings["run.name"] = f"killed-{kill_at}"
-    step, count = TuningModule.training_step, 0
-
-    def dying_step(self, windows, index):
-        nonlocal count
-        count += 1
-        if count > kill_at:
-            raise Killed
-        return step(self, windows, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TuningModule, "training_step", dying_step)
-        with pytest.raises(Killed):
-            run(workplace, **settings)
+    with tiny.killed_after(kill_at, TuningModule):
+        run(workplace, **settings)
     run(workplace, **settings)
     whole, again = (apc.load_run(workplace / "runs" / name) for name in ("whole", settings["run.name"]))
     for name, value in whole.codebook.sites["neuron"].tensors().items():

@@ -1,7 +1,9 @@
 """Tiny models, a tokenizer and texts, made in a folder: what the tests run the whole program on."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -78,3 +80,25 @@ def make_workplace(folder: Path, family: str = "llama") -> Path:
     make_text(folder / "fit.txt", seed=1)
     make_text(folder / "score.txt", words=600, seed=2)
     return folder
+
+
+class Killed(Exception):
+    """What ends a training in `killed_after`."""
+
+
+@contextmanager
+def killed_after(steps: int, module: type):
+    """Within it a training of `module` dies after so many steps; what is within must."""
+    step, count = module.training_step, 0
+
+    def dying_step(self, batch, index):
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise Killed
+        return step(self, batch, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "training_step", dying_step)
+        with pytest.raises(Killed):
+            yield

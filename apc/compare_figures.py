@@ -1,0 +1,335 @@
+"""Figures of finished runs over the number of clusters, over bits, and over what is captured.
+
+Runs that differ in model, text, split or windows share neither a line nor a panel. The paper's own figures (Dhar et al., Euro-Par 2025) stand beside ours as
+a reference only: they are Mistral-7B's, scored on the text that was fitted on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apc import report
+from apc.finished import OVER_CLUSTERS, Finished, place_text, variants
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BY_CLUSTER = ("oracle", "predicted")  # of these the ones whose mask is a cluster's, chosen by log₂ K bits a site
+BITS = "bits of a mask's choice, per token and layer (log₂ K for each site)"
+PAPER_CLUSTERS = (256, 16384)  # that the paper tried
+PAPER_COVERAGE = 0.7934  # its best "clustering precision", at a number of clusters and a density that it does not give with it
+PAPER_PERPLEXITIES = {"nearest centroids": 12.49, "exact": 6.45, "dense": 5.3}  # its best; dense is rounded there
+REFERENCE = "grey: the paper's figures, Mistral-7B in-sample; a reference only, not comparable"
+_DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1, 1, 1, 1, 1))  # of lines, one for each variant of a codebook
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one for each density
+_COLUMNS = 3  # panels in a row of a figure
+_LEGEND_INCHES = 2.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points that may be joined: one arm (or gap) of runs that differ in the number of clusters alone. points: (x, y), by x; equal x are repeats."""
+
+    arm: str
+    variant: str
+    density: float
+    points: list[tuple[float, float]]
+
+    def middle(self) -> list[tuple[float, float]]:
+        """Where the line goes: the mean of what was measured at each x."""
+        groups = itertools.groupby(self.points, key=lambda point: point[0])
+        return [(x, sum(y for _, y in found) / len(found)) for x, found in ((x, list(group)) for x, group in groups)]
+
+
+Value = Callable[[Finished, dict], float | None]
+
+
+def lines(runs: Sequence[Finished], arms: Sequence[str], x: Value, y: Value) -> list[Line]:
+    """One line for each arm, variant of the codebook (and of the predictor, for arms that read it) and density. Runs of different places never share one."""
+    names = variants(runs)
+    trained = variants(runs, lambda run: run.settings | run.predictor_settings)
+    found: dict[tuple, list[tuple[float, float]]] = {}
+    for run in runs:
+        for arm in arms:
+            record = run.arms.get(arm)
+            at, value = (None, None) if record is None else (x(run, record), y(run, record))
+            if at and value is not None and math.isfinite(value):
+                variant = (trained if arm in ("predicted", "soft", "neuron-predictor") else names)[str(run.folder)]
+                found.setdefault((run.place, arm, variant, run.conditions["density"]), []).append((at, value))
+    return [Line(arm, variant, density, sorted(points)) for (_, arm, variant, density), points in found.items()]
+
+
+def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
+    """Draws every figure that the runs have data for; returns the PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = {
+        "coverage": coverage_figure,
+        "perplexity": perplexity_figure,
+        "captured_importance_over_bits": captured_figure,
+        "perplexity_over_bits": bits_figure,
+        "perplexity_over_captured": map_figure,
+        "gaps": gaps_figure,
+    }
+    return [folder / f"{name}.png" for name, figure in draw.items() if figure(runs, folder / f"{name}.png")]
+
+
+def coverage_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Coverage (the paper's "clustering precision") over clusters, and under it the density of the same masks, without which it says nothing."""
+    upper = lambda run, arm: 100 * arm["coverage"] if arm.get("coverage") is not None else None
+    lower = lambda run, arm: 100 * arm["density"] if arm.get("density") is not None else None
+
+    def reference(axes: Axes, members: Sequence[Finished]) -> None:
+        _paper_line(axes, 100 * PAPER_COVERAGE, f"paper's best: {100 * PAPER_COVERAGE:.2f}", above=True)
+
+    rows = [("coverage, %", upper, False, reference), ("density, %", lower, False, None)]
+    notes = ["share of the active neurons that a mask keeps: the paper's “clustering precision”", "a random mask covers as much as its density", REFERENCE]
+    return _draw(runs, path, "Coverage over clusters", OVER_CLUSTERS, _clusters, "clusters", rows, notes)
+
+
+def perplexity_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Perplexity over clusters, with the dense model's and that of the exact masks."""
+
+    def reference(axes: Axes, members: Sequence[Finished]) -> None:
+        for name, value in PAPER_PERPLEXITIES.items():
+            _paper_line(axes, value, f"paper, {name}: {'≈ ' if name == 'dense' else ''}{value:g}", above=name != "dense")
+        _own_levels(axes, members, _perplexity, ("dense", "exact"))
+
+    rows = [("perplexity", _perplexity, True, reference)]
+    return _draw(runs, path, "Perplexity over clusters", OVER_CLUSTERS, _clusters, "clusters", rows, [REFERENCE])
+
+
+def captured_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Captured importance over the bits of a choice among clusters, with that of the exact masks."""
+    value = lambda run, arm: 100 * arm["captured_importance"] if arm.get("captured_importance") is not None else None
+    rows = [("captured importance, %", value, False, lambda axes, members: _own_levels(axes, members, value, ("exact",)))]
+    return _draw(runs, path, "Captured importance over bits", BY_CLUSTER, _bits, BITS, rows, [])
+
+
+def bits_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Perplexity over the bits of a choice among clusters, with the dense model's and that of the exact masks."""
+    rows = [("perplexity", _perplexity, True, lambda axes, members: _own_levels(axes, members, _perplexity, ("dense", "exact")))]
+    return _draw(runs, path, "Perplexity over bits", BY_CLUSTER, _bits, BITS, rows, [])
+
+
+def map_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """What captured importance, and captured energy, mean for perplexity: a point for each arm of each run, one row of two panels for each place."""
+    shown = {"captured_importance": "captured importance, %", "captured_energy": "captured energy, %"}
+    places = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.place)]
+    points = [
+        (index, arm, key, (run.conditions.get("tuned") or "").partition(",")[0] == arm["arm"])
+        for index, members in enumerate(places)
+        for run in members
+        for arm in run.arms.values()
+        for key in shown
+        if arm["arm"] != "dense" and arm.get(key) and arm.get("ratio") and 1 < arm["ratio"] < math.inf
+    ]
+    if not points:
+        return False
+    from matplotlib.lines import Line2D
+
+    figure = report.new_figure("What a captured share means for perplexity", [], 9.6 + _LEGEND_INCHES, 4.2 * len(places))
+    grid = figure.subplots(len(places), 2, squeeze=False)
+    for index, members in enumerate(places):
+        for axes, (key, label) in zip(grid[index], shown.items(), strict=True):
+            report.log_axis(axes, "y")
+            for place, arm, name, tuned in points:
+                if (place, name) == (index, key):
+                    color, marker = report.ARM_STYLES.get(arm["arm"], (report.INK, "p"))
+                    face = "white" if tuned else color
+                    axes.plot(100 * arm[key], math.log(arm["ratio"]), color=color, marker=marker, markerfacecolor=face, markersize=6, linestyle="none")
+            _finer_ticks(axes)
+            report.plain_axes(axes, xlabel=label, ylabel="ln of perplexity over dense (log scale)")
+        _place_title(grid[index][0], members[0])
+    arms = [arm for arm in report.ARM_STYLES if any(point[1]["arm"] == arm for point in points)]
+    handles = [Line2D([], [], color=color, marker=marker, linestyle="none", label=arm) for arm in arms for color, marker in [report.ARM_STYLES[arm]]]
+    if any(tuned for *_, tuned in points):
+        handles.append(Line2D([], [], color=report.INK, marker="o", markerfacecolor="white", linestyle="none", label="hollow: tuned"))
+    legend = figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9.5)
+    legend.set_alignment("left")
+    figure.savefig(path)
+    return True
+
+
+def gaps_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Of runs with a predictor: what the codebook costs, and what predicting it costs, in nats."""
+    runs = [run for run in runs if run.gap("predicted", "oracle") is not None and run.gap("oracle", "exact") is not None]
+    gap = lambda run, arm: run.own_gap(arm["arm"])
+    rows = [("difference of ln perplexity, nats", gap, False, None)]
+    words = {"oracle": "oracle − exact", "predicted": "predicted − oracle"}
+    return bool(runs) and _draw(runs, path, "What codebook and predictor cost", tuple(words), _clusters, "clusters", rows, [], words)
+
+
+def _clusters(run: Finished, arm: dict) -> float:
+    return run.conditions["k"]
+
+
+def _bits(run: Finished, arm: dict) -> float | None:
+    return arm.get("bits")
+
+
+def _perplexity(run: Finished, arm: dict) -> float | None:
+    return arm.get("perplexity")
+
+
+Row = tuple[str, Value, bool, "Callable[[Axes, Sequence[Finished]], None] | None"]
+
+
+def _draw(
+    runs: Sequence[Finished], path: Path, title: str, arms: Sequence[str], x: Value, xlabel: str, rows: Sequence[Row], notes: Sequence[str],
+    words: dict[str, str] | None = None,
+) -> bool:  # fmt: skip
+    """One column of panels for each place, with the rows (label, value, whether logarithmic, what else to draw) under each other.
+
+    words: what the legend calls the arms. Returns False, and draws nothing, where there is no point.
+    """
+    places = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.place)]
+    drawn = [[lines(members, arms, x, value) for _, value, *_ in rows] for members in places]
+    every = [line for panels in drawn for found in panels for line in found]
+    if not every:
+        return False
+    styles = _Styles(every)
+    across = min(_COLUMNS, len(places))
+    down = -(-len(places) // across)
+    heights = [3.6, *[1.5] * (len(rows) - 1)] * down
+    figure = report.new_figure(title, notes, 5.2 * across + _LEGEND_INCHES, sum(heights) + 0.6 * down)
+    grid = figure.subplots(len(rows) * down, across, squeeze=False, height_ratios=heights)
+    for index in range(down * across):
+        for row, (label, _, logarithmic, reference) in enumerate(rows):
+            axes = grid[index // across * len(rows) + row, index % across]
+            if index >= len(places):
+                axes.set_axis_off()
+                continue
+            members, found = places[index], drawn[index][row]
+            if logarithmic:
+                report.log_axis(axes, "y")
+            if x is _clusters:
+                _cluster_axis(axes, found)
+            for line in found:
+                styles.plot(axes, line)
+            if reference is not None:
+                reference(axes, members)
+            if logarithmic:
+                _finer_ticks(axes)
+            report.plain_axes(axes, xlabel=xlabel if row == len(rows) - 1 else "", ylabel=label + (" (log scale)" if logarithmic else ""))
+            if row == 0:
+                _place_title(axes, members[0])
+    styles.legend(figure, words or {})
+    figure.savefig(path)
+    return True
+
+
+class _Styles:
+    """An arm is a colour, a variant of the codebook a kind of line, a density a marker: the same in all panels of a figure."""
+
+    def __init__(self, found: Sequence[Line]):
+        self.arms = [arm for arm in report.ARM_STYLES if any(line.arm == arm for line in found)]
+        self.variants = list(dict.fromkeys(line.variant for line in found))
+        self.densities = sorted({line.density for line in found})
+        self._drawn: set[str] = set()
+
+    def _dash(self, variant: str, width: float = 1.6) -> str | tuple:
+        """As long on lines of any width, where matplotlib would stretch it with the width."""
+        dashes = _DASHES[self.variants.index(variant) % len(_DASHES)]
+        return (0, tuple(1.6 / width * length for length in dashes)) if dashes else "solid"
+
+    def _width(self, variant: str) -> float:
+        """Lines whose dashes are used up are told apart by their width."""
+        return 1.6 + 1.2 * (self.variants.index(variant) // len(_DASHES))
+
+    def _marker(self, density: float) -> str:
+        return _MARKERS[self.densities.index(density) % len(_MARKERS)]
+
+    def plot(self, axes: Axes, line: Line) -> None:
+        color, _ = report.ARM_STYLES[line.arm]
+        # Both oracles cover the same neurons, and one would hide the other.
+        under = dict(linewidth=5, alpha=0.3, zorder=1.8) if line.arm == "thresholded-oracle" else dict(linewidth=self._width(line.variant), zorder=2)
+        dash = self._dash(line.variant, under["linewidth"])
+        axes.plot(*zip(*line.middle(), strict=True), color=color, linestyle=dash, dash_capstyle="butt", **under)
+        marker = dict(marker=self._marker(line.density), markersize=5.5, linestyle="none", zorder=under["zorder"] + 0.2)
+        hollow = dict(markerfacecolor="white", markeredgewidth=1.3, markersize=8) if line.arm == "thresholded-oracle" else {}
+        axes.plot(*zip(*line.points, strict=True), color=color, **(marker | hollow))
+
+    def legend(self, figure: Figure, words: dict[str, str]) -> None:
+        """What the colours, kinds of lines and markers mean, each under a heading."""
+        from matplotlib.lines import Line2D
+
+        heading = lambda text: Line2D([], [], linestyle="none", label=text or " ")
+        wide = dict(linewidth=5, alpha=0.3)
+        handles = [heading("arm" if not words else "gap")]
+        handles += [Line2D([], [], color=report.ARM_STYLES[arm][0], label=words.get(arm, arm), **(wide if arm == "thresholded-oracle" else dict(linewidth=2.4)))
+                    for arm in self.arms]  # fmt: skip
+        handles += [heading(""), heading("codebook")]
+        handles += [
+            Line2D([], [], color=report.INK, linewidth=self._width(name), linestyle=self._dash(name), label=report.wrapped(name, 26)) for name in self.variants
+        ]
+        handles += [heading(""), heading("density of centroids")]
+        handles += [
+            Line2D([], [], color=report.INK, marker=self._marker(density), markersize=5.5, linestyle="none", label=f"{density:g}") for density in self.densities
+        ]
+        x, y, width, height = figure.get_layout_engine().get()["rect"]  # all but the heading; the legend takes its right end
+        left = width - _LEGEND_INCHES / figure.get_figwidth()
+        figure.get_layout_engine().set(rect=(x, y, left, height))
+        legend = figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(left, height), frameon=False, fontsize=9, handlelength=2.6, labelspacing=0.45)
+        for text in legend.get_texts():
+            if text.get_text() in ("arm", "gap", "codebook", "density of centroids"):
+                text.set(color=report.MUTED, weight="bold", x=-34)
+
+
+def _place_title(axes: Axes, run: Finished) -> None:
+    axes.set_title(place_text(run, lines=True), loc="left", fontsize=8, color=report.ALARM if run.in_sample else report.MUTED, linespacing=1.25)
+
+
+def _cluster_axis(axes: Axes, found: Sequence[Line]) -> None:
+    """Powers of two, at least over the range that the paper tried."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    at = [*PAPER_CLUSTERS, *(x for line in found for x, _ in line.points)]
+    low, high = math.floor(math.log2(min(at))), math.ceil(math.log2(max(at)))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(2 ** (low - 0.35), 2 ** (high + 0.35))
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(low, high + 1, 1 if high - low < 9 else 2)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _finer_ticks(axes: Axes) -> None:
+    """On a logarithmic axis of few powers of ten also their two- and fivefold; and some room below, where labels stand."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_ylim()
+    axes.set_ylim(low * (low / high) ** 0.04, high)
+    if high / low < 300:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def _paper_line(axes: Axes, value: float, label: str, above: bool) -> None:
+    """A level that the paper gives, over the range of clusters that it tried."""
+    axes.plot(PAPER_CLUSTERS, [value, value], color="#9A9A9A", linewidth=1.1, zorder=1.5)
+    _label(axes, label, (PAPER_CLUSTERS[1], value), report.MUTED, above=above, style="italic", ha="right")
+
+
+def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Sequence[str]) -> None:
+    """Our own arms that do not depend on clusters, as levels with their names, and the bits of their masks' choice."""
+    for arm in arms:
+        records = [(run, run.arms[arm]) for run in members if arm in run.arms]
+        levels = {round(value(run, record), 2): record for run, record in records if value(run, record) is not None}
+        color, _ = report.ARM_STYLES[arm]
+        for level, record in levels.items():
+            bits = f", {record['bits']:,.0f} bits" if record.get("bits") and axes.get_xscale() == "linear" else ""
+            axes.axhline(level, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=1.6)
+            _label(axes, f"{arm} {report.shown_perplexity(level)}{bits}", (0.01, level), color, ("axes fraction", "data"), arm != "dense")
+
+
+def _label(axes: Axes, text: str, at: tuple[float, float], color: str, coordinates: str | tuple[str, str] = "data", above: bool = True, **look: str) -> None:
+    """Small words right above or below a level, with a white rim that keeps them readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    rim = [withStroke(linewidth=2.2, foreground="white")]
+    axes.annotate(text, at, (0, 3 if above else -3), xycoords=coordinates, textcoords="offset points", fontsize=7.5, color=color, path_effects=rim, zorder=4,
+                  va="bottom" if above else "top", **look)  # fmt: skip
