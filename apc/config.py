@@ -103,11 +103,13 @@ class Config:
         for arm in self.arms or ():
             if arm != "dense" and arm not in ARMS:
                 raise UserError(f"arms: {arm} is unknown; choose from dense, {', '.join(ARMS)}")
-            form = getattr(ARMS.get(arm), "form", None)
-            if form not in (None, self.predictor.form):
-                raise UserError(f"arms: {arm} needs predictor.form={form}, this run has predictor.form={self.predictor.form}")
+            forms = getattr(ARMS.get(arm), "forms", None)
+            if forms is not None and self.predictor.form not in forms:
+                raise UserError(f"arms: {arm} needs predictor.form={' or '.join(forms)}, this run has predictor.form={self.predictor.form}")
             if arm == "gate" and self.sites != ["neuron"]:
                 raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
+        if self.predictor.form == "low-bit" and self.sites != ["neuron"]:
+            raise UserError(f"predictor.form=low-bit needs sites=[neuron], this run has sites={self.sites}")
         if self.tune.max_epochs:
             if self.sites != ["neuron"] or self.cluster.scope != "layer":
                 raise UserError(f"tune.max_epochs={self.tune.max_epochs}: tuning needs sites=[neuron] and cluster.scope=layer, or set tune.max_epochs=0")
@@ -117,10 +119,11 @@ class Config:
                 raise UserError(
                     f"tune.windows={self.tune.windows} is less than a window for each of {self.trainer.devices * self.trainer.num_nodes} processes; raise it"
                 )
-            if self.tune.form not in (None, self.predictor.form):
-                raise UserError(f"tune.arm={self.tune.arm} needs predictor.form={self.tune.form}, this run has predictor.form={self.predictor.form}")
-            wanting = [arm for arm in self.arms or () if hasattr(ARMS.get(arm), "form")]
-            if wanting and self.tune.form is None:
+            if self.tune.forms and self.predictor.form not in self.tune.forms:
+                needed = " or ".join(self.tune.forms)
+                raise UserError(f"tune.arm={self.tune.arm} needs predictor.form={needed}, this run has predictor.form={self.predictor.form}")
+            wanting = [arm for arm in self.arms or () if hasattr(ARMS.get(arm), "forms")]
+            if wanting and not self.tune.forms:
                 raise UserError(f"arms: {', '.join(wanting)}: no predictor is left where tune.arm={self.tune.arm}; choose other arms or tune another")
         elif self.stage == "tune":
             raise UserError("stage=tune: tune.max_epochs=0 tunes nothing; set tune.max_epochs")
@@ -136,8 +139,8 @@ class Config:
         """Whether a predictor is trained: not where the arms are named and none of them needs it, or where one is tuned that needs none, unless
         stage=predict asks for it."""
         if self.tune.max_epochs and self.stage != "predict":
-            return self.tune.form is not None
-        return self.stage == "predict" or any(hasattr(ARMS.get(arm), "form") for arm in self.arms or DEFAULT_ARMS)
+            return bool(self.tune.forms)
+        return self.stage == "predict" or any(hasattr(ARMS.get(arm), "forms") for arm in self.arms or DEFAULT_ARMS)
 
 
 SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING and is_dataclass(f.default_factory)}

@@ -239,7 +239,7 @@ def predictor_module(cfg: Config, info: PatternInfo) -> PredictorModule:
 
 def tuning_module(cfg: Config, info: PatternInfo) -> TuningModule:
     """The module that tunes the run's codebook and predictor, without memory for their weights, and without a model."""
-    predictor = predictor_module(cfg, info).predictor if cfg.tune.form else None
+    predictor = predictor_module(cfg, info).predictor if cfg.tune.forms else None
     with torch.device("meta"):
         return TuningModule(cfg.tune, None, None, empty_codebook(cfg, info), predictor, None, cfg.seed)
 

@@ -163,7 +163,7 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
             computed += codebook.hidden_size * codebook.k if arm.name == "soft" else 0
         if arm.name in ("predicted", "soft", "neuron-predictor"):
             read += predictor.parameters_read(site)
-            computed += predictor.parameters_read(site)
+            computed += predictor.multiplications(site)
         if arm.name == "soft":
             read += codebook.k * D
             computed += codebook.k * D

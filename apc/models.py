@@ -121,6 +121,12 @@ class GatedFFN:
     def width(self) -> int:
         return self.down.in_features
 
+    def projection(self, name: str) -> Tensor:
+        """The weights of `gate` or `up`, [D, E]."""
+        if self.gate_up is None:
+            return getattr(self, name).weight
+        return self.gate_up.weight.chunk(2)[("gate", "up").index(name)]
+
     def site_width(self, site: str) -> int:
         return self.hidden_size if site == "down" else self.width
 

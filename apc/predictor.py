@@ -1,9 +1,9 @@
-"""Predicts, from an FFN's input, which cluster its pattern will fall into (or, as the other form, which neurons it will need).
+"""Predicts, from an FFN's input, which cluster its pattern will fall into (or, in other forms, which neurons it will need).
 
 Shape letters: L layers, E hidden size, H width of the bottleneck, K clusters, D neurons, n tokens.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,15 +16,20 @@ from apc.codebook import Codebook
 from apc.datamodule import BlockLoader
 from apc.errors import UserError
 from apc.files import load_tensors, save_tensors
+from apc.low_bit import READS, SPACING, LowBitScores
+from apc.models import GatedFFN
 from apc.patterns import Block, PatternInfo
 
 KIND, VERSION = "apc-predictor", 1
+FORMS = ("cluster", "neuron", "low-bit")
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    form: str = "cluster"  # cluster: logits over the K clusters; neuron: one score for each neuron (Deja Vu's form)
-    hidden: int = 256  # width of the bottleneck
+    form: str = "cluster"  # cluster: logits over the K clusters; neuron: a score for each neuron (Deja Vu's form); low-bit: the same from a copy of weights
+    hidden: int = 256  # width of the bottleneck; the low-bit form has one for what tuning adds to the FFN's output only
+    bits: int = 1  # low-bit form: of a weight in the copy, 1 to 4
+    reads: list[str] = field(default_factory=lambda: ["gate", "up"])  # low-bit form: the projections that are copied, [gate], [up] or [gate,up]
     lookahead: int = 0  # predict from the FFN input of this many layers earlier; the first layers use the first one
     loss: str = "ce"  # ce (neuron form: binary cross-entropy on active), listwise (importance), mix (their sum)
     lr: float = 2e-3  # peak of a one-cycle schedule
@@ -33,12 +38,16 @@ class PredictorConfig:
     weight_decay: float = 0.01
 
     def __post_init__(self):
-        for key, known in dict(form=("cluster", "neuron"), loss=("ce", "listwise", "mix")).items():
+        for key, known in dict(form=FORMS, loss=("ce", "listwise", "mix")).items():
             if getattr(self, key) not in known:
                 raise UserError(f"predictor.{key}={getattr(self, key)}: choose {', '.join(known)}")
         for key, least in dict(hidden=1, lookahead=0, batch=1, max_epochs=1).items():
             if getattr(self, key) < least:
                 raise UserError(f"predictor.{key} must be at least {least}, got {getattr(self, key)}")
+        if self.bits not in SPACING:
+            raise UserError(f"predictor.bits must be from {min(SPACING)} to {max(SPACING)}, got {self.bits}")
+        if not self.reads or [name for name in READS if name in self.reads] != list(self.reads):
+            raise UserError(f"predictor.reads={list(self.reads)}: choose [gate], [up] or [gate,up]")
         if self.lr <= 0 or self.weight_decay < 0:
             raise UserError(f"predictor.lr must be above 0 and predictor.weight_decay not negative, got {self.lr} and {self.weight_decay}")
 
@@ -49,27 +58,37 @@ def at_16_bits(value: Tensor) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """A bottleneck MLP for every layer, E → H → K (or D) for each site, all layers in one batched product.
+    """A bottleneck MLP for every layer, E → H → K (or D) for each site, all layers in one batched product; in the low-bit form `LowBitScores` instead.
 
-    outputs: how many logits each site gets; form and lookahead as in `PredictorConfig`. corrects: whether the bottleneck is also mapped back, H → E,
-    to what the FFN's output lacks under its mask (nothing at first: `apc.tuning` trains it).
+    outputs: how many logits each site gets; form, lookahead, bits and reads as in `PredictorConfig`. corrects: whether the bottleneck is also mapped back,
+    H → E, to what the FFN's output lacks under its mask (nothing at first: `apc.tuning` trains it). The low-bit form has no bottleneck without that.
+    frozen: whether the low-bit copy is held as bits, and can't be trained.
     """
 
     def __init__(
         self, layers: int, hidden_size: int, hidden: int, outputs: dict[str, int], form: str = "cluster", lookahead: int = 0, provenance=None,
-        corrects: bool = False,
+        corrects: bool = False, bits: int = 1, reads: list[str] | None = None, frozen: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.layers, self.hidden_size, self.hidden, self.outputs = layers, hidden_size, hidden, dict(outputs)
         self.form, self.lookahead, self.provenance = form, lookahead, provenance or {}
-        self.reduce = nn.Parameter(torch.empty(layers, hidden_size, hidden))
-        self.reduce_bias = nn.Parameter(torch.zeros(layers, hidden))
-        self.expand = nn.ParameterDict({site: nn.Parameter(torch.empty(layers, hidden, count)) for site, count in outputs.items()})
-        self.expand_bias = nn.ParameterDict({site: nn.Parameter(torch.zeros(layers, count)) for site, count in outputs.items()})
-        self.corrects = corrects
+        self.corrects, self.bits, self.reads = corrects, bits, list(reads or READS)
+        self.low_bit = None
+        if form == "low-bit":
+            if list(outputs) != ["neuron"]:
+                raise UserError(f"predictor.form=low-bit needs sites=[neuron], got {list(outputs)}")
+            self.low_bit = LowBitScores(layers, hidden_size, outputs["neuron"], self.reads, bits, frozen)
+        by_bottleneck = self.low_bit is None
+        has_bottleneck = by_bottleneck or corrects
+        self.reduce = nn.Parameter(torch.empty(layers, hidden_size, hidden)) if has_bottleneck else None
+        self.reduce_bias = nn.Parameter(torch.zeros(layers, hidden)) if has_bottleneck else None
+        expands = outputs if by_bottleneck else {}
+        self.expand = nn.ParameterDict({site: nn.Parameter(torch.empty(layers, hidden, count)) for site, count in expands.items()})
+        self.expand_bias = nn.ParameterDict({site: nn.Parameter(torch.zeros(layers, count)) for site, count in expands.items()})
         self.correct = nn.Parameter(torch.zeros(layers, hidden, hidden_size)) if corrects else None
         self.correct_bias = nn.Parameter(torch.zeros(layers, hidden_size)) if corrects else None
-        nn.init.normal_(self.reduce, std=hidden_size**-0.5)
+        if has_bottleneck:
+            nn.init.normal_(self.reduce, std=hidden_size**-0.5)
         for weight in self.expand.values():
             nn.init.normal_(weight, std=hidden**-0.5)
 
@@ -78,46 +97,76 @@ class Predictor(nn.Module):
         return max(layer - self.lookahead, 0)
 
     def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        """hidden [L, n, E], the FFN inputs → logits float [L, n, K] (neuron form: [L, n, D]) per site."""
+        """hidden [L, n, E], the FFN inputs → logits float [L, n, K] (neuron and low-bit form: [L, n, D]) per site."""
         sources = torch.tensor([self.source_layer(layer) for layer in range(self.layers)], device=hidden.device)
+        if self.low_bit is not None:
+            return {"neuron": self.low_bit(hidden[sources].to(self.low_bit.bias.dtype))}
         inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), self._normalise(hidden[sources]), self.reduce))
         return {site: torch.baddbmm(self.expand_bias[site].unsqueeze(1), inner, weight) for site, weight in self.expand.items()}
 
     def layer_outputs(self, layer: int, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`, and its correction [n, E], None if it has none."""
-        inner = F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
-        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), (
-            torch.addmm(self.correct_bias[layer], inner, self.correct[layer]) if self.corrects else None
-        )
+        inner = None if self.reduce is None else F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
+        correction = torch.addmm(self.correct_bias[layer], inner, self.correct[layer]) if self.corrects else None
+        if self.low_bit is not None:
+            return self.low_bit.layer_scores(layer, hidden.to(self.low_bit.bias.dtype)), correction
+        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), correction
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
-        """A copy with another provenance, or one that corrects (by nothing yet, where this one does not)."""
-        made = Predictor(
-            self.layers, self.hidden_size, self.hidden, self.outputs, self.form, self.lookahead, provenance or self.provenance, corrects or self.corrects
-        )
-        made.load_state_dict({**made.state_dict(), **self.state_dict()})
+        """A copy that can be trained, with another provenance, or one that corrects (by nothing yet, where this one does not)."""
+        header = self._header() | {"provenance": provenance or self.provenance, "corrects": corrects or self.corrects, "frozen": False}
+        made = Predictor(**header)
+        if self.low_bit is not None:
+            made.low_bit = self.low_bit.thaw()
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("low_bit.")}
+        made.load_state_dict({**made.state_dict(), **own})
         return made
+
+    def _header(self) -> dict:
+        names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance", "corrects", "bits", "reads")
+        return {name: getattr(self, name) for name in names} | {"frozen": self.low_bit is not None and self.low_bit.frozen}
+
+    def rates(self, lr: float) -> list[dict]:
+        """Its parameters as an optimizer's groups: those of a score's curve learn ten times as fast as weights, which are of the order of 1 too but many."""
+        curve = [] if self.low_bit is None else [self.low_bit.scale, self.low_bit.slope, self.low_bit.power, self.low_bit.bias]
+        others = [value for value in self.parameters() if not any(value is one for one in curve)]
+        return [{"params": values, "lr": rate} for values, rate in ((others, lr), (curve, 10 * lr)) if values]
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
         return F.rms_norm(hidden.to(self.reduce.dtype), hidden.shape[-1:])
 
-    def parameters_read(self, site: str) -> int:
-        """Parameters that one layer reads for one token at `site`; the reduction counts at the first site only."""
+    def parameters_read(self, site: str) -> float:
+        """Parameters of 16 bits that one layer reads for one token at `site`; the reduction counts at the first site only."""
+        if self.low_bit is not None:
+            return self.low_bit.parameters_read() + self._correction_parameters()
+        return self._bottleneck_parameters(site)
+
+    def multiplications(self, site: str) -> int:
+        """Products that one layer computes for one token at `site`."""
+        if self.low_bit is not None:
+            return self.low_bit.multiplications() + self._correction_parameters()
+        return self._bottleneck_parameters(site)
+
+    def _correction_parameters(self) -> int:
+        return self.corrects * ((self.hidden_size + 1) * self.hidden + (self.hidden + 1) * self.hidden_size)
+
+    def _bottleneck_parameters(self, site: str) -> int:
         shared = (self.hidden_size + 1) * self.hidden + self.corrects * (self.hidden + 1) * self.hidden_size
         shared = shared if site == next(iter(self.outputs)) else 0
         return shared + (self.hidden + 1) * self.outputs[site]
 
     def rounded(self) -> "Predictor":
-        """Itself, its parameters rounded to what 16 bits hold: so they are counted, and so they are scored."""
+        """Itself, its parameters rounded to what 16 bits hold, a low-bit copy to its levels: so they are counted, and so they are scored."""
+        if self.low_bit is not None:
+            self.low_bit = self.low_bit.freeze()
         with torch.no_grad():
             for value in self.parameters():
                 value.copy_(at_16_bits(value))
         return self
 
     def save(self, path: str | Path) -> None:
-        names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance", "corrects")
-        save_tensors(Path(path), KIND, VERSION, {name: getattr(self, name) for name in names}, self.state_dict())
+        save_tensors(Path(path), KIND, VERSION, self._header(), self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictor":
@@ -127,7 +176,7 @@ class Predictor(nn.Module):
             with torch.device("meta"):
                 predictor = cls(**header)
             predictor.load_state_dict(tensors, assign=True)
-        except (TypeError, RuntimeError, KeyError) as error:
+        except (TypeError, RuntimeError, KeyError, UserError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path}: damaged (its header and tensors don't match: {reason}); make it again") from error
         return predictor.requires_grad_(False).eval()
@@ -175,7 +224,11 @@ class PredictorModule(LightningModule):
     energy of the hard and the soft mask, each per layer and over all).
     """
 
-    def __init__(self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0, log_every: int = 20):
+    def __init__(
+        self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0, log_every: int = 20,
+        ffns: list[GatedFFN] | None = None,
+    ):  # fmt: skip
+        """ffns: the model's, which the low-bit form begins as a copy of; without them it begins as zeros."""
         super().__init__()
         if cfg.loss != "ce" and not info.with_importance:
             raise UserError(f"predictor.loss={cfg.loss} needs importances; set collect.importance=true or predictor.loss=ce")
@@ -183,7 +236,11 @@ class PredictorModule(LightningModule):
         outputs = {site: codebook.k if cfg.form == "cluster" else D for site, D in info.widths.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.predictor = Predictor(info.layers, info.hidden_size, cfg.hidden, outputs, cfg.form, cfg.lookahead)
+            self.predictor = Predictor(info.layers, info.hidden_size, cfg.hidden, outputs, cfg.form, cfg.lookahead, bits=cfg.bits, reads=cfg.reads)
+        if cfg.form == "low-bit" and ffns is not None:
+            book = codebook.sites["neuron"]
+            energy = torch.linalg.vecdot(book.sizes.float().unsqueeze(1), book.profiles.float().transpose(1, 2))
+            self.predictor.low_bit.start(ffns, energy.expand(info.layers, -1))
         self.labels: dict[str, Tensor] = {}
         self.history: list[dict] = []
         self.figures: dict = {}
@@ -199,7 +256,7 @@ class PredictorModule(LightningModule):
     def fields(self) -> list[str]:
         """The fields of a block that a step reads."""
         sites, cfg = list(self.info.widths), self.cfg
-        active = [f"patterns.{site}" for site in sites] if cfg.form == "neuron" and cfg.loss != "listwise" else []
+        active = [f"patterns.{site}" for site in sites] if cfg.form != "cluster" and cfg.loss != "listwise" else []
         importance = [f"importance.{site}" for site in sites] if cfg.loss != "ce" else []
         return ["hidden", *active, *importance]
 
@@ -220,9 +277,11 @@ class PredictorModule(LightningModule):
             self.monitor = self.monitor.to(self.device)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
+        groups = self.predictor.rates(self.cfg.lr)
+        decay = 0.0 if self.cfg.form == "low-bit" else self.cfg.weight_decay  # towards 0 a level has no meaning
+        optimizer = torch.optim.AdamW(groups, lr=self.cfg.lr, weight_decay=decay)
         steps = len(self.trainer.datamodule.loader) * self.cfg.max_epochs
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.cfg.lr, total_steps=max(2, steps), pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=max(2, steps), pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, block: Block, batch_index: int) -> Tensor:
@@ -258,7 +317,7 @@ class PredictorModule(LightningModule):
 
     def _log_shares(self, site: str, scores: Tensor) -> Tensor:
         """log of each neuron's predicted share of the token's weight, [L, n, D] (ListNet's top-one probabilities, Cao et al., 2007)."""
-        if self.cfg.form == "neuron":
+        if self.cfg.form != "cluster":
             return scores.log_softmax(-1)
         shares = mixed_profiles(self.codebook, site, scores.softmax(-1)) / self.info.widths[site]
         return shares.clamp_min(1e-12).log()

@@ -38,6 +38,9 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
     if predictor is not None:
         outputs = next(iter(predictor.outputs.values()))
         described = f"{predictor.form} {predictor.hidden_size}→{predictor.hidden}→{outputs}, lookahead {predictor.lookahead}"
+        if predictor.form == "low-bit":
+            correction = f", correction {predictor.hidden_size}→{predictor.hidden}→{predictor.hidden_size}" * predictor.corrects
+            described = f"low-bit {'+'.join(predictor.reads)} at {predictor.bits} bit{correction}, lookahead {predictor.lookahead}"
     made = codebook.provenance
     tuned = made.get("tune")
     algorithm = made.get("cluster", {}).get("algorithm", "lloyd") + (f" with penalty {codebook.penalty}" if codebook.penalty > 1 else "")

@@ -170,14 +170,14 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
 
 
 class _NeedsPredictor(Arm):
-    form = "cluster"
+    forms = ("cluster",)
 
     @classmethod
     def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
         if predictor is None:
             return "no predictor was given"
-        if predictor.form != cls.form:
-            return f"needs a predictor of form {cls.form}, this one's is {predictor.form}"
+        if predictor.form not in cls.forms:
+            return f"needs a predictor of form {' or '.join(cls.forms)}, this one's is {predictor.form}"
         return None
 
     @property
@@ -216,10 +216,10 @@ class Soft(_NeedsPredictor, _ByCluster):
 
 
 class NeuronPredictor(_NeedsPredictor):
-    """The top share of scores predicted neuron by neuron (the form of Deja Vu, Liu et al., 2023)."""
+    """The top share of scores predicted neuron by neuron: by a bottleneck (the form of Deja Vu, Liu et al., 2023), or a low-bit copy of gate and up."""
 
     name = "neuron-predictor"
-    form = "neuron"
+    forms = ("neuron", "low-bit")
 
     def choose(self, tokens: Tokens) -> Choice:
         scores, correction = self.outputs(tokens)

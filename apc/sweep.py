@@ -134,8 +134,9 @@ def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
         print(f"{trial.name}: FAILED ({code}): {last}", flush=True)
         return f"{trial.name}: exit code {code}: {last}"
 
-    # What is collected for one is found by all others of the same patterns, so one of each kind goes first.
-    first = {json.dumps([to_dict(trial.config)[key] for key in PATTERN_KEYS], sort_keys=True): trial for trial in reversed(found)}.values()
+    # What is collected to the disk for one is found by all others of the same patterns, so one of each kind goes first.
+    shared = [trial for trial in reversed(found) if trial.config.collect.storage == "disk"]
+    first = {json.dumps([to_dict(trial.config)[key] for key in PATTERN_KEYS], sort_keys=True): trial for trial in shared}.values()
     with ThreadPoolExecutor(jobs) as workers:
         lines = [*workers.map(one, list(first)), *workers.map(one, [trial for trial in found if trial not in first])]
     return [line for line in lines if line]

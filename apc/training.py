@@ -249,7 +249,7 @@ def train_predictor(
     if run.predictor.is_file():
         return Predictor.load(run.predictor)
     device = watched.collector.device
-    module = PredictorModule(cfg.predictor, codebook, source.info, monitor, cfg.seed, cfg.trainer.log_every_n_steps)
+    module = PredictorModule(cfg.predictor, codebook, source.info, monitor, cfg.seed, cfg.trainer.log_every_n_steps, watched.collector.ffns)
     callbacks: list[Callback] = [ResumePoint(run.checkpoint("predictor"), cfg.trainer.checkpoint_every_n_steps)]
     if len(watched.windows):
         arms = ["predicted", "soft"] if cfg.predictor.form == "cluster" else ["neuron-predictor"]

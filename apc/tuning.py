@@ -54,9 +54,9 @@ class TuneConfig:
             raise UserError(f"tune.precision={self.precision}: choose 32-true or bf16-mixed, or null")
 
     @property
-    def form(self) -> str | None:
-        """The form of predictor that the arm needs; None: none."""
-        return {"predicted": "cluster", "neuron-predictor": "neuron"}.get(self.arm)
+    def forms(self) -> tuple[str, ...]:
+        """The forms of predictor that the arm can use; none: it needs no predictor."""
+        return {"predicted": ("cluster",), "neuron-predictor": ("neuron", "low-bit")}.get(self.arm, ())
 
 
 def straight_through(scores: Tensor, m: int, temperature: float) -> Tensor:
@@ -131,7 +131,7 @@ class TuningModule(LightningModule):
         offsets = torch.zeros(*book.profiles.shape[:2], codebook.hidden_size) if book.offsets is None else book.offsets.clone()
         self.scores, self.offsets = nn.Parameter(scores, requires_grad=by_cluster), nn.Parameter(offsets, requires_grad=by_cluster and cfg.offsets)
         self.predictor = None
-        if cfg.form:
+        if cfg.forms:
             self.predictor = predictor.copy(corrects=cfg.correction)
             self.predictor.requires_grad_(True)
         flat = [codebook.size(site, layer) for layer in range(codebook.layers)]
@@ -149,11 +149,12 @@ class TuningModule(LightningModule):
 
     def configure_optimizers(self):
         cfg = self.cfg
-        groups = [([self.scores], cfg.lr_scores), ([self.offsets], cfg.lr_offsets), (list(self.predictor.parameters()) if self.predictor else [], cfg.lr)]
-        groups = [(kept, lr) for parameters, lr in groups if (kept := [value for value in parameters if value.requires_grad])]
-        optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr} for parameters, lr in groups], betas=(0.9, 0.98), weight_decay=0.0)
+        groups = [{"params": [self.scores], "lr": cfg.lr_scores}, {"params": [self.offsets], "lr": cfg.lr_offsets}]
+        groups += self.predictor.rates(cfg.lr) if self.predictor is not None else []
+        groups = [group for group in groups if group["params"][0].requires_grad]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         steps = max(2, len(self.trainer.datamodule.loader) * cfg.max_epochs)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr for _, lr in groups], total_steps=steps, pct_start=0.15)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps, pct_start=0.15)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -322,6 +323,6 @@ def check_tunable(cfg: TuneConfig, codebook: Codebook, predictor: Predictor | No
         )
     if codebook.ones != "fixed":
         raise UserError(f"tune.max_epochs={cfg.max_epochs}: tuning needs masks of a fixed size; this codebook's centroids have any number of ones")
-    if cfg.form and (predictor is None or predictor.form != cfg.form):
+    if cfg.forms and (predictor is None or predictor.form not in cfg.forms):
         has = "none was trained" if predictor is None else f"this one's is {predictor.form}"
-        raise UserError(f"tune.arm={cfg.arm} needs a predictor of form {cfg.form}; {has}")
+        raise UserError(f"tune.arm={cfg.arm} needs a predictor of form {' or '.join(cfg.forms)}; {has}")
