@@ -155,7 +155,10 @@ BAD = {
     "no-gpu": ({"model.device": "cuda:7", "run.name": "bad"}, r"model\.device=cuda:7: this machine has \d CUDA devices"),
     "missing-checkpoint": ({"checkpoint": "runs/none", "run.name": "bad"}, r"runs/none: not a run folder"),
     "another-run": ({"cluster.k": 5}, r"holds a run with cluster\.k=6, this one has cluster\.k=5; choose another run\.name"),
-    "arm-without-inputs": ({"arms": "[neuron-predictor]"}, r"arms: neuron-predictor needs predictor\.form=neuron, this run has predictor\.form=cluster"),
+    "arm-without-inputs": (
+        {"arms": "[neuron-predictor]"},
+        r"arms: neuron-predictor needs predictor\.form=neuron or low-bit, this run has predictor\.form=cluster",
+    ),
     "weights-without-importance": ({"collect.importance": "false", "run.name": "bad"}, r"cluster\.weighting=energy needs importances"),
 }
 
