@@ -137,24 +137,17 @@ class Predictor(nn.Module):
         return F.rms_norm(hidden.to(self.reduce.dtype), hidden.shape[-1:])
 
     def parameters_read(self, site: str) -> float:
-        """Parameters of 16 bits that one layer reads for one token at `site`; the reduction counts at the first site only."""
-        if self.low_bit is not None:
-            return self.low_bit.parameters_read() + self._correction_parameters()
-        return self._bottleneck_parameters(site)
+        """Parameters of 16 bits that one layer reads for one token at `site`; reduction and correction count at the first site only."""
+        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read())
 
     def multiplications(self, site: str) -> int:
-        """Products that one layer computes for one token at `site`."""
-        if self.low_bit is not None:
-            return self.low_bit.multiplications() + self._correction_parameters()
-        return self._bottleneck_parameters(site)
-
-    def _correction_parameters(self) -> int:
-        return self.corrects * ((self.hidden_size + 1) * self.hidden + (self.hidden + 1) * self.hidden_size)
+        """Products (with what is added to them) that one layer computes for one token at `site`."""
+        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.multiplications())
 
     def _bottleneck_parameters(self, site: str) -> int:
-        shared = (self.hidden_size + 1) * self.hidden + self.corrects * (self.hidden + 1) * self.hidden_size
-        shared = shared if site == next(iter(self.outputs)) else 0
-        return shared + (self.hidden + 1) * self.outputs[site]
+        own = [weights[site] for weights in (self.expand, self.expand_bias) if site in weights]
+        shared = [self.reduce, self.reduce_bias, self.correct, self.correct_bias] if site == next(iter(self.outputs)) else []
+        return sum(value[0].numel() for value in (*own, *shared) if value is not None)
 
     def rounded(self) -> "Predictor":
         """Itself, its parameters rounded to what 16 bits hold, a low-bit copy to its levels: so they are counted, and so they are scored."""
