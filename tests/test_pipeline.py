@@ -64,8 +64,9 @@ def test_every_family_goes_from_text_to_generation(tmp_path, family):
         {"collect.importance": "false", "cluster.weighting": "binary", "monitor.windows": "0", "cluster.schedule": "step"},
         {"predictor.form": "neuron", "predictor.loss": "listwise", "arms": "[dense,oracle,gate,neuron-predictor]"},
         {"predictor.form": "neuron", "cluster.init": "k-means++", "cluster.weighting": "magnitude", "data.score_windows": "1"},
+        {"predictor.form": "low-bit", "predictor.bits": "2", "predictor.reads": "[gate]", "predictor.lookahead": "1", "arms": "[dense,neuron-predictor]"},
     ],
-    ids=["papers-form", "streamed-mix", "no-importance-step", "neuron-listwise", "neuron-defaults"],
+    ids=["papers-form", "streamed-mix", "no-importance-step", "neuron-listwise", "neuron-defaults", "low-bit"],
 )
 def test_other_ways_through_the_pipeline(workplace, changes):
     results = run_train(workplace, **{"run.name": "way", "run.dir": workplace / f"ways-{abs(hash(str(changes)))}", **changes})

@@ -21,6 +21,7 @@ from apc.models import ModelConfig, find_ffns, load_model
 from apc.predictor import at_16_bits
 from apc.tuning import TuneConfig, TuningModule, share_out, straight_through
 
+ARMS = [("predicted", "cluster"), ("oracle", "cluster"), ("neuron-predictor", "neuron"), ("neuron-predictor", "low-bit")]
 ROOT = Path(__file__).resolve().parent.parent
 TUNED = {"tune.max_epochs": 3, "tune.windows": 3, "tune.budget_windows": 4, "predictor.hidden": 8}
 
@@ -42,13 +43,15 @@ def test_costs_that_are_not_finite_are_named(workplace, monkeypatch):
         run(workplace, **{"run.name": "broken"})
 
 
-def test_two_ranks_tune_a_predictor_too(workplace):
-    words = tiny.tiny_overrides(workplace, **(TUNED | {"run.name": "two", "trainer.devices": 2, "stage": "tune", "tune.max_epochs": 1}))
+@pytest.mark.parametrize(("arm", "form"), [ARMS[0], ARMS[-1]])
+def test_two_ranks_tune_a_predictor_too(workplace, arm, form):
+    changes = {"run.name": f"two-{form}", "trainer.devices": 2, "stage": "tune", "tune.max_epochs": 1, "tune.arm": arm, "predictor.form": form}
+    words = tiny.tiny_overrides(workplace, **(TUNED | changes))
     done = subprocess.run(
         [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert apc.load_run(workplace / "runs" / "two").predictor.corrects
+    assert apc.load_run(workplace / "runs" / f"two-{form}").predictor.corrects
 
 
 def test_a_hard_mask_with_the_gradient_of_a_sigmoid():
@@ -130,9 +133,8 @@ def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
     assert float(sum(parts)) / windows.numel() / epsilon**2 == pytest.approx(float(costs[layer, neuron]), rel=0.2)
 
 
-@pytest.mark.parametrize("arm", tuning.ARMS)
-def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm):
-    form = "neuron" if arm == "neuron-predictor" else "cluster"
+@pytest.mark.parametrize(("arm", "form"), ARMS)
+def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm, form):
     run(workplace, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
     left = apc.load_run(workplace / "runs" / f"start-{form}")
     module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm=arm, correction=arm != "oracle"), left.codebook, left.predictor)
@@ -156,16 +158,16 @@ def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm):
     assert (found - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
 
 
-@pytest.mark.parametrize("arm", tuning.ARMS)
-def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, arm):
-    form = "neuron" if arm == "neuron-predictor" else "cluster"
-    results = run(workplace, f"arms=[dense,exact,{arm}]", **{"tune.arm": arm, "tune.max_epochs": 15, "predictor.form": form, "run.name": f"after-{arm}"})
+@pytest.mark.parametrize(("arm", "form"), ARMS)
+def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, arm, form):
+    name = f"after-{arm}-{form}"
+    results = run(workplace, f"arms=[dense,exact,{arm}]", **{"tune.arm": arm, "tune.max_epochs": 15, "predictor.form": form, "run.name": name})
     record = next(record for record in results["arms"] if record["arm"] == arm)
-    history = json.loads((workplace / "runs" / f"after-{arm}" / "tune.json").read_text())
+    history = json.loads((workplace / "runs" / name / "tune.json").read_text())
     seen = [entry["divergence"] for entry in history["history"]]
     assert sum(seen[-7:]) < 0.9 * sum(seen[:7]) and sum(history["budget"]) == 3 * 26
     assert record["density"] == pytest.approx(0.5) and record["bytes_share"] > 0.5 + 32 / (3 * 32 * 52)  # an offset or more is read
-    left = apc.load_run(workplace / "runs" / f"after-{arm}")
+    left = apc.load_run(workplace / "runs" / name)
     assert left.codebook.budget == history["budget"] and (left.predictor is None) == (arm == "oracle")
     counts = ops.popcount(left.codebook.sites["neuron"].centroids)
     assert torch.equal(counts, torch.tensor(history["budget"], dtype=counts.dtype).unsqueeze(1).expand_as(counts))
