@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apc import report
+from apc import figures, report
 from apc.finished import OVER_CLUSTERS, Finished, place_text, variants
 
 if TYPE_CHECKING:
@@ -133,23 +133,23 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
         return False
     from matplotlib.lines import Line2D
 
-    figure = report.new_figure("What a captured share means for perplexity", [], 9.6 + _LEGEND_INCHES, 4.2 * len(places))
+    figure = figures.new_figure("What a captured share means for perplexity", [], 9.6 + _LEGEND_INCHES, 4.2 * len(places))
     grid = figure.subplots(len(places), 2, squeeze=False)
     for index, members in enumerate(places):
         for axes, (key, label) in zip(grid[index], shown.items(), strict=True):
-            report.log_axis(axes, "y")
+            figures.log_axis(axes, "y")
             for place, arm, name, tuned in points:
                 if (place, name) == (index, key):
-                    color, marker = report.ARM_STYLES.get(arm["arm"], (report.INK, "p"))
+                    color, marker = figures.ARM_STYLES.get(arm["arm"], (figures.INK, "p"))
                     face = "white" if tuned else color
                     axes.plot(100 * arm[key], math.log(arm["ratio"]), color=color, marker=marker, markerfacecolor=face, markersize=6, linestyle="none")
             _finer_ticks(axes)
-            report.plain_axes(axes, xlabel=label, ylabel="ln of perplexity over dense (log scale)")
+            figures.plain_axes(axes, xlabel=label, ylabel="ln of perplexity over dense (log scale)")
         _place_title(grid[index][0], members[0])
-    arms = [arm for arm in report.ARM_STYLES if any(point[1]["arm"] == arm for point in points)]
-    handles = [Line2D([], [], color=color, marker=marker, linestyle="none", label=arm) for arm in arms for color, marker in [report.ARM_STYLES[arm]]]
+    arms = [arm for arm in figures.ARM_STYLES if any(point[1]["arm"] == arm for point in points)]
+    handles = [Line2D([], [], color=color, marker=marker, linestyle="none", label=arm) for arm in arms for color, marker in [figures.ARM_STYLES[arm]]]
     if any(tuned for *_, tuned in points):
-        handles.append(Line2D([], [], color=report.INK, marker="o", markerfacecolor="white", linestyle="none", label="hollow: tuned"))
+        handles.append(Line2D([], [], color=figures.INK, marker="o", markerfacecolor="white", linestyle="none", label="hollow: tuned"))
     legend = figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9.5)
     legend.set_alignment("left")
     figure.savefig(path)
@@ -197,7 +197,7 @@ def _draw(
     across = min(_COLUMNS, len(places))
     down = -(-len(places) // across)
     heights = [3.6, *[1.5] * (len(rows) - 1)] * down
-    figure = report.new_figure(title, notes, 5.2 * across + _LEGEND_INCHES, sum(heights) + 0.6 * down)
+    figure = figures.new_figure(title, notes, 5.2 * across + _LEGEND_INCHES, sum(heights) + 0.6 * down)
     grid = figure.subplots(len(rows) * down, across, squeeze=False, height_ratios=heights)
     for index in range(down * across):
         for row, (label, _, logarithmic, reference) in enumerate(rows):
@@ -207,7 +207,7 @@ def _draw(
                 continue
             members, found = places[index], drawn[index][row]
             if logarithmic:
-                report.log_axis(axes, "y")
+                figures.log_axis(axes, "y")
             if x is _clusters:
                 _cluster_axis(axes, found)
             for line in found:
@@ -216,7 +216,7 @@ def _draw(
                 reference(axes, members)
             if logarithmic:
                 _finer_ticks(axes)
-            report.plain_axes(axes, xlabel=xlabel if row == len(rows) - 1 else "", ylabel=label + (" (log scale)" if logarithmic else ""))
+            figures.plain_axes(axes, xlabel=xlabel if row == len(rows) - 1 else "", ylabel=label + (" (log scale)" if logarithmic else ""))
             if row == 0:
                 _place_title(axes, members[0])
     styles.legend(figure, words or {})
@@ -228,7 +228,7 @@ class _Styles:
     """An arm is a colour, a variant of the codebook a kind of line, a density a marker: the same in all panels of a figure."""
 
     def __init__(self, found: Sequence[Line]):
-        self.arms = [arm for arm in report.ARM_STYLES if any(line.arm == arm for line in found)]
+        self.arms = [arm for arm in figures.ARM_STYLES if any(line.arm == arm for line in found)]
         self.variants = list(dict.fromkeys(line.variant for line in found))
         self.densities = sorted({line.density for line in found})
         self._drawn: set[str] = set()
@@ -246,7 +246,7 @@ class _Styles:
         return _MARKERS[self.densities.index(density) % len(_MARKERS)]
 
     def plot(self, axes: Axes, line: Line) -> None:
-        color, _ = report.ARM_STYLES[line.arm]
+        color, _ = figures.ARM_STYLES[line.arm]
         # Both oracles cover the same neurons, and one would hide the other.
         under = dict(linewidth=5, alpha=0.3, zorder=1.8) if line.arm == "thresholded-oracle" else dict(linewidth=self._width(line.variant), zorder=2)
         dash = self._dash(line.variant, under["linewidth"])
@@ -262,15 +262,17 @@ class _Styles:
         heading = lambda text: Line2D([], [], linestyle="none", label=text or " ")
         wide = dict(linewidth=5, alpha=0.3)
         handles = [heading("arm" if not words else "gap")]
-        handles += [Line2D([], [], color=report.ARM_STYLES[arm][0], label=words.get(arm, arm), **(wide if arm == "thresholded-oracle" else dict(linewidth=2.4)))
-                    for arm in self.arms]  # fmt: skip
+        for arm in self.arms:
+            look = wide if arm == "thresholded-oracle" else dict(linewidth=2.4)
+            handles.append(Line2D([], [], color=figures.ARM_STYLES[arm][0], label=words.get(arm, arm), **look))
         handles += [heading(""), heading("codebook")]
         handles += [
-            Line2D([], [], color=report.INK, linewidth=self._width(name), linestyle=self._dash(name), label=report.wrapped(name, 26)) for name in self.variants
+            Line2D([], [], color=figures.INK, linewidth=self._width(name), linestyle=self._dash(name), label=report.wrapped(name, 26)) for name in self.variants
         ]
         handles += [heading(""), heading("density of centroids")]
         handles += [
-            Line2D([], [], color=report.INK, marker=self._marker(density), markersize=5.5, linestyle="none", label=f"{density:g}") for density in self.densities
+            Line2D([], [], color=figures.INK, marker=self._marker(density), markersize=5.5, linestyle="none", label=f"{density:g}")
+            for density in self.densities
         ]
         x, y, width, height = figure.get_layout_engine().get()["rect"]  # all but the heading; the legend takes its right end
         left = width - _LEGEND_INCHES / figure.get_figwidth()
@@ -278,11 +280,11 @@ class _Styles:
         legend = figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(left, height), frameon=False, fontsize=9, handlelength=2.6, labelspacing=0.45)
         for text in legend.get_texts():
             if text.get_text() in ("arm", "gap", "codebook", "density of centroids"):
-                text.set(color=report.MUTED, weight="bold", x=-34)
+                text.set(color=figures.MUTED, weight="bold", x=-34)
 
 
 def _place_title(axes: Axes, run: Finished) -> None:
-    axes.set_title(place_text(run, lines=True), loc="left", fontsize=8, color=report.ALARM if run.in_sample else report.MUTED, linespacing=1.25)
+    axes.set_title(place_text(run, lines=True), loc="left", fontsize=8, color=figures.ALARM if run.in_sample else figures.MUTED, linespacing=1.25)
 
 
 def _cluster_axis(axes: Axes, found: Sequence[Line]) -> None:
@@ -311,7 +313,7 @@ def _finer_ticks(axes: Axes) -> None:
 def _paper_line(axes: Axes, value: float, label: str, above: bool) -> None:
     """A level that the paper gives, over the range of clusters that it tried."""
     axes.plot(PAPER_CLUSTERS, [value, value], color="#9A9A9A", linewidth=1.1, zorder=1.5)
-    _label(axes, label, (PAPER_CLUSTERS[1], value), report.MUTED, above=above, style="italic", ha="right")
+    _label(axes, label, (PAPER_CLUSTERS[1], value), figures.MUTED, above=above, style="italic", ha="right")
 
 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Sequence[str]) -> None:
@@ -319,7 +321,7 @@ def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Seq
     for arm in arms:
         records = [(run, run.arms[arm]) for run in members if arm in run.arms]
         levels = {round(value(run, record), 2): record for run, record in records if value(run, record) is not None}
-        color, _ = report.ARM_STYLES[arm]
+        color, _ = figures.ARM_STYLES[arm]
         for level, record in levels.items():
             bits = f", {record['bits']:,.0f} bits" if record.get("bits") and axes.get_xscale() == "linear" else ""
             axes.axhline(level, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=1.6)

@@ -1,6 +1,6 @@
-"""Turns a run's results (`results.json`) into tables and figures. Every one of them carries the conditions it holds under.
+"""Turns a run's results (`results.json`) into tables. Every one of them carries the conditions it holds under.
 
-Shares are fractions from 0 to 1 in the results and per cent in tables and figures. A value that is None, or missing, is a dash.
+Shares are fractions from 0 to 1 in the results and per cent in tables. A value that is None, or missing, is a dash.
 """
 
 from __future__ import annotations
@@ -8,38 +8,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 DASH = "–"
-
-# Okabe and Ito's colours, told apart with any colour vision; an arm has the same one in every figure. Markers say it again.
-ARM_STYLES = {
-    "dense": ("#4D4D4D", "o"),
-    "exact": ("#0072B2", "s"),
-    "static": ("#E69F00", "^"),
-    "random": ("#8C8C8C", "v"),
-    "oracle": ("#009E73", "D"),
-    "thresholded-oracle": ("#117733", "h"),
-    "predicted": ("#D55E00", "o"),
-    "soft": ("#CC79A7", "P"),
-    "gate": ("#56B4E9", "X"),
-    "neuron-predictor": ("#882255", "*"),
-}
-_OTHER_STYLE = ("#332288", "p")
-INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
-DPI = 160
-_LOG_FROM = 5.0  # an axis is logarithmic once its largest value is so many times the least
-_MAX_SITES = 4  # more groups of clusters than this share one panel
-_MAX_MARKERS = 40  # with more points than this, a line is drawn without them
-_MAX_LINEAR_RANKS = 256  # with more clusters than this, their rank is on a log scale
-_MAX_POINTS = 400  # drawn per usage curve: a codebook has up to 16,384 clusters
 
 
 # --- words and numbers
@@ -72,7 +44,7 @@ def conditions_text(results: dict) -> str:
     return ("IN-SAMPLE · " if is_in_sample(results) else "") + " · ".join(filter(None, items))
 
 
-def _wrapped_conditions(results: dict, width: int) -> list[str]:
+def wrapped_conditions(results: dict, width: int) -> list[str]:
     """The conditions in lines of at most `width` characters, broken between items and at arrows only, where that is possible."""
     glued = conditions_text(results).replace(" ", "\xa0").replace("\xa0·\xa0", "\xa0· ").replace("\xa0→\xa0", "\xa0→ ")
     return [line.replace("\xa0", " ").removesuffix(" ·") for line in textwrap.wrap(glued, width, break_on_hyphens=False)]
@@ -88,7 +60,7 @@ def is_in_sample(results: dict) -> bool:
     return (results.get("conditions") or {}).get("split") == "in-sample"
 
 
-def _real(value: object) -> float:
+def real(value: object) -> float:
     """A number as float; None and words that are no number as nan, the "nan" and "inf" of `metrics.jsonl` as themselves."""
     try:
         return float(value)  # type: ignore[arg-type]
@@ -97,11 +69,11 @@ def _real(value: object) -> float:
 
 
 def fixed(value: float | None, decimals: int) -> str:
-    return DASH if value is None else f"{_real(value):,.{decimals}f}"
+    return DASH if value is None else f"{real(value):,.{decimals}f}"
 
 
 def percent(value: float | None) -> str:
-    return DASH if value is None else fixed(100 * _real(value), 1)
+    return DASH if value is None else fixed(100 * real(value), 1)
 
 
 def _decimals(value: float) -> int:
@@ -110,7 +82,7 @@ def _decimals(value: float) -> int:
 
 
 def shown_perplexity(value: float | None) -> str:
-    return DASH if value is None else fixed(value, min(2, _decimals(_real(value))))
+    return DASH if value is None else fixed(value, min(2, _decimals(real(value))))
 
 
 def shown_ratio(arm: dict) -> str:
@@ -118,7 +90,7 @@ def shown_ratio(arm: dict) -> str:
     ratio, low, high = (arm.get(key) for key in ("ratio", "ratio_low", "ratio_high"))
     if ratio is None:
         return DASH
-    decimals = _decimals(_real(ratio))
+    decimals = _decimals(real(ratio))
     text = fixed(ratio, decimals)
     return text if low is None or high is None or low == high else f"{text} ± {fixed((high - low) / 2, decimals)}"
 
@@ -186,14 +158,14 @@ def layer_table(results: dict, measures: Sequence[str] = ("density", "captured_i
     """
     grids = []
     for measure in measures:
-        columns = {arm["arm"]: arm["per_layer"][measure] for arm in _layered(results, measure)}
-        overall = {arm["arm"]: arm.get(measure) for arm in _layered(results, measure)}
+        columns = {arm["arm"]: arm["per_layer"][measure] for arm in layered(results, measure)}
+        overall = {arm["arm"]: arm.get(measure) for arm in layered(results, measure)}
         if columns:
             grids.append(_layer_grid(measure.replace("_", " "), columns, overall, markdown))
     predictor = (results.get("predictor") or {}).get("per_layer") or {}
     accuracy = {key: predictor[key] for key in ("top1", "top5") if predictor.get(key)}
     if accuracy:
-        overall = {key: float(np.mean([_real(value) for value in values])) for key, values in accuracy.items()}
+        overall = {key: float(np.mean([real(value) for value in values])) for key, values in accuracy.items()}
         grids.append(_layer_grid("predictor's hits", accuracy, overall, markdown))
     return _document(results, grids, [], markdown)
 
@@ -206,7 +178,7 @@ def _masked(arm: dict, key: str) -> float | None:
     return (arm.get("masked") or {}).get(key)
 
 
-def _layered(results: dict, measure: str) -> list[dict]:
+def layered(results: dict, measure: str) -> list[dict]:
     """The arms other than dense that have a value of `measure` for each layer."""
     arms = results.get("arms") or []
     return [arm for arm in arms if arm["arm"] != "dense" and not arm.get("missing") and (arm.get("per_layer") or {}).get(measure)]
@@ -250,276 +222,4 @@ def _document(results: dict, grids: Sequence[str], notes: Sequence[str], markdow
         escaped = [note.replace("*", "\\*", 1) if note.startswith("*") else note for note in notes]
         return "\n\n".join([f"**{conditions_text(results)}**", *grids, *escaped]) + "\n"
     width = max([100, *(len(line) for grid in grids for line in grid.splitlines())])
-    return "\n\n".join(filter(None, ["\n".join(_wrapped_conditions(results, width)), *grids, "\n".join(notes)])) + "\n"
-
-
-# --- figures: each writes one PNG and returns True, or writes nothing and returns False where the results lack its data
-
-
-def save_figures(results: dict, folder: Path) -> dict[str, Path]:
-    """Draws every figure that the results hold data for; returns name → PNG."""
-    draw = {
-        "perplexity": perplexity_figure,
-        "captured_importance": captured_figure,
-        "union_density": union_figure,
-        "cluster_usage": usage_figure,
-        "convergence": convergence_figure,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.png" for name in draw}
-    return {name: paths[name] for name, figure in draw.items() if figure(results, paths[name])}
-
-
-def perplexity_figure(results: dict, path: Path) -> bool:
-    """Perplexity per arm as bars, in the table's order, dense as a line; the whisker is the 95 % interval against dense."""
-    arms = results.get("arms") or []
-    values = np.array([_real(arm.get("perplexity")) for arm in arms])
-    if not np.isfinite(values).any():
-        return False
-    figure = _figure(results, "Perplexity per arm", 8.6, 0.9 + 0.42 * len(arms))
-    axes = figure.subplots()
-    finite = values[np.isfinite(values)]
-    logarithmic = finite.max() / finite.min() > _LOG_FROM
-    left = finite.min() / 1.6 if logarithmic else 0.0
-    ends = []
-    for y, (arm, value) in enumerate(zip(arms, values, strict=True)):
-        end = _perplexity_bar(axes, y, arm, value, left)
-        ends.append(end)
-    if logarithmic:
-        log_axis(axes, "x")
-        axes.set_xlim(left, max(ends) * (max(ends) / left) ** 0.42)
-    else:
-        axes.set_xlim(0, 1.38 * max(ends))
-    dense = next((value for arm, value in zip(arms, values, strict=True) if arm["arm"] == "dense"), math.nan)
-    if math.isfinite(dense):
-        axes.axvline(dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2.5)
-    axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
-    axes.set_ylim(len(arms) - 0.4, -0.6)
-    plain_axes(axes, xlabel="perplexity" + (" (log scale)" if logarithmic else "") + "; dashed: dense", grid="x")
-    axes.tick_params(axis="y", length=0, labelsize=10.5)
-    return _save(figure, path)
-
-
-def captured_figure(results: dict, path: Path) -> bool:
-    """Captured importance per layer, one line per arm but dense."""
-    arms = _layered(results, "captured_importance")
-    if not arms:
-        return False
-    figure = _figure(results, "Importance captured per layer", 8.6, 4.4)
-    axes = figure.subplots()
-    lowest = 100.0
-    for arm in arms:
-        shares = 100 * np.array([_real(value) for value in arm["per_layer"]["captured_importance"]])
-        color, marker = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
-        density = "" if arm.get("density") is None else f" ({percent(arm['density'])} %)"
-        axes.plot(
-            shares,
-            color=color,
-            marker=marker if len(shares) <= _MAX_MARKERS else None,
-            markersize=5,
-            linewidth=1.7,
-            label=arm["arm"] + density,
-            clip_on=False,
-        )
-        lowest = float(np.nanmin([lowest, *shares]))
-    axes.set_ylim(min(90.0, 10 * math.floor(lowest / 10)), 100)
-    _integer_ticks(axes)
-    plain_axes(axes, xlabel="layer", ylabel="captured importance, %")
-    legend = figure.legend(loc="outside right center", frameon=False, fontsize=9.5, title="arm (density)", title_fontsize=9.5)
-    legend.get_title().set_color(MUTED)
-    legend.set_alignment("left")
-    return _save(figure, path)
-
-
-def union_figure(results: dict, path: Path) -> bool:
-    """How much of an FFN a batch of tokens keeps, one line per arm whose masks differ by token; dashed: were the tokens' masks independent."""
-    arms = [arm for arm in results.get("arms") or [] if arm["arm"] != "dense" and not arm.get("missing") and any((arm.get("union_density") or {}).values())]
-    if not arms:
-        return False
-    figure = _figure(results, "Neurons kept by a batch of tokens together", 8.6, 4.4)
-    axes = figure.subplots()
-    sizes = np.array([1, *map(int, arms[0]["union_density"])])
-    for arm in arms:
-        shares = 100 * np.array([_real(value) for value in (arm.get("density"), *arm["union_density"].values())])
-        color, marker = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
-        axes.plot(sizes, shares, color=color, marker=marker, markersize=5, linewidth=1.7, label=arm["arm"], clip_on=False)
-    density = _real((results.get("conditions") or {}).get("density"))
-    axes.plot(sizes, 100 * (1 - (1 - density) ** sizes), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="independent masks")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_ylim(top=100)
-    plain_axes(axes, xlabel="tokens in a batch, drawn at random from the windows that ran together", ylabel="neurons that some token keeps, %")
-    legend = figure.legend(loc="outside right center", frameon=False, fontsize=9.5)
-    legend.set_alignment("left")
-    return _save(figure, path)
-
-
-def usage_figure(results: dict, path: Path) -> bool:
-    """How evenly the clusters are used: each layer's clusters by size, and the share of them that is empty."""
-    sizes = (results.get("cluster") or {}).get("sizes") or {}
-    groups = {site: [np.asarray(layer, dtype=float) for layer in layers if len(layer)] for site, layers in sizes.items()}
-    groups = {site: layers for site, layers in groups.items() if layers}
-    if not groups:
-        return False
-    if len(groups) > _MAX_SITES:
-        groups = {"group": [layer for layers in groups.values() for layer in layers]}
-    figure = _figure(results, "Use of the clusters", 9.2, 0.6 + 3.3 * len(groups))
-    grid = figure.subplots(len(groups), 2, squeeze=False, width_ratios=[1.7, 1])
-    for (site, layers), (left, right) in zip(groups.items(), grid, strict=True):
-        pooled = (results.get("conditions") or {}).get("scope") == "pooled"
-        unit = "group" if site == "group" else "codebook" if pooled else "layer"
-        _usage_curves(figure, left, layers, unit)
-        _empty_bars(right, layers, unit)
-        if len(groups) > 1:
-            left.set_title(site, loc="left", fontsize=11, color=INK)
-    return _save(figure, path)
-
-
-def convergence_figure(results: dict, path: Path) -> bool:
-    """Captured share, centroid bits that changed and empty clusters over epochs, and the predictor's loss over steps."""
-    cluster = (results.get("cluster") or {}).get("history") or []
-    predictor = (results.get("predictor") or {}).get("history") or []
-    tuning = (results.get("tune") or {}).get("history") or []
-    free = (results.get("conditions") or {}).get("ones") == "free"
-    wanted = [
-        ("agreement with the centroids, %" if free else "captured by the centroids, %", cluster, "epoch", "captured", 100.0, "#009E73"),
-        ("centroids' change, %" if free else "centroid bits that changed, %", cluster, "epoch", "changed", 100.0, "#0072B2"),
-        ("empty clusters", cluster, "epoch", "empty", 1.0, "#E69F00"),
-        ("predictor's loss", predictor, "step", "loss", 1.0, "#D55E00"),
-        ("tuning: divergence from dense, nats", tuning, "step", "divergence", 1.0, "#CC79A7"),
-    ]
-    panels = [panel for panel in wanted if any(math.isfinite(_real(row.get(panel[3]))) for row in panel[1])]
-    if not panels:
-        return False
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _figure(results, "Convergence", max(6.4, 4.3 * columns), 0.3 + 2.7 * rows)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (title, history, x, y, scale, color) in zip(places, panels, strict=False):
-        points = [_real(row.get(x)) for row in history]
-        marker = "o" if len(points) <= _MAX_MARKERS else None
-        axes.plot(points, [scale * _real(row.get(y)) for row in history], color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)
-        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-        if y in ("empty", "changed"):
-            axes.set_ylim(bottom=0)
-        if y == "empty":
-            axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
-            axes.yaxis.get_major_locator().set_params(integer=True)
-        _integer_ticks(axes)
-        plain_axes(axes, xlabel=x)
-    return _save(figure, path)
-
-
-def _perplexity_bar(axes: Axes, y: int, arm: dict, value: float, left: float) -> float:
-    """Draws one arm's bar with its whisker and label; returns where the bar and whisker end on the x axis."""
-    if not math.isfinite(value):
-        reason = arm.get("missing") or ("not finite" if arm.get("perplexity") is not None else "not measured")
-        _bar_label(axes, left, y, f"{DASH} {reason}", color=MUTED, style="italic")
-        return max(left, 1e-9)
-    color, _ = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
-    axes.barh(y, value - left, left=left, height=0.62, color=color, zorder=2)
-    end, label = value, shown_perplexity(value)
-    ratio, low, high = (_real(arm.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
-    if math.isfinite(ratio) and arm["arm"] != "dense":
-        label += f"   ×{shown_ratio(arm)}"
-    if math.isfinite(low + high + ratio) and high > low:
-        end = max(end, value * high / ratio)
-        axes.plot([value * low / ratio, end], [y, y], color=INK, linewidth=1.2, zorder=3, solid_capstyle="butt", marker="|", markersize=6)
-    _bar_label(axes, end, y, label, color=INK)
-    return end
-
-
-def _bar_label(axes: Axes, x: float, y: float, text: str, **look: str) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}  # hides the grid and the line of dense behind it
-    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, bbox=box, zorder=4, **look)
-
-
-def _usage_curves(figure: Figure, axes: Axes, layers: Sequence[np.ndarray], unit: str) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    # Not to viridis's end: its yellow is too faint on white.
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    most = max(len(layer) for layer in layers)
-    for layer, shade in zip(layers, shades, strict=True):
-        used = np.sort(layer[layer > 0])[::-1]
-        ranks = np.arange(len(used)) + 1
-        if len(used) > _MAX_POINTS:
-            ranks = np.unique(np.geomspace(1, len(used), _MAX_POINTS).round().astype(int))
-        axes.plot(ranks, 100 * used[ranks - 1] / max(1.0, used.sum()), color=shade, linewidth=1.2, alpha=0.9)
-    axes.axhline(100 / most, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    log_axis(axes, "y")
-    if most > _MAX_LINEAR_RANKS:
-        log_axis(axes, "x")
-    plain_axes(axes, xlabel="cluster, by size; dashed: all equal", ylabel="share of rows, %")
-    if len(layers) > 1:
-        bar = figure.colorbar(ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(shades)), ax=axes, pad=0.02, aspect=28)
-        bar.set_label(unit, fontsize=9.5, color=MUTED)
-        bar.ax.yaxis.get_major_locator().set_params(integer=True)
-        bar.ax.tick_params(labelsize=9, length=0, colors=MUTED)
-        bar.outline.set_visible(False)
-
-
-def _empty_bars(axes: Axes, layers: Sequence[np.ndarray], unit: str) -> None:
-    shares = [100 * float(np.mean(layer == 0)) for layer in layers]
-    axes.bar(range(len(layers)), shares, color="#E69F00", width=0.8, zorder=2)
-    axes.set_ylim(0, max(1.0, 1.15 * max(shares)))
-    axes.set_xlim(-0.7, len(layers) - 0.3)
-    if not any(shares):
-        axes.text(0.5, 0.5, "no cluster is empty", transform=axes.transAxes, ha="center", va="center", fontsize=9.5, color=MUTED)
-    _integer_ticks(axes)
-    plain_axes(axes, xlabel=unit, ylabel="empty clusters, %")
-
-
-def _figure(results: dict, title: str, width: float, height: float) -> Figure:
-    """A figure of `width` × `height` inches under a heading of title and conditions."""
-    return new_figure(title, _wrapped_conditions(results, int(14.2 * width)), width, height, alarm=is_in_sample(results))
-
-
-def new_figure(title: str, subtitle: Sequence[str], width: float, height: float, alarm: bool = False) -> Figure:
-    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`. No pyplot, so nothing global is touched."""
-    from matplotlib.figure import Figure
-
-    heading = 0.52 + 0.165 * len(subtitle)
-    total = height + heading
-    figure = Figure(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / total), w_pad=0.09, h_pad=0.09)
-    figure.text(0.14 / width, 1 - 0.14 / total, title, fontsize=14, weight="bold", color=INK, va="top")
-    color = ALARM if alarm else MUTED
-    figure.text(0.14 / width, 1 - 0.44 / total, "\n".join(subtitle), fontsize=9, color=color, va="top", linespacing=1.3)
-    return figure
-
-
-def plain_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "both") -> None:
-    axes.set_xlabel(xlabel, fontsize=10, color=MUTED)
-    axes.set_ylabel(ylabel, fontsize=10, color=MUTED)
-    axes.grid(True, axis=grid, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#B0B0B0")
-    axes.tick_params(labelsize=9.5, color="#B0B0B0", labelcolor=INK)
-
-
-def log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers at its powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _integer_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _save(figure: Figure, path: Path) -> bool:
-    figure.savefig(path)
-    return True
+    return "\n\n".join(filter(None, ["\n".join(wrapped_conditions(results, width)), *grids, "\n".join(notes)])) + "\n"

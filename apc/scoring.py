@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from apc import distributed, report
+from apc import distributed, figures
 from apc.codebook import Codebook
 from apc.config import DEFAULT_ARMS, Config
 from apc.errors import UserError
@@ -90,5 +90,5 @@ def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
         for layer in range(len(record["per_layer"]["density"]))
     ]
     tracking.table("eval/layers", ["arm", "layer", "density", "coverage", "precision", "captured_importance"], layer_rows)
-    for key, path in report.save_figures(results, folder / "figures").items():
+    for key, path in figures.save_figures(results, folder / "figures").items():
         tracking.figure(f"figures/{key}", path)

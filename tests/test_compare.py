@@ -9,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 
 import evaluate
-from apc import cli, compare, compare_figures, finished, report
+from apc import cli, compare, compare_figures, finished
 from apc.config import load_config, to_yaml
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
@@ -72,10 +72,10 @@ def test_a_line_is_one_arm_of_one_algorithm_and_density_over_clusters(grid):
 def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
     runs = finished.ordered([finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)])
     assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [1, 1]
-    figures = []
-    new_figure = report.new_figure
-    monkeypatch.setattr(compare_figures.report, "new_figure", lambda *args, **options: figures.append(new_figure(*args, **options)) or figures[-1])
-    assert compare_figures.perplexity_figure(runs, tmp_path / "a.png") and len(figures[0].axes) == 2
+    drawn = []
+    new_figure = figures.new_figure
+    monkeypatch.setattr(figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1])
+    assert compare_figures.perplexity_figure(runs, tmp_path / "a.png") and len(drawn[0].axes) == 2
 
 
 def test_settings_that_differ_part_lines_and_are_named(tmp_path):
@@ -139,21 +139,21 @@ def test_an_evaluation_of_a_run_is_made_again_by_evaluate(tmp_path):
 
 
 def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(grid, tmp_path, monkeypatch):
-    figures = {}
-    new_figure = report.new_figure
-    monkeypatch.setattr(compare_figures.report, "new_figure", lambda title, *args, **options: figures.setdefault(title, new_figure(title, *args, **options)))
+    by_title = {}
+    new_figure = figures.new_figure
+    monkeypatch.setattr(figures, "new_figure", lambda title, *args, **options: by_title.setdefault(title, new_figure(title, *args, **options)))
     drawn = [path.stem for path in compare_figures.save_figures(grid[1], tmp_path)]
     assert drawn == ["coverage", "perplexity", "captured_importance_over_bits", "perplexity_over_bits", "perplexity_over_captured", "gaps"]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in drawn)
-    words = {title: " | ".join(text.get_text() for text in figure.findobj(Text)) for title, figure in figures.items()}
+    words = {title: " | ".join(text.get_text() for text in figure.findobj(Text)) for title, figure in by_title.items()}
     for expected in ("paper, nearest centroids: 12.49", "paper, exact: 6.45", "paper, dense: ≈ 5.3", "not comparable", "dense 5.00", "IN-SAMPLE", "held-out"):
         assert expected in words["Perplexity over clusters"], expected
     coverage = next(text for title, text in words.items() if title.startswith("Coverage"))
     assert "paper's best: 79.34" in coverage and "density, %" in coverage and "not comparable" in coverage
-    axes = figures["Perplexity over clusters"].axes[0]
+    axes = by_title["Perplexity over clusters"].axes[0]
     low, high = axes.get_xlim()
     assert low < 256 and high > 16384 and axes.get_xscale() == "log" and axes.get_yscale() == "log"
-    gaps = figures["What codebook and predictor cost"].axes
+    gaps = by_title["What codebook and predictor cost"].axes
     heights = sorted({round(y, 6) for line in gaps[0].lines for y in line.get_ydata()})
     assert len(gaps) == 1 and heights == [round(math.log(25 / 20), 6), round(math.log(20 / 6), 6)]  # of held-out runs: the only ones with a predictor
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apc import report
+from apc import figures, report
 
 LAYERS = 4
 REASON = "no predictor in runs/x"
@@ -161,7 +161,7 @@ def test_layer_table_has_a_row_per_layer_and_one_over_all(results):
 
 
 def test_figures_are_pictures(results, tmp_path):
-    paths = report.save_figures(results, tmp_path / "figures")
+    paths = figures.save_figures(results, tmp_path / "figures")
     assert list(paths) == ["perplexity", "captured_importance", "cluster_usage", "convergence"]
     for path in paths.values():
         with Image.open(path) as image:
@@ -173,22 +173,22 @@ def test_figures_are_pictures(results, tmp_path):
 def test_batches_keep_more_together(results, tmp_path):
     for arm in results["arms"]:
         arm["union_density"] = {"2": 0.7, "4": None, "8": 0.9}
-    assert list(report.save_figures(results, tmp_path)) == ["perplexity", "captured_importance", "union_density", "cluster_usage", "convergence"]
+    assert list(figures.save_figures(results, tmp_path)) == ["perplexity", "captured_importance", "union_density", "cluster_usage", "convergence"]
     assert (tmp_path / "union_density.png").stat().st_size > 10_000
 
 
 def test_tuning_is_said_and_its_divergence_drawn(results, tmp_path):
-    plain = report.save_figures(results, tmp_path / "plain")["convergence"].read_bytes()
+    plain = figures.save_figures(results, tmp_path / "plain")["convergence"].read_bytes()
     results["conditions"]["tuned"] = "predicted, 8 passes"
     results["tune"] = {"history": [{"step": 10, "divergence": 0.4}, {"step": 20, "divergence": 0.2}]}
     assert "tuned for predicted, 8 passes" in report.conditions_text(results)
-    assert report.save_figures(results, tmp_path / "tuned")["convergence"].read_bytes() != plain
+    assert figures.save_figures(results, tmp_path / "tuned")["convergence"].read_bytes() != plain
 
 
 def test_in_sample_figures_differ_from_held_out_ones(results, tmp_path):
-    held_out = report.save_figures(results, tmp_path / "a")
+    held_out = figures.save_figures(results, tmp_path / "a")
     results["conditions"]["split"] = "in-sample"
-    in_sample = report.save_figures(results, tmp_path / "b")
+    in_sample = figures.save_figures(results, tmp_path / "b")
     for name in held_out:
         pictures = [np.asarray(Image.open(paths[name]).convert("RGB")) for paths in (held_out, in_sample)]
         red = [int(np.all(picture == (0xB2, 0x18, 0x2B), axis=-1).sum()) for picture in pictures]
@@ -197,7 +197,7 @@ def test_in_sample_figures_differ_from_held_out_ones(results, tmp_path):
 
 def test_figures_leave_no_global_state(results, tmp_path):
     code = (
-        "import json, sys; from apc import report; report.save_figures(json.loads(sys.argv[1]), sys.argv[2]);"
+        "import json, sys; from apc import figures; figures.save_figures(json.loads(sys.argv[1]), sys.argv[2]);"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(results), str(tmp_path)], check=True)
@@ -214,7 +214,7 @@ def test_figures_leave_no_global_state(results, tmp_path):
     ids=["no-arms", "no-clusters", "evaluated-only", "nothing"],
 )
 def test_figures_without_data_are_left_out(results, tmp_path, without, left):
-    assert list(report.save_figures({**results, **without}, tmp_path)) == left
+    assert list(figures.save_figures({**results, **without}, tmp_path)) == left
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(left)
 
 
@@ -231,7 +231,7 @@ def test_figures_without_data_are_left_out(results, tmp_path, without, left):
 )
 def test_usage_of_any_number_of_clusters_and_groups(results, tmp_path, sizes):
     results["cluster"]["sizes"] = sizes
-    assert report.usage_figure(results, tmp_path / "usage.png") and (tmp_path / "usage.png").stat().st_size > 10_000
+    assert figures.usage_figure(results, tmp_path / "usage.png") and (tmp_path / "usage.png").stat().st_size > 10_000
 
 
 @pytest.mark.filterwarnings("error")
@@ -245,7 +245,7 @@ def test_missing_and_not_finite_values_are_shown_as_such(results, tmp_path):
     cells = row(report.arms_table(broken), "random")
     assert cells[1] == "–" and cells[6] == "inf" and cells[7] == "–"
     assert report.layer_table(broken).count("–") == 2 + 1, "two layers, and the density over all"
-    assert len(report.save_figures(broken, tmp_path)) == 4
+    assert len(figures.save_figures(broken, tmp_path)) == 4
 
 
 def test_bare_results_make_a_table_too():
