@@ -9,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 
 import evaluate
-from apc import cli, compare, compare_figures, finished
+from apc import cli, compare, compare_figures, figures, finished
 from apc.config import load_config, to_yaml
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
