@@ -3,12 +3,16 @@
 Shape letters: see `bits.py`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from apc.ops.bits import describe, on_cpu, popcount, require, unpack
 
-_CANDIDATES = 2048  # rows that a batch of clusters chooses from, for each of them
+_CANDIDATES = 8192  # rows that a batch of clusters chooses from, for each of them, at most
+_ENTRIES = 1 << 20  # of those, for all clusters of a batch
+_ROUNDS = 4  # of a matching between two looks at whether it is done, each of which waits for the device
 _TAKEN = torch.iinfo(torch.int64).max
 
 
@@ -28,7 +32,7 @@ def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tens
     N, K = len(rows), len(centroids)
     if not (K and 1 <= capacity <= N // K):
         raise ValueError(f"capacity must be from 1 to N / K for rows {describe(rows)} and centroids {describe(centroids)}, got {capacity}")
-    batch = max(1, _CANDIDATES // capacity)
+    batch = max(1, min(_CANDIDATES // capacity, math.isqrt(_ENTRIES // capacity)))
     planes, ones, number = _planes(rows), popcount(rows).long(), torch.arange(N, device=rows.device)
     ids = torch.full((N,), -1, dtype=torch.int64, device=rows.device)
     for first in range(0, K, batch):
@@ -47,13 +51,13 @@ def _match(nearest: Tensor, capacity: int, N: int) -> Tensor:
     cluster = torch.arange(B, device=nearest.device).unsqueeze(1)
     owner = torch.full((N,), B, dtype=torch.int64, device=nearest.device)
     while True:  # after t rounds the first t clusters have their rows
-        free = owner[nearest] >= cluster
-        asked = free & (free.cumsum(1) <= capacity)
-        lowest = torch.full_like(owner, B)
-        lowest.scatter_reduce_(0, nearest.flatten(), torch.where(asked, cluster, B).flatten(), "amin")
-        if torch.equal(lowest, owner):
+        for _ in range(_ROUNDS):
+            before, free = owner, owner[nearest] >= cluster
+            asked = free & (free.cumsum(1) <= capacity)
+            owner = torch.full_like(before, B)
+            owner.scatter_reduce_(0, nearest.flatten(), torch.where(asked, cluster, B).flatten(), "amin")
+        if torch.equal(before, owner):
             return owner
-        owner = lowest
 
 
 def _planes(packed: Tensor) -> Tensor:
