@@ -6,6 +6,8 @@ weights and inputs; here codes, scales and what a neuron makes of them are train
 D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of E weights.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -68,28 +70,35 @@ class LowBitScores(nn.Module):
 
     def levels(self, layer: slice | int) -> Tensor:
         """float32 [..., P, D, E] of a layer, or several."""
+        return self._levels(self.planes[:, layer] if self.frozen else self.weights[layer])
+
+    def _levels(self, held: Tensor) -> Tensor:
         if not self.frozen:
-            return _Quantise.apply(self.weights[layer], self.bits)
-        found = torch.full((), 0.5 - 2 ** (self.bits - 1), device=self.planes.device)
-        for place, plane in enumerate(self.planes):
-            found = found + ops.unpack(plane[layer], self.hidden_size) * 2.0**place
+            return _Quantise.apply(held, self.bits)
+        found = torch.full((), 0.5 - 2 ** (self.bits - 1), device=held.device)
+        for place, plane in enumerate(held):
+            found = found + ops.unpack(plane, self.hidden_size) * 2.0**place
         return found
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [L, n, E], the FFN inputs → scores float32 [L, n, D]"""
-        return self._scores(hidden, slice(None))
+        return self._scores(hidden, self.levels(slice(None)), self.scale, self.slope, self.power, self.bias)
 
-    def layer_scores(self, layer: int, hidden: Tensor) -> Tensor:
-        """hidden [n, E] → scores float32 [n, D]"""
-        return self._scores(hidden, layer)
+    def layer(self, layer: int) -> "LayerScores":
+        """One layer's part, which looks at this one's parameters."""
+        held = self.planes[:, layer] if self.frozen else self.weights[layer]
+        return LayerScores(self, held, *(value[layer] for value in (self.scale, self.slope, self.power, self.bias)))
 
-    def _scores(self, hidden: Tensor, layer: slice | int) -> Tensor:
-        levels, score = self.levels(layer), self.bias[layer].unsqueeze(-2)
-        for place in range(len(self.reads)):
-            scale, slope, power = (value[layer][..., place, :].unsqueeze(-2) for value in (self.scale, self.slope, self.power))
-            z = scale * (hidden @ levels[..., place, :, :].transpose(-1, -2).to(hidden.dtype)).float()
-            score = score + slope * z + power * torch.log1p(z.square())
-        return score
+    def unbind(self) -> list["LayerScores"]:
+        """`layer` of all layers at once: their gradients become one tensor, where each of `layer`'s is a tensor of all layers."""
+        held = self.planes.unbind(1) if self.frozen else self.weights.unbind()
+        curves = (value.unbind() for value in (self.scale, self.slope, self.power, self.bias))
+        return [LayerScores(self, *parts) for parts in zip(held, *curves, strict=True)]
+
+    def _scores(self, hidden: Tensor, levels: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor) -> Tensor:
+        """hidden [G, n, E], levels [G, P, D, E], scale, slope and power [G, P, D], bias [G, D] → float32 [G, n, D]"""
+        products = hidden @ levels.flatten(1, 2).transpose(1, 2).to(hidden.dtype)
+        return ops.score_curve(products.unflatten(-1, (len(self.reads), self.neurons)), scale, slope, power, bias)
 
     @torch.no_grad()
     def freeze(self) -> "LowBitScores":
@@ -122,3 +131,20 @@ class LowBitScores(nn.Module):
     def multiplications(self) -> int:
         """Products that one layer computes for one token, whatever the bits of a weight."""
         return len(self.reads) * self.neurons * (self.hidden_size + 3)
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One layer of `LowBitScores`. held: its weights [P, D, E], or its planes [b, P, D, W]; scale, slope, power [P, D]; bias [D]."""
+
+    of: LowBitScores
+    held: Tensor
+    scale: Tensor
+    slope: Tensor
+    power: Tensor
+    bias: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [n, E] → scores float32 [n, D]"""
+        parts = (self.of._levels(self.held), self.scale, self.slope, self.power, self.bias)
+        return self.of._scores(hidden.to(self.bias.dtype).unsqueeze(0), *(part.unsqueeze(0) for part in parts)).squeeze(0)

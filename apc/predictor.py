@@ -16,7 +16,7 @@ from apc.codebook import Codebook
 from apc.datamodule import BlockLoader
 from apc.errors import UserError
 from apc.files import load_tensors, save_tensors
-from apc.low_bit import READS, SPACING, LowBitScores
+from apc.low_bit import READS, SPACING, LayerScores, LowBitScores
 from apc.models import GatedFFN
 from apc.patterns import Block, PatternInfo
 
@@ -101,16 +101,22 @@ class Predictor(nn.Module):
         sources = torch.tensor([self.source_layer(layer) for layer in range(self.layers)], device=hidden.device)
         if self.low_bit is not None:
             return {"neuron": self.low_bit(hidden[sources].to(self.low_bit.bias.dtype))}
-        inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), self._normalise(hidden[sources]), self.reduce))
+        inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), _normalise(hidden[sources], self.reduce.dtype), self.reduce))
         return {site: torch.baddbmm(self.expand_bias[site].unsqueeze(1), inner, weight) for site, weight in self.expand.items()}
 
     def layer_outputs(self, layer: int, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """One layer's logits [n, K] from hidden [n, E], the FFN input of `source_layer(layer)`, and its correction [n, E], None if it has none."""
-        inner = None if self.reduce is None else F.silu(torch.addmm(self.reduce_bias[layer], self._normalise(hidden), self.reduce[layer]))
-        correction = torch.addmm(self.correct_bias[layer], inner, self.correct[layer]) if self.corrects else None
-        if self.low_bit is not None:
-            return self.low_bit.layer_scores(layer, hidden.to(self.low_bit.bias.dtype)), correction
-        return torch.addmm(self.expand_bias[site][layer], inner, self.expand[site][layer]), correction
+        return LayerPredictor({name: value[layer] for name, value in self._by_name().items()}, self.low_bit and self.low_bit.layer(layer))(site, hidden)
+
+    def unbind(self) -> list["LayerPredictor"]:
+        """All layers taken apart at once: their gradients become one tensor, where those of `layer_outputs` are a tensor of all layers for each."""
+        parts = {name: value.unbind() for name, value in self._by_name().items()}
+        scores = [None] * self.layers if self.low_bit is None else self.low_bit.unbind()
+        return [LayerPredictor({name: value[layer] for name, value in parts.items()}, scores[layer]) for layer in range(self.layers)]
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """The bottleneck's parameters, [L, ...] each."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("low_bit.")}
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
         """A copy that can be trained, with another provenance, or one that corrects (by nothing yet, where this one does not)."""
@@ -131,10 +137,6 @@ class Predictor(nn.Module):
         curve = [] if self.low_bit is None else [self.low_bit.scale, self.low_bit.slope, self.low_bit.power, self.low_bit.bias]
         others = [value for value in self.parameters() if not any(value is one for one in curve)]
         return [{"params": values, "lr": rate} for values, rate in ((others, lr), (curve, 10 * lr)) if values]
-
-    def _normalise(self, hidden: Tensor) -> Tensor:
-        """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
-        return F.rms_norm(hidden.to(self.reduce.dtype), hidden.shape[-1:])
 
     def parameters_read(self, site: str) -> float:
         """Parameters of 16 bits that one layer reads for one token at `site`; reduction and correction count at the first site only."""
@@ -173,6 +175,30 @@ class Predictor(nn.Module):
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path}: damaged (its header and tensors don't match: {reason}); make it again") from error
         return predictor.requires_grad_(False).eval()
+
+
+def _normalise(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a root mean square of 1 a token, since a window's first tokens are hundreds of times larger than others."""
+    return F.rms_norm(hidden.to(dtype), hidden.shape[-1:])
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """One layer of a `Predictor`. weights: those of its bottleneck, by their names; scores: its low-bit copy, or None."""
+
+    weights: dict[str, Tensor]
+    scores: LayerScores | None
+
+    def __call__(self, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, K] from hidden [n, E], and the correction [n, E], None if it has none."""
+        own, inner, correction = self.weights, None, None
+        if "reduce" in own:
+            inner = F.silu(torch.addmm(own["reduce_bias"], _normalise(hidden, own["reduce"].dtype), own["reduce"]))
+        if "correct" in own:
+            correction = torch.addmm(own["correct_bias"], inner, own["correct"])
+        if self.scores is not None:
+            return self.scores(hidden), correction
+        return torch.addmm(own[f"expand_bias.{site}"], inner, own[f"expand.{site}"]), correction
 
 
 def label_rows(loader: BlockLoader, codebook: Codebook, device: torch.device) -> dict[str, Tensor]:

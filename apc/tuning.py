@@ -11,19 +11,17 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from apc import distributed, ops
 from apc.codebook import Codebook
 from apc.errors import UserError
 from apc.models import GatedFFN
 from apc.patterns import quantise
-from apc.predictor import Predictor, at_16_bits
+from apc.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse_model import Choice, ForwardReader, Tokens
 
 ARMS = ("predicted", "oracle", "neuron-predictor")
 LEAST_PROFILE = 1e-3  # of the mean: scores are logarithms of profiles, which may be 0
-TOKENS_AT_ONCE = 2048  # whose logits are compared in float32
 
 
 @dataclass(frozen=True)
@@ -59,32 +57,23 @@ class TuneConfig:
         return {"predicted": ("cluster",), "neuron-predictor": ("neuron", "low-bit")}.get(self.arm, ())
 
 
-def straight_through(scores: Tensor, m: int, temperature: float) -> Tensor:
-    """The mask of the m largest of each row, scores [..., D], as float32 0 and 1 whose gradient is that of σ((score − the m-th) / temperature)."""
-    scores = scores.float()
-    if scores.isnan().any():
-        raise UserError("the scores of neurons are not finite any more; lower tune.lr and tune.lr_scores")
-    kept = ops.top_mask(scores.detach(), m)
-    last = scores.detach().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    soft = torch.sigmoid((scores - last) / temperature)
-    return kept.float() + (soft - soft.detach())
-
-
 class _Rows(torch.autograd.Function):
     """table[ids] whose gradient is a matrix product: the indexing's own adds the rows of one id one after the other."""
 
     @staticmethod
     def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.rows = len(table)
+        ctx.rows, ctx.dtype = len(table), table.dtype
         return table[ids]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
+        # On a GPU in bfloat16, which takes a tenth of float32's time: the gradient's rows are rounded, their sums are not.
+        gradient = gradient.bfloat16() if gradient.is_cuda else gradient
         chosen = torch.zeros(ctx.rows, len(ids), dtype=gradient.dtype, device=ids.device)
         chosen[ids, torch.arange(len(ids), device=ids.device)] = 1
-        return chosen @ gradient, None
+        return (chosen @ gradient).to(ctx.dtype), None
 
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:
@@ -202,10 +191,9 @@ class TuningModule(LightningModule):
             found = model(input_ids=windows, use_cache=False).logits.flatten(0, 1)
         finally:
             hooks.remove()
-        parts = [slice(start, start + TOKENS_AT_ONCE) for start in range(0, len(dense), TOKENS_AT_ONCE)]
         # All windows of a step weigh the same, also where ranks have more or fewer of them: their gradients' mean is taken.
         weight = len(windows) * distributed.world_size() / self.step_windows
-        loss = weight * sum(checkpoint(_divergence, found[part], dense[part], use_reentrant=False) for part in parts) / len(dense)
+        loss = weight * ops.divergence(found, dense).sum() / len(dense)
         if not torch.isfinite(loss):
             raise UserError(f"the divergence is not finite at step {self.global_step}; lower tune.lr (now {self.cfg.lr}) or set tune.precision=32-true")
         step = self.global_step + 1
@@ -222,25 +210,26 @@ class TuningModule(LightningModule):
             return self._outputs(tokens)[0]
         return self.scores[tokens.layer][self._ids(tokens)]
 
-    def choose(self, tokens: Tokens, scores: Tensor, offsets: Tensor, m: int) -> Choice:
-        """The arm's choice, with a gradient; its mask is float32. scores [K, D], offsets [K, E] and m: of the layer."""
+    def choose(self, tokens: Tokens, scores: Tensor, offsets: Tensor, m: int, predictor: LayerPredictor | None) -> Choice:
+        """The arm's choice, with a gradient; its mask holds numbers. scores [K, D], offsets [K, E], m and predictor: of the layer."""
         tau = self.cfg.temperature
         if self.cfg.arm == "neuron-predictor":
-            found, correction = self._outputs(tokens)
-            return Choice(straight_through(found, m, tau), correction)
-        masks = straight_through(scores, m, tau)
+            found, correction = self._outputs(tokens, predictor)
+            return Choice(ops.straight_through(found, m, tau, tokens.values.dtype), correction)
+        masks = ops.straight_through(scores, m, tau)
         if self.cfg.arm == "oracle":
             ids = self._ids(tokens)
             return Choice(rows_of(masks, ids), rows_of(offsets, ids))
-        logits, correction = self._outputs(tokens)
+        logits, correction = self._outputs(tokens, predictor)
         ids, shares = logits.argmax(-1), logits.softmax(-1)
         gradient = shares - shares.detach()  # 0, but for its gradient
         added = rows_of(offsets, ids) + gradient @ offsets.detach()
         return Choice(rows_of(masks, ids) + gradient @ masks.detach(), added if correction is None else added + correction)
 
-    def _outputs(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def _outputs(self, tokens: Tokens, predictor: LayerPredictor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits float32 and correction; predictor: the layer's, where all were taken apart at once."""
         hidden = tokens.inputs[self.predictor.source_layer(tokens.layer)]
-        logits, correction = self.predictor.layer_outputs(tokens.layer, tokens.site, hidden)
+        logits, correction = predictor(tokens.site, hidden) if predictor else self.predictor.layer_outputs(tokens.layer, tokens.site, hidden)
         return logits.float(), correction
 
     @torch.no_grad()
@@ -277,11 +266,6 @@ class TuningModule(LightningModule):
         return self.trainer.datamodule.loader.step_windows if self._trainer is not None else self.cfg.windows
 
 
-def _divergence(found: Tensor, dense: Tensor) -> Tensor:
-    """Σ over tokens of KL(dense ‖ found), logits [n, V]"""
-    return F.kl_div(found.float().log_softmax(-1), dense.float().log_softmax(-1), log_target=True, reduction="sum")
-
-
 class _TuningForward(ForwardReader):
     """The model under the module's own masks."""
 
@@ -290,7 +274,8 @@ class _TuningForward(ForwardReader):
         super().__init__(module._ffns, module.codebook, lookahead, adds=True)
         self.module = module
         # Taken apart once: the gradient of indexing would be a tensor of all layers for each.
-        self.layers = list(zip(module.scores.unbind(), module.offsets.unbind(), module.sizes.tolist(), strict=True))
+        predictors = [None] * len(module.scores) if module.predictor is None else module.predictor.unbind()
+        self.layers = list(zip(module.scores.unbind(), module.offsets.unbind(), module.sizes.tolist(), predictors, strict=True))
 
     def see(self, tokens: Tokens) -> Choice:
         return self.module.choose(tokens, *self.layers[tokens.layer])

@@ -33,7 +33,7 @@ def test_bits_hold_the_levels_and_scores_follow_the_formula(bits):
     for place in range(2):
         z = scores.scale[1, place] * (hidden[1] @ quantised(scores.weights[1, place], bits).T)
         expected = expected + scores.slope[1, place] * z + scores.power[1, place] * torch.log1p(z * z)
-    assert torch.allclose(frozen.layer_scores(1, hidden[1]), expected, atol=1e-4) and torch.allclose(scores(hidden)[1], expected, atol=1e-4)
+    assert torch.allclose(frozen.layer(1)(hidden[1]), expected, atol=1e-4) and torch.allclose(scores(hidden)[1], expected, atol=1e-4)
 
 
 def test_the_gradient_passes_within_the_levels():

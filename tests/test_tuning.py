@@ -19,7 +19,7 @@ from apc.datamodule import WindowLoader
 from apc.errors import UserError
 from apc.models import ModelConfig, find_ffns, load_model
 from apc.predictor import at_16_bits
-from apc.tuning import TuneConfig, TuningModule, share_out, straight_through
+from apc.tuning import TuneConfig, TuningModule, share_out
 
 ARMS = [("predicted", "cluster"), ("oracle", "cluster"), ("neuron-predictor", "neuron"), ("neuron-predictor", "low-bit")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,16 +52,6 @@ def test_two_ranks_tune_a_predictor_too(workplace, arm, form):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert apc.load_run(workplace / "runs" / f"two-{form}").predictor.corrects
-
-
-def test_a_hard_mask_with_the_gradient_of_a_sigmoid():
-    scores = torch.tensor([[0.3, 2.0, 0.3, -1.0, 0.9]], requires_grad=True)
-    mask = straight_through(scores, 3, temperature=0.5)
-    assert torch.equal(mask.detach(), torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0]]))  # of equal scores the lowest neuron
-    weights = torch.arange(1.0, 6.0)
-    (mask * weights).sum().backward()
-    expected = torch.tensor([s - 0.3 for s in (0.3, 2.0, 0.3, -1.0, 0.9)]).div(0.5).sigmoid()
-    assert torch.allclose(scores.grad[0], weights * expected * (1 - expected) / 0.5)
 
 
 def test_rows_of_a_table_have_the_gradient_of_indexing():

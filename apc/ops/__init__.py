@@ -2,9 +2,12 @@
 
 from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, assign_weighted_triton
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
-from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, top_mask, unpack
+from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, unpack
 from apc.ops.capacity import assign_with_capacity
+from apc.ops.curve import score_curve, score_curve_triton
+from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
+from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
     accumulate,
     accumulate_triton,
@@ -31,6 +34,8 @@ __all__ = [
     "binarize",
     "binarize_triton",
     "cut_or_fill",
+    "divergence",
+    "divergence_triton",
     "mask_size",
     "pack",
     "popcount",
@@ -40,6 +45,11 @@ __all__ = [
     "row_totals",
     "row_totals_triton",
     "scales_of",
+    "score_curve",
+    "score_curve_triton",
+    "straight_through",
+    "straight_through_triton",
     "top_mask",
+    "top_mask_triton",
     "unpack",
 ]

@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes, top_mask
+from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes
+from apc.ops.top import LONGEST, largest, top_mask, warps_for
 
 # The kernel holds a row of int64 in the registers of one program: half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
-# 32,768, where about half spills to the L1 cache. Longer rows go through `top_mask`.
-_LONGEST = 2**15
-_NEURONS_PER_THREAD = 16
+# 32,768 (`LONGEST`), where about half spills to the L1 cache. Longer rows go through `top_mask`.
 _FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
 
 
@@ -23,7 +22,7 @@ def binarize(sums: Tensor, density: float) -> Tensor:
 
 
 def _pack_top(values: Tensor, m: int) -> Tensor:
-    if on_cpu(values) or 8 * row_bytes(values.shape[-1]) > _LONGEST:
+    if on_cpu(values) or 8 * row_bytes(values.shape[-1]) > LONGEST:
         return pack(top_mask(values, m))
     return _pack_top_triton(values, m)
 
@@ -50,20 +49,7 @@ def _binarize_kernel(
     least = tl.min(sums, axis=0)
     # What a sum is above the row's least, so 0 or more for any int64; 0 also past D, where a tie comes after all others.
     height = tl.where(d < D, sums - least, 0).to(tl.uint64, bitcast=True)
-    # The m-th largest lies from `low` to `high`: at least m are `low` or more, fewer than m above `high`.
-    low = tl.min(height, axis=0)
-    high = tl.max(height, axis=0)
-    while low < high:
-        middle = high - ((high - low) >> 1)
-        count = tl.sum((height >= middle).to(tl.int32), axis=0)
-        low = tl.where(count >= m, middle, low)
-        high = tl.where(count > m, high, tl.where(count == m, middle, middle - 1))  # exactly m: no need to know the m-th itself
-    mask = height >= low
-    if tl.sum(mask.to(tl.int32), axis=0) > m:
-        above = height > low
-        tie = (height == low).to(tl.int32)
-        room = m - tl.sum(above.to(tl.int32), axis=0)
-        mask = above | ((tie > 0) & (tl.cumsum(tie, axis=0) <= room))
+    mask = largest(height, m)
     bits = tl.reshape(mask.to(tl.int32), [BLOCK_D // 8, 8]) << tl.arange(0, 8)[None, :]
     w = tl.arange(0, BLOCK_D // 8)
     tl.store(centroids_ptr + k * W + w, tl.sum(bits, axis=1).to(tl.uint8), mask=w < W)
@@ -78,13 +64,12 @@ def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
     D = sums.shape[-1]
     W = row_bytes(D)
     block = triton.next_power_of_2(8 * W)
-    if block > _LONGEST:
-        raise ValueError(f"binarize_triton takes up to {_LONGEST} neurons, got sums {describe(sums)}")
+    if block > LONGEST:
+        raise ValueError(f"binarize_triton takes up to {LONGEST} neurons, got sums {describe(sums)}")
     centroids = torch.empty((*sums.shape[:-1], W), dtype=torch.uint8, device=sums.device)
     if centroids.numel():
-        warps = min(max(block // (32 * _NEURONS_PER_THREAD), 1), 32)
         with torch.cuda.device_of(sums):
-            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, BLOCK_D=block, num_warps=warps)
+            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, BLOCK_D=block, num_warps=warps_for(block))
     return centroids
 
 
