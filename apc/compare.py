@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from apc import report
 from apc.compare_figures import save_figures
@@ -19,15 +18,13 @@ from apc.errors import UserError
 from apc.files import write_atomic
 from apc.finished import Finished, find_runs, ordered, place_text, variants
 
-if TYPE_CHECKING:
-    pass
-
 SLIDES = (
     "predictions: how many times fewer things are predicted than by neuron, as the paper's slides count them, N·L·T·C over K·L·T·C, with N the FFN's "
     "parameters and K the clusters of all sites. It counts predictions, neither bytes nor FLOPs: those stand beside it."
 )
 GAPS = "gap: at oracle, ln of its perplexity over exact's (what the codebook costs); at predicted, over oracle's (what predicting the cluster costs)."
 STARRED = "* without the cost of finding the mask: this arm reads it from the token's own activations."
+SHARED = ("dense", "exact")  # arms that no codebook changes
 _ELSEWHERE = ("run", "tracking", "collect.dir")  # of a configuration: names and folders, which change no figure
 
 
@@ -81,6 +78,20 @@ def _times(ratio: float | None) -> str:
     return report.DASH if ratio is None else f"{ratio:.1e}".replace("e+0", "e")
 
 
+def _shared_rows(members: Sequence[Finished]) -> list[list[str]]:
+    """Rows of the arms that no codebook changes, each figure once, with how many of the runs have it. None for a single run."""
+    found: dict[tuple, int] = {}
+    for run in members if len(members) > 1 else ():
+        for name in SHARED:
+            if name in run.arms:
+                about = "" if name == "dense" else f"sparsity {run.conditions['sparsity']:g}"
+                unsaid = ("K",) if about else ("K", "%")  # of dense, the share that is active is another for each sparsity
+                cells = tuple("" if label in unsaid else cell(run, run.arms[name]) for _, label, cell in _TABLE)
+                found[(name, about, cells)] = found.get((name, about, cells), 0) + 1
+    every = sorted(found.items(), key=lambda item: SHARED.index(item[0][0]))
+    return [[f"{count} {'run' if count == 1 else 'runs'}", about, *cells] for (_, about, cells), count in every]
+
+
 def table(runs: Sequence[Finished], markdown: bool = False) -> str:
     """Every arm of every run under the conditions that it holds for, held-out before in-sample; then the command for each run."""
     parts = []
@@ -88,7 +99,13 @@ def table(runs: Sequence[Finished], markdown: bool = False) -> str:
     for _, group in itertools.groupby(runs, key=lambda run: run.place):
         members = list(group)
         densities = {str(run.folder): f"{names[str(run.folder)]}, density {run.conditions['density']:g}" for run in members}
-        rows = [[run.name, densities[str(run.folder)], *(cell(run, arm) for *_, cell in _TABLE)] for run in members for arm in run.arms.values()]
+        rows = _shared_rows(members)
+        rows += [
+            [run.name, densities[str(run.folder)], *(cell(run, arm) for *_, cell in _TABLE)]
+            for run in members
+            for name, arm in run.arms.items()
+            if name not in SHARED or len(members) == 1
+        ]
         heading = place_text(members[0])
         grid = report.text_grid([("", "run"), ("", "codebook"), *(column[:2] for column in _TABLE)], rows, markdown)
         parts += [f"**{heading}**" if markdown else heading, grid]

@@ -28,7 +28,7 @@ import yaml
 
 from apc import compare
 from apc.cli import one_line_errors
-from apc.config import Config, as_word, load_config, to_dict
+from apc.config import CONFIGS, Config, as_word, load_config, to_dict
 from apc.errors import UserError
 from apc.files import write_atomic
 from apc.finished import read_finished
@@ -95,7 +95,8 @@ def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> lis
     for combination in itertools.product(*parameters.values()):
         chosen = dict(zip(parameters, combination, strict=True))
         values = {key: value for key, value in chosen.items() if len(parameters[key]) > 1}
-        name = "-".join([sweep, *(_short(key, value) for key, value in values.items())])
+        parts = [_short(key, value) for key, value in values.items()]
+        name = "-".join(parts if parts and re.match(rf"{re.escape(sweep)}(-|$)", parts[0]) else [sweep, *parts])
         words = [*(f"{key}={as_word(value)}" for key, value in chosen.items()), *overrides, f"run.name={name}", f"tracking.group={sweep}"]
         if name in made:
             raise UserError(f"two combinations of the sweep are both called {name}; give values that differ in letters or digits")
@@ -104,8 +105,8 @@ def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> lis
 
 
 def _short(key: str, value) -> str:
-    """A parameter's part of a run's name: an experiment is its own name, anything else has the last word of its key before it."""
-    return str(value) if key == "experiment" else key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9._]+", "_", str(value))
+    """A parameter's part of a run's name: a group's file is its own name, anything else has the last word of its key before it."""
+    return str(value) if (CONFIGS / key).is_dir() else key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9._]+", "_", str(value))
 
 
 def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 import triton
 from common import RESULTS, Row, append, commit, markdown, row, time_cuda
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import kl_div, pad
 from triton.errors import TritonError
 
 from apc import ops
@@ -112,6 +112,8 @@ def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
             "update_weighted": [partial(update, shape=even, power=2, patterns=PATTERNS), partial(update, shape=odd, power=1)],
             "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in (even, odd)],
             "totals": [partial(totals, shape=even)],
+            "capacity": [partial(capacity, shape=even)],
+            "tuning": [partial(top, N=64, D=1531), partial(divergence, n=16, V=5000), partial(curve, n=256, D=1531)],
         }
     layers = [(30, 301_056, 256, 1536), (30, 301_056, 2048, 1536)]
     paper = [(1, 65_536, 2048, 14_336), (1, 65_536, 16_384, 14_336)]
@@ -126,6 +128,8 @@ def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
         "update_weighted": [partial(update, shape=large, power=2, patterns=PATTERNS), partial(update, shape=layers[0], power=2)],
         "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in paper],
         "totals": [partial(totals, shape=large)],
+        "capacity": [partial(capacity, shape=shape) for shape in ((1, 61_440, 256, 1536), (1, 61_440, 2048, 1536), *paper)],
+        "tuning": [*(partial(top, N=8192, D=D) for D in (1536, 14_336)), partial(divergence, n=8192, V=49_152), partial(curve, n=8192, D=1536)],
     }
 
 
@@ -540,3 +544,89 @@ def totals(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
 
 if __name__ == "__main__":
     main()
+
+
+def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
+    """assign_with_capacity of one window's patterns; the peer takes the clusters one after the other, its distances made beforehand."""
+    G, N, K, D = shape
+    rows, centroids, room = draw_rows(G, N, D)[0], draw_centroids(G, K, D)[0], N // K
+    inputs = [planes(packed, D, torch.int8) for packed in (rows, centroids)]
+    keys = torch.empty((K, N), dtype=torch.int64, device=DEVICE)  # orders by distance, then by row
+    for k in range(0, K, 1024):
+        overlap = torch._int_mm(pad(inputs[1][k : k + 1024], (0, 0, 0, max(0, 32 - K))), pad(inputs[0], (0, 0, 0, -N % 8)).mT)[: K - k, :N]
+        keys[k : k + 1024] = -overlap.long() * N + torch.arange(N, device=DEVICE) + inputs[0].sum(1).long() * N
+
+    def serial() -> Tensor:
+        ids, taken = torch.full((N,), -1, dtype=torch.int64, device=DEVICE), torch.zeros(N, dtype=torch.bool, device=DEVICE)
+        for k in range(K):
+            chosen = keys[k].masked_fill(taken, torch.iinfo(torch.int64).max).topk(room, largest=False, sorted=False).indices
+            ids[chosen], taken[chosen] = k, True
+        return ids
+
+    expected = serial()
+    with poison():
+        got = ops.assign_with_capacity(rows, centroids, room)
+    check("assign_with_capacity against one cluster after the other", [got], [expected], shape)
+    facts = {"shape": shape, "ceiling": "b1 wgmma"}
+    runs = [Run("apc", [partial(ops.assign_with_capacity, rows, centroids, room)], **facts), Run("torch.topk, a cluster at a time", [serial], **facts)]
+    return measure(card, "assign_with_capacity", runs)
+
+
+def top(card: Card, N: int, D: int) -> list[Row]:
+    """top_mask of float32 rows, half of the neurons."""
+    inputs, m, shape = [torch.randn(N, D, device=DEVICE) for _ in range(copies(4 * N * D))], D // 2, (1, N, 0, D)
+    with poison():
+        got = ops.top_mask(inputs[0], m)
+    check("top_mask against reference.py", [got], [reference.top_mask(inputs[0], m)], shape)
+
+    def peers(values: Tensor) -> Tensor:
+        return torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(m, sorted=False).indices, True)
+
+    facts = {"shape": shape, "ceiling": "copy", "moved": 5 * N * D}
+    runs = [Run("apc", [partial(ops.top_mask, values, m) for values in inputs], **facts)]
+    runs += peer(
+        Run("torch.topk + scatter", [partial(peers, values) for values in inputs], **facts), lambda mask: "" if torch.equal(mask, got) else "other ties"
+    )
+    return measure(card, "top_mask", runs)
+
+
+def divergence(card: Card, n: int, V: int) -> list[Row]:
+    """divergence of bfloat16 logits with its gradient; the peer is torch's own functions in float32."""
+    found, dense = ((4 * torch.randn(n, V, device=DEVICE)).bfloat16().requires_grad_(wanted) for wanted in (True, False))
+    shape = (1, n, 0, V)
+
+    def with_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(function(found, dense), found)[0]
+
+    def peers(found: Tensor, dense: Tensor) -> Tensor:
+        return kl_div(found.float().log_softmax(-1), dense.float().log_softmax(-1), log_target=True, reduction="sum")
+
+    ours, theirs = with_gradient(lambda a, b: ops.divergence(a, b).sum()), with_gradient(peers)
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-6):
+        raise Wrong(f"the divergence's gradient is {float((ours - theirs).abs().max()):.2g} from torch's")
+    facts = {"shape": shape, "ceiling": "copy", "moved": 5 * 2 * n * V}
+    runs = [Run("apc", [partial(with_gradient, lambda a, b: ops.divergence(a, b).sum())], **facts)]
+    runs += peer(Run("torch kl_div of log_softmax", [partial(with_gradient, peers)], **facts), lambda _: "")
+    return measure(card, "divergence, with gradient", runs)
+
+
+def curve(card: Card, n: int, D: int) -> list[Row]:
+    """score_curve of bfloat16 products with its gradients; the peer is the formula in torch."""
+    products = torch.randn(1, n, 2, D, device=DEVICE).bfloat16().requires_grad_(True)
+    parts = [torch.randn(1, 2, D, device=DEVICE).requires_grad_(True) for _ in range(3)] + [torch.randn(1, D, device=DEVICE).requires_grad_(True)]
+    along, shape = torch.randn(1, n, D, device=DEVICE), (1, n, 2, D)
+
+    def with_gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(products, *parts), [products, *parts], along)
+
+    def peers(products: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor) -> Tensor:
+        z = products.float() * scale.unsqueeze(1)
+        return bias.unsqueeze(1) + (slope.unsqueeze(1) * z + power.unsqueeze(1) * torch.log1p(z.square())).sum(2)
+
+    for ours, theirs in zip(with_gradients(ops.score_curve), with_gradients(peers), strict=True):
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+            raise Wrong(f"a gradient of score_curve is {float((ours - theirs).abs().max()):.2g} from torch's")
+    facts = {"shape": shape, "ceiling": "copy", "moved": n * D * (2 * 2 + 4 + 4 + 2 * 2 + 2 * 2)}
+    runs = [Run("apc", [partial(with_gradients, ops.score_curve)], **facts)]
+    runs += peer(Run("the formula in torch", [partial(with_gradients, peers)], **facts), lambda _: "")
+    return measure(card, "score_curve, with gradients", runs)

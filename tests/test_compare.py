@@ -204,3 +204,12 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, words, message):
         run_compare(*(word.format(tmp_path) for word in words))
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.startswith(f"error: {message.format(tmp_path)}") and said.err.count("\n") == 1
+
+
+def test_what_no_codebook_changes_stands_there_once(grid):
+    said = compare.table(grid[1]).splitlines()
+    shared = [line.split() for line in said if line.split()[1:2] in (["run"], ["runs"])]
+    together = [run for run in grid[1] if sum(other.place == run.place for other in grid[1]) > 1]
+    for name in compare.SHARED:
+        assert sum(int(row[0]) for row in shared if name in row[2:5]) == sum(name in run.arms for run in together) > 0
+    assert not [line for line in said if line.startswith("in-") and " dense " in line]
