@@ -542,10 +542,6 @@ def totals(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
     return results
 
 
-if __name__ == "__main__":
-    main()
-
-
 def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
     """assign_with_capacity of one window's patterns; the peer takes the clusters one after the other, its distances made beforehand."""
     G, N, K, D = shape
@@ -630,3 +626,7 @@ def curve(card: Card, n: int, D: int) -> list[Row]:
     runs = [Run("apc", [partial(with_gradients, ops.score_curve)], **facts)]
     runs += peer(Run("the formula in torch", [partial(with_gradients, peers)], **facts), lambda _: "")
     return measure(card, "score_curve, with gradients", runs)
+
+
+if __name__ == "__main__":
+    main()
