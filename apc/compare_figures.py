@@ -318,14 +318,25 @@ def _paper_line(axes: Axes, value: float, label: str, above: bool) -> None:
 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value, arms: Sequence[str]) -> None:
     """Our own arms that do not depend on clusters, as levels with their names, and the bits of their masks' choice."""
+    found: dict[tuple[str, float], str] = {}
     for arm in arms:
-        records = [(run, run.arms[arm]) for run in members if arm in run.arms]
-        levels = {round(value(run, record), 2): record for run, record in records if value(run, record) is not None}
-        color, _ = figures.ARM_STYLES[arm]
-        for level, record in levels.items():
-            bits = f", {record['bits']:,.0f} bits" if record.get("bits") and axes.get_xscale() == "linear" else ""
-            axes.axhline(level, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=1.6)
-            _label(axes, f"{arm} {report.shown_perplexity(level)}{bits}", (0.01, level), color, ("axes fraction", "data"), arm != "dense")
+        for run in members:
+            level = value(run, run.arms[arm]) if arm in run.arms else None
+            if level is not None:
+                record = run.arms[arm]
+                bits = f", {record['bits']:,.0f} bits" if record.get("bits") and axes.get_xscale() == "linear" else ""
+                found[arm, round(level, 2)] = f"{arm} {report.shown_perplexity(level)}{bits}"
+    for arm, level in found:
+        axes.axhline(level, color=figures.ARM_STYLES[arm][0], linewidth=1, linestyle=(0, (4, 3)), zorder=1.6)
+    heights = {at: axes.transData.transform((1.0, at[1]))[1] for at in found}
+    taken: list[tuple[str, float]] = []
+    for at in sorted(found, key=lambda at: (arms.index(at[0]), heights[at])):  # of levels so close that words would meet, the first says all
+        if any(arm == at[0] and abs(heights[at] - height) < 12 for arm, height in taken):
+            continue
+        taken.append((at[0], heights[at]))
+        near = [text for other, text in found.items() if other[0] == at[0] and 0 <= heights[other] - heights[at] < 12]
+        words = [near[0], *(text.removeprefix(f"{at[0]} ") for text in near[1:])]
+        _label(axes, ", ".join(words), (0.01, at[1]), figures.ARM_STYLES[at[0]][0], ("axes fraction", "data"), at[0] != "dense")
 
 
 def _label(axes: Axes, text: str, at: tuple[float, float], color: str, coordinates: str | tuple[str, str] = "data", above: bool = True, **look: str) -> None:

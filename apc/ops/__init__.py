@@ -7,6 +7,7 @@ from apc.ops.capacity import assign_with_capacity
 from apc.ops.curve import score_curve, score_curve_triton
 from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
+from apc.ops.sparse_ffn import predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_triton
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
     accumulate,
@@ -40,6 +41,8 @@ __all__ = [
     "pack",
     "popcount",
     "popcount_triton",
+    "predict_clusters",
+    "predict_clusters_triton",
     "row_bytes",
     "row_scales",
     "row_totals",
@@ -47,6 +50,8 @@ __all__ = [
     "scales_of",
     "score_curve",
     "score_curve_triton",
+    "sparse_ffn",
+    "sparse_ffn_triton",
     "straight_through",
     "straight_through_triton",
     "top_mask",

@@ -1,0 +1,387 @@
+"""A gated FFN over the neurons that masks keep, for a few tokens: it reads their rows of gate, up and the transposed down projection, and no others.
+
+At one token an FFN's time is that of reading its weights, so half the rows take half the time, if nothing waits in between. The kernels follow each
+other without the host: `reduce` and `score` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
+the best of those, takes its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
+
+Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W bytes of a packed mask (see `bits.py`), P programs.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apc.ops.bits import describe, on_cpu, row_bytes, unpack
+
+MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+_WIDEST = 2**14  # hidden size that a program's sums can have
+_REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
+_SCORE_TILE = {"ROWS": 16, "num_warps": 8}
+_ROWS_TILE = {"ROWS": 2, "num_warps": 8}  # neurons whose rows a program reads at a time
+_PROGRAMS = 2  # of `rows` on each multiprocessor
+_FINISH_TILE = {"COLUMNS": 32, "BLOCK_P": 64, "BLOCK_H": 64, "num_warps": 4}
+_EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
+
+
+@triton.jit
+def _popcount(x):
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _place(word, rank):
+    """Of each uint32 the place of its set bit number `rank`, from 0."""
+    place = tl.zeros_like(rank)
+    for step in tl.static_range(5):
+        width = 16 >> step
+        low = (word >> place.to(tl.uint32)) & ((1 << width) - 1)
+        ones = _popcount(low)
+        further = rank >= ones
+        rank = tl.where(further, rank - ones, rank)
+        place = tl.where(further, place + width, place)
+    return place
+
+
+@triton.jit
+def _best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
+    """The id of the largest value, of equal ones the lowest."""
+    i = tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + i, mask=i < count, other=float("-inf"))
+    ids = tl.load(ids_ptr + i, mask=i < count, other=0x7FFFFFFF)
+    return tl.min(tl.where(values == tl.max(values, axis=0), ids, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # ½ (1 + tanh y) = σ(2 y)
+
+
+@triton.jit
+def _reduce_kernel(
+    hidden_ptr,  # float [n, E]
+    weights_ptr,  # float [H, E]
+    bias_ptr,  # float32 [H]
+    inner_ptr,  # float32 [n, H], out
+    E,
+    H,
+    epsilon,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    h = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_E)
+    weights = tl.load(weights_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + h, mask=h < H, other=0.0)
+    for n in tl.static_range(N):
+        hidden = tl.load(hidden_ptr + n * E + e, mask=e < E, other=0.0).to(tl.float32)
+        scale = 1 / tl.sqrt(tl.sum(hidden * hidden, axis=0) / E + epsilon)
+        x = tl.sum(weights * hidden[None, :], axis=1) * scale + bias
+        tl.store(inner_ptr + n * H + h, x * tl.sigmoid(x), mask=h < H)
+
+
+@triton.jit
+def _score_kernel(
+    inner_ptr,  # float32 [n, H]
+    weights_ptr,  # float [K, H]
+    bias_ptr,  # float32 [K]
+    values_ptr,  # float32 [n, P], out: the largest logit of each program's clusters
+    ids_ptr,  # int32 [n, P], out: whose it is
+    H,
+    K,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = tl.arange(0, BLOCK_H)
+    weights = tl.load(weights_ptr + k[:, None] * H + h[None, :], mask=(k < K)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
+    for n in tl.static_range(N):
+        inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
+        logits = tl.sum(weights * inner[None, :], axis=1) + bias
+        best = tl.max(logits, axis=0)
+        at = n * tl.num_programs(0) + tl.program_id(0)
+        tl.store(values_ptr + at, best)
+        tl.store(ids_ptr + at, tl.min(tl.where(logits == best, k, 0x7FFFFFFF), axis=0))
+
+
+@triton.jit
+def _rows_kernel(
+    hidden_ptr,  # float [n, E]
+    gate_ptr,  # float [D, E], rows `gate_stride` apart, as up and down (transposed)
+    up_ptr,
+    down_ptr,
+    masks_ptr,  # uint32 [K or n, words]
+    values_ptr,  # float32 [n, candidates], where masks are clusters'
+    ids_ptr,  # int32 [n, candidates]
+    partial_ptr,  # float32 [P, n, E], out
+    tokens,
+    E,
+    words,
+    candidates,
+    gate_stride,
+    up_stride,
+    down_stride,
+    BY_CLUSTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    N: tl.constexpr,  # n, rounded up to a power of two
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    w = tl.arange(0, BLOCK_W)
+    n = tl.arange(0, N)
+    mask_of = n  # the row of each token's mask
+    union = tl.zeros([BLOCK_W], tl.int32)
+    for token in tl.static_range(N):
+        row = token
+        if BY_CLUSTER:
+            row = _best(values_ptr + token * candidates, ids_ptr + token * candidates, tl.where(token < tokens, candidates, 0), BLOCK_C)
+            row = tl.where(token < tokens, row, 0)
+            mask_of = tl.where(n == token, row, mask_of)
+        union |= tl.load(masks_ptr + row * words + w, mask=(w < words) & (token < tokens), other=0)
+    counts = _popcount(union.to(tl.uint32, bitcast=True))
+    ends = tl.cumsum(counts, axis=0)
+    total = tl.sum(counts, axis=0)
+    first = (tl.program_id(0) * total) // tl.num_programs(0)
+    last = ((tl.program_id(0) + 1) * total) // tl.num_programs(0)
+
+    given = (n < tokens)[:, None] & (e < E)[None, :]
+    hidden = tl.load(hidden_ptr + n[:, None] * E + e[None, :], mask=given, other=0.0).to(tl.float32)
+    sums = tl.zeros([N, ROWS, BLOCK_E], tl.float32)
+    for start in range(first, last, ROWS):
+        rank = start + tl.arange(0, ROWS)
+        before = ends[None, :] <= rank[:, None]
+        word_at = tl.sum(before.to(tl.int32), axis=1)
+        word = tl.sum(tl.where(w[None, :] == word_at[:, None], union[None, :], 0), axis=1)
+        place = _place(word.to(tl.uint32, bitcast=True), rank - tl.max(tl.where(before, ends[None, :], 0), axis=1))
+        inside = rank < last
+        neuron = tl.where(inside, 32 * word_at + place, 0).to(tl.int64)[:, None]
+        read = inside[:, None] & (e < E)[None, :]
+        gate = tl.load(gate_ptr + neuron * gate_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + neuron * up_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        down = tl.load(down_ptr + neuron * down_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION) * tl.sum(up[None, :, :] * hidden[:, None, :], axis=2)
+        if N > 1:  # another token's mask alone may keep a neuron
+            own = tl.load(masks_ptr + mask_of[:, None] * words + word_at[None, :], mask=(n < tokens)[:, None] & inside[None, :], other=0)
+            x = tl.where((own >> place[None, :]) & 1 != 0, x, 0.0)
+        x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # rounded where a model rounds it
+        sums += x[:, :, None] * down[None, :, :]
+    at = (tl.program_id(0) * tokens + n)[:, None] * E + e[None, :]
+    tl.store(partial_ptr + at, tl.sum(sums, axis=1), mask=given)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr,  # float32 [P, n, E]
+    output_ptr,  # float [n, E], out
+    inner_ptr,  # float32 [n, H], where there is a correction
+    correct_ptr,  # float [H, E]
+    correct_bias_ptr,  # float32 [E]
+    offsets_ptr,  # float [K, E], where clusters have offsets
+    values_ptr,  # float32 [n, candidates]
+    ids_ptr,  # int32 [n, candidates]
+    tokens,
+    programs,
+    E,
+    H,
+    candidates,
+    CORRECTS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n = tl.program_id(1)
+    output = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        read = (p < programs)[:, None] & (e < E)[None, :]
+        output += tl.sum(tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0)
+    if CORRECTS:
+        output += tl.load(correct_bias_ptr + e, mask=e < E, other=0.0)
+        for start in range(0, H, BLOCK_H):
+            h = start + tl.arange(0, BLOCK_H)
+            inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
+            weights = tl.load(correct_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+            output += tl.sum(inner[:, None] * weights, axis=0)
+    if OFFSETS:
+        row = _best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
+        output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
+    tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
+
+
+# ---- which cluster a token is of
+
+
+def predict_clusters(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """FFN inputs float [n, E] → the bottleneck float32 [n, H], and candidates for each token's cluster: logits float32 [n, C] and clusters int32 [n, C].
+
+    The token's cluster is the candidate of the largest logit, of equal ones the lowest: SiLU(rms_norm(x) · reduceᵀ + bias) · expandᵀ + bias. reduce
+    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. On a GPU up to `MOST_TOKENS` tokens. Raises ValueError for other shapes.
+    """
+    n, E = _check_hidden(hidden)
+    H, K = len(reduce), len(expand)
+    if reduce.shape != (H, E) or expand.shape != (K, H) or reduce_bias.shape != (H,) or expand_bias.shape != (K,):
+        given = ", ".join(describe(value) for value in (reduce, reduce_bias, expand, expand_bias))
+        raise ValueError(f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}")
+    return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias)
+
+
+def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    n, E = hidden.shape
+    H, K = len(reduce), len(expand)
+    inner, programs = hidden.new_empty((n, H), dtype=torch.float32), triton.cdiv(K, _SCORE_TILE["ROWS"])
+    values, ids = hidden.new_empty((n, programs), dtype=torch.float32), hidden.new_empty((n, programs), dtype=torch.int32)
+    with torch.cuda.device_of(hidden):
+        grid = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),)
+        _reduce_kernel[grid](hidden, reduce, reduce_bias, inner, E, H, _EPSILON, N=n, BLOCK_E=triton.next_power_of_2(E), **_REDUCE_TILE)
+        _score_kernel[(programs,)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **_SCORE_TILE)
+    return inner, values, ids
+
+
+@torch.library.custom_op("apc::predict_clusters", mutates_args=())
+def _predict_clusters(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not on_cpu(hidden):
+        return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
+    x = F.rms_norm(hidden.float(), hidden.shape[-1:])
+    inner = F.silu(x @ reduce.float().T + reduce_bias)
+    values, ids = (inner @ expand.float().T + expand_bias).max(-1, keepdim=True)
+    return inner, values, ids.int()
+
+
+@_predict_clusters.register_fake
+def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, count = len(hidden), 1 if hidden.device.type == "cpu" else triton.cdiv(len(expand), _SCORE_TILE["ROWS"])
+    floats = functools.partial(hidden.new_empty, dtype=torch.float32)
+    return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
+
+
+def _check_hidden(hidden: Tensor) -> torch.Size:
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be float [n, E], got {describe(hidden)}")
+    if not on_cpu(hidden) and len(hidden) > MOST_TOKENS:
+        raise ValueError(f"the kernels take up to {MOST_TOKENS} tokens, got hidden {describe(hidden)}")
+    return hidden.shape
+
+
+# ---- the FFN
+
+
+def sparse_ffn(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """hidden float [n, E] → [n, E], of its type: Σ over each token's neurons i of act(x · gate_i) · (x · up_i) · down_i, and what is added to it.
+
+    Args:
+        gate, up, down: [D, E] of hidden's type; down is the transposed down projection. Rows may be further apart than E.
+        masks: uint8 [n, W], of each token; or [K, W], of clusters, where there are candidates.
+        activation: silu, gelu, gelu_tanh or relu.
+        candidates: as `predict_clusters` gives them, float32 [n, C] and int32 [n, C].
+        correction: bottleneck float32 [n, H], weights [H, E], bias float32 [E]: their product is added.
+        offsets: [K, E], of which the token's cluster's row is added; needs candidates.
+
+    Sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. On a GPU up to
+    `MOST_TOKENS` tokens. Raises ValueError for other shapes, types or an unknown activation.
+    """
+    n, E = _check_hidden(hidden)
+    D = len(gate)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation}: choose {', '.join(ACTIVATIONS)}")
+    for name, weights in (("gate", gate), ("up", up), ("down", down)):
+        if weights.shape != (D, E) or weights.dtype != hidden.dtype or weights.stride(-1) != 1:
+            raise ValueError(f"{name} {describe(weights)} must be {describe(hidden.new_empty(0)).split()[0]} [{D}, {E}], rows in one piece")
+    rows = "K" if candidates else n
+    if masks.dtype != torch.uint8 or masks.dim() != 2 or masks.shape[1] != row_bytes(D) or (candidates is None and len(masks) != n):
+        raise ValueError(f"masks {describe(masks)} must be uint8 [{rows}, {row_bytes(D)}] to go with hidden {describe(hidden)} and gate {describe(gate)}")
+    if offsets is not None and (candidates is None or offsets.shape != (len(masks), E)):
+        raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
+    inner, correct, bias = correction or (None, None, None)
+    values, ids = candidates or (None, None)
+    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets)
+
+
+def sparse_ffn_triton(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; hidden sizes of up to 16,384."""
+    n, E = hidden.shape
+    if E > _WIDEST:
+        raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {_WIDEST}, got hidden {describe(hidden)}")
+    hidden, words = hidden.contiguous(), masks.shape[1] // 4
+    programs = _PROGRAMS * _multiprocessors(hidden.device)
+    partial, output = hidden.new_empty((programs, n, E), dtype=torch.float32), torch.empty_like(hidden)
+    values, ids = candidates or (partial, partial)  # what is not there is not read
+    count = values.shape[1] if candidates else 0
+    block_c = triton.next_power_of_2(max(count, 1))
+    inner, correct, bias = correction or (partial, partial, partial)
+    with torch.cuda.device_of(hidden):
+        _rows_kernel[(programs,)](
+            hidden, gate, up, down, masks.view(torch.int32), values, ids, partial, n, E, words, count, gate.stride(0), up.stride(0), down.stride(0),
+            BY_CLUSTER=candidates is not None, ACTIVATION=activation, N=triton.next_power_of_2(n), BLOCK_E=triton.next_power_of_2(E),
+            BLOCK_W=triton.next_power_of_2(words), BLOCK_C=block_c, **_ROWS_TILE,
+        )  # fmt: skip
+        _finish_kernel[(triton.cdiv(E, _FINISH_TILE["COLUMNS"]), n)](
+            partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, n, programs, E, inner.shape[1], count,
+            CORRECTS=correction is not None, OFFSETS=offsets is not None, BLOCK_C=block_c, **_FINISH_TILE,
+        )  # fmt: skip
+    return output
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def act(x: Tensor, activation: str) -> Tensor:
+    """An activation function of `ACTIVATIONS` by its name."""
+    return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[activation](x)
+
+
+@torch.library.custom_op("apc::sparse_ffn", mutates_args=())
+def _sparse_ffn(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
+    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if not on_cpu(hidden) and hidden.shape[1] <= _WIDEST:
+        candidates = None if values is None else (values, ids)
+        return sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, None if inner is None else (inner, correct, bias), offsets)
+    chosen = None if values is None else torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
+    kept = unpack(masks if chosen is None else masks[chosen], len(gate))
+    neurons = kept.any(0).nonzero().squeeze(1)
+    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
+    output = (x @ down[neurons]).float()
+    if inner is not None:
+        output = output + inner @ correct.float() + bias
+    if offsets is not None:
+        output = output + offsets[chosen].float()
+    return output.to(hidden.dtype)
+
+
+@_sparse_ffn.register_fake
+def _(hidden: Tensor, *_) -> Tensor:
+    return torch.empty_like(hidden)

@@ -1,0 +1,114 @@
+"""Sparse FFNs: kernels and torch's path against the dense FFN under a mask, the cluster against the predictor's, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from apc import ops
+
+WAYS = [("torch", "cpu"), ("triton", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
+
+
+def made(n, E, D, dtype, device, spread=0):
+    """hidden, gate, up, down; rows `spread` numbers further apart than they are long."""
+    weights = [torch.randn(D, E + spread)[:, :E] for _ in range(3)]
+    return [(value * scale).to(dtype).to(device) for value, scale in zip([torch.randn(n, E), *weights], (1, E**-0.5, E**-0.5, D**-0.5), strict=True)]
+
+
+def expected(hidden, gate, up, down, kept, activation, added=0.0):
+    x, wide = hidden.double(), [value.double() for value in (gate, up, down)]
+    act = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    return (act(x @ wide[0].T) * (x @ wide[1].T) * kept) @ wide[2] + added
+
+
+def close(found, wanted, dtype):
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    return found.dtype == dtype and (found.double() - wanted).norm() < tolerance * wanted.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize(("way", "device"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "E", "D", "activation"), [(1, 48, 200, "silu"), (3, 64, 130, "gelu"), (4, 33, 64, "relu"), (2, 128, 1, "gelu_tanh"), (1, 576, 1536, "silu")]
+)
+def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation):
+    tensors = made(n, E, D, dtype, device, spread=16)
+    kept = torch.rand(n, D, device=device) < torch.linspace(0.1, 0.9, n, device=device).unsqueeze(1)
+    kept[:, 0] = True
+    function = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
+    found = function(*tensors, ops.pack(kept), activation)
+    assert close(found, expected(*tensors, kept, activation), dtype)
+    assert torch.equal(found, function(*tensors, ops.pack(kept), activation))
+
+
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_masks_of_any_number_of_neurons(way, device):
+    function = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
+    tensors = made(1, 40, 150, torch.float32, device)
+    for neurons in ([], [149], [31, 32], [0, 63, 64, 127, 128], range(150)):
+        kept = torch.zeros(1, 150, dtype=torch.bool, device=device)
+        kept[0, list(neurons)] = True
+        assert close(function(*tensors, ops.pack(kept)), expected(*tensors, kept, "silu"), torch.float32)
+
+
+@pytest.mark.parametrize(("way", "device"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "H", "K"), [(1, 20, 100), (3, 64, 17), (4, 7, 1)])
+def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, device, dtype, n, H, K):
+    E, D = 48, 200
+    hidden, gate, up, down = made(n, E, D, dtype, device)
+    hidden *= torch.tensor([1.0, 300.0, 0.01, 5.0], device=device)[:n, None].to(dtype)
+    reduce, expand, correct, offsets = (torch.randn(*shape, device=device).to(dtype) / 4 for shape in ((H, E), (K, H), (H, E), (K, E)))
+    reduce_bias, expand_bias, correct_bias = (torch.randn(size, device=device) for size in (H, K, E))
+    kept = torch.rand(K, D, device=device) < 0.5
+    predict, ffn = (ops.predict_clusters, ops.sparse_ffn) if way == "torch" else (ops.predict_clusters_triton, ops.sparse_ffn_triton)
+
+    inner, values, ids = predict(hidden, reduce, reduce_bias, expand, expand_bias)
+    exact = F.silu(F.rms_norm(hidden.double(), (E,), eps=torch.finfo(torch.float32).eps) @ reduce.double().T + reduce_bias.double())
+    logits = exact @ expand.double().T + expand_bias.double()
+    assert close(inner, exact, torch.float32) and close(values.amax(-1), logits.amax(-1), torch.float32)
+    chosen = logits.argmax(-1)
+    assert torch.equal(ids.gather(1, values.argmax(-1, keepdim=True)).squeeze(1).long(), chosen)
+
+    found = ffn(hidden, gate, up, down, ops.pack(kept), "silu", (values, ids), (inner, correct, correct_bias), offsets)
+    added = exact @ correct.double() + correct_bias.double() + offsets.double()[chosen]
+    assert close(found, expected(hidden, gate, up, down, kept[chosen], "silu", added), dtype)
+
+
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_of_equal_logits_the_lowest_cluster(way, device):
+    predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
+    ffn = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
+    tensors, kept = made(1, 16, 64, torch.float32, device), torch.eye(64, dtype=torch.bool, device=device)[:50]
+    bias = torch.zeros(50, device=device)
+    bias[[17, 23, 40]] = 1.0
+    _, *candidates = predict(tensors[0], torch.zeros(4, 16, device=device), torch.zeros(4, device=device), torch.zeros(50, 4, device=device), bias)
+    assert close(ffn(*tensors, ops.pack(kept), "silu", tuple(candidates)), expected(*tensors, kept[17:18], "silu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3)}, r"hidden must be float \[n, E\]"),
+        ({"gate": torch.zeros(64, 15)}, r"gate float32 \[64, 15\] must be float32 \[64, 16\]"),
+        ({"down": torch.zeros(64, 16).half()}, r"down float16 \[64, 16\] must be float32"),
+        ({"up": torch.zeros(16, 64).T}, "rows in one piece"),
+        ({"masks": torch.zeros(2, 16, dtype=torch.uint8)}, r"masks uint8 \[2, 16\] must be uint8 \[1, 16\]"),
+        ({"activation": "tanh"}, "activation tanh: choose silu, gelu, gelu_tanh, relu"),
+        ({"offsets": torch.zeros(1, 16)}, "need candidates"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    hidden, gate, up, down = made(1, 16, 64, torch.float32, "cpu")
+    arguments = dict(hidden=hidden, gate=gate, up=up, down=down, masks=torch.zeros(1, 16, dtype=torch.uint8)) | change
+    with pytest.raises(ValueError, match=message):
+        ops.sparse_ffn(**arguments)
+    with pytest.raises(ValueError, match="predict_clusters wants"):
+        ops.predict_clusters(hidden, torch.zeros(4, 15), torch.zeros(4), torch.zeros(9, 4), torch.zeros(9))
+
+
+def test_the_ops_can_be_compiled():
+    hidden, gate, up, down = made(2, 16, 64, torch.float32, "cpu")
+    checked = dict(test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.apc.sparse_ffn, (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6), **checked)
+    torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9)), **checked)
