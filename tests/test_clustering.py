@@ -1,10 +1,6 @@
 """The objective never falls, empty clusters come back, and neither a kill nor a second rank changes a bit of the codebook."""
 
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,6 @@ from apc.predictor import Predictor, PredictorModule
 from apc.runs import load_run
 from apc.streaming import BlockStream
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYERS, WINDOWS, SEQ_LEN, D = 2, 9, 16, 43
 
 
@@ -197,11 +192,7 @@ def test_several_ranks_equal_one_bit_for_bit(workplace, ranks, options):
     options = {"stage": "predict", **options}
     train_tiny(workplace, **{"run.name": f"{name}-alone", **options})
     words = tiny.tiny_overrides(workplace, **{"run.name": name, "collect.dir": workplace / f"stores-{name}", **options})
-    done = subprocess.run(
-        [sys.executable, "train.py", *words, f"trainer.devices={ranks}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    tiny.run_ranks(ranks, words)
     alone, together = (load_run(workplace / "runs" / run).codebook.sites["neuron"] for run in (f"{name}-alone", name))
     for field in ("centroids", "sizes", "profiles", "static", "thresholds"):
         assert torch.equal(getattr(alone, field), getattr(together, field)), field

@@ -1,10 +1,6 @@
 """Tuning: masks stay as hard as in use and of the size that was shared out, the divergence falls, and a run that was cut off goes on to the same end."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from apc.predictor import at_16_bits
 from apc.tuning import TuneConfig, TuningModule, share_out
 
 ARMS = [("predicted", "cluster"), ("oracle", "cluster"), ("neuron-predictor", "neuron"), ("neuron-predictor", "low-bit")]
-ROOT = Path(__file__).resolve().parent.parent
 TUNED = {"tune.max_epochs": 3, "tune.windows": 3, "tune.budget_windows": 4, "predictor.hidden": 8}
 
 
@@ -45,12 +40,8 @@ def test_costs_that_are_not_finite_are_named(workplace, monkeypatch):
 
 @pytest.mark.parametrize(("arm", "form"), [ARMS[0], ARMS[-1]])
 def test_two_ranks_tune_a_predictor_too(workplace, arm, form):
-    changes = {"run.name": f"two-{form}", "trainer.devices": 2, "stage": "tune", "tune.max_epochs": 1, "tune.arm": arm, "predictor.form": form}
-    words = tiny.tiny_overrides(workplace, **(TUNED | changes))
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = {"run.name": f"two-{form}", "stage": "tune", "tune.max_epochs": 1, "tune.arm": arm, "predictor.form": form}
+    tiny.run_ranks(2, tiny.tiny_overrides(workplace, **(TUNED | changes)))
     assert apc.load_run(workplace / "runs" / f"two-{form}").predictor.corrects
 
 
@@ -180,11 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_end(workplace, kill_at):
 
 def test_ranks_share_the_windows(workplace):
     same = {"tune.windows": 3, "tune.arm": "oracle", "stage": "tune"}
-    words = tiny.tiny_overrides(workplace, **(TUNED | same | {"run.name": "ranks", "trainer.devices": 2}))
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    tiny.run_ranks(2, tiny.tiny_overrides(workplace, **(TUNED | same | {"run.name": "ranks"})))
     run(workplace, **same, **{"run.name": "alone"})
     together, alone = (apc.load_run(workplace / "runs" / name) for name in ("ranks", "alone"))
     assert together.codebook.budget == alone.codebook.budget

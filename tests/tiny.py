@@ -1,5 +1,10 @@
 """Tiny models, a tokenizer and texts, made in a folder: what the tests run the whole program on."""
 
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 120
 FAMILIES = {
     "llama": dict(model_type="llama"),
@@ -102,3 +108,44 @@ def killed_after(steps: int, module: type):
         patch.setattr(module, "training_step", dying_step)
         with pytest.raises(Killed):
             yield
+
+
+def run_ranks(ranks: int, words: list[str]) -> None:
+    """`train.py` with these overrides in so many processes, as torchrun starts them, but forked off one that has imported everything. Fails where one does."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": port,
+    }
+    processes = [context.Process(target=_rank, args=(words, environment | {"RANK": rank, "LOCAL_RANK": rank})) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * ranks, f"exit codes {codes}; what the ranks printed stands above"
+
+
+def _rank(words: list[str], environment: dict) -> None:
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    torch.set_num_threads(1)
+    import train
+    from apc.config import load_config
+
+    try:
+        train.train(load_config(None, [*words, f"trainer.devices={environment['WORLD_SIZE']}"]))
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    torch.distributed.destroy_process_group()
