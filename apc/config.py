@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from apc.arms import ARMS
 from apc.clustering import ClusterConfig
 from apc.errors import UserError
 from apc.models import ModelConfig
 from apc.patterns import CollectConfig, check_sites
 from apc.predictor import PredictorConfig
-from apc.sparse_model import ARMS
 from apc.text import DataConfig
 from apc.tracking import TrackingConfig
 from apc.tuning import TuneConfig

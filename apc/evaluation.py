@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apc import distributed
+from apc.arms import ARMS, Arm, KeepAll, Tokens, make_arm
 from apc.codebook import Codebook
 from apc.errors import UserError
 from apc.metrics import MaskMeter, arm_cost, layer_figures, mask_figures, perplexity, perplexity_ratio, site_densities, window_losses
 from apc.models import find_ffns
 from apc.predictor import Predictor
-from apc.sparse_model import ARMS, Arm, ForwardReader, KeepAll, MaskedForward, Tokens, check_fits, make_arm
+from apc.sparse_model import ForwardReader, MaskedForward, check_fits
 
 
 class DenseMeters(ForwardReader):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc import distributed
+from apc.arms import Arm, Tokens
 from apc.codebook import Codebook
 from apc.predictor import Predictor
-from apc.sparse_model import Arm, Tokens
 
 BATCHES = (2, 4, 8, 16, 32, 64)  # tokens whose masks are joined: what a batch of so many reads
 _FIELDS = (

@@ -13,12 +13,13 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from apc import distributed, ops
+from apc.arms import Choice, Tokens
 from apc.codebook import Codebook
 from apc.errors import UserError
 from apc.models import GatedFFN
 from apc.patterns import quantise
 from apc.predictor import LayerPredictor, Predictor, at_16_bits
-from apc.sparse_model import Choice, ForwardReader, Tokens
+from apc.sparse_model import ForwardReader
 
 ARMS = ("predicted", "oracle", "neuron-predictor")
 LEAST_PROFILE = 1e-3  # of the mean: scores are logarithms of profiles, which may be 0

@@ -10,6 +10,7 @@ from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
 import tiny
 import train
 from apc import baselines, ops
+from apc.arms import Oracle
 from apc.clustering import ClusterConfig, ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
@@ -19,7 +20,6 @@ from apc.files import load_tensors, save_tensors
 from apc.ops import reference
 from apc.predictor import nearest_clusters
 from apc.runs import load_run
-from apc.sparse_model import Oracle
 from apc.training import ALGORITHMS
 
 FIELDS = ("centroids", "sizes", "profiles", "static", "thresholds")

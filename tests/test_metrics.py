@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from apc import ops
+from apc.arms import KeepAll, make_arm
 from apc.codebook import Codebook, SiteCodebook
 from apc.metrics import BATCHES, MaskMeter, _shuffled, arm_cost, mask_figures
 from apc.predictor import Predictor
-from apc.sparse_model import KeepAll, make_arm
 
 
 class Seen:

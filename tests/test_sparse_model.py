@@ -7,10 +7,10 @@ import torch.nn.functional as F
 import apc
 import tiny
 from apc import ops
+from apc.arms import ARMS
 from apc.codebook import Codebook, SiteCodebook
 from apc.errors import UserError
 from apc.predictor import Predictor
-from apc.sparse_model import ARMS
 
 K, LAYERS, E, WIDTH = 5, 3, 32, 52
 

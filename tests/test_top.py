@@ -24,6 +24,22 @@ def test_the_kernel_keeps_the_m_largest(device, dtype, rows, D, m):
         assert torch.equal(ops.top_mask_triton(values.to(device), m).cpu(), reference.top_mask(values.float(), m))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_unchecked_nan_comes_last(device):
+    values = torch.tensor([[torch.nan, 1.0, -torch.inf, 3.0, torch.nan]], device=device)
+    assert ops.top_mask(values, 3, check=False).tolist() == [[True, True, False, True, False]]  # −∞ and NaN tie
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (2, 5, 300), (0, 7)])
+def test_the_kernel_packs(device, shape):
+    active = torch.rand(*shape) < 0.5
+    assert torch.equal(ops.pack_triton(active.to(device)).cpu(), ops.pack(active))
+    if active.dim() > 1 and shape[0] > 1:
+        assert torch.equal(ops.pack_triton(active.mT.to(device)).cpu(), ops.pack(active.mT.contiguous()))
+        assert torch.equal(ops.pack_triton(active[..., 1:].to(device)).cpu(), ops.pack(active[..., 1:].contiguous()))
+
+
 def test_what_the_kernel_does_not_take_is_said():
     with pytest.raises(ValueError, match="top_mask_triton takes floats"):
         ops.top_mask_triton(torch.zeros(2, 4, dtype=torch.int64), 1)

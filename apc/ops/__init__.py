@@ -2,12 +2,12 @@
 
 from apc.ops.assign import assign, assign_b1, assign_triton, assign_weighted, assign_weighted_triton
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
-from apc.ops.bits import mask_size, pack, popcount, popcount_triton, row_bytes, unpack
+from apc.ops.bits import mask_size, pack, pack_triton, popcount, popcount_triton, row_bytes, unpack
 from apc.ops.capacity import assign_with_capacity
 from apc.ops.curve import score_curve, score_curve_triton
 from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
-from apc.ops.sparse_ffn import predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_triton
+from apc.ops.sparse_ffn import MOST_TOKENS, predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_triton
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
     accumulate,
@@ -21,6 +21,7 @@ from apc.ops.update import (
 )
 
 __all__ = [
+    "MOST_TOKENS",
     "accumulate",
     "accumulate_triton",
     "accumulate_weighted",
@@ -39,6 +40,7 @@ __all__ = [
     "divergence_triton",
     "mask_size",
     "pack",
+    "pack_triton",
     "popcount",
     "popcount_triton",
     "predict_clusters",

@@ -29,14 +29,41 @@ def pack(active: Tensor) -> Tensor:
     """bool [..., D] → uint8 [..., W]. Raises ValueError for another dtype."""
     if active.dtype != torch.bool:
         raise ValueError(f"pack wants bool [..., D], got {describe(active)}")
+    if not on_cpu(active):
+        return pack_triton(active)
     D = active.shape[-1]
-    rows = torch.zeros((*active.shape[:-1], row_bytes(D)), dtype=torch.uint8, device=active.device)
-    if active.device.type == "cpu":  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
-        rows[..., : (D + 7) // 8] = torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
-        return rows
-    for j in range(8):
-        plane = active[..., j::8]
-        rows[..., : plane.shape[-1]] |= plane.to(torch.uint8) << j
+    rows = torch.zeros((*active.shape[:-1], row_bytes(D)), dtype=torch.uint8)  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
+    rows[..., : (D + 7) // 8] = torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
+    return rows
+
+
+@triton.jit
+def _pack_kernel(
+    active_ptr,  # uint8 [N, D], 0 and 1, rows `stride` apart
+    rows_ptr,  # uint8 [N, W], out
+    D,
+    W,
+    stride,
+    BLOCK_W: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    j = tl.arange(0, 8)
+    d = 8 * w[:, None] + j[None, :]
+    bits = tl.load(active_ptr + n * stride + d, mask=d < D, other=0).to(tl.int32) << j[None, :]
+    tl.store(rows_ptr + n * W + w, tl.sum(bits, axis=1).to(tl.uint8), mask=w < W)
+
+
+def pack_triton(active: Tensor) -> Tensor:
+    """`pack` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    D = active.shape[-1]
+    W = row_bytes(D)
+    rows = torch.empty((*active.shape[:-1], W), dtype=torch.uint8, device=active.device)
+    if rows.numel():
+        flat = active.reshape(-1, D) if active.stride(-1) == 1 else active.contiguous().view(-1, D)
+        block = min(256, triton.next_power_of_2(W))
+        with torch.cuda.device_of(active):
+            _pack_kernel[(len(flat), triton.cdiv(W, block))](flat.view(torch.uint8), rows, D, W, flat.stride(0), BLOCK_W=block)
     return rows
 
 

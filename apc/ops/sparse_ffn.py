@@ -235,18 +235,22 @@ def _finish_kernel(
 # ---- which cluster a token is of
 
 
-def predict_clusters(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def predict_clusters(
+    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """FFN inputs float [n, E] → the bottleneck float32 [n, H], and candidates for each token's cluster: logits float32 [n, C] and clusters int32 [n, C].
 
     The token's cluster is the candidate of the largest logit, of equal ones the lowest: SiLU(rms_norm(x) · reduceᵀ + bias) · expandᵀ + bias. reduce
-    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. On a GPU up to `MOST_TOKENS` tokens. Raises ValueError for other shapes.
+    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. by_triton: by the kernels, which take up to `MOST_TOKENS` tokens (None: on a
+    GPU). Raises ValueError for other shapes.
     """
-    n, E = _check_hidden(hidden)
+    by_triton = not on_cpu(hidden) if by_triton is None else by_triton
+    n, E = _check_hidden(hidden, by_triton)
     H, K = len(reduce), len(expand)
     if reduce.shape != (H, E) or expand.shape != (K, H) or reduce_bias.shape != (H,) or expand_bias.shape != (K,):
         given = ", ".join(describe(value) for value in (reduce, reduce_bias, expand, expand_bias))
         raise ValueError(f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}")
-    return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias)
+    return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias, by_triton)
 
 
 def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,8 +267,10 @@ def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor,
 
 
 @torch.library.custom_op("apc::predict_clusters", mutates_args=())
-def _predict_clusters(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not on_cpu(hidden):
+def _predict_clusters(
+    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if by_triton:
         return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
     x = F.rms_norm(hidden.float(), hidden.shape[-1:])
     inner = F.silu(x @ reduce.float().T + reduce_bias)
@@ -273,16 +279,16 @@ def _predict_clusters(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expan
 
 
 @_predict_clusters.register_fake
-def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, count = len(hidden), 1 if hidden.device.type == "cpu" else triton.cdiv(len(expand), _SCORE_TILE["ROWS"])
+def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, count = len(hidden), triton.cdiv(len(expand), _SCORE_TILE["ROWS"]) if by_triton else 1
     floats = functools.partial(hidden.new_empty, dtype=torch.float32)
     return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
 
 
-def _check_hidden(hidden: Tensor) -> torch.Size:
+def _check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be float [n, E], got {describe(hidden)}")
-    if not on_cpu(hidden) and len(hidden) > MOST_TOKENS:
+    if by_triton and len(hidden) > MOST_TOKENS:
         raise ValueError(f"the kernels take up to {MOST_TOKENS} tokens, got hidden {describe(hidden)}")
     return hidden.shape
 
@@ -292,7 +298,7 @@ def _check_hidden(hidden: Tensor) -> torch.Size:
 
 def sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """hidden float [n, E] → [n, E], of its type: Σ over each token's neurons i of act(x · gate_i) · (x · up_i) · down_i, and what is added to it.
 
@@ -303,11 +309,13 @@ def sparse_ffn(
         candidates: as `predict_clusters` gives them, float32 [n, C] and int32 [n, C].
         correction: bottleneck float32 [n, H], weights [H, E], bias float32 [E]: their product is added.
         offsets: [K, E], of which the token's cluster's row is added; needs candidates.
+        by_triton: by the kernels, which take up to `MOST_TOKENS` tokens and a hidden size of up to 16,384. None: on a GPU.
 
-    Sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. On a GPU up to
-    `MOST_TOKENS` tokens. Raises ValueError for other shapes, types or an unknown activation.
+    The kernels' sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. Raises
+    ValueError for other shapes, types or an unknown activation.
     """
-    n, E = _check_hidden(hidden)
+    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
+    n, E = _check_hidden(hidden, by_triton)
     D = len(gate)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation}: choose {', '.join(ACTIVATIONS)}")
@@ -321,7 +329,7 @@ def sparse_ffn(
         raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
     inner, correct, bias = correction or (None, None, None)
     values, ids = candidates or (None, None)
-    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets)
+    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton)
 
 
 def sparse_ffn_triton(
@@ -365,9 +373,9 @@ def act(x: Tensor, activation: str) -> Tensor:
 @torch.library.custom_op("apc::sparse_ffn", mutates_args=())
 def _sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
-    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
+    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool,
 ) -> Tensor:  # fmt: skip
-    if not on_cpu(hidden) and hidden.shape[1] <= _WIDEST:
+    if by_triton:
         candidates = None if values is None else (values, ids)
         return sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, None if inner is None else (inner, correct, bias), offsets)
     chosen = None if values is None else torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()

@@ -85,13 +85,16 @@ def _check_nan(values: Tensor) -> None:
         raise ValueError(f"values {describe(values)} hold NaN")
 
 
-def top_mask(values: Tensor, m: int) -> Tensor:
+def top_mask(values: Tensor, m: int, check: bool = True) -> Tensor:
     """numbers [..., D] → bool [..., D]: exactly the m largest of the last dimension, ties to the lowest index.
 
-    Raises ValueError unless 1 ≤ m ≤ D, and for NaN, which has no rank.
+    Raises ValueError unless 1 ≤ m ≤ D, and for NaN, which has no rank; with check=False NaN counts as −∞, and on a GPU the host waits for nothing.
     """
     _check(values, m)
-    _check_nan(values)
+    if check:
+        _check_nan(values)
+    elif on_cpu(values) and values.is_floating_point():
+        values = values.masked_fill(values.isnan(), -torch.inf)
     if not on_cpu(values) and values.is_floating_point() and values.dtype != torch.float64 and values.shape[-1] <= LONGEST:
         return _top_triton(values, m, torch.bool)[0]
     return _top_torch(values, m)

@@ -1,0 +1,253 @@
+"""FFNs that read only what a mask keeps, in a Hugging Face model, and greedy decoding without the host in between.
+
+For a few tokens at once an FFN runs under its arm's masks by `ops.sparse_ffn`; for more, where the masks together keep most neurons anyway, it runs as the
+model's own: prefill is dense, and decoding sparse. Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from apc import ops
+from apc.arms import Arm, Predicted, Tokens
+from apc.errors import UserError
+from apc.models import GatedFFN
+from apc.patterns import Importance
+
+KERNELS = ("auto", "triton", "torch")
+DENSE_ABOVE = 1  # tokens in a call, above which FFNs run dense: two tokens' masks at density 0.5 keep more together than skipping them saves
+_ACTIVATIONS = {
+    "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
+}  # fmt: skip
+
+
+def activation_of(ffn: GatedFFN) -> str:
+    """Its activation's name, as `ops.sparse_ffn` takes it. Raises UserError for one that it does not have."""
+    found = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
+    name = _ACTIVATIONS.get(type(found).__name__) or getattr(found, "__name__", type(found).__name__)
+    if name == "GELU" and getattr(found, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    if name not in _ACTIVATIONS.values():
+        raise UserError(f"{ffn.name}: its activation {name} has no kernel (there are {', '.join(sorted(set(_ACTIVATIONS.values())))}); use kernel=None")
+    return name
+
+
+class SparseFFNs:
+    """The FFNs of a model under an arm's masks; `install` puts them in place of the model's own, `remove` takes that back.
+
+    The down projections are stored transposed while they are installed, once: the model's own weights become views of that.
+    """
+
+    def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: int | None):
+        """Raises UserError for an arm, a codebook or an FFN that no kernel takes."""
+        self._ffns, self.arm = ffns, arm
+        self.dense_above = DENSE_ABOVE if dense_above is None else dense_above
+        self.by_triton = _by_triton(ffns[0], kernel)
+        self._inputs: dict[int, Tensor] = {}
+        self._measure = Importance(ffns)
+        self._activations = [_check(ffn) for ffn in ffns]
+        check_arm(arm)
+        self._own: list[tuple[nn.Parameter, Callable | None]] = []
+
+    def install(self) -> "SparseFFNs":
+        book = self.arm.codebook.sites["neuron"]
+        for layer, ffn in enumerate(self._ffns):
+            self._own.append((ffn.down.weight, ffn.module.__dict__.get("forward")))
+            down = ffn.down.weight.detach().T.contiguous()
+            ffn.down.weight = nn.Parameter(down.T, requires_grad=False)
+            weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
+            sparse = _ClusterFFN.of(self.arm, book, layer) if type(self.arm) is Predicted else _ArmFFN(self.arm, layer, self._measure)
+            ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, weights)
+        return self
+
+    def remove(self) -> None:
+        for ffn, (weight, forward) in zip(self._ffns, self._own, strict=True):
+            del ffn.module.forward
+            if forward is not None:
+                ffn.module.forward = forward
+            ffn.down.weight = weight
+        self._own.clear()
+        self._inputs.clear()
+
+    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
+        """What takes the place of an FFN's forward."""
+        lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
+        activation, most = self._activations[layer], ops.MOST_TOKENS
+
+        def forward(x: Tensor) -> Tensor:
+            hidden = x.reshape(-1, x.shape[-1])
+            if self.dense_above and len(hidden) > self.dense_above:
+                return dense(x)
+            self._inputs[layer] = hidden
+            self._inputs.pop(layer - lookahead - 1, None)
+            inputs = self._inputs
+            if len(hidden) <= most or not self.by_triton:
+                return sparse(hidden, inputs, weights, activation, self.by_triton).view_as(x)
+            parts = [slice(at, at + most) for at in range(0, len(hidden), most)]
+            outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, weights, activation, True) for part in parts]
+            return torch.cat(outputs).view_as(x)
+
+        return forward
+
+
+def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks that multiply what was computed")
+    cuda = ffn.down.weight.is_cuda
+    if kernel == "triton" and not cuda:
+        raise UserError(f"kernel=triton: the model is on {ffn.down.weight.device}; move it to an NVIDIA GPU, or use kernel=torch")
+    if kernel == "auto" and not cuda and not _by_triton.said:
+        print("apc: no Triton kernels for a model on the CPU; sparse FFNs run by torch there, which shows quality and not speed", file=sys.stderr)
+        _by_triton.said = True
+    return cuda and kernel != "torch"
+
+
+_by_triton.said = False
+
+
+def _check(ffn: GatedFFN) -> str:
+    linears = [linear for linear in (ffn.gate, ffn.up, ffn.gate_up, ffn.down) if linear is not None]
+    if any(linear.bias is not None for linear in linears):
+        raise UserError(f"{ffn.name}: its projections have biases, which no kernel takes; use kernel=None")
+    return activation_of(ffn)
+
+
+def check_arm(arm: Arm) -> None:
+    """Raises UserError for an arm whose masks are known too late, or of other sites, or for a codebook with a mask that keeps no neuron."""
+    if arm.excludes_finding or arm.reads_gate:
+        raise UserError(f"arm {arm.name}: its mask is known only after what it would skip was computed; kernels take predicted, soft, neuron-predictor, static")
+    if list(arm.codebook.sites) != ["neuron"]:
+        raise UserError(f"sites {list(arm.codebook.sites)}: kernels take sites=[neuron], whose masks skip a row of all three projections")
+    book = arm.codebook.sites["neuron"]
+    empty = (ops.popcount(book.centroids) == 0).nonzero()
+    if len(empty):
+        group, cluster = empty[0].tolist()
+        raise UserError(f"cluster {cluster} of layer {group} keeps no neuron; make the codebook again with a higher cluster.density")
+
+
+@dataclass
+class _ArmFFN:
+    """An FFN under the masks that an arm chooses for each token."""
+
+    arm: Arm
+    layer: int
+    measure: Importance
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        D = len(weights[0])
+        shape = hidden.new_empty(1).expand(len(hidden), D)  # no arm that comes here looks at values
+        choice = self.arm.choose(Tokens(self.layer, "neuron", shape, inputs, self.arm.codebook, self.measure))
+        output = ops.sparse_ffn(hidden, *weights, ops.pack(choice.mask.expand(len(hidden), D)), activation, by_triton=by_triton)
+        return output if choice.added is None else output + choice.added.to(output.dtype)
+
+
+@dataclass
+class _ClusterFFN:
+    """An FFN under the mask of the cluster that a predictor chooses: by kernels that follow each other without another's help."""
+
+    source: int
+    reduce: Tensor  # [H, E]
+    reduce_bias: Tensor  # float32 [H]
+    expand: Tensor  # [K, H]
+    expand_bias: Tensor  # float32 [K]
+    centroids: Tensor  # uint8 [K, W]
+    correct: tuple[Tensor, Tensor] | None  # [H, E], float32 [E]
+    offsets: Tensor | None  # [K, E]
+    _ready: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arm: Predicted, book, layer: int) -> "_ClusterFFN":
+        predictor, group = arm.predictor, arm.codebook.group(layer)
+        half = lambda value: value.detach().bfloat16()  # noqa: E731 — what was trained is rounded to it already
+        return cls(
+            predictor.source_layer(layer),
+            half(predictor.reduce[layer].T).contiguous(),
+            predictor.reduce_bias[layer].detach().float().contiguous(),
+            half(predictor.expand["neuron"][layer].T).contiguous(),
+            predictor.expand_bias["neuron"][layer].detach().float().contiguous(),
+            book.centroids[group].contiguous(),
+            (half(predictor.correct[layer]).contiguous(), predictor.correct_bias[layer].detach().float()) if predictor.corrects else None,
+            None if book.offsets is None else half(book.offsets[group]).contiguous(),
+        )
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, by_triton)
+        correction = None if self.correct is None else (inner, *self.correct)
+        return ops.sparse_ffn(hidden, *weights, self.centroids, activation, tuple(candidates), correction, self.offsets, by_triton)
+
+    @property
+    def bytes(self) -> int:
+        """What it holds beside the model's own weights."""
+        held = [self.reduce, self.reduce_bias, self.expand, self.expand_bias, self.centroids, *(self.correct or ()), self.offsets]
+        return sum(value.nbytes for value in held if value is not None)
+
+
+# ---- decoding
+
+
+class GreedyDecoder:
+    """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
+
+    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each; compiled: whether by torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, length: int, compiled: bool = True):
+        from transformers import StaticCache
+
+        self.model, self.device = model, next(model.parameters()).device
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        names = inspect.signature(model.forward).parameters
+        self._keyword = "cache" if "cache" in names else "past_key_values"
+        self._call = torch.compile(model.forward, dynamic=False) if compiled and self.device.type == "cuda" else model.forward
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self.logits: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> None:
+        """Starts anew after tokens int64 [batch, n]; the next token of each is what follows greedily."""
+        self.cache.reset()
+        logits = self.model(input_ids=tokens.to(self.device), use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+
+    def _step(self) -> None:
+        self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+
+    @torch.no_grad()
+    def record(self, tokens: Tensor) -> None:
+        """Records a step's CUDA graph, after tokens as in `prefill`, which has to come again after it."""
+        if self.device.type != "cuda":
+            return
+        self.prefill(tokens)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """From `token` and the cache to the next `token` and its `logits`; nothing waits for the device."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+
+    def decode(self, tokens: Tensor, steps: int) -> Tensor:
+        """int64 [batch, n] → the `steps` tokens that follow, int64 [batch, steps]"""
+        self.prefill(tokens)
+        found = [self.token.clone()]
+        for _ in range(steps - 1):
+            self.step()
+            found.append(self.token.clone())
+        return torch.cat(found, dim=1)

@@ -1,0 +1,144 @@
+"""Sparse FFNs in a model: the same as masks that multiply, dense where many tokens come at once, put back whole, and decoded with a fixed cache."""
+
+import pytest
+import torch
+
+import apc
+import tiny
+import train
+from apc import decode
+from apc.config import load_config
+from apc.decode import GreedyDecoder
+from apc.errors import UserError
+from apc.models import ModelConfig, find_ffns, load_model
+from apc.ops.sparse_ffn import act
+from apc.predictor import at_16_bits
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ARMS = [("predicted", "cluster", {}), ("predicted", "cluster", {"predictor.lookahead": 1}), ("soft", "cluster", {}), ("static", "cluster", {}),
+        ("neuron-predictor", "neuron", {}), ("neuron-predictor", "low-bit", {})]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tiny.make_workplace(tmp_path_factory.mktemp("decode"))
+
+
+@pytest.fixture(scope="module")
+def made(workplace):
+    """(codebook, predictor) of a run with these settings, with offsets and a correction as tuning leaves them."""
+    found = {}
+
+    def make(form, **changes):
+        name = f"{form}-{len(changes)}"
+        if name not in found:
+            train.train(load_config(None, tiny.tiny_overrides(workplace, stage="predict", **{"run.name": name, "predictor.form": form, **changes})))
+            run = apc.load_run(workplace / "runs" / name)
+            book, predictor = run.codebook.sites["neuron"], run.predictor.copy(corrects=True)
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for value in (predictor.correct, predictor.correct_bias):
+                    value.normal_(std=0.3, generator=generator)
+            book.offsets = at_16_bits(torch.randn(*book.profiles.shape[:2], run.codebook.hidden_size, generator=generator))
+            found[name] = (run.codebook, predictor.requires_grad_(False).eval().rounded())
+        return found[name]
+
+    return make
+
+
+def model_on(workplace, device, dtype="float32"):
+    return load_model(ModelConfig(path=str(workplace / "model"), dtype=dtype, device=device), torch.device(device))[0]
+
+
+WINDOWS = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("arm", "form", "changes"), ARMS)
+def test_skipping_neurons_gives_what_masking_them_gives(workplace, made, device, arm, form, changes):
+    model, windows = model_on(workplace, device), WINDOWS.to(device)
+    codebook, predictor = made(form, **changes)
+    dense = model(windows).logits
+    masked = apc.sparsify(model, codebook, predictor, arm)(windows).logits
+    found = apc.sparsify(model, codebook, predictor, arm, kernel="auto", dense_above=0)(windows).logits
+    assert (found - masked).norm() < 1e-4 * (masked - dense).norm()
+    assert torch.equal(apc.restore(model)(windows).logits, dense)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_tokens_run_dense_and_few_sparse(workplace, made, device):
+    model, windows = model_on(workplace, device), WINDOWS.to(device)
+    codebook, predictor = made("cluster")
+    dense = model(windows).logits
+    alone = [apc.sparsify(model, codebook, predictor, "predicted")(windows[:1, :1]).logits, apc.restore(model)(windows[:1, :1]).logits]
+    apc.sparsify(model, codebook, predictor, "predicted", kernel="auto", dense_above=1)
+    assert torch.allclose(model(windows).logits, dense, atol=1e-4)
+    found = model(windows[:1, :1]).logits
+    assert (found - alone[0]).norm() < 1e-4 * (alone[0] - alone[1]).norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_are_stored_once_and_put_back(workplace, made, device):
+    model = model_on(workplace, device)
+    before, pointers = {name: value.clone() for name, value in model.state_dict().items()}, {value.data_ptr() for value in model.parameters()}
+    codebook, predictor = made("cluster")
+    apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight
+        assert weight.shape == (32, 52) and weight.T.is_contiguous() and not weight.is_contiguous()
+    apc.restore(model)
+    assert {value.data_ptr() for value in model.parameters()} == pointers and "forward" not in model.model.layers[0].mlp.__dict__
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("arm", ["dense", "predicted"])
+def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
+    model, windows = model_on(workplace, device), WINDOWS.to(device)
+    apc.sparsify(model, *made("cluster"), arm, kernel="auto", dense_above=2)
+    decoder = GreedyDecoder(model, 2, 40, compiled=False)
+    decoder.record(windows)
+    found = decoder.decode(windows, 20)
+    expected = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=20, min_new_tokens=20, do_sample=False)[:, 12:]
+    assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
+
+
+def test_what_has_no_kernel_is_said(workplace, made, capsys):
+    model = model_on(workplace, "cpu")
+    codebook, predictor = made("cluster")
+    for arm, kernel, message in (
+        ("oracle", "auto", "arm oracle: its mask is known only after"),
+        ("gate", "auto", "arm gate: its mask is known only after"),
+        ("predicted", "fast", "kernel=fast: choose auto, triton, torch"),
+        ("predicted", "triton", "kernel=triton: the model is on cpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            apc.sparsify(model, codebook, predictor, arm, kernel=kernel)
+    decode._by_triton.said = False
+    for _ in range(2):
+        apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
+    assert capsys.readouterr().err.count("no Triton kernels") == 1
+    apc.restore(model)
+    book = codebook.sites["neuron"]
+    kept, book.centroids = book.centroids, book.centroids.clone()
+    book.centroids[1, 4] = 0
+    with pytest.raises(UserError, match="cluster 4 of layer 1 keeps no neuron"):
+        apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
+    book.centroids = kept
+    model.model.layers[2].mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(UserError, match="layers.2.mlp: its projections have biases"):
+        apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
+    model.model.layers[2].mlp.down_proj.bias = None
+    model.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+    with pytest.raises(UserError, match="layers.1.mlp: its activation Tanh has no kernel"):
+        apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_has_a_kernel_for_its_activation(family):
+    model = tiny.make_model(family)
+    for ffn in find_ffns(model):
+        name = decode.activation_of(ffn)
+        x = torch.linspace(-4, 4, 50)
+        found = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
+        assert torch.allclose(act(x, name), found(x), atol=1e-6)
