@@ -7,13 +7,14 @@ model's own: prefill is dense, and decoding sparse. Shape letters: n tokens, E h
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from apc import ops
 from apc.arms import Arm, Predicted, Tokens
+from apc.codebook import SiteCodebook
 from apc.errors import UserError
 from apc.models import GatedFFN
 from apc.patterns import Importance
@@ -61,7 +62,7 @@ class SparseFFNs:
             down = ffn.down.weight.detach().T.contiguous()
             ffn.down.weight = nn.Parameter(down.T, requires_grad=False)
             weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
-            sparse = _ClusterFFN.of(self.arm, book, layer) if type(self.arm) is Predicted else _ArmFFN(self.arm, layer, self._measure)
+            sparse = _ClusterFFN.of(self.arm, book, layer, down.device) if type(self.arm) is Predicted else _ArmFFN(self.arm, layer, self._measure)
             ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, weights)
         return self
 
@@ -158,33 +159,27 @@ class _ClusterFFN:
     centroids: Tensor  # uint8 [K, W]
     correct: tuple[Tensor, Tensor] | None  # [H, E], float32 [E]
     offsets: Tensor | None  # [K, E]
-    _ready: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arm: Predicted, book, layer: int) -> "_ClusterFFN":
+    def of(cls, arm: Predicted, book: SiteCodebook, layer: int, device: torch.device) -> "_ClusterFFN":
         predictor, group = arm.predictor, arm.codebook.group(layer)
-        half = lambda value: value.detach().bfloat16()  # noqa: E731 — what was trained is rounded to it already
+        half = lambda value: value.detach().to(device, torch.bfloat16).contiguous()  # what was trained is rounded to it already
+        full = lambda value: value.detach().to(device, torch.float32).contiguous()
         return cls(
             predictor.source_layer(layer),
-            half(predictor.reduce[layer].T).contiguous(),
-            predictor.reduce_bias[layer].detach().float().contiguous(),
-            half(predictor.expand["neuron"][layer].T).contiguous(),
-            predictor.expand_bias["neuron"][layer].detach().float().contiguous(),
-            book.centroids[group].contiguous(),
-            (half(predictor.correct[layer]).contiguous(), predictor.correct_bias[layer].detach().float()) if predictor.corrects else None,
-            None if book.offsets is None else half(book.offsets[group]).contiguous(),
+            half(predictor.reduce[layer].T),
+            full(predictor.reduce_bias[layer]),
+            half(predictor.expand["neuron"][layer].T),
+            full(predictor.expand_bias["neuron"][layer]),
+            book.centroids[group].to(device).contiguous(),
+            (half(predictor.correct[layer]), full(predictor.correct_bias[layer])) if predictor.corrects else None,
+            None if book.offsets is None else half(book.offsets[group]),
         )
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
         inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, by_triton)
         correction = None if self.correct is None else (inner, *self.correct)
         return ops.sparse_ffn(hidden, *weights, self.centroids, activation, tuple(candidates), correction, self.offsets, by_triton)
-
-    @property
-    def bytes(self) -> int:
-        """What it holds beside the model's own weights."""
-        held = [self.reduce, self.reduce_bias, self.expand, self.expand_bias, self.centroids, *(self.correct or ()), self.offsets]
-        return sum(value.nbytes for value in held if value is not None)
 
 
 # ---- decoding

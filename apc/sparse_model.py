@@ -121,8 +121,9 @@ def sparsify(
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
     device = ffns[0].down.weight.device
-    moved = predictor.to(device) if predictor is not None else None
-    chosen = None if arm == "dense" else make_arm(arm, codebook.to(device), moved, seed)
+    if kernel is None or arm != "predicted":  # whose kernels take along what they need, and no profiles
+        codebook, predictor = codebook.to(device), predictor.to(device) if predictor is not None else None
+    chosen = None if arm == "dense" else make_arm(arm, codebook, predictor, seed)
     restore(model)
     if chosen is not None and kernel is None:
         model._apc_hooks = MaskedForward(ffns, chosen).hook()

@@ -22,7 +22,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _WIDEST = 2**14  # hidden size that a program's sums can have
 _REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
 _SCORE_TILE = {"ROWS": 16, "num_warps": 8}
-_ROWS_TILE = {"ROWS": 2, "num_warps": 8}  # neurons whose rows a program reads at a time
+_ROWS_TILE = {"ROWS": 2, "STAGES": 1, "num_warps": 8}  # neurons whose rows a program reads at a time, and how often ahead of their use
 _PROGRAMS = 2  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 32, "BLOCK_P": 64, "BLOCK_H": 64, "num_warps": 4}
 _EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
@@ -143,6 +143,7 @@ def _rows_kernel(
     ACTIVATION: tl.constexpr,
     N: tl.constexpr,  # n, rounded up to a power of two
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -168,7 +169,7 @@ def _rows_kernel(
     given = (n < tokens)[:, None] & (e < E)[None, :]
     hidden = tl.load(hidden_ptr + n[:, None] * E + e[None, :], mask=given, other=0.0).to(tl.float32)
     sums = tl.zeros([N, ROWS, BLOCK_E], tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         rank = start + tl.arange(0, ROWS)
         before = ends[None, :] <= rank[:, None]
         word_at = tl.sum(before.to(tl.int32), axis=1)

@@ -1,0 +1,288 @@
+"""Sparse FFNs against dense ones on one NVIDIA GPU, alone and in a whole model that decodes: `python benchmarks/inference.py --help`.
+
+Dense is the same model as torch.compile makes it; both run as CUDA graphs. Weights, codebook and predictor are random, of real sizes: speed does not
+depend on their values. Predicting the cluster is inside every time. Results are compared with the masked dense FFN before they are timed.
+Shape letters: see `apc/ops/sparse_ffn.py`.
+"""
+
+import argparse
+import importlib
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, Row, append, commit, markdown, row, time_cuda
+from torch import Tensor
+
+from apc import ops
+from apc.codebook import Codebook, SiteCodebook
+from apc.decode import GreedyDecoder
+from apc.predictor import Predictor
+from apc.sparse_model import restore, sparsify
+
+DEVICE = torch.device("cuda", 0)
+COPIED = 2**31  # bytes
+REPEATS = 30
+KERNELS = importlib.import_module("apc.ops.sparse_ffn")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model's FFNs, and of what predicts their clusters."""
+
+    E: int
+    D: int
+    H: int
+    K: int
+    layers: int  # whose weights take turns, so that no cache holds them
+
+    @property
+    def dense_bytes(self) -> int:
+        return 3 * self.E * self.D * 2
+
+    @property
+    def predictor_bytes(self) -> int:
+        return 2 * (self.E * self.H + self.H * self.K) + 4 * (self.H + self.K)
+
+
+MISTRAL = Shape(4096, 14_336, 512, 2048, 8)
+QUICK = Shape(256, 640, 32, 64, 2)
+
+
+class Wrong(Exception):
+    """A result that is not the masked FFN's."""
+
+
+def main() -> None:
+    parts = {"ffn": ffn, "tiles": tiles, "decode": decode}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=["ffn", "decode"], metavar="PART,…", help=f"of {', '.join(parts)}")
+    parser.add_argument("--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0])
+    parser.add_argument("--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16])
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.only) - set(parts)):
+        parser.error(f"--only takes {', '.join(parts)}, got {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        print("benchmarks/inference.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
+        sys.exit(2)
+    try:
+        append([], options.csv)  # what cannot be added to is found out now
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    torch.manual_seed(0)
+    name, start = torch.cuda.get_device_name(DEVICE), time.perf_counter()
+    source, target = (torch.empty(COPIED, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    copy = 2 * COPIED / statistics.median(time_cuda([partial(target.copy_, source)], repeats=10))
+    del source, target
+    print(f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n", flush=True)
+    try:
+        for part in options.only:
+            rows = parts[part](QUICK if options.quick else MISTRAL, options, name, copy)
+            append(rows, options.csv)
+            print(f"\n## {part}\n\n{markdown(rows)}\n", flush=True)
+    except Wrong as error:
+        sys.exit(f"benchmarks/inference.py: WRONG RESULT: {error}")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All calls, one after the other, as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of one call, the mean over all of a graph's, several times."""
+    graph = graph_of(calls)
+    return [seconds / len(calls) for seconds in time_cuda([graph.replay], repeats=REPEATS, calls=5)]
+
+
+# ---- the FFN alone
+
+
+@dataclass
+class Layer:
+    """Weights of one FFN, down transposed, its clusters and their predictor."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    masks: Tensor
+    predictor: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @classmethod
+    def draw(cls, shape: Shape, density: float) -> "Layer":
+        draw = lambda *size: (torch.randn(*size, device=DEVICE) * size[-1] ** -0.5).bfloat16()
+        weights = [draw(shape.D, shape.E) for _ in range(3)]
+        biases = [torch.randn(count, device=DEVICE) * 0.01 for count in (shape.H, shape.K)]
+        return cls(*weights, draw_masks(shape.K, shape.D, density), (draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1]))
+
+    def sparse(self, x: Tensor, predicted: bool = True) -> Tensor:
+        if not predicted:
+            return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
+        _, *candidates = ops.predict_clusters(x, *self.predictor)
+        return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates))
+
+    def masked(self, x: Tensor) -> Tensor:
+        """The same in float32, by masks that multiply."""
+        _, values, ids = ops.predict_clusters(x, *self.predictor)
+        kept = ops.unpack(self.masks[ids.gather(1, values.argmax(1, keepdim=True)).squeeze(1).long()], len(self.gate))
+        hidden = F.silu(x.float() @ self.gate.float().T) * (x.float() @ self.up.float().T)
+        return (hidden.bfloat16().float() * kept) @ self.down.float()
+
+
+def draw_masks(K: int, D: int, density: float) -> Tensor:
+    return ops.binarize(torch.randint(2**40, (K, D), device=DEVICE), density)
+
+
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return (F.silu(F.linear(x, gate)) * F.linear(x, up)) @ down
+
+
+def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down as a model stores it, [E, D]."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
+    rows, x = [], {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in options.batches}
+    for density in options.densities:
+        layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
+        if density == options.densities[0]:
+            rows += dense_rows(layers, shape, x, name, copy)
+            dense = {result.N: result.seconds_median for result in rows if result.implementation == "dense, torch.compile"}
+        kept = ops.mask_size(shape.D, density)
+        for n in [n for n in options.batches if n <= ops.MOST_TOKENS]:
+            found, expected = layers[0].sparse(x[n]).float(), layers[0].masked(x[n])
+            if (found - expected).norm() > 1e-2 * expected.norm():
+                raise Wrong(f"density {density}, {n} tokens: {float((found - expected).norm() / expected.norm()):.2g} of the output is another")
+            union = kept if n == 1 else float(torch.stack([ops.unpack(layers[0].masks[:n], shape.D).any(0)]).sum())
+            moved = int(shape.dense_bytes * union / shape.D)
+            facts = dict(ok=True, ceiling=copy, share_of="copy")
+            for label, predicted, extra in (("apc, predictor inside", True, shape.predictor_bytes), ("apc, cluster known", False, 0)):
+                seconds = timed([partial(layer.sparse, x[n], predicted) for layer in layers])
+                size = (1, n, shape.K, shape.D)
+                rows.append(row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts))
+                print(f"density {density:g}, {n} tokens, {label}: {1e6 * rows[-1].seconds_median:.1f} µs, dense / sparse "
+                      f"{dense[n] / rows[-1].seconds_median:.2f}", flush=True)  # fmt: skip
+    return rows
+
+
+def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: str, copy: float) -> list[Row]:
+    """torch.compile's FFN with the down projection as a model stores it, and with the transposed one that the kernels need."""
+    rows, stored = [], [layer.down.T.contiguous() for layer in layers]
+    for n, given in x.items():
+        facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
+        plain, transposed = torch.compile(plain_ffn, dynamic=False), torch.compile(dense_ffn, dynamic=False)
+        for label, calls in (
+            ("dense, torch.compile", [partial(plain, given, layer.gate, layer.up, down) for layer, down in zip(layers, stored, strict=True)]),
+            ("dense, down transposed", [partial(transposed, given, layer.gate, layer.up, layer.down) for layer in layers]),
+        ):
+            rows.append(row("FFN, dense", label, (1, n, 0, shape.D), timed(calls), name, **facts))
+            print(f"{label}, {n} tokens: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
+    return rows
+
+
+def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
+    """The kernels at other tiles, one token at the first density: what the constants of `sparse_ffn.py` were chosen by."""
+    density, x = options.densities[0], torch.randn(1, shape.E, device=DEVICE).bfloat16()
+    layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
+    moved, before = int(shape.dense_bytes * ops.mask_size(shape.D, density) / shape.D), (dict(KERNELS._ROWS_TILE), KERNELS._PROGRAMS)
+    rows = []
+    for count, stages, warps, programs in itertools.product((1, 2, 4), (1, 2, 3), (4, 8, 16), (1, 2)):
+        KERNELS._ROWS_TILE.update(ROWS=count, STAGES=stages, num_warps=warps)
+        KERNELS._PROGRAMS = programs
+        note = f"rows {count}, stages {stages}, warps {warps}, programs {programs}"
+        try:
+            seconds = timed([partial(layer.sparse, x, False) for layer in layers])
+        except Exception as error:  # a tile that does not fit; the others go on
+            print(f"{note}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}", flush=True)
+            continue
+        rows.append(row(f"FFN tiles, density {density:g}", "apc, cluster known", (1, 1, shape.K, shape.D), seconds, name, moved=moved, ok=False, note=note,
+                        ceiling=copy, share_of="copy"))  # fmt: skip
+        print(f"{note}: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
+    KERNELS._ROWS_TILE.update(before[0])
+    KERNELS._PROGRAMS = before[1]
+    return sorted(rows, key=lambda result: result.seconds_median)[:8]
+
+
+# ---- a whole model
+
+
+def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
+    """Mistral-7B's shape with random weights: a step from one token to the next, after a prompt of 512 tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quick = shape is QUICK
+    layers, prompt = (2, 16) if quick else (32, 512)
+    config = AutoConfig.for_model(
+        "mistral", hidden_size=shape.E, intermediate_size=shape.D, num_hidden_layers=layers, num_attention_heads=shape.E // 128, head_dim=128,
+        num_key_value_heads=max(1, shape.E // 512), vocab_size=32_000, max_position_embeddings=4096, sliding_window=None,
+    )  # fmt: skip
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    tokens = {n: torch.randint(32_000, (n, prompt), device=DEVICE) for n in options.batches}
+    parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    rows, dense = [], {}
+
+    def measure(operation: str, label: str, n: int, moved: int) -> None:
+        decoder = GreedyDecoder(model, n, 2 * prompt)
+        decoder.record(tokens[n])
+        decoder.prefill(tokens[n])
+        steps = min(prompt // 2, 64)
+        seconds = time_cuda([decoder.step], repeats=steps, warmup=4)
+        rows.append(row(operation, label, (layers, n, shape.K, shape.D), seconds, name, moved=moved, ok=False, ceiling=copy, share_of="copy",
+                        note=f"{n} sequences, after {prompt} tokens"))  # fmt: skip
+        step = rows[-1].seconds_median
+        dense.setdefault(n, step)
+        print(f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}", flush=True)
+
+    for n in options.batches:
+        measure("decode, dense", "torch.compile", n, parameters)
+    ffns = layers * shape.dense_bytes
+    for density in options.densities:
+        codebook, predictor = random_codebook(shape, layers, density), random_predictor(shape, layers)
+        before = torch.cuda.memory_allocated()
+        sparsify(model, codebook, predictor, "predicted", kernel="triton")
+        extra = torch.cuda.memory_allocated() - before
+        print(f"density {density:g}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs", flush=True)
+        moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
+        for n in options.batches:
+            measure(f"decode, density {density:g}", "apc, kernel auto", n, moved if n == 1 else parameters)
+        restore(model)
+    return rows
+
+
+def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
+    masks = torch.stack([draw_masks(shape.K, shape.D, density).cpu() for _ in range(layers)])
+    profiles = torch.ones((), dtype=torch.float16).expand(layers, shape.K, shape.D)
+    book = SiteCodebook(masks, profiles, torch.ones(layers, shape.K, dtype=torch.int64), masks[:, 0].clone(), torch.zeros(layers))
+    return Codebook({"neuron": book}, {"neuron": shape.D}, layers, shape.E, shape.D, "layer", "energy", density, "top", 0.5)
+
+
+def random_predictor(shape: Shape, layers: int) -> Predictor:
+    predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K})
+    return predictor.requires_grad_(False).eval().rounded()
+
+
+if __name__ == "__main__":
+    main()
