@@ -56,9 +56,10 @@ def evaluate(cfg: Config) -> dict:
     with Tracking(cfg.tracking, folder, f"{run.folder.path.name}-{folder.name}", to_dict(cfg), enabled=distributed.is_main()) as tracking:
         if distributed.is_main():
             write_atomic(folder / "config.yaml", to_yaml(cfg).encode())
-        results = score(cfg, model, run.codebook, run.predictor, scored, run.folder, folder, tracking, device, watch)
+        results = score(cfg, model, run.codebook, run.predictor, scored, run.folder, folder, tracking, device, watch, tokenizer)
         if distributed.is_main():
-            print("\n\n".join(["", report.arms_table(results), report.detail_table(results), report.layer_table(results)]), flush=True)
+            tables = [report.arms_table(results), *report.speed_tables(results), report.detail_table(results), report.layer_table(results)]
+            print("\n\n".join(["", *tables]), flush=True)
             print(f"\nresults: {folder / 'results.json'}   figures: {RunFolder(folder).figures}", flush=True)
     return results
 

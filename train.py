@@ -73,9 +73,9 @@ def train(cfg: Config) -> dict:
         if cfg.stage == "tune":
             return {"run": str(run.path), "seconds": watch.seconds}
 
-        results = scoring.score(cfg, model, codebook, predictor, scored, run, run.path, tracking, device, watch)
+        results = scoring.score(cfg, model, codebook, predictor, scored, run, run.path, tracking, device, watch, tokenizer)
         if distributed.is_main():
-            print("\n" + report.arms_table(results), flush=True)
+            print("\n" + "\n\n".join([report.arms_table(results), *report.speed_tables(results)]), flush=True)
             print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
         return results
 

@@ -77,6 +77,7 @@ class Config:
     sparsity: float = 0.5  # target share of inactive neurons
     active: str = "threshold"  # importance at least the layer's threshold, or among the token's own `top` share
     arms: list[str] | None = None  # what to evaluate; null: dense, exact, static, random, oracle, predicted, soft
+    speed: bool = False  # also decode with each arm that knows its mask before: tokens a second, perplexity after a dense prefill, what it says
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -108,6 +109,8 @@ class Config:
                 raise UserError(f"arms: {arm} needs predictor.form={' or '.join(forms)}, this run has predictor.form={self.predictor.form}")
             if arm == "gate" and self.sites != ["neuron"]:
                 raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
+        if self.speed and self.sites != ["neuron"]:
+            raise UserError(f"speed=true: kernels need sites=[neuron], this run has sites={self.sites}")
         if self.predictor.form == "low-bit" and self.sites != ["neuron"]:
             raise UserError(f"predictor.form=low-bit needs sites=[neuron], this run has sites={self.sites}")
         if self.tune.max_epochs:

@@ -47,7 +47,8 @@ class SparseFFNs:
     def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: int | None):
         """Raises UserError for an arm, a codebook or an FFN that no kernel takes."""
         self._ffns, self.arm = ffns, arm
-        self.dense_above = DENSE_ABOVE if dense_above is None else dense_above
+        self.dense_above = DENSE_ABOVE if dense_above is None else dense_above  # of the next calls; 0: all run sparse
+        self.at_once = ops.MOST_TOKENS  # tokens that go through the kernels together, where more run sparse
         self.by_triton = _by_triton(ffns[0], kernel)
         self._inputs: dict[int, Tensor] = {}
         self._measure = Importance(ffns)
@@ -78,7 +79,7 @@ class SparseFFNs:
     def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
         """What takes the place of an FFN's forward."""
         lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
-        activation, most = self._activations[layer], ops.MOST_TOKENS
+        activation = self._activations[layer]
 
         def forward(x: Tensor) -> Tensor:
             hidden = x.reshape(-1, x.shape[-1])
@@ -87,9 +88,9 @@ class SparseFFNs:
             self._inputs[layer] = hidden
             self._inputs.pop(layer - lookahead - 1, None)
             inputs = self._inputs
-            if len(hidden) <= most or not self.by_triton:
+            if len(hidden) <= self.at_once or not self.by_triton:
                 return sparse(hidden, inputs, weights, activation, self.by_triton).view_as(x)
-            parts = [slice(at, at + most) for at in range(0, len(hidden), most)]
+            parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
             outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, weights, activation, True) for part in parts]
             return torch.cat(outputs).view_as(x)
 
@@ -118,9 +119,14 @@ def _check(ffn: GatedFFN) -> str:
     return activation_of(ffn)
 
 
+def has_kernel(arm: Arm | type[Arm]) -> bool:
+    """Whether its masks are known before the FFN runs."""
+    return not arm.excludes_finding and not arm.reads_gate
+
+
 def check_arm(arm: Arm) -> None:
     """Raises UserError for an arm whose masks are known too late, or of other sites, or for a codebook with a mask that keeps no neuron."""
-    if arm.excludes_finding or arm.reads_gate:
+    if not has_kernel(arm):
         raise UserError(f"arm {arm.name}: its mask is known only after what it would skip was computed; kernels take predicted, soft, neuron-predictor, static")
     if list(arm.codebook.sites) != ["neuron"]:
         raise UserError(f"sites {list(arm.codebook.sites)}: kernels take sites=[neuron], whose masks skip a row of all three projections")
@@ -185,6 +191,11 @@ class _ClusterFFN:
 # ---- decoding
 
 
+def cache_keyword(model: nn.Module) -> str:
+    """What its forward calls the cache: `cache` since transformers 5.2x, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
 
@@ -196,8 +207,7 @@ class GreedyDecoder:
 
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=model.config, max_cache_len=length)
-        names = inspect.signature(model.forward).parameters
-        self._keyword = "cache" if "cache" in names else "past_key_values"
+        self._keyword = cache_keyword(model)
         self._call = torch.compile(model.forward, dynamic=False) if compiled and self.device.type == "cuda" else model.forward
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None

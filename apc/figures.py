@@ -45,6 +45,7 @@ def save_figures(results: dict, folder: Path) -> dict[str, Path]:
     """Draws every figure that the results hold data for; returns name → PNG."""
     draw = {
         "perplexity": perplexity_figure,
+        "speed": speed_figure,
         "captured_importance": captured_figure,
         "union_density": union_figure,
         "cluster_usage": usage_figure,
@@ -83,6 +84,29 @@ def perplexity_figure(results: dict, path: Path) -> bool:
     axes.set_ylim(len(arms) - 0.4, -0.6)
     plain_axes(axes, xlabel="perplexity" + (" (log scale)" if logarithmic else "") + "; dashed: dense", grid="x")
     axes.tick_params(axis="y", length=0, labelsize=10.5)
+    return _save(figure, path)
+
+
+def speed_figure(results: dict, path: Path) -> bool:
+    """Perplexity after a dense prefill against tokens a second, a point for each arm; hollow: sparse throughout."""
+    arms = (results.get("speed") or {}).get("arms") or []
+    if not arms:
+        return False
+    figure = _figure(results, "Perplexity against decoding speed", 8.6, 4.4)
+    axes = figure.subplots()
+    for arm in arms:
+        color, marker = ARM_STYLES.get(arm["arm"], _OTHER_STYLE)
+        rate = 1 / arm["seconds_per_token"]
+        axes.plot(rate, arm["perplexity"], color=color, marker=marker, markersize=8, linestyle="none")
+        if arm["arm"] != "dense":
+            axes.plot(rate, arm["perplexity_masked"], color=color, marker=marker, markersize=8, markerfacecolor="white", linestyle="none")
+        axes.annotate(arm["arm"], (rate, arm["perplexity"]), (8, 0), textcoords="offset points", color=color, va="center")
+    values = [arm[key] for arm in arms for key in ("perplexity", "perplexity_masked")]
+    if max(values) / min(values) > _LOG_FROM:
+        log_axis(axes, "y")
+    axes.margins(0.18)
+    axes.set_xlim(left=0)
+    plain_axes(axes, xlabel="tokens a second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
     return _save(figure, path)
 
 

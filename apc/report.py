@@ -148,6 +148,41 @@ def detail_table(results: dict, markdown: bool = False) -> str:
     return _document(results, [_arm_grid(_DETAIL_COLUMNS, arms, markdown)], notes, markdown)
 
 
+_SPEED_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    ("", "arm", lambda arm: arm["arm"]),
+    ("", "tokens/s", lambda arm: fixed(1 / arm["seconds_per_token"], 1)),
+    ("", "ms a token", lambda arm: fixed(1000 * arm["seconds_per_token"], 3)),
+    ("dense /", "this, time", lambda arm: fixed(arm["times_dense"], 2)),
+    ("perplexity", "after dense prefill", lambda arm: shown_perplexity(arm["perplexity"])),
+    ("vs dense", "× (95 %)", shown_ratio),
+    ("perplexity", "all sparse", lambda arm: shown_perplexity(arm["perplexity_masked"])),
+    ("divergence", "nats", lambda arm: fixed(arm["divergence"], 3)),
+    ("same", "next token %", lambda arm: percent(arm["agreement"])),
+    ("same", "tokens at first", lambda arm: fixed(arm.get("agrees_for"), 1)),
+    ("held", "MB", lambda arm: DASH if arm.get("bytes_held") is None else fixed(arm["bytes_held"] / 1e6, 1)),
+)
+
+
+def speed_tables(results: dict, markdown: bool = False) -> list[str]:
+    """How fast each arm decodes and how far what it says is from the dense model, and continuations side by side; empty where that was not measured."""
+    speed = results.get("speed")
+    if not speed:
+        return []
+    conditions = results.get("conditions") or {}
+    notes = [
+        f"one sequence on {conditions.get('device', 'an unnamed device')}, {conditions.get('dtype', '')}, after a prompt of {speed['prompt']:,} tokens. "
+        f"Perplexity: of the second halves of {speed['windows']:,} score windows, after their first halves.",
+        "divergence: KL(dense ‖ arm) a token, after a dense prefill. same tokens at first: until a greedy continuation differs. held: beside the model.",
+    ]
+    notes += [f"{DASH} {', '.join(speed['left_out'])}: known only after what it would skip was computed"] if speed["left_out"] else []
+    said = []
+    for index, prompt in enumerate(speed["prompts"]):
+        lines = [f"… {' '.join(prompt.split())[-200:]}"]
+        lines += [f"  {arm['arm']}: {' '.join(arm['text'][index].split())}" for arm in speed["arms"]]
+        said.append("\n".join(lines) if not markdown else "\n".join(f"    {line}" for line in lines))
+    return [_document(results, [_arm_grid(_SPEED_COLUMNS, speed["arms"], markdown)], notes, markdown), "\n\n".join(said)]
+
+
 def layer_table(results: dict, measures: Sequence[str] = ("density", "captured_importance"), markdown: bool = False) -> str:
     """Each measure per layer, arms side by side, the last row over all layers; then the predictor's accuracy per layer.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from apc import distributed, figures
+from apc import distributed, figures, speed
 from apc.codebook import Codebook
 from apc.config import DEFAULT_ARMS, Config
 from apc.errors import UserError
@@ -59,11 +59,11 @@ def conditions(cfg: Config, codebook: Codebook, predictor: Predictor | None, sco
 
 def score(
     cfg: Config, model: nn.Module, codebook: Codebook, predictor: Predictor | None, scored: Windows,
-    run: RunFolder, folder: Path, tracking: Tracking, device: torch.device, watch: Stopwatch,
+    run: RunFolder, folder: Path, tracking: Tracking, device: torch.device, watch: Stopwatch, tokenizer=None,
 ) -> dict:  # fmt: skip
     """Evaluates the arms and writes `folder`/results.json and figures/; returns the results as `apc.report` describes them.
 
-    run: the folder whose trainings the results tell of.
+    run: the folder whose trainings the results tell of; tokenizer: for the texts of cfg.speed.
     """
     names, missing = choose_arms(cfg.arms, DEFAULT_ARMS, codebook, predictor)
     evaluator = Evaluator(model, codebook, predictor, scored.tokens, device, batch_windows(cfg, device), cfg.seed)
@@ -71,6 +71,10 @@ def score(
     arms = sorted(evaluator.arms(names) + missing, key=lambda record: order.index(record["arm"]))
     watch.lap("evaluate")
     results = {"conditions": conditions(cfg, codebook, predictor, scored, model, device), "arms": arms, **stage_records(run), "seconds": watch.seconds}
+    if cfg.speed and distributed.is_main():
+        results["speed"] = speed.measure(model, tokenizer, codebook, predictor, scored.tokens, names, cfg.seed, cfg.trainer.progress)
+        watch.lap("speed")
+        results["seconds"] = watch.seconds
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, tracking)
@@ -82,6 +86,8 @@ def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
     """Figures beside the results, and everything to the run's record."""
     ran = [record for record in results["arms"] if not record["missing"]]
     tracking.summary({f"eval/{record['arm']}/{name}": record[name] for record in ran for name in SHOWN if record[name] is not None})
+    for record in (results.get("speed") or {}).get("arms", []):
+        tracking.summary({f"speed/{record['arm']}/{name}": record[name] for name in ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")})
     columns = ["arm", *SHOWN]
     tracking.table("eval/arms", columns, [[record["arm"], *(record[name] for name in SHOWN)] for record in ran])
     layer_rows = [

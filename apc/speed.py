@@ -1,0 +1,167 @@
+"""What an arm is worth when the model decodes with it: tokens a second, and how what it says differs from the dense model.
+
+Each scored window's first half is a prompt. Its second half is scored after it twice: with FFNs sparse throughout, and with a dense prefill, as in use. All
+of it goes through the kernels that are timed, a token at a time. Shape letters: n windows, S tokens of a window, V entries of the vocabulary.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apc import ops
+from apc.arms import ARMS
+from apc.codebook import Codebook
+from apc.decode import GreedyDecoder, SparseFFNs, cache_keyword, has_kernel
+from apc.errors import UserError
+from apc.metrics import perplexity, perplexity_ratio
+from apc.predictor import Predictor
+from apc.sparse_model import restore, sparsify
+
+WINDOWS = 32  # that are scored, at most
+CONTINUED = 4  # of them are also continued greedily
+NEW_TOKENS = 64
+TIMED_STEPS = 32
+
+
+@dataclass(frozen=True)
+class _Second:
+    """The second halves of windows under one arm: losses float64 [n], divergence from the dense model and share of tokens whose likeliest next is the
+    dense model's, both None for the dense model itself."""
+
+    losses: Tensor
+    divergence: float | None
+    agreement: float | None
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, tokenizer, codebook: Codebook, predictor: Predictor | None, windows: Tensor, arms: list[str], seed: int = 0, progress: bool = True
+) -> dict:
+    """Records of `dense` and of the arms that kernels take, for the batch of one; see `apc.report.speed_table`. Leaves the model dense.
+
+    windows: int64 [n, S], S at least 4. Raises UserError where no arm has a kernel, or windows are shorter.
+    """
+    names = [name for name in arms if name != "dense" and has_kernel(ARMS[name])]
+    left_out = [name for name in arms if name != "dense" and name not in names]
+    if not names:
+        raise UserError(f"speed=true: none of arms=[{','.join(arms)}] knows its mask before the FFN runs; add predicted, soft, neuron-predictor or static")
+    if windows.shape[1] < 4:
+        raise UserError(f"speed=true: windows of {windows.shape[1]} tokens can't be halved into a prompt and what follows; raise data.seq_len")
+    windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
+    half = windows.shape[1] // 2
+    restore(model)
+    records = []
+    with tqdm(total=len(windows) * (1 + 2 * len(names)), desc="speed", unit=" windows", disable=not progress) as bar:
+        dense = _Scorer(model, windows, half, bar)
+        reference = dense.score(None, dense_prefill=True)
+        records.append(_record("dense", reference, reference, reference) | _decode(model, tokenizer, windows, half))
+        for name in names:
+            held = _held(model)
+            ffns = sparsify(model, codebook, predictor, name, seed, kernel="auto").__dict__["_apc_hooks"]
+            extra = None if held is None else _held(model) - held
+            after, masked = dense.score(ffns, dense_prefill=True), dense.score(ffns, dense_prefill=False)
+            record = _record(name, reference, after, masked) | _decode(model, tokenizer, windows, half)
+            record["agrees_for"] = _agrees_for(records[0]["continued"], record["continued"])
+            record["bytes_held"] = extra
+            records.append(record)
+            restore(model)
+    step = records[0]["seconds_per_token"]
+    for record in records:
+        record["times_dense"] = step / record["seconds_per_token"]
+    return {"windows": len(windows), "prompt": half, "arms": records, "left_out": left_out, "prompts": _texts(tokenizer, windows[:CONTINUED, :half])}
+
+
+def _record(name: str, dense: _Second, after: _Second, masked: _Second) -> dict:
+    ratio, low, high = perplexity_ratio(after.losses, dense.losses)
+    return {
+        "arm": name, "perplexity": perplexity(after.losses), "ratio": ratio, "ratio_low": low, "ratio_high": high,
+        "perplexity_masked": perplexity(masked.losses), "divergence": after.divergence, "agreement": after.agreement,
+    }  # fmt: skip
+
+
+class _Scorer:
+    """Scores the second halves of windows after their first halves; `teacher` keeps the dense model's logits on the host, bfloat16 [n, S/2, V]."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, half: int, bar: tqdm):
+        self.model, self.windows, self.half, self.bar = model, windows, half, bar
+        self.device = next(model.parameters()).device
+        self.keyword = cache_keyword(model)
+        self.teacher: list[Tensor] = []
+
+    def score(self, ffns: SparseFFNs | None, dense_prefill: bool) -> _Second:
+        """ffns: those in the model; None: it is the dense one, whose logits are kept."""
+        losses, divergence, agreement = [], 0.0, 0.0
+        for index, window in enumerate(self.windows):
+            window = window[None].to(self.device)
+            logits = self._logits(window, ffns, dense_prefill)
+            losses.append(F.cross_entropy(logits[:-1].float(), window[0, self.half + 1 :]).double())
+            if ffns is None:
+                self.teacher.append(logits.bfloat16().cpu())
+            else:
+                dense = self.teacher[index].to(self.device)
+                divergence += ops.divergence(logits.float(), dense.float()).mean().item()
+                agreement += (logits.bfloat16().argmax(-1) == dense.argmax(-1)).double().mean().item()
+            self.bar.update()
+        count, losses = len(self.windows), torch.stack(losses).cpu()
+        return _Second(losses, None, None) if ffns is None else _Second(losses, divergence / count, agreement / count)
+
+    def _logits(self, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
+        """[S/2, V] of the second half, after the first."""
+        from transformers import DynamicCache
+
+        cache = {self.keyword: DynamicCache(config=self.model.config)}
+        if ffns is not None:
+            before, ffns.dense_above, ffns.at_once = (ffns.dense_above, ffns.at_once), ffns.dense_above if dense_prefill else 0, 1
+        try:
+            self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
+            if ffns is not None:
+                ffns.dense_above = 0
+            return self.model(input_ids=window[:, self.half :], use_cache=True, **cache).logits[0]
+        finally:
+            if ffns is not None:
+                ffns.dense_above, ffns.at_once = before
+
+
+def _decode(model: nn.Module, tokenizer, windows: Tensor, half: int) -> dict:
+    """Seconds of a decoded token at batch 1 after a prompt, and greedy continuations of the first windows' prompts."""
+    decoder = GreedyDecoder(model, 1, half + max(NEW_TOKENS, TIMED_STEPS + 8) + 8)
+    prompt = windows[:1, :half].to(decoder.device)
+    decoder.record(prompt)
+    decoder.prefill(prompt)
+    seconds = []
+    for _ in range(4):
+        decoder.step()
+    for _ in range(TIMED_STEPS):
+        _wait(decoder.device)
+        start = time.perf_counter()
+        decoder.step()
+        _wait(decoder.device)
+        seconds.append(time.perf_counter() - start)
+    continued = torch.cat([decoder.decode(window[None, :half].to(decoder.device), NEW_TOKENS) for window in windows[:CONTINUED]]).cpu()
+    return {"seconds_per_token": statistics.median(seconds), "continued": continued.tolist(), "text": _texts(tokenizer, continued)}
+
+
+def _agrees_for(dense: list[list[int]], sparse: list[list[int]]) -> float:
+    """Tokens until a continuation first differs, on average."""
+    counts = [next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one)) for one, other in zip(dense, sparse, strict=True)]
+    return sum(counts) / len(counts)
+
+
+def _texts(tokenizer, tokens: Tensor) -> list[str]:
+    return [tokenizer.decode(one, skip_special_tokens=True) for one in tokens]
+
+
+def _held(model: nn.Module) -> int | None:
+    """Bytes that torch holds on the model's GPU; None without one."""
+    device = next(model.parameters()).device
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

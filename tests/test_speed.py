@@ -1,0 +1,80 @@
+"""Decoding speed beside quality: figures are those of masks that multiply, what was not asked for is said, and the model is left dense."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+import apc
+import evaluate
+import tiny
+import train
+from apc import report, speed
+from apc.config import load_config
+from apc.decode import cache_keyword
+from apc.errors import UserError
+from apc.models import ModelConfig, load_model
+from apc.text import cut_windows, read_texts
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("speed"))
+    train.train(load_config(None, tiny.tiny_overrides(folder)))
+    return folder
+
+
+def evaluated(folder, *words):
+    return evaluate.evaluate(evaluate.config_of_run(None, [f"checkpoint={folder / 'runs' / 'run'}", "speed=true", *words]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, capsys):
+    results = evaluated(workplace, "arms=[dense,exact,predicted,soft]", f"model.device={device}", f"run.name=on-{device}")
+    found = {record["arm"]: record for record in results["speed"]["arms"]}
+    assert list(found) == ["dense", "predicted", "soft"] and results["speed"]["left_out"] == ["exact"]
+    assert found["dense"]["times_dense"] == 1 and found["dense"]["ratio"] == 1 and found["dense"]["divergence"] is None
+
+    run = apc.load_run(workplace / "runs" / "run")
+    model, tokenizer = load_model(ModelConfig(path=str(workplace / "model"), device=device), torch.device(device))
+    windows = cut_windows(run.config.data, *read_texts(run.config.data), tokenizer)[1].tokens.to(device)
+    half, losses = windows.shape[1] // 2, {"after": [], "masked": []}
+    for window in windows[:, None]:
+        cache = {cache_keyword(model): DynamicCache(config=model.config)}
+        apc.restore(model)(input_ids=window[:, :half], use_cache=True, **cache)
+        sparse = apc.sparsify(model, run.codebook, run.predictor, "predicted")
+        for name, logits in (("after", sparse(window[:, half:], use_cache=True, **cache).logits[0]), ("masked", sparse(window).logits[0, half:])):
+            losses[name].append(F.cross_entropy(logits[:-1], window[0, half + 1 :]))
+    assert found["predicted"]["perplexity"] == pytest.approx(torch.stack(losses["after"]).mean().exp().item(), rel=1e-4)
+    assert found["predicted"]["perplexity_masked"] == pytest.approx(torch.stack(losses["masked"]).mean().exp().item(), rel=1e-4)
+    assert found["predicted"]["divergence"] > 0 and 0 < found["predicted"]["agreement"] < 1 and 0 <= found["predicted"]["agrees_for"] < speed.NEW_TOKENS
+    assert all(len(record["continued"]) == len(record["text"]) == len(results["speed"]["prompts"]) == speed.CONTINUED for record in found.values())
+
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "– exact: known only after" in said and "  predicted: w" in said
+    folder = workplace / "runs" / "run" / "evaluations" / f"on-{device}"
+    assert (folder / "figures" / "speed.png").is_file() and json.loads((folder / "results.json").read_text())["speed"]["windows"] == 4
+    table, texts = report.speed_tables(results, markdown=True)
+    assert table.count("| predicted |") == 1 and texts.startswith("    … ")
+    assert report.speed_tables({"arms": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["arms=[dense,oracle]"], r"speed=true: none of arms=\[dense,oracle\] knows its mask"),
+        (["arms=[dense,predicted]", "speed=perhaps"], "speed"),
+    ],
+)
+def test_what_can_not_be_timed_is_said(workplace, words, message):
+    with pytest.raises(UserError, match=message):
+        evaluated(workplace, *words)
+
+
+def test_speed_needs_the_site_neuron():
+    with pytest.raises(UserError, match=r"speed=true: kernels need sites=\[neuron\]"):
+        load_config(None, ["speed=true", "sites=[gate,up,down]"])
