@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from apc import ops
 from apc.errors import UserError
 from apc.low_bit import LowBitScores, quantised
 from apc.predictor import Predictor, PredictorConfig
@@ -34,6 +35,36 @@ def test_bits_hold_the_levels_and_scores_follow_the_formula(bits):
         z = scores.scale[1, place] * (hidden[1] @ quantised(scores.weights[1, place], bits).T)
         expected = expected + scores.slope[1, place] * z + scores.power[1, place] * torch.log1p(z * z)
     assert torch.allclose(frozen.layer(1)(hidden[1]), expected, atol=1e-4) and torch.allclose(scores(hidden)[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("bits", "reads", "n", "E", "D"), [(1, 2, 1, 48, 200), (2, 1, 3, 300, 130), (3, 2, 4, 20, 13)])
+def test_the_kernel_scores_and_masks_as_the_formula(device, bits, reads, n, E, D):
+    planes = ops.pack(torch.rand(bits, reads, D, E) < 0.5).to(device)
+    scale, slope, power = (torch.randn(reads, D, device=device) for _ in range(3))
+    hidden, bias = torch.randn(n, E, device=device) * torch.tensor([1.0, 80.0, 0.01, 3.0], device=device)[:n, None], torch.randn(D, device=device)
+    arguments = (hidden, planes, scale, slope, power, bias)
+    expected = ops.low_bit_scores(*arguments, by_triton=False)
+    levels = sum(ops.unpack(plane, E).double() * 2**place for place, plane in enumerate(planes)) + 0.5 - 2 ** (bits - 1)
+    z = scale.double() * (hidden.double() @ levels.flatten(0, 1).T).unflatten(-1, (reads, D))
+    exact = bias + (slope * z + power * torch.log1p(z * z)).sum(1)
+    assert torch.allclose(expected.double(), exact, rtol=1e-4, atol=1e-3)
+    found = ops.low_bit_scores(*arguments, by_triton=True)
+    assert ((found.double() - exact).norm(dim=1) < 2e-3 * exact.norm(dim=1)).all()
+    threshold = expected.median()
+    for by_triton, scores in ((True, found), (False, expected)):
+        masks = ops.low_bit_scores(*arguments, threshold=threshold, by_triton=by_triton)
+        assert torch.equal(masks, ops.pack(scores >= threshold))
+
+
+def test_the_kernel_refuses_what_does_not_fit():
+    planes, curve, bias = torch.zeros(1, 2, 9, 16, dtype=torch.uint8), [torch.zeros(2, 9)] * 3, torch.zeros(9)
+    with pytest.raises(ValueError, match="must be uint8"):
+        ops.low_bit_scores(torch.zeros(1, 200), planes, *curve, bias)
+    with pytest.raises(ValueError, match="up to 4 tokens"):
+        ops.low_bit_scores(torch.zeros(5, 20), planes, *curve, bias, by_triton=True)
+    with pytest.raises(ValueError, match=r"bias float32 \[8\]"):
+        ops.low_bit_scores(torch.zeros(1, 20), planes, *curve, bias[:8])
 
 
 def test_the_gradient_passes_within_the_levels():

@@ -7,6 +7,7 @@ from apc.ops.capacity import assign_with_capacity
 from apc.ops.curve import score_curve, score_curve_triton
 from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
+from apc.ops.low_bit import low_bit_scores
 from apc.ops.sparse_ffn import MOST_TOKENS, predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_triton
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
@@ -38,6 +39,7 @@ __all__ = [
     "cut_or_fill",
     "divergence",
     "divergence_triton",
+    "low_bit_scores",
     "mask_size",
     "pack",
     "pack_triton",
