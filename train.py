@@ -62,7 +62,7 @@ def train(cfg: Config) -> dict:
             rows = None
             if len(monitored.tokens):
                 rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
-            predictor = training.train_predictor(cfg, inputs, codebook, run, tracking, watched, rows)
+            predictor = training.train_predictor(cfg, inputs, codebook, fit.tokens, run, tracking, watched, rows)
             watch.lap("predict")
         if cfg.stage == "predict":
             return {"run": str(run.path), "seconds": watch.seconds}

@@ -221,6 +221,23 @@ class NeuronPredictor(_NeedsPredictor):
         return Choice(ops.top_mask(scores, self.size(tokens), check=False), correction)
 
 
+class NeuronThreshold(_NeedsPredictor):
+    """The neurons whose score, as `neuron-predictor` has it, reaches the layer's threshold: tokens keep as many as they need, in the mean over the fit text
+    as many as a mask of fixed size."""
+
+    name = "neuron-threshold"
+    forms = ("neuron", "low-bit")
+
+    @classmethod
+    def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        found = super().missing(codebook, predictor)
+        return found or (None if predictor.thresholds is not None else "the predictor has no thresholds; train it again")
+
+    def choose(self, tokens: Tokens) -> Choice:
+        scores, correction = self.outputs(tokens)
+        return Choice(scores >= self.predictor.thresholds[tokens.layer], correction)
+
+
 class Gate(Arm):
     """The top share by |act(gate)| (the rule of CATS, Lee et al., 2024): the gate runs in full, up and down are masked."""
 
@@ -244,7 +261,7 @@ class KeepAll(Arm):
         return torch.ones(1, tokens.values.shape[-1], dtype=torch.bool, device=tokens.values.device)
 
 
-ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, Gate, NeuronPredictor)}
+ARMS = {arm.name: arm for arm in (Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, Gate, NeuronPredictor, NeuronThreshold)}
 
 
 def make_arm(name: str, codebook: Codebook, predictor: Predictor | None, seed: int = 0) -> Arm:

@@ -60,7 +60,7 @@ def lines(runs: Sequence[Finished], arms: Sequence[str], x: Value, y: Value) -> 
             record = run.arms.get(arm)
             at, value = (None, None) if record is None else (x(run, record), y(run, record))
             if at and value is not None and math.isfinite(value):
-                variant = (trained if arm in ("predicted", "soft", "neuron-predictor") else names)[str(run.folder)]
+                variant = (trained if arm in ("predicted", "soft", "neuron-predictor", "neuron-threshold") else names)[str(run.folder)]
                 found.setdefault((run.place, arm, variant, run.conditions["density"]), []).append((at, value))
     return [Line(arm, variant, density, sorted(points)) for (_, arm, variant, density), points in found.items()]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apc import ops
-from apc.arms import Arm, Predicted, Tokens
+from apc.arms import Arm, NeuronPredictor, NeuronThreshold, Predicted, Tokens
 from apc.codebook import SiteCodebook
 from apc.errors import UserError
 from apc.models import GatedFFN
@@ -63,7 +63,12 @@ class SparseFFNs:
             down = ffn.down.weight.detach().T.contiguous()
             ffn.down.weight = nn.Parameter(down.T, requires_grad=False)
             weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
-            sparse = _ClusterFFN.of(self.arm, book, layer, down.device) if type(self.arm) is Predicted else _ArmFFN(self.arm, layer, self._measure)
+            if isinstance(self.arm, Predicted):
+                sparse = _ClusterFFN.of(self.arm, book, layer, down.device)
+            elif isinstance(self.arm, (NeuronPredictor, NeuronThreshold)) and self.arm.predictor.low_bit is not None:
+                sparse = _LowBitFFN.of(self.arm, layer, down.device)
+            else:
+                sparse = _ArmFFN(self.arm, layer, self._measure)
             ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, weights)
         return self
 
@@ -76,7 +81,7 @@ class SparseFFNs:
         self._own.clear()
         self._inputs.clear()
 
-    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
+    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _LowBitFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
         """What takes the place of an FFN's forward."""
         lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
         activation = self._activations[layer]
@@ -169,8 +174,7 @@ class _ClusterFFN:
     @classmethod
     def of(cls, arm: Predicted, book: SiteCodebook, layer: int, device: torch.device) -> "_ClusterFFN":
         predictor, group = arm.predictor, arm.codebook.group(layer)
-        half = lambda value: value.detach().to(device, torch.bfloat16).contiguous()  # what was trained is rounded to it already
-        full = lambda value: value.detach().to(device, torch.float32).contiguous()
+        half, full = _halves(device), _wholes(device)
         return cls(
             predictor.source_layer(layer),
             half(predictor.reduce[layer].T),
@@ -186,6 +190,53 @@ class _ClusterFFN:
         inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, by_triton)
         correction = None if self.correct is None else (inner, *self.correct)
         return ops.sparse_ffn(hidden, *weights, self.centroids, activation, tuple(candidates), correction, self.offsets, by_triton)
+
+
+@dataclass
+class _LowBitFFN:
+    """An FFN under the mask of the neurons that a low-bit copy of gate and up scores highest, or from a threshold on."""
+
+    source: int
+    size: int | None  # of masks of a fixed size; None: by the threshold
+    threshold: Tensor | None  # float32 []
+    planes: Tensor  # uint8 [b, P, D, W]
+    curve: tuple[Tensor, Tensor, Tensor, Tensor]  # scale, slope and power float32 [P, D], bias [D]
+    correct: tuple[Tensor, Tensor, Tensor, Tensor] | None  # reduce [H, E] and its bias [H], correction [H, E] and its bias [E]
+
+    @classmethod
+    def of(cls, arm: NeuronPredictor | NeuronThreshold, layer: int, device: torch.device) -> "_LowBitFFN":
+        predictor, by_threshold = arm.predictor, isinstance(arm, NeuronThreshold)
+        half, full = _halves(device), _wholes(device)
+        copy = predictor.low_bit.freeze()
+        correct = (half(predictor.reduce[layer].T), full(predictor.reduce_bias[layer])) if predictor.corrects else None
+        return cls(
+            predictor.source_layer(layer),
+            None if by_threshold else arm.codebook.size("neuron", layer),
+            full(predictor.thresholds[layer]) if by_threshold else None,
+            copy.planes[:, layer].to(device).contiguous(),
+            tuple(full(value[layer]) for value in (copy.scale, copy.slope, copy.power, copy.bias)),
+            (*correct, half(predictor.correct[layer]), full(predictor.correct_bias[layer])) if correct else None,
+        )
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        source = inputs[self.source]
+        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, by_triton)
+        if self.size is not None:
+            masks = ops.pack(ops.top_mask(masks, self.size, check=False))
+        correction = None
+        if self.correct is not None:
+            reduce, bias, *rest = self.correct
+            correction = (ops.bottleneck(source, reduce, bias, by_triton), *rest)
+        return ops.sparse_ffn(hidden, *weights, masks, activation, correction=correction, by_triton=by_triton)
+
+
+def _halves(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """To bfloat16, which what was trained is rounded to already."""
+    return lambda value: value.detach().to(device, torch.bfloat16).contiguous()
+
+
+def _wholes(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda value: value.detach().to(device, torch.float32).contiguous()
 
 
 # ---- decoding

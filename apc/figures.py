@@ -30,6 +30,7 @@ ARM_STYLES = {
     "soft": ("#CC79A7", "P"),
     "gate": ("#56B4E9", "X"),
     "neuron-predictor": ("#882255", "*"),
+    "neuron-threshold": ("#44AA99", "<"),
 }
 _OTHER_STYLE = ("#332288", "p")
 INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"

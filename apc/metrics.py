@@ -161,7 +161,7 @@ def arm_cost(arm: Arm | None, codebook: Codebook, predictor: Predictor | None, d
         if codebook.sites[site].offsets is not None:
             read += codebook.hidden_size * {"oracle": 1, "thresholded-oracle": 1, "predicted": 1, "soft": codebook.k}.get(arm.name, 0)
             computed += codebook.hidden_size * codebook.k if arm.name == "soft" else 0
-        if arm.name in ("predicted", "soft", "neuron-predictor"):
+        if hasattr(arm, "forms"):
             read += predictor.parameters_read(site)
             computed += predictor.multiplications(site)
         if arm.name == "soft":

@@ -62,14 +62,16 @@ class Predictor(nn.Module):
 
     outputs: how many logits each site gets; form, lookahead, bits and reads as in `PredictorConfig`. corrects: whether the bottleneck is also mapped back,
     H → E, to what the FFN's output lacks under its mask (nothing at first: `apc.tuning` trains it). The low-bit form has no bottleneck without that.
-    frozen: whether the low-bit copy is held as bits, and can't be trained.
+    frozen: whether the low-bit copy is held as bits, and can't be trained. thresholds: float32 [L], the least score that a layer's neuron is kept for where
+    a token keeps as many as it needs (`apc.thresholds` finds them), or None.
     """
 
     def __init__(
         self, layers: int, hidden_size: int, hidden: int, outputs: dict[str, int], form: str = "cluster", lookahead: int = 0, provenance=None,
-        corrects: bool = False, bits: int = 1, reads: list[str] | None = None, frozen: bool = False,
+        corrects: bool = False, bits: int = 1, reads: list[str] | None = None, frozen: bool = False, with_thresholds: bool = False,
     ):  # fmt: skip
         super().__init__()
+        self.register_buffer("thresholds", torch.zeros(layers) if with_thresholds else None)
         self.layers, self.hidden_size, self.hidden, self.outputs = layers, hidden_size, hidden, dict(outputs)
         self.form, self.lookahead, self.provenance = form, lookahead, provenance or {}
         self.corrects, self.bits, self.reads = corrects, bits, list(reads or READS)
@@ -119,18 +121,20 @@ class Predictor(nn.Module):
         return {name: value for name, value in self.named_parameters() if not name.startswith("low_bit.")}
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
-        """A copy that can be trained, with another provenance, or one that corrects (by nothing yet, where this one does not)."""
-        header = self._header() | {"provenance": provenance or self.provenance, "corrects": corrects or self.corrects, "frozen": False}
+        """A copy that can be trained, with another provenance, or one that corrects (by nothing yet, where this one does not); without thresholds."""
+        header = self._header() | {"provenance": provenance or self.provenance, "corrects": corrects or self.corrects}
+        header |= {"frozen": False, "with_thresholds": False}
         made = Predictor(**header)
         if self.low_bit is not None:
             made.low_bit = self.low_bit.thaw()
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith("low_bit.")}
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("low_bit.") and name != "thresholds"}
         made.load_state_dict({**made.state_dict(), **own})
         return made
 
     def _header(self) -> dict:
         names = ("layers", "hidden_size", "hidden", "outputs", "form", "lookahead", "provenance", "corrects", "bits", "reads")
-        return {name: getattr(self, name) for name in names} | {"frozen": self.low_bit is not None and self.low_bit.frozen}
+        held = {"frozen": self.low_bit is not None and self.low_bit.frozen, "with_thresholds": self.thresholds is not None}
+        return {name: getattr(self, name) for name in names} | held
 
     def rates(self, lr: float) -> list[dict]:
         """Its parameters as an optimizer's groups: those of a score's curve learn ten times as fast as weights, which are of the order of 1 too but many."""

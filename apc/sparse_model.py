@@ -109,7 +109,7 @@ def sparsify(
 
     Args:
         codebook, predictor: as `Codebook.load` and `Predictor.load` give them; moved to the model's device.
-        arm: dense, exact, static, random, oracle, thresholded-oracle, predicted, soft, gate or neuron-predictor.
+        arm: dense, exact, static, random, oracle, thresholded-oracle, predicted, soft, gate, neuron-predictor or neuron-threshold.
         seed: what the arm `random` draws its masks from.
         kernel: None: masks multiply what was computed, which shows quality. Else FFNs read only what is kept: by Triton kernels (`triton`), by `torch`,
             or `auto`, by kernels where the model is on an NVIDIA GPU. For arms that know their masks before the FFN runs.
@@ -121,7 +121,8 @@ def sparsify(
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
     device = ffns[0].down.weight.device
-    if kernel is None or arm != "predicted":  # whose kernels take along what they need, and no profiles
+    by_kernels = kernel is not None and predictor is not None and (arm == "predicted" or predictor.low_bit is not None)
+    if not by_kernels:  # which take along what they need, and no profiles
         codebook, predictor = codebook.to(device), predictor.to(device) if predictor is not None else None
     chosen = None if arm == "dense" else make_arm(arm, codebook, predictor, seed)
     restore(model)

@@ -24,6 +24,7 @@ from apc.baselines import BRBKMeans, KMajority
 from apc.callbacks import ArmsOnHeldOut, ResumePoint
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
+from apc.collect import calibration_sample
 from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule, ResumedDataModule, WindowLoader
 from apc.errors import UserError
@@ -33,6 +34,7 @@ from apc.patterns import Block, CollectConfig, PatternInfo, PatternSource
 from apc.predictor import Predictor, PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.streaming import BLOCKS_IN_FLIGHT
+from apc.thresholds import find_thresholds
 from apc.tracking import Tracking
 from apc.tuning import TuningModule
 
@@ -240,11 +242,12 @@ def take_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
 
 
 def train_predictor(
-    cfg: Config, source: PatternSource, codebook: Codebook, run: RunFolder, tracking: Tracking, watched: Watched, monitor: Block | None
-) -> Predictor:
+    cfg: Config, source: PatternSource, codebook: Codebook, windows: torch.Tensor, run: RunFolder, tracking: Tracking, watched: Watched,
+    monitor: Block | None,
+) -> Predictor:  # fmt: skip
     """The run's predictor: read if it is there, else trained (going on from the last checkpoint) and saved.
 
-    source: with FFN inputs; monitor: a block of held-out rows that its figures are measured on.
+    source: with FFN inputs; windows: int64 [n, seq_len], those of the fit text; monitor: a block of held-out rows that its figures are measured on.
     """
     if run.predictor.is_file():
         return Predictor.load(run.predictor)
@@ -260,13 +263,21 @@ def train_predictor(
     trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, strategy=strategy, precision=cfg.trainer.precision)
     loader = _loader(cfg, source, module, device, cfg.predictor.batch)
     _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
-    predictor = module.trained(provenance() | {"codebook": codebook.provenance})
+    predictor = _with_thresholds(cfg, codebook, module.trained(provenance() | {"codebook": codebook.provenance}), windows, watched.collector)
     if distributed.is_main():
         write_json(run.history("predictor"), {"history": module.history, "per_layer": module.figures})
         predictor.save(run.predictor)
         tracking.artifact("predictor", "predictor", run.predictor)
     distributed.barrier()
     return predictor
+
+
+def _with_thresholds(cfg: Config, codebook: Codebook, predictor: Predictor, windows: torch.Tensor, collector: Collector) -> Predictor:
+    """The predictor itself, which has its thresholds if it scores neuron by neuron; on the host."""
+    if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.ones == "fixed":
+        sample = calibration_sample(windows, cfg.collect.calibration_windows)
+        predictor.thresholds = find_thresholds(collector.model, collector.ffns, codebook, predictor, sample, collector.batch_windows)
+    return predictor.cpu()
 
 
 def tune(
@@ -294,6 +305,8 @@ def tune(
     with deterministic(device):
         _fit(trainer, module, data, run.checkpoint("tune"))
     codebook, predictor = module.tuned(codebook.provenance)
+    if predictor is not None:
+        predictor = _with_thresholds(cfg, codebook, predictor, windows, watched.collector)
     if distributed.is_main():
         write_json(run.history("tune"), {"history": module.history, "budget": codebook.budget})
         if predictor is not None:

@@ -16,7 +16,9 @@ from apc.predictor import at_16_bits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ARMS = [("predicted", "cluster", {}), ("predicted", "cluster", {"predictor.lookahead": 1}), ("soft", "cluster", {}), ("static", "cluster", {}),
-        ("neuron-predictor", "neuron", {}), ("neuron-predictor", "low-bit", {})]  # fmt: skip
+        ("neuron-predictor", "neuron", {}), ("neuron-predictor", "low-bit", {}), ("neuron-threshold", "neuron", {}),
+        ("neuron-threshold", "low-bit", {"predictor.bits": 2}),
+        ("neuron-threshold", "low-bit", {"predictor.reads": "[gate]", "predictor.lookahead": 1})]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,12 @@ def made(workplace):
     found = {}
 
     def make(form, **changes):
-        name = f"{form}-{len(changes)}"
+        name = "-".join([form, *(str(value).strip("[]") for value in changes.values())])
         if name not in found:
             train.train(load_config(None, tiny.tiny_overrides(workplace, stage="predict", **{"run.name": name, "predictor.form": form, **changes})))
             run = apc.load_run(workplace / "runs" / name)
             book, predictor = run.codebook.sites["neuron"], run.predictor.copy(corrects=True)
+            predictor.thresholds = run.predictor.thresholds
             generator = torch.Generator().manual_seed(3)
             with torch.no_grad():
                 for value in (predictor.correct, predictor.correct_bias):

@@ -35,7 +35,9 @@ def make_codebook(sites=("neuron",), scope="layer", weighting="energy", active="
 def make_predictor(codebook, form="cluster", lookahead=0):
     torch.manual_seed(5)
     outputs = {site: K if form == "cluster" else D for site, D in codebook.widths.items()}
-    return Predictor(LAYERS, E, 8, outputs, form, lookahead).requires_grad_(False)
+    predictor = Predictor(LAYERS, E, 8, outputs, form, lookahead, with_thresholds=True).requires_grad_(False)
+    predictor.thresholds = torch.linspace(-0.3, 0.2, LAYERS)
+    return predictor
 
 
 def importance_of(ffn, site, values):
@@ -76,6 +78,8 @@ def slow_mask(arm, codebook, predictor, layer, site, ffn, values, inputs, gate):
         elif arm == "soft":
             profiles = book.profiles[layer if codebook.scope == "layer" else 0].float()
             rows.append(ops.top_mask(logits.softmax(-1) @ profiles, m))
+        elif arm == "neuron-threshold":
+            rows.append(logits >= predictor.thresholds[layer])
         else:
             rows.append(ops.top_mask(logits, m))
     return torch.stack(rows)
@@ -136,7 +140,7 @@ CASES += [
 @torch.no_grad()
 def test_logits_are_those_of_a_masked_forward_written_anew(family, arm, book, form):
     model, codebook = tiny.make_model(family), make_codebook(**book)
-    predictor = make_predictor(codebook, "neuron" if arm == "neuron-predictor" else "cluster", **form)
+    predictor = make_predictor(codebook, "neuron" if arm.startswith("neuron-") else "cluster", **form)
     tokens = torch.randint(0, tiny.VOCABULARY, (2, 11))
     dense = model(tokens).logits
     expected = slow_logits(model, codebook, predictor, arm, tokens)

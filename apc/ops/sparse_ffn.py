@@ -256,13 +256,10 @@ def predict_clusters(
 
 def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    n, E = hidden.shape
-    H, K = len(reduce), len(expand)
-    inner, programs = hidden.new_empty((n, H), dtype=torch.float32), triton.cdiv(K, _SCORE_TILE["ROWS"])
+    n, H, K = len(hidden), len(reduce), len(expand)
+    inner, programs = _reduce(hidden, reduce, reduce_bias), triton.cdiv(K, _SCORE_TILE["ROWS"])
     values, ids = hidden.new_empty((n, programs), dtype=torch.float32), hidden.new_empty((n, programs), dtype=torch.int32)
     with torch.cuda.device_of(hidden):
-        grid = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),)
-        _reduce_kernel[grid](hidden, reduce, reduce_bias, inner, E, H, _EPSILON, N=n, BLOCK_E=triton.next_power_of_2(E), **_REDUCE_TILE)
         _score_kernel[(programs,)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **_SCORE_TILE)
     return inner, values, ids
 
@@ -273,8 +270,7 @@ def _predict_clusters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if by_triton:
         return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
-    x = F.rms_norm(hidden.float(), hidden.shape[-1:])
-    inner = F.silu(x @ reduce.float().T + reduce_bias)
+    inner = _bottleneck(hidden, reduce, reduce_bias, False)
     values, ids = (inner @ expand.float().T + expand_bias).max(-1, keepdim=True)
     return inner, values, ids.int()
 
@@ -292,6 +288,36 @@ def _check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
     if by_triton and len(hidden) > MOST_TOKENS:
         raise ValueError(f"the kernels take up to {MOST_TOKENS} tokens, got hidden {describe(hidden)}")
     return hidden.shape
+
+
+def bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool | None = None) -> Tensor:
+    """hidden float [n, E], reduce [H, E], bias float32 [H] → SiLU(rms_norm(x) · reduceᵀ + bias), float32 [n, H]; by_triton as for `predict_clusters`."""
+    by_triton = not on_cpu(hidden) if by_triton is None else by_triton
+    n, E = _check_hidden(hidden, by_triton)
+    if reduce.dim() != 2 or reduce.shape[1] != E or bias.shape != reduce.shape[:1]:
+        raise ValueError(f"reduce {describe(reduce)} must be [H, {E}] and its bias {describe(bias)} [H]")
+    return torch.ops.apc.bottleneck(hidden, reduce, bias, by_triton)
+
+
+@torch.library.custom_op("apc::bottleneck", mutates_args=())
+def _bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
+    if not by_triton:
+        return F.silu(F.rms_norm(hidden.float(), hidden.shape[-1:]) @ reduce.float().T + bias)
+    return _reduce(hidden, reduce, bias)
+
+
+@_bottleneck.register_fake
+def _(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
+    return hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
+
+
+def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor) -> Tensor:
+    (n, E), H = hidden.shape, len(reduce)
+    inner = hidden.new_empty((n, H), dtype=torch.float32)
+    with torch.cuda.device_of(hidden):
+        grid = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),)
+        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=triton.next_power_of_2(E), **_REDUCE_TILE)
+    return inner
 
 
 # ---- the FFN

@@ -1,0 +1,78 @@
+"""Thresholds: as many neurons as masks of a fixed size keep, in the mean over the text; the same from any number of ranks; kept in the file."""
+
+import pytest
+import torch
+
+import apc
+import tiny
+import train
+from apc.config import load_config
+from apc.errors import UserError
+from apc.models import ModelConfig, find_ffns, load_model
+from apc.predictor import Predictor
+from apc.sparse_model import ForwardReader, sparsify
+from apc.thresholds import find_thresholds, ordered, unordered
+
+
+def test_keys_rise_with_the_values():
+    values = torch.tensor([-torch.inf, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 3e38, torch.inf])
+    keys = ordered(values)
+    assert (keys[1:] > keys[:-1]).all() and keys.min() >= 0 and keys.max() < 1 << 32 and torch.equal(unordered(keys), values)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("thresholds"))
+    for form in ("neuron", "low-bit"):
+        words = tiny.tiny_overrides(folder, arms="[dense,neuron-predictor,neuron-threshold]", **{"predictor.form": form, "run.name": form})
+        train.train(load_config(None, words))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["neuron", "low-bit"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_layer_keeps_as_many_as_a_mask_of_fixed_size(workplace, form, device):
+    run = apc.load_run(workplace / "runs" / form)
+    model, _ = load_model(ModelConfig(path=str(workplace / "model"), device=device), torch.device(device))
+    windows, ffns = torch.randint(100, (7, 24), generator=torch.Generator().manual_seed(2)), find_ffns(model)
+    found = find_thresholds(model, ffns, run.codebook, run.predictor, windows, batch_windows=3)
+    scores: list = [None] * 3
+
+    class Reads(ForwardReader):
+        def see(self, tokens):
+            scores[tokens.layer] = run.predictor.to(device).layer_outputs(tokens.layer, "neuron", tokens.inputs[tokens.layer])[0].float().cpu()
+
+    sparsify(model, run.codebook, run.predictor, "neuron-predictor")
+    hooks = Reads(ffns, run.codebook).hook()
+    model(windows.to(device))
+    hooks.remove()
+    apc.restore(model)
+    for layer, values in enumerate(scores):
+        lower = unordered(ordered(found[layer : layer + 1]) - 1)
+        slack = 0 if device == "cpu" else 0.002 * values.numel()  # batches of other sizes round differently there
+        assert (values >= found[layer]).sum() - slack <= values.numel() / 2 < (values >= lower).sum() + slack
+
+
+def test_the_run_reports_and_keeps_them(workplace, tmp_path):
+    run = apc.load_run(workplace / "runs" / "low-bit")
+    record = next(record for record in run.results["arms"] if record["arm"] == "neuron-threshold")
+    fixed = next(record for record in run.results["arms"] if record["arm"] == "neuron-predictor")
+    assert 0.4 < record["density"] < 0.6 and record["density"] != 0.5
+    assert record["bytes_share"] - record["masked"]["density"] == pytest.approx(fixed["bytes_share"] - 0.5)
+    run.predictor.save(tmp_path / "p.safetensors")
+    assert torch.equal(Predictor.load(tmp_path / "p.safetensors").thresholds, run.predictor.thresholds)
+    assert run.predictor.copy().thresholds is None
+
+
+def test_a_predictor_without_them_is_refused(workplace):
+    run = apc.load_run(workplace / "runs" / "neuron")
+    model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
+    with pytest.raises(UserError, match="arm neuron-threshold: the predictor has no thresholds; train it again"):
+        sparsify(model, run.codebook, run.predictor.copy(), "neuron-threshold")
+
+
+def test_ranks_find_the_same(workplace):
+    changes = {"predictor.form": "neuron", "stage": "predict"}
+    tiny.run_ranks(2, tiny.tiny_overrides(workplace, **changes, **{"run.name": "ranks"}))
+    predictor = apc.load_run(workplace / "runs" / "ranks").predictor
+    assert predictor.thresholds is not None and predictor.thresholds.abs().max() > 0
