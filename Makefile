@@ -2,16 +2,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 
-.PHONY: train test lint bench demo-sweep
+.PHONY: train test lint bench demo-sweep soak
 train: .venv/ready
 	$(BIN)/python train.py
 
+# A file of tests on each core: most of their time is that of many small processes and of Triton's interpreter, which use one.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Kills small runs 200 times at moments drawn anew; each has to go on to the same end, to the bit.
+soak: .venv/ready
+	APC_KILLS=200 APC_STAGE=all $(BIN)/python -m pytest -s tests/test_killed.py
 
 # Rows of benchmarks/results.csv: the kernels and whole Lloyd passes where there is an NVIDIA GPU, assignment on the CPU everywhere.
 bench: .venv/ready

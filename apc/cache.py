@@ -4,6 +4,7 @@ python -m apc.cache                  what there is
 python -m apc.cache prune NAME …     deletes stores by name
 python -m apc.cache prune --partial  deletes what interrupted runs left
 python -m apc.cache prune --all
+python -m apc.cache repair NAME …    keeps the whole shards of damaged stores; train.py then collects only the others again
 """
 
 import argparse
@@ -16,6 +17,7 @@ from apc.cli import one_line_errors
 from apc.collect import store_folder
 from apc.errors import UserError
 from apc.patterns import CollectConfig
+from apc.store import reopen
 
 
 def stores(folder: Path) -> list[Path]:
@@ -44,8 +46,8 @@ def line(path: Path) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m apc.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=["list", "prune"], default="list")
-    parser.add_argument("names", nargs="*", help="stores to delete")
+    parser.add_argument("action", nargs="?", choices=["list", "prune", "repair"], default="list")
+    parser.add_argument("names", nargs="*", help="stores to delete or repair")
     parser.add_argument("--partial", action="store_true", help="delete what interrupted runs left")
     parser.add_argument("--all", action="store_true", help="delete everything")
     parser.add_argument("--dir", help="the folder, if not the user's cache (collect.dir)")
@@ -54,6 +56,14 @@ def main(words: list[str] | None = None) -> None:
     found = stores(folder)
     if options.action == "list":
         print("\n".join([f"{folder}: {len(found)} stores, {sum(map(size, found)) / 2**20:.1f} MiB", *map(line, found)]))
+        return
+    if options.action == "repair":
+        if not options.names:
+            raise UserError("repair: name the stores; `python -m apc.cache` lists them")
+        for name in options.names:
+            damaged, count = reopen(folder / name)
+            said = f"shards {', '.join(map(str, damaged))} of {count} are damaged" if damaged else "no shard is damaged" if count else "its manifest was"
+            print(f"{name}: {said}; {'the same train.py command collects them again' if count else 'deleted, train.py collects it again'}")
         return
     chosen = [path for path in found if options.all or path.name in options.names or (options.partial and path.suffix == ".partial")]
     unknown = set(options.names) - {path.name for path in found}

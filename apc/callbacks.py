@@ -1,15 +1,18 @@
 """What watches a training: checkpoints to go on from, and figures on held-out text."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc import distributed
 from apc.evaluation import Evaluator
+from apc.files import replace_durably
 
 LAYER_MONITORED = ("coverage", "precision", "captured_importance")
 MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
@@ -17,7 +20,7 @@ MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 
 class ResumePoint(Checkpoint):
     """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one, but for those that
-    come so soon after the last that writing would take more than a tenth of the time.
+    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training.
 
     It runs after all other hooks of an epoch's end, so that it holds what they changed.
     """
@@ -26,16 +29,16 @@ class ResumePoint(Checkpoint):
         self.path, self.every_n_steps = path, every_n_steps
         self._due = time.monotonic()
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, in_time: bool = True) -> None:
         start = time.monotonic()
-        if trainer.strategy.broadcast(start < self._due):  # one rank's clock for all
+        if in_time and trainer.strategy.broadcast(start < self._due):  # one rank's clock for all
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
         trainer.save_checkpoint(temporary)
         if distributed.is_main():
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            replace_durably(temporary, self.path)
         end = time.monotonic()
         self._due = end + 9 * (end - start)
 
@@ -45,6 +48,10 @@ class ResumePoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and self.every_n_steps < sys.maxsize:  # which stands for: whole passes only
+            self._save(trainer, in_time=False)
 
 
 class ArmsOnHeldOut(Callback):

@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from apc import signals
 from apc.config import Config, describe, load_config, to_yaml
-from apc.errors import UserError
+from apc.errors import Terminated, UserError
 from apc.models import resolve_device
 from apc.runs import new_name
 
@@ -42,6 +44,7 @@ def main(
             return
         _quiet_libraries()
         _keep_freed_memory()
+        signal.signal(signal.SIGTERM, signals.terminate)
         if cfg.trainer.devices > 1 and "WORLD_SIZE" not in os.environ:
             sys.exit(_launch(cfg))
         if cfg.run.name is None:
@@ -53,7 +56,7 @@ def main(
 
 @contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
-    """A UserError becomes one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130."""
+    """A UserError becomes one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130, SIGTERM with 143."""
     try:
         yield
     except UserError as error:
@@ -63,6 +66,9 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
+    except Terminated:
+        print(f"terminated; {after_interrupt}", file=sys.stderr)
+        raise
 
 
 def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:

@@ -12,13 +12,28 @@ from apc.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name, flushed to the disk, then renamed."""
+    """Writes a file whole or not at all: under another name, flushed to the disk, then renamed. When it returns, no crash takes the file back."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Gives a file (or folder) that is on the disk its name, and waits until the name is there too."""
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_tensors(path: Path, kind: str, version: int, header: dict, tensors: dict[str, Tensor]) -> None:

@@ -22,11 +22,13 @@ from torch import Tensor
 from apc import distributed
 from apc.activations import activity
 from apc.errors import UserError
-from apc.files import write_atomic
+from apc.files import replace_durably, sync_folder, write_atomic
+from apc.models import SITES
 from apc.patterns import ActiveRule, Block, PatternInfo
 
 FORMAT = 1
 PARTIAL = ".partial"
+_DTYPES = {"uint8": np.uint8, "int32": np.int32, "int64": np.int64, "float32": np.float32, "bfloat16": np.int16}
 SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
 
 
@@ -96,6 +98,7 @@ class StoreWriter:
         named = block.tensors() | {f"activity.{site}": counts for site, counts in activity(block, self.info.widths).items()}
         try:
             files = {f"{index:05d}-{name}.npy": _write_array(self.partial / f"{index:05d}-{name}.npy", value) for name, value in named.items()}
+            sync_folder(self.partial)  # no entry without its arrays
             write_atomic(self._entry_path(index), json.dumps({"windows": list(self.shards[index]), "files": files}).encode())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -119,9 +122,9 @@ class StoreWriter:
             "shards": [json.loads(self._entry_path(index).read_text()) for index in range(len(self.shards))],
         }  # fmt: skip
         write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        replace_durably(self.partial, self.path)
         for index in range(len(self.shards)):
-            self._entry_path(index).unlink()
-        os.rename(self.partial, self.path)
+            (self.path / self._entry_path(index).name).unlink()
         return self.path
 
 
@@ -153,7 +156,99 @@ def collecting(folder: Path, info: PatternInfo):
 
 def repair(path: Path) -> str:
     """What to do about a damaged store."""
-    return f"delete the store, and it is collected again: python -m apc.cache prune {path.name} --dir {path.parent}"
+    return f"`python -m apc.cache repair {path.name} --dir {path.parent}`, and the same train.py command collects what is damaged again"
+
+
+def reopen(path: Path) -> tuple[list[int], int]:
+    """Makes a damaged store a partial one, without its damaged shards: collecting goes on with those. (Their numbers, how many there are in all.)
+
+    A store whose manifest is damaged is deleted: nothing says what it holds. Raises UserError if the store is not there.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such store; `python -m apc.cache` lists them")
+    try:
+        shards = _checked_manifest(path)["shards"]
+    except _Damaged:
+        shutil.rmtree(path)
+        return [], 0
+    damaged = [index for index, shard in enumerate(shards) if any(_file_problem(path / name, entry, True) for name, entry in shard["files"].items())]
+    for index, shard in enumerate(shards):
+        if index not in damaged:
+            write_atomic(path / f"{index:05d}.json", json.dumps(shard).encode())
+    partial = path.with_name(path.name + PARTIAL)
+    replace_durably(path, partial)
+    (partial / "manifest.json").unlink()
+    return damaged, len(shards)
+
+
+class _Damaged(Exception):
+    """What is wrong with a manifest."""
+
+
+def _checked_manifest(path: Path) -> dict:
+    """The manifest in a store's folder. Raises _Damaged unless everything in it is what `StoreWriter.finish` writes."""
+    try:
+        held = json.loads((path / "manifest.json").read_bytes())
+    except FileNotFoundError as error:
+        raise _Damaged("no such file; not a pattern store") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise _Damaged(f"damaged ({error})") from error
+    if not isinstance(held, dict) or held.get("format") != "apc-patterns" or held.get("version") != FORMAT:
+        raise _Damaged(f"not a pattern store of format {FORMAT}")
+    problem = _manifest_problem(held)
+    if problem:
+        raise _Damaged(f"damaged ({problem})")
+    return held
+
+
+def _manifest_problem(held: dict) -> str | None:
+    def count(value: object, least: int = 1) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 40
+
+    for key in ("layers", "hidden_size", "ffn_width", "windows", "seq_len"):
+        if not count(held.get(key)):
+            return f"{key} is {held.get(key)!r}"
+    widths, thresholds, fields, shards = (held.get(key) for key in ("widths", "thresholds", "fields", "shards"))
+    if not isinstance(widths, dict) or not widths or not all(site in SITES and count(D) for site, D in widths.items()):
+        return f"widths are {widths!r}"
+    if held.get("active") not in ("threshold", "top") or not isinstance(held.get("sparsity"), float) or not 0 < held["sparsity"] < 1:
+        return f"active is {held.get('active')!r}, sparsity {held.get('sparsity')!r}"
+    if not isinstance(thresholds, dict) or not all(
+        isinstance(values, list) and len(values) == held["layers"] and all(isinstance(value, (int, float)) for value in values)
+        for values in thresholds.values()
+    ):
+        return "thresholds are not a number for each layer"
+    if not isinstance(held.get("identity"), dict) or not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
+        return "identity or fields are of another kind"
+    if not isinstance(shards, list) or not shards:
+        return "no shards"
+    at = 0
+    for index, shard in enumerate(shards):
+        windows, files = (shard.get("windows"), shard.get("files")) if isinstance(shard, dict) else (None, None)
+        if not isinstance(windows, list) or len(windows) != 2 or windows[0] != at or not count(windows[1], at + 1) or not isinstance(files, dict):
+            return f"shard {index} has windows {windows!r}"
+        at = windows[1]
+        wanted = {f"{index:05d}-{name}.npy" for name in [*fields, *(f"activity.{site}" for site in widths)]}
+        if set(files) != wanted:
+            return f"shard {index} names other files than its own"
+        for name, entry in files.items():
+            known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and count(entry.get("bytes")) and entry.get("dtype") in _DTYPES
+            if not known or not isinstance(entry.get("shape"), list) or not all(count(size, 0) for size in entry["shape"]):
+                return f"the entry of {name} is of another kind"
+    return None if at == held["windows"] else f"{held['windows']} windows, shards for {at}"
+
+
+def _file_problem(path: Path, entry: dict, verify: bool) -> str | None:
+    """What is wrong with a shard's file; None if nothing is."""
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated or foreign"
+    if verify:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                return "its checksum is not the manifest's: damaged or of another run"
+    return None
 
 
 class _HashingFile:
@@ -194,12 +289,17 @@ class PatternStore:
 
     def __init__(self, path: Path, verify: bool = True):
         self.path = path
-        manifest = self._read_manifest()
+        try:
+            manifest = _checked_manifest(path)
+        except _Damaged as problem:
+            raise UserError(f"{path / 'manifest.json'}: {problem}; {repair(path)}") from problem
         self._shards = [_Shard(*entry["windows"], entry["files"]) for entry in manifest["shards"]]
         self._arrays: dict[str, np.memmap] = {}
         for shard in self._shards:
             for name, entry in shard.files.items():
-                self._check(name, entry, verify)
+                problem = _file_problem(path / name, entry, verify)
+                if problem:
+                    raise UserError(f"{path / name}: {problem}; {repair(path)}")
         rule = ActiveRule(manifest["active"], manifest["sparsity"], {s: torch.tensor(v) for s, v in manifest["thresholds"].items()})
         activity_sums = {
             site: sum(torch.from_numpy(np.array(self._array(i, f"activity.{site}"))) for i in range(len(self._shards))) for site in manifest["widths"]
@@ -209,37 +309,17 @@ class PatternStore:
             any(name.startswith("importance") for name in manifest["fields"]), "hidden" in manifest["fields"], manifest["identity"], activity_sums,
         )  # fmt: skip
 
-    def _read_manifest(self) -> dict:
-        path = self.path / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file; not a pattern store") from error
-        except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}); {self._repair()}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != "apc-patterns" or manifest.get("version") != FORMAT:
-            raise UserError(f"{path}: not a pattern store of format {FORMAT}; {self._repair()}")
-        return manifest
-
-    def _repair(self) -> str:
-        return repair(self.path)
-
-    def _check(self, name: str, entry: dict, verify: bool) -> None:
-        path = self.path / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; {self._repair()}")
-        if path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated or foreign; {self._repair()}")
-        if verify:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
-                raise UserError(f"{path}: its checksum is not the manifest's: damaged or of another run; {self._repair()}")
-
     def _array(self, index: int, name: str) -> np.memmap:
         file = f"{index:05d}-{name}.npy"
         if file not in self._arrays:
-            self._arrays[file] = np.load(self.path / file, mmap_mode="r", allow_pickle=False)
+            entry = self._shards[index].files[file]
+            try:
+                array = np.load(self.path / file, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                raise UserError(f"{self.path / file}: damaged ({str(error).splitlines()[0]}); {repair(self.path)}") from error
+            if list(array.shape) != entry["shape"] or array.dtype != _DTYPES[entry["dtype"]]:
+                raise UserError(f"{self.path / file}: holds {array.dtype} {list(array.shape)}, not what the manifest says; {repair(self.path)}")
+            self._arrays[file] = array
         return self._arrays[file]
 
     def _tensor(self, index: int, name: str, array: np.ndarray) -> Tensor:
@@ -257,7 +337,7 @@ class PatternStore:
                 file.seek(mapped.offset + layer * mapped.strides[0] + begin * row_bytes)
                 wanted = memoryview(result[layer].reshape(-1).view(np.uint8))
                 if file.readinto(wanted) != len(wanted):
-                    raise UserError(f"{mapped.filename}: truncated since it was opened; {self._repair()}")
+                    raise UserError(f"{mapped.filename}: truncated since it was opened; {repair(self.path)}")
         return result
 
     def host_fields(self, fields: list[str]) -> list[str]:

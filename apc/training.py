@@ -17,8 +17,9 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerStatus
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from apc import distributed
+from apc import distributed, signals
 from apc.activations import Collector
 from apc.baselines import BRBKMeans, KMajority
 from apc.callbacks import ArmsOnHeldOut, ResumePoint
@@ -27,7 +28,7 @@ from apc.codebook import Codebook
 from apc.collect import calibration_sample
 from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule, ResumedDataModule, WindowLoader
-from apc.errors import UserError
+from apc.errors import Terminated, UserError
 from apc.evaluation import Evaluator
 from apc.paper import PaperClustering
 from apc.patterns import Block, CollectConfig, PatternInfo, PatternSource
@@ -92,7 +93,10 @@ def _fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, che
     if checkpoint.is_file():
         _check_checkpoint(checkpoint, module)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+        with signals.training():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    except SIGTERMException as error:
+        raise Terminated from error
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from error

@@ -151,13 +151,20 @@ def first_file(source, name="patterns"):
     ],
     ids=["missing", "truncated", "flipped-bit"],
 )
-def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, damage, line):
+def test_a_damaged_shard_is_named_and_collected_again_alone(tmp_path, damage, line, monkeypatch, capsys):
     source = run_collect(tmp_path)
     path = first_file(source)
     damage(path)
     with pytest.raises(UserError, match=line) as caught:
         run_collect(tmp_path)
-    assert str(path) in str(caught.value) and f"python -m apc.cache prune {source.path.name}" in str(caught.value)
+    assert str(path) in str(caught.value) and f"python -m apc.cache repair {source.path.name} --dir {tmp_path}" in str(caught.value)
+    before = json.loads((source.path / "manifest.json").read_text())["shards"]
+    collected = []
+    monkeypatch.setattr(store, "_write_array", lambda path, value, write=store._write_array: collected.append(path.name) or write(path, value))
+    cache.main(["repair", source.path.name, "--dir", str(tmp_path)])
+    assert f"shards 0 of {len(before)} are damaged" in capsys.readouterr().out
+    assert json.loads((run_collect(tmp_path).path / "manifest.json").read_text())["shards"] == before
+    assert len(before) > 1 and {name[:5] for name in collected} == {"00000"}  # only the damaged shard was collected again
 
 
 def test_a_damaged_manifest_is_named(tmp_path):

@@ -112,9 +112,7 @@ def killed_after(steps: int, module: type):
 
 def run_ranks(ranks: int, words: list[str]) -> None:
     """`train.py` with these overrides in so many processes, as torchrun starts them, but forked off one that has imported everything. Fails where one does."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context = _forkserver()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -135,6 +133,29 @@ def run_ranks(ranks: int, words: list[str]) -> None:
     for process in processes:
         process.kill()
     assert codes == [0] * ranks, f"exit codes {codes}; what the ranks printed stands above"
+
+
+def start(words: list[str]) -> multiprocessing.Process:
+    """`train.py` with these words as a process of its own, forked off one that has imported everything; to be killed, or joined."""
+    process = _forkserver().Process(target=_program, args=(words,))
+    process.start()
+    return process
+
+
+def _program(words: list[str]) -> None:
+    import train
+    from apc import cli
+
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *words]
+    cli.main(train.__doc__, train.train)
+
+
+def _forkserver() -> multiprocessing.context.BaseContext:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    return context
 
 
 def _rank(words: list[str], environment: dict) -> None:

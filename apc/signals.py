@@ -1,0 +1,27 @@
+"""Ends a process that is asked to (SIGTERM, which SLURM sends before it takes a machine back): a training after its step, all else at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apc.errors import Terminated
+
+_state = {"training": False, "asked": False}
+
+
+def terminate(signum: int, frame: object) -> None:
+    """The handler of SIGTERM. Within a training Lightning's own, which it adds to this one, ends it after its step. Raises Terminated."""
+    if not _state["training"]:
+        raise Terminated
+    _state["asked"] = True
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Around a training. Raises Terminated after it where a SIGTERM came too late to end it."""
+    _state.update(training=True, asked=False)
+    try:
+        yield
+    finally:
+        _state["training"] = False
+    if _state["asked"]:
+        raise Terminated

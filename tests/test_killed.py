@@ -1,0 +1,116 @@
+"""Runs that are killed at any moment go on to the same end, and one that is asked to end saves its step first."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import apc
+import tiny
+
+KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
+STAGE = os.environ.get("APC_STAGE", "tune")
+SETTINGS = {
+    "trainer.checkpoint_every_n_steps": 1, "cluster.max_epochs": 3, "predictor.max_epochs": 1, "tune.max_epochs": 1, "tune.windows": 5,
+    "predictor.hidden": 8, "arms": "[dense,oracle,predicted]", "monitor.every": 100,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tiny.make_workplace(tmp_path_factory.mktemp("killed"))
+
+
+def words_for(workplace, name, **changes):
+    return tiny.tiny_overrides(workplace, **(SETTINGS | {"run.name": name, "stage": STAGE, "collect.dir": workplace / f"stores-{name}"} | changes))
+
+
+def outcome(workplace, name):
+    """All that a run ended with, but for times."""
+    run = apc.load_run(workplace / "runs" / name)
+    noted = {stage: json.loads(run.folder.history(stage).read_text()) for stage in ("cluster", "predictor", "tune")}
+    noted |= {key: value for key, value in (run.results or {}).items() if key not in ("seconds", "conditions")}
+    return run.codebook.sites["neuron"].tensors(), run.predictor.state_dict(), noted
+
+
+def same(one, other):
+    for here, there in zip(one[:2], other[:2], strict=True):
+        assert here.keys() == there.keys()
+        for name, value in here.items():
+            assert torch.equal(value, there[name]), name
+    without_seconds = lambda value: (
+        {key: without_seconds(item) for key, item in value.items() if "second" not in key} if isinstance(value, dict)
+        else [without_seconds(item) for item in value] if isinstance(value, list) else value
+    )  # fmt: skip
+    assert without_seconds(one[2]) == without_seconds(other[2])
+
+
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """(its end, seconds) of a run that nothing disturbs: of the second, since for the first everything is imported."""
+    for name in ("first", "whole"):
+        began = time.monotonic()
+        process = tiny.start(words_for(workplace, name))
+        process.join(timeout=200)
+        assert process.exitcode == 0
+    same(outcome(workplace, "first"), outcome(workplace, "whole"))
+    return outcome(workplace, "whole"), time.monotonic() - began
+
+
+def test_killed_anywhere_it_ends_the_same(workplace, whole):
+    end, seconds = whole
+    seed = int(os.environ.get("APC_SEED", random.randrange(1 << 30)))
+    print(f"APC_SEED={seed}, {KILLS} kills within {seconds:.1f} s")
+    moments, kills, runs = random.Random(seed), 0, 0
+    while kills < KILLS:
+        name, runs = f"killed-{runs}", runs + 1
+        exitcode = None
+        while exitcode != 0:
+            process = tiny.start(words_for(workplace, name))
+            process.join(timeout=moments.uniform(0, seconds) if kills < KILLS else 200)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL), f"exit code {exitcode}, APC_SEED={seed}"
+        same(outcome(workplace, name), end)
+    print(f"{kills} kills over {runs} runs")
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.6, 0.85])
+def test_asked_to_end_it_saves_and_ends_the_same(workplace, whole, share):
+    end, seconds = whole
+    name = f"asked-{share}"
+    process = tiny.start(words_for(workplace, name, **{"trainer.checkpoint_every_n_steps": 10_000}))
+    time.sleep(share * seconds)
+    process.terminate()
+    process.join(timeout=60)
+    assert process.exitcode in (143, 0)
+    process = tiny.start(words_for(workplace, name))
+    process.join(timeout=200)
+    assert process.exitcode == 0
+    same(outcome(workplace, name), end)
+
+
+@pytest.mark.parametrize("stage", ["cluster", "predict", "tune"])
+def test_a_training_that_is_asked_to_end_keeps_its_step(workplace, stage):
+    changes = {"stage": stage, "trainer.checkpoint_every_n_steps": 10_000, f"{'predictor' if stage == 'predict' else stage}.max_epochs": 2_000}
+    name, kind = f"kept-{stage}", {"cluster": "cluster", "predict": "predictor", "tune": "tune"}[stage]
+    process = tiny.start(words_for(workplace, name, **changes))
+    metrics = workplace / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (metrics.is_file() and f'"{kind}/' in metrics.read_text()):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=60)
+    if process.exitcode == 0:  # clustering ends when nothing changes any more
+        assert stage == "cluster"
+        return
+    assert process.exitcode == 143
+    held = torch.load(workplace / "runs" / name / "checkpoints" / f"{kind}.ckpt", weights_only=True)
+    assert held["global_step"] > 0
