@@ -14,7 +14,7 @@ from apc.errors import UserError
 from apc.files import load_tensors, save_tensors
 from apc.patterns import WEIGHTINGS, ActiveRule
 
-KIND, VERSION = "apc-codebook", 1
+KIND, VERSION = "apc-codebook", 2
 _CLUSTERS_AT_ONCE = 1024  # whose profiles are made at a time
 
 

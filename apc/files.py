@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and our own kind: safetensors whose metadata carries a JSON header, checked when read."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -37,10 +39,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(path: Path, kind: str, version: int, header: dict, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors and a JSON header; `kind` and `version` say what the file is."""
-    metadata = {"format": kind, "version": str(version), "header": json.dumps(header)}
+    """Writes tensors and a JSON header; `kind` and `version` say what the file is, and a checksum that it is still that."""
+    held, said = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, json.dumps(header)
+    metadata = {"format": kind, "version": str(version), "header": said, "sha256": _digest(said, held)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata))
+    write_atomic(path, save(held, metadata))
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_tensors(path: Path, kind: str, version: int) -> tuple[dict, dict[str, Tensor]]:
@@ -54,6 +65,10 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict, dict[str, T
                 raise UserError(f"{path}: not an {kind} file")
             if metadata.get("version") != str(version):
                 raise UserError(f"{path}: {kind} version {metadata.get('version')}, this program reads {version}; make it again")
-            return json.loads(metadata["header"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({error}); make it again, or restore it from a copy") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _digest(metadata["header"], tensors) != metadata["sha256"]:
+                raise UserError(f"{path}: damaged (it does not hold what its checksum says); make it again, or restore it from a copy")
+            return json.loads(metadata["header"]), tensors
+    except (SafetensorError, ValueError, KeyError, RecursionError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged ({reason}); make it again, or restore it from a copy") from error

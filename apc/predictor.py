@@ -20,7 +20,7 @@ from apc.low_bit import READS, SPACING, LayerScores, LowBitScores
 from apc.models import GatedFFN
 from apc.patterns import Block, PatternInfo
 
-KIND, VERSION = "apc-predictor", 1
+KIND, VERSION = "apc-predictor", 2
 FORMS = ("cluster", "neuron", "low-bit")
 
 

@@ -26,7 +26,7 @@ from apc.files import replace_durably, sync_folder, write_atomic
 from apc.models import SITES
 from apc.patterns import ActiveRule, Block, PatternInfo
 
-FORMAT = 1
+FORMAT = 2
 PARTIAL = ".partial"
 _DTYPES = {"uint8": np.uint8, "int32": np.int32, "int64": np.int64, "float32": np.float32, "bfloat16": np.int16}
 SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
@@ -121,6 +121,7 @@ class StoreWriter:
             "thresholds": {site: values.tolist() for site, values in info.rule.thresholds.items()},
             "shards": [json.loads(self._entry_path(index).read_text()) for index in range(len(self.shards))],
         }  # fmt: skip
+        manifest["checksum"] = _manifest_checksum(manifest)
         write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         replace_durably(self.partial, self.path)
         for index in range(len(self.shards)):
@@ -196,9 +197,15 @@ def _checked_manifest(path: Path) -> dict:
     if not isinstance(held, dict) or held.get("format") != "apc-patterns" or held.get("version") != FORMAT:
         raise _Damaged(f"not a pattern store of format {FORMAT}")
     problem = _manifest_problem(held)
+    if held.pop("checksum", None) != _manifest_checksum(held):
+        problem = problem or "its checksum says something else"
     if problem:
         raise _Damaged(f"damaged ({problem})")
     return held
+
+
+def _manifest_checksum(held: dict) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest_problem(held: dict) -> str | None:
@@ -232,7 +239,7 @@ def _manifest_problem(held: dict) -> str | None:
         if set(files) != wanted:
             return f"shard {index} names other files than its own"
         for name, entry in files.items():
-            known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and count(entry.get("bytes")) and entry.get("dtype") in _DTYPES
+            known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and count(entry.get("bytes")) and str(entry.get("dtype")) in _DTYPES
             if not known or not isinstance(entry.get("shape"), list) or not all(count(size, 0) for size in entry["shape"]):
                 return f"the entry of {name} is of another kind"
     return None if at == held["windows"] else f"{held['windows']} windows, shards for {at}"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import secrets
 import signal
 import time
 
@@ -63,7 +64,7 @@ def whole(workplace):
 
 def test_killed_anywhere_it_ends_the_same(workplace, whole):
     end, seconds = whole
-    seed = int(os.environ.get("APC_SEED", random.randrange(1 << 30)))
+    seed = int(os.environ.get("APC_SEED", secrets.randbelow(1 << 30)))
     print(f"APC_SEED={seed}, {KILLS} kills within {seconds:.1f} s")
     moments, kills, runs = random.Random(seed), 0, 0
     while kills < KILLS:

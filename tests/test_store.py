@@ -173,7 +173,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
     with pytest.raises(UserError, match="manifest.json: damaged"):
         PatternStore(source.path)
     (source.path / "manifest.json").write_text(json.dumps({"format": "apc-patterns", "version": 99}))
-    with pytest.raises(UserError, match="not a pattern store of format 1"):
+    with pytest.raises(UserError, match="not a pattern store of format 2"):
         PatternStore(source.path)
 
 
