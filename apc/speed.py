@@ -129,6 +129,7 @@ class _Scorer:
 
 def _decode(model: nn.Module, tokenizer, windows: Tensor, half: int) -> dict:
     """Seconds of a decoded token at batch 1 after a prompt, and greedy continuations of the first windows' prompts."""
+    torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
     decoder = GreedyDecoder(model, 1, half + max(NEW_TOKENS, TIMED_STEPS + 8) + 8)
     prompt = windows[:1, :half].to(decoder.device)
     decoder.record(prompt)

@@ -51,6 +51,11 @@ class Shape:
     def predictor_bytes(self) -> int:
         return 2 * (self.E * self.H + self.H * self.K) + 4 * (self.H + self.K)
 
+    @property
+    def copy_bytes(self) -> int:
+        """Of gate and up at one bit, with what makes scores of their products."""
+        return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D
+
 
 MISTRAL = Shape(4096, 14_336, 512, 2048, 8)
 QUICK = Shape(256, 640, 32, 64, 2)
@@ -128,17 +133,25 @@ class Layer:
     down: Tensor
     masks: Tensor
     predictor: tuple[Tensor, Tensor, Tensor, Tensor]
+    copy: tuple[Tensor, ...]  # bits of gate and up, scale, slope, power, bias and threshold of their scores
 
     @classmethod
     def draw(cls, shape: Shape, density: float) -> "Layer":
         draw = lambda *size: (torch.randn(*size, device=DEVICE) * size[-1] ** -0.5).bfloat16()
         weights = [draw(shape.D, shape.E) for _ in range(3)]
         biases = [torch.randn(count, device=DEVICE) * 0.01 for count in (shape.H, shape.K)]
-        return cls(*weights, draw_masks(shape.K, shape.D, density), (draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1]))
+        predictor = (draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1])
+        bits = torch.randint(0, 256, (1, 2, shape.D, ops.row_bytes(shape.E)), dtype=torch.uint8, device=DEVICE)
+        curve = [torch.full((2, shape.D), value, device=DEVICE) for value in (1e-4, 1.0, 1.0)]
+        bias = torch.randn(shape.D, device=DEVICE)  # which decides the scores, so that as many reach the threshold as should
+        threshold = bias.sort(descending=True).values[min(ops.mask_size(shape.D, density), shape.D - 1)].clone() - 1e9 * (density == 1)
+        return cls(*weights, draw_masks(shape.K, shape.D, density), predictor, (bits, *curve, bias, threshold))
 
-    def sparse(self, x: Tensor, predicted: bool = True) -> Tensor:
-        if not predicted:
+    def sparse(self, x: Tensor, how: str = "predictor") -> Tensor:
+        if how == "known":
             return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
+        if how == "copy":
+            return ops.sparse_ffn(x, self.gate, self.up, self.down, ops.low_bit_scores(x, *self.copy))
         _, *candidates = ops.predict_clusters(x, *self.predictor)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates))
 
@@ -178,8 +191,9 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> li
             union = kept if n == 1 else float(torch.stack([ops.unpack(layers[0].masks[:n], shape.D).any(0)]).sum())
             moved = int(shape.dense_bytes * union / shape.D)
             facts = dict(ok=True, ceiling=copy, share_of="copy")
-            for label, predicted, extra in (("apc, predictor inside", True, shape.predictor_bytes), ("apc, cluster known", False, 0)):
-                seconds = timed([partial(layer.sparse, x[n], predicted) for layer in layers])
+            ways = {"apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, low-bit copy inside": ("copy", shape.copy_bytes)}
+            for label, (how, extra) in (ways | {"apc, mask known": ("known", 0)}).items():
+                seconds = timed([partial(layer.sparse, x[n], how) for layer in layers])
                 size = (1, n, shape.K, shape.D)
                 rows.append(row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts))
                 print(f"density {density:g}, {n} tokens, {label}: {1e6 * rows[-1].seconds_median:.1f} µs, dense / sparse "
@@ -213,11 +227,11 @@ def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> 
         KERNELS._PROGRAMS = programs
         note = f"rows {count}, stages {stages}, warps {warps}, programs {programs}"
         try:
-            seconds = timed([partial(layer.sparse, x, False) for layer in layers])
+            seconds = timed([partial(layer.sparse, x, "known") for layer in layers])
         except Exception as error:  # a tile that does not fit; the others go on
             print(f"{note}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}", flush=True)
             continue
-        rows.append(row(f"FFN tiles, density {density:g}", "apc, cluster known", (1, 1, shape.K, shape.D), seconds, name, moved=moved, ok=False, note=note,
+        rows.append(row(f"FFN tiles, density {density:g}", "apc, mask known", (1, 1, shape.K, shape.D), seconds, name, moved=moved, ok=False, note=note,
                         ceiling=copy, share_of="copy"))  # fmt: skip
         print(f"{note}: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
     KERNELS._ROWS_TILE.update(before[0])
@@ -245,6 +259,7 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     rows, dense = [], {}
 
     def measure(operation: str, label: str, n: int, moved: int) -> None:
+        torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
         decoder = GreedyDecoder(model, n, 2 * prompt)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
