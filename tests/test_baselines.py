@@ -12,7 +12,7 @@ import train
 from apc import baselines, ops
 from apc.arms import Oracle
 from apc.clustering import ClusterConfig, ClusteringModule
-from apc.codebook import Codebook
+from apc.codebook import KIND, VERSION, Codebook
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
@@ -190,20 +190,20 @@ def test_patterns_without_a_neuron_in_common_leave_an_empty_mask_that_is_used_an
     assert (ops.popcount(book.sites["neuron"].static) == ops.mask_size(D, 0.5)).all()
 
 
-def test_codebooks_say_whether_ones_are_free_and_old_files_load(tmp_path):
+def test_codebooks_say_whether_ones_are_free_and_older_headers_load(tmp_path):
     path = tmp_path / "codebook.safetensors"
     fixed = Codebook.from_clustering(trained_lloyd(), {})
     fixed.save(path)
-    header, tensors = load_tensors(path, "apc-codebook", 1)
+    header, tensors = load_tensors(path, KIND, VERSION)
     assert header.pop("ones") == "fixed" and header.pop("penalty") == 1
-    save_tensors(path, "apc-codebook", 1, header, tensors)
+    save_tensors(path, KIND, VERSION, header, tensors)
     assert Codebook.load(path).ones == "fixed"
     for change, problem in (
         ({"ones": "some"}, "ones some, penalty 1 and weighting energy do not go together"),
         ({"ones": "free"}, "ones free, penalty 1 and weighting energy do not go together"),
         ({"penalty": 0}, "ones fixed, penalty 0"),
     ):
-        save_tensors(path, "apc-codebook", 1, header | change, tensors)
+        save_tensors(path, KIND, VERSION, header | change, tensors)
         with pytest.raises(UserError, match=problem):
             Codebook.load(path)
     free = Codebook.from_clustering(fit(make_source(), "k-majority")[0], {})

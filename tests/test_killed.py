@@ -91,7 +91,7 @@ def test_asked_to_end_it_saves_and_ends_the_same(workplace, whole, share):
     time.sleep(share * seconds)
     process.terminate()
     process.join(timeout=60)
-    assert process.exitcode in (143, 0)
+    assert process.exitcode in (143, 0, -signal.SIGTERM)  # the last: before it had begun
     process = tiny.start(words_for(workplace, name))
     process.join(timeout=200)
     assert process.exitcode == 0
