@@ -12,8 +12,8 @@ from torch import Tensor
 
 from apc.ops.bits import describe, on_cpu, pack, row_bytes, unpack
 from apc.ops.curve import score_curve
+from apc.ops.sparse_ffn import MOST_TOKENS
 
-MOST_TOKENS = 4
 _COLUMNS = 16  # the least that a product on tensor cores takes; those past the tokens are zero
 _TILE = {"BLOCK_D": 128, "num_warps": 4}
 _WORDS = 64  # 16-bit words of a row in a step, for all planes of all projections together
