@@ -1,6 +1,6 @@
 """Makes a Hugging Face model run its FFNs under an arm's masks: `sparsify` and `restore`.
 
-A mask multiplies what was computed, which is what an arm costs in quality, or says what is computed at all (`decode.py`). Shape letters: n tokens,
+A mask multiplies what was computed, which is what an arm costs in quality, or says what is computed at all (`sparse_ffns.py`). Shape letters: n tokens,
 E hidden size, D neurons at a site.
 """
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from apc.arms import Arm, Choice, Tokens, make_arm
 from apc.codebook import Codebook
-from apc.decode import SparseFFNs
 from apc.errors import UserError
 from apc.models import FFNHooks, GatedFFN, find_ffns
 from apc.patterns import Importance
 from apc.predictor import Predictor
+from apc.sparse_ffns import SparseFFNs
 
 
 @dataclass

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from apc import ops
 from apc.arms import ARMS
 from apc.codebook import Codebook
-from apc.decode import GreedyDecoder, SparseFFNs, cache_keyword, has_kernel
+from apc.decode import GreedyDecoder, cache_keyword
 from apc.errors import UserError
 from apc.metrics import perplexity, perplexity_ratio
 from apc.predictor import Predictor
+from apc.sparse_ffns import SparseFFNs, has_kernel
 from apc.sparse_model import restore, sparsify
 
 WINDOWS = 32  # that are scored, at most

@@ -6,7 +6,7 @@ import torch
 import apc
 import tiny
 import train
-from apc import decode
+from apc import sparse_ffns
 from apc.config import load_config
 from apc.decode import GreedyDecoder
 from apc.errors import UserError
@@ -117,7 +117,7 @@ def test_what_has_no_kernel_is_said(workplace, made, capsys):
     ):
         with pytest.raises(UserError, match=message):
             apc.sparsify(model, codebook, predictor, arm, kernel=kernel)
-    decode._by_triton.said = False
+    sparse_ffns._by_triton.said = False
     for _ in range(2):
         apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
     assert capsys.readouterr().err.count("no Triton kernels") == 1
@@ -141,7 +141,7 @@ def test_what_has_no_kernel_is_said(workplace, made, capsys):
 def test_every_family_has_a_kernel_for_its_activation(family):
     model = tiny.make_model(family)
     for ffn in find_ffns(model):
-        name = decode.activation_of(ffn)
+        name = sparse_ffns.activation_of(ffn)
         x = torch.linspace(-4, 4, 50)
         found = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
         assert torch.allclose(act(x, name), found(x), atol=1e-6)

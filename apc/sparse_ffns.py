@@ -1,0 +1,238 @@
+"""FFNs that read only what a mask keeps, in a Hugging Face model.
+
+For a few tokens at once an FFN runs under its arm's masks by `ops.sparse_ffn`; for more, where the masks together keep most neurons anyway, it runs as the
+model's own: prefill is dense, and decoding sparse. Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apc import ops
+from apc.arms import Arm, NeuronPredictor, NeuronThreshold, Predicted, Tokens
+from apc.codebook import SiteCodebook
+from apc.errors import UserError
+from apc.models import GatedFFN
+from apc.patterns import Importance
+
+KERNELS = ("auto", "triton", "torch")
+DENSE_ABOVE = 1  # tokens in a call, above which FFNs run dense: two tokens' masks at density 0.5 keep more together than skipping them saves
+_ACTIVATIONS = {
+    "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
+}  # fmt: skip
+
+
+def activation_of(ffn: GatedFFN) -> str:
+    """Its activation's name, as `ops.sparse_ffn` takes it. Raises UserError for one that it does not have."""
+    found = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
+    name = _ACTIVATIONS.get(type(found).__name__) or getattr(found, "__name__", type(found).__name__)
+    if name == "GELU" and getattr(found, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    if name not in _ACTIVATIONS.values():
+        raise UserError(f"{ffn.name}: its activation {name} has no kernel (there are {', '.join(sorted(set(_ACTIVATIONS.values())))}); use kernel=None")
+    return name
+
+
+class SparseFFNs:
+    """The FFNs of a model under an arm's masks; `install` puts them in place of the model's own, `remove` takes that back.
+
+    The down projections are stored transposed while they are installed, once: the model's own weights become views of that.
+    """
+
+    def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: int | None):
+        """Raises UserError for an arm, a codebook or an FFN that no kernel takes."""
+        self._ffns, self.arm = ffns, arm
+        self.dense_above = DENSE_ABOVE if dense_above is None else dense_above  # of the next calls; 0: all run sparse
+        self.at_once = ops.MOST_TOKENS  # tokens that go through the kernels together, where more run sparse
+        self.by_triton = _by_triton(ffns[0], kernel)
+        self._inputs: dict[int, Tensor] = {}
+        self._measure = Importance(ffns)
+        self._activations = [_check(ffn) for ffn in ffns]
+        check_arm(arm)
+        self._own: list[tuple[nn.Parameter, Callable | None]] = []
+
+    def install(self) -> "SparseFFNs":
+        book = self.arm.codebook.sites["neuron"]
+        for layer, ffn in enumerate(self._ffns):
+            self._own.append((ffn.down.weight, ffn.module.__dict__.get("forward")))
+            down = ffn.down.weight.detach().T.contiguous()
+            ffn.down.weight = nn.Parameter(down.T, requires_grad=False)
+            weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
+            if isinstance(self.arm, Predicted):
+                sparse = _ClusterFFN.of(self.arm, book, layer, down.device)
+            elif isinstance(self.arm, (NeuronPredictor, NeuronThreshold)) and self.arm.predictor.low_bit is not None:
+                sparse = _LowBitFFN.of(self.arm, layer, down.device)
+            else:
+                sparse = _ArmFFN(self.arm, layer, self._measure)
+            ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, weights)
+        return self
+
+    def remove(self) -> None:
+        for ffn, (weight, forward) in zip(self._ffns, self._own, strict=True):
+            del ffn.module.forward
+            if forward is not None:
+                ffn.module.forward = forward
+            ffn.down.weight = weight
+        self._own.clear()
+        self._inputs.clear()
+
+    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _LowBitFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
+        """What takes the place of an FFN's forward."""
+        lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
+        activation = self._activations[layer]
+
+        def forward(x: Tensor) -> Tensor:
+            hidden = x.reshape(-1, x.shape[-1])
+            if self.dense_above and len(hidden) > self.dense_above:
+                return dense(x)
+            self._inputs[layer] = hidden
+            self._inputs.pop(layer - lookahead - 1, None)
+            inputs = self._inputs
+            if len(hidden) <= self.at_once or not self.by_triton:
+                return sparse(hidden, inputs, weights, activation, self.by_triton).view_as(x)
+            parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
+            outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, weights, activation, True) for part in parts]
+            return torch.cat(outputs).view_as(x)
+
+        return forward
+
+
+def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks that multiply what was computed")
+    cuda = ffn.down.weight.is_cuda
+    if kernel == "triton" and not cuda:
+        raise UserError(f"kernel=triton: the model is on {ffn.down.weight.device}; move it to an NVIDIA GPU, or use kernel=torch")
+    if kernel == "auto" and not cuda and not _by_triton.said:
+        print("apc: no Triton kernels for a model on the CPU; sparse FFNs run by torch there, which shows quality and not speed", file=sys.stderr)
+        _by_triton.said = True
+    return cuda and kernel != "torch"
+
+
+_by_triton.said = False
+
+
+def _check(ffn: GatedFFN) -> str:
+    linears = [linear for linear in (ffn.gate, ffn.up, ffn.gate_up, ffn.down) if linear is not None]
+    if any(linear.bias is not None for linear in linears):
+        raise UserError(f"{ffn.name}: its projections have biases, which no kernel takes; use kernel=None")
+    return activation_of(ffn)
+
+
+def has_kernel(arm: Arm | type[Arm]) -> bool:
+    """Whether its masks are known before the FFN runs."""
+    return not arm.excludes_finding and not arm.reads_gate
+
+
+def check_arm(arm: Arm) -> None:
+    """Raises UserError for an arm whose masks are known too late, or of other sites, or for a codebook with a mask that keeps no neuron."""
+    if not has_kernel(arm):
+        raise UserError(f"arm {arm.name}: its mask is known only after what it would skip was computed; kernels take predicted, soft, neuron-predictor, static")
+    if list(arm.codebook.sites) != ["neuron"]:
+        raise UserError(f"sites {list(arm.codebook.sites)}: kernels take sites=[neuron], whose masks skip a row of all three projections")
+    book = arm.codebook.sites["neuron"]
+    empty = (ops.popcount(book.centroids) == 0).nonzero()
+    if len(empty):
+        group, cluster = empty[0].tolist()
+        raise UserError(f"cluster {cluster} of layer {group} keeps no neuron; make the codebook again with a higher cluster.density")
+
+
+@dataclass
+class _ArmFFN:
+    """An FFN under the masks that an arm chooses for each token."""
+
+    arm: Arm
+    layer: int
+    measure: Importance
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        D = len(weights[0])
+        shape = hidden.new_empty(1).expand(len(hidden), D)  # no arm that comes here looks at values
+        choice = self.arm.choose(Tokens(self.layer, "neuron", shape, inputs, self.arm.codebook, self.measure))
+        output = ops.sparse_ffn(hidden, *weights, ops.pack(choice.mask.expand(len(hidden), D)), activation, by_triton=by_triton)
+        return output if choice.added is None else output + choice.added.to(output.dtype)
+
+
+@dataclass
+class _ClusterFFN:
+    """An FFN under the mask of the cluster that a predictor chooses: by kernels that follow each other without another's help."""
+
+    source: int
+    reduce: Tensor  # [H, E]
+    reduce_bias: Tensor  # float32 [H]
+    expand: Tensor  # [K, H]
+    expand_bias: Tensor  # float32 [K]
+    centroids: Tensor  # uint8 [K, W]
+    correct: tuple[Tensor, Tensor] | None  # [H, E], float32 [E]
+    offsets: Tensor | None  # [K, E]
+
+    @classmethod
+    def of(cls, arm: Predicted, book: SiteCodebook, layer: int, device: torch.device) -> "_ClusterFFN":
+        predictor, group = arm.predictor, arm.codebook.group(layer)
+        half, full = _halves(device), _wholes(device)
+        return cls(
+            predictor.source_layer(layer),
+            half(predictor.reduce[layer].T),
+            full(predictor.reduce_bias[layer]),
+            half(predictor.expand["neuron"][layer].T),
+            full(predictor.expand_bias["neuron"][layer]),
+            book.centroids[group].to(device).contiguous(),
+            (half(predictor.correct[layer]), full(predictor.correct_bias[layer])) if predictor.corrects else None,
+            None if book.offsets is None else half(book.offsets[group]),
+        )
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, by_triton)
+        correction = None if self.correct is None else (inner, *self.correct)
+        return ops.sparse_ffn(hidden, *weights, self.centroids, activation, tuple(candidates), correction, self.offsets, by_triton)
+
+
+@dataclass
+class _LowBitFFN:
+    """An FFN under the mask of the neurons that a low-bit copy of gate and up scores highest, or from a threshold on."""
+
+    source: int
+    size: int | None  # of masks of a fixed size; None: by the threshold
+    threshold: Tensor | None  # float32 []
+    planes: Tensor  # uint8 [b, P, D, W]
+    curve: tuple[Tensor, Tensor, Tensor, Tensor]  # scale, slope and power float32 [P, D], bias [D]
+    correct: tuple[Tensor, Tensor, Tensor, Tensor] | None  # reduce [H, E] and its bias [H], correction [H, E] and its bias [E]
+
+    @classmethod
+    def of(cls, arm: NeuronPredictor | NeuronThreshold, layer: int, device: torch.device) -> "_LowBitFFN":
+        predictor, by_threshold = arm.predictor, isinstance(arm, NeuronThreshold)
+        half, full = _halves(device), _wholes(device)
+        copy = predictor.low_bit.freeze()
+        correct = (half(predictor.reduce[layer].T), full(predictor.reduce_bias[layer])) if predictor.corrects else None
+        return cls(
+            predictor.source_layer(layer),
+            None if by_threshold else arm.codebook.size("neuron", layer),
+            full(predictor.thresholds[layer]) if by_threshold else None,
+            copy.planes[:, layer].to(device).contiguous(),
+            tuple(full(value[layer]) for value in (copy.scale, copy.slope, copy.power, copy.bias)),
+            (*correct, half(predictor.correct[layer]), full(predictor.correct_bias[layer])) if correct else None,
+        )
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+        source = inputs[self.source]
+        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, by_triton)
+        if self.size is not None:
+            masks = ops.pack(ops.top_mask(masks, self.size, check=False))
+        correction = None
+        if self.correct is not None:
+            reduce, bias, *rest = self.correct
+            correction = (ops.bottleneck(source, reduce, bias, by_triton), *rest)
+        return ops.sparse_ffn(hidden, *weights, masks, activation, correction=correction, by_triton=by_triton)
+
+
+def _halves(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """To bfloat16, which what was trained is rounded to already."""
+    return lambda value: value.detach().to(device, torch.bfloat16).contiguous()
+
+
+def _wholes(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda value: value.detach().to(device, torch.float32).contiguous()
