@@ -133,7 +133,7 @@ class LowBitScores(nn.Module):
         return len(self.reads) * self.neurons * (self.hidden_size + 3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerScores:
     """One layer of `LowBitScores`. held: its weights [P, D, E], or its planes [b, P, D, W]; scale, slope, power [P, D]; bias [D]."""
 

@@ -186,7 +186,7 @@ def _normalise(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return F.rms_norm(hidden.to(dtype), hidden.shape[-1:])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by its identity, as torch.compile compares what is called
 class LayerPredictor:
     """One layer of a `Predictor`. weights: those of its bottleneck, by their names; scores: its low-bit copy, or None."""
 

@@ -4,15 +4,17 @@ For a few tokens at once an FFN runs under its arm's masks by `ops.sparse_ffn`; 
 model's own: prefill is dense, and decoding sparse. Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
 """
 
+import itertools
 import sys
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apc import ops
-from apc.arms import Arm, NeuronPredictor, NeuronThreshold, Predicted, Tokens
+from apc.arms import Arm, Choice, NeuronPredictor, NeuronThreshold, Predicted, Tokens
 from apc.codebook import SiteCodebook
 from apc.errors import UserError
 from apc.models import GatedFFN
@@ -40,7 +42,7 @@ def activation_of(ffn: GatedFFN) -> str:
 class SparseFFNs:
     """The FFNs of a model under an arm's masks; `install` puts them in place of the model's own, `remove` takes that back.
 
-    The down projections are stored transposed while they are installed, once: the model's own weights become views of that.
+    The down projections are stored transposed while they are installed, once: the model's own parameters become views of that, one after the other.
     """
 
     def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: int | None):
@@ -53,14 +55,14 @@ class SparseFFNs:
         self._measure = Importance(ffns)
         self._activations = [_check(ffn) for ffn in ffns]
         check_arm(arm)
-        self._own: list[tuple[nn.Parameter, Callable | None]] = []
+        self._own: list[Callable | None] = []
 
     def install(self) -> "SparseFFNs":
         book = self.arm.codebook.sites["neuron"]
         for layer, ffn in enumerate(self._ffns):
-            self._own.append((ffn.down.weight, ffn.module.__dict__.get("forward")))
+            self._own.append(ffn.module.__dict__.get("forward"))
             down = ffn.down.weight.detach().T.contiguous()
-            ffn.down.weight = nn.Parameter(down.T, requires_grad=False)
+            ffn.down.weight.data = down.T  # and what it was is freed
             weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
             if isinstance(self.arm, Predicted):
                 sparse = _ClusterFFN.of(self.arm, book, layer, down.device)
@@ -72,11 +74,11 @@ class SparseFFNs:
         return self
 
     def remove(self) -> None:
-        for ffn, (weight, forward) in zip(self._ffns, self._own, strict=True):
+        for ffn, forward in zip(self._ffns, self._own, strict=True):
             del ffn.module.forward
             if forward is not None:
                 ffn.module.forward = forward
-            ffn.down.weight = weight
+            ffn.down.weight.data = ffn.down.weight.data.contiguous()
         self._own.clear()
         self._inputs.clear()
 
@@ -141,20 +143,46 @@ def check_arm(arm: Arm) -> None:
         raise UserError(f"cluster {cluster} of layer {group} keeps no neuron; make the codebook again with a higher cluster.density")
 
 
-@dataclass
+@dataclass(eq=False)
 class _ArmFFN:
     """An FFN under the masks that an arm chooses for each token."""
 
     arm: Arm
     layer: int
     measure: Importance
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        _CHOOSERS[self.number] = self
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
-        D = len(weights[0])
+        masks, added = torch.ops.apc.choose(inputs[self.source], len(weights[0]), self.number)
+        return ops.sparse_ffn(hidden, *weights, masks, activation, by_triton=by_triton) + added
+
+    @property
+    def source(self) -> int:
+        return self.layer if self.arm.predictor is None else self.arm.predictor.source_layer(self.layer)
+
+    def choose(self, hidden: Tensor, D: int) -> Choice:
         shape = hidden.new_empty(1).expand(len(hidden), D)  # no arm that comes here looks at values
-        choice = self.arm.choose(Tokens(self.layer, "neuron", shape, inputs, self.arm.codebook, self.measure))
-        output = ops.sparse_ffn(hidden, *weights, ops.pack(choice.mask.expand(len(hidden), D)), activation, by_triton=by_triton)
-        return output if choice.added is None else output + choice.added.to(output.dtype)
+        return self.arm.choose(Tokens(self.layer, "neuron", shape, {self.source: hidden}, self.arm.codebook, self.measure))
+
+
+_CHOOSERS: weakref.WeakValueDictionary[int, _ArmFFN] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("apc::choose", mutates_args=())
+def _choose(hidden: Tensor, neurons: int, chooser: int) -> tuple[Tensor, Tensor]:
+    """FFN inputs [n, E] → the masks that an arm chooses, uint8 [n, V], and what it adds to the output, [n, E]: one operation for torch.compile, which
+    needs not look into arms."""
+    choice = _CHOOSERS[chooser].choose(hidden, neurons)
+    added = torch.zeros_like(hidden)
+    return ops.pack(choice.mask.expand(len(hidden), neurons)), added if choice.added is None else added + choice.added.to(hidden.dtype)
+
+
+@_choose.register_fake
+def _(hidden: Tensor, neurons: int, chooser: int) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty((len(hidden), ops.row_bytes(neurons)), dtype=torch.uint8), torch.empty_like(hidden)
 
 
 @dataclass
@@ -221,12 +249,23 @@ class _LowBitFFN:
         source = inputs[self.source]
         masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, by_triton)
         if self.size is not None:
-            masks = ops.pack(ops.top_mask(masks, self.size, check=False))
+            masks = torch.ops.apc.top_packed(masks, self.size)
         correction = None
         if self.correct is not None:
             reduce, bias, *rest = self.correct
             correction = (ops.bottleneck(source, reduce, bias, by_triton), *rest)
         return ops.sparse_ffn(hidden, *weights, masks, activation, correction=correction, by_triton=by_triton)
+
+
+@torch.library.custom_op("apc::top_packed", mutates_args=())
+def _top_packed(scores: Tensor, m: int) -> Tensor:
+    """float [n, D] → masks uint8 [n, V] of each row's m largest."""
+    return ops.pack(ops.top_mask(scores, m, check=False))
+
+
+@_top_packed.register_fake
+def _(scores: Tensor, m: int) -> Tensor:
+    return scores.new_empty((len(scores), ops.row_bytes(scores.shape[1])), dtype=torch.uint8)
 
 
 def _halves(device: torch.device) -> Callable[[Tensor], Tensor]:

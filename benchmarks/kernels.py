@@ -27,7 +27,7 @@ from torch.nn.functional import kl_div, pad
 from triton.errors import TritonError
 
 from apc import ops
-from apc.ops import reference, tensor_cores
+from apc.ops import nvrtc, reference, tensor_cores
 
 DEVICE = torch.device("cuda", 0)
 SECONDS = 0.25  # that the calls of one implementation fill, so that the clock falls as it does in use
@@ -157,15 +157,6 @@ def show(shape: tuple[int, int, int, int]) -> str:
     return "G × N × K × D = " + " × ".join(f"{size:,}" for size in shape)
 
 
-@dataclass(frozen=True)
-class Ceiling(tensor_cores.Variant):
-    """The kernel of ceiling.cu, for products of `b1` or `u8`."""
-
-    def source(self) -> str:
-        head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n" + tensor_cores._warpgroup_mma(self.kind, self.tile_k)
-        return head + Path(__file__).with_name("ceiling.cu").read_text()
-
-
 def ceilings(name: str) -> list[Row]:
     source = torch.randint(0, 256, (COPIED,), dtype=torch.uint8, device=DEVICE)
     copy = torch.empty_like(source)
@@ -187,16 +178,12 @@ def ceilings(name: str) -> list[Row]:
 
 def time_ceiling(kind: str) -> tuple[list[float], int]:
     """Seconds of calls of ceiling.cu that follow each other for about 0.3 s, and the blocks, one on each multiprocessor."""
-    from cuda.bindings import driver
-
     blocks, shared = torch.cuda.get_device_properties(DEVICE).multi_processor_count, (2 * 64 + 256) * 128 + 1024
     out = torch.empty((blocks, 256), dtype=torch.int32, device=DEVICE)
-    module = tensor_cores._take(driver.cuModuleLoadData(tensor_cores.compile_variant(Ceiling("sm_90a", kind))))
-    kernel = tensor_cores._take(driver.cuModuleGetFunction(module, b"ceiling"))
-    most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    tensor_cores._take(driver.cuFuncSetAttribute(kernel, most_shared, shared))
-    arguments = tensor_cores._pointer(out), ctypes.c_int(CEILING_LOOPS)
-    return time_cuda([lambda: tensor_cores._launch(kernel, (blocks, 1), 256, shared, *arguments)], repeats=30), blocks
+    program = nvrtc.Program(str(Path(__file__).with_name("ceiling.cu").resolve()), "sm_90a", text=tensor_cores.warpgroup_mma(kind, 256))
+    kernel = nvrtc.function(program, "ceiling", DEVICE.index, shared)
+    arguments = nvrtc.pointer(out), ctypes.c_int(CEILING_LOOPS)
+    return time_cuda([lambda: nvrtc.launch(kernel, (blocks, 1), 256, shared, *arguments)], repeats=30), blocks
 
 
 def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:

@@ -1,5 +1,7 @@
 """Sparse FFNs in a model: the same as masks that multiply, dense where many tokens come at once, put back whole, and decoded with a fixed cache."""
 
+import gc
+
 import pytest
 import torch
 
@@ -80,18 +82,40 @@ def test_many_tokens_run_dense_and_few_sparse(workplace, made, device):
     assert (found - alone[0]).norm() < 1e-4 * (alone[0] - alone[1]).norm()
 
 
+def downs_held():
+    """Storages in memory as large as one down projection of the tiny model, by their addresses."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and sorted(thing.shape) == [32, 52]]
+    return {value.untyped_storage().data_ptr() for value in tensors}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_are_stored_once_and_put_back(workplace, made, device):
-    model = model_on(workplace, device)
-    before, pointers = {name: value.clone() for name, value in model.state_dict().items()}, {value.data_ptr() for value in model.parameters()}
     codebook, predictor = made("cluster")
+    gc.collect()
+    others = downs_held()
+    model = model_on(workplace, device)
+    before = {name: value.clone().flatten() for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    held = len(downs_held() - others)
     apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
     for layer in model.model.layers:
         weight = layer.mlp.down_proj.weight
         assert weight.shape == (32, 52) and weight.T.is_contiguous() and not weight.is_contiguous()
+    assert len(downs_held() - others) == held
     apc.restore(model)
-    assert {value.data_ptr() for value in model.parameters()} == pointers and "forward" not in model.model.layers[0].mlp.__dict__
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value is parameters[name] for name, value in model.named_parameters()) and "forward" not in model.model.layers[0].mlp.__dict__
+    assert all(torch.equal(value.flatten(), before[name]) for name, value in model.state_dict().items())
+    assert all(layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers) and len(downs_held() - others) == held
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("arm", "form", "changes"), ARMS)
+def test_a_step_is_traced_whole(workplace, made, device, arm, form, changes):
+    model, token = model_on(workplace, device), WINDOWS[:1, :1].to(device)
+    apc.sparsify(model, *made(form, **changes), arm, kernel="auto", dense_above=1)
+    expected = model(token).logits
+    torch.compiler.reset()
+    assert torch.allclose(torch.compile(model.forward, backend="eager", fullgraph=True)(token).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

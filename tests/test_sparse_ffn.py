@@ -5,8 +5,18 @@ import torch
 import torch.nn.functional as F
 
 from apc import ops
+from apc.ops import sparse_ffn_sm90
+from apc.ops.nvrtc import compile_program
 
-WAYS = [("torch", "cpu"), ("triton", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
+WAYS = [("torch", "cpu"), ("triton", "cpu"), *(pytest.param(way, "cuda", marks=pytest.mark.gpu) for way in ("triton", "hopper"))]
+FFNS = {"torch": ops.sparse_ffn, "triton": ops.sparse_ffn_triton, "hopper": ops.sparse_ffn_hopper}
+
+
+def ffn_for(way, tensors):
+    """Its function; skips what the kernel for Hopper does not take."""
+    if way == "hopper" and not sparse_ffn_sm90.takes(*tensors):
+        pytest.skip("not for the kernel for Hopper")
+    return FFNS[way]
 
 
 def made(n, E, D, dtype, device, spread=0):
@@ -33,9 +43,9 @@ def close(found, wanted, dtype):
 )
 def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation):
     tensors = made(n, E, D, dtype, device, spread=16)
+    function = ffn_for(way, tensors)
     kept = torch.rand(n, D, device=device) < torch.linspace(0.1, 0.9, n, device=device).unsqueeze(1)
     kept[:, 0] = True
-    function = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
     found = function(*tensors, ops.pack(kept), activation)
     assert close(found, expected(*tensors, kept, activation), dtype)
     assert torch.equal(found, function(*tensors, ops.pack(kept), activation))
@@ -43,12 +53,12 @@ def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation)
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_masks_of_any_number_of_neurons(way, device):
-    function = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
-    tensors = made(1, 40, 150, torch.float32, device)
+    tensors = made(1, 40, 150, torch.bfloat16 if way == "hopper" else torch.float32, device)
+    function = ffn_for(way, tensors)
     for neurons in ([], [149], [31, 32], [0, 63, 64, 127, 128], range(150)):
         kept = torch.zeros(1, 150, dtype=torch.bool, device=device)
         kept[0, list(neurons)] = True
-        assert close(function(*tensors, ops.pack(kept)), expected(*tensors, kept, "silu"), torch.float32)
+        assert close(function(*tensors, ops.pack(kept)), expected(*tensors, kept, "silu"), tensors[0].dtype)
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
@@ -57,11 +67,12 @@ def test_masks_of_any_number_of_neurons(way, device):
 def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, device, dtype, n, H, K):
     E, D = 48, 200
     hidden, gate, up, down = made(n, E, D, dtype, device)
+    ffn = ffn_for(way, (hidden, gate, up, down))
     hidden *= torch.tensor([1.0, 300.0, 0.01, 5.0], device=device)[:n, None].to(dtype)
     reduce, expand, correct, offsets = (torch.randn(*shape, device=device).to(dtype) / 4 for shape in ((H, E), (K, H), (H, E), (K, E)))
     reduce_bias, expand_bias, correct_bias = (torch.randn(size, device=device) for size in (H, K, E))
     kept = torch.rand(K, D, device=device) < 0.5
-    predict, ffn = (ops.predict_clusters, ops.sparse_ffn) if way == "torch" else (ops.predict_clusters_triton, ops.sparse_ffn_triton)
+    predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
 
     inner, values, ids = predict(hidden, reduce, reduce_bias, expand, expand_bias)
     exact = F.silu(F.rms_norm(hidden.double(), (E,), eps=torch.finfo(torch.float32).eps) @ reduce.double().T + reduce_bias.double())
@@ -78,12 +89,34 @@ def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, dev
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_of_equal_logits_the_lowest_cluster(way, device):
     predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
-    ffn = ops.sparse_ffn if way == "torch" else ops.sparse_ffn_triton
-    tensors, kept = made(1, 16, 64, torch.float32, device), torch.eye(64, dtype=torch.bool, device=device)[:50]
+    tensors, kept = made(1, 16, 64, torch.bfloat16 if way == "hopper" else torch.float32, device), torch.eye(64, dtype=torch.bool, device=device)[:50]
     bias = torch.zeros(50, device=device)
     bias[[17, 23, 40]] = 1.0
     _, *candidates = predict(tensors[0], torch.zeros(4, 16, device=device), torch.zeros(4, device=device), torch.zeros(50, 4, device=device), bias)
-    assert close(ffn(*tensors, ops.pack(kept), "silu", tuple(candidates)), expected(*tensors, kept[17:18], "silu"), torch.float32)
+    found = ffn_for(way, tensors)(*tensors, ops.pack(kept), "silu", tuple(candidates))
+    assert close(found, expected(*tensors, kept[17:18], "silu"), tensors[0].dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "E", "D"), [(1, 4096, 14336), (2, 4096, 14336), (3, 4096, 1000), (4, 8192, 2100), (1, 5120, 700), (4, 576, 1536), (1, 8, 40)])
+def test_models_sizes_on_hopper(dtype, n, E, D):
+    tensors = made(n, E, D, dtype, "cuda")
+    kept = torch.rand(n, D, device="cuda") < 0.5
+    found = ffn_for("hopper", tensors)(*tensors, ops.pack(kept))
+    assert close(found, expected(*tensors, kept, "silu"), dtype)
+    assert torch.equal(found, ops.sparse_ffn(*tensors, ops.pack(kept)))  # which takes the same way
+    assert close(found, ops.sparse_ffn_triton(*tensors, ops.pack(kept)).double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "E", "D", "candidates", "activation"),
+    [(1, 4096, 14336, 128, "silu"), (4, 8192, 28672, 0, "gelu"), (3, 576, 1536, 32, "gelu_tanh"), (2, 8, 1, 1, "relu")],
+)
+def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation):
+    program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype)
+    assert b"rows" in compile_program(program) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
 
 
 @pytest.mark.parametrize(

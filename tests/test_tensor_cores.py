@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from apc import ops
-from apc.ops import reference, tensor_cores
-from apc.ops.tensor_cores import Variant, compile_variant, schedule
+from apc.ops import nvrtc, reference, tensor_cores
+from apc.ops.nvrtc import Program, compile_program
+from apc.ops.tensor_cores import Variant, schedule
 
 SHAPES = [  # (G, N, K, D)
     pytest.param((1, 1, 1, 1), id="one-of-each"),
@@ -60,21 +61,21 @@ def centroids_of(G: int, K: int, D: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
 def test_ampere_kernel_compiles(arch):
-    assert b"assign" in compile_variant(Variant(arch))
+    assert b"assign" in compile_program(Variant(arch).program())
 
 
 @pytest.mark.parametrize("tile_k", [64, 128, 256])
 @pytest.mark.parametrize(("kind", "passes"), [("b1", 1), ("u8", 1), ("u8", 2)])
 def test_hopper_kernel_compiles(kind, passes, tile_k):
     for tail in (1, 4):
-        cubin = compile_variant(Variant("sm_90a", kind, tile_k, tail, passes))
+        cubin = compile_program(Variant("sm_90a", kind, tile_k, tail, passes).program())
         assert b"assign" in cubin and b"take_keys" in cubin
 
 
 def test_an_error_in_a_source_is_told_in_the_compilers_words(monkeypatch):
-    monkeypatch.setattr(Variant, "source", lambda self: "__global__ void f() { nonsense; }")
+    monkeypatch.setattr(Program, "source", lambda self: "__global__ void f() { nonsense; }")
     with pytest.raises(RuntimeError, match=r"sm_80[\s\S]*nonsense"):
-        compile_variant(Variant("sm_80"))
+        compile_program(Variant("sm_80").program())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_device_without_the_units_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for capability in ((7, 5), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        with pytest.raises(tensor_cores.Unavailable, match=f"Some GPU has compute capability {capability[0]}.{capability[1]}"):
+        with pytest.raises(nvrtc.Unavailable, match=f"Some GPU has compute capability {capability[0]}.{capability[1]}"):
             tensor_cores.architecture(torch.device("cuda", 0))
 
 

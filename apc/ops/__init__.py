@@ -8,7 +8,7 @@ from apc.ops.curve import score_curve, score_curve_triton
 from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
 from apc.ops.low_bit import low_bit_scores
-from apc.ops.sparse_ffn import MOST_TOKENS, bottleneck, predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_triton
+from apc.ops.sparse_ffn import MOST_TOKENS, bottleneck, predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_hopper, sparse_ffn_triton
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
     accumulate,
@@ -56,6 +56,7 @@ __all__ = [
     "score_curve",
     "score_curve_triton",
     "sparse_ffn",
+    "sparse_ffn_hopper",
     "sparse_ffn_triton",
     "straight_through",
     "straight_through_triton",

@@ -90,7 +90,7 @@ def _warn_once(message: str) -> None:
 
 @grouped(_check)
 def assign_b1(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """`assign` on the b1 tensor cores of one CUDA device. Raises `tensor_cores.Unavailable`, saying why, where it has none that can be used."""
+    """`assign` on the b1 tensor cores of one CUDA device. Raises `nvrtc.Unavailable`, saying why, where it has none that can be used."""
     return tensor_cores.assign_b1(rows, centroids, scores)
 
 

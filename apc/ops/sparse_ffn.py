@@ -3,6 +3,8 @@
 At one token an FFN's time is that of reading its weights, so half the rows take half the time, if nothing waits in between. The kernels follow each
 other without the host: `reduce` and `score` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
 the best of those, takes its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
+On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and each kernel is on its multiprocessors before the one before it has ended (EARLY), with
+what it reads of weights, and waits there.
 
 Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W bytes of a packed mask (see `bits.py`), P programs.
 """
@@ -14,16 +16,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apc.ops.bits import describe, on_cpu, row_bytes, unpack
+from apc.ops.sparse_ffn_sm90 import rows_hopper, takes
 
 MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _WIDEST = 2**14  # hidden size that a program's sums can have
 _REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
 _SCORE_TILE = {"ROWS": 16, "num_warps": 8}
-_ROWS_TILE = {"ROWS": 2, "STAGES": 1, "num_warps": 8}  # neurons whose rows a program reads at a time, and how often ahead of their use
-_PROGRAMS = 2  # of `rows` on each multiprocessor
+_ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a program reads at a time, and how often ahead of their use
+_PROGRAMS = 1  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 32, "BLOCK_P": 64, "BLOCK_H": 64, "num_warps": 4}
 _EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
 
@@ -81,14 +85,19 @@ def _reduce_kernel(
     E,
     H,
     epsilon,
+    EARLY: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     h = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, BLOCK_E)
     weights = tl.load(weights_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=h < H, other=0.0)
+    if EARLY:
+        gdc_wait()
     for n in tl.static_range(N):
         hidden = tl.load(hidden_ptr + n * E + e, mask=e < E, other=0.0).to(tl.float32)
         scale = 1 / tl.sqrt(tl.sum(hidden * hidden, axis=0) / E + epsilon)
@@ -105,14 +114,19 @@ def _score_kernel(
     ids_ptr,  # int32 [n, P], out: whose it is
     H,
     K,
+    EARLY: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK_H)
     weights = tl.load(weights_ptr + k[:, None] * H + h[None, :], mask=(k < K)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
+    if EARLY:
+        gdc_wait()
     for n in tl.static_range(N):
         inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
         logits = tl.sum(weights * inner[None, :], axis=1) + bias
@@ -206,6 +220,7 @@ def _finish_kernel(
     E,
     H,
     candidates,
+    EARLY: tl.constexpr,
     CORRECTS: tl.constexpr,
     OFFSETS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -216,10 +231,6 @@ def _finish_kernel(
     e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.program_id(1)
     output = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, programs, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        read = (p < programs)[:, None] & (e < E)[None, :]
-        output += tl.sum(tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0)
     if CORRECTS:
         output += tl.load(correct_bias_ptr + e, mask=e < E, other=0.0)
         for start in range(0, H, BLOCK_H):
@@ -230,6 +241,12 @@ def _finish_kernel(
     if OFFSETS:
         row = _best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
         output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
+    if EARLY:  # what comes from before `rows` was there when that began
+        gdc_wait()
+    for start in range(0, programs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        read = (p < programs)[:, None] & (e < E)[None, :]
+        output += tl.sum(tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0)
     tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
 
 
@@ -260,7 +277,8 @@ def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor,
     inner, programs = _reduce(hidden, reduce, reduce_bias), triton.cdiv(K, _SCORE_TILE["ROWS"])
     values, ids = hidden.new_empty((n, programs), dtype=torch.float32), hidden.new_empty((n, programs), dtype=torch.int32)
     with torch.cuda.device_of(hidden):
-        _score_kernel[(programs,)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **_SCORE_TILE)
+        block, early = triton.next_power_of_2(H), _early(hidden.device)
+        _score_kernel[(programs,)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=block, **early, **_SCORE_TILE)
     return inner, values, ids
 
 
@@ -316,7 +334,8 @@ def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor) -> Tensor:
     inner = hidden.new_empty((n, H), dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         grid = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),)
-        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=triton.next_power_of_2(E), **_REDUCE_TILE)
+        block, early = triton.next_power_of_2(E), _early(hidden.device)
+        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=block, **early, **_REDUCE_TILE)
     return inner
 
 
@@ -364,27 +383,60 @@ def sparse_ffn_triton(
     correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; hidden sizes of up to 16,384."""
-    n, E = hidden.shape
-    if E > _WIDEST:
+    if hidden.shape[1] > _WIDEST:
         raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {_WIDEST}, got hidden {describe(hidden)}")
-    hidden, words = hidden.contiguous(), masks.shape[1] // 4
-    programs = _PROGRAMS * _multiprocessors(hidden.device)
-    partial, output = hidden.new_empty((programs, n, E), dtype=torch.float32), torch.empty_like(hidden)
+    partial = _rows(hidden.contiguous(), gate, up, down, masks, activation, candidates)
+    return _finish(partial, hidden, candidates, correction, offsets, early=False)
+
+
+def sparse_ffn_hopper(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
+    partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates)
+    return _finish(partial, hidden, candidates, correction, offsets, early=True)
+
+
+def _rows(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None
+) -> Tensor:  # fmt: skip
+    """The programs' parts of the output, float32 [P, n, E]."""
+    (n, E), words, programs = hidden.shape, masks.shape[1] // 4, _PROGRAMS * _multiprocessors(hidden.device)
+    partial = hidden.new_empty((programs, n, E), dtype=torch.float32)
     values, ids = candidates or (partial, partial)  # what is not there is not read
     count = values.shape[1] if candidates else 0
-    block_c = triton.next_power_of_2(max(count, 1))
-    inner, correct, bias = correction or (partial, partial, partial)
     with torch.cuda.device_of(hidden):
         _rows_kernel[(programs,)](
             hidden, gate, up, down, masks.view(torch.int32), values, ids, partial, n, E, words, count, gate.stride(0), up.stride(0), down.stride(0),
             BY_CLUSTER=candidates is not None, ACTIVATION=activation, N=triton.next_power_of_2(n), BLOCK_E=triton.next_power_of_2(E),
-            BLOCK_W=triton.next_power_of_2(words), BLOCK_C=block_c, **_ROWS_TILE,
+            BLOCK_W=triton.next_power_of_2(words), BLOCK_C=triton.next_power_of_2(max(count, 1)), **_ROWS_TILE,
         )  # fmt: skip
+    return partial
+
+
+def _finish(
+    partial: Tensor, hidden: Tensor, candidates: tuple[Tensor, Tensor] | None, correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
+    early: bool,
+) -> Tensor:  # fmt: skip
+    (programs, n, E), output = partial.shape, torch.empty_like(hidden)
+    values, ids = candidates or (partial, partial)
+    count = values.shape[1] if candidates else 0
+    inner, correct, bias = correction or (partial, partial, partial)
+    with torch.cuda.device_of(hidden):
         _finish_kernel[(triton.cdiv(E, _FINISH_TILE["COLUMNS"]), n)](
             partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, n, programs, E, inner.shape[1], count,
-            CORRECTS=correction is not None, OFFSETS=offsets is not None, BLOCK_C=block_c, **_FINISH_TILE,
+            CORRECTS=correction is not None, OFFSETS=offsets is not None, BLOCK_C=triton.next_power_of_2(max(count, 1)),
+            **(_early(hidden.device) if early else {"EARLY": False}), **_FINISH_TILE,
         )  # fmt: skip
     return output
+
+
+@functools.cache
+def _early(device: torch.device) -> dict[str, bool]:
+    """How a kernel is launched that waits by itself for the one before it."""
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @functools.cache
@@ -403,8 +455,10 @@ def _sparse_ffn(
     inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool,
 ) -> Tensor:  # fmt: skip
     if by_triton:
-        candidates = None if values is None else (values, ids)
-        return sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, None if inner is None else (inner, correct, bias), offsets)
+        candidates, correction = None if values is None else (values, ids), None if inner is None else (inner, correct, bias)
+        hidden = hidden.contiguous()
+        way = sparse_ffn_hopper if takes(hidden, gate, up, down) else sparse_ffn_triton
+        return way(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
     chosen = None if values is None else torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
     kept = unpack(masks if chosen is None else masks[chosen], len(gate))
     neurons = kept.any(0).nonzero().squeeze(1)

@@ -1,25 +1,20 @@
 """Assignment by CUDA C++ kernels on tensor cores: packed bits by AND-POPC on the b1 units (Ampere up), uint8 importance on Hopper's.
 
-NVRTC compiles the sources in `cuda/` for the GPU at hand when a kernel is first used (2 seconds a kind of size; then Triton's cache has it):
-no build step, no compiler at install. Shape letters: see `bits.py`.
+See `nvrtc.py` for how they come to run. Shape letters: see `bits.py`.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton.runtime import driver as triton_driver
-from triton.runtime.cache import get_cache_manager
 
+from apc.ops import nvrtc
 from apc.ops.bits import outputs
 from apc.ops.lines import empty_lines, whole_lines
-
-SOURCES = Path(__file__).resolve().parent / "cuda"
+from apc.ops.nvrtc import Program, Unavailable, launch, pointer
 
 # The Hopper kernel's shape: 2 consumer warpgroups of 64 rows × 256 clusters hold 128 sums a thread; two blocks share their centroids;
 # four stages of 48 KB fill the shared memory.
@@ -37,10 +32,6 @@ _L2_MOST = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's 
 _L2_SHARE = 16 * 2**20  # … and how many, once row tiles are cut along K at all, so that the parts' centroids stay there too
 
 
-class Unavailable(RuntimeError):
-    """Why these kernels cannot run here, in one line."""
-
-
 @dataclass(frozen=True)
 class Variant:
     """A kernel to compile: `b1` or `u8` products for sm_90a, or `b1` for any other architecture from sm_80 (its tile is fixed)."""
@@ -51,19 +42,17 @@ class Variant:
     tail: int = 4  # products of 32 bytes in a row's last step
     passes: int = 1  # rows of bytes for each row: 2, high bytes before low ones, for numbers of 16 bits
 
-    def source(self) -> str:
-        head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
+    def program(self) -> Program:
         if self.arch != "sm_90a":
-            return head + _constants(AMPERE) + (SOURCES / "assign_sm80.cu").read_text()
+            return Program("assign_sm80.cu", self.arch, tuple(AMPERE.items()))
         constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail, "PASSES": self.passes}
-        return head + _constants(constants) + _warpgroup_mma(self.kind, self.tile_k) + (SOURCES / "assign_sm90.cu").read_text()
+        return Program("assign_sm90.cu", self.arch, tuple(constants.items()), warpgroup_mma(self.kind, self.tile_k))
+
+    def function(self, device_index: int, name: str = "assign"):
+        return nvrtc.function(self.program(), name, device_index, _shared_bytes(self) if name == "assign" else 0)
 
 
-def _constants(values: dict[str, int]) -> str:
-    return "".join(f"constexpr int {name} = {value};\n" for name, value in values.items())
-
-
-def _warpgroup_mma(kind: str, tile_k: int) -> str:
+def warpgroup_mma(kind: str, tile_k: int) -> str:
     """`mma`: sums [64, tile_k] = or += 64 rows · tile_k centroids over 32 bytes, both in shared memory (PTX ISA, `wgmma.mma_async`)."""
     instruction = {"b1": f"m64n{tile_k}k256.s32.b1.b1.and.popc", "u8": f"m64n{tile_k}k32.s32.u8.u8"}[kind]
     n = tile_k // 2
@@ -77,47 +66,6 @@ __device__ __forceinline__ void mma(int (&sums)[{n}], u64 rows, u64 centroids, i
         : {operands} : "l"(rows), "l"(centroids), "r"(add));
 }}
 """
-
-
-_OPTIONS = [b"--std=c++17", b"--device-as-default-execution-space"]
-
-
-def compile_variant(variant: Variant) -> bytes:
-    """The cubin of a variant, by NVRTC; needs no GPU. Raises RuntimeError with the compiler's words."""
-    from cuda.bindings import nvrtc
-
-    program = _take(nvrtc.nvrtcCreateProgram(variant.source().encode(), b"assign.cu", 0, [], []))
-    options = [f"--gpu-architecture={variant.arch}".encode(), *_OPTIONS]
-    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(_take(nvrtc.nvrtcGetProgramLogSize(program)))
-        _take(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"NVRTC, {variant}: {status.name}\n{log.rstrip(bytes(1)).decode()}")
-    cubin = bytearray(_take(nvrtc.nvrtcGetCUBINSize(program)))
-    _take(nvrtc.nvrtcGetCUBIN(program, cubin))
-    _take(nvrtc.nvrtcDestroyProgram(program))
-    return bytes(cubin)
-
-
-def _cubin(variant: Variant) -> bytes:
-    """`compile_variant`, or what an earlier process left of it in Triton's cache of kernels."""
-    from cuda.bindings import nvrtc
-
-    made_of = f"{variant.source()} {variant.arch} {_OPTIONS} {_take(nvrtc.nvrtcVersion())}"
-    cache = get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest())
-    if path := cache.get_file("assign.cubin"):
-        return Path(path).read_bytes()
-    cubin = compile_variant(variant)
-    cache.put(cubin, "assign.cubin")
-    return cubin
-
-
-def _take(answer: tuple):
-    """What a call of `cuda.bindings` returns after its status. Raises RuntimeError on any status but success."""
-    status, *values = answer
-    if status.value != 0:
-        raise RuntimeError(f"CUDA: {status.name}")
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 def architecture(device: torch.device) -> str:
@@ -136,47 +84,16 @@ def unavailable(device_index: int, kind: str = "b1") -> str | None:
         arch = architecture(device)
         if kind == "u8" and arch != "sm_90a":
             raise Unavailable("the uint8 kernel is for Hopper (sm_90)")
-        _module(Variant(arch, kind), device_index)
-    except ImportError as error:
-        return f"the package cuda-bindings cannot be imported: {error}"
-    except (Unavailable, RuntimeError, OSError) as error:
-        return str(error)
+        Variant(arch, kind).function(device_index)
+    except (ImportError, RuntimeError, OSError) as error:
+        return nvrtc.reason(error)
     return None
-
-
-@functools.cache
-def _module(variant: Variant, device_index: int) -> dict[str, object]:
-    """The loaded functions of a variant, by name, in the device's primary context."""
-    from cuda.bindings import driver
-
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # which makes torch's context current
-        module = _take(driver.cuModuleLoadData(_cubin(variant)))
-        functions = {"assign": _take(driver.cuModuleGetFunction(module, b"assign"))}
-        most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _take(driver.cuFuncSetAttribute(functions["assign"], most_shared, _shared_bytes(variant)))
-        if variant.arch == "sm_90a":
-            functions["take_keys"] = _take(driver.cuModuleGetFunction(module, b"take_keys"))
-    return functions
 
 
 def _shared_bytes(variant: Variant) -> int:
     if variant.arch == "sm_90a":
         return HOPPER["STAGES"] * _STEP * (64 * HOPPER["CONSUMERS"] + variant.tile_k) + 1024  # stages start on 1,024 bytes
     return AMPERE["STAGES"] * (128 + 256) * (_STEP + 16)
-
-
-def _launch(function, grid: tuple[int, int], block: int, shared: int, *values) -> None:
-    """Launches on torch's current stream. values: ctypes scalars or buffers, in the kernel's order."""
-    from cuda.bindings import driver
-
-    parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    stream = triton_driver.active.get_current_stream(torch.cuda.current_device())  # a number; torch makes an object of it, in ten times as long
-    _take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -198,9 +115,9 @@ def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Ten
         variant = Variant(arch)
         numbers = (ctypes.c_longlong(rows.stride(0)), ctypes.c_longlong(rows.stride(1)), *map(ctypes.c_int, (N, K, W)))
         with torch.cuda.device_of(rows):
-            function = _module(variant, rows.device.index)["assign"]
-            tensors = map(_pointer, (rows, centroids, ids, overlap))
-            _launch(function, (math.ceil(N / 128), G), 256, _shared_bytes(variant), *tensors, *numbers)
+            function = variant.function(rows.device.index)
+            tensors = map(pointer, (rows, centroids, ids, overlap))
+            launch(function, (math.ceil(N / 128), G), 256, _shared_bytes(variant), *tensors, *numbers)
     return ids, overlap
 
 
@@ -288,7 +205,7 @@ def _prepare(kind: str, passes: int, G: int, N: int, K: int, W: int, device_inde
     numbers = N, G, steps, plan.k_tiles, plan.tiles_in_group, plan.items, plan.whole, plan.splits
     grid = min(plan.items, workers) * cluster, 1
     cut_numbers = N, plan.whole, plan.tiles_in_group
-    functions = _module(variant, device_index)
+    functions = {name: variant.function(device_index, name) for name in ("assign", "take_keys")}
     return _Launch(functions, plan, grid, _shared_bytes(variant), tuple(map(ctypes.c_int, numbers)), tuple(map(ctypes.c_int, cut_numbers)))
 
 
@@ -301,30 +218,30 @@ def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> 
     ids, best = outputs(rows[:G], scores)
     if not (G and N):
         return ids, best
-    launch, cluster = _prepare(kind, len(rows) // G, G, N, K, W, rows.device.index), HOPPER["CLUSTER"]
-    keys = torch.zeros((launch.plan.cut, cluster * _TILE_N), dtype=torch.int64, device=rows.device) if launch.plan.cut else None
-    boxes = (rows, _TILE_N), (centroids, launch.plan.tile_k // cluster)
+    call, cluster = _prepare(kind, len(rows) // G, G, N, K, W, rows.device.index), HOPPER["CLUSTER"]
+    keys = torch.zeros((call.plan.cut, cluster * _TILE_N), dtype=torch.int64, device=rows.device) if call.plan.cut else None
+    boxes = (rows, _TILE_N), (centroids, call.plan.tile_k // cluster)
     maps = [_tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), box) for tensor, box in boxes]
-    tensors = [_pointer(tensor) for tensor in (ids, best, keys)]
+    tensors = [pointer(tensor) for tensor in (ids, best, keys)]
     with torch.cuda.device_of(rows):
-        _launch(launch.functions["assign"], launch.grid, 128 * (HOPPER["CONSUMERS"] + 1), launch.shared, *maps, *tensors, *launch.numbers)
+        launch(call.functions["assign"], call.grid, 128 * (HOPPER["CONSUMERS"] + 1), call.shared, *maps, *tensors, *call.numbers)
         if keys is not None:
-            _launch(launch.functions["take_keys"], (launch.plan.cut, 1), cluster * _TILE_N, 0, tensors[2], *tensors[:2], *launch.cut_numbers)
+            launch(call.functions["take_keys"], (call.plan.cut, 1), cluster * _TILE_N, 0, tensors[2], *tensors[:2], *call.cut_numbers)
     return ids, best
 
 
 @functools.lru_cache(maxsize=256)
-def _tensor_map(pointer: int, shape: tuple[int, int, int], strides: tuple[int, int, int], box_rows: int) -> ctypes.Array:
-    """The copy engine's map of uint8 [G, N, W] at pointer: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
+def _tensor_map(address: int, shape: tuple[int, int, int], strides: tuple[int, int, int], box_rows: int) -> ctypes.Array:
+    """The copy engine's map of uint8 [G, N, W] at that address: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
     from cuda.bindings import driver
 
     G, N, W = shape
     steps = strides[1] if N > 1 else W, strides[0] if G > 1 else 16
-    answer = _take(
+    answer = nvrtc.take(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             3,
-            pointer,
+            address,
             [driver.cuuint64_t(size) for size in (W, N, G)],
             [driver.cuuint64_t(step) for step in steps],
             [driver.cuuint32_t(size) for size in (_STEP, box_rows, 1)],

@@ -1,0 +1,279 @@
+// A gated FFN over the neurons that masks keep, on Hopper: one block on each multiprocessor, whose share of the neurons' rows the copy engine
+// fetches into a ring in shared memory while eight warps multiply what is there.
+//
+// A stage is ROWS neurons: their rows of gate, up and down (transposed). Each warp takes part of one product of a row and the input; then every thread
+// knows the neurons' values and adds their rows of down to its own columns of the output. Sums are float32 and their order is fixed.
+//
+// Put before it: N tokens (a power of two), E, ROWS, STAGES, MOST neurons of a block, WORDS of a mask, CANDIDATES (0: a mask for each token),
+// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16).
+
+constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
+constexpr int CHUNKS = E / 8;  // pieces of 16 bytes of a row
+constexpr int OWN = (CHUNKS + CONSUMERS - 1) / CONSUMERS;  // of which a thread holds the sums
+constexpr int PARTS = WARPS / (2 * ROWS);  // warps for a product
+constexpr int ROW_BYTES = 2 * E, STAGE_BYTES = 3 * ROWS * ROW_BYTES;
+constexpr int WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
+static_assert(PARTS * 2 * ROWS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// The two numbers of a word, the lower half first.
+__device__ __forceinline__ float2 widen(u32 pair) {
+    float2 result;
+    if (BFLOAT) {
+        result.x = __uint_as_float(pair << 16);
+        result.y = __uint_as_float(pair & 0xFFFF0000u);
+    } else {
+        asm("{ .reg .f16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high; }"
+            : "=f"(result.x), "=f"(result.y) : "r"(pair));
+    }
+    return result;
+}
+
+// To the weights' type and back: where a model rounds, too.
+__device__ __forceinline__ float round_half(float x) {
+    float result;
+    if (BFLOAT) {
+        unsigned short half;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
+        result = __uint_as_float(static_cast<u32>(half) << 16);
+    } else {
+        asm("{ .reg .f16 half;\n cvt.rn.f16.f32 half, %1;\n cvt.f32.f16 %0, half; }" : "=f"(result) : "f"(x));
+    }
+    return result;
+}
+
+__device__ __forceinline__ float activate(float x) {
+    if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    if (ACTIVATION == 3) return fmaxf(x, 0.0f);
+    const float y = ACTIVATION == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);  // ½ (1 + tanh y) = σ(2 y)
+    return x / (1.0f + expf(-y));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+rows(const uint4* __restrict__ hidden,         // [tokens, E]
+     const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart, as up and down
+     const unsigned char* __restrict__ up,
+     const unsigned char* __restrict__ down,
+     const u32* __restrict__ masks,            // [K or tokens, WORDS]
+     const float* __restrict__ values,         // [tokens, CANDIDATES]
+     const int* __restrict__ ids,              // [tokens, CANDIDATES]
+     float4* __restrict__ partial,             // [blocks, tokens, E], out
+     int tokens, long long gate_bytes, long long up_bytes, long long down_bytes) {
+    extern __shared__ __align__(128) unsigned char ring[];
+    uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
+    u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
+    __shared__ u64 full[STAGES], empty[STAGES];
+    __shared__ float products[2][ROWS][2][PARTS][N];
+    __shared__ int mask_of[N], sums_of_warps[WARPS + 1];
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+
+    if (thread == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(&full[stage], 1);
+            barrier_init(&empty[stage], WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    for (int i = thread; i < N * CHUNKS; i += THREADS) given[i] = i < tokens * CHUNKS ? hidden[i] : uint4{0, 0, 0, 0};
+    if (CANDIDATES == 0) {
+        if (thread < N) mask_of[thread] = thread;
+    } else if (warp < tokens) {  // the id of the largest value, of equal ones the lowest
+        float best = -__int_as_float(0x7F800000);
+        int id = 0x7FFFFFFF;
+        for (int i = lane; i < CANDIDATES; i += 32) {
+            const float value = values[warp * CANDIDATES + i];
+            const int other = ids[warp * CANDIDATES + i];
+            if (value > best || (value == best && other < id)) best = value, id = other;
+        }
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            const float value = __shfl_xor_sync(~0u, best, distance);
+            const int other = __shfl_xor_sync(~0u, id, distance);
+            if (value > best || (value == best && other < id)) best = value, id = other;
+        }
+        if (lane == 0) mask_of[warp] = id;
+    }
+    __syncthreads();
+
+    // This block's share of the neurons that any token keeps: each thread looks at a few words, and knows how many bits come before them.
+    u32 own[N][WORDS_EACH];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS_EACH; i++) {
+        const int word = thread * WORDS_EACH + i;
+        u32 all = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            own[n][i] = word < WORDS && n < tokens ? masks[static_cast<long long>(mask_of[n]) * WORDS + word] : 0;
+            all |= own[n][i];
+        }
+        count += __popc(all);
+    }
+    int before = count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(~0u, before, distance);
+        if (lane >= distance) before += other;
+    }
+    if (lane == 31) sums_of_warps[warp] = before;
+    __syncthreads();
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w <= WARPS; w++) {
+        if (w == warp) before += total - count;
+        total += sums_of_warps[w];
+    }
+    const int first = static_cast<int>(static_cast<long long>(blockIdx.x) * total / gridDim.x);
+    const int last = static_cast<int>((static_cast<long long>(blockIdx.x) + 1) * total / gridDim.x);
+    if (before < last && before + count > first) {
+#pragma unroll
+        for (int i = 0; i < WORDS_EACH; i++) {
+            u32 all = 0;
+#pragma unroll
+            for (int n = 0; n < N; n++) all |= own[n][i];
+            for (; all; all &= all - 1, before++) {
+                if (before < first || before >= last) continue;
+                const int bit = __ffs(all) - 1;
+                u32 keepers = 0;
+#pragma unroll
+                for (int n = 0; n < N; n++) keepers |= (own[n][i] >> bit & 1) << n;
+                list[before - first] = (thread * WORDS_EACH + i) * 32 + bit | keepers << 24;
+            }
+        }
+    }
+    __syncthreads();
+    const int neurons = last - first, stages = (neurons + ROWS - 1) / ROWS;
+
+    if (warp == WARPS) {
+        if (lane == 0) {
+            for (int index = 0; index < stages; index++) {
+                const int stage = index % STAGES, rows = min(ROWS, neurons - index * ROWS);
+                barrier_wait(&empty[stage], (index / STAGES + 1) & 1);  // the first round finds its stages free
+                expect_bytes(&full[stage], 3 * rows * ROW_BYTES);
+                const u32 to = shared_address(ring) + stage * STAGE_BYTES;
+                for (int row = 0; row < rows; row++) {
+                    const long long neuron = list[index * ROWS + row] & 0xFFFFFF;
+                    fetch(to + 3 * row * ROW_BYTES, gate + neuron * gate_bytes, ROW_BYTES, &full[stage]);
+                    fetch(to + (3 * row + 1) * ROW_BYTES, up + neuron * up_bytes, ROW_BYTES, &full[stage]);
+                    fetch(to + (3 * row + 2) * ROW_BYTES, down + neuron * down_bytes, ROW_BYTES, &full[stage]);
+                }
+            }
+        }
+        return;
+    }
+
+    float sums[N][OWN][8] = {};
+    const int product = warp / PARTS, part = warp % PARTS, product_row = product / 2, which = product % 2;
+    for (int index = 0; index < stages; index++) {
+        const int stage = index % STAGES, rows = min(ROWS, neurons - index * ROWS), buffer = index % 2;
+        const unsigned char* const held = ring + stage * STAGE_BYTES;
+        barrier_wait(&full[stage], (index / STAGES) & 1);
+        if (product_row < rows) {
+            const uint4* const row = reinterpret_cast<const uint4*>(held + (3 * product_row + which) * ROW_BYTES);
+            float2 found[N] = {};
+#pragma unroll 4
+            for (int chunk = part * 32 + lane; chunk < CHUNKS; chunk += 32 * PARTS) {
+                const uint4 weights = row[chunk];
+                const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    const uint4 input = given[n * CHUNKS + chunk];
+                    const u32 inputs[4] = {input.x, input.y, input.z, input.w};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float2 a = widen(pairs[i]), b = widen(inputs[i]);
+                        found[n].x = fmaf(a.x, b.x, found[n].x);
+                        found[n].y = fmaf(a.y, b.y, found[n].y);
+                    }
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float sum = found[n].x + found[n].y;
+#pragma unroll
+                for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+                if (lane == 0) products[buffer][product_row][which][part][n] = sum;
+            }
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            if (row >= rows) break;
+            const u32 keepers = list[index * ROWS + row] >> 24;
+            float x[N];
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    sum[0] += products[buffer][row][0][p][n];
+                    sum[1] += products[buffer][row][1][p][n];
+                }
+                x[n] = N == 1 || (keepers >> n & 1) ? round_half(activate(sum[0]) * sum[1]) : 0.0f;
+            }
+            const uint4* const added = reinterpret_cast<const uint4*>(held + (3 * row + 2) * ROW_BYTES);
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const int chunk = i * CONSUMERS + thread;
+                if (OWN * CONSUMERS == CHUNKS || chunk < CHUNKS) {
+                    const uint4 weights = added[chunk];
+                    const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const float2 w = widen(pairs[j]);
+#pragma unroll
+                        for (int n = 0; n < N; n++) {
+                            sums[n][i][2 * j] = fmaf(x[n], w.x, sums[n][i][2 * j]);
+                            sums[n][i][2 * j + 1] = fmaf(x[n], w.y, sums[n][i][2 * j + 1]);
+                        }
+                    }
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&empty[stage]);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (n >= tokens) break;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int chunk = i * CONSUMERS + thread;
+            if (OWN * CONSUMERS != CHUNKS && chunk >= CHUNKS) continue;
+            const float* const own_sums = sums[n][i];
+            float4* const to = partial + ((static_cast<long long>(blockIdx.x) * tokens + n) * CHUNKS + chunk) * 2;
+            to[0] = float4{own_sums[0], own_sums[1], own_sums[2], own_sums[3]};
+            to[1] = float4{own_sums[4], own_sums[5], own_sums[6], own_sums[7]};
+        }
+    }
+}

@@ -1,0 +1,77 @@
+"""The rows of a sparse FFN on Hopper, by CUDA C++: see `cuda/sparse_ffn_sm90.cu`, and `nvrtc.py` for how it comes to run."""
+
+import ctypes
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from apc.ops import nvrtc
+from apc.ops.nvrtc import Program, pointer
+from apc.ops.tensor_cores import architecture
+
+_THREADS = 288
+_SHARED = 227 * 1024 - 1024  # bytes that a block can have, less what the kernel declares itself
+_STAGES = 8  # at most
+_LONG = 4096  # hidden size above which a stage is one neuron
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def program(tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype) -> tuple[Program, int]:
+    """The kernel for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block."""
+    rows, most, N = 1 if E > _LONG else 2, math.ceil(D / blocks) + 1, triton.next_power_of_2(tokens)
+    beside = N * 2 * E + 4 * most
+    stages = min(_STAGES, (_SHARED - beside) // (6 * E * rows))
+    constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=math.ceil(D / 128) * 4, CANDIDATES=candidates,
+                     ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16))  # fmt: skip
+    return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items())), stages * 6 * E * rows + beside
+
+
+def takes(hidden: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernel takes these, on this device: halves on a Hopper GPU, rows in whole pieces of 16 bytes."""
+    E = hidden.shape[1]
+    fits = hidden.dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG and len(weights[0]) < 2**24
+    aligned = all(value.stride(0) % 8 == 0 and value.data_ptr() % 16 == 0 for value in (hidden, *weights))
+    return hidden.is_cuda and fits and aligned and unavailable(hidden.device.index) is None
+
+
+@functools.cache
+def unavailable(device_index: int) -> str | None:
+    """Why the kernel cannot run on this CUDA device, or None where it can: it was compiled and loaded."""
+    try:
+        if (found := architecture(torch.device("cuda", device_index))) != "sm_90a":
+            return f"the kernel is for Hopper (sm_90), not {found}"
+        nvrtc.function(*_of(1, 64, 128, 1, 0, "silu", torch.bfloat16, device_index))
+    except (ImportError, RuntimeError, OSError) as error:
+        return nvrtc.reason(error)
+    return None
+
+
+def _of(tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype, device_index: int) -> tuple[Program, str, int, int]:
+    found, shared = program(tokens, E, D, blocks, candidates, activation, dtype)
+    return found, "rows", device_index, shared
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(*sizes) -> tuple[object, int]:
+    found = _of(*sizes)
+    return nvrtc.function(*found), found[-1]
+
+
+def rows_hopper(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None
+) -> Tensor:  # fmt: skip
+    """Arguments as of `sparse_ffn`, which `takes` took → the blocks' parts of the output, float32 [P, n, E]."""
+    (n, E), D, device = hidden.shape, len(gate), hidden.device
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    partial = hidden.new_empty((blocks, n, E), dtype=torch.float32)
+    values, ids = candidates or (None, None)
+    function, shared = _prepare(n, E, D, blocks, 0 if values is None else values.shape[1], activation, hidden.dtype, device.index)
+    tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, partial))
+    strides = (ctypes.c_longlong(2 * value.stride(0)) for value in (gate, up, down))
+    with torch.cuda.device_of(hidden):
+        nvrtc.launch(function, (blocks, 1), _THREADS, shared, *tensors, ctypes.c_int(n), *strides, early=True)
+    return partial
