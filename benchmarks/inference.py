@@ -18,18 +18,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from common import RESULTS, Row, append, commit, markdown, row, time_cuda
 from torch import Tensor
 
 from apc import ops
 from apc.codebook import Codebook, SiteCodebook
 from apc.decode import GreedyDecoder
+from apc.ops import sparse_ffn_sm90
 from apc.predictor import Predictor
 from apc.sparse_model import restore, sparsify
 
 DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
+PREFILLS = (64, 512, 2048)  # tokens at once, which run dense
 KERNELS = importlib.import_module("apc.ops.sparse_ffn")
 
 
@@ -133,6 +136,8 @@ class Layer:
     down: Tensor
     masks: Tensor
     predictor: tuple[Tensor, Tensor, Tensor, Tensor]
+    correction: tuple[Tensor, Tensor]  # from the bottleneck to the output, and its bias
+    offsets: Tensor  # of the clusters
     copy: tuple[Tensor, ...]  # bits of gate and up, scale, slope, power, bias and threshold of their scores
 
     @classmethod
@@ -145,15 +150,18 @@ class Layer:
         curve = [torch.full((2, shape.D), value, device=DEVICE) for value in (1e-4, 1.0, 1.0)]
         bias = torch.randn(shape.D, device=DEVICE)  # which decides the scores, so that as many reach the threshold as should
         threshold = bias.sort(descending=True).values[min(ops.mask_size(shape.D, density), shape.D - 1)].clone() - 1e9 * (density == 1)
-        return cls(*weights, draw_masks(shape.K, shape.D, density), predictor, (bits, *curve, bias, threshold))
+        correction = draw(shape.H, shape.E), torch.randn(shape.E, device=DEVICE)
+        masks = draw_masks(shape.K, shape.D, density)
+        return cls(*weights, masks, predictor, correction, draw(shape.K, shape.E), (bits, *curve, bias, threshold))
 
     def sparse(self, x: Tensor, how: str = "predictor") -> Tensor:
         if how == "known":
             return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
         if how == "copy":
             return ops.sparse_ffn(x, self.gate, self.up, self.down, ops.low_bit_scores(x, *self.copy))
-        _, *candidates = ops.predict_clusters(x, *self.predictor)
-        return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates))
+        inner, *candidates = ops.predict_clusters(x, *self.predictor)
+        added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
+        return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
 
     def masked(self, x: Tensor) -> Tensor:
         """The same in float32, by masks that multiply."""
@@ -191,7 +199,11 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> li
             union = kept if n == 1 else float(torch.stack([ops.unpack(layers[0].masks[:n], shape.D).any(0)]).sum())
             moved = int(shape.dense_bytes * union / shape.D)
             facts = dict(ok=True, ceiling=copy, share_of="copy")
-            ways = {"apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, low-bit copy inside": ("copy", shape.copy_bytes)}
+            corrected = shape.predictor_bytes + 2 * shape.E * (shape.H + n) + 4 * shape.E
+            ways = {
+                "apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, and its correction and offset": ("corrected", corrected),
+                "apc, low-bit copy inside": ("copy", shape.copy_bytes),
+            }  # fmt: skip
             for label, (how, extra) in (ways | {"apc, mask known": ("known", 0)}).items():
                 seconds = timed([partial(layer.sparse, x[n], how) for layer in layers])
                 size = (1, n, shape.K, shape.D)
@@ -204,7 +216,7 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> li
 def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: str, copy: float) -> list[Row]:
     """torch.compile's FFN with the down projection as a model stores it, and with the transposed one that the kernels need."""
     rows, stored = [], [layer.down.T.contiguous() for layer in layers]
-    for n, given in x.items():
+    for n, given in (x | {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in PREFILLS}).items():
         facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
         plain, transposed = torch.compile(plain_ffn, dynamic=False), torch.compile(dense_ffn, dynamic=False)
         for label, calls in (
@@ -217,25 +229,33 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
 
 
 def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
-    """The kernels at other tiles, one token at the first density: what the constants of `sparse_ffn.py` were chosen by."""
+    """The kernels at other tiles, one token at the first density: what the constants of `sparse_ffn.py` and `sparse_ffn_sm90.py` were chosen by."""
     density, x = options.densities[0], torch.randn(1, shape.E, device=DEVICE).bfloat16()
     layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
-    moved, before = int(shape.dense_bytes * ops.mask_size(shape.D, density) / shape.D), (dict(KERNELS._ROWS_TILE), KERNELS._PROGRAMS)
+    moved = int(shape.dense_bytes * ops.mask_size(shape.D, density) / shape.D)
+    weights = [(x, layer.gate, layer.up, layer.down, layer.masks[:1]) for layer in layers]
+    ways = [("Triton", ops.sparse_ffn_triton, KERNELS._ROWS_TILE, dict(ROWS=count, STAGES=stages, num_warps=warps))
+            for count, stages, warps in itertools.product((1, 2, 4), (2, 3, 4), (4, 8))]  # fmt: skip
+    if sparse_ffn_sm90.takes(*weights[0][:4]):
+        ways += [("Hopper", ops.sparse_ffn_hopper, sparse_ffn_sm90._TILE, dict(ROWS=count, STAGES=stages))
+                 for count, stages in itertools.product((1, 2, 4), (2, 4, 8))]  # fmt: skip
     rows = []
-    for count, stages, warps, programs in itertools.product((1, 2, 4), (1, 2, 3), (4, 8, 16), (1, 2)):
-        KERNELS._ROWS_TILE.update(ROWS=count, STAGES=stages, num_warps=warps)
-        KERNELS._PROGRAMS = programs
-        note = f"rows {count}, stages {stages}, warps {warps}, programs {programs}"
+    for label, function, constants, values in ways:
+        before = dict(constants)
+        constants.update(values)
+        sparse_ffn_sm90._prepare.cache_clear()
+        note = f"{label}: " + ", ".join(f"{key} {value}" for key, value in values.items())
         try:
-            seconds = timed([partial(layer.sparse, x, "known") for layer in layers])
-        except Exception as error:  # a tile that does not fit; the others go on
+            seconds = timed([partial(function, *given) for given in weights])
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:  # a tile that does not fit; the others go on
             print(f"{note}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}", flush=True)
             continue
+        finally:
+            constants.update(before)
+            sparse_ffn_sm90._prepare.cache_clear()
         rows.append(row(f"FFN tiles, density {density:g}", "apc, mask known", (1, 1, shape.K, shape.D), seconds, name, moved=moved, ok=False, note=note,
                         ceiling=copy, share_of="copy"))  # fmt: skip
         print(f"{note}: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
-    KERNELS._ROWS_TILE.update(before[0])
-    KERNELS._PROGRAMS = before[1]
     return sorted(rows, key=lambda result: result.seconds_median)[:8]
 
 

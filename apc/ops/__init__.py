@@ -7,7 +7,8 @@ from apc.ops.capacity import assign_with_capacity
 from apc.ops.curve import score_curve, score_curve_triton
 from apc.ops.divergence import divergence, divergence_triton
 from apc.ops.hamming import assign_hamming
-from apc.ops.low_bit import low_bit_scores
+from apc.ops.low_bit import low_bit_scores, low_bit_scores_triton
+from apc.ops.low_bit_sm80 import low_bit_scores_b1
 from apc.ops.sparse_ffn import MOST_TOKENS, bottleneck, predict_clusters, predict_clusters_triton, sparse_ffn, sparse_ffn_hopper, sparse_ffn_triton
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
@@ -41,6 +42,8 @@ __all__ = [
     "divergence",
     "divergence_triton",
     "low_bit_scores",
+    "low_bit_scores_b1",
+    "low_bit_scores_triton",
     "mask_size",
     "pack",
     "pack_triton",

@@ -1,6 +1,7 @@
 """Scores of neurons by a copy of their weights at a few bits each, for a few tokens, and the masks of those above a threshold.
 
-Bits are multiplied on tensor cores without being unpacked: bit j < 8 of a 16-bit word, the others masked off, is as a float16 the number 2^(j − 24)
+Where there are b1 tensor cores, bits are multiplied with bits of the input (`low_bit_sm80.py`). Elsewhere Triton's kernel multiplies them on tensor cores
+without unpacking them: bit j < 8 of a 16-bit word, the others masked off, is as a float16 the number 2^(j − 24)
 (a subnormal, which tensor cores take exactly), and the input is scaled by 2^(8 − j) against it. Shape letters: n tokens, E hidden size, D neurons,
 P projections, b bits, W bytes of a packed row of E weights, V bytes of a packed mask of D neurons.
 """
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apc.ops import low_bit_sm80
 from apc.ops.bits import describe, on_cpu, pack, row_bytes, unpack
 from apc.ops.curve import score_curve
 from apc.ops.sparse_ffn import MOST_TOKENS
@@ -97,7 +99,8 @@ def low_bit_scores(
 
     planes: uint8 [b, P, D, W], plane i holds bit i of each weight's level, levels −(2^b − 1)/2 … (2^b − 1)/2; scale, slope, power: float32 [P, D];
     bias: float32 [D]. A score is that of `score_curve` for the products of levels and input. by_triton: by the kernel, which takes up to `MOST_TOKENS`
-    tokens and two projections, and the input at float16's precision relative to its largest number (None: on a GPU). Raises ValueError for other shapes.
+    tokens and two projections, and the input at float16's precision relative to its largest number, or at 24 bits of that (None: on a GPU).
+    Raises ValueError for other shapes.
     """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
     P, D = scale.shape if scale.dim() == 2 else (0, 0)
@@ -110,7 +113,10 @@ def low_bit_scores(
     return torch.ops.apc.low_bit_scores(hidden, planes, scale, slope, power, bias, threshold, by_triton)
 
 
-def _by_kernel(hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+def low_bit_scores_triton(
+    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`low_bit_scores` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
     (n, E), (bits, P, D, W) = hidden.shape, planes.shape
     hidden, planes = hidden.contiguous(), planes.contiguous()
     V = row_bytes(D)
@@ -129,7 +135,8 @@ def _low_bit_scores(
     hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None, by_triton: bool
 ) -> Tensor:
     if by_triton:
-        return _by_kernel(hidden, planes, scale, slope, power, bias, threshold)
+        way = low_bit_scores_triton if on_cpu(hidden) or low_bit_sm80.unavailable(hidden.device.index) else low_bit_sm80.low_bit_scores_b1
+        return way(hidden, planes, scale, slope, power, bias, threshold)
     E = hidden.shape[-1]
     levels = sum(unpack(plane, E) * 2.0**place for place, plane in enumerate(planes)) + (0.5 - 2 ** (len(planes) - 1))
     products = (hidden.float() @ levels.flatten(0, 1).T).unflatten(-1, scale.shape)

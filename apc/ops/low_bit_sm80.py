@@ -1,0 +1,62 @@
+"""Low-bit scores on b1 tensor cores, by CUDA C++: see `cuda/low_bit_sm80.cu`, and `nvrtc.py` for how it comes to run."""
+
+import ctypes
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from apc.ops import nvrtc
+from apc.ops.bits import row_bytes
+from apc.ops.nvrtc import Program, Unavailable, pointer
+from apc.ops.tensor_cores import architecture
+
+_WARPS, _PLANES = 4, 24
+_NEURONS = 16 * _WARPS  # of a block
+_HIDDEN = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def program(tokens: int, E: int, D: int, bits: int, projections: int, masks: bool, dtype: torch.dtype, arch: str) -> tuple[Program, int]:
+    """The kernel for so many tokens, and the bytes of shared memory of a block."""
+    N, steps = triton.next_power_of_2(tokens), math.ceil(row_bytes(E) / 64)
+    constants = dict(N=N, E=E, D=D, BITS=bits, PROJECTIONS=projections, MASKS=int(masks), HIDDEN=_HIDDEN.index(dtype), EARLY=int(arch == "sm_90a"))
+    return Program("low_bit_sm80.cu", arch, tuple(constants.items())), N * _PLANES * 16 * (steps | 1) * 4
+
+
+@functools.cache
+def unavailable(device_index: int) -> str | None:
+    """Why the kernel cannot run on this CUDA device, or None where it can: it was compiled and loaded."""
+    try:
+        _prepare(1, 128, 128, 1, 1, True, torch.bfloat16, device_index)
+    except (ImportError, RuntimeError, OSError) as error:
+        return nvrtc.reason(error)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(tokens: int, E: int, D: int, bits: int, projections: int, masks: bool, dtype: torch.dtype, device_index: int) -> tuple[object, int, bool]:
+    arch = architecture(torch.device("cuda", device_index))
+    found, shared = program(tokens, E, D, bits, projections, masks, dtype, arch)
+    return nvrtc.function(found, "low_bit", device_index, shared), shared, arch == "sm_90a"
+
+
+def low_bit_scores_b1(
+    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`low_bit_scores` on b1 tensor cores: the input is cut to 24 bits of its largest number, all else is exact up to the sums of a projection.
+
+    Raises `nvrtc.Unavailable`, saying why, where the kernel cannot run.
+    """
+    if reason := unavailable(hidden.device.index):
+        raise Unavailable(reason)
+    (n, E), (bits, P, D, _) = hidden.shape, planes.shape
+    hidden, planes = hidden.contiguous(), planes.contiguous()
+    hidden = hidden if hidden.dtype in _HIDDEN else hidden.float()
+    function, shared, early = _prepare(n, E, D, bits, P, threshold is not None, hidden.dtype, hidden.device.index)
+    output = hidden.new_empty((n, D), dtype=torch.float32) if threshold is None else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
+    tensors = hidden, planes, scale, slope, power, bias, threshold, *((output, None) if threshold is None else (None, output))
+    with torch.cuda.device_of(hidden):
+        nvrtc.launch(function, (math.ceil(8 * row_bytes(D) / _NEURONS), 1), 32 * _WARPS, shared, *map(pointer, tensors), ctypes.c_int(n), early=early)
+    return output
