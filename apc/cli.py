@@ -17,6 +17,7 @@ from apc.errors import Terminated, UserError
 from apc.models import resolve_device
 from apc.runs import new_name
 
+GO_ON = "the same command with this run.name goes on from here"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -30,7 +31,7 @@ def main(
 
     dry_run: what `--dry-run` prints instead; None: there is no such flag. Errors end as in `one_line_errors`.
     """
-    with one_line_errors("the same command with this run.name goes on from here"):
+    with one_line_errors(GO_ON):
         options = _parse(description, dry_run is not None)
         words = options.words
         path = words.pop(0) if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")) else None
@@ -96,6 +97,10 @@ def _launch(cfg: Config) -> int:
     try:
         elastic_launch(launch, sys.executable)(*sys.argv, *name)
     except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:
+                cause = f"{failure.signal_name()}{', as for want of memory' if failure.exitcode == -signal.SIGKILL else ''}"
+                print(f"error: rank {rank} was killed ({cause}), and all others with it; {GO_ON}", file=sys.stderr)
         return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
     return 0
 

@@ -153,6 +153,10 @@ class ClusteringModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._pass_began = time.perf_counter()
+        loader = self.trainer.datamodule.loader
+        if distributed.rank() and 0 < loader.position < len(loader):  # of a pass that one process began alone the first rank has it all
+            for site in self.info.sites:
+                self._forget(site)
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
 
@@ -180,6 +184,13 @@ class ClusteringModule(LightningModule):
             for name in ("captured", "weight"):
                 self.get(name, site).zero_()
             self.get("worst", site).fill_(NO_ROW)
+
+    def _forget(self, site: str) -> None:
+        """Drops what this rank has seen itself in the pass so far."""
+        own = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
+        for name in own + (() if self.history else ("layer_sums",)):
+            self.get(name, site).zero_()
+        self.get("worst", site).fill_(NO_ROW)
 
     def _grouped(self, value: Tensor) -> Tensor:
         """[L, n, ...] → [G, rows, ...]"""

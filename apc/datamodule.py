@@ -44,7 +44,9 @@ class BlockLoader:
     Args:
         fields, device, keep_bytes: as for `BlockStream`.
         block_windows: windows in a block, over all ranks.
-        batch_tokens: tokens in a mini-batch of one rank; None: whole blocks.
+        batch_tokens: tokens in a mini-batch, over all ranks; None: whole blocks.
+
+    Raises UserError for fewer windows, or fewer tokens in a mini-batch, than there are ranks.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class BlockLoader:
         in_order: bool = False,
     ):
         self.source, self.seed, self.batch_tokens, self.in_order = source, seed, batch_tokens, in_order
+        if batch_tokens is not None and batch_tokens < distributed.world_size():
+            raise UserError(f"predictor.batch={batch_tokens} tokens for {distributed.world_size()} processes; raise it, or lower trainer.devices")
         self._stream = BlockStream(source, fields, device, keep_bytes)
         self.blocks = block_ranges(source.info.windows, block_windows)
         self.epoch, self.position = 0, 0
@@ -70,8 +74,7 @@ class BlockLoader:
         if self.batch_tokens is None:
             return 1
         first, last = self.blocks[block]
-        largest_share = math.ceil((last - first) / distributed.world_size())
-        return math.ceil(largest_share * self.source.info.seq_len / self.batch_tokens)
+        return math.ceil((last - first) * self.source.info.seq_len / self.batch_tokens)
 
     def progress(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

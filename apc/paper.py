@@ -62,6 +62,10 @@ class PaperClustering(ClusteringModule):
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
         return reader.read("patterns", group, row)
 
+    def _forget(self, site: str) -> None:
+        super()._forget(site)
+        self.moved.zero_()
+
     def _begin_pass(self) -> None:
         super()._begin_pass()
         self.moved.zero_()

@@ -33,7 +33,7 @@ class PredictorConfig:
     lookahead: int = 0  # predict from the FFN input of this many layers earlier; the first layers use the first one
     loss: str = "ce"  # ce (neuron form: binary cross-entropy on active), listwise (importance), mix (their sum)
     lr: float = 2e-3  # peak of a one-cycle schedule
-    batch: int = 1024  # tokens in a step of one rank, all layers at once
+    batch: int = 1024  # tokens in a step, over all ranks, all layers at once
     max_epochs: int = 10
     weight_decay: float = 0.01
 

@@ -91,7 +91,7 @@ def _fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, che
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     if checkpoint.is_file():
-        _check_checkpoint(checkpoint, module)
+        _check_checkpoint(checkpoint, module, max(2, len(data.loader) * trainer.max_epochs))
     try:
         with signals.training():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
@@ -105,8 +105,8 @@ def _fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, che
         data.loader.release()
 
 
-def _check_checkpoint(path: Path, module: LightningModule) -> None:
-    """Raises UserError unless the file is a checkpoint of a module with these shapes."""
+def _check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
+    """Raises UserError unless the file is a checkpoint of a module with these shapes, and of a training of so many steps, if a schedule goes by them."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
@@ -116,6 +116,12 @@ def _check_checkpoint(path: Path, module: LightningModule) -> None:
     expected = {name: value.shape for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     if state is None or {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)} != expected:
         raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
+    for schedule in held.get("lr_schedulers", []):
+        if schedule["total_steps"] != steps:
+            raise UserError(
+                f"{path}: of a training of {schedule['total_steps']:,} steps, which has {steps:,} with this many processes; start as many as it began with, "
+                "or delete it to train from the start"
+            )
 
 
 def block_bytes(info: PatternInfo, fields: list[str], windows: int) -> int:

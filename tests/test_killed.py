@@ -5,7 +5,10 @@ import os
 import random
 import secrets
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 import apc
 import tiny
 
+ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
 STAGE = os.environ.get("APC_STAGE", "tune")
 SETTINGS = {
@@ -26,7 +30,7 @@ def workplace(tmp_path_factory):
     return tiny.make_workplace(tmp_path_factory.mktemp("killed"))
 
 
-def words_for(workplace, name, **changes):
+def words_for(workplace, name="", **changes):
     return tiny.tiny_overrides(workplace, **(SETTINGS | {"run.name": name, "stage": STAGE, "collect.dir": workplace / f"stores-{name}"} | changes))
 
 
@@ -115,3 +119,40 @@ def test_a_training_that_is_asked_to_end_keeps_its_step(workplace, stage):
     assert process.exitcode == 143
     held = torch.load(workplace / "runs" / name / "checkpoints" / f"{kind}.ckpt", weights_only=True)
     assert held["global_step"] > 0
+
+
+def ranks_of(launcher):
+    """{rank: process id} of the processes that a launcher started."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = place.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            words = place.joinpath("environ").read_bytes().split(b"\0") if int(parent) == launcher else []
+        except OSError:  # it has ended
+            continue
+        found |= {int(word.partition(b"=")[2]): int(place.name) for word in words if word.startswith(b"RANK=")}
+    return found
+
+
+def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
+    changes = {"run.name": "ranks", "stage": "predict", "collect.dir": workplace / "stores-ranks"}
+    changes["predictor.max_epochs"] = 60
+    words = words_for(workplace, **changes, **{"trainer.devices": 2})
+    launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = workplace / "runs" / "ranks"
+    deadline = time.monotonic() + 120
+    while not (run.joinpath("metrics.jsonl").is_file() and '"predictor/' in run.joinpath("metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, said = launcher.communicate(timeout=100)
+    assert time.monotonic() - began < 60 and launcher.returncode not in (0, None)
+    assert "error: rank 1 was killed (SIGKILL, as for want of memory), and all others with it; the same command" in said
+
+    for name, stage in (("ranks", "predict"), ("alone", "cluster")):
+        process = tiny.start(words_for(workplace, **(changes | {"run.name": name, "stage": stage})))
+        process.join(timeout=200)
+        assert process.exitcode == 0
+    books = [apc.load_run(workplace / "runs" / name).codebook.sites["neuron"].tensors() for name in ("ranks", "alone")]
+    assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())

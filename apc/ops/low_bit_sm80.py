@@ -22,7 +22,7 @@ def program(tokens: int, E: int, D: int, bits: int, projections: int, masks: boo
     """The kernel for so many tokens, and the bytes of shared memory of a block."""
     N, steps = triton.next_power_of_2(tokens), math.ceil(row_bytes(E) / 64)
     constants = dict(N=N, E=E, D=D, BITS=bits, PROJECTIONS=projections, MASKS=int(masks), HIDDEN=_HIDDEN.index(dtype), EARLY=int(arch == "sm_90a"))
-    return Program("low_bit_sm80.cu", arch, tuple(constants.items())), N * _PLANES * 16 * (steps | 1) * 4
+    return Program("low_bit_sm80.cu", arch, tuple(constants.items())), N * (_PLANES * 16 * (steps | 1) * 4 + E * dtype.itemsize)
 
 
 @functools.cache
@@ -54,6 +54,7 @@ def low_bit_scores_b1(
     (n, E), (bits, P, D, _) = hidden.shape, planes.shape
     hidden, planes = hidden.contiguous(), planes.contiguous()
     hidden = hidden if hidden.dtype in _HIDDEN else hidden.float()
+    hidden, planes = (value.clone() if value.data_ptr() % 16 else value for value in (hidden, planes))  # they are read 16 bytes at a time
     function, shared, early = _prepare(n, E, D, bits, P, threshold is not None, hidden.dtype, hidden.device.index)
     output = hidden.new_empty((n, D), dtype=torch.float32) if threshold is None else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
     tensors = hidden, planes, scale, slope, power, bias, threshold, *((output, None) if threshold is None else (None, output))

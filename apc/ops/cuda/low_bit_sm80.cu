@@ -10,11 +10,12 @@ constexpr int STEPS = (ROW_WORDS + 15) / 16;    // pieces of 64 bytes of it
 constexpr int PLANE_WORDS = 16 * (STEPS | 1);   // of a bit of the input, in shared memory, so that neighbours lie in different banks
 constexpr int AHEAD = STEPS < 8 ? STEPS : 8;    // pieces that are loaded at a time
 constexpr int MASK_BYTES = (D + 127) / 128 * 16;
-constexpr float LARGEST = 8388607.0f;
+constexpr float LARGEST = 8388600.0f;  // of the whole numbers, less what the quotient's rounding may add
+constexpr int SIZE = HIDDEN == 2 ? 4 : 2;
 
-__device__ __forceinline__ float number(const void* hidden, long long at) {
-    if (HIDDEN == 2) return static_cast<const float*>(hidden)[at];
-    const unsigned short half = static_cast<const unsigned short*>(hidden)[at];
+__device__ __forceinline__ float number(const unsigned char* given, int at) {
+    if (HIDDEN == 2) return reinterpret_cast<const float*>(given)[at];
+    const unsigned short half = reinterpret_cast<const unsigned short*>(given)[at];
     if (HIDDEN == 0) return __uint_as_float(static_cast<u32>(half) << 16);
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(half));
@@ -40,7 +41,7 @@ __device__ __forceinline__ void multiply(int (&sums)[4], u32 a0, u32 a1, u32 a2,
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-low_bit(const void* __restrict__ hidden,     // [tokens, E]
+low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
         const uint4* __restrict__ planes,    // [BITS, PROJECTIONS, D, ROW_WORDS / 4]
         const float* __restrict__ scale,     // [PROJECTIONS, D], as slope and power
         const float* __restrict__ slope, const float* __restrict__ power,
@@ -49,7 +50,8 @@ low_bit(const void* __restrict__ hidden,     // [tokens, E]
         float* __restrict__ scores,          // [tokens, D], out, or
         unsigned short* __restrict__ masks,  // [tokens, MASK_BYTES / 2], out
         int tokens) {
-    extern __shared__ u32 bits[];  // [N, PLANES, PLANE_WORDS]
+    extern __shared__ __align__(16) u32 bits[];  // [N, PLANES, PLANE_WORDS]
+    unsigned char* const given = reinterpret_cast<unsigned char*>(bits + N * PLANES * PLANE_WORDS);  // [N, E], the input
     __shared__ float largest_of[N][WARPS];
     __shared__ long long total_of[N][WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4, row = lane / 4;
@@ -74,12 +76,19 @@ low_bit(const void* __restrict__ hidden,     // [tokens, E]
         asm volatile("griddepcontrol.wait;" ::: "memory");
     }
 
+    const int bytes = tokens * E * SIZE;
+    if (E * SIZE % 16 == 0) {
+        for (int i = threadIdx.x; i < bytes / 16; i += 32 * WARPS) reinterpret_cast<uint4*>(given)[i] = reinterpret_cast<const uint4*>(hidden)[i];
+    } else {
+        for (int i = threadIdx.x; i < bytes; i += 32 * WARPS) given[i] = hidden[i];
+    }
+    __syncthreads();
     float largest[N];
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float found = 0.0f;
         if (n < tokens)
-            for (int e = threadIdx.x; e < E; e += 32 * WARPS) found = fmaxf(found, fabsf(number(hidden, static_cast<long long>(n) * E + e)));
+            for (int e = threadIdx.x; e < E; e += 32 * WARPS) found = fmaxf(found, fabsf(number(given, n * E + e)));
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) found = fmaxf(found, __shfl_xor_sync(~0u, found, distance));
         if (lane == 0) largest_of[n][warp] = found;
@@ -91,10 +100,12 @@ low_bit(const void* __restrict__ hidden,     // [tokens, E]
 #pragma unroll
         for (int w = 0; w < WARPS; w++) largest[n] = fmaxf(largest[n], largest_of[n][w]);
         if (!(largest[n] > 0.0f)) largest[n] = 1.0f;
+        const float scaled = LARGEST / largest[n];
         long long total = 0;
-        for (int word = warp; word < PLANE_WORDS; word += WARPS) {
+#pragma unroll 4
+        for (int word = warp; word < 16 * STEPS; word += WARPS) {
             const int e = 32 * word + lane;
-            const int whole = n < tokens && e < E ? __float2int_rn(number(hidden, static_cast<long long>(n) * E + e) / largest[n] * LARGEST) : 0;
+            const int whole = n < tokens && e < E ? __float2int_rn(number(given, n * E + e) * scaled) : 0;
             total += whole;
             const u32 plane = transpose(static_cast<u32>(whole), lane);
             if (lane < PLANES) bits[(n * PLANES + lane) * PLANE_WORDS + word] = plane;
