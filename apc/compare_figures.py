@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ PAPER_CLUSTERS = (256, 16384)  # that the paper tried
 PAPER_COVERAGE = 0.7934  # its best "clustering precision", at a number of clusters and a density that it does not give with it
 PAPER_PERPLEXITIES = {"nearest centroids": 12.49, "exact": 6.45, "dense": 5.3}  # its best; dense is rounded there
 REFERENCE = "grey: the paper's figures, Mistral-7B in-sample; a reference only, not comparable"
+_NAME = 60  # letters of a variant's name that a legend has room for
 _DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1, 1, 1, 1, 1))  # of lines, one for each variant of a codebook
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one for each density
 _COLUMNS = 3  # panels in a row of a figure
@@ -52,8 +54,8 @@ Value = Callable[[Finished, dict], float | None]
 
 def lines(runs: Sequence[Finished], arms: Sequence[str], x: Value, y: Value) -> list[Line]:
     """One line for each arm, variant of the codebook (and of the predictor, for arms that read it) and density. Runs of different places never share one."""
-    names = variants(runs)
-    trained = variants(runs, lambda run: run.settings | run.predictor_settings)
+    names = _short(runs, variants(runs))
+    trained = _short(runs, variants(runs, lambda run: run.settings | run.predictor_settings))
     found: dict[tuple, list[tuple[float, float]]] = {}
     for run in runs:
         for arm in arms:
@@ -63,6 +65,12 @@ def lines(runs: Sequence[Finished], arms: Sequence[str], x: Value, y: Value) -> 
                 variant = (trained if arm in ("predicted", "soft", "neuron-predictor", "neuron-threshold") else names)[str(run.folder)]
                 found.setdefault((run.place, arm, variant, run.conditions["density"]), []).append((at, value))
     return [Line(arm, variant, density, sorted(points)) for (_, arm, variant, density), points in found.items()]
+
+
+def _short(runs: Sequence[Finished], names: dict[str, str]) -> dict[str, str]:
+    """Variants by their names, or by a run's where a legend has no room for a name that is this run's alone."""
+    count = Counter(names.values())
+    return {str(run.folder): run.name if count[names[str(run.folder)]] == 1 and len(names[str(run.folder)]) > _NAME else names[str(run.folder)] for run in runs}
 
 
 def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
