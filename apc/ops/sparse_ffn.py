@@ -28,7 +28,8 @@ _REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of 
 _SCORE_TILE = {"ROWS": 16, "num_warps": 8}
 _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a program reads at a time, and how often ahead of their use
 _PROGRAMS = 1  # of `rows` on each multiprocessor
-_FINISH_TILE = {"COLUMNS": 32, "BLOCK_P": 64, "BLOCK_H": 64, "num_warps": 4}
+_FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
+_PARTS = 256  # of the output that are added at a time, at most
 _EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
 
 
@@ -427,7 +428,7 @@ def _finish(
         _finish_kernel[(triton.cdiv(E, _FINISH_TILE["COLUMNS"]), n)](
             partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, n, programs, E, inner.shape[1], count,
             CORRECTS=correction is not None, OFFSETS=offsets is not None, BLOCK_C=triton.next_power_of_2(max(count, 1)),
-            **(_early(hidden.device) if early else {"EARLY": False}), **_FINISH_TILE,
+            BLOCK_P=min(_PARTS, triton.next_power_of_2(programs)), **(_early(hidden.device) if early else {"EARLY": False}), **_FINISH_TILE,
         )  # fmt: skip
     return output
 

@@ -13,8 +13,8 @@ from apc.ops.nvrtc import Program, pointer
 from apc.ops.tensor_cores import architecture
 
 _THREADS = 288
-_SHARED = 227 * 1024 - 1024  # bytes that a block can have, less what the kernel declares itself
-_TILE = {"ROWS": 2, "STAGES": 8}  # neurons of a stage, and stages at most
+_SHARED = 227 * 1024 - 1024  # bytes that a block can have, less what the kernel declares itself but for words
+_TILE = {"ROWS": 2, "STAGES": 4}  # neurons of a stage, and stages at most
 _LONG = 4096  # hidden size above which a stage is one neuron
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _HALVES = (torch.bfloat16, torch.float16)
@@ -23,9 +23,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 def program(tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype) -> tuple[Program, int]:
     """The kernel for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block."""
     rows, most, N = 1 if E > _LONG else _TILE["ROWS"], math.ceil(D / blocks) + 1, triton.next_power_of_2(tokens)
-    beside = N * 2 * E + 4 * most
-    stages = min(_TILE["STAGES"], (_SHARED - beside) // (6 * E * rows))
-    constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=math.ceil(D / 128) * 4, CANDIDATES=candidates,
+    beside, words = N * 2 * E + 4 * most, math.ceil(D / 128) * 4
+    stages = min(_TILE["STAGES"], (_SHARED - beside - 4 * words * (N + 1)) // (6 * E * rows))
+    constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=words, CANDIDATES=candidates,
                      ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16))  # fmt: skip
     return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items())), stages * 6 * E * rows + beside
 

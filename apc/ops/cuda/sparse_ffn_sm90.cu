@@ -13,6 +13,8 @@ constexpr int OWN = (CHUNKS + CONSUMERS - 1) / CONSUMERS;  // of which a thread 
 constexpr int PARTS = WARPS / (2 * ROWS);  // warps for a product
 constexpr int ROW_BYTES = 2 * E, STAGE_BYTES = 3 * ROWS * ROW_BYTES;
 constexpr int WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
+constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
+constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
 static_assert(PARTS * 2 * ROWS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
@@ -90,7 +92,9 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
     extern __shared__ __align__(128) unsigned char ring[];
     uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
     u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
-    __shared__ u64 full[STAGES], empty[STAGES];
+    __shared__ u64 full[STAGES], empty[STAGES], arrived;
+    __shared__ u32 words[N][WORDS];
+    __shared__ int ends[WORDS];  // bits up to and with each word
     __shared__ float products[2][ROWS][2][PARTS][N];
     __shared__ int mask_of[N], sums_of_warps[WARPS + 1];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -100,11 +104,16 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
             barrier_init(&full[stage], 1);
             barrier_init(&empty[stage], WARPS);
         }
+        barrier_init(&arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    for (int i = thread; i < N * CHUNKS; i += THREADS) given[i] = i < tokens * CHUNKS ? hidden[i] : uint4{0, 0, 0, 0};
+    if (thread == 0) {  // the input arrives while the neurons are found
+        expect_bytes(&arrived, tokens * ROW_BYTES);
+        for (int n = 0; n < tokens; n++) fetch(shared_address(given + n * CHUNKS), hidden + n * CHUNKS, ROW_BYTES, &arrived);
+    }
+    for (int i = tokens * CHUNKS + thread; i < N * CHUNKS; i += THREADS) given[i] = uint4{0, 0, 0, 0};
     if (CANDIDATES == 0) {
         if (thread < N) mask_of[thread] = thread;
     } else if (warp < tokens) {  // the id of the largest value, of equal ones the lowest
@@ -125,19 +134,22 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
     }
     __syncthreads();
 
-    // This block's share of the neurons that any token keeps: each thread looks at a few words, and knows how many bits come before them.
-    u32 own[N][WORDS_EACH];
-    int count = 0;
+    // This block's share of the neurons that any token keeps: each thread counts the bits of a few words, then finds the place of one bit.
+    int counts[WORDS_EACH], count = 0;
 #pragma unroll
     for (int i = 0; i < WORDS_EACH; i++) {
         const int word = thread * WORDS_EACH + i;
         u32 all = 0;
+        if (word < WORDS) {
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            own[n][i] = word < WORDS && n < tokens ? masks[static_cast<long long>(mask_of[n]) * WORDS + word] : 0;
-            all |= own[n][i];
+            for (int n = 0; n < N; n++) {
+                const u32 own = n < tokens ? masks[static_cast<long long>(mask_of[n]) * WORDS + word] : 0;
+                words[n][word] = own;
+                all |= own;
+            }
         }
         count += __popc(all);
+        counts[i] = count;
     }
     int before = count;
 #pragma unroll
@@ -147,29 +159,42 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
     }
     if (lane == 31) sums_of_warps[warp] = before;
     __syncthreads();
+    before -= count;
     int total = 0;
 #pragma unroll
     for (int w = 0; w <= WARPS; w++) {
-        if (w == warp) before += total - count;
+        if (w == warp) before += total;
         total += sums_of_warps[w];
     }
+#pragma unroll
+    for (int i = 0; i < WORDS_EACH; i++)
+        if (thread * WORDS_EACH + i < WORDS) ends[thread * WORDS_EACH + i] = before + counts[i];
+    __syncthreads();
     const int first = static_cast<int>(static_cast<long long>(blockIdx.x) * total / gridDim.x);
     const int last = static_cast<int>((static_cast<long long>(blockIdx.x) + 1) * total / gridDim.x);
-    if (before < last && before + count > first) {
+    for (int rank = first + thread; rank < last; rank += THREADS) {
+        int word = 0, beyond = WORDS - 1;  // the first word whose bits end after this one
 #pragma unroll
-        for (int i = 0; i < WORDS_EACH; i++) {
-            u32 all = 0;
-#pragma unroll
-            for (int n = 0; n < N; n++) all |= own[n][i];
-            for (; all; all &= all - 1, before++) {
-                if (before < first || before >= last) continue;
-                const int bit = __ffs(all) - 1;
-                u32 keepers = 0;
-#pragma unroll
-                for (int n = 0; n < N; n++) keepers |= (own[n][i] >> bit & 1) << n;
-                list[before - first] = (thread * WORDS_EACH + i) * 32 + bit | keepers << 24;
-            }
+        for (int step = 0; step < SEARCH; step++) {
+            const int middle = (word + beyond) / 2;
+            if (ends[middle] > rank)
+                beyond = middle;
+            else
+                word = min(middle + 1, beyond);
         }
+        u32 all = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) all |= words[n][word];
+        int place = 0, left = rank - (ends[word] - __popc(all));
+#pragma unroll
+        for (int width = 16; width > 0; width /= 2) {
+            const int ones = __popc(all >> place & ((1u << width) - 1));
+            if (left >= ones) left -= ones, place += width;
+        }
+        u32 keepers = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) keepers |= (words[n][word] >> place & 1) << n;
+        list[rank - first] = word * 32 + place | keepers << 24;
     }
     __syncthreads();
     const int neurons = last - first, stages = (neurons + ROWS - 1) / ROWS;
@@ -192,6 +217,7 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
         return;
     }
 
+    barrier_wait(&arrived, 0);
     float sums[N][OWN][8] = {};
     const int product = warp / PARTS, part = warp % PARTS, product_row = product / 2, which = product % 2;
     for (int index = 0; index < stages; index++) {
