@@ -1,7 +1,9 @@
 """FFNs that read only what a mask keeps, in a Hugging Face model.
 
 For a few tokens at once an FFN runs under its arm's masks by `ops.sparse_ffn`; for more, where the masks together keep most neurons anyway, it runs as the
-model's own: prefill is dense, and decoding sparse. Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
+model's own: prefill is dense, and decoding sparse. From how many tokens on is measured on the GPU at hand, so that sparse FFNs never cost.
+
+Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
 """
 
 import itertools
@@ -9,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from apc.models import GatedFFN
 from apc.patterns import Importance
 
 KERNELS = ("auto", "triton", "torch")
-DENSE_ABOVE = 1  # tokens in a call, above which FFNs run dense: two tokens' masks at density 0.5 keep more together than skipping them saves
+_WORTH = 0.97  # of the dense FFNs' time, that sparse ones may take; torch.compile makes dense ones faster by about as much
 _ACTIVATIONS = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
@@ -45,12 +48,15 @@ class SparseFFNs:
     The down projections are stored transposed while they are installed, once: the model's own parameters become views of that, one after the other.
     """
 
-    def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: int | None):
+    def __init__(self, ffns: list[GatedFFN], arm: Arm, kernel: str, dense_above: float | None):
         """Raises UserError for an arm, a codebook or an FFN that no kernel takes."""
         self._ffns, self.arm = ffns, arm
-        self.dense_above = DENSE_ABOVE if dense_above is None else dense_above  # of the next calls; 0: all run sparse
+        self.dense_above = dense_above  # of the next calls
         self.at_once = ops.MOST_TOKENS  # tokens that go through the kernels together, where more run sparse
         self.by_triton = _by_triton(ffns[0], kernel)
+        if dense_above is None:  # with auto on a GPU it is measured, once all is in its place
+            self.dense_above = ops.MOST_TOKENS if self.by_triton else 1
+        self._measures = dense_above is None and self.by_triton and kernel == "auto"
         self._inputs: dict[int, Tensor] = {}
         self._measure = Importance(ffns)
         self._activations = [_check(ffn) for ffn in ffns]
@@ -59,19 +65,41 @@ class SparseFFNs:
 
     def install(self) -> "SparseFFNs":
         book = self.arm.codebook.sites["neuron"]
+        dense_calls, sparse_calls = [], []
         for layer, ffn in enumerate(self._ffns):
             self._own.append(ffn.module.__dict__.get("forward"))
             down = ffn.down.weight.detach().T.contiguous()
             ffn.down.weight.data = down.T  # and what it was is freed
-            weights = (ffn.projection("gate").detach(), ffn.projection("up").detach(), down)
+            own = _Weights(ffn.projection("gate").detach(), ffn.projection("up").detach(), down, self._activations[layer], self.by_triton)
             if isinstance(self.arm, Predicted):
                 sparse = _ClusterFFN.of(self.arm, book, layer, down.device)
             elif isinstance(self.arm, (NeuronPredictor, NeuronThreshold)) and self.arm.predictor.low_bit is not None:
                 sparse = _LowBitFFN.of(self.arm, layer, down.device)
             else:
                 sparse = _ArmFFN(self.arm, layer, self._measure)
-            ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, weights)
+            dense_calls.append(ffn.module.forward)
+            sparse_calls.append(partial(sparse, own=own))
+            ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, own)
+        if self._measures:
+            self.dense_above = self._crossover(dense_calls, sparse_calls)
         return self
+
+    @torch.no_grad()
+    def _crossover(self, dense: list[Callable], sparse: list[Callable]) -> int:
+        """The most tokens in a call that all layers' FFNs together take less time for sparse than dense; clusters of tokens are drawn at random."""
+        weight = self._ffns[0].down.weight
+        generator = torch.Generator(weight.device).manual_seed(0)
+        for n in range(1, ops.MOST_TOKENS + 1):
+            hidden = torch.randn(n, self._ffns[0].hidden_size, dtype=weight.dtype, device=weight.device, generator=generator)
+            inputs = dict.fromkeys(range(len(self._ffns)), hidden)
+            clusters = torch.randint(max(self.arm.codebook.k, 1), (n, 1), device=weight.device, generator=generator).int()
+            seconds = [
+                _graph_seconds(lambda: [call(hidden.unsqueeze(0)) for call in dense]),  # noqa: B023
+                _graph_seconds(lambda: [call(hidden, inputs, clusters=clusters) for call in sparse]),  # noqa: B023
+            ]
+            if seconds[1] > _WORTH * seconds[0]:
+                return n - 1
+        return ops.MOST_TOKENS
 
     def remove(self) -> None:
         for ffn, forward in zip(self._ffns, self._own, strict=True):
@@ -82,25 +110,46 @@ class SparseFFNs:
         self._own.clear()
         self._inputs.clear()
 
-    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _LowBitFFN | _ArmFFN", weights: tuple[Tensor, Tensor, Tensor]) -> Callable:
+    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _LowBitFFN | _ArmFFN", own: "_Weights") -> Callable:
         """What takes the place of an FFN's forward."""
         lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
-        activation = self._activations[layer]
 
         def forward(x: Tensor) -> Tensor:
             hidden = x.reshape(-1, x.shape[-1])
-            if self.dense_above and len(hidden) > self.dense_above:
+            if len(hidden) > self.dense_above:
                 return dense(x)
             self._inputs[layer] = hidden
             self._inputs.pop(layer - lookahead - 1, None)
             inputs = self._inputs
             if len(hidden) <= self.at_once or not self.by_triton:
-                return sparse(hidden, inputs, weights, activation, self.by_triton).view_as(x)
+                return sparse(hidden, inputs, own).view_as(x)
             parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
-            outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, weights, activation, True) for part in parts]
+            outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, own) for part in parts]
             return torch.cat(outputs).view_as(x)
 
         return forward
+
+
+def _graph_seconds(calls: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for calls, as a CUDA graph: the best of three."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    graph.replay()
+    found = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1000)
+    return min(found)
 
 
 def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
@@ -144,6 +193,21 @@ def check_arm(arm: Arm) -> None:
 
 
 @dataclass(eq=False)
+class _Weights:
+    """What an FFN has of its own: gate, up and the transposed down [D, E], its activation's name, and whether kernels take it."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    activation: str
+    by_triton: bool
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate, self.up, self.down
+
+
+@dataclass(eq=False)
 class _ArmFFN:
     """An FFN under the masks that an arm chooses for each token."""
 
@@ -155,9 +219,9 @@ class _ArmFFN:
     def __post_init__(self) -> None:
         _CHOOSERS[self.number] = self
 
-    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
-        masks, added = torch.ops.apc.choose(inputs[self.source], len(weights[0]), self.number)
-        return ops.sparse_ffn(hidden, *weights, masks, activation, by_triton=by_triton) + added
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], own: _Weights, clusters: Tensor | None = None) -> Tensor:
+        masks, added = torch.ops.apc.choose(inputs[self.source], len(own.gate), self.number)
+        return ops.sparse_ffn(hidden, *own.matrices, masks, own.activation, by_triton=own.by_triton) + added
 
     @property
     def source(self) -> int:
@@ -213,10 +277,12 @@ class _ClusterFFN:
             None if book.offsets is None else half(book.offsets[group]),
         )
 
-    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
-        inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, by_triton)
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], own: _Weights, clusters: Tensor | None = None) -> Tensor:
+        inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, own.by_triton)
+        if clusters is not None:  # int32 [n, 1], in place of those predicted
+            candidates = [clusters.float(), clusters]
         correction = None if self.correct is None else (inner, *self.correct)
-        return ops.sparse_ffn(hidden, *weights, self.centroids, activation, tuple(candidates), correction, self.offsets, by_triton)
+        return ops.sparse_ffn(hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), correction, self.offsets, own.by_triton)
 
 
 @dataclass
@@ -245,16 +311,16 @@ class _LowBitFFN:
             (*correct, half(predictor.correct[layer]), full(predictor.correct_bias[layer])) if correct else None,
         )
 
-    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str, by_triton: bool) -> Tensor:
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], own: _Weights, clusters: Tensor | None = None) -> Tensor:
         source = inputs[self.source]
-        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, by_triton)
+        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, own.by_triton)
         if self.size is not None:
             masks = torch.ops.apc.top_packed(masks, self.size)
         correction = None
         if self.correct is not None:
             reduce, bias, *rest = self.correct
-            correction = (ops.bottleneck(source, reduce, bias, by_triton), *rest)
-        return ops.sparse_ffn(hidden, *weights, masks, activation, correction=correction, by_triton=by_triton)
+            correction = (ops.bottleneck(source, reduce, bias, own.by_triton), *rest)
+        return ops.sparse_ffn(hidden, *own.matrices, masks, own.activation, correction=correction, by_triton=own.by_triton)
 
 
 @torch.library.custom_op("apc::top_packed", mutates_args=())

@@ -103,7 +103,7 @@ def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | 
 
 def sparsify(
     model: nn.Module, codebook: Codebook, predictor: Predictor | None = None, arm: str = "oracle", seed: int = 0, kernel: str | None = None,
-    dense_above: int | None = None,
+    dense_above: float | None = None,
 ) -> nn.Module:  # fmt: skip
     """The model, changed in place so that its FFNs run under the arm's masks; `restore` takes that back.
 
@@ -113,7 +113,8 @@ def sparsify(
         seed: what the arm `random` draws its masks from.
         kernel: None: masks multiply what was computed, which shows quality. Else FFNs read only what is kept: by Triton kernels (`triton`), by `torch`,
             or `auto`, by kernels where the model is on an NVIDIA GPU. For arms that know their masks before the FFN runs.
-        dense_above: with a kernel, how many tokens in a call run sparse; the FFNs of more run dense, as in prefill. None: as measured; 0: all run sparse.
+        dense_above: with a kernel, how many tokens in a call run sparse at most; FFNs of more run dense, as in prefill. None: with `auto` on a GPU what
+            is measured there (0 if sparse is never faster, as in small models), else what the kernels take at once, with `torch` 1. math.inf: all run sparse.
 
     Raises:
         UserError: the shapes are another model's, the arm is unknown, its predictor is missing, or no kernel takes it.

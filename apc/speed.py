@@ -4,6 +4,7 @@ Each scored window's first half is a prompt. Its second half is scored after it 
 of it goes through the kernels that are timed, a token at a time. Shape letters: n windows, S tokens of a window, V entries of the vocabulary.
 """
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -65,10 +66,11 @@ def measure(
             held = _held(model)
             ffns = sparsify(model, codebook, predictor, name, seed, kernel="auto").__dict__["_apc_hooks"]
             extra = None if held is None else _held(model) - held
+            pays_up_to, ffns.dense_above = ffns.dense_above, 1
             after, masked = dense.score(ffns, dense_prefill=True), dense.score(ffns, dense_prefill=False)
             record = _record(name, reference, after, masked) | _decode(model, tokenizer, windows, half)
             record["agrees_for"] = _agrees_for(records[0]["continued"], record["continued"])
-            record["bytes_held"] = extra
+            record["bytes_held"], record["pays_up_to"] = extra, pays_up_to
             records.append(record)
             restore(model)
     step = records[0]["seconds_per_token"]
@@ -117,11 +119,11 @@ class _Scorer:
 
         cache = {self.keyword: DynamicCache(config=self.model.config)}
         if ffns is not None:
-            before, ffns.dense_above, ffns.at_once = (ffns.dense_above, ffns.at_once), ffns.dense_above if dense_prefill else 0, 1
+            before, ffns.dense_above, ffns.at_once = (ffns.dense_above, ffns.at_once), ffns.dense_above if dense_prefill else math.inf, 1
         try:
             self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
             if ffns is not None:
-                ffns.dense_above = 0
+                ffns.dense_above = math.inf
             return self.model(input_ids=window[:, self.half :], use_cache=True, **cache).logits[0]
         finally:
             if ffns is not None:

@@ -1,6 +1,7 @@
 """Sparse FFNs in a model: the same as masks that multiply, dense where many tokens come at once, put back whole, and decoded with a fixed cache."""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_skipping_neurons_gives_what_masking_them_gives(workplace, made, device,
     codebook, predictor = made(form, **changes)
     dense = model(windows).logits
     masked = apc.sparsify(model, codebook, predictor, arm)(windows).logits
-    found = apc.sparsify(model, codebook, predictor, arm, kernel="auto", dense_above=0)(windows).logits
+    found = apc.sparsify(model, codebook, predictor, arm, kernel="auto", dense_above=math.inf)(windows).logits
     assert (found - masked).norm() < 1e-4 * (masked - dense).norm()
     assert torch.equal(apc.restore(model)(windows).logits, dense)
 
@@ -80,6 +81,20 @@ def test_many_tokens_run_dense_and_few_sparse(workplace, made, device):
     assert torch.allclose(model(windows).logits, dense, atol=1e-4)
     found = model(windows[:1, :1]).logits
     assert (found - alone[0]).norm() < 1e-4 * (alone[0] - alone[1]).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("arm", "form", "changes"), ARMS)
+def test_small_models_stay_dense_by_measurement(workplace, made, arm, form, changes):
+    model = model_on(workplace, "cuda")
+    codebook, predictor = made(form, **changes)
+    hooks = apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"]
+    assert hooks.dense_above == 0
+    seconds = iter([1.0, 0.9, 1.0, 0.96, 1.0, 0.98])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_ffns, "_graph_seconds", lambda calls: next(seconds))
+        assert apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"].dense_above == 2
+    assert apc.sparsify(model, codebook, predictor, arm, kernel="triton").__dict__["_apc_hooks"].dense_above == 4
 
 
 def downs_held():
