@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc import distributed
 from apc.evaluation import Evaluator
-from apc.files import replace_durably
+from apc.files import replacing
 
 LAYER_MONITORED = ("coverage", "precision", "captured_importance")
 MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
@@ -33,12 +33,13 @@ class ResumePoint(Checkpoint):
         start = time.monotonic()
         if in_time and trainer.strategy.broadcast(start < self._due):  # one rank's clock for all
             return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        trainer.save_checkpoint(temporary)
         if distributed.is_main():
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            replace_durably(temporary, self.path)
+            with replacing(self.path) as temporary:
+                trainer.save_checkpoint(temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+        else:
+            trainer.save_checkpoint(self.path)  # in which the others have their part, and write nothing
         end = time.monotonic()
         self._due = end + 9 * (end - start)
 

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import dataclasses
+import errno
 import logging
 import os
 import secrets
@@ -10,6 +11,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from apc import signals
 from apc.config import Config, describe, load_config, to_yaml
@@ -57,17 +60,30 @@ def main(
 
 @contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
-    """A UserError becomes one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130, SIGTERM with 143."""
+    """A UserError, a full disk and want of memory become one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130,
+    SIGTERM with 143."""
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'}: can't be written ({error.strerror}); make room, and {after_interrupt}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        said = (str(error).splitlines() or ["no more is known"])[0]
+        advice = "lower trainer.batch_windows, collect.block_tokens or predictor.batch, or set collect.storage=disk"
+        print(f"error: {where} has no memory left ({said}); {advice}; {after_interrupt}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
     except Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only end this with less said
         print(f"terminated; {after_interrupt}", file=sys.stderr)
         raise
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,12 +16,26 @@ from apc.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name, flushed to the disk, then renamed. When it returns, no crash takes the file back."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Writes a file whole or not at all: under another name, flushed to the disk, then renamed. When it returns, no crash takes the file back.
+
+    Raises UserError, naming the file, where the disk does not take it.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within it a new file is written whole, and flushed, under the name that it gives; then it takes `path`'s place. Raises UserError, naming the file,
+    where the disk does not take it; then the old one stands and nothing is left of the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); make room, and run the same command again") from error
     replace_durably(temporary, path)
 
 

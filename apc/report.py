@@ -159,6 +159,7 @@ _SPEED_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("divergence", "nats", lambda arm: fixed(arm["divergence"], 3)),
     ("same", "next token %", lambda arm: percent(arm["agreement"])),
     ("same", "tokens at first", lambda arm: fixed(arm.get("agrees_for"), 1)),
+    ("pays up to", "tokens", lambda arm: DASH if arm.get("pays_up_to") is None else str(arm["pays_up_to"])),
     ("held", "MB", lambda arm: DASH if arm.get("bytes_held") is None else fixed(arm["bytes_held"] / 1e6, 1)),
 )
 
@@ -173,6 +174,7 @@ def speed_tables(results: dict, markdown: bool = False) -> list[str]:
         f"one sequence on {conditions.get('device', 'an unnamed device')}, {conditions.get('dtype', '')}, after a prompt of {speed['prompt']:,} tokens. "
         f"Perplexity: of the second halves of {speed['windows']:,} score windows, after their first halves.",
         "divergence: KL(dense ‖ arm) a token, after a dense prefill. same tokens at first: until a greedy continuation differs. held: beside the model.",
+        "pays up to: of a call, at which kernel=auto runs FFNs sparse on this device; here they ran sparse at one token, whether it pays or not.",
     ]
     notes += [f"{DASH} {', '.join(speed['left_out'])}: known only after what it would skip was computed"] if speed["left_out"] else []
     said = []

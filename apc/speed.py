@@ -70,7 +70,7 @@ def measure(
             after, masked = dense.score(ffns, dense_prefill=True), dense.score(ffns, dense_prefill=False)
             record = _record(name, reference, after, masked) | _decode(model, tokenizer, windows, half)
             record["agrees_for"] = _agrees_for(records[0]["continued"], record["continued"])
-            record["bytes_held"], record["pays_up_to"] = extra, pays_up_to
+            record["bytes_held"], record["pays_up_to"] = extra, pays_up_to if ffns.by_triton else None
             records.append(record)
             restore(model)
     step = records[0]["seconds_per_token"]

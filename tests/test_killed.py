@@ -15,6 +15,8 @@ import torch
 
 import apc
 import tiny
+from apc import cli
+from apc.codebook import Codebook
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
@@ -156,3 +158,32 @@ def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
         assert process.exitcode == 0
     books = [apc.load_run(workplace / "runs" / name).codebook.sites["neuron"].tensors() for name in ("ranks", "alone")]
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
+
+
+@pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (17_000, "predictor.ckpt")])
+def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most, named):
+    name = f"full-{most}"
+    changes = {"stage": "predict", "collect.storage": "memory"}
+    script = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
+        f"({most}, {most})); sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    )
+    words = words_for(workplace, name, **changes)
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = workplace / "runs" / name
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{named}: can't be written (File too large); make room, and run the same command again" in done.stderr
+    assert not list(run.rglob("*.tmp"))
+    process = tiny.start(words)
+    process.join(timeout=200)
+    assert process.exitcode == 0
+    found, expected = (Codebook.load(place / "codebook.safetensors").sites["neuron"].tensors() for place in (run, workplace / "runs" / "whole"))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_want_of_memory_is_said_in_a_line(capsys):
+    for error, where in ((MemoryError(), "this machine"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU")):
+        with pytest.raises(SystemExit, match="2"), cli.one_line_errors("the same command goes on"):
+            raise error
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith(f"error: {where} has no memory left (") and "collect.storage=disk; the same command" in said
