@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for gradients that are the same each time, before CUDA starts
 
+from contextlib import ExitStack
+
 from pytorch_lightning import seed_everything
 
 from apc import cli, collect, distributed, estimate, report, scoring, training
@@ -40,10 +42,11 @@ def train(cfg: Config) -> dict:
     facts = {"model": model_name(cfg.model), "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}
     watch.lap("load")
 
-    run = open_run(cfg)
-    if cfg.checkpoint is not None:
-        training.take_codebook(cfg.checkpoint, run, identity)
-    with Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main()) as tracking:
+    with ExitStack() as held:
+        run = held.enter_context(open_run(cfg))
+        if cfg.checkpoint is not None:
+            training.take_codebook(cfg.checkpoint, run, identity)
+        tracking = held.enter_context(Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main()))
         stored = cfg.with_predictor and cfg.collect.hidden == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")

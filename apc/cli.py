@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import dataclasses
-import errno
 import logging
 import os
 import secrets
@@ -17,6 +16,7 @@ import torch
 from apc import signals
 from apc.config import Config, describe, load_config, to_yaml
 from apc.errors import Terminated, UserError
+from apc.files import FULL
 from apc.models import resolve_device
 from apc.runs import new_name
 
@@ -69,7 +69,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         print(f"error: {error.filename or 'a file'}: can't be written ({error.strerror}); make room, and {after_interrupt}", file=sys.stderr)
         sys.exit(2)

@@ -395,7 +395,10 @@ class RowReader:
 
 
 class Start:
-    """The first centroids: rows drawn at random without replacement, or by k-means++ from a random sample; empty rows left out."""
+    """The first centroids: rows drawn at random without replacement, or by k-means++ from a random sample; empty rows only where there are no others."""
+
+    what_is_usable = "that are not empty"
+    needs_usable = False  # whether fewer usable rows than clusters are an error
 
     def __init__(self, module: ClusteringModule, source: PatternSource, site: str):
         self.module, self.site = module, site
@@ -405,7 +408,7 @@ class Start:
     def centroids(self) -> Tensor:
         """uint8 [G, K, W]"""
         K = self.module.cfg.k
-        order = torch.randperm(self.module.group_rows, generator=self.generator)
+        order = random_order(self.module.group_rows, self.generator)
         wanted = K if self.module.cfg.init == "random" else max(K, self.module.cfg.init_sample)
         chosen = [self._draw(group, order, wanted) for group in range(self.module.groups)]
         if self.module.cfg.init == "k-means++":
@@ -416,23 +419,24 @@ class Start:
         """bool [n]: which patterns uint8 [n, W] may start a cluster."""
         return ops.popcount(patterns) > 0
 
-    what_is_usable = "that are not empty"
-
-    def _draw(self, group: int, order: Tensor, wanted: int) -> Tensor:
-        """The first `wanted` rows of `order` that are usable (fewer, down to K, if there are no more)."""
-        found = torch.zeros(0, dtype=torch.int64)
-        for start in range(0, len(order), wanted):
-            rows = order[start : start + wanted]
+    def _draw(self, group: int, order: Callable[[int, int], Tensor], wanted: int) -> Tensor:
+        """The first `wanted` rows of an order that are usable; if there are fewer, all of them, and others up to K."""
+        K, total = self.module.cfg.k, self.module.group_rows
+        found, others = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
+        for start in range(0, total, wanted):
+            rows = order(start, min(start + wanted, total))
             usable = self.usable(self.reader.read("patterns", torch.full_like(rows, group), rows)).cpu()
-            found = torch.cat([found, rows[usable]])[:wanted]
+            found, others = torch.cat([found, rows[usable]])[:wanted], torch.cat([others, rows[~usable]])[:K]
             if len(found) == wanted:
                 return found
-        if len(found) < self.module.cfg.k:
-            raise UserError(
-                f"cluster.k={self.module.cfg.k} is more than the {len(found)} patterns {self.what_is_usable} "
-                f"(site {self.site}, {'all layers' if self.module.pooled else f'layer {group}'}); lower it or raise data.fit_windows"
-            )
-        return found
+        if len(found) >= K:
+            return found
+        where = f"site {self.site}, {'all layers' if self.module.pooled else f'layer {group}'}"
+        if self.needs_usable:
+            raise UserError(f"cluster.k={K} is more than the {len(found)} patterns {self.what_is_usable} ({where}); lower it or raise data.fit_windows")
+        if distributed.is_main():
+            print(f"{where}: {len(found):,} of {total:,} patterns are not empty; clusters past these start from empty ones", flush=True)
+        return torch.cat([found, others])[:K]
 
     def _spread(self, group: int, rows: Tensor) -> Tensor:
         """k-means++ (Arthur and Vassilvitskii, 2007) over sample `rows`, with what a centroid fails to capture as the distance."""
@@ -453,3 +457,36 @@ class Start:
             _, captured, total = module.nearest(self.site, sample, masks[pick : pick + 1])
             missed = torch.minimum(missed, total - captured)
         return rows[torch.tensor(picked)]
+
+
+_PERMUTED = 1 << 24  # rows up to which an order is a permutation in memory
+
+
+def random_order(count: int, generator: torch.Generator) -> Callable[[int, int], Tensor]:
+    """An order of the numbers 0 … count − 1 that a generator decides, as a function: its places first … last − 1, int64 on the host.
+
+    Beyond 2²⁴ numbers it takes no memory: a Feistel network over as many bits as they have, walked until it is below count (Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    if count <= _PERMUTED:
+        order = torch.randperm(count, generator=generator)
+        return lambda first, last: order[first:last]
+    half = ((count - 1).bit_length() + 1) // 2
+    keys = torch.randint(1 << 31, (4,), generator=generator).tolist()
+    low = (1 << half) - 1
+
+    def permuted(x: Tensor) -> Tensor:
+        left, right = x >> half, x & low
+        for key in keys:
+            mixed = ((right + key) * 0x9E3779B1) & ((1 << 62) - 1)
+            mixed = ((mixed ^ mixed >> 29) * 0x85EBCA6B) & ((1 << 62) - 1)
+            left, right = right, left ^ (mixed >> 17 & low)
+        return left << half | right
+
+    def places(first: int, last: int) -> Tensor:
+        x = permuted(torch.arange(first, last))
+        while (beyond := x >= count).any():
+            x = torch.where(beyond, permuted(x), x)
+        return x
+
+    return places

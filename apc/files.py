@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and our own kind: safetensors whose metadata carries a JSON header, checked when read."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from apc.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: under another name, flushed to the disk, then renamed. When it returns, no crash takes the file back.
 
-    Raises UserError, naming the file, where the disk does not take it.
+    Raises UserError, naming the file, where the disk is full.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -29,13 +32,15 @@ def write_atomic(path: Path, data: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Within it a new file is written whole, and flushed, under the name that it gives; then it takes `path`'s place. Raises UserError, naming the file,
-    where the disk does not take it; then the old one stands and nothing is left of the new."""
+    where the disk is full; then the old one stands and nothing is left of the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); make room, and run the same command again") from error
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, and run the same command again") from error
     replace_durably(temporary, path)
 
 

@@ -133,6 +133,7 @@ class _PaperStart(Start):
     """Patterns as they are, drawn at random (or by k-means++), leaving out those with more ones than a centroid has."""
 
     what_is_usable = "with some ones and no more than a centroid has"
+    needs_usable = True
 
     def usable(self, patterns: Tensor) -> Tensor:
         ones = ops.popcount(patterns)

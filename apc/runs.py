@@ -4,10 +4,13 @@ runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.
             results.json, figures/*.png, wandb/
 """
 
+import fcntl
 import json
 import secrets
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -112,21 +115,30 @@ def stage_records(run: RunFolder) -> dict:
     return {stage: record for stage, record in found.items() if record is not None}
 
 
-def open_run(cfg: Config) -> RunFolder:
-    """Makes the run's folder, or takes an existing one up. Raises UserError if what that one holds is of another configuration."""
+@contextmanager
+def open_run(cfg: Config) -> Iterator[RunFolder]:
+    """Makes the run's folder, or takes an existing one up; within it no other process can.
+
+    Raises UserError if what an existing one holds is of another configuration, or another process works in it.
+    """
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
     if run.config.is_file():
         check_same(run, cfg)
     distributed.barrier()  # every rank has looked before one writes
-    if distributed.is_main():
-        try:
-            (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomic(run.config, to_yaml(cfg).encode())
-            write_json(run.path / "provenance.json", provenance())
-        except OSError as error:
-            raise UserError(f"{run.path}: can't be written ({error.strerror}); choose another folder with run.dir=FOLDER") from error
-    distributed.barrier()
-    return run
+    with ExitStack() as held:
+        if distributed.is_main():
+            try:
+                (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(open(run.path / ".lock", "w"))  # which ends with the process, however that ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                write_atomic(run.config, to_yaml(cfg).encode())
+                write_json(run.path / "provenance.json", provenance())
+            except BlockingIOError as error:
+                raise UserError(f"{run.path}: another process works in this run; wait until it ends, or choose another run.name") from error
+            except OSError as error:
+                raise UserError(f"{run.path}: can't be written ({error.strerror}); choose another folder with run.dir=FOLDER") from error
+        distributed.barrier()
+        yield run
 
 
 def new_name() -> str:

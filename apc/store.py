@@ -5,7 +5,6 @@
 <folder>/<key>-<fields>.partial/                 being collected; a later run goes on after the last whole shard
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from torch import Tensor
 from apc import distributed
 from apc.activations import activity
 from apc.errors import UserError
-from apc.files import replace_durably, sync_folder, write_atomic
+from apc.files import FULL, replace_durably, sync_folder, write_atomic
 from apc.models import SITES
 from apc.patterns import ActiveRule, Block, PatternInfo
 
@@ -101,7 +100,7 @@ class StoreWriter:
             sync_folder(self.partial)  # no entry without its arrays
             write_atomic(self._entry_path(index), json.dumps({"windows": list(self.shards[index]), "files": files}).encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             for path in self.partial.glob(f"{index:05d}-*"):
                 path.unlink()

@@ -17,8 +17,10 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ import yaml
 from apc import compare
 from apc.cli import one_line_errors
 from apc.config import CONFIGS, Config, as_word, load_config, to_dict
-from apc.errors import UserError
+from apc.errors import Terminated, UserError
 from apc.files import write_atomic
 from apc.finished import read_finished
 from apc.runs import RunFolder, check_same, read_json
@@ -110,8 +112,19 @@ def _short(key: str, value) -> str:
 
 
 def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
-    """Runs what is not finished, `jobs` at a time, each on a GPU of its own where there are several; returns a line for each that failed."""
+    """Runs what is not finished, `jobs` at a time, each on a GPU of its own where there are several; returns a line for each that failed.
+
+    Asked to end (SIGTERM), it asks the runs at work to end, waits for what they keep, and raises Terminated.
+    """
     places: queue.Queue[int] = queue.Queue()
+    at_work: dict[str, subprocess.Popen] = {}
+    asked = threading.Event()
+
+    def ask(signum: int, frame: object) -> None:
+        asked.set()
+        for process in list(at_work.values()):
+            process.terminate()
+
     for place in range(jobs):
         places.put(place)
 
@@ -120,13 +133,20 @@ def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
             print(f"{trial.name}: finished before", flush=True)
             return None
         place = places.get()
+        if asked.is_set():
+            places.put(place)
+            return None
         try:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus > 1 else {})
             trial.log.parent.mkdir(parents=True, exist_ok=True)
             print(f"{trial.name}: runs, {trial.log}", flush=True)
             with open(trial.log, "w") as log:
-                code = subprocess.run([sys.executable, program, *trial.words], stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+                at_work[trial.name] = subprocess.Popen([sys.executable, program, *trial.words], stdout=log, stderr=subprocess.STDOUT, env=environment)
+                if asked.is_set():  # while it was started
+                    at_work[trial.name].terminate()
+                code = at_work[trial.name].wait()
         finally:
+            at_work.pop(trial.name, None)
             places.put(place)
         if code == 0:
             print(f"{trial.name}: done", flush=True)
@@ -138,8 +158,12 @@ def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
     # What is collected to the disk for one is found by all others of the same patterns, so one of each kind goes first.
     shared = [trial for trial in reversed(found) if trial.config.collect.storage == "disk"]
     first = {json.dumps([to_dict(trial.config)[key] for key in PATTERN_KEYS], sort_keys=True): trial for trial in shared}.values()
+    before = signal.signal(signal.SIGTERM, ask)
     with ThreadPoolExecutor(jobs) as workers:
         lines = [*workers.map(one, list(first)), *workers.map(one, [trial for trial in found if trial not in first])]
+    signal.signal(signal.SIGTERM, before)
+    if asked.is_set():
+        raise Terminated
     return [line for line in lines if line]
 
 

@@ -17,6 +17,8 @@ import apc
 import tiny
 from apc import cli
 from apc.codebook import Codebook
+from apc.config import load_config
+from apc.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
@@ -187,3 +189,14 @@ def test_want_of_memory_is_said_in_a_line(capsys):
             raise error
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"error: {where} has no memory left (") and "collect.storage=disk; the same command" in said
+
+
+def test_two_processes_never_work_in_one_run(workplace):
+    words = words_for(workplace, "twice")
+    with open_run(load_config(None, words)):
+        process = tiny.start(words)
+        process.join(timeout=100)
+        assert process.exitcode == 2
+    process = tiny.start(words_for(workplace, "twice", stage="collect"))
+    process.join(timeout=100)
+    assert process.exitcode == 0

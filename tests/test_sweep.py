@@ -1,14 +1,18 @@
 """A sweep file's grid runs here as W&B would run it: every combination once, gone on with where it was, whatever fails beside it."""
 
 import csv
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import tiny
 from apc import sweep
-from apc.errors import UserError
+from apc.errors import Terminated, UserError
 from apc.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +55,7 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     assert float(table[1]["perplexity"]) == pytest.approx(load_run(workplace / "runs" / "grid-k3").results["arms"][1]["perplexity"])
 
     ran = []
-    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **options: ran.append(command) or type("Done", (), {"returncode": 0}))
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: ran.append(command) or Done)
     sweep.main(words)  # only what failed is tried again
     assert len(ran) == 1 and "run.name=grid-k100000" in ran[0]
     with pytest.raises(UserError, match="cluster.k=9: the sweep sets cluster.k itself"):
@@ -60,12 +64,40 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
         sweep.main([*words, "cluster.max_epochs=77"])
 
 
+class Done:
+    """In place of a run's process: one that has ended well."""
+
+    wait = staticmethod(lambda: 0)
+
+
+def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"  # in place of train.py: ends with 143 when asked to, after it has kept something
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "place = pathlib.Path(__file__).parent / sys.argv[-2].partition('=')[2]\n"
+        "def end(*_):\n    place.with_suffix('.kept').touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\nplace.with_suffix('.began').touch()\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(sweep, "read_sweep", lambda path: (str(program), {"seed": [1, 2, 3]}))
+
+    def ask_when_two_run():
+        while len(list(tmp_path.glob("*.began"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask_when_two_run)
+    asking.start()
+    with pytest.raises(Terminated):
+        sweep.main([str(tmp_path / "grid.yaml"), *words_for(workplace, **{"run.dir": tmp_path / "runs", "collect.storage": "memory"}), "--jobs", "2"])
+    asking.join()
+    assert sorted(path.name for path in tmp_path.glob("*.kept")) == ["grid-seed1.kept", "grid-seed2.kept"]
+    assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
     seen = []
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(
-        sweep.subprocess, "run", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or type("Done", (), {"returncode": 0})
-    )
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or Done)
     file = write_sweep(workplace / "many.yaml", **{"seed": list(range(9))})
     sweep.main([str(file), *words_for(workplace)])
     assert len(seen) == 9 and set(seen) <= {"0", "1", "2"}
@@ -83,7 +115,7 @@ def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
     ],
 )
 def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(sweep.subprocess, "run", None)
+    monkeypatch.setattr(sweep.subprocess, "Popen", None)
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         sweep.main([str(tmp_path / "bad.yaml")])
