@@ -62,6 +62,8 @@ class SparseFFNs:
         self._activations = [_check(ffn) for ffn in ffns]
         check_arm(arm)
         self._own: list[Callable | None] = []
+        self._sparse: list[_ClusterFFN | _LowBitFFN | _ArmFFN] = []
+        self._ahead: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was predicted for layers still to come, of the pass at hand
 
     def install(self) -> "SparseFFNs":
         book = self.arm.codebook.sites["neuron"]
@@ -79,7 +81,8 @@ class SparseFFNs:
                 sparse = _ArmFFN(self.arm, layer, self._measure)
             dense_calls.append(ffn.module.forward)
             sparse_calls.append(partial(sparse, own=own))
-            ffn.module.forward = self._forward(layer, ffn.module.forward, sparse, own)
+            self._sparse.append(sparse)
+            ffn.module.forward = self._forward(layer, ffn.module.forward, own)
         if self._measures:
             self.dense_above = self._crossover(dense_calls, sparse_calls)
         return self
@@ -107,10 +110,10 @@ class SparseFFNs:
             if forward is not None:
                 ffn.module.forward = forward
             ffn.down.weight.data = ffn.down.weight.data.contiguous()
-        self._own.clear()
-        self._inputs.clear()
+        for held in (self._own, self._sparse, self._inputs, self._ahead):
+            held.clear()
 
-    def _forward(self, layer: int, dense: Callable, sparse: "_ClusterFFN | _LowBitFFN | _ArmFFN", own: "_Weights") -> Callable:
+    def _forward(self, layer: int, dense: Callable, own: "_Weights") -> Callable:
         """What takes the place of an FFN's forward."""
         lookahead = self.arm.predictor.lookahead if self.arm.predictor is not None else 0
 
@@ -118,14 +121,22 @@ class SparseFFNs:
             hidden = x.reshape(-1, x.shape[-1])
             if len(hidden) > self.dense_above:
                 return dense(x)
+            if layer == 0:
+                self._ahead.clear()
             self._inputs[layer] = hidden
             self._inputs.pop(layer - lookahead - 1, None)
-            inputs = self._inputs
-            if len(hidden) <= self.at_once or not self.by_triton:
+            sparse, inputs = self._sparse[layer], self._inputs
+            if len(hidden) > self.at_once and self.by_triton:
+                parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
+                outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, own) for part in parts]
+                return torch.cat(outputs).view_as(x)
+            if not (lookahead and isinstance(sparse, _ClusterFFN)):
                 return sparse(hidden, inputs, own).view_as(x)
-            parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
-            outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, own) for part in parts]
-            return torch.cat(outputs).view_as(x)
+            predicted = self._ahead.pop(layer, None) or sparse.predict(inputs, own)
+            if layer + lookahead >= len(self._sparse):  # nothing is left to predict
+                return sparse.run(hidden, predicted, own).view_as(x)
+            output, self._ahead[layer + lookahead] = sparse.run(hidden, predicted, own, self._sparse[layer + lookahead])
+            return output.view_as(x)
 
         return forward
 
@@ -278,11 +289,29 @@ class _ClusterFFN:
         )
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], own: _Weights, clusters: Tensor | None = None) -> Tensor:
-        inner, *candidates = ops.predict_clusters(inputs[self.source], self.reduce, self.reduce_bias, self.expand, self.expand_bias, own.by_triton)
+        predicted = self.predict(inputs, own)
         if clusters is not None:  # int32 [n, 1], in place of those predicted
-            candidates = [clusters.float(), clusters]
+            predicted = predicted[0], clusters.float(), clusters
+        return self.run(hidden, predicted, own)
+
+    @property
+    def predictor(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.reduce, self.reduce_bias, self.expand, self.expand_bias
+
+    def predict(self, inputs: dict[int, Tensor], own: _Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ops.predict_clusters`."""
+        return ops.predict_clusters(inputs[self.source], *self.predictor, own.by_triton)
+
+    def run(
+        self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, later: "_ClusterFFN | None" = None
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        """The output; with a later layer's FFN also what is predicted for that one from these tokens."""
+        inner, *candidates = predicted
         correction = None if self.correct is None else (inner, *self.correct)
-        return ops.sparse_ffn(hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), correction, self.offsets, own.by_triton)
+        arguments = hidden, *own.matrices, self.centroids, own.activation, tuple(candidates)
+        if later is None:
+            return ops.sparse_ffn(*arguments, correction, self.offsets, own.by_triton)
+        return ops.sparse_ffn_ahead(*arguments, later.predictor, correction, self.offsets, own.by_triton)
 
 
 @dataclass

@@ -18,7 +18,8 @@ from apc.ops.sparse_ffn import act
 from apc.predictor import at_16_bits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ARMS = [("predicted", "cluster", {}), ("predicted", "cluster", {"predictor.lookahead": 1}), ("soft", "cluster", {}), ("static", "cluster", {}),
+ARMS = [("predicted", "cluster", {}), ("predicted", "cluster", {"predictor.lookahead": 1}),
+        ("predicted", "cluster", {"predictor.lookahead": 2}), ("soft", "cluster", {}), ("static", "cluster", {}),
         ("neuron-predictor", "neuron", {}), ("neuron-predictor", "low-bit", {}), ("neuron-threshold", "neuron", {}),
         ("neuron-threshold", "low-bit", {"predictor.bits": 2}),
         ("neuron-threshold", "low-bit", {"predictor.reads": "[gate]", "predictor.lookahead": 1})]  # fmt: skip

@@ -86,6 +86,19 @@ def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, dev
     assert close(found, expected(hidden, gate, up, down, kept[chosen], "silu", added), dtype)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("by_triton", [False, True])
+def test_a_later_layers_cluster_is_predicted_beside_the_ffn(device, by_triton):
+    tensors = made(2, 48, 200, torch.bfloat16, device)
+    predictors = [[torch.randn(*shape, device=device) for shape in ((20, 48), (20,), (90, 20), (90,))] for _ in range(2)]
+    kept = ops.pack(torch.rand(90, 200, device=device) < 0.5)
+    _, *candidates = ops.predict_clusters(tensors[0], *predictors[0], by_triton)
+    expected = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton), ops.predict_clusters(tensors[0], *predictors[1], by_triton)
+    for _ in range(3):
+        output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), by_triton=by_triton)
+        assert torch.equal(output, expected[0]) and all(torch.equal(one, other) for one, other in zip(found, expected[1], strict=True))
+
+
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_of_equal_logits_the_lowest_cluster(way, device):
     predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton

@@ -274,13 +274,21 @@ def predict_clusters(
 
 def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    found = _like_predictions(hidden, reduce, expand, by_triton=True)
+    _predict_into(found, hidden, reduce, reduce_bias, expand, expand_bias, _early(hidden.device))
+    return found
+
+
+def _predict_into(
+    found: tuple[Tensor, Tensor, Tensor], hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, first: dict[str, bool]
+) -> None:  # fmt: skip
+    """first: how the first kernel is launched, as `_early` has it."""
+    inner, values, ids = found
     n, H, K = len(hidden), len(reduce), len(expand)
-    inner, programs = _reduce(hidden, reduce, reduce_bias), triton.cdiv(K, _SCORE_TILE["ROWS"])
-    values, ids = hidden.new_empty((n, programs), dtype=torch.float32), hidden.new_empty((n, programs), dtype=torch.int32)
+    _reduce(hidden, reduce, reduce_bias, inner, first)
     with torch.cuda.device_of(hidden):
         block, early = triton.next_power_of_2(H), _early(hidden.device)
-        _score_kernel[(programs,)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=block, **early, **_SCORE_TILE)
-    return inner, values, ids
+        _score_kernel[(_score_programs(K),)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=block, **early, **_SCORE_TILE)
 
 
 @torch.library.custom_op("apc::predict_clusters", mutates_args=())
@@ -296,9 +304,18 @@ def _predict_clusters(
 
 @_predict_clusters.register_fake
 def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n, count = len(hidden), triton.cdiv(len(expand), _SCORE_TILE["ROWS"]) if by_triton else 1
+    return _like_predictions(hidden, reduce, expand, by_triton)
+
+
+def _like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what `predict_clusters` gives."""
+    n, count = len(hidden), _score_programs(len(expand)) if by_triton else 1
     floats = functools.partial(hidden.new_empty, dtype=torch.float32)
     return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
+
+
+def _score_programs(K: int) -> int:
+    return triton.cdiv(K, _SCORE_TILE["ROWS"])
 
 
 def _check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
@@ -322,7 +339,9 @@ def bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool | N
 def _bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
     if not by_triton:
         return F.silu(F.rms_norm(hidden.float(), hidden.shape[-1:]) @ reduce.float().T + bias)
-    return _reduce(hidden, reduce, bias)
+    inner = hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
+    _reduce(hidden, reduce, bias, inner, _early(hidden.device))
+    return inner
 
 
 @_bottleneck.register_fake
@@ -330,14 +349,11 @@ def _(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
     return hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
 
 
-def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor) -> Tensor:
+def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, how: dict[str, bool]) -> None:
     (n, E), H = hidden.shape, len(reduce)
-    inner = hidden.new_empty((n, H), dtype=torch.float32)
     with torch.cuda.device_of(hidden):
-        grid = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),)
-        block, early = triton.next_power_of_2(E), _early(hidden.device)
-        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=block, **early, **_REDUCE_TILE)
-    return inner
+        grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
+        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE)
 
 
 # ---- the FFN
@@ -475,3 +491,51 @@ def _sparse_ffn(
 @_sparse_ffn.register_fake
 def _(hidden: Tensor, *_) -> Tensor:
     return torch.empty_like(hidden)
+
+
+def sparse_ffn_ahead(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor],
+    later: tuple[Tensor, Tensor, Tensor, Tensor], correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+    by_triton: bool | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`: on a GPU
+    beside it, on a stream of its own, so that the prediction takes its bytes' time and no more. Raises as those do."""
+    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
+    if not by_triton:
+        return sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton), predict_clusters(hidden, *later, by_triton)
+    inner, correct, bias = correction or (None, None, None)
+    output, *found = torch.ops.apc.sparse_ffn_ahead(hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets)
+    return output, tuple(found)
+
+
+@torch.library.custom_op("apc::sparse_ffn_ahead", mutates_args=())
+def _sparse_ffn_ahead(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor, ids: Tensor, reduce: Tensor,
+    reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    found = _like_predictions(hidden, reduce, expand, by_triton=True)  # of this stream's memory, which waits for the other before it goes on
+    correction = None if inner is None else (inner, correct, bias)
+    later = reduce, reduce_bias, expand, expand_bias
+    if on_cpu(hidden):
+        output = sparse_ffn_triton(hidden, gate, up, down, masks, activation, (values, ids), correction, offsets)
+        _predict_into(found, hidden, *later, _early(hidden.device))
+        return output, *found
+    beside, current = _beside(hidden.device), torch.cuda.current_stream(hidden.device)
+    hidden = hidden.contiguous()
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        _predict_into(found, hidden, *later, {"EARLY": False})
+    way = sparse_ffn_hopper if takes(hidden, gate, up, down) else sparse_ffn_triton
+    output = way(hidden, gate, up, down, masks, activation, (values, ids), correction, offsets)
+    current.wait_stream(beside)
+    return output, *found
+
+
+@_sparse_ffn_ahead.register_fake
+def _(hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(hidden), *_like_predictions(hidden, reduce, expand, by_triton=True)
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
