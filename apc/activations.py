@@ -145,13 +145,15 @@ class _PatternReader(_Visitor):
         return Block.of_windows(named, first, last, seq_len)
 
 
+_COUNTED = 1 << 18  # rows that are counted at a time: what that takes beside them is more than narrow rows themselves
+
+
 def activity(block: Block, widths: dict[str, int]) -> dict[str, Tensor]:
     """int64 [L, D] per site: how often each neuron is active in the block."""
     counts = {}
     for site, D in widths.items():
-        rows = block.patterns[site]
-        zeros = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
-        counts[site] = ops.accumulate(rows, zeros, 1, D)[0][:, 0]
+        parts = block.patterns[site].split(_COUNTED, dim=1)
+        counts[site] = sum(ops.accumulate(part, part.new_zeros(part.shape[:2], dtype=torch.int64), 1, D)[0][:, 0] for part in parts)
     return counts
 
 

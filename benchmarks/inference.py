@@ -56,8 +56,13 @@ class Shape:
 
     @property
     def copy_bytes(self) -> int:
-        """Of gate and up at one bit, with what makes scores of their products."""
-        return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D
+        """Of gate and up at one bit, with what makes scores of their products, and a correction: 5.0 % of the FFN at Mistral's shape."""
+        return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D + 2 * 2 * self.rank * self.E
+
+    @property
+    def rank(self) -> int:
+        """Of the low-bit copy's correction."""
+        return max(8, self.H // 4)
 
 
 MISTRAL = Shape(4096, 14_336, 512, 2048, 8)
@@ -139,6 +144,7 @@ class Layer:
     correction: tuple[Tensor, Tensor]  # from the bottleneck to the output, and its bias
     offsets: Tensor  # of the clusters
     copy: tuple[Tensor, ...]  # bits of gate and up, scale, slope, power, bias and threshold of their scores
+    rank: int  # of the correction that goes with them: the first rows of the predictor's
 
     @classmethod
     def draw(cls, shape: Shape, density: float) -> "Layer":
@@ -152,13 +158,14 @@ class Layer:
         threshold = bias.sort(descending=True).values[min(ops.mask_size(shape.D, density), shape.D - 1)].clone() - 1e9 * (density == 1)
         correction = draw(shape.H, shape.E), torch.randn(shape.E, device=DEVICE)
         masks = draw_masks(shape.K, shape.D, density)
-        return cls(*weights, masks, predictor, correction, draw(shape.K, shape.E), (bits, *curve, bias, threshold))
+        return cls(*weights, masks, predictor, correction, draw(shape.K, shape.E), (bits, *curve, bias, threshold), shape.rank)
 
     def sparse(self, x: Tensor, how: str = "predictor") -> Tensor:
         if how == "known":
             return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
         if how == "copy":
-            return ops.sparse_ffn(x, self.gate, self.up, self.down, ops.low_bit_scores(x, *self.copy))
+            masks, inner = ops.low_bit_scores(x, *self.copy), ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2]))
+            return ops.sparse_ffn(x, self.gate, self.up, self.down, masks, correction=(inner, self.correction[0][: self.rank], self.correction[1]))
         inner, *candidates = ops.predict_clusters(x, *self.predictor)
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
@@ -297,12 +304,12 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     for density in options.densities:
         codebook, predictor = random_codebook(shape, layers, density), random_predictor(shape, layers)
         before = torch.cuda.memory_allocated()
-        sparsify(model, codebook, predictor, "predicted", kernel="triton")
+        most = sparsify(model, codebook, predictor, "predicted", kernel="auto").__dict__["_apc_hooks"].dense_above
         extra = torch.cuda.memory_allocated() - before
-        print(f"density {density:g}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs", flush=True)
+        print(f"density {density:g}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs; up to {most} tokens run sparse", flush=True)
         moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
         for n in options.batches:
-            measure(f"decode, density {density:g}", "apc, kernel auto", n, moved if n == 1 else parameters)
+            measure(f"decode, density {density:g}", f"apc, kernel auto: {'sparse' if n <= most else 'dense'}", n, moved if n == 1 else parameters)
         restore(model)
     return rows
 

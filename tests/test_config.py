@@ -1,12 +1,11 @@
 """Sources are merged in order, and every mistake in them is one line that names the key."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import tiny
 from apc.config import load_config, to_yaml
 from apc.errors import UserError
 
@@ -99,21 +98,17 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_config(tmp_path / "list.yaml")
 
 
-def run(*words):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_help_lists_keys_and_groups_and_print_config_stops_there():
-    shown = run("train.py", "--help")
+    shown = tiny.command("train.py", "--help")
     assert shown.returncode == 0
     for expected in ("cluster.k=256", "clusters in a codebook", "model=bundled|mistral7b", "experiment=wikitext2", "data.seq_len="):
         assert expected in shown.stdout
-    printed = run("train.py", "--print-config", "cluster.k=99", "data=wikitext2")
+    printed = tiny.command("train.py", "--print-config", "cluster.k=99", "data=wikitext2")
     assert printed.returncode == 0
     assert "k: 99" in printed.stdout and "seq_len: 2048" in printed.stdout
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line():
-    failed = run("train.py", "cluster.kk=3")
+    failed = tiny.command("train.py", "cluster.kk=3")
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: cluster.kk: unknown key; did you mean cluster.k?"

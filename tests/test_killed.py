@@ -166,12 +166,8 @@ def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
 def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most, named):
     name = f"full-{most}"
     changes = {"stage": "predict", "collect.storage": "memory"}
-    script = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
-        f"({most}, {most})); sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
-    )
     words = words_for(workplace, name, **changes)
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = tiny.command("train.py", *words, largest_file=most)
     run = workplace / "runs" / name
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{named}: can't be written (File too large); make room, and run the same command again" in done.stderr

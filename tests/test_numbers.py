@@ -98,3 +98,12 @@ def test_half_precision_that_overflows_is_named(workplace):
     with pytest.raises(UserError, match=r"NaN or infinite activations in layer 2 \(model.layers.2.mlp\), site neuron, window 0: try model.dtype=float32"):
         run(workplace, "large", **{"model.path": large, "model.dtype": "float16"})
     assert run(workplace, "large-float32", **{"model.path": large})[0]["dense"]["perplexity"] > 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(workplace, value):
+    def change(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    with pytest.raises(UserError, match=r"NaN or infinite activations in layer 1 \(model.layers.1.mlp\), site neuron, window 0: .*check the weights"):
+        run(workplace, f"broken-{value}", **{"model.path": with_weights(workplace, f"broken-{value}", change)})

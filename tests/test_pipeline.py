@@ -282,7 +282,7 @@ def test_several_ranks_end_with_the_exit_code_of_the_one_that_failed(workplace):
 
 def test_the_command_line_exits_with_2_and_prints_one_line(workplace):
     words = tiny.tiny_overrides(workplace, **{"cluster.k": 5000, "run.name": "exit"})
-    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = tiny.command("train.py", *words)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
         "error: cluster.k=5000 is more than the 640 patterns to cluster; lower it or raise data.fit_windows"
@@ -295,9 +295,6 @@ def test_the_command_line_trains_and_evaluates(workplace):
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and "predicted" in done.stdout and "held-out" in done.stdout
-    again = subprocess.run(
-        [sys.executable, "evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "arms=[dense,static]", "run.name=cli"],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    again = tiny.command("evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "arms=[dense,static]", "run.name=cli")
     assert again.returncode == 0, again.stderr
     assert "static" in again.stdout and (workplace / "runs/command/evaluations/cli/results.json").is_file()

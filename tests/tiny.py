@@ -2,8 +2,13 @@
 
 import multiprocessing
 import os
+import resource
+import runpy
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,3 +175,31 @@ def _rank(words: list[str], environment: dict) -> None:
         traceback.print_exc()
         sys.exit(1)
     torch.distributed.destroy_process_group()
+
+
+def command(*words: str, largest_file: int | None = None, timeout: float = 200) -> subprocess.CompletedProcess:
+    """A program of the project with these words, as from a shell, but forked off a process that has imported everything.
+
+    largest_file: bytes past which it can't write, as on a full disk.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        paths = [Path(place) / name for name in ("stdout", "stderr")]
+        process = _forkserver().Process(target=_command, args=(words, paths, largest_file))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(words, timeout)
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in paths))
+
+
+def _command(words: tuple[str, ...], paths: list[Path], largest_file: int | None) -> None:
+    for number, path in enumerate(paths, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
