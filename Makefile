@@ -6,9 +6,9 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constrai
 train: .venv/ready
 	$(BIN)/python train.py
 
-# A file of tests on each core: most of their time is that of many small processes and of Triton's interpreter, which use one.
+# A file of tests on each core, in the order of their names: most of their time is that of many small processes and of Triton's interpreter, which use one.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .
