@@ -48,8 +48,8 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    devices: int = 1  # processes, one for each GPU (or CPU process); more than one starts them
-    num_nodes: int = 1  # machines; more than one needs torchrun or SLURM to start the processes
+    devices: int = 1  # processes on a machine, one for each GPU (or CPU process); more than one starts them, unless torchrun did
+    num_nodes: int = 1  # machines; more than one needs torchrun on each, which then says how many there are
     precision: str = "32-true"  # of the predictor's training, as Lightning names it: 32-true, bf16-mixed, …
     batch_windows: int | None = None  # windows in one forward pass; null: 1 on a CPU, 8 on a GPU
     log_every_n_steps: int = 20  # predictor steps between logged losses

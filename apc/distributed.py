@@ -24,6 +24,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Processes of this run on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -33,6 +38,7 @@ def start(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast: a process that fails with it can take the host's other GPUs with it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

@@ -1,5 +1,6 @@
 """Sources are merged in order, and every mistake in them is one line that names the key."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from apc import cli
 from apc.config import load_config, to_yaml
 from apc.errors import UserError
 
@@ -117,3 +119,26 @@ def test_a_mistake_on_the_command_line_exits_with_2_and_one_line():
     failed = run("train.py", "cluster.kk=3")
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: cluster.kk: unknown key; did you mean cluster.k?"
+
+
+@pytest.mark.parametrize(
+    ("words", "started", "line"),
+    [
+        (["trainer.devices=4"], (2, 2), r"trainer\.devices=4: torchrun started 2; give it --nproc-per-node=4, or leave the key out"),
+        (["trainer=slurm"], (8, 8), r"trainer\.num_nodes=2: torchrun started 1; give it --nnodes=2"),
+        (["trainer=slurm"], (16, 8), None),
+        ([], (16, 8), None),
+    ],
+    ids=["devices", "machines", "as-configured", "not-configured"],
+)
+def test_a_launcher_that_started_other_processes_is_named(monkeypatch, words, started, line):
+    for name, value in zip(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), started, strict=True):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
+        cli.check_launched(load_config(None, words))
+
+
+def test_tasks_of_slurm_do_not_each_start_all_processes(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UserError, match=r"srun started 8 of these, and each would start as many; start one"):
+        cli.launch(load_config(None, ["trainer=ddp", "model.device=cpu"]))
