@@ -39,3 +39,8 @@ class Exchange:
 
     def seconds(self, ranks: int, links: Links = H100) -> float:
         return self.sent(ranks) / links.rate(ranks)
+
+
+def iteration_seconds(alone: float, exchange: Exchange, ranks: int, links: Links = H100) -> float:
+    """A pass on so many ranks, where one takes `alone` seconds: as if all that it does were shared out evenly, and the exchange came on top."""
+    return alone / ranks + exchange.seconds(ranks, links)

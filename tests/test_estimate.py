@@ -15,6 +15,7 @@ from apc import cli, clustering, distributed, estimate, paper, store
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
 from apc.errors import UserError
+from apc.exchange import Exchange, Links, iteration_seconds
 from apc.models import ModelConfig
 from apc.patterns import ActiveRule, PatternInfo
 from apc.store import PatternStore
@@ -146,6 +147,16 @@ def test_more_gpus_take_less_each_and_exchange_something():
     for stage in one.seconds:
         assert eight.seconds[stage].low < one.seconds[stage].low / 5
     assert eight.peak["clustering"] < one.peak["clustering"] and eight.host["model while it loads"] == 8 * one.host["model while it loads"]
+
+
+def test_rings_send_what_they_are_said_to():
+    """K 16,384, D 14,336: 1.88 GB of sums, of which each of 8 GPUs sends seven eighths; 64 are bound by the adapters between hosts."""
+    exchange = Exchange(scattered=8 * 16384 * 14336, gathered=16384 * 1792, reduced=8 * 16384)
+    assert exchange.sent(1) == exchange.seconds(1) == 0
+    assert exchange.sent(8) == 7 / 8 * (8 * 16384 * 14336 + 16384 * 1792 + 2 * 8 * 16384)
+    assert exchange.seconds(8) == pytest.approx(exchange.sent(8) / 450e9) and exchange.seconds(64) == pytest.approx(exchange.sent(64) / 400e9)
+    assert exchange.seconds(64, Links(within=100e9)) == pytest.approx(exchange.sent(64) / 100e9)
+    assert iteration_seconds(0.46, exchange, 8) == pytest.approx(0.46 / 8 + exchange.seconds(8))
 
 
 def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
