@@ -49,6 +49,8 @@ def main(
         _quiet_libraries()
         _keep_freed_memory()
         signal.signal(signal.SIGTERM, signals.terminate)
+        if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", cfg.trainer.devices * cfg.trainer.num_nodes)) > 1:
+            raise UserError(f"model.device_map={cfg.model.device_map}: spreads one process over all GPUs; set trainer.devices=1, or leave it out")
         if "WORLD_SIZE" in os.environ:
             check_launched(cfg)
         elif cfg.trainer.devices * cfg.trainer.num_nodes > 1:

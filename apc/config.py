@@ -111,6 +111,9 @@ class Config:
                 raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
         if self.speed and self.sites != ["neuron"]:
             raise UserError(f"speed=true: kernels need sites=[neuron], this run has sites={self.sites}")
+        for key, wanted in (("speed", self.speed), ("tune.max_epochs", self.tune.max_epochs)):
+            if wanted and self.model.device_map:
+                raise UserError(f"model.device_map={self.model.device_map}: {key}={wanted} needs the model on one device; leave one of the two out")
         if self.predictor.form == "low-bit" and self.sites != ["neuron"]:
             raise UserError(f"predictor.form=low-bit needs sites=[neuron], this run has sites={self.sites}")
         if self.tune.max_epochs:

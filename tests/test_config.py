@@ -57,6 +57,7 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("cluster.k=many", r"cluster\.k: Value 'many' of type 'str' could not be converted to Integer"),
         ("cluster.k", "cluster.k: not an override; write key=value"),
         ("cluster.k=0", "cluster.k must be at least 1, got 0"),
+        ("model.device_map=balanced", r"model\.device_map=balanced: choose auto or null"),
         ("cluster.density=1.5", "cluster.density must lie between 0 and 1, got 1.5"),
         ("cluster.density=0", "cluster.density must lie between 0 and 1, got 0"),
         ("sparsity=1", "sparsity must lie between 0 and 1, got 1"),
@@ -142,3 +143,16 @@ def test_tasks_of_slurm_do_not_each_start_all_processes(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(UserError, match=r"srun started 8 of these, and each would start as many; start one"):
         cli.launch(load_config(None, ["trainer=ddp", "model.device=cpu"]))
+
+
+def test_a_device_map_is_one_process_and_decodes_nothing(monkeypatch, capsys):
+    for words, line in (
+        (["trainer=ddp"], "model.device_map=auto: spreads one process over all GPUs; set trainer.devices=1, or leave it out"),
+        (["speed=true"], "model.device_map=auto: speed=True needs the model on one device; leave one of the two out"),
+        (["tune.max_epochs=2"], "model.device_map=auto: tune.max_epochs=2 needs the model on one device; leave one of the two out"),
+        (["model.path=a.gguf"], "model.device_map=auto: a .gguf file is unpacked on one device; give a model folder: model.path=FOLDER"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "model.device_map=auto", *words])
+        with pytest.raises(SystemExit):
+            cli.main("", lambda cfg: {})
+        assert capsys.readouterr().err == f"error: {line}\n"
