@@ -82,10 +82,10 @@ class BlockLoader:
 
     def resume(self, progress: dict[str, int | list[int]]) -> None:
         """Raises UserError for a place within a pass over other blocks than these, which no longer says what was seen."""
-        if progress["position"] and progress["blocks"] != self._cut:
+        if progress["position"] and progress.get("blocks") != self._cut:
             raise UserError(
-                f"the checkpoint lies within a pass over {progress['blocks'][0]} blocks of rows, where {distributed.world_size()} processes have other "
-                f"blocks ({self._cut[0]}); start as many processes as it began with, or delete the run's checkpoints"
+                f"the checkpoint lies within a pass over other blocks of rows than {distributed.world_size()} processes have; start as many as it began with, "
+                "or delete the run's checkpoints"
             )
         self.epoch, self.position = progress["epoch"], progress["position"]
 

@@ -11,6 +11,7 @@ First small clusterings on each number of ranks are compared with one rank's, bi
 
 import argparse
 import csv
+import gc
 import hashlib
 import logging
 import os
@@ -189,6 +190,7 @@ def make_source(size: Size, windows: int, device: torch.device) -> ResidentPatte
 
 def fit(source: ResidentPatterns, k: int, size: Size, device: torch.device) -> tuple[str, list[float]]:
     """Clusters binary patterns, pooled, from a random start → digest of the centroids, seconds of each pass: those of the slowest rank."""
+    gc.collect()  # what an earlier fit held
     ranks = distributed.world_size()
     cfg = ClusterConfig(k=k, weighting="binary", scope="pooled", max_epochs=size.epochs, tolerance=0.0)
     with device:
@@ -247,6 +249,7 @@ def lloyd(size: Size, device: torch.device) -> list[Timed]:
             if distributed.is_main():
                 print(f"{ranks} ranks, {' and '.join(kind)}, N {N:,}, K {k:,}: {statistics.median(seconds[2:]):.4f} s", flush=True)
         del source
+        gc.collect()  # its host memory, before the next takes as much
     return found
 
 
@@ -273,6 +276,8 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
     if size is QUICK:
         shape |= dict(hidden_size=64, intermediate_size=size.width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=100)
     config = AutoConfig.for_model(**shape)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with device:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
