@@ -18,10 +18,10 @@ lint: .venv/ready
 soak: .venv/ready
 	APC_KILLS=200 APC_STAGE=all $(BIN)/python -m pytest -s tests/test_killed.py
 
-# Rows of benchmarks/results.csv: the kernels and whole Lloyd passes where there is an NVIDIA GPU, assignment on the CPU everywhere.
+# Rows of benchmarks/results.csv: the kernels, whole Lloyd passes and what more GPUs gain where there is an NVIDIA GPU, assignment on the CPU everywhere.
 bench: .venv/ready
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/lloyd.py; fi
+		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/lloyd.py && $(BIN)/python benchmarks/scaling.py; fi
 	$(BIN)/python benchmarks/cpu.py
 
 # A small sweep over clusters and weightings, run here; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.

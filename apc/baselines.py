@@ -46,7 +46,7 @@ class KMajority(ClusteringModule):
         return reader.read("patterns", group, row)
 
     def _cut(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        return ops.pack((self.cfg.penalty + 1) * sums > sizes.unsqueeze(2))
+        return ops.pack((self.cfg.penalty + 1) * sums > sizes.unsqueeze(1))
 
     def _changeable(self, D: int) -> int:
         return D
@@ -99,15 +99,18 @@ class BRBKMeans(KMajority):
         return ids, greatest - distance, greatest
 
     def _update(self, site: str) -> Tensor:
-        """New means from the sums, and the masks that they are cut to; a cluster with no member keeps its own. Returns how many means changed, int64."""
+        """New means from the sums, and the masks that they are cut to. Returns how many means changed, int64."""
         super()._update(site)
-        sums, sizes, old = (self.get(name, site) for name in ("sums", "sizes", "means"))
-        count = sizes.clamp_min(1).unsqueeze(2)
-        new = (((sums << self._fraction_bits(sums.shape[2]) + 1) + count) // (2 * count)).int()  # rounded half up
-        new = torch.where((sizes > 0).unsqueeze(2), new, old)
+        old = self._by_cluster("means", site)
+        new = self._renewed("means", site, self._mean)
         changed = (new != old).sum()
-        self._set("means", site, new)
+        old.copy_(new)
         return changed
+
+    def _mean(self, sums: Tensor, sizes: Tensor) -> Tensor:
+        """sums int64 [n, D], sizes int64 [n] → means int32 [n, D], rounded half up."""
+        count = sizes.clamp_min(1).unsqueeze(1)
+        return (((sums << self._fraction_bits(sums.shape[1]) + 1) + count) // (2 * count)).int()
 
     def _place(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
         self.get("means", site)[group, cluster] = self._as_means(site, seeds)

@@ -49,8 +49,12 @@ def main(
         _quiet_libraries()
         _keep_freed_memory()
         signal.signal(signal.SIGTERM, signals.terminate)
-        if cfg.trainer.devices > 1 and "WORLD_SIZE" not in os.environ:
-            sys.exit(_launch(cfg))
+        if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", cfg.trainer.devices * cfg.trainer.num_nodes)) > 1:
+            raise UserError(f"model.device_map={cfg.model.device_map}: spreads one process over all GPUs; set trainer.devices=1, or leave it out")
+        if "WORLD_SIZE" in os.environ:
+            check_launched(cfg)
+        elif cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+            sys.exit(launch(cfg))
         if cfg.run.name is None:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
@@ -97,21 +101,38 @@ def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def _launch(cfg: Config) -> int:
+def check_launched(cfg: Config) -> None:
+    """Raises UserError where the launcher started another number of processes than the configuration names."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    started = {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+    for key, count in started.items():
+        if getattr(cfg.trainer, key) not in (1, count):
+            option = {"devices": "--nproc-per-node", "num_nodes": "--nnodes"}[key]
+            raise UserError(
+                f"trainer.{key}={getattr(cfg.trainer, key)}: torchrun started {count}; give it {option}={getattr(cfg.trainer, key)}, or leave the key out"
+            )
+
+
+def launch(cfg: Config) -> int:
     """Runs this very command line once for each device, as torchrun does, and returns the exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if cfg.trainer.num_nodes > 1:
         raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: start this through torchrun on every machine, with run.name=NAME")
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: srun started {os.environ['SLURM_STEP_NUM_TASKS']} of these, and each would start as many; "
+            "start one, srun --ntasks=1, or one torchrun on every machine, srun --ntasks-per-node=1 torchrun …"
+        )
     for local_rank in range(cfg.trainer.devices):
         resolve_device(cfg.model.device, local_rank)
     name = [] if cfg.run.name else [f"run.name={new_name()}"]  # one folder for all ranks
-    launch = LaunchConfig(1, 1, cfg.trainer.devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=secrets.token_hex(4), max_restarts=0)
+    settings = LaunchConfig(1, 1, cfg.trainer.devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=secrets.token_hex(4), max_restarts=0)
     if "OMP_NUM_THREADS" not in os.environ:  # ranks whose threads wait for each other's cores are ten times slower
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))
     try:
-        elastic_launch(launch, sys.executable)(*sys.argv, *name)
+        elastic_launch(settings, sys.executable)(*sys.argv, *name)
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:

@@ -61,7 +61,8 @@ class ClusteringModule(LightningModule):
 
     Everything that a run needs to go on is in the buffers, one set per site:
     centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far, and until the next one begins of
-    the last full pass, that the centroids were cut from; layer_sums int64 [L, D], every row of the first pass;
+    the last full pass, that the centroids were cut from (with several ranks each then has the sums of its own clusters, until
+    `gather_sums`); layer_sums int64 [L, D], every row of the first pass;
     captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
     first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
     """
@@ -79,6 +80,7 @@ class ClusteringModule(LightningModule):
         self.group_rows = info.tokens * (info.layers if self.pooled else 1)
         self._check()
         self.history: list[dict] = []
+        self._sums_apart = False  # whether each rank has the sums of its own clusters alone
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
@@ -121,6 +123,11 @@ class ClusteringModule(LightningModule):
     def configure_optimizers(self):
         # Nothing is trained by gradients; a step of this counts global_step on, which max_steps and checkpoints go by.
         return torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """With several ranks to be called on all of them: a checkpoint holds the sums of all clusters."""
+        self.gather_sums()
+        return super().state_dict(*args, **kwargs)
 
     def get_extra_state(self) -> dict:
         return {"history": self.history}
@@ -173,6 +180,7 @@ class ClusteringModule(LightningModule):
 
     def _begin_pass(self) -> None:
         self._pass_began = time.perf_counter()
+        self._sums_apart = False
         self.changed.zero_()
         for site in self.info.sites:
             if self.cfg.schedule == "epoch":
@@ -191,6 +199,17 @@ class ClusteringModule(LightningModule):
         for name in own + (() if self.history else ("layer_sums",)):
             self.get(name, site).zero_()
         self.get("worst", site).fill_(NO_ROW)
+
+    def _by_cluster(self, name: str, site: str) -> Tensor:
+        """The buffer `name` [G, K, …] as [G·K, …], of which the ranks share out the rows."""
+        return self.get(name, site).flatten(0, 1)
+
+    def gather_sums(self) -> None:
+        """Brings the sums of all clusters to all ranks, if they lie apart; to be called on all of them."""
+        if self._sums_apart:
+            for site in self.info.sites:
+                distributed.gather_rows(self._by_cluster("sums", site))
+            self._sums_apart = False
 
     def _grouped(self, value: Tensor) -> Tensor:
         """[L, n, ...] → [G, rows, ...]"""
@@ -271,16 +290,26 @@ class ClusteringModule(LightningModule):
         self._set("worst", site, keys.topk(self.cfg.k, dim=1, largest=False, sorted=True).values)
 
     def _update(self, site: str) -> Tensor:
-        """New centroids from the sums; a cluster with no member keeps its own. Returns how many bits changed, int64."""
-        old = self.get("centroids", site)
-        new = self._cut(self.get("sums", site), self.get("sizes", site))
-        new = torch.where((self.get("sizes", site) > 0).unsqueeze(2), new, old)
+        """New centroids from the sums. Returns how many bits changed, int64."""
+        old = self._by_cluster("centroids", site)
+        new = self._renewed("centroids", site, self._cut)
         changed = ops.popcount(new ^ old).long().sum()
-        self._set("centroids", site, new)
+        old.copy_(new)
         return changed
 
+    def _renewed(self, name: str, site: str, follow: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the buffer `name` becomes, [G·K, …]: what follows from the sums int64 [n, D] and sizes int64 [n] of clusters; one with no member keeps
+        its own. Where the sums lie apart each rank makes what follows from its own, and all get all."""
+        sums, sizes, old = (self._by_cluster(each, site) for each in ("sums", "sizes", name))
+        new = torch.empty_like(old)
+        for rows in distributed.own_rows(len(old)) if self._sums_apart else [slice(None)]:
+            new[rows] = torch.where((sizes[rows] > 0).unsqueeze(1), follow(sums[rows], sizes[rows]), old[rows])
+        if self._sums_apart:
+            distributed.gather_rows(new)
+        return new
+
     def _cut(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """The centroids uint8 [G, K, W] that follow from sums int64 [G, K, D] and sizes int64 [G, K]."""
+        """The centroids uint8 [n, W] that follow from sums int64 [n, D] and sizes int64 [n]."""
         return ops.binarize(sums, self.cfg.density)
 
     def _changeable(self, D: int) -> int:
@@ -290,12 +319,9 @@ class ClusteringModule(LightningModule):
     def _end_pass(self) -> None:
         """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
         empty, figures = 0, {}
+        self._sums_apart = self.cfg.schedule == "epoch"
         for site in self.info.sites:
-            names = ("captured", "weight") if self.cfg.schedule == "step" else ("captured", "weight", "sums", "sizes")
-            for name in names + (("layer_sums",) if self._layers_apart and not self.history else ()):
-                distributed.all_sum(self.get(name, site))
-            if not (self._layers_apart or self.history):
-                self._set("layer_sums", site, self.get("sums", site).sum(1))
+            self._exchange(site)
             empty += self._revise(site)
             captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
             figures |= {f"cluster/captured_{site}": captured.mean().item()}
@@ -303,6 +329,20 @@ class ClusteringModule(LightningModule):
                 figures |= {f"cluster_layers/captured_{site}_{layer:02d}": value for layer, value in enumerate(captured.tolist())}
         self.passes += 1
         self._report(figures, empty, int(self.changed))
+
+    def _exchange(self, site: str) -> None:
+        """Adds up over the ranks what each has seen in the pass. Of the sums, the one large thing, each rank gets those of its own clusters."""
+        layers = self.get("layer_sums", site)
+        if not (self._layers_apart or self.history):
+            layers.copy_(self.get("sums", site).sum(1))
+        own = [self.get(name, site) for name in ("captured", "weight")]
+        if self._sums_apart:
+            own.append(self.get("sizes", site))
+            distributed.sum_own_rows(self._by_cluster("sums", site))
+        if not self.history and (self._layers_apart or self._sums_apart):
+            own.append(layers)
+        for value in own:
+            distributed.all_sum(value)
 
     def _revise(self, site: str) -> int:
         """New centroids at the end of a pass; returns how many clusters were empty."""

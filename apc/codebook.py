@@ -105,7 +105,8 @@ class Codebook:
 
     @classmethod
     def from_clustering(cls, module, provenance: dict) -> "Codebook":
-        """The codebook of a `ClusteringModule` as it stands."""
+        """The codebook of a `ClusteringModule` as it stands; to be called on all ranks."""
+        module.gather_sums()
         info, cfg = module.info, module.cfg
         sites = {}
         for site in info.widths:

@@ -48,8 +48,8 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    devices: int = 1  # processes, one for each GPU (or CPU process); more than one starts them
-    num_nodes: int = 1  # machines; more than one needs torchrun or SLURM to start the processes
+    devices: int = 1  # processes on a machine, one for each GPU (or CPU process); more than one starts them, unless torchrun did
+    num_nodes: int = 1  # machines; more than one needs torchrun on each, which then says how many there are
     precision: str = "32-true"  # of the predictor's training, as Lightning names it: 32-true, bf16-mixed, …
     batch_windows: int | None = None  # windows in one forward pass; null: 1 on a CPU, 8 on a GPU
     log_every_n_steps: int = 20  # predictor steps between logged losses
@@ -111,6 +111,9 @@ class Config:
                 raise UserError(f"arms: gate needs sites=[neuron], this run has sites={self.sites}")
         if self.speed and self.sites != ["neuron"]:
             raise UserError(f"speed=true: kernels need sites=[neuron], this run has sites={self.sites}")
+        for key, wanted in (("speed", self.speed), ("tune.max_epochs", self.tune.max_epochs)):
+            if wanted and self.model.device_map:
+                raise UserError(f"model.device_map={self.model.device_map}: {key}={wanted} needs the model on one device; leave one of the two out")
         if self.predictor.form == "low-bit" and self.sites != ["neuron"]:
             raise UserError(f"predictor.form=low-bit needs sites=[neuron], this run has sites={self.sites}")
         if self.tune.max_epochs:

@@ -76,11 +76,23 @@ class BlockLoader:
         first, last = self.blocks[block]
         return math.ceil((last - first) * self.source.info.seq_len / self.batch_tokens)
 
-    def progress(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def progress(self) -> dict[str, int | list[int]]:
+        ended = self.position >= len(self)  # in how many batches does not matter then: other numbers of ranks may have more or fewer
+        return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, "blocks": self._cut}
 
-    def resume(self, progress: dict[str, int]) -> None:
+    def resume(self, progress: dict[str, int | list[int]]) -> None:
+        """Raises UserError for a place within a pass over other blocks than these, which no longer says what was seen."""
+        if progress["position"] and progress.get("blocks") != self._cut:
+            raise UserError(
+                f"the checkpoint lies within a pass over other blocks of rows than {distributed.world_size()} processes have; start as many as it began with, "
+                "or delete the run's checkpoints"
+            )
         self.epoch, self.position = progress["epoch"], progress["position"]
+
+    @property
+    def _cut(self) -> list[int]:
+        """How many blocks there are, and the windows of the first: who has the same has the same blocks."""
+        return [len(self.blocks), self.blocks[0][1]]
 
     def release(self) -> None:
         """Gives the device memory of kept blocks back; later passes copy them again."""
@@ -186,10 +198,10 @@ class ResumedDataModule(LightningDataModule):
 
     # The loader's place is kept here and not in the loader's own state_dict: Lightning 2.6 forgets that one in a checkpoint of an
     # epoch's end, and whenever the loader was set up before the checkpoint was read.
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | list[int]]:
         return self.loader.progress()
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int | list[int]]) -> None:
         self.loader.resume(state_dict)
 
 

@@ -7,6 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since torch 2.13, and before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -20,6 +24,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Processes of this run on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -29,6 +38,7 @@ def start(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast: a process that fails with it can take the host's other GPUs with it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -68,6 +78,38 @@ def all_concat(value: Tensor, dim: int) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts, dim=dim)
+
+
+def own_rows(count: int) -> list[slice]:
+    """The rows, of so many, that this rank works on: as many as every other, and the few then left over, which all ranks work on."""
+    each = count // world_size()
+    parts = slice(rank() * each, (rank() + 1) * each), slice(world_size() * each, count)
+    return [part for part in parts if part.start < part.stop]
+
+
+def sum_own_rows(value: Tensor) -> None:
+    """Sums of contiguous [n, …] over all ranks, in place: each rank has those of its `own_rows`, and its other rows mean nothing. Integers stay exact."""
+    if dist.is_initialized():
+        own, even, rest = _split(value)
+        if len(even):
+            _reduce_scatter(own, even)
+        if len(rest):
+            dist.all_reduce(rest)
+
+
+def gather_rows(value: Tensor) -> None:
+    """Brings each rank's `own_rows` of contiguous [n, …] to all, in place."""
+    if dist.is_initialized():
+        own, even, _ = _split(value)
+        if len(even):
+            _all_gather(even, own)
+
+
+def _split(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [n, …]: the rows that this rank alone works on, those that each rank has as many of, and those left over."""
+    each = len(value) // world_size()
+    even, rest = value[: world_size() * each], value[world_size() * each :]
+    return even[rank() * each : (rank() + 1) * each], even, rest
 
 
 def share(count: int, part: int | None = None, parts: int | None = None) -> tuple[int, int]:

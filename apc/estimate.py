@@ -26,6 +26,7 @@ from apc.collect import store_folder
 from apc.config import CONFIGS, DEFAULT_ARMS, Config, load_config
 from apc.datamodule import block_ranges
 from apc.errors import UserError
+from apc.exchange import GPUS_PER_HOST, Exchange
 from apc.models import DTYPES, ModelConfig, check_config, find_ffns, find_model, model_name
 from apc.patterns import ActiveRule, PatternInfo
 from apc.predictor import PredictorModule
@@ -78,7 +79,7 @@ class Seconds:
 @dataclass(frozen=True)
 class Estimate:
     """What a run on `ranks` GPUs would take. Bytes by what they are for: on `disk`; on each GPU (`gpu`); on the host, of all processes (`host`);
-    that each GPU gives to an all-reduce in one pass of clustering (`exchange`). `peak`: the most of a GPU that a stage takes, by stage."""
+    that each GPU sends to others in one pass of clustering (`exchange`). `peak`: the most of a GPU that a stage takes, by stage."""
 
     ranks: int
     disk: dict[str, int]
@@ -248,17 +249,26 @@ def _nbytes(tensors: Iterable[object]) -> int:
     return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 
-def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: int) -> dict[str, int]:
-    """Bytes of the tensors that a pass sums over the ranks, by what they are; of the first pass, which in a pooled codebook also counts each layer."""
+def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: int) -> dict[str, Exchange]:
+    """What a pass exchanges, by what it is; the first pass, which also counts each layer. Not in it: re-seeding, and the sums of a checkpoint."""
     sites = module.info.sites
-    held = {name: sum(module.get(name, site).nbytes for site in sites) for name in ("sums", "sizes", "captured", "weight", "layer_sums")}
-    at_end = held["captured"] + held["weight"] + (held["layer_sums"] if module._layers_apart else 0)
+
+    def held(*names: str) -> int:
+        return sum(module.get(name, site).nbytes for name in names for site in sites)
+
+    small = held("captured", "weight")
+    if module.cfg.schedule == "step":
+        at_end = small + (held("layer_sums") if module._layers_apart else 0)
+        return {"sums and sizes, each step": Exchange(reduced=len(blocks) * held("sums", "sizes")), "at a pass's end": Exchange(reduced=at_end)}
+    found = {"sums, reduce-scattered": Exchange(scattered=held("sums"))}
+    small += held("sizes", "layer_sums")
     if module.cfg.algorithm == "apc-paper":
         chunks = sum(math.ceil((last - first) / ranks) for first, last in blocks)
-        at_end += sum(module.get("cluster_of", site).nbytes for site in sites)
-        return {"centroids' votes, a window of each GPU at a time": chunks * held["sums"], "at a pass's end": held["sums"] + held["sizes"] + at_end}
-    steps = len(blocks) if module.cfg.schedule == "step" else 1
-    return {"sums and sizes": steps * (held["sums"] + held["sizes"]), "at a pass's end": at_end}
+        found["centroids' votes, a window of each GPU at a time"] = Exchange(reduced=chunks * held("sums"))
+        small += held("cluster_of")
+    else:
+        found["centroids, all-gathered"] = Exchange(gathered=held("centroids", *(["means"] if module.cfg.algorithm == "brb-kmeans" else [])))
+    return found | {"sizes and the like, all-reduced": Exchange(reduced=small)}
 
 
 # ---- the estimate
@@ -314,7 +324,8 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
         host["patterns read ahead"] = ranks * BLOCKS_READ * block_bytes(info, module.fields(), math.ceil(largest / ranks))
     host["codebook"] = ranks * book_bytes
     exchange = exchanged(module, blocks, ranks) if ranks > 1 else {}
-    return Estimate(ranks, disk, gpu, peak, host, exchange, _seconds(cfg, work, module, ranks, kept, exchange))
+    sent = {name: round(part.sent(ranks)) for name, part in exchange.items()}
+    return Estimate(ranks, disk, gpu, peak, host, sent, _seconds(cfg, work, module, ranks, kept, sum(part.seconds(ranks) for part in exchange.values())))
 
 
 # ---- seconds
@@ -366,7 +377,8 @@ def pass_seconds(module: ClusteringModule, share: float, kept: int) -> float:
     return max(compute, streamed / rate("rows over the link", "copy", 0, max(info.widths.values())))
 
 
-def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, kept: int, exchange: dict[str, int]) -> dict[str, Seconds]:
+def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, kept: int, exchange: float) -> dict[str, Seconds]:
+    """exchange: seconds of it in a pass of clustering."""
     reference_cfg, reference = _reference()
     measured, reference_work = known()["stages"]["seconds"], stage_work(reference_cfg, reference)
     found = {}
@@ -375,7 +387,7 @@ def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, 
         share = math.ceil(windows / ranks) / windows
         ends = sorted(measured[stage] * amount / reference_work[stage][unit] * share for unit, amount in amounts.items())
         found[stage] = Seconds(*ends, "scaled from a measured run, by FLOPs and by what is read")
-    found["cluster"] = _cluster_seconds(cfg, module, ranks, kept, sum(exchange.values()))
+    found["cluster"] = _cluster_seconds(cfg, module, ranks, kept, exchange)
     if cfg.tune.max_epochs:
         found["tune"] = _tune_seconds(cfg, work, ranks)
     order = ["collect", "cluster", "predict", "tune", "evaluate"]
@@ -383,13 +395,11 @@ def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, 
     return {stage: found[stage] for stage in order[: order.index(last) + 1] if stage in found}
 
 
-def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchanged_bytes: int) -> Seconds:
+def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchange: float) -> Seconds:
     """From what the kernels take to that and what the measured run's clustering took besides them."""
     share = math.ceil(module.info.windows / ranks) / module.info.windows
     passes = cfg.cluster.max_epochs
-    kernels = passes * pass_seconds(module, share, kept)
-    if ranks > 1:  # a ring's all-reduce sends nearly each byte twice
-        kernels += passes * 2 * (ranks - 1) / ranks * exchanged_bytes / float(known()["data_sheet"]["exchange"])
+    kernels = passes * (pass_seconds(module, share, kept) + exchange)
     if cfg.cluster.algorithm == "apc-paper":
         return Seconds(kernels, None, "its products at a measured rate; filling clusters in order was not timed")
     reference_cfg, reference = _reference()
@@ -468,7 +478,7 @@ def _costs_table(found: list[Estimate]) -> str:
     section("on each GPU", [each.gpu for each in found], None)
     section("on each GPU, at once", [each.peak for each in found], None)
     section("on the host, all processes", [each.host for each in found], None)
-    section("all-reduced in a pass, by each GPU", [each.exchange for each in found], "together")
+    section("sent in a pass, by each GPU", [each.exchange for each in found], "together")
     rows.append(["seconds, on H100s"] + [""] * len(found))
     for stage in found[0].seconds:
         rows.append([f"  {stage}"] + [_range(each.seconds[stage]) for each in found])
@@ -481,7 +491,8 @@ def _notes(cfg: Config, found: list[Estimate]) -> list[str]:
     notes = [f"{', '.join(names)}: {basis}." for basis, names in bases.items()]
     notes += [
         f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, the nearest shape.",
-        "Not in it: loading the model, reading and writing disks, activations of a forward pass and of tuning. Exchange: NVLink 4's data sheet, as if alone.",
+        "Not in it: loading the model, reading and writing disks, activations of a forward pass and of tuning. Exchange: rings at the speed of the "
+        f"data sheets, NVLink 4 up to {GPUS_PER_HOST} GPUs, beyond them 400 Gbit/s a GPU between hosts.",
     ]
     for each in found:
         over = [stage for stage, value in each.peak.items() if value > limit]

@@ -28,6 +28,7 @@ class ModelConfig:
     path: str = "bundled"  # `bundled`, a Hugging Face id, a model folder, or a .gguf file
     dtype: str = "auto"  # float32, bfloat16, float16; auto: as stored (a .gguf file: float32)
     device: str = "auto"  # cpu, cuda, cuda:N; auto: the GPU where there is one
+    device_map: str | None = None  # auto: one process spreads the layers over all GPUs, for a model too large for one; null: all on `device`
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
     trust_remote_code: bool = False  # run code that the model's repository brings along
 
@@ -36,6 +37,10 @@ class ModelConfig:
             raise UserError(f"model.dtype={self.dtype}: not a data type; choose auto, {', '.join(DTYPES)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
+        if self.device_map not in (None, "auto"):
+            raise UserError(f"model.device_map={self.device_map}: choose auto or null")
+        if self.device_map and Path(self.path).suffix == ".gguf":
+            raise UserError("model.device_map=auto: a .gguf file is unpacked on one device; give a model folder: model.path=FOLDER")
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -51,7 +56,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, object]:
-    """The model in evaluation mode on `device`, and its tokenizer. Raises UserError where it can't be had, or has no gated FFN."""
+    """The model in evaluation mode on `device` (with a device map: at least its first layer), and its tokenizer. Raises UserError where it can't be had,
+    has no gated FFN, or its map does not fit."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(cfg.path).expanduser()
@@ -64,14 +70,27 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, objec
         try:
             check_config(AutoConfig.from_pretrained(source, **options))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=cfg.device_map, **options)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if local_only and source == cfg.path:
                 reason = "it is not in the local cache, and the hub can't be reached; give a model folder or a .gguf file: model.path=FOLDER"
             raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
-    find_ffns(model)
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    ffns = find_ffns(model)
+    if cfg.device_map:
+        _check_map(model, home_of(ffns), device)
+    else:
+        model = model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_map(model: nn.Module, home: torch.device, device: torch.device) -> None:
+    """Raises UserError unless all weights are where they are used, and the first layer on `device`."""
+    away = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if value.is_meta})
+    if away:
+        raise UserError(f"model.device_map=auto: the GPUs have no room for {away[0]} and {len(away) - 1} more of its parts; use more GPUs or a smaller type")
+    if home != device:
+        raise UserError(f"model.device_map=auto: the first layer is on {home}, in place of {device}; leave model.device=auto")
 
 
 def find_model(path: str) -> tuple[str, bool]:
@@ -135,6 +154,11 @@ class GatedFFN:
         return torch.linalg.vector_norm(self.down.weight.float(), dim=0)
 
 
+def home_of(ffns: list[GatedFFN]) -> torch.device:
+    """Where the first layer is, and all that visitors see; other layers may lie on other devices."""
+    return ffns[0].down.weight.device
+
+
 def check_config(config) -> None:
     """Raises UserError if a model's configuration says that it is a mixture of experts or that its weights are packed."""
     kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -194,30 +218,36 @@ class FFNVisitor(Protocol):
 
 
 class FFNHooks:
-    """Calls a visitor with the input and the chosen sites of every FFN, in the order in which a forward pass reaches them."""
+    """Calls a visitor with the input and the chosen sites of every FFN, in the order in which a forward pass reaches them: on the first layer's device,
+    from where what it returns goes back to the layer's."""
 
     def __init__(self, ffns: list[GatedFFN], sites: list[str], visitor: FFNVisitor):
         self._handles = []
+        self._home = home_of(ffns)
         for layer, ffn in enumerate(ffns):
             self._hook_layer(layer, ffn, sites, visitor)
 
     def _hook_layer(self, layer: int, ffn: GatedFFN, sites: list[str], visitor: FFNVisitor) -> None:
+        def visit(site, values):
+            changed = visitor.visit(layer, site, values.to(self._home))
+            return None if changed is None else changed.to(values.device)
+
         def output_hook(site):
-            return lambda _module, _inputs, output: visitor.visit(layer, site, output)
+            return lambda _module, _inputs, output: visit(site, output)
 
         def fused_hook(_module, _inputs, output):
             halves = dict(zip(("gate", "up"), output.chunk(2, dim=-1), strict=True))
-            changed = {site: visitor.visit(layer, site, halves[site]) for site in ("gate", "up") if site in sites}
+            changed = {site: visit(site, halves[site]) for site in ("gate", "up") if site in sites}
             if any(value is not None for value in changed.values()):
                 return torch.cat([halves[site] if changed.get(site) is None else changed[site] for site in ("gate", "up")], dim=-1)
             return None
 
         def neuron_hook(_module, inputs):
-            value = visitor.visit(layer, "neuron", inputs[0])
+            value = visit("neuron", inputs[0])
             return None if value is None else (value,)
 
         hook = self._handles.append
-        hook(ffn.module.register_forward_pre_hook(lambda _module, inputs: visitor.enter(layer, inputs[0])))
+        hook(ffn.module.register_forward_pre_hook(lambda _module, inputs: visitor.enter(layer, inputs[0].to(self._home))))
         if ffn.gate_up is not None and {"gate", "up"} & set(sites):
             hook(ffn.gate_up.register_forward_hook(fused_hook))
         for site in ("gate", "up", "down"):

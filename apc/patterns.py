@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apc import ops
 from apc.errors import UserError
-from apc.models import SITES, GatedFFN
+from apc.models import SITES, GatedFFN, home_of
 
 WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # the power of the importance that a pattern contributes; 0: one if active
 
@@ -65,7 +65,7 @@ class Importance:
     """Importance of each neuron: |x| at gate, up and down; at `neuron`, |act(g)·u| times the norm of its column of W_down."""
 
     def __init__(self, ffns: list[GatedFFN]):
-        self._norms = [ffn.output_norms() for ffn in ffns]
+        self._norms = [ffn.output_norms().to(home_of(ffns)) for ffn in ffns]
 
     def __call__(self, layer: int, site: str, values: Tensor) -> Tensor:
         """values [..., D] in the model's type → float32 [..., D], not negative."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apc.arms import Arm, Choice, Tokens, make_arm
 from apc.codebook import Codebook
 from apc.errors import UserError
-from apc.models import FFNHooks, GatedFFN, find_ffns
+from apc.models import FFNHooks, GatedFFN, find_ffns, home_of
 from apc.patterns import Importance
 from apc.predictor import Predictor
 from apc.sparse_ffns import SparseFFNs
@@ -121,7 +121,9 @@ def sparsify(
     """
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
-    device = ffns[0].down.weight.device
+    device = home_of(ffns)
+    if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
+        raise UserError(f"kernel={kernel}: the model's layers lie on several devices, which kernels do not take; leave kernel out")
     by_kernels = kernel is not None and predictor is not None and (arm == "predicted" or predictor.low_bit is not None)
     if not by_kernels:  # which take along what they need, and no profiles
         codebook, predictor = codebook.to(device), predictor.to(device) if predictor is not None else None

@@ -70,8 +70,8 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
     shown = [TQDMProgressBar(refresh_rate=10)] if cfg.trainer.progress else []
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" and world == 1 else max(1, world // cfg.trainer.num_nodes),
-        num_nodes=cfg.trainer.num_nodes,
+        devices=[device.index] if device.type == "cuda" and world == 1 else distributed.local_world_size(),
+        num_nodes=world // distributed.local_world_size(),
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
@@ -89,6 +89,7 @@ def _fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, che
     """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be taken up."""
     # The loader is resumable: the data module keeps its place (see there why).
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on all ranks
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     if checkpoint.is_file():
         _check_checkpoint(checkpoint, module, max(2, len(data.loader) * trainer.max_epochs))

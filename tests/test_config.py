@@ -1,11 +1,13 @@
 """Sources are merged in order, and every mistake in them is one line that names the key."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import pytest
 
 import tiny
+from apc import cli
 from apc.config import load_config, to_yaml
 from apc.errors import UserError
 
@@ -54,6 +56,7 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("cluster.k=many", r"cluster\.k: Value 'many' of type 'str' could not be converted to Integer"),
         ("cluster.k", "cluster.k: not an override; write key=value"),
         ("cluster.k=0", "cluster.k must be at least 1, got 0"),
+        ("model.device_map=balanced", r"model\.device_map=balanced: choose auto or null"),
         ("cluster.density=1.5", "cluster.density must lie between 0 and 1, got 1.5"),
         ("cluster.density=0", "cluster.density must lie between 0 and 1, got 0"),
         ("sparsity=1", "sparsity must lie between 0 and 1, got 1"),
@@ -112,3 +115,39 @@ def test_a_mistake_on_the_command_line_exits_with_2_and_one_line():
     failed = tiny.command("train.py", "cluster.kk=3")
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: cluster.kk: unknown key; did you mean cluster.k?"
+
+
+@pytest.mark.parametrize(
+    ("words", "started", "line"),
+    [
+        (["trainer.devices=4"], (2, 2), r"trainer\.devices=4: torchrun started 2; give it --nproc-per-node=4, or leave the key out"),
+        (["trainer=slurm"], (8, 8), r"trainer\.num_nodes=2: torchrun started 1; give it --nnodes=2"),
+        (["trainer=slurm"], (16, 8), None),
+        ([], (16, 8), None),
+    ],
+    ids=["devices", "machines", "as-configured", "not-configured"],
+)
+def test_a_launcher_that_started_other_processes_is_named(monkeypatch, words, started, line):
+    for name, value in zip(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), started, strict=True):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
+        cli.check_launched(load_config(None, words))
+
+
+def test_tasks_of_slurm_do_not_each_start_all_processes(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UserError, match=r"srun started 8 of these, and each would start as many; start one"):
+        cli.launch(load_config(None, ["trainer=ddp", "model.device=cpu"]))
+
+
+def test_a_device_map_is_one_process_and_decodes_nothing(monkeypatch, capsys):
+    for words, line in (
+        (["trainer=ddp"], "model.device_map=auto: spreads one process over all GPUs; set trainer.devices=1, or leave it out"),
+        (["speed=true"], "model.device_map=auto: speed=True needs the model on one device; leave one of the two out"),
+        (["tune.max_epochs=2"], "model.device_map=auto: tune.max_epochs=2 needs the model on one device; leave one of the two out"),
+        (["model.path=a.gguf"], "model.device_map=auto: a .gguf file is unpacked on one device; give a model folder: model.path=FOLDER"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "model.device_map=auto", *words])
+        with pytest.raises(SystemExit):
+            cli.main("", lambda cfg: {})
+        assert capsys.readouterr().err == f"error: {line}\n"

@@ -15,10 +15,11 @@ from apc import cli, clustering, distributed, estimate, paper, store
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
 from apc.errors import UserError
+from apc.exchange import Exchange, Links, iteration_seconds
 from apc.models import ModelConfig
 from apc.patterns import ActiveRule, PatternInfo
 from apc.store import PatternStore
-from apc.training import block_bytes
+from apc.training import ALGORITHMS, block_bytes
 
 K, WIDTH = 150, 404  # large enough that headers of files are a small part of them
 
@@ -86,15 +87,17 @@ def test_buffers_are_those_of_a_real_module(algorithm):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper"])
+@pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper", "brb-kmeans"])
 def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks):
     """One process stands for the first of equal ranks: what it hands to an exchange is counted, and only its counts of windows grow."""
-    source, summed, begun = make_source(windows=12), [], []
-    module_of = {"lloyd": clustering.ClusteringModule, "apc-paper": paper.PaperClustering}[algorithm]
+    source, summed, scattered, gathered, begun = make_source(windows=12), [], [], [], []
+    module_of = ALGORITHMS[algorithm]
     begin = module_of._begin_pass
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     monkeypatch.setattr(distributed, "all_sum", lambda value: summed.append(value.nbytes) or (value if value.dim() else value * ranks))
     monkeypatch.setattr(distributed, "all_max", lambda value: summed.append(value.nbytes) or value)
+    monkeypatch.setattr(distributed, "sum_own_rows", lambda value: scattered.append(value.nbytes))
+    monkeypatch.setattr(distributed, "gather_rows", lambda value: gathered.append(value.nbytes))
     monkeypatch.setattr(distributed, "all_concat", lambda value, dim: value)
     monkeypatch.setattr(BlockLoader, "owned", lambda self, tokens: torch.ones(len(tokens), dtype=torch.bool))
     monkeypatch.setattr(module_of, "_begin_pass", lambda self: (begun.append(len(summed)), begin(self)))
@@ -105,7 +108,11 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True)))
     blocks = block_ranges(source.info.windows, 2 * ranks, ranks)
     counts = 8 * len(blocks) + 8 if algorithm == "apc-paper" else 0  # windows of each block, and rows that moved
-    assert sum(estimate.exchanged(module, blocks, ranks).values()) + counts == sum(summed[begun[0] :])
+    said = estimate.exchanged(module, blocks, ranks).values()
+    assert sum(part.reduced for part in said) + counts == sum(summed[begun[0] :])
+    assert (sum(part.scattered for part in said), sum(part.gathered for part in said)) == (sum(scattered), sum(gathered))
+    sent = (sum(scattered) + sum(gathered) + 2 * sum(part.reduced for part in said)) * (ranks - 1) / ranks
+    assert sum(part.sent(ranks) for part in said) == pytest.approx(sent)
 
 
 # ---- seconds
@@ -134,10 +141,22 @@ def test_more_gpus_take_less_each_and_exchange_something():
     cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd"])
     work = estimate.read_workload(cfg)
     one, eight = (estimate.estimate(cfg, work, ranks) for ranks in (1, 8))
-    assert not one.exchange and sum(eight.exchange.values()) > 3 * 2048 * 4096 * 8
+    widths = 14336 + 14336 + 4096
+    assert not one.exchange and eight.exchange["sums, reduce-scattered"] == 2048 * widths * 8 * 7 // 8
+    assert eight.exchange["centroids, all-gathered"] == 2048 * widths // 8 * 7 // 8
     for stage in one.seconds:
         assert eight.seconds[stage].low < one.seconds[stage].low / 5
     assert eight.peak["clustering"] < one.peak["clustering"] and eight.host["model while it loads"] == 8 * one.host["model while it loads"]
+
+
+def test_rings_send_what_they_are_said_to():
+    """K 16,384, D 14,336: 1.88 GB of sums, of which each of 8 GPUs sends seven eighths; 64 are bound by the adapters between hosts."""
+    exchange = Exchange(scattered=8 * 16384 * 14336, gathered=16384 * 1792, reduced=8 * 16384)
+    assert exchange.sent(1) == exchange.seconds(1) == 0
+    assert exchange.sent(8) == 7 / 8 * (8 * 16384 * 14336 + 16384 * 1792 + 2 * 8 * 16384)
+    assert exchange.seconds(8) == pytest.approx(exchange.sent(8) / 450e9) and exchange.seconds(64) == pytest.approx(exchange.sent(64) / 400e9)
+    assert exchange.seconds(64, Links(within=100e9)) == pytest.approx(exchange.sent(64) / 100e9)
+    assert iteration_seconds(0.46, exchange, 8) == pytest.approx(0.46 / 8 + exchange.seconds(8))
 
 
 def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
@@ -180,7 +199,7 @@ def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, m
     said = capsys.readouterr().out
     assert said.startswith("ESTIMATED, not measured") and max(map(len, said.splitlines())) <= 120
     assert "21 windows × 32 = 672 tokens (counted)" in " ".join(said.split()) and "1 GPU" in said and "2 GPUs" in said and "8 GPUs" in said
-    for row in ("codebook", "checkpoint of the predictor", "sums and sizes", "model while it loads", "evaluate"):
+    for row in ("codebook", "checkpoint of the predictor", "sums, reduce-scattered", "model while it loads", "evaluate"):
         assert f"  {row} " in said, row
     assert not (folder / "runs").exists() and not (folder / "stores").exists()
 

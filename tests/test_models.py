@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
+from apc import models
+from apc.activations import Collector
 from apc.errors import UserError
 from apc.models import FFNHooks, ModelConfig, find_ffns, load_model, resolve_device, weights_digest
-from apc.patterns import Importance
+from apc.patterns import ActiveRule, Importance
 
 
 class Recorder:
@@ -114,3 +117,53 @@ def test_an_absent_gpu_and_an_absent_folder_are_named(tmp_path, monkeypatch):
         resolve_device("cuda")
     with pytest.raises(UserError, match=f"model.path={tmp_path}/none: no such folder"):
         load_model(ModelConfig(path=str(tmp_path / "none")), torch.device("cpu"))
+
+
+def test_a_device_map_changes_nothing_that_is_seen(tmp_path):
+    """On this machine's GPUs, or its CPU where there is none."""
+    folder, device = tiny.save_model(tmp_path / "model"), resolve_device("auto")
+    windows, books = torch.arange(64).view(2, 32), []
+    for device_map in (None, "auto"):
+        model, _ = load_model(ModelConfig(path=str(folder), device_map=device_map), device)
+        books.append(Collector(model, ["neuron"], device).block(windows, 0, ActiveRule("top", 0.5), with_importance=True, with_hidden=True).tensors())
+    assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
+
+
+def test_hooks_see_layers_whose_weights_come_and_go(tmp_path):
+    """accelerate keeps one layer on disk and brings it for its forward pass: the same is seen, but such a map is refused, since it reads weights too."""
+    model, recorders = tiny.make_model(), []
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.2": "cpu"}
+    for spread in (False, True):
+        if spread:
+            dispatch_model(model, places | {"model.layers.1": "disk"}, main_device="cpu", offload_dir=tmp_path)
+        recorders.append(Recorder())
+        hooks = FFNHooks(find_ffns(model), ["gate", "up", "neuron", "down"], recorders[-1])
+        with torch.no_grad():
+            model(torch.arange(9)[None])
+        hooks.remove()
+    assert all(torch.equal(value, recorders[1].seen[key]) for key, value in recorders[0].seen.items())
+    with pytest.raises(UserError, match="no room for model.layers.1.* and 8 more of its parts; use more GPUs or a smaller type"):
+        models._check_map(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def test_visitors_see_all_layers_on_one_device_and_what_they_change_goes_back(monkeypatch):
+    """`meta` stands for the first layer's device: it takes what is there and holds nothing."""
+    model, seen = tiny.make_model(), []
+
+    class Visitor:
+        def enter(self, layer, hidden):
+            seen.append(hidden.device.type)
+
+        def visit(self, layer, site, values):
+            seen.append(values.device.type)
+
+    expected = model(torch.arange(9)[None]).logits
+    monkeypatch.setattr(models, "home_of", lambda ffns: torch.device("meta"))
+    hooks = FFNHooks(find_ffns(model), ["gate", "up", "neuron", "down"], Visitor())
+    assert torch.equal(model(torch.arange(9)[None]).logits, expected) and seen == ["meta"] * 3 * 5
+    hooks.remove()
+
+
+def test_a_first_layer_elsewhere_is_named():
+    with pytest.raises(UserError, match="the first layer is on cuda:0, in place of cuda:1; leave model.device=auto"):
+        models._check_map(tiny.make_model(), torch.device("cuda", 0), torch.device("cuda", 1))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,7 +117,12 @@ def killed_after(steps: int, module: type):
 
 
 def run_ranks(ranks: int, words: list[str]) -> None:
-    """`train.py` with these overrides in so many processes, as torchrun starts them, but forked off one that has imported everything. Fails where one does."""
+    """`train.py` with these overrides in so many processes. Fails where one does."""
+    in_ranks(ranks, _train, words)
+
+
+def in_ranks(ranks: int, function: Callable, *arguments) -> None:
+    """function(*arguments) in so many processes, as torchrun starts them, but forked off one that has imported everything. Fails where one does."""
     context = _forkserver()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -129,7 +135,7 @@ def run_ranks(ranks: int, words: list[str]) -> None:
         "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": port,
     }
-    processes = [context.Process(target=_rank, args=(words, environment | {"RANK": rank, "LOCAL_RANK": rank})) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=(environment | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
@@ -163,18 +169,22 @@ def _forkserver() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _rank(words: list[str], environment: dict) -> None:
+def _rank(environment: dict, function: Callable, arguments: tuple) -> None:
     os.environ |= {key: str(value) for key, value in environment.items()}
     torch.set_num_threads(1)
-    import train
-    from apc.config import load_config
-
     try:
-        train.train(load_config(None, [*words, f"trainer.devices={environment['WORLD_SIZE']}"]))
+        function(*arguments)
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
     torch.distributed.destroy_process_group()
+
+
+def _train(words: list[str]) -> None:
+    import train
+    from apc.config import load_config
+
+    train.train(load_config(None, [*words, f"trainer.devices={os.environ['WORLD_SIZE']}"]))
 
 
 def command(*words: str, largest_file: int | None = None, timeout: float = 200) -> subprocess.CompletedProcess:

@@ -1,0 +1,144 @@
+"""The exchange of clustering in several processes: the same bits on any number of ranks, also after a kill and with another number of them."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from pytorch_lightning import Callback, Trainer
+from test_clustering import make_source
+
+import tiny
+from apc import distributed
+from apc.callbacks import ResumePoint
+from apc.clustering import ClusterConfig
+from apc.codebook import Codebook
+from apc.datamodule import BlockLoader, PatternDataModule
+from apc.errors import UserError
+from apc.training import ALGORITHMS, SumsOnDevices
+
+# 2 layers, and but for one 9 windows: uneven rows. By name: clusters that neither 2 nor 4 ranks share out evenly, fewer clusters than ranks, as many …
+CASES = {
+    "binary-uneven": dict(k=7, weighting="binary"),
+    "energy-pooled-uneven": dict(k=7, scope="pooled"),
+    "magnitude-even": dict(k=4, weighting="magnitude"),
+    "binary-fewer-than-ranks": dict(k=3, weighting="binary", scope="pooled"),
+    "one-cluster": dict(k=1, weighting="binary", scope="pooled"),
+    "empty-clusters": dict(k=40, weighting="binary", scope="pooled"),
+    "k-majority": dict(k=9, weighting="binary", algorithm="k-majority", penalty=2),
+    "brb-kmeans": dict(k=5, weighting="binary", algorithm="brb-kmeans"),
+    "step": dict(k=6, schedule="step", windows=8),  # which two to four ranks cut into the same blocks as one
+}
+
+
+class AlwaysResumable(ResumePoint):
+    def _save(self, trainer, in_time=True):
+        super()._save(trainer, in_time=False)
+
+
+class KilledInPass(Callback):
+    def __init__(self, number):
+        self.number = number
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.number:
+            raise tiny.Killed
+
+
+def cluster(options, checkpoint, killed_in=None, max_epochs=6):
+    """The codebook's tensors and the module's buffers after a clustering that goes on from `checkpoint` if it is there; in each rank."""
+    options = dict(tolerance=0.0, max_epochs=max_epochs, windows=9) | options
+    source, ranks = make_source(prototypes=6, windows=options.pop("windows")), distributed.world_size()
+    cfg = ClusterConfig(**options)
+    module = ALGORITHMS[cfg.algorithm](cfg, source.info)
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy=SumsOnDevices() if ranks > 1 else "auto", max_epochs=max_epochs, logger=False,
+        callbacks=[AlwaysResumable(checkpoint, sys.maxsize), KilledInPass(killed_in)], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = PatternDataModule(source, BlockLoader(source, module.fields(), 4, 0))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    book = Codebook.from_clustering(module, {}).sites["neuron"].tensors()
+    # What each rank has seen worst is its own, `changed` of the last pass alone.
+    buffers = {name: value for name, value in module.named_buffers() if not name.startswith(("worst", "changed"))}
+    history = [{name: value for name, value in record.items() if name != "seconds"} for record in module.history]
+    return {"book": book, "buffers": buffers, "history": history}
+
+
+def clusterings(folder, killed_in=None):
+    """Every case, each rank into a file of its own."""
+    distributed.start(torch.device("cpu"))
+    found = {}
+    for name, options in CASES.items():
+        try:
+            found[name] = cluster(options, folder / f"{name}.ckpt", killed_in)
+        except tiny.Killed:
+            assert killed_in is not None
+    torch.save(found, folder / f"rank{distributed.rank()}.pt")
+
+
+def run(ranks, folder, killed_in=None):
+    if ranks > 1:
+        tiny.in_ranks(ranks, clusterings, folder, killed_in)
+    else:
+        clusterings(folder, killed_in)
+
+
+def found_by(folder, ranks):
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+def same(found, expected):
+    assert found["history"] == expected["history"]
+    for kind in ("book", "buffers"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, value in found[kind].items():
+            assert torch.equal(value, expected[kind][name]), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    run(1, folder)
+    return found_by(folder, 1)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_rank_ends_with_the_same_bits_and_so_does_who_takes_up_its_checkpoint(tmp_path, alone, ranks):
+    run(ranks, tmp_path)
+    for found in found_by(tmp_path, ranks):
+        for name in CASES:
+            same(found[name], alone[name])
+    run(1, tmp_path)  # the codebook had not been written: it is made of the last pass's checkpoint
+    for name, found in found_by(tmp_path, 1)[0].items():
+        same(found, alone[name])
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, [2]), (2, [1, 2, 3])], ids=["begun-by-one", "begun-by-two"])
+def test_a_kill_and_another_number_of_ranks_change_no_bit(tmp_path, alone, first, then):
+    """9 windows in blocks of 4: one rank has three blocks, two and three ranks have two, since the last must have a window for each."""
+    assert all(len(alone[name]["history"]) > 1 for name in CASES if name != "one-cluster")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    run(first, begun, 1)
+    assert len(list(begun.glob("*.ckpt"))) == len(CASES)
+    for ranks in then:
+        folder = shutil.copytree(begun, tmp_path / f"on-{ranks}")
+        run(ranks, folder)
+        for found in found_by(folder, ranks):
+            for name in CASES:
+                same(found[name], alone[name])
+
+
+def test_a_place_within_a_pass_over_other_blocks_is_refused(monkeypatch):
+    source = make_source()
+    begun = BlockLoader(source, ["patterns.neuron"], 4, 0)
+    passed = iter(begun)
+    next(passed)
+    within = begun.progress()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    other = BlockLoader(source, ["patterns.neuron"], 4, 0)
+    with pytest.raises(UserError, match="within a pass over other blocks of rows than 2 processes have; start as many as it began"):
+        other.resume(within)
+    list(passed)
+    other.resume(begun.progress())
+    assert other.progress() == {"epoch": 1, "position": 0, "blocks": [2, 4]}
