@@ -80,6 +80,8 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
         for key in keys:
             if getattr(owner, key) != getattr(other, key):
                 raise UserError(f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; train another run")
+    if cfg.model.trust_remote_code and "model.trust_remote_code=true" not in overrides:
+        raise UserError(f"{run.config}: sets model.trust_remote_code, which runs code that comes with the model; say model.trust_remote_code=true yourself")
     return dataclasses.replace(cfg, checkpoint=str(run.path))
 
 

@@ -8,6 +8,7 @@ python -m apc.cache repair NAME …    keeps the whole shards of damaged stores;
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 from datetime import datetime
@@ -27,7 +28,11 @@ def stores(folder: Path) -> list[Path]:
 
 def size(path: Path) -> int:
     """Bytes of all files in a store."""
-    return sum(file.stat().st_size for file in path.iterdir())
+    total = 0
+    for file in path.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # of a process that is collecting
+            total += file.stat().st_size
+    return total
 
 
 def line(path: Path) -> str:
@@ -38,10 +43,10 @@ def line(path: Path) -> str:
         return f"{path.name:<32}{used}  interrupted; the same train.py command goes on from it"
     try:
         held = json.loads(manifest.read_text())
-    except ValueError:
-        return f"{path.name:<32}{used}  damaged manifest; prune it"
-    tokens = held["windows"] * held["seq_len"]
-    return f"{path.name:<32}{used}  {tokens:,} tokens × {held['layers']} layers, {', '.join(held['widths'])}"
+        tokens = held["windows"] * held["seq_len"]
+        return f"{path.name:<32}{used}  {tokens:,} tokens × {held['layers']} layers, {', '.join(held['widths'])}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"{path.name:<32}{used}  damaged, or of another format; prune it"
 
 
 def main(words: list[str] | None = None) -> None:
@@ -58,8 +63,9 @@ def main(words: list[str] | None = None) -> None:
         print("\n".join([f"{folder}: {len(found)} stores, {sum(map(size, found)) / 2**20:.1f} MiB", *map(line, found)]))
         return
     if options.action == "repair":
-        if not options.names:
-            raise UserError("repair: name the stores; `python -m apc.cache` lists them")
+        whole = {path.name for path in found if path.suffix != ".partial"}
+        if unknown := sorted(set(options.names) - whole) or ([] if options.names else ["repair"]):
+            raise UserError(f"{', '.join(unknown)}: no such store in {folder}, or one that was interrupted; `python -m apc.cache` lists them")
         for name in options.names:
             damaged, count = reopen(folder / name)
             said = f"shards {', '.join(map(str, damaged))} of {count} are damaged" if damaged else "no shard is damaged" if count else "its manifest was"

@@ -8,14 +8,30 @@ from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from apc import distributed
+from apc import distributed, signals
 from apc.evaluation import Evaluator
-from apc.files import replacing
+from apc.files import digest_of, replacing
 
+CHECKSUM = "sha256"  # of a checkpoint
 LAYER_MONITORED = ("coverage", "precision", "captured_importance")
 MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
+
+
+class CheckedCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints with a checksum of all that they hold, which a training that is gone on with looks at."""
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        super().save_checkpoint(checkpoint | {CHECKSUM: digest_of(checkpoint)}, path, storage_options)
+
+
+def checksum_problem(checkpoint: dict) -> str | None:
+    """What is wrong with a checkpoint that was read; None if it is what was saved."""
+    said = checkpoint.get(CHECKSUM)
+    same = said == digest_of({name: value for name, value in checkpoint.items() if name != CHECKSUM})
+    return None if same else "it has no checksum" if said is None else "it does not hold what its checksum says"
 
 
 class ResumePoint(Checkpoint):
@@ -43,7 +59,11 @@ class ResumePoint(Checkpoint):
         end = time.monotonic()
         self._due = end + 9 * (end - start)
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        _end_if_asked(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
+        _end_if_asked(trainer)
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:
             self._save(trainer)
 
@@ -53,6 +73,12 @@ class ResumePoint(Checkpoint):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and self.every_n_steps < sys.maxsize:  # which stands for: whole passes only
             self._save(trainer, in_time=False)
+
+
+def _end_if_asked(trainer: Trainer) -> None:
+    """Ends a training whose SIGTERM came before Lightning listens, which it does only when all is set up. Raises SIGTERMException."""
+    if signals.asked() and trainer.world_size == 1 and not trainer.received_sigterm:
+        raise SIGTERMException
 
 
 class ArmsOnHeldOut(Callback):

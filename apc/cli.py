@@ -77,8 +77,11 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
             raise
         print(f"error: {error.filename or 'a file'}: can't be written ({error.strerror}); make room, and {after_interrupt}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    except (MemoryError, RuntimeError) as error:  # torch's own: of a GPU a class, of the host a text
+        of_gpu = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError) and not of_gpu and "DefaultCPUAllocator" not in str(error):
+            raise
+        where = "the GPU" if of_gpu else "this machine"
         said = (str(error).splitlines() or ["no more is known"])[0]
         advice = "lower trainer.batch_windows, collect.block_tokens or predictor.batch, or set collect.storage=disk"
         print(f"error: {where} has no memory left ({said}); {advice}; {after_interrupt}", file=sys.stderr)
@@ -115,6 +118,7 @@ def check_launched(cfg: Config) -> None:
 
 def launch(cfg: Config) -> int:
     """Runs this very command line once for each device, as torchrun does, and returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -133,6 +137,8 @@ def launch(cfg: Config) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))
     try:
         elastic_launch(settings, sys.executable)(*sys.argv, *name)
+    except SignalException as error:  # after it has ended the ranks
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:

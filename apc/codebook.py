@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apc import ops
 from apc.errors import UserError
-from apc.files import load_tensors, save_tensors
+from apc.files import load_tensors, save_tensors, wrong_field
 from apc.patterns import WEIGHTINGS, ActiveRule
 
 KIND, VERSION = "apc-codebook", 2
@@ -142,14 +142,17 @@ class Codebook:
         path = Path(path)
         header, tensors = load_tensors(path, KIND, VERSION)
         try:
+            if wrong := wrong_field(header, _HEADER):
+                raise ValueError(wrong)
             sites = {
                 site: SiteCodebook(**{name.removesuffix(f".{site}"): tensors[name] for name in tensors if name.endswith(f".{site}")})
                 for site in header["widths"]
             }
             book = cls(sites=sites, **header)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged (its header and tensors don't match: {error}); make it again") from error
-        problem = book.problem()
+            problem = book.problem()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:  # whatever it is that does not go together
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: damaged (its header and tensors don't match: {reason}); make it again") from error
         if problem:
             raise UserError(f"{path}: damaged ({problem}); make it again")
         return book
@@ -157,6 +160,8 @@ class Codebook:
     def problem(self) -> str | None:
         """What is inconsistent in the codebook; None if nothing is."""
         G, L = 1 if self.scope == "pooled" else self.layers, self.layers
+        if not self.sites or min(L, self.hidden_size, self.ffn_width, *self.widths.values()) < 1 or not 0 < self.density < 1 or not 0 < self.sparsity < 1:
+            return f"{L} layers, hidden size {self.hidden_size}, widths {self.widths}, density {self.density} or sparsity {self.sparsity}"
         if self.weighting not in WEIGHTINGS or self.scope not in ("layer", "pooled") or self.active not in ("threshold", "top"):
             return f"unknown weighting {self.weighting}, scope {self.scope} or active rule {self.active}"
         if self.ones not in ("fixed", "free") or self.penalty < 1 or (self.ones == "free" and self.power):
@@ -181,6 +186,12 @@ class Codebook:
                     right = m if name == "static" or not self.budget else "its layer's number of"
                     return f"a mask in {name} of site {site} does not have {right} ones in {D} neurons"
         return None
+
+
+_HEADER = dict(
+    widths=dict, layers=int, hidden_size=int, ffn_width=int, scope=str, weighting=str, density=float, active=str, sparsity=float, provenance=dict, ones=str,
+    penalty=int, budget=(list, type(None)),
+)  # fmt: skip
 
 
 def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """From a model and token windows to a source of patterns: found on disk, or collected now."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,27 +46,33 @@ def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: 
         with_importance=cfg.importance, with_hidden=with_hidden,
         identity=identity,
     )  # fmt: skip
-    if cfg.storage == "disk":
-        found = find_store(store_folder(cfg), info)
-        if found is not None:
-            _say(f"patterns: found {found}")
-            store = PatternStore(found)
-            # What else the store holds must not matter to what is made of it.
-            store.info = replace(store.info, with_importance=info.with_importance, with_hidden=info.with_hidden)
-            return store
     size = info.bytes_per_token() * info.tokens
     where = str(store_folder(cfg)) if cfg.storage == "disk" else {"memory": "host memory", "device": str(collector.device)}[cfg.storage]
-    _say(f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size / 2**30:.2f} GiB into {where}")
-    if active == "threshold":
-        thresholds = collector.calibrate(calibration_sample(windows.tokens, cfg.calibration_windows), sparsity)
-        info = replace(info, rule=ActiveRule(active, sparsity, thresholds))
+    say = f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size / 2**30:.2f} GiB into {where}"
 
-    def read(first: int, last: int) -> Block:
-        return collector.block(windows.tokens[first:last], first, info.rule, info.with_importance, info.with_hidden)
+    def calibrate() -> dict[str, Tensor]:
+        return collector.calibrate(calibration_sample(windows.tokens, cfg.calibration_windows), sparsity) if active == "threshold" else {}
+
+    def read(rule: ActiveRule, first: int, last: int) -> Block:
+        return collector.block(windows.tokens[first:last], first, rule, info.with_importance, info.with_hidden)
 
     if cfg.storage == "disk":
-        return _to_disk(store_folder(cfg), info, read, collector.batch_windows)
-    return _to_memory(cfg, info, read, collector)
+        return _found(store_folder(cfg), info) or _to_disk(store_folder(cfg), info, calibrate, read, collector.batch_windows, say)
+    _say(say)
+    info = replace(info, rule=ActiveRule(active, sparsity, calibrate()))
+    return _to_memory(cfg, info, partial(read, info.rule), collector)
+
+
+def _found(folder: Path, info: PatternInfo) -> PatternStore | None:
+    """The store of these patterns, if it is there."""
+    path = find_store(folder, info)
+    if path is None:
+        return None
+    _say(f"patterns: found {path}")
+    store = PatternStore(path)
+    # What else the store holds must not matter to what is made of it.
+    store.info = replace(store.info, with_importance=info.with_importance, with_hidden=info.with_hidden)
+    return store
 
 
 def _say(line: str) -> None:
@@ -73,23 +80,33 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _to_disk(folder: Path, info: PatternInfo, read, step: int) -> PatternStore:
-    writer = StoreWriter(folder, info)
+def _to_disk(folder: Path, info: PatternInfo, calibrate: Callable[[], dict[str, Tensor]], read: Callable, step: int, say: str) -> PatternStore:
     with collecting(folder, info):
+        distributed.barrier()  # the first rank has the lock
+        found = _found(folder, info)  # by a process that had the lock before
+        distributed.barrier()  # all have looked
+        if found is not None:
+            return found
+        _say(say)
+        writer = StoreWriter(folder, info)
         if distributed.is_main():
             writer.prepare()
         distributed.barrier()
-        mine = writer.missing()[distributed.rank() :: distributed.world_size()]
+        rule = ActiveRule(info.rule.kind, info.rule.sparsity, writer.thresholds(calibrate))
+        writer.info = replace(info, rule=rule)
+        missing = writer.missing()
+        distributed.barrier()  # all have looked before one writes
+        mine = missing[distributed.rank() :: distributed.world_size()]
         with progress(sum(last - first for first, last in mine) * info.seq_len, "collect") as bar:
             for first, last in mine:
-                parts = [part.to("cpu") for part in _read_steps(read, first, last, step, bar)]
+                parts = [part.to("cpu") for part in _read_steps(partial(read, rule), first, last, step, bar)]
                 named = {name: torch.cat([part.tensors()[name] for part in parts], dim=1) for name in parts[0].tensors()}
                 writer.add(Block.of_windows(named, first, last, info.seq_len))
         distributed.barrier()
         if distributed.is_main():
             writer.finish()
         distributed.barrier()
-    return PatternStore(writer.path, verify=False)
+    return PatternStore(writer.path, verify=len(missing) < len(writer.shards))  # shards of another process have not been looked at yet
 
 
 def _read_steps(read, first: int, last: int, step: int, bar) -> Iterator[Block]:

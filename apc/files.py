@@ -93,3 +93,40 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict, dict[str, T
     except (SafetensorError, ValueError, KeyError, RecursionError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged ({reason}); make it again, or restore it from a copy") from error
+
+
+def wrong_field(header: object, kinds: dict[str, type | tuple[type, ...]]) -> str | None:
+    """The first entry of a header that is not of its kind; None if all are. A bool is no int, and a whole number is a float."""
+    if not isinstance(header, dict):
+        return f"the header is {header!r}"[:100]
+    for name, kind in kinds.items():
+        value, wanted = header.get(name), kind if isinstance(kind, tuple) else (kind,)
+        right = type(value) in wanted or (type(value) is int and float in wanted)
+        if name not in header or not right:
+            return f"{name} is {value!r}"[:100]
+    return None
+
+
+def digest_of(value: object) -> str:
+    """A sha256 of nested dictionaries, lists and tuples of tensors and plain values."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            held = value.detach().cpu().contiguous()
+            digest.update(f"{held.dtype} {tuple(held.shape)};".encode())
+            digest.update(held.view(-1).view(torch.uint8).numpy() if held.numel() else b"")
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)};".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{type(value).__name__} {len(value)};".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(value)
+    return digest.hexdigest()

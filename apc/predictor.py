@@ -15,7 +15,7 @@ from apc import ops
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader
 from apc.errors import UserError
-from apc.files import load_tensors, save_tensors
+from apc.files import load_tensors, save_tensors, wrong_field
 from apc.low_bit import READS, SPACING, LayerScores, LowBitScores
 from apc.models import GatedFFN
 from apc.patterns import Block, PatternInfo
@@ -172,13 +172,32 @@ class Predictor(nn.Module):
         """Raises UserError, naming the file, if it is missing, damaged, or doesn't hold what its header says."""
         header, tensors = load_tensors(Path(path), KIND, VERSION)
         try:
+            if wrong := wrong_field(header, _HEADER) or _wrong_value(header):
+                raise ValueError(wrong)
             with torch.device("meta"):
                 predictor = cls(**header)
             predictor.load_state_dict(tensors, assign=True)
-        except (TypeError, RuntimeError, KeyError, UserError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError, UserError) as error:  # whatever it is that does not go together
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: damaged (its header and tensors don't match: {reason}); make it again") from error
         return predictor.requires_grad_(False).eval()
+
+
+_HEADER = dict(
+    layers=int, hidden_size=int, hidden=int, outputs=dict, form=str, lookahead=int, provenance=dict, corrects=bool, bits=int, reads=list, frozen=bool,
+    with_thresholds=bool,
+)  # fmt: skip
+
+
+def _wrong_value(header: dict) -> str | None:
+    """The first entry of a header, whose kinds are right, that no predictor has; None if there is none."""
+    least = dict(layers=1, hidden_size=1, hidden=1, lookahead=0, bits=1)
+    for name, value in header.items():
+        counts = name == "outputs" and value and all(type(count) is int and 0 < count < 1 << 30 for count in value.values())
+        right = least[name] <= value < 1 << 30 if name in least else counts if name == "outputs" else value in FORMS if name == "form" else True
+        if not right:
+            return f"{name} is {value!r}"[:100]
+    return None
 
 
 def _normalise(hidden: Tensor, dtype: torch.dtype) -> Tensor:

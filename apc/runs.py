@@ -172,6 +172,18 @@ def check_same(run: RunFolder, cfg: Config) -> None:
             raise UserError(f"{run.path}: holds a run with {key}={one}, this one has {key}={other}; choose another run.name")
 
 
+def check_scored(run: RunFolder, cfg: Config) -> None:
+    """Raises UserError, naming the difference, if a run's results are of other arms or of other scored text."""
+    old = load_config(run.config)
+    for key in ("arms", "speed"):
+        if getattr(old, key) != getattr(cfg, key):
+            raise UserError(f"{run.path}: holds results with {key}={getattr(old, key)}, this one has {key}={getattr(cfg, key)}; choose another run.name")
+    for key in ("score", "score_windows", "in_sample"):
+        one, other = getattr(old.data, key), getattr(cfg.data, key)
+        if one != other:
+            raise UserError(f"{run.path}: holds results with data.{key}={one}, this one has data.{key}={other}; choose another run.name")
+
+
 def provenance() -> dict:
     """Commit, versions and time: how to make the same again."""
     packages = ("torch", "transformers", "pytorch-lightning", "triton", "datasets", "wandb")

@@ -15,6 +15,11 @@ def terminate(signum: int, frame: object) -> None:
     _state["asked"] = True
 
 
+def asked() -> bool:
+    """Whether the training at hand was asked to end."""
+    return _state["training"] and _state["asked"]
+
+
 @contextmanager
 def training() -> Iterator[None]:
     """Around a training. Raises Terminated after it where a SIGTERM came too late to end it."""

@@ -8,8 +8,10 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from apc.patterns import ActiveRule, Block, PatternInfo
 
 FORMAT = 2
 PARTIAL = ".partial"
+THRESHOLDS = "thresholds.json"  # of a partial store
 _DTYPES = {"uint8": np.uint8, "int32": np.int32, "int64": np.int64, "float32": np.float32, "bfloat16": np.int16}
 SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
 
@@ -84,6 +87,18 @@ class StoreWriter:
                 "or choose collect.dir=FOLDER, collect.hidden=streamed or collect.storage=memory"
             )
 
+    def thresholds(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Those that the shards there were collected with, else calibrated now and kept; to be called on all ranks."""
+        path = self.partial / THRESHOLDS
+        kept = path.is_file()
+        distributed.barrier()  # all have looked
+        if kept:
+            return {site: torch.tensor(values) for site, values in json.loads(path.read_text()).items()}
+        found = calibrate()
+        if distributed.is_main():
+            write_atomic(path, json.dumps({site: values.tolist() for site, values in found.items()}).encode())
+        return found
+
     def missing(self) -> list[tuple[int, int]]:
         """Window ranges of the shards that are not there yet."""
         return [shard for index, shard in enumerate(self.shards) if not self._entry_path(index).is_file()]
@@ -123,8 +138,8 @@ class StoreWriter:
         manifest["checksum"] = _manifest_checksum(manifest)
         write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         replace_durably(self.partial, self.path)
-        for index in range(len(self.shards)):
-            (self.path / self._entry_path(index).name).unlink()
+        for name in [self._entry_path(index).name for index in range(len(self.shards))] + [THRESHOLDS]:
+            (self.path / name).unlink(missing_ok=True)
         return self.path
 
 
@@ -139,18 +154,26 @@ def _shard_ranges(windows: int, each: int) -> list[tuple[int, int]]:
 @contextmanager
 def collecting(folder: Path, info: PatternInfo):
     """Holds the lock on one store while it is collected. Raises UserError if another process holds it."""
-    path = folder / f"{store_key(info.identity)}.lock"
+    if not distributed.is_main():
+        yield
+        return
+    with _locked(folder, store_key(info.identity)):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, key: str):
+    path = folder / f"{key}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115, closed by the `with` below
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER") from error
     with lock:
-        if distributed.is_main():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{path}: another process is collecting these patterns; wait for it, then run this again") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process is collecting these patterns; wait for it, then run this again") from error
         yield
 
 
@@ -162,23 +185,28 @@ def repair(path: Path) -> str:
 def reopen(path: Path) -> tuple[list[int], int]:
     """Makes a damaged store a partial one, without its damaged shards: collecting goes on with those. (Their numbers, how many there are in all.)
 
-    A store whose manifest is damaged is deleted: nothing says what it holds. Raises UserError if the store is not there.
+    A store whose manifest is damaged is deleted: nothing says what it holds. Raises UserError if the store is not there, is of another format, can't be
+    read, or is being collected.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such store; `python -m apc.cache` lists them")
-    try:
-        shards = _checked_manifest(path)["shards"]
-    except _Damaged:
-        shutil.rmtree(path)
-        return [], 0
-    damaged = [index for index, shard in enumerate(shards) if any(_file_problem(path / name, entry, True) for name, entry in shard["files"].items())]
-    for index, shard in enumerate(shards):
-        if index not in damaged:
-            write_atomic(path / f"{index:05d}.json", json.dumps(shard).encode())
-    partial = path.with_name(path.name + PARTIAL)
-    replace_durably(path, partial)
-    (partial / "manifest.json").unlink()
-    return damaged, len(shards)
+    with _locked(path.parent, path.name.rpartition("-")[0]):
+        try:
+            shards = _checked_manifest(path)["shards"]
+        except _Damaged:
+            shutil.rmtree(path)
+            return [], 0
+        damaged = [index for index, shard in enumerate(shards) if any(_file_problem(path / name, entry, True) for name, entry in shard["files"].items())]
+        for index, shard in enumerate(shards):
+            entry = path / f"{index:05d}.json"
+            if index in damaged:
+                entry.unlink(missing_ok=True)
+            else:
+                write_atomic(entry, json.dumps(shard).encode())
+        partial = path.with_name(path.name + PARTIAL)
+        replace_durably(path, partial)
+        (partial / "manifest.json").unlink()
+        return damaged, len(shards)
 
 
 class _Damaged(Exception):
@@ -186,13 +214,18 @@ class _Damaged(Exception):
 
 
 def _checked_manifest(path: Path) -> dict:
-    """The manifest in a store's folder. Raises _Damaged unless everything in it is what `StoreWriter.finish` writes."""
+    """The manifest in a store's folder. Raises _Damaged unless everything in it is what `StoreWriter.finish` writes; UserError if it can't be read, or is
+    of another format."""
     try:
         held = json.loads((path / "manifest.json").read_bytes())
     except FileNotFoundError as error:
         raise _Damaged("no such file; not a pattern store") from error
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise _Damaged(f"damaged ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path / 'manifest.json'}: can't be read ({error.strerror}); check the disk, then run this again") from error
+    if isinstance(held, dict) and held.get("format") == "apc-patterns" and isinstance(held.get("version"), int) and held["version"] != FORMAT:
+        raise UserError(f"{path}: a store of format {held['version']}, this program reads {FORMAT}; `python -m apc.cache prune {path.name}` deletes it")
     if not isinstance(held, dict) or held.get("format") != "apc-patterns" or held.get("version") != FORMAT:
         raise _Damaged(f"not a pattern store of format {FORMAT}")
     problem = _manifest_problem(held)
@@ -290,6 +323,36 @@ class _Shard:
     files: dict
 
 
+@dataclass(frozen=True)
+class _Array:
+    """Where an array lies in its .npy file. end: of its last byte."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Array":
+        """Raises ValueError for what is no array of numbers, row by row."""
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f".npy version {version}")
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_columns, dtype = read(file)
+            if dtype.hasobject or by_columns:
+                raise ValueError("objects, or columns first")
+            return cls(path, shape, dtype, file.tell())
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    def mapped(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape) if math.prod(self.shape) else np.empty(self.shape, self.dtype)
+
+
 class PatternStore:
     """A collected store. Opening checks every file's presence, size and (unless verify=False) sha256, and names the one that is wrong."""
 
@@ -300,7 +363,7 @@ class PatternStore:
         except _Damaged as problem:
             raise UserError(f"{path / 'manifest.json'}: {problem}; {repair(path)}") from problem
         self._shards = [_Shard(*entry["windows"], entry["files"]) for entry in manifest["shards"]]
-        self._arrays: dict[str, np.memmap] = {}
+        self._arrays: dict[str, _Array] = {}  # where they lie: a map held open for each would use up a process's open files
         for shard in self._shards:
             for name, entry in shard.files.items():
                 problem = _file_problem(path / name, entry, verify)
@@ -308,22 +371,24 @@ class PatternStore:
                     raise UserError(f"{path / name}: {problem}; {repair(path)}")
         rule = ActiveRule(manifest["active"], manifest["sparsity"], {s: torch.tensor(v) for s, v in manifest["thresholds"].items()})
         activity_sums = {
-            site: sum(torch.from_numpy(np.array(self._array(i, f"activity.{site}"))) for i in range(len(self._shards))) for site in manifest["widths"]
+            site: sum(torch.from_numpy(self._array(i, f"activity.{site}").mapped().copy()) for i in range(len(self._shards))) for site in manifest["widths"]
         }
         self.info = PatternInfo(
             manifest["layers"], manifest["hidden_size"], manifest["ffn_width"], manifest["windows"], manifest["seq_len"], manifest["widths"], rule,
             any(name.startswith("importance") for name in manifest["fields"]), "hidden" in manifest["fields"], manifest["identity"], activity_sums,
         )  # fmt: skip
 
-    def _array(self, index: int, name: str) -> np.memmap:
+    def _array(self, index: int, name: str) -> "_Array":
         file = f"{index:05d}-{name}.npy"
         if file not in self._arrays:
             entry = self._shards[index].files[file]
             try:
-                array = np.load(self.path / file, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError) as error:
+                array = _Array.of(self.path / file)
+            except (ValueError, EOFError) as error:
                 raise UserError(f"{self.path / file}: damaged ({str(error).splitlines()[0]}); {repair(self.path)}") from error
-            if list(array.shape) != entry["shape"] or array.dtype != _DTYPES[entry["dtype"]]:
+            except OSError as error:
+                raise UserError(f"{self.path / file}: can't be read ({error.strerror}); check the disk, then run this again") from error
+            if list(array.shape) != entry["shape"] or array.dtype != _DTYPES[entry["dtype"]] or array.end != entry["bytes"]:
                 raise UserError(f"{self.path / file}: holds {array.dtype} {list(array.shape)}, not what the manifest says; {repair(self.path)}")
             self._arrays[file] = array
         return self._arrays[file]
@@ -335,15 +400,15 @@ class PatternStore:
 
     def _read_slice(self, index: int, name: str, begin: int, end: int) -> np.ndarray:
         """Tokens begin … end-1 of a shard's array. Read, not mapped: mapped pages are faulted in one by one and stay in this process."""
-        mapped = self._array(index, name)
-        result = np.empty((mapped.shape[0], end - begin, *mapped.shape[2:]), mapped.dtype)
-        row_bytes = mapped.strides[1]
-        with open(mapped.filename, "rb", buffering=0) as file:
+        array = self._array(index, name)
+        result = np.empty((array.shape[0], end - begin, *array.shape[2:]), array.dtype)
+        row_bytes = array.dtype.itemsize * math.prod(array.shape[2:])
+        with open(array.path, "rb", buffering=0) as file:
             for layer in range(len(result) if end > begin else 0):
-                file.seek(mapped.offset + layer * mapped.strides[0] + begin * row_bytes)
+                file.seek(array.offset + (layer * array.shape[1] + begin) * row_bytes)
                 wanted = memoryview(result[layer].reshape(-1).view(np.uint8))
                 if file.readinto(wanted) != len(wanted):
-                    raise UserError(f"{mapped.filename}: truncated since it was opened; {repair(self.path)}")
+                    raise UserError(f"{array.path}: truncated since it was opened; {repair(self.path)}")
         return result
 
     def host_fields(self, fields: list[str]) -> list[str]:
@@ -369,7 +434,7 @@ class PatternStore:
             inside = ((tokens >= shard.first * S) & (tokens < shard.last * S)).nonzero().flatten()
             if result is not None and not len(inside):
                 continue
-            array = self._array(index, name)
+            array = self._array(index, name).mapped()
             found = self._tensor(index, name, array[layers[inside].numpy(), (tokens[inside] - shard.first * S).numpy()])
             if result is None:
                 result = torch.empty(len(tokens), *array.shape[2:], dtype=found.dtype)

@@ -34,9 +34,11 @@ from apc.config import CONFIGS, Config, as_word, load_config, to_dict
 from apc.errors import Terminated, UserError
 from apc.files import write_atomic
 from apc.finished import read_finished
-from apc.runs import RunFolder, check_same, read_json
+from apc.runs import RunFolder, check_same, check_scored, read_json
 
 PATTERN_KEYS = ("sites", "sparsity", "active", "model", "data", "collect", "monitor")  # of a configuration: what decides which patterns it collects
+# Becomes the command after it, which gets a SIGTERM when this process is gone (prctl(2), PR_SET_PDEATHSIG), even if by SIGKILL.
+_DIES_WITH_PARENT = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
 FIGURES = ("density", "coverage", "precision", "captured_importance", "captured_energy", "perplexity", "ratio", "bits", "bytes_share", "flops_share")
 
 
@@ -59,10 +61,11 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether its results are there. Raises UserError if they are another configuration's."""
+        """Whether its results are there. Raises UserError if they are another configuration's, or of other text or arms."""
         if not self.folder.results.is_file():
             return False
         check_same(self.folder, self.config)
+        check_scored(self.folder, self.config)
         return True
 
 
@@ -141,7 +144,8 @@ def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
             trial.log.parent.mkdir(parents=True, exist_ok=True)
             print(f"{trial.name}: runs, {trial.log}", flush=True)
             with open(trial.log, "w") as log:
-                at_work[trial.name] = subprocess.Popen([sys.executable, program, *trial.words], stdout=log, stderr=subprocess.STDOUT, env=environment)
+                command = [sys.executable, "-c", _DIES_WITH_PARENT, sys.executable, program, *trial.words]
+                at_work[trial.name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
                 if asked.is_set():  # while it was started
                     at_work[trial.name].terminate()
                 code = at_work[trial.name].wait()
@@ -159,9 +163,11 @@ def run(found: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
     shared = [trial for trial in reversed(found) if trial.config.collect.storage == "disk"]
     first = {json.dumps([to_dict(trial.config)[key] for key in PATTERN_KEYS], sort_keys=True): trial for trial in shared}.values()
     before = signal.signal(signal.SIGTERM, ask)
-    with ThreadPoolExecutor(jobs) as workers:
-        lines = [*workers.map(one, list(first)), *workers.map(one, [trial for trial in found if trial not in first])]
-    signal.signal(signal.SIGTERM, before)
+    try:
+        with ThreadPoolExecutor(jobs) as workers:
+            lines = [*workers.map(one, list(first)), *workers.map(one, [trial for trial in found if trial not in first])]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if asked.is_set():
         raise Terminated
     return [line for line in lines if line]

@@ -335,7 +335,12 @@ def _mend(path: Path) -> None:
     head, newline, tail = content.rpartition(b"\n")
     if not tail:
         return
-    path.write_bytes(content + b"\n" if _parse(tail) is not None else head + newline)
+    with path.open("r+b") as file:  # in its place: what is before the last line is never at risk
+        if _parse(tail) is not None:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:
+            file.truncate(len(head + newline))
 
 
 def _wandb_mode(wanted: str) -> str:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from apc import distributed, signals
 from apc.activations import Collector
 from apc.baselines import BRBKMeans, KMajority
-from apc.callbacks import ArmsOnHeldOut, ResumePoint
+from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, ResumePoint, checksum_problem
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.collect import calibration_sample
@@ -81,6 +81,7 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run.path,
+        plugins=[CheckedCheckpoints()],
         **options,
     )
 
@@ -117,6 +118,8 @@ def _check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
     expected = {name: value.shape for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     if state is None or {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)} != expected:
         raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
+    if problem := checksum_problem(held):
+        raise UserError(f"{path}: damaged ({problem}); delete it to train from the start")
     for schedule in held.get("lr_schedulers", []):
         if schedule["total_steps"] != steps:
             raise UserError(

@@ -14,7 +14,7 @@ import torch
 
 import tiny
 import train
-from apc import load_run
+from apc import codebook, files, load_run, predictor, store
 from apc.codebook import Codebook
 from apc.config import load_config
 from apc.errors import UserError
@@ -122,6 +122,68 @@ def test_mutants_are_read_right_or_refused(made, tmp_path, kind):
         read, held = lambda: reader.load(path), tensors(reader.load(path))
         agrees = lambda found: tensors(found).keys() == held.keys() and all(torch.equal(value, held[name]) for name, value in tensors(found).items())
     check(path, path.read_bytes(), read, agrees, MUTANTS // 5, seed)
+
+
+VALUES = (None, True, -1, 0, 1, 1 << 70, 0.5, -2.5, float("inf"), "", "x", "neuron", [], ["neuron"], [1], {}, {"neuron": 1}, {"x": "y"}, [[]])
+
+
+def altered(value: object, draw: random.Random) -> object:
+    """A value of JSON with one thing in it changed, left out, or put in."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        name = draw.choice(list(value))
+        kind = draw.random()
+        return {other: item for other, item in value.items() if other != name} | (
+            {} if kind < 0.1 else {"more": draw.choice(VALUES)} if kind < 0.15 else {name: altered(value[name], draw)}
+        )
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        index = draw.randrange(len(value))
+        return value[:index] + ([] if draw.random() < 0.2 else [altered(value[index], draw)]) + value[index + 1 :]
+    return draw.choice(VALUES)
+
+
+@pytest.mark.parametrize("kind", ["codebook", "predictor", "low-bit predictor", "manifest"])
+def test_mutants_with_right_checksums_are_read_or_refused(made, tmp_path, kind):
+    """Anyone can compute a checksum: what a file says has to go together as well."""
+    seed = int(os.environ.get("APC_SEED", secrets.randbelow(1 << 30)))
+    print(f"APC_SEED={seed}")
+    draw, refused, count = random.Random(seed), 0, 600
+    run = load_run(made / "runs" / ("low-bit" if kind.startswith("low") else "cluster"))
+    if kind == "manifest":
+        folder = tmp_path / "store"
+        shutil.copytree(next(path for path in (made / "stores").iterdir() if path.is_dir()), folder)
+        held = json.loads((folder / "manifest.json").read_text())
+        held.pop("checksum")
+
+        def write():
+            found = altered(held, draw)
+            signed = found | {"checksum": store._manifest_checksum(found)} if isinstance(found, dict) else found
+            (folder / "manifest.json").write_text(json.dumps(signed))
+
+        def read():
+            found = PatternStore(folder)
+            found.block(0, min(2, found.info.windows), found.info.fields()[:1])
+    else:
+        source = run.folder.codebook if kind == "codebook" else run.folder.predictor
+        reader, module = (Codebook, codebook) if kind == "codebook" else (Predictor, predictor)
+        path = tmp_path / source.name
+        header, tensors = files.load_tensors(source, module.KIND, module.VERSION)
+
+        def write():
+            given = dict(tensors)
+            if draw.random() < 0.3:
+                name = draw.choice(list(given))
+                given[name] = draw.choice([given[name][:1], given[name].double(), given[name].flatten(), torch.full_like(given[name], 1)])
+            files.save_tensors(path, module.KIND, module.VERSION, altered(header, draw) if draw.random() < 0.8 else header, given)
+
+        read = lambda: reader.load(path)
+    for number in range(count):
+        write()
+        try:
+            read()
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), (seed, number)
+    assert refused > count / 4, refused
 
 
 def test_nothing_in_a_file_is_run(made, tmp_path):

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import apc
 import tiny
-from apc import cli
+import train
+from apc import cli, signals
+from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
+from apc.errors import Terminated, UserError
 from apc.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,9 +184,12 @@ def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most,
 
 
 def test_want_of_memory_is_said_in_a_line(capsys):
-    for error, where in ((MemoryError(), "this machine"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU")):
+    def on_a_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for allocate, where in ((lambda: bytearray(1 << 62), "this machine"), (lambda: torch.empty(1 << 46), "this machine"), (on_a_gpu, "the GPU")):
         with pytest.raises(SystemExit, match="2"), cli.one_line_errors("the same command goes on"):
-            raise error
+            allocate()
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"error: {where} has no memory left (") and "collect.storage=disk; the same command" in said
 
@@ -196,3 +203,42 @@ def test_two_processes_never_work_in_one_run(workplace):
     process = tiny.start(words_for(workplace, "twice", stage="collect"))
     process.join(timeout=100)
     assert process.exitcode == 0
+
+
+def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace, monkeypatch):
+    begin = ClusteringModule.on_fit_start
+    steps = []
+    monkeypatch.setattr(ClusteringModule, "on_fit_start", lambda self: (os.kill(os.getpid(), signal.SIGTERM), begin(self)))
+    monkeypatch.setattr(ClusteringModule, "training_step", lambda self, block, index: steps.append(index))
+    before = signal.signal(signal.SIGTERM, signals.terminate)
+    try:
+        with pytest.raises(Terminated):
+            train.train(load_config(None, words_for(workplace, "early", stage="cluster")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not steps and (workplace / "runs" / "early" / "checkpoints" / "cluster.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_several_ranks_asked_to_end(workplace, monkeypatch, number, expected):
+    def launched(settings, program):
+        def run(*words):
+            raise SignalException("asked", number)
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launched)
+    with pytest.raises(expected):
+        cli.launch(load_config(None, words_for(workplace, "ranks-asked", **{"trainer.devices": 2})))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(workplace):
+    name = "flipped"
+    with tiny.killed_after(9, ClusteringModule):
+        train.train(load_config(None, words_for(workplace, name, stage="cluster")))
+    path = workplace / "runs" / name / "checkpoints" / "cluster.ckpt"
+    held = torch.load(path, weights_only=True)
+    held["state_dict"]["sums_neuron"].view(-1)[7] += 1
+    torch.save(held, path)
+    with pytest.raises(UserError, match=r"cluster.ckpt: damaged \(it does not hold what its checksum says\); delete it"):
+        train.train(load_config(None, words_for(workplace, name, stage="cluster")))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,8 +174,82 @@ def test_a_damaged_manifest_is_named(tmp_path):
     with pytest.raises(UserError, match="manifest.json: damaged"):
         PatternStore(source.path)
     (source.path / "manifest.json").write_text(json.dumps({"format": "apc-patterns", "version": 99}))
-    with pytest.raises(UserError, match="not a pattern store of format 2"):
+    with pytest.raises(UserError, match="a store of format 99, this program reads 2"):
         PatternStore(source.path)
+
+
+def test_only_stores_are_repaired(tmp_path, monkeypatch):
+    source = run_collect(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    partial = tmp_path / f"{source.path.name}.partial"
+    partial.mkdir()
+    for name in (".", "elsewhere", partial.name, "../x"):
+        with pytest.raises(UserError, match="no such store in .*, or one that was interrupted"):
+            cache.main(["repair", name, "--dir", str(tmp_path)])
+    manifest = json.loads((source.path / "manifest.json").read_text())
+    (source.path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    for read in (lambda: PatternStore(source.path), lambda: store.reopen(source.path)):
+        with pytest.raises(UserError, match=r"a store of format 99, this program reads 2; .* prune"):
+            read()
+    (source.path / "manifest.json").unlink()
+    (source.path / "manifest.json").mkdir()  # which can't be read as a file
+    with pytest.raises(UserError, match=r"manifest.json: can't be read"):
+        store.reopen(source.path)
+    assert partial.is_dir() and first_file(source).is_file() and (tmp_path / "elsewhere").is_dir()
+
+
+def test_what_is_collected_on_is_looked_at_and_keeps_its_thresholds(tmp_path, monkeypatch):
+    whole = run_collect(tmp_path / "whole")
+    writes, write = [6], store._write_array
+
+    def dying(path, value):
+        writes[0] -= 1
+        if writes[0] < 0:
+            raise KeyboardInterrupt
+        return write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_array", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_collect(tmp_path)
+    (partial,) = tmp_path.glob("*.partial")
+    shutil.copytree(partial, tmp_path / "kept")
+    with monkeypatch.context() as patch:  # which would calibrate to something else now
+        patch.setattr(Collector, "calibrate", lambda *args: {"neuron": torch.zeros(3)})
+        source = run_collect(tmp_path)
+    assert torch.equal(source.info.rule.thresholds["neuron"], whole.info.rule.thresholds["neuron"])
+    assert torch.equal(source.block(0, 7, ["patterns.neuron"]).patterns["neuron"], whole.block(0, 7, ["patterns.neuron"]).patterns["neuron"])
+    assert not (source.path / store.THRESHOLDS).exists()
+
+    shutil.rmtree(source.path)
+    (tmp_path / "kept").rename(partial)
+    damaged = next(iter(sorted(partial.glob("*-patterns*.npy"))))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
+    with pytest.raises(UserError, match="its checksum is not the manifest's"):
+        run_collect(tmp_path)
+
+
+def test_another_process_may_have_collected_meanwhile(tmp_path, monkeypatch):
+    find, looks = store.find_store, []
+
+    def late(folder, info):  # between the first look and the lock another process collects them
+        looks.append(1)
+        return None if len(looks) == 1 else find(folder, info)
+
+    expected = run_collect(tmp_path)
+    monkeypatch.setattr(collect, "find_store", late)
+    monkeypatch.setattr(store, "_write_array", None)
+    assert run_collect(tmp_path).path == expected.path and len(looks) == 2
+
+
+def test_a_store_keeps_no_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    source = run_collect(tmp_path, windows=make_windows(40, 4))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    again = PatternStore(source.path)
+    again.block(0, 40, again.info.fields())
+    again.rows("patterns.neuron", torch.zeros(40, dtype=torch.int64), torch.arange(40) * 4)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

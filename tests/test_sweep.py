@@ -60,8 +60,13 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     assert len(ran) == 1 and "run.name=grid-k100000" in ran[0]
     with pytest.raises(UserError, match="cluster.k=9: the sweep sets cluster.k itself"):
         sweep.main([*words, "cluster.k=9"])
-    with pytest.raises(UserError, match=r"grid-k3: holds a run with cluster.max_epochs="):
-        sweep.main([*words, "cluster.max_epochs=77"])
+    for word, message in (
+        ("cluster.max_epochs=77", "holds a run with cluster.max_epochs="),
+        ("data.score_windows=3", "holds results with data.score_windows=4, this one has data.score_windows=3"),
+        ("arms=[dense,static]", r"holds results with arms=\['dense', 'oracle'\]"),
+    ):
+        with pytest.raises(UserError, match=rf"grid-k3: {message}"):
+            sweep.main([*words, word])
 
 
 class Done:
