@@ -115,6 +115,16 @@ class Random(Arm):
     name = "random"
 
     def mask(self, tokens: Tokens) -> Tensor:
+        place = tokens.layer, tokens.site, tokens.values.device
+        if place not in self._drawn:  # once: a CUDA graph can't copy it from the host each time
+            self._drawn[place] = self._draw(tokens)
+        return self._drawn[place]
+
+    @cached_property
+    def _drawn(self) -> dict[tuple, Tensor]:
+        return {}
+
+    def _draw(self, tokens: Tokens) -> Tensor:
         D = tokens.values.shape[-1]
         site = list(self.codebook.sites).index(tokens.site)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.layer * len(self.codebook.sites) + site)

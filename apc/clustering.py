@@ -360,7 +360,8 @@ class ClusteringModule(LightningModule):
         if self._settled(record):
             self.converged.fill_(True)
         self.history.append(record)
-        self.log_dict({f"cluster/{name}": float(value) for name, value in record.items()} | figures, on_step=False, on_epoch=True, batch_size=1)
+        for logger in self.loggers:  # now and not by `log_dict`, which writes after the pass's checkpoint: a kill between them would lose the row
+            logger.log_metrics({f"cluster/{name}": float(value) for name, value in record.items()} | figures)
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
 

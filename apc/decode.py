@@ -44,22 +44,24 @@ class GreedyDecoder:
         """Records a step's CUDA graph, after tokens as in `prefill`, which has to come again after it."""
         if self.device.type != "cuda":
             return
-        self.prefill(tokens)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
+        with torch.cuda.device(self.device):  # a graph is of the device at hand
+            self.prefill(tokens)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
                 self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._step()
 
     @torch.no_grad()
     def step(self) -> None:
         """From `token` and the cache to the next `token` and its `logits`; nothing waits for the device."""
         if self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(self.device):
+                self._graph.replay()
         else:
             self._step()
 

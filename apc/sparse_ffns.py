@@ -84,7 +84,8 @@ class SparseFFNs:
             self._sparse.append(sparse)
             ffn.module.forward = self._forward(layer, ffn.module.forward, own)
         if self._measures:
-            self.dense_above = self._crossover(dense_calls, sparse_calls)
+            with torch.cuda.device(self._ffns[0].down.weight.device):  # a graph is of the device at hand
+                self.dense_above = self._crossover(dense_calls, sparse_calls)
         return self
 
     @torch.no_grad()
@@ -341,14 +342,13 @@ class _LowBitFFN:
         )
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], own: _Weights, clusters: Tensor | None = None) -> Tensor:
-        source = inputs[self.source]
-        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, own.by_triton)
-        if self.size is not None:
-            masks = torch.ops.apc.top_packed(masks, self.size)
-        correction = None
+        source, correction = inputs[self.source], None
         if self.correct is not None:
             reduce, bias, *rest = self.correct
             correction = (ops.bottleneck(source, reduce, bias, own.by_triton), *rest)
+        masks = ops.low_bit_scores(source, self.planes, *self.curve, self.threshold, own.by_triton)
+        if self.size is not None:
+            masks = torch.ops.apc.top_packed(masks, self.size)
         return ops.sparse_ffn(hidden, *own.matrices, masks, own.activation, correction=correction, by_triton=own.by_triton)
 
 

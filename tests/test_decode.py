@@ -86,11 +86,11 @@ def test_many_tokens_run_dense_and_few_sparse(workplace, made, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("arm", "form", "changes"), ARMS)
-def test_small_models_stay_dense_by_measurement(workplace, made, arm, form, changes):
+def test_how_many_tokens_run_sparse_is_measured(workplace, made, arm, form, changes):
     model = model_on(workplace, "cuda")
     codebook, predictor = made(form, **changes)
     hooks = apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"]
-    assert hooks.dense_above == 0
+    assert 0 <= hooks.dense_above <= 4
     seconds = iter([1.0, 0.9, 1.0, 0.96, 1.0, 0.98])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_ffns, "_graph_seconds", lambda calls: next(seconds))

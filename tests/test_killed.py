@@ -23,6 +23,7 @@ from apc.codebook import Codebook
 from apc.config import load_config
 from apc.errors import Terminated, UserError
 from apc.runs import open_run
+from apc.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
@@ -47,6 +48,9 @@ def outcome(workplace, name):
     run = apc.load_run(workplace / "runs" / name)
     noted = {stage: json.loads(run.folder.history(stage).read_text()) for stage in ("cluster", "predictor", "tune")}
     noted |= {key: value for key, value in (run.results or {}).items() if key not in ("seconds", "conditions")}
+    # A row that a kill came after, before the next checkpoint, is there twice, the same both times but for the clock.
+    rows = [{key: value for key, value in row.items() if key not in ("time", "elapsed_s") and "second" not in key} for row in read_metrics(run.folder.path)]
+    noted["metrics"] = sorted({json.dumps(row, sort_keys=True) for row in rows})
     return run.codebook.sites["neuron"].tensors(), run.predictor.state_dict(), noted
 
 

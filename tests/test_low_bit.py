@@ -80,7 +80,7 @@ def check_scores(way, device, bits, reads, n, E, D, dtype):
     (1, 4096, 14336, 1, 2, True, torch.bfloat16), (4, 576, 1536, 3, 2, False, torch.float16), (2, 20, 13, 4, 1, True, torch.float32),
 ])  # fmt: skip
 def test_the_b1_kernel_compiles(arch, tokens, E, D, bits, projections, masks, dtype):
-    program, shared = low_bit_sm80.program(tokens, E, D, bits, projections, masks, dtype, arch)
+    program, shared = low_bit_sm80.program(tokens, E, D, bits, projections, masks, dtype, arch, 7)
     assert b"low_bit" in compile_program(program) and shared < 99 * 1024
 
 

@@ -132,6 +132,19 @@ def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activat
     assert b"rows" in compile_program(program) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
 
 
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_an_input_that_is_no_number_names_a_cluster_all_the_same(way, device):
+    predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
+    tensors = made(2, 16, 64, torch.bfloat16, device)
+    function = ffn_for(way, tensors)
+    tensors[0][0, 3] = torch.nan
+    weights = [torch.randn(*shape, device=device) for shape in ((4, 16), (4,), (50, 4), (50,))]
+    _, *candidates = predict(tensors[0], *weights)
+    assert (candidates[1] >= 0).all() and (candidates[1] < 50).all()
+    found = function(*tensors, ops.pack(torch.ones(50, 64, dtype=torch.bool, device=device)), "silu", tuple(candidates))
+    assert found[0].isnan().all() and not found[1].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

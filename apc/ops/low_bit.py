@@ -135,7 +135,7 @@ def _low_bit_scores(
     hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None, by_triton: bool
 ) -> Tensor:
     if by_triton:
-        way = low_bit_scores_triton if on_cpu(hidden) or low_bit_sm80.unavailable(hidden.device.index) else low_bit_sm80.low_bit_scores_b1
+        way = low_bit_sm80.low_bit_scores_b1 if low_bit_sm80.takes(hidden, planes, threshold is not None) else low_bit_scores_triton
         return way(hidden, planes, scale, slope, power, bias, threshold)
     E = hidden.shape[-1]
     levels = sum(unpack(plane, E) * 2.0**place for place, plane in enumerate(planes)) + (0.5 - 2 ** (len(planes) - 1))

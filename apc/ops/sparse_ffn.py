@@ -60,8 +60,8 @@ def _place(word, rank):
 def _best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
     """The id of the largest value, of equal ones the lowest."""
     i = tl.arange(0, BLOCK)
-    values = tl.load(values_ptr + i, mask=i < count, other=float("-inf"))
-    ids = tl.load(ids_ptr + i, mask=i < count, other=0x7FFFFFFF)
+    values = tl.load(values_ptr + i, mask=i < count, other=float("-inf"), cache_modifier=".cg")
+    ids = tl.load(ids_ptr + i, mask=i < count, other=0x7FFFFFFF, cache_modifier=".cg")
     return tl.min(tl.where(values == tl.max(values, axis=0), ids, 0x7FFFFFFF), axis=0)
 
 
@@ -131,6 +131,7 @@ def _score_kernel(
     for n in tl.static_range(N):
         inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
         logits = tl.sum(weights * inner[None, :], axis=1) + bias
+        logits = tl.where(logits == logits, logits, float("-inf"))  # of an input that is no number any cluster will do
         best = tl.max(logits, axis=0)
         at = n * tl.num_programs(0) + tl.program_id(0)
         tl.store(values_ptr + at, best)
@@ -236,7 +237,7 @@ def _finish_kernel(
         output += tl.load(correct_bias_ptr + e, mask=e < E, other=0.0)
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
-            inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
+            inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0, cache_modifier=".cg")
             weights = tl.load(correct_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
             output += tl.sum(inner[:, None] * weights, axis=0)
     if OFFSETS:
@@ -298,7 +299,8 @@ def _predict_clusters(
     if by_triton:
         return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
     inner = _bottleneck(hidden, reduce, reduce_bias, False)
-    values, ids = (inner @ expand.float().T + expand_bias).max(-1, keepdim=True)
+    logits = inner @ expand.float().T + expand_bias
+    values, ids = logits.masked_fill(logits.isnan(), -torch.inf).max(-1, keepdim=True)
     return inner, values, ids.int()
 
 
@@ -411,6 +413,7 @@ def sparse_ffn_hopper(
     correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
+    hidden = hidden.contiguous()
     partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates)
     return _finish(partial, hidden, candidates, correction, offsets, early=True)
 
@@ -436,7 +439,7 @@ def _finish(
     partial: Tensor, hidden: Tensor, candidates: tuple[Tensor, Tensor] | None, correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
     early: bool,
 ) -> Tensor:  # fmt: skip
-    (programs, n, E), output = partial.shape, torch.empty_like(hidden)
+    (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
     values, ids = candidates or (partial, partial)
     count = values.shape[1] if candidates else 0
     inner, correct, bias = correction or (partial, partial, partial)
@@ -490,7 +493,7 @@ def _sparse_ffn(
 
 @_sparse_ffn.register_fake
 def _(hidden: Tensor, *_) -> Tensor:
-    return torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape)
 
 
 def sparse_ffn_ahead(
@@ -533,7 +536,7 @@ def _sparse_ffn_ahead(
 
 @_sparse_ffn_ahead.register_fake
 def _(hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(hidden), *_like_predictions(hidden, reduce, expand, by_triton=True)
+    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, by_triton=True)
 
 
 @functools.cache

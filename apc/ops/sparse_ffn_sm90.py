@@ -9,10 +9,13 @@ import triton
 from torch import Tensor
 
 from apc.ops import nvrtc
+from apc.ops.bits import row_bytes
 from apc.ops.nvrtc import Program, pointer
 from apc.ops.tensor_cores import architecture
 
 _THREADS = 288
+_TOKENS = 4  # at most
+_DECLARED = 47 * 1024  # bytes of shared memory that the kernel can declare itself, for words
 _SHARED = 227 * 1024 - 1024  # bytes that a block can have, less what the kernel declares itself but for words
 _TILE = {"ROWS": 2, "STAGES": 4}  # neurons of a stage, and stages at most
 _LONG = 4096  # hidden size above which a stage is one neuron
@@ -33,7 +36,8 @@ def program(tokens: int, E: int, D: int, blocks: int, candidates: int, activatio
 def takes(hidden: Tensor, *weights: Tensor) -> bool:
     """Whether the kernel takes these, on this device: halves on a Hopper GPU, rows in whole pieces of 16 bytes."""
     E = hidden.shape[1]
-    fits = hidden.dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG and len(weights[0]) < 2**24
+    D = len(weights[0])
+    fits = hidden.dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG and (_TOKENS + 1) * row_bytes(D) <= _DECLARED
     aligned = all(value.stride(0) % 8 == 0 and value.data_ptr() % 16 == 0 for value in (hidden, *weights))
     return hidden.is_cuda and fits and aligned and unavailable(hidden.device.index) is None
 

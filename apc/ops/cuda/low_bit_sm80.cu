@@ -1,14 +1,15 @@
 // Scores of neurons by a copy of their weights at a few bits each, on the b1 tensor cores (Ampere to Hopper): AND-POPC of bits of weights and bits of
 // the input, which is cut to whole numbers of 24 bits for it. A warp takes 16 neurons, and each of its products 24 = 3 · 8 columns of a token's bits.
 //
-// Put before it: N tokens (a power of two), E, D, BITS and PROJECTIONS of the copy, MASKS (else scores), HIDDEN (0 bfloat16, 1 float16, 2 float32),
+// Put before it: WARPS of a block, N tokens (a power of two), E, D, BITS and PROJECTIONS of the copy, MASKS (else scores), HIDDEN (0 bfloat16, 1 float16, 2 float32),
 // EARLY (begins before the kernel before it has ended: Hopper).
 
-constexpr int WARPS = 4, PLANES = 24;
+constexpr int PLANES = 24;
 constexpr int ROW_WORDS = (E + 127) / 128 * 4;  // of a packed row of E weights
 constexpr int STEPS = (ROW_WORDS + 15) / 16;    // pieces of 64 bytes of it
 constexpr int PLANE_WORDS = 16 * (STEPS | 1);   // of a bit of the input, in shared memory, so that neighbours lie in different banks
 constexpr int AHEAD = STEPS < 8 ? STEPS : 8;    // pieces that are loaded at a time
+constexpr bool BOTH = BITS * PROJECTIONS == 2 && AHEAD == STEPS;  // whether all that a warp reads is on its way at once
 constexpr int MASK_BYTES = (D + 127) / 128 * 16;
 constexpr float LARGEST = 8388600.0f;  // of the whole numbers, less what the quotient's rounding may add
 constexpr int SIZE = HIDDEN == 2 ? 4 : 2;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void multiply(int (&sums)[4], u32 a0, u32 a1, u32 a2,
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
+low_bit(const unsigned char* hidden,               // [tokens, E], which the kernel before this one may have written
         const uint4* __restrict__ planes,    // [BITS, PROJECTIONS, D, ROW_WORDS / 4]
         const float* __restrict__ scale,     // [PROJECTIONS, D], as slope and power
         const float* __restrict__ slope, const float* __restrict__ power,
@@ -58,8 +59,8 @@ low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
     const int first = (blockIdx.x * WARPS + warp) * 16;
     const int neurons[2] = {first + row, first + row + 8};
 
-    uint4 held[2][AHEAD];
-    auto load = [&](int plane, int step) {  // the pieces of both rows from that step on
+    uint4 held[BOTH ? 2 : 1][2][AHEAD];
+    auto load = [&](uint4 (&held)[2][AHEAD], int plane, int step) {  // the pieces of both rows from that step on
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int at = 4 * (step + i) + quarter;
@@ -70,7 +71,23 @@ low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
             }
         }
     };
-    load(0, 0);
+    load(held[0], 0, 0);
+    if (BOTH) load(held[BOTH ? 1 : 0], 1, 0);
+    float score[N][2], curve[PROJECTIONS][2][3];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const bool there = neurons[half] < D;
+#pragma unroll
+        for (int n = 0; n < N; n++) score[n][half] = there ? bias[neurons[half]] : 0.0f;
+#pragma unroll
+        for (int projection = 0; projection < PROJECTIONS; projection++) {
+            const int at = projection * D + neurons[half];
+            curve[projection][half][0] = there ? scale[at] : 0.0f;
+            curve[projection][half][1] = there ? slope[at] : 0.0f;
+            curve[projection][half][2] = there ? power[at] : 0.0f;
+        }
+    }
+    const float least = MASKS ? *threshold : 0.0f;
     if (EARLY) {
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
         asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -116,24 +133,20 @@ low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
     }
     __syncthreads();
 
-    float score[N][2];
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) score[n][half] = neurons[half] < D ? bias[neurons[half]] : 0.0f;
-#pragma unroll
+#pragma unroll (BITS == 1 ? PROJECTIONS : 1)
     for (int projection = 0; projection < PROJECTIONS; projection++) {
         long long level_sums[N][2] = {};
-#pragma unroll
+#pragma unroll (BOTH ? BITS : 1)
         for (int bit = 0; bit < BITS; bit++) {
+            uint4(&own)[2][AHEAD] = held[BOTH ? bit * PROJECTIONS + projection : 0];
             int sums[N][PLANES / 8][4] = {};
 #pragma unroll
             for (int step = 0; step < STEPS; step += AHEAD) {
-                if (projection + bit + step > 0) load(bit * PROJECTIONS + projection, step);
+                if (!BOTH && projection + bit + step > 0) load(own, bit * PROJECTIONS + projection, step);
 #pragma unroll
                 for (int i = 0; i < AHEAD; i++) {
                     if (step + i >= STEPS) break;
-                    const uint4 a = held[0][i], b = held[1][i];
+                    const uint4 a = own[0][i], b = own[1][i];
 #pragma unroll
                     for (int n = 0; n < N; n++) {
 #pragma unroll
@@ -174,10 +187,10 @@ low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
 #pragma unroll
                 for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
                 if (neurons[half] < D) {  // levels are (2 · bits − 2^BITS + 1) / 2
-                    const int at = projection * D + neurons[half];
+                    const float* const of = curve[projection][half];
                     const float product = static_cast<float>(2 * sum - ((1 << BITS) - 1) * total) * (0.5f * largest[n] / LARGEST);
-                    const float z = scale[at] * product;
-                    score[n][half] += slope[at] * z + power[at] * logf(1.0f + z * z);
+                    const float z = of[0] * product;
+                    score[n][half] += of[1] * z + of[2] * logf(1.0f + z * z);
                 }
             }
         }
@@ -186,7 +199,6 @@ low_bit(const unsigned char* __restrict__ hidden,  // [tokens, E]
     for (int n = 0; n < N; n++) {
         if (n >= tokens) break;
         if (MASKS) {
-            const float least = *threshold;
             u32 mask = 0;
 #pragma unroll
             for (int half = 0; half < 2; half++) {

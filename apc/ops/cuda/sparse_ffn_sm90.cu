@@ -11,6 +11,8 @@ constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
 constexpr int CHUNKS = E / 8;  // pieces of 16 bytes of a row
 constexpr int OWN = (CHUNKS + CONSUMERS - 1) / CONSUMERS;  // of which a thread holds the sums
 constexpr int PARTS = WARPS / (2 * ROWS);  // warps for a product
+constexpr int EACH = (CHUNKS + 32 * PARTS - 1) / (32 * PARTS);  // pieces of a row that a thread multiplies
+constexpr int KEPT = N == 1 && EACH <= 16 ? EACH : 0;           // of the input in registers
 constexpr int ROW_BYTES = 2 * E, STAGE_BYTES = 3 * ROWS * ROW_BYTES;
 constexpr int WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
 constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
@@ -80,14 +82,14 @@ __device__ __forceinline__ float activate(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-rows(const uint4* __restrict__ hidden,         // [tokens, E]
+rows(const uint4* hidden,                      // [tokens, E]; what kernels before this one wrote is not `__restrict__`: it must not be read early
      const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart, as up and down
      const unsigned char* __restrict__ up,
      const unsigned char* __restrict__ down,
-     const u32* __restrict__ masks,            // [K or tokens, WORDS]
-     const float* __restrict__ values,         // [tokens, CANDIDATES]
-     const int* __restrict__ ids,              // [tokens, CANDIDATES]
-     float4* __restrict__ partial,             // [blocks, tokens, E], out
+     const u32* masks,                         // [K or tokens, WORDS]
+     const float* values,                      // [tokens, CANDIDATES]
+     const int* ids,                           // [tokens, CANDIDATES]
+     float4* partial,                          // [blocks, tokens, E], out
      int tokens, long long gate_bytes, long long up_bytes, long long down_bytes) {
     extern __shared__ __align__(128) unsigned char ring[];
     uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
@@ -106,6 +108,7 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
         }
         barrier_init(&arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // this thread hands them to the copy engine right away
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -130,7 +133,7 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
             const int other = __shfl_xor_sync(~0u, id, distance);
             if (value > best || (value == best && other < id)) best = value, id = other;
         }
-        if (lane == 0) mask_of[warp] = id;
+        if (lane == 0) mask_of[warp] = id == 0x7FFFFFFF ? 0 : id;
     }
     __syncthreads();
 
@@ -170,8 +173,8 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
     for (int i = 0; i < WORDS_EACH; i++)
         if (thread * WORDS_EACH + i < WORDS) ends[thread * WORDS_EACH + i] = before + counts[i];
     __syncthreads();
-    const int first = static_cast<int>(static_cast<long long>(blockIdx.x) * total / gridDim.x);
-    const int last = static_cast<int>((static_cast<long long>(blockIdx.x) + 1) * total / gridDim.x);
+    const int first = static_cast<int>(blockIdx.x * static_cast<u32>(total) / gridDim.x);  // neurons × blocks < 2³²
+    const int last = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(total) / gridDim.x);
     for (int rank = first + thread; rank < last; rank += THREADS) {
         int word = 0, beyond = WORDS - 1;  // the first word whose bits end after this one
 #pragma unroll
@@ -220,6 +223,12 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
     barrier_wait(&arrived, 0);
     float sums[N][OWN][8] = {};
     const int product = warp / PARTS, part = warp % PARTS, product_row = product / 2, which = product % 2;
+    uint4 mine[KEPT > 0 ? KEPT : 1];  // the input's pieces that this thread multiplies, if it keeps them
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        const int chunk = part * 32 + lane + j * 32 * PARTS;
+        mine[j] = chunk < CHUNKS ? given[chunk] : uint4{0, 0, 0, 0};
+    }
     for (int index = 0; index < stages; index++) {
         const int stage = index % STAGES, rows = min(ROWS, neurons - index * ROWS), buffer = index % 2;
         const unsigned char* const held = ring + stage * STAGE_BYTES;
@@ -227,20 +236,27 @@ rows(const uint4* __restrict__ hidden,         // [tokens, E]
         if (product_row < rows) {
             const uint4* const row = reinterpret_cast<const uint4*>(held + (3 * product_row + which) * ROW_BYTES);
             float2 found[N] = {};
+            auto add = [&](const uint4& weights, const uint4& input, float2& to) {
+                const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w}, inputs[4] = {input.x, input.y, input.z, input.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 a = widen(pairs[i]), b = widen(inputs[i]);
+                    to.x = fmaf(a.x, b.x, to.x);
+                    to.y = fmaf(a.y, b.y, to.y);
+                }
+            };
+            if (KEPT > 0) {
+#pragma unroll
+                for (int j = 0; j < KEPT; j++) {
+                    const int chunk = part * 32 + lane + j * 32 * PARTS;
+                    if (CHUNKS % (32 * PARTS) == 0 || chunk < CHUNKS) add(row[chunk], mine[j], found[0]);
+                }
+            } else {
 #pragma unroll 4
-            for (int chunk = part * 32 + lane; chunk < CHUNKS; chunk += 32 * PARTS) {
-                const uint4 weights = row[chunk];
-                const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+                for (int chunk = part * 32 + lane; chunk < CHUNKS; chunk += 32 * PARTS) {
+                    const uint4 weights = row[chunk];
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const uint4 input = given[n * CHUNKS + chunk];
-                    const u32 inputs[4] = {input.x, input.y, input.z, input.w};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float2 a = widen(pairs[i]), b = widen(inputs[i]);
-                        found[n].x = fmaf(a.x, b.x, found[n].x);
-                        found[n].y = fmaf(a.y, b.y, found[n].y);
-                    }
+                    for (int n = 0; n < N; n++) add(weights, given[n * CHUNKS + chunk], found[n]);
                 }
             }
 #pragma unroll
