@@ -96,13 +96,12 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict, dict[str, T
 
 
 def wrong_field(header: object, kinds: dict[str, type | tuple[type, ...]]) -> str | None:
-    """The first entry of a header that is not of its kind; None if all are. A bool is no int, and a whole number is a float."""
+    """The first entry of a header that is not of its kind; None if all that are there are. A bool is no int, and a whole number is a float."""
     if not isinstance(header, dict):
         return f"the header is {header!r}"[:100]
     for name, kind in kinds.items():
         value, wanted = header.get(name), kind if isinstance(kind, tuple) else (kind,)
-        right = type(value) in wanted or (type(value) is int and float in wanted)
-        if name not in header or not right:
+        if name in header and not (type(value) in wanted or (type(value) is int and float in wanted)):
             return f"{name} is {value!r}"[:100]
     return None
 

@@ -94,7 +94,7 @@ def test_a_later_layers_cluster_is_predicted_beside_the_ffn(device, by_triton):
     kept = ops.pack(torch.rand(90, 200, device=device) < 0.5)
     _, *candidates = ops.predict_clusters(tensors[0], *predictors[0], by_triton)
     expected = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton), ops.predict_clusters(tensors[0], *predictors[1], by_triton)
-    for _ in range(3):
+    for _ in range(3 if device == "cuda" else 1):
         output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), by_triton=by_triton)
         assert torch.equal(output, expected[0]) and all(torch.equal(one, other) for one, other in zip(found, expected[1], strict=True))
 

@@ -35,19 +35,18 @@ def words_for(workplace, **changes):
 
 def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    file = write_sweep(workplace / "grid.yaml", **{"cluster.k": [3, 5, 100_000], "cluster.weighting": "binary"})
+    file = write_sweep(workplace / "grid.yaml", **{"cluster.k": [3, 100_000], "cluster.weighting": "binary"})
     words = [str(file), *words_for(workplace, arms="[dense,oracle]", **{"predictor.max_epochs": 1}), "--jobs", "2"]
     with pytest.raises(SystemExit) as end:
         sweep.main(words)
     said = capsys.readouterr()
     assert end.value.code == 1
-    assert "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err and "2 of 3 runs finished" in said.out
-    for k in (3, 5):
-        run = load_run(workplace / "runs" / f"grid-k{k}")
-        assert run.codebook.k == k and run.config.cluster.weighting == "binary" and run.config.tracking.group == "grid"
+    assert "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err and "1 of 2 runs finished" in said.out
+    run = load_run(workplace / "runs" / "grid-k3")
+    assert run.codebook.k == 3 and run.config.cluster.weighting == "binary" and run.config.tracking.group == "grid"
     table = list(csv.DictReader((workplace / "runs" / "grid.csv").open()))
     assert [(row["run"], row["cluster.k"], row["arm"]) for row in table] == [
-        (f"grid-k{k}", str(k), arm) for k in (3, 5) for arm in ("dense", "oracle")
+        ("grid-k3", "3", arm) for arm in ("dense", "oracle")
     ]  # fmt: skip
     compared = list(csv.DictReader((workplace / "runs" / "grid.comparison" / "comparison.csv").open()))
     assert [(row["run"], row["arm"], row["split"]) for row in compared] == [(row["run"], row["arm"], "held-out") for row in table]
@@ -90,13 +89,13 @@ def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, 
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asking = threading.Thread(target=ask_when_two_run)
+    asking, before = threading.Thread(target=ask_when_two_run), signal.getsignal(signal.SIGTERM)
     asking.start()
     with pytest.raises(Terminated):
         sweep.main([str(tmp_path / "grid.yaml"), *words_for(workplace, **{"run.dir": tmp_path / "runs", "collect.storage": "memory"}), "--jobs", "2"])
     asking.join()
     assert sorted(path.name for path in tmp_path.glob("*.kept")) == ["grid-seed1.kept", "grid-seed2.kept"]
-    assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
