@@ -24,16 +24,18 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Program:
-    """A file of `cuda/` for an architecture, with what is put before it: integer constants, and text."""
+    """A file of `cuda/` for an architecture, with what is put before it: integer constants, another file, and text."""
 
     file: str
     arch: str
     constants: tuple[tuple[str, int], ...] = ()
     text: str = ""
+    header: str | None = None
 
     def source(self) -> str:
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
-        return head + "".join(f"constexpr int {name} = {value};\n" for name, value in self.constants) + self.text + (SOURCES / self.file).read_text()
+        header = (SOURCES / self.header).read_text() if self.header else ""
+        return head + "".join(f"constexpr int {name} = {value};\n" for name, value in self.constants) + self.text + header + (SOURCES / self.file).read_text()
 
 
 def compile_program(program: Program) -> bytes:

@@ -30,7 +30,7 @@ def program(tokens: int, E: int, D: int, blocks: int, candidates: int, activatio
     stages = min(_TILE["STAGES"], (_SHARED - beside - 4 * words * (N + 1)) // (6 * E * rows))
     constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=words, CANDIDATES=candidates,
                      ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16))  # fmt: skip
-    return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items())), stages * 6 * E * rows + beside
+    return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh"), stages * 6 * E * rows + beside
 
 
 def takes(hidden: Tensor, *weights: Tensor) -> bool:

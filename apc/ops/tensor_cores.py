@@ -46,7 +46,7 @@ class Variant:
         if self.arch != "sm_90a":
             return Program("assign_sm80.cu", self.arch, tuple(AMPERE.items()))
         constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail, "PASSES": self.passes}
-        return Program("assign_sm90.cu", self.arch, tuple(constants.items()), warpgroup_mma(self.kind, self.tile_k))
+        return Program("assign_sm90.cu", self.arch, tuple(constants.items()), warpgroup_mma(self.kind, self.tile_k), "barriers_sm90.cuh")
 
     def function(self, device_index: int, name: str = "assign"):
         return nvrtc.function(self.program(), name, device_index, _shared_bytes(self) if name == "assign" else 0)

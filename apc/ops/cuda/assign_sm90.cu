@@ -25,25 +25,6 @@ struct alignas(64) TensorMap {
     unsigned char opaque[128];
 };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
 // Arrives at the barrier of block `block` of the cluster that lies where `barrier` lies in this one. What it releases was read by
 // products that were waited for, so it needs no order of the cluster's memory: `.release.cluster` here costs 900 clocks a stage.
 __device__ __forceinline__ void arrive_at(u64* barrier, int block) {

@@ -19,27 +19,8 @@ constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0
 constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
 static_assert(PARTS * 2 * ROWS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
