@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from apc import ops
-from apc.clustering import SHARE_BITS, ClusteringModule, RowReader
+from apc.clustering import SHARE_BITS, ClusteringModule
 from apc.errors import UserError
+from apc.starts import RowReader
 
 _TILE = 2**24  # numbers of eight bytes in a tile of `BRBKMeans`
 

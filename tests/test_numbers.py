@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import apc
 import tiny
 import train
-from apc import clustering
+from apc import starts
 from apc.config import load_config
 from apc.errors import UserError
 
@@ -75,11 +75,11 @@ def test_as_many_clusters_as_patterns(workplace, weighting):
 
 @pytest.mark.parametrize("count", [2, 1000, 4096, 5003])
 def test_an_order_without_memory_has_every_number_once(count, monkeypatch):
-    monkeypatch.setattr(clustering, "_PERMUTED", 1)
-    order = clustering.random_order(count, torch.Generator().manual_seed(4))
+    monkeypatch.setattr(starts, "_PERMUTED", 1)
+    order = starts.random_order(count, torch.Generator().manual_seed(4))
     found = torch.cat([order(first, min(first + 100, count)) for first in range(0, count, 100)])
     assert torch.equal(found.sort().values, torch.arange(count)) and (count < 1000 or (found[1:] > found[:-1]).double().mean() < 0.6)
-    other = clustering.random_order(count, torch.Generator().manual_seed(5))(0, count)
+    other = starts.random_order(count, torch.Generator().manual_seed(5))(0, count)
     assert count < 1000 or not torch.equal(other, found)
 
 
