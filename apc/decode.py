@@ -14,16 +14,17 @@ def cache_keyword(model: nn.Module) -> str:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
 
-    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each; compiled: whether by torch.compile.
+    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each; mode: torch.compile's, without
+    CUDA graphs of its own; None: not compiled.
     """
 
-    def __init__(self, model: nn.Module, batch: int, length: int, compiled: bool = True):
+    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default"):
         from transformers import StaticCache
 
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self._keyword = cache_keyword(model)
-        self._call = torch.compile(model.forward, dynamic=False) if compiled and self.device.type == "cuda" else model.forward
+        self._call = torch.compile(model.forward, dynamic=False, mode=mode) if mode and self.device.type == "cuda" else model.forward
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -133,10 +133,10 @@ class SparseFFNs:
                 return torch.cat(outputs).view_as(x)
             if not (lookahead and isinstance(sparse, _ClusterFFN)):
                 return sparse(hidden, inputs, own).view_as(x)
-            predicted = self._ahead.pop(layer, None) or sparse.predict(inputs, own)
+            known, predicted = layer in self._ahead, self._ahead.pop(layer, None) or sparse.predict(inputs, own)
             if layer + lookahead >= len(self._sparse):  # nothing is left to predict
                 return sparse.run(hidden, predicted, own).view_as(x)
-            output, self._ahead[layer + lookahead] = sparse.run(hidden, predicted, own, self._sparse[layer + lookahead])
+            output, self._ahead[layer + lookahead] = sparse.run_ahead(hidden, predicted, own, self._sparse[layer + lookahead], known)
             return output.view_as(x)
 
         return forward
@@ -303,16 +303,22 @@ class _ClusterFFN:
         """As `ops.predict_clusters`."""
         return ops.predict_clusters(inputs[self.source], *self.predictor, own.by_triton)
 
-    def run(
-        self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, later: "_ClusterFFN | None" = None
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-        """The output; with a later layer's FFN also what is predicted for that one from these tokens."""
+    def run(self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights) -> Tensor:
         inner, *candidates = predicted
-        correction = None if self.correct is None else (inner, *self.correct)
-        arguments = hidden, *own.matrices, self.centroids, own.activation, tuple(candidates)
-        if later is None:
-            return ops.sparse_ffn(*arguments, correction, self.offsets, own.by_triton)
-        return ops.sparse_ffn_ahead(*arguments, later.predictor, correction, self.offsets, own.by_triton)
+        return ops.sparse_ffn(hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), self._correction(inner), self.offsets, own.by_triton)
+
+    def run_ahead(
+        self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, later: "_ClusterFFN", known: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        """The output, and what is predicted for a later layer's FFN from these tokens; known: as `ops.sparse_ffn_ahead` takes it."""
+        inner, *candidates = predicted
+        return ops.sparse_ffn_ahead(
+            hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), later.predictor, self._correction(inner), self.offsets, known,
+            own.by_triton,
+        )  # fmt: skip
+
+    def _correction(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None if self.correct is None else (inner, *self.correct)
 
 
 @dataclass

@@ -33,6 +33,7 @@ DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED = "dense, torch.compile", "dense, torch.compile max-autotune"
+MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the graphs are ours, of all calls together
 PREFILLS = (64, 512, 2048)  # tokens at once, which run dense
 KERNELS = importlib.import_module("apc.ops.sparse_ffn")
 
@@ -172,6 +173,12 @@ class Layer:
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
 
+    def ahead(self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """As `sparse`, of what was predicted before; and what this layer's input predicts for a later one."""
+        inner, *candidates = predicted
+        added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
+        return ops.sparse_ffn_ahead(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), later.predictor, *added, known=True)
+
     def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
         """The same in float32, by masks that multiply; and the masks, bool [n, D]."""
         inner, values, ids = ops.predict_clusters(x, *self.predictor)
@@ -199,6 +206,21 @@ def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
+class Ahead:
+    """FFNs of one input in a row, each of which predicts the cluster of the next but one: in a model an attention stands between two FFNs, so there the
+    next one's prediction is complete before the kernel before it begins, as here that of the next but one is."""
+
+    def __init__(self, layers: list[Layer], x: Tensor, how: str):
+        self.layers, self.x, self.how = layers, x, how
+        self.predicted = [ops.predict_clusters(x, *layer.predictor) for layer in layers[:2]] + [None] * len(layers)
+        self.calls = [partial(self.call, index) for index in range(len(layers))]
+
+    def call(self, index: int) -> Tensor:
+        later = self.layers[(index + 2) % len(self.layers)]
+        output, self.predicted[index + 2] = self.layers[index].ahead(self.x, self.predicted[index], later, self.how)
+        return output
+
+
 def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
     rows, x = [], {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in options.batches}
     for density in options.densities:
@@ -212,15 +234,18 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> li
             corrected = shape.predictor_bytes + 2 * shape.E * (shape.H + n) + 4 * shape.E
             ways = {
                 "apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, and its correction and offset": ("corrected", corrected),
-                "apc, low-bit copy inside": ("copy", shape.copy_bytes),
+                "apc, predicted a layer ahead": ("predictor", shape.predictor_bytes),
+                "apc, a layer ahead, and its correction and offset": ("corrected", corrected),
+                "apc, low-bit copy inside": ("copy", shape.copy_bytes), "apc, mask known": ("known", 0),
             }  # fmt: skip
-            for label, (how, extra) in (ways | {"apc, mask known": ("known", 0)}).items():
-                found, (expected, masks) = layers[0].sparse(x[n], how).float(), layers[0].masked(x[n], how)
+            for label, (how, extra) in ways.items():
+                calls = Ahead(layers, x[n], how).calls if "ahead" in label else [partial(layer.sparse, x[n], how) for layer in layers]
+                found, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
                 if not (found - expected).norm() < 1e-2 * expected.norm():
                     error = float((found - expected).norm() / expected.norm())
                     raise Wrong(f"{label}, density {density}, {n} tokens: {error:.2g} of the output is another")
                 moved = int(shape.dense_bytes * masks.any(0).float().mean())
-                seconds = timed([partial(layer.sparse, x[n], how) for layer in layers])
+                seconds = timed(calls)
                 size = (1, n, shape.K, shape.D)
                 rows.append(row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts))
                 print(f"density {density:g}, {n} tokens, {label}: {1e6 * rows[-1].seconds_median:.1f} µs, dense / sparse "
@@ -234,8 +259,8 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
     for n, given in (x | {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in PREFILLS}).items():
         facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
         ways = {COMPILED: (plain_ffn, {}), "dense, down transposed": (dense_ffn, {})}
-        if n == 1:  # the searching compiler takes half a minute
-            ways[TUNED] = plain_ffn, {"mode": "max-autotune-no-cudagraphs"}
+        if n <= ops.MOST_TOKENS:
+            ways[TUNED] = plain_ffn, {"mode": MODE}
         for label, (function, how) in ways.items():
             compiled = torch.compile(function, dynamic=False, **how)
             downs = stored if function is plain_ffn else [layer.down for layer in layers]
@@ -295,9 +320,9 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
     rows, dense = [], {}
 
-    def measure(operation: str, label: str, n: int, moved: int) -> None:
+    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE) -> None:
         torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
-        decoder = GreedyDecoder(model, n, 2 * prompt)
+        decoder = GreedyDecoder(model, n, 2 * prompt, mode)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
@@ -305,22 +330,27 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         rows.append(row(operation, label, (layers, n, shape.K, shape.D), seconds, name, moved=moved, ok=False, ceiling=copy, share_of="copy",
                         note=f"{n} sequences, after {prompt} tokens"))  # fmt: skip
         step = rows[-1].seconds_median
-        dense.setdefault(n, step)
+        dense[n] = min(dense.get(n, step), step) if "dense" in operation else dense[n]
         print(f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}", flush=True)
 
     for n in options.batches:
-        measure("decode, dense", "torch.compile", n, parameters)
+        for label, mode in ((COMPILED, "default"), (TUNED, MODE)):
+            measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode)
     ffns = layers * shape.dense_bytes
     for density in options.densities:
-        codebook, predictor = random_codebook(shape, layers, density), random_predictor(shape, layers)
-        before = torch.cuda.memory_allocated()
-        most = sparsify(model, codebook, predictor, "predicted", kernel="auto").__dict__["_apc_hooks"].dense_above
-        extra = torch.cuda.memory_allocated() - before
-        print(f"density {density:g}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs; up to {most} tokens run sparse", flush=True)
-        moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
-        for n in options.batches:
-            measure(f"decode, density {density:g}", f"apc, kernel auto: {'sparse' if n <= most else 'dense'}", n, moved if n == 1 else parameters)
-        restore(model)
+        codebook = random_codebook(shape, layers, density)
+        for lookahead in (0, 1):
+            before = torch.cuda.memory_allocated()
+            predictor = random_predictor(shape, layers, lookahead)
+            most = sparsify(model, codebook, predictor, "predicted", kernel="auto").__dict__["_apc_hooks"].dense_above
+            extra = torch.cuda.memory_allocated() - before
+            print(f"density {density:g}, lookahead {lookahead}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs; "
+                  f"up to {most} tokens run sparse", flush=True)  # fmt: skip
+            moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
+            for n in options.batches:
+                way = f"apc, lookahead {lookahead}: {'sparse' if n <= most else 'dense'}"
+                measure(f"decode, density {density:g}", way, n, moved if n == 1 else parameters)
+            restore(model)
     return rows
 
 
@@ -331,8 +361,8 @@ def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
     return Codebook({"neuron": book}, {"neuron": shape.D}, layers, shape.E, shape.D, "layer", "energy", density, "top", 0.5)
 
 
-def random_predictor(shape: Shape, layers: int) -> Predictor:
-    predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K})
+def random_predictor(shape: Shape, layers: int, lookahead: int) -> Predictor:
+    predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K}, lookahead=lookahead)
     return predictor.requires_grad_(False).eval().rounded()
 
 

@@ -139,7 +139,7 @@ def test_a_step_is_traced_whole(workplace, made, device, arm, form, changes):
 def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
     model, windows = model_on(workplace, device), WINDOWS.to(device)
     apc.sparsify(model, *made("cluster"), arm, kernel="auto", dense_above=2)
-    decoder = GreedyDecoder(model, 2, 40, compiled=False)
+    decoder = GreedyDecoder(model, 2, 40, mode=None)
     decoder.record(windows)
     found = decoder.decode(windows, 20)
     expected = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=20, min_new_tokens=20, do_sample=False)[:, 12:]

@@ -86,17 +86,55 @@ def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, dev
     assert close(found, expected(hidden, gate, up, down, kept[chosen], "silu", added), dtype)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("device", "known"), [("cpu", False), *(pytest.param("cuda", known, marks=pytest.mark.gpu) for known in (False, True))])
 @pytest.mark.parametrize("by_triton", [False, True])
-def test_a_later_layers_cluster_is_predicted_beside_the_ffn(device, by_triton):
-    tensors = made(2, 48, 200, torch.bfloat16, device)
-    predictors = [[torch.randn(*shape, device=device) for shape in ((20, 48), (20,), (90, 20), (90,))] for _ in range(2)]
-    kept = ops.pack(torch.rand(90, 200, device=device) < 0.5)
+@pytest.mark.parametrize(("n", "H", "K", "dtype"), [(2, 20, 40, torch.bfloat16), (1, 20, 90, torch.float32), (3, 300, 17, torch.float16)])
+def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, known, n, H, K, dtype):
+    """K of 90 is more than the last kernel scores beside the output's columns."""
+    D = 200 if device == "cuda" else 40
+    tensors = made(n, 48, D, dtype, device)
+    predictors = [[torch.randn(*shape, device=device) / 4 for shape in ((H, 48), (H,), (K, H), (K,))] for _ in range(2)]
+    for predictor in predictors:
+        predictor[::2] = [value.to(dtype) for value in predictor[::2]]
+    kept = ops.pack(torch.rand(K, D, device=device) < 0.5)
     _, *candidates = ops.predict_clusters(tensors[0], *predictors[0], by_triton)
-    expected = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton), ops.predict_clusters(tensors[0], *predictors[1], by_triton)
+    alone = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton)
+    inner, values, ids = ops.predict_clusters(tensors[0], *predictors[1], by_triton)
     for _ in range(3 if device == "cuda" else 1):
-        output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), by_triton=by_triton)
-        assert torch.equal(output, expected[0]) and all(torch.equal(one, other) for one, other in zip(found, expected[1], strict=True))
+        output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), known=known, by_triton=by_triton)
+        assert torch.equal(output, alone) and torch.equal(found[2], ids)
+        assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(found[1], values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_layers_in_a_graph_predict_for_the_next_but_one():
+    """A chain at a real size, whose candidates are complete before the kernel before `rows`: the same as each alone."""
+    E, D, H, K, layers = 4096, 2048, 512, 2048, 6
+    hidden, *_ = made(1, E, 1, torch.bfloat16, "cuda")
+    weights = [made(1, E, D, torch.bfloat16, "cuda")[1:] for _ in range(layers)]
+    shapes = ((H, E, E**-0.5), (H, 1, 0.1), (K, H, H**-0.5), (K, 1, 0.1))
+    predictors = [[(torch.randn(rows, width, device="cuda") * scale) for rows, width, scale in shapes] for _ in range(layers + 2)]
+    predictors = [(reduce.bfloat16(), bias.squeeze(1), expand.bfloat16(), other.squeeze(1)) for reduce, bias, expand, other in predictors]
+    masks = [ops.pack(torch.rand(K, D, device="cuda") < 0.5) for _ in range(layers)]
+    first = [ops.predict_clusters(hidden, *predictors[layer])[1:] for layer in range(2)]
+
+    def chain():
+        candidates, outputs = list(first), []
+        for layer in range(layers):
+            output, (_, *found) = ops.sparse_ffn_ahead(hidden, *weights[layer], masks[layer], "silu", candidates[layer], predictors[layer + 2], known=layer > 1)
+            candidates.append(tuple(found))
+            outputs.append(output)
+        return outputs
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(20):
+        graph.replay()
+        for layer, output in enumerate(found):
+            predicted = ops.predict_clusters(hidden, *predictors[layer])[1:]
+            assert torch.equal(output, ops.sparse_ffn(hidden, *weights[layer], masks[layer], "silu", predicted))
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
@@ -124,11 +162,14 @@ def test_models_sizes_on_hopper(dtype, n, E, D):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "E", "D", "candidates", "activation"),
-    [(1, 4096, 14336, 128, "silu"), (4, 8192, 28672, 0, "gelu"), (3, 576, 1536, 32, "gelu_tanh"), (2, 8, 1, 1, "relu")],
-)
-def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation):
-    program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype)
+    ("tokens", "E", "D", "candidates", "activation", "later", "known"),
+    [
+        (1, 4096, 14336, 128, "silu", 512, True), (1, 4096, 14336, 128, "silu", 0, False), (4, 8192, 28672, 0, "gelu", 700, False),
+        (3, 576, 1536, 32, "gelu_tanh", 0, True), (2, 8, 1, 1, "relu", 3, False),
+    ],
+)  # fmt: skip
+def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation, later, known):
+    program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype, later, known)
     assert b"rows" in compile_program(program) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apc.ops.bits import describe, on_cpu, row_bytes, unpack
-from apc.ops.sparse_ffn_sm90 import rows_hopper, takes
+from apc.ops.sparse_ffn_sm90 import EPSILON, rows_hopper, takes
 
 MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -30,7 +30,7 @@ _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a pr
 _PROGRAMS = 1  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
 _PARTS = 256  # of the output that are added at a time, at most
-_EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
+_SCORED = 1024  # size of a bottleneck with which `finish` scores a later layer's clusters, at most: a program holds their rows
 
 
 @triton.jit
@@ -107,6 +107,16 @@ def _reduce_kernel(
 
 
 @triton.jit
+def _store_best(weights, bias, inner, k, values_ptr, ids_ptr):
+    """Of clusters k the largest logit and whose it is, to this program's place."""
+    logits = tl.sum(weights * inner[None, :], axis=1) + bias
+    logits = tl.where(logits == logits, logits, float("-inf"))  # of an input that is no number any cluster will do
+    best = tl.max(logits, axis=0)
+    tl.store(values_ptr + tl.program_id(0), best)
+    tl.store(ids_ptr + tl.program_id(0), tl.min(tl.where(logits == best, k, 0x7FFFFFFF), axis=0))
+
+
+@triton.jit
 def _score_kernel(
     inner_ptr,  # float32 [n, H]
     weights_ptr,  # float [K, H]
@@ -130,12 +140,7 @@ def _score_kernel(
         gdc_wait()
     for n in tl.static_range(N):
         inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
-        logits = tl.sum(weights * inner[None, :], axis=1) + bias
-        logits = tl.where(logits == logits, logits, float("-inf"))  # of an input that is no number any cluster will do
-        best = tl.max(logits, axis=0)
-        at = n * tl.num_programs(0) + tl.program_id(0)
-        tl.store(values_ptr + at, best)
-        tl.store(ids_ptr + at, tl.min(tl.where(logits == best, k, 0x7FFFFFFF), axis=0))
+        _store_best(weights, bias, inner, k, values_ptr + n * tl.num_programs(0), ids_ptr + n * tl.num_programs(0))
 
 
 @triton.jit
@@ -217,11 +222,19 @@ def _finish_kernel(
     offsets_ptr,  # float [K, E], where clusters have offsets
     values_ptr,  # float32 [n, candidates]
     ids_ptr,  # int32 [n, candidates]
+    later_inner_ptr,  # float32 [n, later_H], where a later layer's cluster is predicted: what `_score_kernel` takes and gives
+    expand_ptr,  # float [later_K, later_H]
+    expand_bias_ptr,  # float32 [later_K]
+    later_values_ptr,  # float32 [n, groups], out
+    later_ids_ptr,  # int32 [n, groups], out
     tokens,
     programs,
     E,
     H,
     candidates,
+    later_H,
+    later_K,
+    groups,
     EARLY: tl.constexpr,
     CORRECTS: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -229,9 +242,16 @@ def _finish_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SCORES: tl.constexpr,  # clusters that a program scores, 0: none
+    BLOCK_LATER: tl.constexpr,
 ):
     e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.program_id(1)
+    if SCORES > 0:
+        k, later_h = tl.program_id(0) * SCORES + tl.arange(0, SCORES), tl.arange(0, BLOCK_LATER)
+        scored = (k < later_K)[:, None] & (later_h < later_H)[None, :]
+        expand = tl.load(expand_ptr + k[:, None] * later_H + later_h[None, :], mask=scored, other=0.0)
+        expand_bias = tl.load(expand_bias_ptr + k, mask=k < later_K, other=float("-inf"))
     output = tl.zeros([COLUMNS], tl.float32)
     if CORRECTS:
         output += tl.load(correct_bias_ptr + e, mask=e < E, other=0.0)
@@ -245,11 +265,16 @@ def _finish_kernel(
         output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
     if EARLY:  # what comes from before `rows` was there when that began
         gdc_wait()
+    if SCORES > 0:
+        later_inner = tl.load(later_inner_ptr + n * later_H + later_h, mask=later_h < later_H, other=0.0, cache_modifier=".cg")
     for start in range(0, programs, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         read = (p < programs)[:, None] & (e < E)[None, :]
         output += tl.sum(tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0)
     tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
+    if SCORES > 0:  # noqa: SIM102 (without it there is nothing to look at)
+        if tl.program_id(0) < groups:
+            _store_best(expand.to(tl.float32), expand_bias, later_inner, k, later_values_ptr + n * groups, later_ids_ptr + n * groups)
 
 
 # ---- which cluster a token is of
@@ -275,21 +300,16 @@ def predict_clusters(
 
 def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    found = _like_predictions(hidden, reduce, expand, by_triton=True)
-    _predict_into(found, hidden, reduce, reduce_bias, expand, expand_bias, _early(hidden.device))
-    return found
+    (inner, values, ids), early = _like_predictions(hidden, reduce, expand, by_triton=True), _early(hidden.device)
+    _reduce(hidden, reduce, reduce_bias, inner, early)
+    _score(inner, expand, expand_bias, values, ids, early)
+    return inner, values, ids
 
 
-def _predict_into(
-    found: tuple[Tensor, Tensor, Tensor], hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, first: dict[str, bool]
-) -> None:  # fmt: skip
-    """first: how the first kernel is launched, as `_early` has it."""
-    inner, values, ids = found
-    n, H, K = len(hidden), len(reduce), len(expand)
-    _reduce(hidden, reduce, reduce_bias, inner, first)
-    with torch.cuda.device_of(hidden):
-        block, early = triton.next_power_of_2(H), _early(hidden.device)
-        _score_kernel[(_score_programs(K),)](inner, expand, expand_bias, values, ids, H, K, N=n, BLOCK_H=block, **early, **_SCORE_TILE)
+def _score(inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool]) -> None:
+    (n, H), K = inner.shape, len(expand)
+    with torch.cuda.device_of(inner):
+        _score_kernel[(_score_programs(K),)](inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **_SCORE_TILE)
 
 
 @torch.library.custom_op("apc::predict_clusters", mutates_args=())
@@ -355,7 +375,7 @@ def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, how: di
     (n, E), H = hidden.shape, len(reduce)
     with torch.cuda.device_of(hidden):
         grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
-        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, _EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE)
+        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE)
 
 
 # ---- the FFN
@@ -405,7 +425,7 @@ def sparse_ffn_triton(
     if hidden.shape[1] > _WIDEST:
         raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {_WIDEST}, got hidden {describe(hidden)}")
     partial = _rows(hidden.contiguous(), gate, up, down, masks, activation, candidates)
-    return _finish(partial, hidden, candidates, correction, offsets, early=False)
+    return _finish(partial, hidden, candidates, correction, offsets, {"EARLY": False})
 
 
 def sparse_ffn_hopper(
@@ -415,7 +435,7 @@ def sparse_ffn_hopper(
     """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
     hidden = hidden.contiguous()
     partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates)
-    return _finish(partial, hidden, candidates, correction, offsets, early=True)
+    return _finish(partial, hidden, candidates, correction, offsets, _early(hidden.device))
 
 
 def _rows(
@@ -437,19 +457,26 @@ def _rows(
 
 def _finish(
     partial: Tensor, hidden: Tensor, candidates: tuple[Tensor, Tensor] | None, correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
-    early: bool,
+    how: dict[str, bool], later: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
+    """how: of the launch, as `_early` has it; later: a later layer's bottleneck, expand and bias, and what becomes its candidates."""
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
-    values, ids = candidates or (partial, partial)
+    values, ids = candidates or (partial, partial)  # what is not there is not read
     count = values.shape[1] if candidates else 0
     inner, correct, bias = correction or (partial, partial, partial)
+    scores = later or (partial,) * 5
     with torch.cuda.device_of(hidden):
-        _finish_kernel[(triton.cdiv(E, _FINISH_TILE["COLUMNS"]), n)](
-            partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, n, programs, E, inner.shape[1], count,
-            CORRECTS=correction is not None, OFFSETS=offsets is not None, BLOCK_C=triton.next_power_of_2(max(count, 1)),
-            BLOCK_P=min(_PARTS, triton.next_power_of_2(programs)), **(_early(hidden.device) if early else {"EARLY": False}), **_FINISH_TILE,
+        _finish_kernel[(_finish_programs(E), n)](
+            partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, *scores, n, programs, E, inner.shape[1], count,
+            scores[0].shape[1], len(scores[1]), scores[3].shape[1], CORRECTS=correction is not None, OFFSETS=offsets is not None,
+            BLOCK_C=triton.next_power_of_2(max(count, 1)), BLOCK_P=min(_PARTS, triton.next_power_of_2(programs)),
+            SCORES=_SCORE_TILE["ROWS"] if later else 0, BLOCK_LATER=triton.next_power_of_2(scores[0].shape[1]), **how, **_FINISH_TILE,
         )  # fmt: skip
     return output
+
+
+def _finish_programs(E: int) -> int:
+    return triton.cdiv(E, _FINISH_TILE["COLUMNS"])
 
 
 @functools.cache
@@ -499,46 +526,41 @@ def _(hidden: Tensor, *_) -> Tensor:
 def sparse_ffn_ahead(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor],
     later: tuple[Tensor, Tensor, Tensor, Tensor], correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
-    by_triton: bool | None = None,
+    known: bool = False, by_triton: bool | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`: on a GPU
-    beside it, on a stream of its own, so that the prediction takes its bytes' time and no more. Raises as those do."""
+    """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`.
+
+    On Hopper the same kernels do both, so the prediction takes the time of its bytes and no more. known: the candidates were complete before whatever
+    makes `hidden` began, as an earlier layer's prediction is behind another attention; their neurons are fetched ahead of it. Raises as those two do.
+    """
     by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
     if not by_triton:
         return sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton), predict_clusters(hidden, *later, by_triton)
     inner, correct, bias = correction or (None, None, None)
-    output, *found = torch.ops.apc.sparse_ffn_ahead(hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets)
+    output, *found = torch.ops.apc.sparse_ffn_ahead(hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets, known)
     return output, tuple(found)
 
 
 @torch.library.custom_op("apc::sparse_ffn_ahead", mutates_args=())
 def _sparse_ffn_ahead(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor, ids: Tensor, reduce: Tensor,
-    reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
+    reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, inner: Tensor | None, correct: Tensor | None, bias: Tensor | None,
+    offsets: Tensor | None, known: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    found = _like_predictions(hidden, reduce, expand, by_triton=True)  # of this stream's memory, which waits for the other before it goes on
-    correction = None if inner is None else (inner, correct, bias)
-    later = reduce, reduce_bias, expand, expand_bias
-    if on_cpu(hidden):
-        output = sparse_ffn_triton(hidden, gate, up, down, masks, activation, (values, ids), correction, offsets)
-        _predict_into(found, hidden, *later, _early(hidden.device))
-        return output, *found
-    beside, current = _beside(hidden.device), torch.cuda.current_stream(hidden.device)
-    hidden = hidden.contiguous()
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        _predict_into(found, hidden, *later, {"EARLY": False})
-    way = sparse_ffn_hopper if takes(hidden, gate, up, down) else sparse_ffn_triton
-    output = way(hidden, gate, up, down, masks, activation, (values, ids), correction, offsets)
-    current.wait_stream(beside)
+    correction, hidden, candidates = None if inner is None else (inner, correct, bias), hidden.contiguous(), (values, ids)
+    later_inner, *later = found = _like_predictions(hidden, reduce, expand, by_triton=True)
+    if takes(hidden, gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
+        partial, how = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), known), _early(hidden.device)
+    else:
+        partial, how = _rows(hidden, gate, up, down, masks, activation, candidates), {"EARLY": False}
+        _reduce(hidden, reduce, reduce_bias, later_inner, how)
+    together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
+    output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
+    if not together:
+        _score(later_inner, expand, expand_bias, *later, how)
     return output, *found
 
 
 @_sparse_ffn_ahead.register_fake
 def _(hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, by_triton=True)
-
-
-@functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)

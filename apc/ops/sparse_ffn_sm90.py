@@ -21,15 +21,21 @@ _TILE = {"ROWS": 2, "STAGES": 4}  # neurons of a stage, and stages at most
 _LONG = 4096  # hidden size above which a stage is one neuron
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _HALVES = (torch.bfloat16, torch.float16)
+EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square of float32
 
 
-def program(tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype) -> tuple[Program, int]:
-    """The kernel for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block."""
+def program(
+    tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype, later: int = 0, known: bool = False
+) -> tuple[Program, int]:  # fmt: skip
+    """The kernel for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block.
+
+    later: rows of a later layer's bottleneck; known: masks or candidates are complete before the kernel before this one begins.
+    """
     rows, most, N = 1 if E > _LONG else _TILE["ROWS"], math.ceil(D / blocks) + 1, triton.next_power_of_2(tokens)
     beside, words = N * 2 * E + 4 * most, math.ceil(D / 128) * 4
     stages = min(_TILE["STAGES"], (_SHARED - beside - 4 * words * (N + 1)) // (6 * E * rows))
     constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=words, CANDIDATES=candidates,
-                     ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16))  # fmt: skip
+                     ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16), LATER=later, KNOWN=int(known))  # fmt: skip
     return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh"), stages * 6 * E * rows + beside
 
 
@@ -48,34 +54,37 @@ def unavailable(device_index: int) -> str | None:
     try:
         if (found := architecture(torch.device("cuda", device_index))) != "sm_90a":
             return f"the kernel is for Hopper (sm_90), not {found}"
-        nvrtc.function(*_of(1, 64, 128, 1, 0, "silu", torch.bfloat16, device_index))
+        _prepare(device_index, 1, 64, 128, 1, 0, "silu", torch.bfloat16)
     except (ImportError, RuntimeError, OSError) as error:
         return nvrtc.reason(error)
     return None
 
 
-def _of(tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype, device_index: int) -> tuple[Program, str, int, int]:
-    found, shared = program(tokens, E, D, blocks, candidates, activation, dtype)
-    return found, "rows", device_index, shared
-
-
 @functools.lru_cache(maxsize=256)
-def _prepare(*sizes) -> tuple[object, int]:
-    found = _of(*sizes)
-    return nvrtc.function(*found), found[-1]
+def _prepare(device_index: int, *sizes) -> tuple[object, int]:
+    found, shared = program(*sizes)
+    return nvrtc.function(found, "rows", device_index, shared), shared
 
 
 def rows_hopper(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None,
+    later: tuple[Tensor, Tensor, Tensor] | None = None, known: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Arguments as of `sparse_ffn`, which `takes` took → the blocks' parts of the output, float32 [P, n, E]."""
+    """Arguments as of `sparse_ffn`, which `takes` took → the blocks' parts of the output, float32 [P, n, E].
+
+    later: a bottleneck's rows [H, E] of hidden's type in one piece, and its bias float32 [H]; the third, float32 [n, H], becomes what `bottleneck` gives.
+    """
     (n, E), D, device = hidden.shape, len(gate), hidden.device
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
     partial = hidden.new_empty((blocks, n, E), dtype=torch.float32)
     values, ids = candidates or (None, None)
-    function, shared = _prepare(n, E, D, blocks, 0 if values is None else values.shape[1], activation, hidden.dtype, device.index)
+    reduce, bias, inner = later or (None, None, None)
+    function, shared = _prepare(
+        device.index, n, E, D, blocks, 0 if values is None else values.shape[1], activation, hidden.dtype, 0 if later is None else len(reduce), known
+    )
     tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, partial))
+    rest = pointer(reduce), pointer(bias), pointer(inner), ctypes.c_float(EPSILON)
     strides = (ctypes.c_longlong(2 * value.stride(0)) for value in (gate, up, down))
     with torch.cuda.device_of(hidden):
-        nvrtc.launch(function, (blocks, 1), _THREADS, shared, *tensors, ctypes.c_int(n), *strides, early=True)
+        nvrtc.launch(function, (blocks, 1), _THREADS, shared, *tensors, ctypes.c_int(n), *strides, *rest, early=True)
     return partial

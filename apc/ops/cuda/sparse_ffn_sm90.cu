@@ -4,8 +4,12 @@
 // A stage is ROWS neurons: their rows of gate, up and down (transposed). Each warp takes part of one product of a row and the input; then every thread
 // knows the neurons' values and adds their rows of down to its own columns of the output. Sums are float32 and their order is fixed.
 //
+// The bottleneck by which a later layer's clusters are predicted rides along: its rows are the first in the ring, 2 · ROWS of them in a stage. They
+// need no mask, so the memory is busy while the neurons are found.
+//
 // Put before it: N tokens (a power of two), E, ROWS, STAGES, MOST neurons of a block, WORDS of a mask, CANDIDATES (0: a mask for each token),
-// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16).
+// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16), LATER rows of the later bottleneck (0: none), KNOWN (1: masks or candidates
+// were complete before the kernel before this one began, so its neurons are found and fetched while that one runs).
 
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
 constexpr int CHUNKS = E / 8;  // pieces of 16 bytes of a row
@@ -17,7 +21,8 @@ constexpr int ROW_BYTES = 2 * E, STAGE_BYTES = 3 * ROWS * ROW_BYTES;
 constexpr int WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
 constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
 constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
-static_assert(PARTS * 2 * ROWS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
+constexpr int PRODUCTS = 2 * ROWS;  // at a time
+static_assert(PARTS * PRODUCTS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
 
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -55,6 +60,12 @@ __device__ __forceinline__ float round_half(float x) {
     return result;
 }
 
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
 __device__ __forceinline__ float activate(float x) {
     if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
     if (ACTIVATION == 3) return fmaxf(x, 0.0f);
@@ -71,7 +82,11 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
      const float* values,                      // [tokens, CANDIDATES]
      const int* ids,                           // [tokens, CANDIDATES]
      float4* partial,                          // [blocks, tokens, E], out
-     int tokens, long long gate_bytes, long long up_bytes, long long down_bytes) {
+     int tokens, long long gate_bytes, long long up_bytes, long long down_bytes,
+     const unsigned char* __restrict__ later,  // [LATER, E], in one piece
+     const float* __restrict__ later_bias,     // [LATER]
+     float* later_inner,                       // [tokens, LATER], out: SiLU(rms_norm(hidden) · laterᵀ + bias)
+     float epsilon) {
     extern __shared__ __align__(128) unsigned char ring[];
     uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
     u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
@@ -80,7 +95,24 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
     __shared__ int ends[WORDS];  // bits up to and with each word
     __shared__ float products[2][ROWS][2][PARTS][N];
     __shared__ int mask_of[N], sums_of_warps[WARPS + 1];
+    __shared__ float squares[WARPS][N];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int later_first = static_cast<int>(blockIdx.x * static_cast<u32>(LATER) / gridDim.x);
+    const int later_rows = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(LATER) / gridDim.x) - later_first;
+    const int later_stages = (later_rows + PRODUCTS - 1) / PRODUCTS;
+
+    // Its stage of the ring must be free.
+    auto fetch_later = [&](int index) {
+        const int stage = index % STAGES, rows = min(PRODUCTS, later_rows - index * PRODUCTS);
+        expect_bytes(&full[stage], rows * ROW_BYTES);
+        for (int row = 0; row < rows; row++)
+            fetch(shared_address(ring) + stage * STAGE_BYTES + (3 * (row / 2) + row % 2) * ROW_BYTES,
+                  later + static_cast<long long>(later_first + index * PRODUCTS + row) * ROW_BYTES, ROW_BYTES, &full[stage]);
+    };
+    auto fetch_hidden = [&] {
+        expect_bytes(&arrived, tokens * ROW_BYTES);
+        for (int n = 0; n < tokens; n++) fetch(shared_address(given + n * CHUNKS), hidden + n * CHUNKS, ROW_BYTES, &arrived);
+    };
 
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
@@ -90,12 +122,12 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         barrier_init(&arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // this thread hands them to the copy engine right away
+        for (int index = 0; index < min(later_stages, STAGES); index++) fetch_later(index);
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    if (thread == 0) {  // the input arrives while the neurons are found
-        expect_bytes(&arrived, tokens * ROW_BYTES);
-        for (int n = 0; n < tokens; n++) fetch(shared_address(given + n * CHUNKS), hidden + n * CHUNKS, ROW_BYTES, &arrived);
+    if (!KNOWN) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (thread == 0) fetch_hidden();  // the input arrives while the neurons are found
     }
     for (int i = tokens * CHUNKS + thread; i < N * CHUNKS; i += THREADS) given[i] = uint4{0, 0, 0, 0};
     if (CANDIDATES == 0) {
@@ -185,9 +217,13 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
 
     if (warp == WARPS) {
         if (lane == 0) {
-            for (int index = 0; index < stages; index++) {
-                const int stage = index % STAGES, rows = min(ROWS, neurons - index * ROWS);
-                barrier_wait(&empty[stage], (index / STAGES + 1) & 1);  // the first round finds its stages free
+            for (int place = min(later_stages, STAGES); place < later_stages + stages; place++) {
+                const int stage = place % STAGES, index = place - later_stages, rows = min(ROWS, neurons - index * ROWS);
+                barrier_wait(&empty[stage], (place / STAGES + 1) & 1);  // the first round finds its stages free
+                if (index < 0) {
+                    fetch_later(place);
+                    continue;
+                }
                 expect_bytes(&full[stage], 3 * rows * ROW_BYTES);
                 const u32 to = shared_address(ring) + stage * STAGE_BYTES;
                 for (int row = 0; row < rows; row++) {
@@ -201,6 +237,11 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         return;
     }
 
+    if (KNOWN) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (thread == 0) fetch_hidden();
+    }
     barrier_wait(&arrived, 0);
     float sums[N][OWN][8] = {};
     const int product = warp / PARTS, part = warp % PARTS, product_row = product / 2, which = product % 2;
@@ -210,44 +251,83 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         const int chunk = part * 32 + lane + j * 32 * PARTS;
         mine[j] = chunk < CHUNKS ? given[chunk] : uint4{0, 0, 0, 0};
     }
-    for (int index = 0; index < stages; index++) {
-        const int stage = index % STAGES, rows = min(ROWS, neurons - index * ROWS), buffer = index % 2;
-        const unsigned char* const held = ring + stage * STAGE_BYTES;
-        barrier_wait(&full[stage], (index / STAGES) & 1);
-        if (product_row < rows) {
-            const uint4* const row = reinterpret_cast<const uint4*>(held + (3 * product_row + which) * ROW_BYTES);
-            float2 found[N] = {};
-            auto add = [&](const uint4& weights, const uint4& input, float2& to) {
-                const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w}, inputs[4] = {input.x, input.y, input.z, input.w};
+    // This warp's part of the product of its row in a stage and each token's input, to `products`.
+    auto multiply = [&](const unsigned char* held, int buffer) {
+        const uint4* const row = reinterpret_cast<const uint4*>(held + (3 * product_row + which) * ROW_BYTES);
+        float2 found[N] = {};
+        auto add = [&](const uint4& weights, const uint4& input, float2& to) {
+            const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w}, inputs[4] = {input.x, input.y, input.z, input.w};
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float2 a = widen(pairs[i]), b = widen(inputs[i]);
-                    to.x = fmaf(a.x, b.x, to.x);
-                    to.y = fmaf(a.y, b.y, to.y);
-                }
-            };
-            if (KEPT > 0) {
-#pragma unroll
-                for (int j = 0; j < KEPT; j++) {
-                    const int chunk = part * 32 + lane + j * 32 * PARTS;
-                    if (CHUNKS % (32 * PARTS) == 0 || chunk < CHUNKS) add(row[chunk], mine[j], found[0]);
-                }
-            } else {
-#pragma unroll 4
-                for (int chunk = part * 32 + lane; chunk < CHUNKS; chunk += 32 * PARTS) {
-                    const uint4 weights = row[chunk];
-#pragma unroll
-                    for (int n = 0; n < N; n++) add(weights, given[n * CHUNKS + chunk], found[n]);
-                }
+            for (int i = 0; i < 4; i++) {
+                const float2 a = widen(pairs[i]), b = widen(inputs[i]);
+                to.x = fmaf(a.x, b.x, to.x);
+                to.y = fmaf(a.y, b.y, to.y);
             }
+        };
+        if (KEPT > 0) {
 #pragma unroll
-            for (int n = 0; n < N; n++) {
-                float sum = found[n].x + found[n].y;
+            for (int j = 0; j < KEPT; j++) {
+                const int chunk = part * 32 + lane + j * 32 * PARTS;
+                if (CHUNKS % (32 * PARTS) == 0 || chunk < CHUNKS) add(row[chunk], mine[j], found[0]);
+            }
+        } else {
+#pragma unroll 4
+            for (int chunk = part * 32 + lane; chunk < CHUNKS; chunk += 32 * PARTS) {
+                const uint4 weights = row[chunk];
 #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-                if (lane == 0) products[buffer][product_row][which][part][n] = sum;
+                for (int n = 0; n < N; n++) add(weights, given[n * CHUNKS + chunk], found[n]);
             }
         }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float sum = sum_of_warp(found[n].x + found[n].y);
+            if (lane == 0) products[buffer][product_row][which][part][n] = sum;
+        }
+    };
+    auto release = [&](int stage) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&empty[stage]);
+    };
+
+    if (LATER > 0) {  // the mean square of each input, which the first stage's barrier makes known to all
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float square = 0.0f;
+            for (int chunk = thread; chunk < CHUNKS; chunk += CONSUMERS) {
+                const uint4 input = given[n * CHUNKS + chunk];
+                const u32 pairs[4] = {input.x, input.y, input.z, input.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 x = widen(pairs[i]);
+                    square = fmaf(x.x, x.x, fmaf(x.y, x.y, square));
+                }
+            }
+            square = sum_of_warp(square);
+            if (lane == 0) squares[warp][n] = square;
+        }
+    }
+    for (int index = 0; index < later_stages; index++) {
+        const int stage = index % STAGES, rows = min(PRODUCTS, later_rows - index * PRODUCTS), buffer = index % 2;
+        barrier_wait(&full[stage], (index / STAGES) & 1);
+        if (product < rows) multiply(ring + stage * STAGE_BYTES, buffer);
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+        release(stage);
+        if (thread < rows * tokens) {
+            const int row = thread % rows, n = thread / rows, h = later_first + index * PRODUCTS + row;
+            float square = 0.0f, sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) square += squares[w][n];
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) sum += products[buffer][row / 2][row % 2][p][n];
+            const float x = sum / sqrtf(square / E + epsilon) + later_bias[h];
+            later_inner[n * LATER + h] = x / (1.0f + expf(-x));
+        }
+    }
+    for (int index = 0; index < stages; index++) {
+        const int place = later_stages + index, stage = place % STAGES, rows = min(ROWS, neurons - index * ROWS), buffer = place % 2;
+        const unsigned char* const held = ring + stage * STAGE_BYTES;
+        barrier_wait(&full[stage], (place / STAGES) & 1);
+        if (product_row < rows) multiply(held, buffer);
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
@@ -283,8 +363,7 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
                 }
             }
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&empty[stage]);
+        release(stage);
     }
 #pragma unroll
     for (int n = 0; n < N; n++) {
