@@ -1,14 +1,51 @@
 """Greedy decoding without the host in between: a step is one CUDA graph."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+_ATTENTION = "apc-sdpa"
 
 
 def cache_keyword(model: nn.Module) -> str:
     """What its forward calls the cache: `cache` since transformers 5.2x, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **others):
+    """transformers' `sdpa`, but for one token: its heads that share a key head are queries of that, where `sdpa` writes keys and values again for each.
+
+    query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1 or heads, n, S] or None → [B, n, heads, d], None
+    """
+    from transformers import AttentionInterface
+
+    shared = key.shape[1]
+    plain = others.get("softcap") is None and others.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
+    if query.shape[2] > 1 or query.shape[1] == shared or not plain:
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **others)
+    packed = query.reshape(len(query), shared, -1, query.shape[3])
+    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(query.shape).transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def _shared_heads(model: nn.Module) -> Iterator[None]:
+    """The model's attention by `attend`, where it is `sdpa`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    before = model.config._attn_implementation
+    if before == "sdpa":
+        AttentionInterface.register(_ATTENTION, attend)
+        AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
+        model.config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 class GreedyDecoder:
@@ -37,7 +74,8 @@ class GreedyDecoder:
         self.token.copy_(logits.argmax(-1, keepdim=True))
 
     def _step(self) -> None:
-        self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        with _shared_heads(self.model):
+            self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.no_grad()

@@ -9,9 +9,9 @@ import torch
 import apc
 import tiny
 import train
-from apc import sparse_ffns
+from apc import decode, sparse_ffns
 from apc.config import load_config
-from apc.decode import GreedyDecoder
+from apc.decode import GreedyDecoder, attend
 from apc.errors import UserError
 from apc.models import ModelConfig, find_ffns, load_model
 from apc.ops.sparse_ffn import act
@@ -144,6 +144,25 @@ def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
     found = decoder.decode(windows, 20)
     expected = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=20, min_new_tokens=20, do_sample=False)[:, 12:]
     assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_heads_that_share_keys_attend_without_repeating_them(n):
+    query, key, value = torch.randn(2, 6, n, 8), torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+    mask = torch.rand(2, 1, n, 10) < 0.7
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    found, _ = attend(module, query, key, value, mask, scaling=0.3)
+    repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_steps_attend_so_and_leave_the_models_attention_as_it_was(workplace, monkeypatch):
+    model, seen = model_on(workplace, "cpu"), []
+    monkeypatch.setattr(decode, "attend", lambda *given, **named: seen.append(given[1].shape[2]) or attend(*given, **named))
+    GreedyDecoder(model, 2, 40, mode=None).decode(WINDOWS, 5)
+    assert seen == [1] * 4 * len(model.model.layers) and model.config._attn_implementation == "sdpa"
 
 
 def test_what_has_no_kernel_is_said(workplace, made, capsys):

@@ -86,6 +86,10 @@ def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, dev
     assert close(found, expected(hidden, gate, up, down, kept[chosen], "silu", added), dtype)
 
 
+def chosen(values, ids):
+    return ids.gather(1, values.argmax(1, keepdim=True))
+
+
 @pytest.mark.parametrize(("device", "known"), [("cpu", False), *(pytest.param("cuda", known, marks=pytest.mark.gpu) for known in (False, True))])
 @pytest.mark.parametrize("by_triton", [False, True])
 @pytest.mark.parametrize(("n", "H", "K", "dtype"), [(2, 20, 40, torch.bfloat16), (1, 20, 90, torch.float32), (3, 300, 17, torch.float16)])
@@ -102,8 +106,8 @@ def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, kno
     inner, values, ids = ops.predict_clusters(tensors[0], *predictors[1], by_triton)
     for _ in range(3 if device == "cuda" else 1):
         output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), known=known, by_triton=by_triton)
-        assert torch.equal(output, alone) and torch.equal(found[2], ids)
-        assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(found[1], values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(output, alone) and torch.equal(chosen(*found[1:]), chosen(values, ids))
+        assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(found[1].amax(1), values.amax(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

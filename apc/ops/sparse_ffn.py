@@ -30,7 +30,8 @@ _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a pr
 _PROGRAMS = 1  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
 _PARTS = 256  # of the output that are added at a time, at most
-_SCORED = 1024  # size of a bottleneck with which `finish` scores a later layer's clusters, at most: a program holds their rows
+_AHEAD = 8  # clusters of a later layer that a program of `finish` scores: with more its registers leave no room for two beside a block of `rows`
+_SCORED = 1024  # size of a bottleneck with which it does, at most
 
 
 @triton.jit
@@ -300,16 +301,16 @@ def predict_clusters(
 
 def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    (inner, values, ids), early = _like_predictions(hidden, reduce, expand, by_triton=True), _early(hidden.device)
+    (inner, values, ids), early = _like_predictions(hidden, reduce, expand, _SCORE_TILE["ROWS"]), _early(hidden.device)
     _reduce(hidden, reduce, reduce_bias, inner, early)
-    _score(inner, expand, expand_bias, values, ids, early)
+    _score(inner, expand, expand_bias, values, ids, early, **_SCORE_TILE)
     return inner, values, ids
 
 
-def _score(inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool]) -> None:
+def _score(inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool], **tile: int) -> None:
     (n, H), K = inner.shape, len(expand)
     with torch.cuda.device_of(inner):
-        _score_kernel[(_score_programs(K),)](inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **_SCORE_TILE)
+        _score_kernel[(values.shape[1],)](inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **tile)
 
 
 @torch.library.custom_op("apc::predict_clusters", mutates_args=())
@@ -326,18 +327,14 @@ def _predict_clusters(
 
 @_predict_clusters.register_fake
 def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_predictions(hidden, reduce, expand, by_triton)
+    return _like_predictions(hidden, reduce, expand, _SCORE_TILE["ROWS"] if by_triton else len(expand))
 
 
-def _like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for what `predict_clusters` gives."""
-    n, count = len(hidden), _score_programs(len(expand)) if by_triton else 1
+def _like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what `predict_clusters` gives, of so many clusters a candidate."""
+    n, count = len(hidden), triton.cdiv(len(expand), rows)
     floats = functools.partial(hidden.new_empty, dtype=torch.float32)
     return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
-
-
-def _score_programs(K: int) -> int:
-    return triton.cdiv(K, _SCORE_TILE["ROWS"])
 
 
 def _check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
@@ -470,7 +467,7 @@ def _finish(
             partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, *scores, n, programs, E, inner.shape[1], count,
             scores[0].shape[1], len(scores[1]), scores[3].shape[1], CORRECTS=correction is not None, OFFSETS=offsets is not None,
             BLOCK_C=triton.next_power_of_2(max(count, 1)), BLOCK_P=min(_PARTS, triton.next_power_of_2(programs)),
-            SCORES=_SCORE_TILE["ROWS"] if later else 0, BLOCK_LATER=triton.next_power_of_2(scores[0].shape[1]), **how, **_FINISH_TILE,
+            SCORES=_AHEAD if later else 0, BLOCK_LATER=triton.next_power_of_2(scores[0].shape[1]), **how, **_FINISH_TILE,
         )  # fmt: skip
     return output
 
@@ -548,7 +545,7 @@ def _sparse_ffn_ahead(
     offsets: Tensor | None, known: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     correction, hidden, candidates = None if inner is None else (inner, correct, bias), hidden.contiguous(), (values, ids)
-    later_inner, *later = found = _like_predictions(hidden, reduce, expand, by_triton=True)
+    later_inner, *later = found = _like_predictions(hidden, reduce, expand, _AHEAD)
     if takes(hidden, gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
         partial, how = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), known), _early(hidden.device)
     else:
@@ -557,10 +554,10 @@ def _sparse_ffn_ahead(
     together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
     output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
     if not together:
-        _score(later_inner, expand, expand_bias, *later, how)
+        _score(later_inner, expand, expand_bias, *later, how, **(_SCORE_TILE | {"ROWS": _AHEAD}))
     return output, *found
 
 
 @_sparse_ffn_ahead.register_fake
 def _(hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, by_triton=True)
+    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, _AHEAD)
