@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ATTENTION = "apc-sdpa"
@@ -17,18 +16,22 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **others):
-    """transformers' `sdpa`, but for one token: its heads that share a key head are queries of that, where `sdpa` writes keys and values again for each.
+    """transformers' `sdpa`, but for one token: its heads that share a key head are queries of that, in plain products, which torch.compile makes fast.
+    `sdpa` writes keys and values again for each of them, and its kernels are for many tokens.
 
-    query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1 or heads, n, S] or None → [B, n, heads, d], None
+    query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added, or None → [B, n, heads, d], None
     """
     from transformers import AttentionInterface
 
     shared = key.shape[1]
     plain = others.get("softcap") is None and others.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
-    if query.shape[2] > 1 or query.shape[1] == shared or not plain:
+    if query.shape[2] > 1 or not plain:
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **others)
     packed = query.reshape(len(query), shared, -1, query.shape[3])
-    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    scores = (packed @ key.mT).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else scores + attention_mask
+    output = scores.softmax(-1).to(value.dtype) @ value
     return output.reshape(query.shape).transpose(1, 2), None
 
 
@@ -52,10 +55,11 @@ class GreedyDecoder:
     """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
 
     model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each; mode: torch.compile's, without
-    CUDA graphs of its own; None: not compiled.
+    CUDA graphs of its own; None: not compiled; early: whether torch.compile's kernels may be on the GPU before the ones before them have ended, and wait
+    there, on Hopper (an experiment of torch's: `triton.enable_pdl`).
     """
 
-    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default"):
+    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
         from transformers import StaticCache
 
         self.model, self.device = model, next(model.parameters()).device
@@ -65,6 +69,7 @@ class GreedyDecoder:
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._early = early
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> None:
@@ -83,7 +88,9 @@ class GreedyDecoder:
         """Records a step's CUDA graph, after tokens as in `prefill`, which has to come again after it."""
         if self.device.type != "cuda":
             return
-        with torch.cuda.device(self.device):  # a graph is of the device at hand
+        import torch._inductor.config
+
+        with torch.cuda.device(self.device), torch._inductor.config.patch({"triton.enable_pdl": self._early}):  # a graph is of the device at hand
             self.prefill(tokens)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

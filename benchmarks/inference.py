@@ -320,9 +320,9 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
     rows, dense = [], {}
 
-    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE) -> None:
+    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True) -> None:
         torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
-        decoder = GreedyDecoder(model, n, 2 * prompt, mode)
+        decoder = GreedyDecoder(model, n, 2 * prompt, mode, early)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
@@ -334,8 +334,8 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         print(f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}", flush=True)
 
     for n in options.batches:
-        for label, mode in ((COMPILED, "default"), (TUNED, MODE)):
-            measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode)
+        for label, mode, early in ((COMPILED, "default", False), (f"{TUNED}, early launches", MODE, True)):
+            measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode, early)
     ffns = layers * shape.dense_bytes
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)

@@ -246,6 +246,8 @@ def _finish_kernel(
     SCORES: tl.constexpr,  # clusters that a program scores, 0: none
     BLOCK_LATER: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.program_id(1)
     if SCORES > 0:
