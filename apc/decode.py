@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 _ATTENTION = "apc-sdpa"
 
@@ -21,12 +24,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
     query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added, or None → [B, n, heads, d], None
     """
-    from transformers import AttentionInterface
-
     shared = key.shape[1]
     plain = others.get("softcap") is None and others.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
     if query.shape[2] > 1 or not plain:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **others)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     packed = query.reshape(len(query), shared, -1, query.shape[3])
     scores = (packed @ key.mT).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
@@ -38,12 +39,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 @contextlib.contextmanager
 def _shared_heads(model: nn.Module) -> Iterator[None]:
     """The model's attention by `attend`, where it is `sdpa`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     before = model.config._attn_implementation
     if before == "sdpa":
         AttentionInterface.register(_ATTENTION, attend)
-        AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
         model.config._attn_implementation = _ATTENTION
     try:
         yield
@@ -60,12 +59,10 @@ class GreedyDecoder:
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
-        from transformers import StaticCache
-
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self._keyword = cache_keyword(model)
-        self._call = torch.compile(model.forward, dynamic=False, mode=mode) if mode and self.device.type == "cuda" else model.forward
+        self._call = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode) if mode and self.device.type == "cuda" else model.forward
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

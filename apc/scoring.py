@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from apc import distributed, figures, speed
+from apc import distributed, figures
 from apc.codebook import Codebook
 from apc.config import DEFAULT_ARMS, Config
 from apc.errors import UserError
@@ -72,6 +72,8 @@ def score(
     watch.lap("evaluate")
     results = {"conditions": conditions(cfg, codebook, predictor, scored, model, device), "arms": arms, **stage_records(run), "seconds": watch.seconds}
     if cfg.speed and distributed.is_main():
+        from apc import speed  # and with it what transformers has of attention
+
         results["speed"] = speed.measure(model, tokenizer, codebook, predictor, scored.tokens, names, cfg.seed, cfg.trainer.progress)
         watch.lap("speed")
         results["seconds"] = watch.seconds

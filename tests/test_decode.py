@@ -146,6 +146,19 @@ def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
     assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
 
 
+@pytest.mark.parametrize("arm", ["dense", "predicted"])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_decoders_step_is_traced_whole(workplace, made, arm, lookahead):
+    """With its cache and its attention; what is not would run uncompiled from the eighth layer on."""
+    model = model_on(workplace, "cpu")
+    apc.sparsify(model, *made("cluster", **{"predictor.lookahead": lookahead}), arm, kernel="torch")
+    decoder, compiled = (GreedyDecoder(model, 2, 40, mode=None) for _ in range(2))
+    torch.compiler.reset()
+    compiled._call = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled.decode(WINDOWS, 5), decoder.decode(WINDOWS, 5))
+    assert torch.allclose(compiled.logits, decoder.logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_heads_that_share_keys_attend_without_repeating_them(n):
     query, key, value = torch.randn(2, 6, n, 8), torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
