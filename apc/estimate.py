@@ -11,7 +11,7 @@ import csv
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,10 +69,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds from `low` to `high` (None: at least `low`), and how they came about."""
+    """Seconds from `low` to `high`, and how they came about."""
 
     low: float
-    high: float | None
+    high: float
     basis: str
 
 
@@ -104,17 +104,33 @@ def rate(operation: str, implementation: str, K: int, D: int, note: str = "") ->
 
     note: what the row's note begins with. Raises UserError if there is no such row.
     """
+    return _nearest(_rows(operation, implementation, note), lambda row: _apart(row["K"], K) + _apart(row["D"], D))
+
+
+@cache
+def rates(operation: str, implementation: str, K: int, D: int) -> list[float]:
+    """The slower and the faster of the rates as of `rate` at the shapes that are nearest in K and nearest in D: the same where one shape is both."""
+    rows = _rows(operation, implementation)
+    by_clusters = _nearest(rows, lambda row: (_apart(row["K"], K), _apart(row["D"], D)))
+    return sorted((by_clusters, _nearest(rows, lambda row: (_apart(row["D"], D), _apart(row["K"], K)))))
+
+
+def _rows(operation: str, implementation: str, note: str = "") -> list[dict]:
     with RATES.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["operation"], row["implementation"]) == (operation, implementation)]
     rows = [row for row in rows if "H100" in row["device"] and row["note"].startswith(note)]
     if not rows:
         raise UserError(f"{RATES}: has no row for {operation}, {implementation} on an H100; run `make bench` on one")
+    return rows
 
-    def distance(row: dict) -> float:
-        return abs(math.log(max(int(row["K"]), 1) / max(K, 1))) + abs(math.log(int(row["D"]) / D))
 
-    nearest = min(distance(row) for row in rows)
-    return float([row for row in rows if distance(row) == nearest][-1]["rate"])
+def _apart(measured: str, size: int) -> float:
+    return abs(math.log(max(int(measured), 1) / max(size, 1)))
+
+
+def _nearest(rows: list[dict], distance: Callable[[dict], object]) -> float:
+    least = min(map(distance, rows))
+    return float([row for row in rows if distance(row) == least][-1]["rate"])
 
 
 def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object | str]:
@@ -358,15 +374,20 @@ def _reference() -> tuple[Config, Workload]:
     return cfg, Workload(shape, cfg.data.fit_windows - cfg.monitor.windows, cfg.data.score_windows, {})
 
 
-def pass_seconds(module: ClusteringModule, share: float, kept: int) -> float:
-    """Seconds of one pass of `module` on one GPU over its `share` of the rows, of which `kept` bytes stay there, after the first pass."""
+def pass_seconds(module: ClusteringModule, share: float, kept: int, slow: bool = False) -> float:
+    """Seconds of one pass of `module` on one GPU over its `share` of the rows, of which `kept` bytes stay there, after the first pass.
+
+    slow: by the slower of two measured rates, where clusters are filled in order and no rate is of their size.
+    """
     info, K, power = module.info, module.cfg.k, module.power
     rows = share * info.layers * info.tokens
     compute = 0.0
     for D in info.widths.values():
         pairs, packed = rows * K * D, rows * ops.row_bytes(D)
-        if module.cfg.algorithm == "apc-paper":  # at least its products, which it leaves to torch; filling the clusters comes on top
-            compute += pairs / rate("assign", "torch int8 GEMM + argmax", K, D) + packed / rate("accumulate, random ids", "apc", K, D)
+        if module.cfg.algorithm == "apc-paper":
+            cut = share * info.windows * module.groups * K * D * 8  # bytes of sums, after each window
+            fill = rates("assign_with_capacity", "apc", K, D)[0 if slow else 1]
+            compute += pairs / fill + packed / rate("accumulate, random ids", "apc", K, D) + cut / rate("binarize", "apc", K, D)
         elif power == 0:
             read = packed * (1 / rate("accumulate, random ids", "apc", K, D) + 1 / rate("popcount", "apc", 0, D))
             compute += pairs / rate("assign", "apc b1", K, D) + read
@@ -400,12 +421,14 @@ def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: in
     share = math.ceil(module.info.windows / ranks) / module.info.windows
     passes = cfg.cluster.max_epochs
     kernels = passes * (pass_seconds(module, share, kept) + exchange)
+    slow = passes * (pass_seconds(module, share, kept, slow=True) + exchange)
+    basis = "kernels at measured rates; at most what else the measured run took"
     if cfg.cluster.algorithm == "apc-paper":
-        return Seconds(kernels, None, "its products at a measured rate; filling clusters in order was not timed")
+        basis += ". Clusters filled in order: at the rates of the shapes nearest in clusters and in neurons"
     reference_cfg, reference = _reference()
     own = clustering_module(reference_cfg, pattern_info(reference_cfg, reference.shape, reference.fit_windows))
     beside = known()["stages"]["seconds"]["cluster"] - reference_cfg.cluster.max_epochs * pass_seconds(own, 1.0, 1 << 62)
-    return Seconds(kernels, kernels + max(0.0, beside), "kernels at measured rates; at most what else the measured run took")
+    return Seconds(kernels, slow + max(0.0, beside), basis)
 
 
 def _tune_seconds(cfg: Config, work: Workload, ranks: int) -> Seconds:
@@ -529,7 +552,5 @@ def _bytes(count: float) -> str:
 
 
 def _range(value: Seconds) -> str:
-    low, high = ("< 1" if number < 1 else _number(number) for number in (value.low, value.low if value.high is None else value.high))
-    if value.high is None:
-        return f"≥ {low}" if value.low >= 1 else "unknown"
+    low, high = ("< 1" if number < 1 else _number(number) for number in (value.low, value.high))
     return low if low == high else f"{low}–{high}" if value.low >= 1 else f"up to {high}"

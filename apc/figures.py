@@ -320,7 +320,7 @@ def log_axis(axes: Axes, which: str) -> None:
 
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value == round(value) else f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
