@@ -52,7 +52,6 @@ class SparseFFNs:
         """Raises UserError for an arm, a codebook or an FFN that no kernel takes."""
         self._ffns, self.arm = ffns, arm
         self.dense_above = dense_above  # of the next calls
-        self.at_once = ops.MOST_TOKENS  # tokens that go through the kernels together, where more run sparse
         self.by_triton = _by_triton(ffns[0], kernel)
         if dense_above is None:  # with auto on a GPU it is measured, once all is in its place
             self.dense_above = ops.MOST_TOKENS if self.by_triton else 1
@@ -127,8 +126,8 @@ class SparseFFNs:
             self._inputs[layer] = hidden
             self._inputs.pop(layer - lookahead - 1, None)
             sparse, inputs = self._sparse[layer], self._inputs
-            if len(hidden) > self.at_once and self.by_triton:
-                parts = [slice(at, at + self.at_once) for at in range(0, len(hidden), self.at_once)]
+            if len(hidden) > ops.MOST_TOKENS and self.by_triton:
+                parts = [slice(at, at + ops.MOST_TOKENS) for at in range(0, len(hidden), ops.MOST_TOKENS)]
                 outputs = [sparse(hidden[part], {key: value[part] for key, value in inputs.items()}, own) for part in parts]
                 return torch.cat(outputs).view_as(x)
             if not (lookahead and isinstance(sparse, _ClusterFFN)):

@@ -1,7 +1,8 @@
 """What an arm is worth when the model decodes with it: tokens a second, and how what it says differs from the dense model.
 
-Each scored window's first half is a prompt. Its second half is scored after it twice: with FFNs sparse throughout, and with a dense prefill, as in use. All
-of it goes through the kernels that are timed, a token at a time. Shape letters: n windows, S tokens of a window, V entries of the vocabulary.
+Each scored window's first half is a prompt. Its second half is scored after it twice: with FFNs sparse throughout, and with a dense prefill, as in use. On a
+GPU all of that but the dense prefill are steps of the graph that is timed, a token each. Shape letters: n windows, S tokens of a window, V entries of the
+vocabulary.
 """
 
 import math
@@ -59,16 +60,17 @@ def measure(
     restore(model)
     records = []
     with tqdm(total=len(windows) * (1 + 2 * len(names)), desc="speed", unit=" windows", disable=not progress) as bar:
-        dense = _Scorer(model, windows, half, bar)
-        reference = dense.score(None, dense_prefill=True)
-        records.append(_record("dense", reference, reference, reference) | _decode(model, tokenizer, windows, half))
+        dense, decoder = _Scorer(model, windows, half, bar), _recorded(model, windows, half)
+        reference = dense.score(decoder, None, dense_prefill=True)
+        records.append(_record("dense", reference, reference, reference) | _decode(decoder, tokenizer, windows, half))
         for name in names:
             held = _held(model)
             ffns = sparsify(model, codebook, predictor, name, seed, kernel="auto").__dict__["_apc_hooks"]
             extra = None if held is None else _held(model) - held
             pays_up_to, ffns.dense_above = ffns.dense_above, 1
-            after, masked = dense.score(ffns, dense_prefill=True), dense.score(ffns, dense_prefill=False)
-            record = _record(name, reference, after, masked) | _decode(model, tokenizer, windows, half)
+            decoder = _recorded(model, windows, half)
+            after, masked = dense.score(decoder, ffns, dense_prefill=True), dense.score(decoder, ffns, dense_prefill=False)
+            record = _record(name, reference, after, masked) | _decode(decoder, tokenizer, windows, half)
             record["agrees_for"] = _agrees_for(records[0]["continued"], record["continued"])
             record["bytes_held"], record["pays_up_to"] = extra, pays_up_to if ffns.by_triton else None
             records.append(record)
@@ -96,12 +98,13 @@ class _Scorer:
         self.keyword = cache_keyword(model)
         self.teacher: list[Tensor] = []
 
-    def score(self, ffns: SparseFFNs | None, dense_prefill: bool) -> _Second:
-        """ffns: those in the model; None: it is the dense one, whose logits are kept."""
+    def score(self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool) -> _Second:
+        """decoder: of the model as it is; ffns: those in it; None: it is the dense one, whose logits are kept."""
         losses, divergence, agreement = [], 0.0, 0.0
         for index, window in enumerate(self.windows):
             window = window[None].to(self.device)
-            logits = self._logits(window, ffns, dense_prefill)
+            steps = decoder.device.type == "cuda"
+            logits = self._steps(decoder, window, dense_prefill) if steps else self._at_once(window, ffns, dense_prefill)
             losses.append(F.cross_entropy(logits[:-1].float(), window[0, self.half + 1 :]).double())
             if ffns is None:
                 self.teacher.append(logits.bfloat16().cpu())
@@ -113,13 +116,25 @@ class _Scorer:
         count, losses = len(self.windows), torch.stack(losses).cpu()
         return _Second(losses, None, None) if ffns is None else _Second(losses, divergence / count, agreement / count)
 
-    def _logits(self, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
-        """[S/2, V] of the second half, after the first."""
+    def _steps(self, decoder: GreedyDecoder, window: Tensor, dense_prefill: bool) -> Tensor:
+        """[S/2, V] of the second half, after the first: each token a step."""
+        start = self.half if dense_prefill else 1
+        decoder.prefill(window[:, :start])
+        found = []
+        for at in range(start, window.shape[1]):
+            decoder.token.copy_(window[:, at : at + 1])
+            decoder.step()
+            if at >= self.half:
+                found.append(decoder.logits[0].clone())
+        return torch.stack(found)
+
+    def _at_once(self, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
+        """The same in one forward pass for each half."""
         from transformers import DynamicCache
 
         cache = {self.keyword: DynamicCache(config=self.model.config)}
         if ffns is not None:
-            before, ffns.dense_above, ffns.at_once = (ffns.dense_above, ffns.at_once), ffns.dense_above if dense_prefill else math.inf, 1
+            before, ffns.dense_above = ffns.dense_above, ffns.dense_above if dense_prefill else math.inf
         try:
             self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
             if ffns is not None:
@@ -127,16 +142,20 @@ class _Scorer:
             return self.model(input_ids=window[:, self.half :], use_cache=True, **cache).logits[0]
         finally:
             if ffns is not None:
-                ffns.dense_above, ffns.at_once = before
+                ffns.dense_above = before
 
 
-def _decode(model: nn.Module, tokenizer, windows: Tensor, half: int) -> dict:
+def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
+    """A decoder of the model as it is, for one sequence as long as a window and what is decoded after its first half."""
+    torch.compiler.reset()  # which keeps no more than eight versions of a function
+    decoder = GreedyDecoder(model, 1, max(windows.shape[1], half + max(NEW_TOKENS, TIMED_STEPS + 8)) + 8)
+    decoder.record(windows[:1, :half])
+    return decoder
+
+
+def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> dict:
     """Seconds of a decoded token at batch 1 after a prompt, and greedy continuations of the first windows' prompts."""
-    torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
-    decoder = GreedyDecoder(model, 1, half + max(NEW_TOKENS, TIMED_STEPS + 8) + 8)
-    prompt = windows[:1, :half].to(decoder.device)
-    decoder.record(prompt)
-    decoder.prefill(prompt)
+    decoder.prefill(windows[:1, :half])
     seconds = []
     for _ in range(4):
         decoder.step()
@@ -146,7 +165,7 @@ def _decode(model: nn.Module, tokenizer, windows: Tensor, half: int) -> dict:
         decoder.step()
         _wait(decoder.device)
         seconds.append(time.perf_counter() - start)
-    continued = torch.cat([decoder.decode(window[None, :half].to(decoder.device), NEW_TOKENS) for window in windows[:CONTINUED]]).cpu()
+    continued = torch.cat([decoder.decode(window[None, :half], NEW_TOKENS) for window in windows[:CONTINUED]]).cpu()
     return {"seconds_per_token": statistics.median(seconds), "continued": continued.tolist(), "text": _texts(tokenizer, continued)}
 
 

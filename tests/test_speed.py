@@ -63,6 +63,21 @@ def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, caps
     assert report.speed_tables({"arms": []}) == []
 
 
+@pytest.mark.parametrize("arm", ["dense", "predicted"])
+@pytest.mark.parametrize("dense_prefill", [True, False])
+def test_steps_score_what_one_forward_pass_does(workplace, arm, dense_prefill):
+    """A GPU's way, by a decoder that has no graph."""
+    run = apc.load_run(workplace / "runs" / "run")
+    model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
+    ffns = None
+    if arm != "dense":
+        ffns = apc.sparsify(model, run.codebook, run.predictor, arm, kernel="torch", dense_above=1).__dict__["_apc_hooks"]
+    windows = torch.arange(24).view(2, 12) % 13
+    scorer, decoder = speed._Scorer(model, windows, 6, None), speed._recorded(model, windows, 6)
+    for window in windows[:, None]:
+        assert torch.allclose(scorer._steps(decoder, window, dense_prefill), scorer._at_once(window, ffns, dense_prefill), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
