@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 _ATTENTION = "apc-sdpa"
 
@@ -42,7 +41,7 @@ def _shared_heads(model: nn.Module) -> Iterator[None]:
     before = model.config._attn_implementation
     if before == "sdpa":
         AttentionInterface.register(_ATTENTION, attend)
-        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
         model.config._attn_implementation = _ATTENTION
     try:
         yield
