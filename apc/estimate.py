@@ -7,11 +7,10 @@ kernels read and compute over rates that `benchmarks/results.csv` has for an H10
 Shape letters as in `apc.patterns` and `apc.clustering`.
 """
 
-import csv
 import math
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,13 +22,14 @@ from apc import assets, ops, report
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook, SiteCodebook
 from apc.collect import store_folder
-from apc.config import CONFIGS, DEFAULT_ARMS, Config, load_config
+from apc.config import DEFAULT_ARMS, Config, load_config
 from apc.datamodule import block_ranges
 from apc.errors import UserError
 from apc.exchange import GPUS_PER_HOST, Exchange
 from apc.models import DTYPES, ModelConfig, check_config, find_ffns, find_model, model_name
 from apc.patterns import ActiveRule, PatternInfo
 from apc.predictor import PredictorModule
+from apc.rates import rate, rates
 from apc.store import shard_windows, store_bytes
 from apc.streaming import BLOCKS_IN_FLIGHT, BLOCKS_READ
 from apc.text import count_windows, on_hub
@@ -37,7 +37,6 @@ from apc.training import ALGORITHMS, block_bytes, room_for_blocks, windows_in_bl
 from apc.tuning import TuningModule
 
 KNOWN = Path(__file__).with_suffix(".yaml")
-RATES = CONFIGS.parent / "benchmarks" / "results.csv"
 RANKS = (1, 8)  # processes that are always shown, beside those of trainer.devices
 WIDTH = 110  # of lines, in characters
 
@@ -96,41 +95,6 @@ class Estimate:
 @cache
 def known() -> dict:
     return yaml.safe_load(KNOWN.read_text())
-
-
-@cache
-def rate(operation: str, implementation: str, K: int, D: int, note: str = "") -> float:
-    """The rate that `benchmarks/results.csv` has for an operation on an H100, at the shape that is nearest to K × D; of equals the last row.
-
-    note: what the row's note begins with. Raises UserError if there is no such row.
-    """
-    return _nearest(_rows(operation, implementation, note), lambda row: _apart(row["K"], K) + _apart(row["D"], D))
-
-
-@cache
-def rates(operation: str, implementation: str, K: int, D: int) -> list[float]:
-    """The slower and the faster of the rates as of `rate` at the shapes that are nearest in K and nearest in D: the same where one shape is both."""
-    rows = _rows(operation, implementation)
-    by_clusters = _nearest(rows, lambda row: (_apart(row["K"], K), _apart(row["D"], D)))
-    return sorted((by_clusters, _nearest(rows, lambda row: (_apart(row["D"], D), _apart(row["K"], K)))))
-
-
-def _rows(operation: str, implementation: str, note: str = "") -> list[dict]:
-    with RATES.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["operation"], row["implementation"]) == (operation, implementation)]
-    rows = [row for row in rows if "H100" in row["device"] and row["note"].startswith(note)]
-    if not rows:
-        raise UserError(f"{RATES}: has no row for {operation}, {implementation} on an H100; run `make bench` on one")
-    return rows
-
-
-def _apart(measured: str, size: int) -> float:
-    return abs(math.log(max(int(measured), 1) / max(size, 1)))
-
-
-def _nearest(rows: list[dict], distance: Callable[[dict], object]) -> float:
-    least = min(map(distance, rows))
-    return float([row for row in rows if distance(row) == least][-1]["rate"])
 
 
 def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, object | str]:

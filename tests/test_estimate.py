@@ -12,7 +12,7 @@ from test_clustering import make_source
 
 import tiny
 import train
-from apc import cli, clustering, distributed, estimate, paper, store
+from apc import cli, clustering, distributed, estimate, paper, rates, store
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
 from apc.errors import UserError
@@ -171,9 +171,9 @@ def test_rings_send_what_they_are_said_to():
 
 
 def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
-    assert estimate.rate("assign", "apc b1", 256, 1536) < estimate.rate("assign", "apc b1", 16384, 14336)
+    assert rates.rate("assign", "apc b1", 256, 1536) < rates.rate("assign", "apc b1", 16384, 14336)
     with pytest.raises(UserError, match="has no row for assign, abacus on an H100"):
-        estimate.rate("assign", "abacus", 256, 1536)
+        rates.rate("assign", "abacus", 256, 1536)
 
 
 # ---- the paper's experiment, and what is known without weights
