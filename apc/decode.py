@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from apc.errors import UserError
+
 _ATTENTION = "apc-sdpa"
 
 
@@ -75,8 +77,13 @@ class GreedyDecoder:
         self.token.copy_(logits.argmax(-1, keepdim=True))
 
     def _step(self) -> None:
-        with _shared_heads(self.model):
-            self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        """Raises UserError where torch.compile cannot trace the model whole."""
+        try:
+            with _shared_heads(self.model):
+                self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        except torch._dynamo.exc.Unsupported as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{type(self.model).__name__}: torch.compile cannot trace a decoding step whole ({why}); leave out speed=true for it") from error
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.no_grad()

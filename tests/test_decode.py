@@ -159,6 +159,19 @@ def test_a_decoders_step_is_traced_whole(workplace, made, arm, lookahead):
     assert torch.allclose(compiled.logits, decoder.logits, atol=1e-5)
 
 
+def test_a_model_that_can_not_be_traced_whole_is_named(workplace):
+    model = model_on(workplace, "cpu")
+    decoder = GreedyDecoder(model, 1, 20, mode=None)
+
+    def broken(**given):
+        torch._dynamo.graph_break()
+        return model(**given)
+
+    decoder._call = torch.compile(broken, backend="eager", fullgraph=True)
+    with pytest.raises(UserError, match=r"^\w+ForCausalLM: torch.compile cannot trace a decoding step whole \(.+\); leave out speed=true"):
+        decoder.decode(WINDOWS[:1], 3)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_heads_that_share_keys_attend_without_repeating_them(n):
     query, key, value = torch.randn(2, 6, n, 8), torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
