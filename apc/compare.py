@@ -92,16 +92,21 @@ def _shared_rows(members: Sequence[Finished]) -> list[list[str]]:
     return [[f"{count} {'run' if count == 1 else 'runs'}", about, *cells] for (_, about, cells), count in every]
 
 
+def _density(run: Finished) -> str:
+    """Of its centroids, where that was asked for."""
+    return "any density" if run.conditions.get("ones") == "free" else f"density {run.conditions['density']:g}"
+
+
 def table(runs: Sequence[Finished], markdown: bool = False) -> str:
     """Every arm of every run under the conditions that it holds for, held-out before in-sample; then the command for each run."""
     parts = []
     names = variants(runs)
     for _, group in itertools.groupby(runs, key=lambda run: run.place):
         members = list(group)
-        densities = {str(run.folder): f"{names[str(run.folder)]}, density {run.conditions['density']:g}" for run in members}
+        codebooks = {str(run.folder): f"{names[str(run.folder)]}, {_density(run)}" for run in members}
         rows = _shared_rows(members)
         rows += [
-            [run.name, densities[str(run.folder)], *(cell(run, arm) for *_, cell in _TABLE)]
+            [run.name, codebooks[str(run.folder)], *(cell(run, arm) for *_, cell in _TABLE)]
             for run in members
             for name, arm in run.arms.items()
             if name not in SHARED or len(members) == 1
