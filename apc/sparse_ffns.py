@@ -62,7 +62,9 @@ class SparseFFNs:
         check_arm(arm)
         self._own: list[Callable | None] = []
         self._sparse: list[_ClusterFFN | _LowBitFFN | _ArmFFN] = []
+        self._weights: list[_Weights] = []
         self._ahead: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was predicted for layers still to come, of the pass at hand
+        self._listed: dict[int, Tensor] = {}  # which neurons the next layer's FFN takes, likewise
 
     def install(self) -> "SparseFFNs":
         book = self.arm.codebook.sites["neuron"]
@@ -81,6 +83,7 @@ class SparseFFNs:
             dense_calls.append(ffn.module.forward)
             sparse_calls.append(partial(sparse, own=own))
             self._sparse.append(sparse)
+            self._weights.append(own)
             ffn.module.forward = self._forward(layer, ffn.module.forward, own)
         if self._measures:
             with torch.cuda.device(self._ffns[0].down.weight.device):  # a graph is of the device at hand
@@ -110,7 +113,7 @@ class SparseFFNs:
             if forward is not None:
                 ffn.module.forward = forward
             ffn.down.weight.data = ffn.down.weight.data.contiguous()
-        for held in (self._own, self._sparse, self._inputs, self._ahead):
+        for held in (self._own, self._sparse, self._weights, self._inputs, self._ahead, self._listed):
             held.clear()
 
     def _forward(self, layer: int, dense: Callable, own: "_Weights") -> Callable:
@@ -123,6 +126,7 @@ class SparseFFNs:
                 return dense(x)
             if layer == 0:
                 self._ahead.clear()
+                self._listed.clear()
             self._inputs[layer] = hidden
             self._inputs.pop(layer - lookahead - 1, None)
             sparse, inputs = self._sparse[layer], self._inputs
@@ -132,13 +136,26 @@ class SparseFFNs:
                 return torch.cat(outputs).view_as(x)
             if not (lookahead and isinstance(sparse, _ClusterFFN)):
                 return sparse(hidden, inputs, own).view_as(x)
-            known, predicted = layer in self._ahead, self._ahead.pop(layer, None) or sparse.predict(inputs, own)
-            if layer + lookahead >= len(self._sparse):  # nothing is left to predict
-                return sparse.run(hidden, predicted, own).view_as(x)
-            output, self._ahead[layer + lookahead] = sparse.run_ahead(hidden, predicted, own, self._sparse[layer + lookahead], known)
+            predicted, listed = self._ahead.pop(layer, None) or sparse.predict(inputs, own), self._listed.pop(layer, None)
+            if layer + lookahead < len(self._sparse):
+                following = self._following(layer + 1)
+                output, self._ahead[layer + lookahead], found = sparse.run_ahead(hidden, predicted, own, self._sparse[layer + lookahead], listed, following)
+                if following is not None:
+                    self._listed[layer + 1] = found
+            else:
+                output = sparse.run(hidden, predicted, own, listed)
             return output.view_as(x)
 
         return forward
+
+    def _following(self, layer: int) -> ops.Following | None:
+        """A layer whose neurons can be found beside its attention: its cluster was predicted already, or is just being."""
+        if not self._weights[layer].finds:
+            return None
+        ahead = self._ahead.get(layer)
+        if ahead is None and self.arm.predictor.lookahead > 1:
+            return None
+        return ops.Following(len(self._weights[layer].gate), self._sparse[layer].centroids, None if ahead is None else ahead[1:])
 
 
 def _graph_seconds(calls: Callable[[], object]) -> float:
@@ -212,6 +229,9 @@ class _Weights:
     down: Tensor
     activation: str
     by_triton: bool
+
+    def __post_init__(self) -> None:
+        self.finds = self.by_triton and ops.can_find(*self.matrices)
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,18 +322,21 @@ class _ClusterFFN:
         """As `ops.predict_clusters`."""
         return ops.predict_clusters(inputs[self.source], *self.predictor, own.by_triton)
 
-    def run(self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights) -> Tensor:
+    def run(self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, listed: Tensor | None = None) -> Tensor:
         inner, *candidates = predicted
-        return ops.sparse_ffn(hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), self._correction(inner), self.offsets, own.by_triton)
+        return ops.sparse_ffn(
+            hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), self._correction(inner), self.offsets, own.by_triton, listed
+        )
 
     def run_ahead(
-        self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, later: "_ClusterFFN", known: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-        """The output, and what is predicted for a later layer's FFN from these tokens; known: as `ops.sparse_ffn_ahead` takes it."""
+        self, hidden: Tensor, predicted: tuple[Tensor, Tensor, Tensor], own: _Weights, later: "_ClusterFFN", listed: Tensor | None,
+        following: ops.Following | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
+        """The output, and what is predicted for a later layer's FFN from these tokens; listed, following: as for `ops.sparse_ffn_ahead`."""
         inner, *candidates = predicted
         return ops.sparse_ffn_ahead(
-            hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), later.predictor, self._correction(inner), self.offsets, known,
-            own.by_triton,
+            hidden, *own.matrices, self.centroids, own.activation, tuple(candidates), later.predictor, self._correction(inner), self.offsets, listed,
+            following, own.by_triton,
         )  # fmt: skip
 
     def _correction(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

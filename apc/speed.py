@@ -1,13 +1,15 @@
 """What an arm is worth when the model decodes with it: tokens a second, and how what it says differs from the dense model.
 
 Each scored window's first half is a prompt. Its second half is scored after it twice: with FFNs sparse throughout, and with a dense prefill, as in use. On a
-GPU all of that but the dense prefill are steps of the graph that is timed, a token each. Shape letters: n windows, S tokens of a window, V entries of the
+GPU the second half's tokens are steps of the graph that is timed. Shape letters: n windows, S tokens of a window, V entries of the
 vocabulary.
 """
 
+import contextlib
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +106,7 @@ class _Scorer:
         for index, window in enumerate(self.windows):
             window = window[None].to(self.device)
             steps = decoder.device.type == "cuda"
-            logits = self._steps(decoder, window, dense_prefill) if steps else self._at_once(window, ffns, dense_prefill)
+            logits = self._steps(decoder, window, ffns, dense_prefill) if steps else self._at_once(window, ffns, dense_prefill)
             losses.append(F.cross_entropy(logits[:-1].float(), window[0, self.half + 1 :]).double())
             if ffns is None:
                 self.teacher.append(logits.bfloat16().cpu())
@@ -116,16 +118,15 @@ class _Scorer:
         count, losses = len(self.windows), torch.stack(losses).cpu()
         return _Second(losses, None, None) if ffns is None else _Second(losses, divergence / count, agreement / count)
 
-    def _steps(self, decoder: GreedyDecoder, window: Tensor, dense_prefill: bool) -> Tensor:
+    def _steps(self, decoder: GreedyDecoder, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
         """[S/2, V] of the second half, after the first: each token a step."""
-        start = self.half if dense_prefill else 1
-        decoder.prefill(window[:, :start])
+        with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
+            decoder.prefill(window[:, : self.half])
         found = []
-        for at in range(start, window.shape[1]):
+        for at in range(self.half, window.shape[1]):
             decoder.token.copy_(window[:, at : at + 1])
             decoder.step()
-            if at >= self.half:
-                found.append(decoder.logits[0].clone())
+            found.append(decoder.logits[0].clone())
         return torch.stack(found)
 
     def _at_once(self, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
@@ -133,16 +134,23 @@ class _Scorer:
         from transformers import DynamicCache
 
         cache = {self.keyword: DynamicCache(config=self.model.config)}
-        if ffns is not None:
-            before, ffns.dense_above = ffns.dense_above, ffns.dense_above if dense_prefill else math.inf
-        try:
+        with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
             self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
-            if ffns is not None:
-                ffns.dense_above = math.inf
+        with _all_sparse(ffns):
             return self.model(input_ids=window[:, self.half :], use_cache=True, **cache).logits[0]
-        finally:
-            if ffns is not None:
-                ffns.dense_above = before
+
+
+@contextlib.contextmanager
+def _all_sparse(ffns: SparseFFNs | None) -> Iterator[None]:
+    """Calls of any number of tokens run sparse; None: there is nothing that could."""
+    if ffns is None:
+        yield
+        return
+    before, ffns.dense_above = ffns.dense_above, math.inf
+    try:
+        yield
+    finally:
+        ffns.dense_above = before
 
 
 def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:

@@ -8,10 +8,11 @@ Shape letters: see `apc/ops/sparse_ffn.py`.
 import argparse
 import importlib
 import itertools
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED = "dense, torch.compile", "dense, torch.compile max-autotune"
 MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the graphs are ours, of all calls together
+MODES = {"default": (COMPILED, "default", False), "tuned": (f"{TUNED}, early launches", MODE, True)}  # label, mode, early launches
 PREFILLS = (64, 512, 2048)  # tokens at once, which run dense
 KERNELS = importlib.import_module("apc.ops.sparse_ffn")
 
@@ -82,10 +84,14 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=["ffn", "decode"], metavar="PART,…", help=f"of {', '.join(parts)}")
     parser.add_argument("--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0])
     parser.add_argument("--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16])
+    parser.add_argument("--lookaheads", type=lambda text: [int(value) for value in text.split(",")], default=[0, 1], help="of decode's predictors")
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=[*MODES], metavar="MODE,…", help=f"of decode's dense model: {', '.join(MODES)}")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
     options = parser.parse_args()
     if unknown := sorted(set(options.only) - set(parts)):
         parser.error(f"--only takes {', '.join(parts)}, got {', '.join(unknown)}")
+    if unknown := sorted(set(options.modes) - set(MODES)):
+        parser.error(f"--modes takes {', '.join(MODES)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         print("benchmarks/inference.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         sys.exit(2)
@@ -101,8 +107,10 @@ def main() -> None:
     print(f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n", flush=True)
     try:
         for part in options.only:
-            rows = parts[part](QUICK if options.quick else MISTRAL, options, name, copy)
-            append(rows, options.csv)
+            rows = []
+            for found in parts[part](QUICK if options.quick else MISTRAL, options, name, copy):
+                append([found], options.csv)  # at once: what was measured stays, whatever comes after it
+                rows.append(found)
             print(f"\n## {part}\n\n{markdown(rows)}\n", flush=True)
     except Wrong as error:
         sys.exit(f"benchmarks/inference.py: WRONG RESULT: {error}")
@@ -173,11 +181,17 @@ class Layer:
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
 
-    def ahead(self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """As `sparse`, of what was predicted before; and what this layer's input predicts for a later one."""
+    def following(self, predicted: tuple[Tensor, Tensor, Tensor]) -> ops.Following | None:
+        """What of it is to be found beside another layer, where that can be."""
+        return ops.Following(len(self.gate), self.masks, predicted[1:]) if ops.can_find(self.gate, self.up, self.down) else None
+
+    def ahead(
+        self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str, listed: Tensor | None, following: ops.Following | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
+        """As `sparse`, of what was predicted and found before; what this layer's input predicts for a later one; the following one's neurons."""
         inner, *candidates = predicted
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
-        return ops.sparse_ffn_ahead(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), later.predictor, *added, known=True)
+        return ops.sparse_ffn_ahead(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), later.predictor, *added, listed, following)
 
     def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
         """The same in float32, by masks that multiply; and the masks, bool [n, D]."""
@@ -207,28 +221,33 @@ def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 class Ahead:
-    """FFNs of one input in a row, each of which predicts the cluster of the next but one: in a model an attention stands between two FFNs, so there the
-    next one's prediction is complete before the kernel before it begins, as here that of the next but one is."""
+    """FFNs of one input in a row, each of which predicts the cluster of the next but one, whose neurons are found beside the next one. In a model that is
+    the next one's, found beside an attention."""
 
     def __init__(self, layers: list[Layer], x: Tensor, how: str):
         self.layers, self.x, self.how = layers, x, how
         self.predicted = [ops.predict_clusters(x, *layer.predictor) for layer in layers[:2]] + [None] * len(layers)
+        self.listed: list[Tensor | None] = [None] * (len(layers) + 1)
         self.calls = [partial(self.call, index) for index in range(len(layers))]
 
     def call(self, index: int) -> Tensor:
-        later = self.layers[(index + 2) % len(self.layers)]
-        output, self.predicted[index + 2] = self.layers[index].ahead(self.x, self.predicted[index], later, self.how)
+        later, following = self.layers[(index + 2) % len(self.layers)], self.layers[index + 1] if index + 1 < len(self.layers) else None
+        following = following and following.following(self.predicted[index + 1])
+        output, self.predicted[index + 2], self.listed[index + 1] = self.layers[index].ahead(
+            self.x, self.predicted[index], later, self.how, self.listed[index], following
+        )
         return output
 
 
-def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
-    rows, x = [], {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in options.batches}
+def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> Iterator[Row]:
+    dense, x = {}, {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in options.batches}
     for density in options.densities:
         layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
         if density == options.densities[0]:
-            rows += dense_rows(layers, shape, x, name, copy)
-            own = [result for result in rows if result.implementation in (COMPILED, TUNED)]
-            dense = {n: min(result.seconds_median for result in own if n == result.N) for n in {result.N for result in own}}
+            for result in dense_rows(layers, shape, x, name, copy):
+                if result.implementation in (COMPILED, TUNED):
+                    dense[result.N] = min(dense.get(result.N, math.inf), result.seconds_median)
+                yield result
         for n in [n for n in options.batches if n <= ops.MOST_TOKENS]:
             facts = dict(ok=True, ceiling=copy, share_of="copy")
             corrected = shape.predictor_bytes + 2 * shape.E * (shape.H + n) + 4 * shape.E
@@ -247,15 +266,15 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> li
                 moved = int(shape.dense_bytes * masks.any(0).float().mean())
                 seconds = timed(calls)
                 size = (1, n, shape.K, shape.D)
-                rows.append(row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts))
-                print(f"density {density:g}, {n} tokens, {label}: {1e6 * rows[-1].seconds_median:.1f} µs, dense / sparse "
-                      f"{dense[n] / rows[-1].seconds_median:.2f}", flush=True)  # fmt: skip
-    return rows
+                result = row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts)
+                print(f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs, dense / sparse "
+                      f"{dense[n] / result.seconds_median:.2f}", flush=True)  # fmt: skip
+                yield result
 
 
-def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: str, copy: float) -> list[Row]:
+def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: str, copy: float) -> Iterator[Row]:
     """torch.compile's FFN with the down projection as a model stores it, and with the transposed one that the kernels need."""
-    rows, stored = [], [layer.down.T.contiguous() for layer in layers]
+    stored = [layer.down.T.contiguous() for layer in layers]
     for n, given in (x | {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in PREFILLS}).items():
         facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
         ways = {COMPILED: (plain_ffn, {}), "dense, down transposed": (dense_ffn, {})}
@@ -265,9 +284,9 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
             compiled = torch.compile(function, dynamic=False, **how)
             downs = stored if function is plain_ffn else [layer.down for layer in layers]
             calls = [partial(compiled, given, layer.gate, layer.up, down) for layer, down in zip(layers, downs, strict=True)]
-            rows.append(row("FFN, dense", label, (1, n, 0, shape.D), timed(calls), name, **facts))
-            print(f"{label}, {n} tokens: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
-    return rows
+            result = row("FFN, dense", label, (1, n, 0, shape.D), timed(calls), name, **facts)
+            print(f"{label}, {n} tokens: {1e6 * result.seconds_median:.1f} µs, {100 * result.share:.0f} % of copy", flush=True)
+            yield result
 
 
 def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
@@ -304,7 +323,7 @@ def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> 
 # ---- a whole model
 
 
-def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
+def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> Iterator[Row]:
     """Mistral-7B's shape with random weights: a step from one token to the next, after a prompt of 512 tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -318,28 +337,29 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokens = {n: torch.randint(32_000, (n, prompt), device=DEVICE) for n in options.batches}
     parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    rows, dense = [], {}
+    dense = {}
 
-    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True) -> None:
+    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True) -> Row:
         torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
         decoder = GreedyDecoder(model, n, 2 * prompt, mode, early)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
         seconds = time_cuda([decoder.step], repeats=steps, warmup=4)
-        rows.append(row(operation, label, (layers, n, shape.K, shape.D), seconds, name, moved=moved, ok=False, ceiling=copy, share_of="copy",
-                        note=f"{n} sequences, after {prompt} tokens"))  # fmt: skip
-        step = rows[-1].seconds_median
+        result = row(operation, label, (layers, n, shape.K, shape.D), seconds, name, moved=moved, ok=False, ceiling=copy, share_of="copy",
+                     note=f"{n} sequences, after {prompt} tokens")  # fmt: skip
+        step = result.seconds_median
         dense[n] = min(dense.get(n, step), step) if "dense" in operation else dense[n]
         print(f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}", flush=True)
+        return result
 
     for n in options.batches:
-        for label, mode, early in ((COMPILED, "default", False), (f"{TUNED}, early launches", MODE, True)):
-            measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode, early)
+        for label, mode, early in (MODES[name] for name in options.modes):
+            yield measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode, early)
     ffns = layers * shape.dense_bytes
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)
-        for lookahead in (0, 1):
+        for lookahead in options.lookaheads:
             before = torch.cuda.memory_allocated()
             predictor = random_predictor(shape, layers, lookahead)
             most = sparsify(model, codebook, predictor, "predicted", kernel="auto").__dict__["_apc_hooks"].dense_above
@@ -349,9 +369,8 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
             moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
             for n in options.batches:
                 way = f"apc, lookahead {lookahead}: {'sparse' if n <= most else 'dense'}"
-                measure(f"decode, density {density:g}", way, n, moved if n == 1 else parameters)
+                yield measure(f"decode, density {density:g}", way, n, moved if n == 1 else parameters)
             restore(model)
-    return rows
 
 
 def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:

@@ -14,7 +14,7 @@ FFNS = {"torch": ops.sparse_ffn, "triton": ops.sparse_ffn_triton, "hopper": ops.
 
 def ffn_for(way, tensors):
     """Its function; skips what the kernel for Hopper does not take."""
-    if way == "hopper" and not sparse_ffn_sm90.takes(*tensors):
+    if way == "hopper" and not sparse_ffn_sm90.takes(*tensors[1:]):
         pytest.skip("not for the kernel for Hopper")
     return FFNS[way]
 
@@ -90,10 +90,10 @@ def chosen(values, ids):
     return ids.gather(1, values.argmax(1, keepdim=True))
 
 
-@pytest.mark.parametrize(("device", "known"), [("cpu", False), *(pytest.param("cuda", known, marks=pytest.mark.gpu) for known in (False, True))])
+@pytest.mark.parametrize(("device", "finds"), [("cpu", False), *(pytest.param("cuda", finds, marks=pytest.mark.gpu) for finds in (False, True))])
 @pytest.mark.parametrize("by_triton", [False, True])
 @pytest.mark.parametrize(("n", "H", "K", "dtype"), [(2, 20, 40, torch.bfloat16), (1, 20, 90, torch.float32), (3, 300, 17, torch.float16)])
-def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, known, n, H, K, dtype):
+def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, finds, n, H, K, dtype):
     """K of 90 is more than the last kernel scores beside the output's columns."""
     D = 200 if device == "cuda" else 20
     tensors = made(n, 48, D, dtype, device)
@@ -104,15 +104,20 @@ def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, kno
     _, *candidates = ops.predict_clusters(tensors[0], *predictors[0], by_triton)
     alone = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton)
     inner, values, ids = ops.predict_clusters(tensors[0], *predictors[1], by_triton)
+    finds = finds and by_triton and ops.can_find(*tensors[1:])
+    following, listed = ops.Following(D, kept, tuple(candidates)) if finds else None, None
     for _ in range(3 if device == "cuda" else 1):
-        output, found = ops.sparse_ffn_ahead(*tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), known=known, by_triton=by_triton)
-        assert torch.equal(output, alone) and torch.equal(chosen(*found[1:]), chosen(values, ids))
+        output, found, listed = ops.sparse_ffn_ahead(
+            *tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), listed=listed, following=following, by_triton=by_triton
+        )
+        assert torch.equal(output, alone) and torch.equal(chosen(*found[1:]), chosen(values, ids)) and (listed is None) != finds
         assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(found[1].amax(1), values.amax(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
-def test_layers_in_a_graph_predict_for_the_next_but_one():
-    """A chain at a real size, whose candidates are complete before the kernel before `rows`: the same as each alone."""
+@pytest.mark.parametrize("finds", [False, True])
+def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
+    """A chain at a real size, where a layer's neurons are found beside the one before it: the same as each alone."""
     E, D, H, K, layers = 4096, 2048, 512, 2048, 6
     hidden, *_ = made(1, E, 1, torch.bfloat16, "cuda")
     weights = [made(1, E, D, torch.bfloat16, "cuda")[1:] for _ in range(layers)]
@@ -123,9 +128,14 @@ def test_layers_in_a_graph_predict_for_the_next_but_one():
     first = [ops.predict_clusters(hidden, *predictors[layer])[1:] for layer in range(2)]
 
     def chain():
-        candidates, outputs = list(first), []
+        candidates, outputs, listed = list(first), [], None
         for layer in range(layers):
-            output, (_, *found) = ops.sparse_ffn_ahead(hidden, *weights[layer], masks[layer], "silu", candidates[layer], predictors[layer + 2], known=layer > 1)
+            following = None
+            if finds and layer + 1 < layers:
+                following = ops.Following(D, masks[layer + 1], candidates[layer + 1])
+            output, (_, *found), listed = ops.sparse_ffn_ahead(
+                hidden, *weights[layer], masks[layer], "silu", candidates[layer], predictors[layer + 2], listed=listed, following=following
+            )
             candidates.append(tuple(found))
             outputs.append(output)
         return outputs
@@ -166,15 +176,15 @@ def test_models_sizes_on_hopper(dtype, n, E, D):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "E", "D", "candidates", "activation", "later", "known"),
+    ("tokens", "E", "D", "candidates", "activation", "later", "found"),
     [
         (1, 4096, 14336, 128, "silu", 512, True), (1, 4096, 14336, 128, "silu", 0, False), (4, 8192, 28672, 0, "gelu", 700, False),
         (3, 576, 1536, 32, "gelu_tanh", 0, True), (2, 8, 1, 1, "relu", 3, False),
     ],
 )  # fmt: skip
-def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation, later, known):
-    program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype, later, known)
-    assert b"rows" in compile_program(program) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
+def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation, later, found):
+    program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype, later, found)
+    assert all(name in compile_program(program) for name in (b"rows", b"find")) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
@@ -214,5 +224,5 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_the_ops_can_be_compiled():
     hidden, gate, up, down = made(2, 16, 64, torch.float32, "cpu")
     checked = dict(test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(torch.ops.apc.sparse_ffn, (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False), **checked)
+    torch.library.opcheck(torch.ops.apc.sparse_ffn, (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False, None), **checked)
     torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9), False), **checked)

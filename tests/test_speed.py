@@ -75,7 +75,7 @@ def test_steps_score_what_one_forward_pass_does(workplace, arm, dense_prefill):
     windows = torch.arange(24).view(2, 12) % 13
     scorer, decoder = speed._Scorer(model, windows, 6, None), speed._recorded(model, windows, 6)
     for window in windows[:, None]:
-        assert torch.allclose(scorer._steps(decoder, window, dense_prefill), scorer._at_once(window, ffns, dense_prefill), atol=1e-4)
+        assert torch.allclose(scorer._steps(decoder, window, ffns, dense_prefill), scorer._at_once(window, ffns, dense_prefill), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from apc.ops.low_bit import low_bit_scores, low_bit_scores_triton
 from apc.ops.low_bit_sm80 import low_bit_scores_b1
 from apc.ops.sparse_ffn import (
     MOST_TOKENS,
+    Following,
     bottleneck,
+    can_find,
     predict_clusters,
     predict_clusters_triton,
     sparse_ffn,
@@ -32,6 +34,7 @@ from apc.ops.update import (
 )
 
 __all__ = [
+    "Following",
     "MOST_TOKENS",
     "accumulate",
     "accumulate_triton",
@@ -47,6 +50,7 @@ __all__ = [
     "binarize",
     "binarize_triton",
     "bottleneck",
+    "can_find",
     "cut_or_fill",
     "divergence",
     "divergence_triton",

@@ -10,6 +10,7 @@ Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W b
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apc.ops.bits import describe, on_cpu, row_bytes, unpack
-from apc.ops.sparse_ffn_sm90 import EPSILON, rows_hopper, takes
+from apc.ops.sparse_ffn_sm90 import EPSILON, aligned, find_hopper, like_listed, rows_hopper, takes
 
 MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -382,7 +383,7 @@ def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, how: di
 
 def sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None, listed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """hidden float [n, E] → [n, E], of its type: Σ over each token's neurons i of act(x · gate_i) · (x · up_i) · down_i, and what is added to it.
 
@@ -394,6 +395,7 @@ def sparse_ffn(
         correction: bottleneck float32 [n, H], weights [H, E], bias float32 [E]: their product is added.
         offsets: [K, E], of which the token's cluster's row is added; needs candidates.
         by_triton: by the kernels, which take up to `MOST_TOKENS` tokens and a hidden size of up to 16,384. None: on a GPU.
+        listed: which neurons each program takes, as `sparse_ffn_ahead` gives it for as many tokens and the same masks and candidates.
 
     The kernels' sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. Raises
     ValueError for other shapes, types or an unknown activation.
@@ -413,7 +415,7 @@ def sparse_ffn(
         raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
     inner, correct, bias = correction or (None, None, None)
     values, ids = candidates or (None, None)
-    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton)
+    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, listed)
 
 
 def sparse_ffn_triton(
@@ -429,11 +431,10 @@ def sparse_ffn_triton(
 
 def sparse_ffn_hopper(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, listed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
-    hidden = hidden.contiguous()
-    partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates)
+    partial = rows_hopper(aligned(hidden), gate, up, down, masks, activation, candidates, None, listed)
     return _finish(partial, hidden, candidates, correction, offsets, _early(hidden.device))
 
 
@@ -498,13 +499,14 @@ def act(x: Tensor, activation: str) -> Tensor:
 @torch.library.custom_op("apc::sparse_ffn", mutates_args=())
 def _sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
-    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool,
+    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, listed: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    _wait_for(listed)
     if by_triton:
         candidates, correction = None if values is None else (values, ids), None if inner is None else (inner, correct, bias)
-        hidden = hidden.contiguous()
-        way = sparse_ffn_hopper if takes(hidden, gate, up, down) else sparse_ffn_triton
-        return way(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
+        if takes(gate, up, down):
+            return sparse_ffn_hopper(hidden, gate, up, down, masks, activation, candidates, correction, offsets, listed)
+        return sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
     chosen = None if values is None else torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
     kept = unpack(masks if chosen is None else masks[chosen], len(gate))
     neurons = kept.any(0).nonzero().squeeze(1)
@@ -522,34 +524,49 @@ def _(hidden: Tensor, *_) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
+class Following(NamedTuple):
+    """An FFN whose neurons are to be found: how many it has, its clusters' masks, and its candidates where they were predicted before."""
+
+    neurons: int
+    masks: Tensor
+    candidates: tuple[Tensor, Tensor] | None = None
+
+
 def sparse_ffn_ahead(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor],
     later: tuple[Tensor, Tensor, Tensor, Tensor], correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
-    known: bool = False, by_triton: bool | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    listed: Tensor | None = None, following: Following | None = None, by_triton: bool | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
     """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`.
 
-    On Hopper the same kernels do both, so the prediction takes the time of its bytes and no more. known: the candidates were complete before whatever
-    makes `hidden` began, as an earlier layer's prediction is behind another attention; their neurons are fetched ahead of it. Raises as those two do.
+    On Hopper the same kernels do both, so the prediction takes the time of its bytes and no more. listed: as for `sparse_ffn`. following: the next
+    layer's FFN, which `can_find` takes: its `listed` comes back too, found by its candidates, or by those just predicted, on a stream of its own beside
+    what comes between the two FFNs. Raises as those two do.
     """
     by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
     if not by_triton:
-        return sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton), predict_clusters(hidden, *later, by_triton)
+        output = sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton)
+        return output, predict_clusters(hidden, *later, by_triton), None
     inner, correct, bias = correction or (None, None, None)
-    output, *found = torch.ops.apc.sparse_ffn_ahead(hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets, known)
-    return output, tuple(found)
+    neurons, next_masks, next_candidates = following or (0, None, None)
+    output, *found, next_listed = torch.ops.apc.sparse_ffn_ahead(
+        hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets, listed, neurons, next_masks,
+        *(next_candidates or (None, None)),
+    )  # fmt: skip
+    return output, tuple(found), None if following is None else next_listed
 
 
 @torch.library.custom_op("apc::sparse_ffn_ahead", mutates_args=())
 def _sparse_ffn_ahead(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor, ids: Tensor, reduce: Tensor,
     reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, inner: Tensor | None, correct: Tensor | None, bias: Tensor | None,
-    offsets: Tensor | None, known: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    correction, hidden, candidates = None if inner is None else (inner, correct, bias), hidden.contiguous(), (values, ids)
+    offsets: Tensor | None, listed: Tensor | None, neurons: int, next_masks: Tensor | None, next_values: Tensor | None, next_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _wait_for(listed)
+    correction, hidden, candidates = None if inner is None else (inner, correct, bias), aligned(hidden), (values, ids)
     later_inner, *later = found = _like_predictions(hidden, reduce, expand, _AHEAD)
-    if takes(hidden, gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
-        partial, how = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), known), _early(hidden.device)
+    if takes(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
+        partial, how = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed), _early(hidden.device)
     else:
         partial, how = _rows(hidden, gate, up, down, masks, activation, candidates), {"EARLY": False}
         _reduce(hidden, reduce, reduce_bias, later_inner, how)
@@ -557,9 +574,35 @@ def _sparse_ffn_ahead(
     output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
     if not together:
         _score(later_inner, expand, expand_bias, *later, how, **(_SCORE_TILE | {"ROWS": _AHEAD}))
-    return output, *found
+    if next_masks is None:
+        return output, *found, hidden.new_empty(0, dtype=torch.int32)
+    next_listed, beside = like_listed(hidden, neurons), _beside(hidden.device)
+    beside.wait_stream(torch.cuda.current_stream(hidden.device))
+    with torch.cuda.stream(beside):
+        find_hopper(hidden, neurons, next_masks, later if next_values is None else (next_values, next_ids), next_listed)
+    return output, *found, next_listed
 
 
 @_sparse_ffn_ahead.register_fake
-def _(hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, _AHEAD)
+def _(
+    hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, expand_bias, inner, correct, bias, offsets,
+    listed, neurons: int, next_masks: Tensor | None, *_,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    next_listed = hidden.new_empty(0, dtype=torch.int32) if next_masks is None else like_listed(hidden, neurons)
+    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, _AHEAD), next_listed
+
+
+def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether an FFN's neurons can be found ahead: where its rows are for the kernel for Hopper."""
+    return takes(gate, up, down)
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _wait_for(listed: Tensor | None) -> None:
+    """The current stream waits until it is complete."""
+    if listed is not None:
+        torch.cuda.current_stream(listed.device).wait_stream(_beside(listed.device))

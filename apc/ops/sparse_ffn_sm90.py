@@ -1,4 +1,4 @@
-"""The rows of a sparse FFN on Hopper, by CUDA C++: see `cuda/sparse_ffn_sm90.cu`, and `nvrtc.py` for how it comes to run."""
+"""A sparse FFN's rows on Hopper, by CUDA C++: see `cuda/sparse_ffn_sm90.cu`, and `nvrtc.py` for how it comes to run."""
 
 import ctypes
 import functools
@@ -25,27 +25,37 @@ EPSILON = torch.finfo(torch.float32).eps  # that torch adds to the mean square o
 
 
 def program(
-    tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype, later: int = 0, known: bool = False
+    tokens: int, E: int, D: int, blocks: int, candidates: int, activation: str, dtype: torch.dtype, later: int = 0, found: bool = False
 ) -> tuple[Program, int]:  # fmt: skip
-    """The kernel for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block.
+    """The kernels for so many tokens and candidates for the cluster of each (0: a mask for each token), and the bytes of shared memory of a block of `rows`.
 
-    later: rows of a later layer's bottleneck; known: masks or candidates are complete before the kernel before this one begins.
+    later: rows of a later layer's bottleneck; found: `find` says which neurons.
     """
-    rows, most, N = 1 if E > _LONG else _TILE["ROWS"], math.ceil(D / blocks) + 1, triton.next_power_of_2(tokens)
+    rows, most, N = 1 if E > _LONG else _TILE["ROWS"], _most(D, blocks), triton.next_power_of_2(tokens)
     beside, words = N * 2 * E + 4 * most, math.ceil(D / 128) * 4
     stages = min(_TILE["STAGES"], (_SHARED - beside - 4 * words * (N + 1)) // (6 * E * rows))
     constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=words, CANDIDATES=candidates,
-                     ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16), LATER=later, KNOWN=int(known))  # fmt: skip
+                     ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16), LATER=later, FOUND=int(found))  # fmt: skip
     return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh"), stages * 6 * E * rows + beside
 
 
-def takes(hidden: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernel takes these, on this device: halves on a Hopper GPU, rows in whole pieces of 16 bytes."""
-    E = hidden.shape[1]
-    D = len(weights[0])
-    fits = hidden.dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG and (_TOKENS + 1) * row_bytes(D) <= _DECLARED
-    aligned = all(value.stride(0) % 8 == 0 and value.data_ptr() % 16 == 0 for value in (hidden, *weights))
-    return hidden.is_cuda and fits and aligned and unavailable(hidden.device.index) is None
+def takes(*weights: Tensor) -> bool:
+    """Whether the kernels take gate, up and down, on this device: halves on a Hopper GPU, rows in whole pieces of 16 bytes."""
+    D, E = weights[0].shape
+    fits = weights[0].dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG
+    aligned = all(value.stride(0) % 8 == 0 and value.data_ptr() % 16 == 0 for value in weights)
+    if not (weights[0].is_cuda and fits and aligned and unavailable(weights[0].device.index) is None):
+        return False
+    return (_TOKENS + 1) * row_bytes(D) + 4 * _most(D, _blocks(weights[0].device)) <= _DECLARED
+
+
+def _blocks(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _most(D: int, blocks: int) -> int:
+    """Neurons of a block, at most."""
+    return math.ceil(D / blocks) + 1
 
 
 @functools.cache
@@ -61,28 +71,49 @@ def unavailable(device_index: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepare(device_index: int, *sizes) -> tuple[object, int]:
-    found, shared = program(*sizes)
-    return nvrtc.function(found, "rows", device_index, shared), shared
+def _prepare(device_index: int, *sizes, name: str = "rows") -> tuple[object, int]:
+    made, shared = program(*sizes)
+    shared = shared if name == "rows" else 0
+    return nvrtc.function(made, name, device_index, shared), shared
+
+
+def aligned(hidden: Tensor) -> Tensor:
+    """In one piece, where the copy engine can fetch it."""
+    hidden = hidden.contiguous()
+    return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()
+
+
+def like_listed(hidden: Tensor, D: int) -> Tensor:
+    """Empty, int32 [P, 1 + most], for what `find_hopper` finds of D neurons."""
+    blocks = _blocks(hidden.device)
+    return hidden.new_empty((blocks, 1 + _most(D, blocks)), dtype=torch.int32)
+
+
+def find_hopper(hidden: Tensor, D: int, masks: Tensor, candidates: tuple[Tensor, Tensor], listed: Tensor) -> None:
+    """Which neurons each block of `rows_hopper` takes for as many tokens of hidden's type and size, to `listed`: how many, then which."""
+    (n, E), device, (values, ids) = hidden.shape, hidden.device, candidates
+    function, _ = _prepare(device.index, n, E, D, len(listed), values.shape[1], "silu", hidden.dtype, name="find")
+    with torch.cuda.device_of(hidden):
+        nvrtc.launch(function, (len(listed), 1), _THREADS, 0, *map(pointer, (masks, values, ids, listed)), ctypes.c_int(n))
 
 
 def rows_hopper(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None,
-    later: tuple[Tensor, Tensor, Tensor] | None = None, known: bool = False,
+    later: tuple[Tensor, Tensor, Tensor] | None = None, listed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Arguments as of `sparse_ffn`, which `takes` took → the blocks' parts of the output, float32 [P, n, E].
+    """Arguments as of `sparse_ffn`, which `takes` took; hidden is `aligned` → the blocks' parts of the output, float32 [P, n, E].
 
     later: a bottleneck's rows [H, E] of hidden's type in one piece, and its bias float32 [H]; the third, float32 [n, H], becomes what `bottleneck` gives.
+    listed: what `find_hopper` gave for the same masks and candidates, complete before the kernel before this one begins.
     """
     (n, E), D, device = hidden.shape, len(gate), hidden.device
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = _blocks(device)
     partial = hidden.new_empty((blocks, n, E), dtype=torch.float32)
     values, ids = candidates or (None, None)
     reduce, bias, inner = later or (None, None, None)
-    function, shared = _prepare(
-        device.index, n, E, D, blocks, 0 if values is None else values.shape[1], activation, hidden.dtype, 0 if later is None else len(reduce), known
-    )
-    tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, partial))
+    count, later_rows = 0 if values is None else values.shape[1], 0 if later is None else len(reduce)
+    function, shared = _prepare(device.index, n, E, D, blocks, count, activation, hidden.dtype, later_rows, listed is not None)
+    tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, listed, partial))
     rest = pointer(reduce), pointer(bias), pointer(inner), ctypes.c_float(EPSILON)
     strides = (ctypes.c_longlong(2 * value.stride(0)) for value in (gate, up, down))
     with torch.cuda.device_of(hidden):

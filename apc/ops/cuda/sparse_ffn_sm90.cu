@@ -8,8 +8,8 @@
 // need no mask, so the memory is busy while the neurons are found.
 //
 // Put before it: N tokens (a power of two), E, ROWS, STAGES, MOST neurons of a block, WORDS of a mask, CANDIDATES (0: a mask for each token),
-// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16), LATER rows of the later bottleneck (0: none), KNOWN (1: masks or candidates
-// were complete before the kernel before this one began, so its neurons are found and fetched while that one runs).
+// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16), LATER rows of the later bottleneck (0: none), FOUND (1: `find` said which
+// neurons, before the kernel before this one began, so they are fetched while that one runs).
 
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
 constexpr int CHUNKS = E / 8;  // pieces of 16 bytes of a row
@@ -28,9 +28,11 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Weights are read once a step: they make room in the L2 cache for others.
 __device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
-                 "r"(shared_address(barrier))
+    asm volatile("{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once; }" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 
@@ -73,63 +75,12 @@ __device__ __forceinline__ float activate(float x) {
     return x / (1.0f + expf(-y));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-rows(const uint4* hidden,                      // [tokens, E]; what kernels before this one wrote is not `__restrict__`: it must not be read early
-     const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart, as up and down
-     const unsigned char* __restrict__ up,
-     const unsigned char* __restrict__ down,
-     const u32* masks,                         // [K or tokens, WORDS]
-     const float* values,                      // [tokens, CANDIDATES]
-     const int* ids,                           // [tokens, CANDIDATES]
-     float4* partial,                          // [blocks, tokens, E], out
-     int tokens, long long gate_bytes, long long up_bytes, long long down_bytes,
-     const unsigned char* __restrict__ later,  // [LATER, E], in one piece
-     const float* __restrict__ later_bias,     // [LATER]
-     float* later_inner,                       // [tokens, LATER], out: SiLU(rms_norm(hidden) · laterᵀ + bias)
-     float epsilon) {
-    extern __shared__ __align__(128) unsigned char ring[];
-    uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
-    u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
-    __shared__ u64 full[STAGES], empty[STAGES], arrived;
+// Neurons that any token keeps are dealt out to blocks in order; a block's own go to its shared memory, neuron | which tokens keep it << 24.
+__device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens, u32* list) {
     __shared__ u32 words[N][WORDS];
     __shared__ int ends[WORDS];  // bits up to and with each word
-    __shared__ float products[2][ROWS][2][PARTS][N];
     __shared__ int mask_of[N], sums_of_warps[WARPS + 1];
-    __shared__ float squares[WARPS][N];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int later_first = static_cast<int>(blockIdx.x * static_cast<u32>(LATER) / gridDim.x);
-    const int later_rows = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(LATER) / gridDim.x) - later_first;
-    const int later_stages = (later_rows + PRODUCTS - 1) / PRODUCTS;
-
-    // Its stage of the ring must be free.
-    auto fetch_later = [&](int index) {
-        const int stage = index % STAGES, rows = min(PRODUCTS, later_rows - index * PRODUCTS);
-        expect_bytes(&full[stage], rows * ROW_BYTES);
-        for (int row = 0; row < rows; row++)
-            fetch(shared_address(ring) + stage * STAGE_BYTES + (3 * (row / 2) + row % 2) * ROW_BYTES,
-                  later + static_cast<long long>(later_first + index * PRODUCTS + row) * ROW_BYTES, ROW_BYTES, &full[stage]);
-    };
-    auto fetch_hidden = [&] {
-        expect_bytes(&arrived, tokens * ROW_BYTES);
-        for (int n = 0; n < tokens; n++) fetch(shared_address(given + n * CHUNKS), hidden + n * CHUNKS, ROW_BYTES, &arrived);
-    };
-
-    if (thread == 0) {
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(&full[stage], 1);
-            barrier_init(&empty[stage], WARPS);
-        }
-        barrier_init(&arrived, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // this thread hands them to the copy engine right away
-        for (int index = 0; index < min(later_stages, STAGES); index++) fetch_later(index);
-    }
-    if (!KNOWN) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        if (thread == 0) fetch_hidden();  // the input arrives while the neurons are found
-    }
-    for (int i = tokens * CHUNKS + thread; i < N * CHUNKS; i += THREADS) given[i] = uint4{0, 0, 0, 0};
     if (CANDIDATES == 0) {
         if (thread < N) mask_of[thread] = thread;
     } else if (warp < tokens) {  // the id of the largest value, of equal ones the lowest
@@ -150,7 +101,7 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
     }
     __syncthreads();
 
-    // This block's share of the neurons that any token keeps: each thread counts the bits of a few words, then finds the place of one bit.
+    // Each thread counts the bits of a few words, then finds the place of one bit.
     int counts[WORDS_EACH], count = 0;
 #pragma unroll
     for (int i = 0; i < WORDS_EACH; i++) {
@@ -213,7 +164,83 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         list[rank - first] = word * 32 + place | keepers << 24;
     }
     __syncthreads();
-    const int neurons = last - first, stages = (neurons + ROWS - 1) / ROWS;
+    return last - first;
+}
+
+// Which neurons each block of `rows` takes, so that it need not look: to listed, [blocks, 1 + MOST], how many and then which.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) find(const u32* masks, const float* values, const int* ids, int* listed, int tokens) {
+    __shared__ u32 list[MOST];
+    const int neurons = find_neurons(masks, values, ids, tokens, list);
+    int* const own = listed + blockIdx.x * (1 + MOST);
+    if (threadIdx.x == 0) own[0] = neurons;
+    for (int i = threadIdx.x; i < neurons; i += THREADS) own[1 + i] = list[i];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+rows(const uint4* hidden,                      // [tokens, E]; what kernels before this one wrote is not `__restrict__`: it must not be read early
+     const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart, as up and down
+     const unsigned char* __restrict__ up,
+     const unsigned char* __restrict__ down,
+     const u32* masks,                         // [K or tokens, WORDS]
+     const float* values,                      // [tokens, CANDIDATES]
+     const int* ids,                           // [tokens, CANDIDATES]
+     const int* listed,                        // as `find` writes it
+     float4* partial,                          // [blocks, tokens, E], out
+     int tokens, long long gate_bytes, long long up_bytes, long long down_bytes,
+     const unsigned char* __restrict__ later,  // [LATER, E], in one piece
+     const float* __restrict__ later_bias,     // [LATER]
+     float* later_inner,                       // [tokens, LATER], out: SiLU(rms_norm(hidden) · laterᵀ + bias)
+     float epsilon) {
+    extern __shared__ __align__(128) unsigned char ring[];
+    uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
+    u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
+    __shared__ u64 full[STAGES], empty[STAGES], arrived;
+    __shared__ float products[2][ROWS][2][PARTS][N];
+    __shared__ float squares[WARPS][N];
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int later_first = static_cast<int>(blockIdx.x * static_cast<u32>(LATER) / gridDim.x);
+    const int later_rows = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(LATER) / gridDim.x) - later_first;
+    const int later_stages = (later_rows + PRODUCTS - 1) / PRODUCTS;
+
+    // Its stage of the ring must be free.
+    auto fetch_later = [&](int index) {
+        const int stage = index % STAGES, rows = min(PRODUCTS, later_rows - index * PRODUCTS);
+        expect_bytes(&full[stage], rows * ROW_BYTES);
+        for (int row = 0; row < rows; row++)
+            fetch(shared_address(ring) + stage * STAGE_BYTES + (3 * (row / 2) + row % 2) * ROW_BYTES,
+                  later + static_cast<long long>(later_first + index * PRODUCTS + row) * ROW_BYTES, ROW_BYTES, &full[stage]);
+    };
+    auto fetch_hidden = [&] {
+        expect_bytes(&arrived, tokens * ROW_BYTES);
+        for (int n = 0; n < tokens; n++) fetch(shared_address(given + n * CHUNKS), hidden + n * CHUNKS, ROW_BYTES, &arrived);
+    };
+
+    if (thread == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(&full[stage], 1);
+            barrier_init(&empty[stage], WARPS);
+        }
+        barrier_init(&arrived, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // this thread hands them to the copy engine right away
+        for (int index = 0; index < min(later_stages, STAGES); index++) fetch_later(index);
+    }
+    if (!FOUND) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (thread == 0) fetch_hidden();  // the input arrives while the neurons are found
+    }
+    for (int i = tokens * CHUNKS + thread; i < N * CHUNKS; i += THREADS) given[i] = uint4{0, 0, 0, 0};
+    int neurons;
+    if (FOUND) {
+        const int* const own = listed + blockIdx.x * (1 + MOST);
+        neurons = own[0];
+        for (int i = thread; i < neurons; i += THREADS) list[i] = own[1 + i];
+        __syncthreads();
+    } else {
+        neurons = find_neurons(masks, values, ids, tokens, list);
+    }
+    const int stages = (neurons + ROWS - 1) / ROWS;
 
     if (warp == WARPS) {
         if (lane == 0) {
@@ -237,7 +264,7 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         return;
     }
 
-    if (KNOWN) {
+    if (FOUND) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
         if (thread == 0) fetch_hidden();
