@@ -189,7 +189,7 @@ class Tracking:
             if not _is_wandb_failure(error):
                 raise
             self._run, self._mode = None, "disabled"
-            _say(f"W&B stopped ({_one_line(error)}); metrics go on in {self.folder / METRICS_FILE}")
+            _say(f"W&B stopped ({_one_line(error)}); metrics go on in {self.folder / METRICS_FILE}, and `wandb sync` can upload the rest")
 
     def _start_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run | None:
         while self._mode != "disabled":

@@ -1,12 +1,15 @@
 """What is logged is in `metrics.jsonl` and in W&B alike, with no prompt, no network, and nothing lost when a run is killed."""
 
 import contextlib
+import http.server
 import json
 import math
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -37,8 +40,8 @@ def nobody(monkeypatch, tmp_path_factory):
 
 
 def records(folder: Path, kind: str, run: int = 0) -> list[dict]:
-    """The records of one kind in the `run`-th offline run under `folder`, as `wandb leet inspect --json` prints them."""
-    run_dir = sorted((folder / "wandb").glob("offline-run-*"))[run]
+    """The records of one kind in the `run`-th run under `folder`, as `wandb leet inspect --json` prints them."""
+    run_dir = sorted((folder / "wandb").glob("*run-*"))[run]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout.splitlines()
     return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
@@ -266,6 +269,47 @@ def test_a_server_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch, capfd)
     error = capfd.readouterr().err
     assert "could not go online" in error and error.count("\n") == 1
     assert records(tmp_path, "history")[0]["item"]["cluster/epoch"] == 0
+
+
+class LoginOnly(http.server.BaseHTTPRequestHandler):
+    """A W&B server that takes a run in and answers nothing after that."""
+
+    taken: ClassVar[list[str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.taken or not self.path.startswith("/graphql"):
+            threading.Event().wait()
+        asked = json.loads(body)
+        self.taken.append(asked["variables"]["name"])
+        project = {"id": "p", "name": "apc", "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": self.taken[0], "displayName": "n", "description": "", "config": "{}", "historyLineCount": 0, "project": project}
+        answer = json.dumps({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+def test_a_server_that_hangs_after_the_login_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(LoginOnly, "taken", [])
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoginOnly) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+        with Tracking(TrackingConfig(), tmp_path, "n", {}) as run:
+            assert run.wandb_mode == "online" and LoginOnly.taken
+            for epoch in range(20):
+                run.log({"cluster/epoch": epoch})
+        server.shutdown()
+    assert "W&B stopped (Timed out" in capfd.readouterr().err
+    assert [line["cluster/epoch"] for line in read_metrics(tmp_path)] == list(range(20))
+    assert len(records(tmp_path, "history")) == 20  # what `wandb sync` uploads later
 
 
 def test_a_service_that_dies_does_not_stop_the_run(tmp_path, capfd):
