@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,15 +93,17 @@ def main() -> None:
         print(f"--ranks {counts[-1]}: this machine has {there} GPUs that PyTorch sees", file=sys.stderr)
         sys.exit(2)
     if parts:
-        rows = measure(counts, parts, arguments.quick, torch.cuda.get_device_name(0) if on_gpu else cpu_name())
-        append(rows, arguments.csv)
+        rows = []
+        for found in measure(counts, parts, arguments.quick, torch.cuda.get_device_name(0) if on_gpu else cpu_name()):
+            append(found, arguments.csv)  # at once: what was measured stays, whatever comes after it
+            rows += found
         print(f"\nMEASURED, commit {commit()}, torch {torch.__version__}\n\n{markdown(rows)}")
     if "model" in arguments.only:
         print("\n" + modelled([RESULTS, arguments.csv], Links(arguments.within, arguments.between)))
 
 
-def measure(counts: list[int], parts: list[str], quick: bool, device: str) -> list[Row]:
-    """The parts on each number of ranks, one after the other."""
+def measure(counts: list[int], parts: list[str], quick: bool, device: str) -> Iterator[list[Row]]:
+    """The parts on each number of ranks, one after the other, and the rows of each."""
     found: list[Timed] = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in counts:
@@ -108,8 +111,9 @@ def measure(counts: list[int], parts: list[str], quick: bool, device: str) -> li
                 probe.bind(("localhost", 0))
                 port = probe.getsockname()[1]
             torch.multiprocessing.spawn(work, (ranks, port, parts, quick, Path(folder)), nprocs=ranks)
-            found += torch.load(Path(folder) / f"{ranks}.pt", weights_only=False)  # of our own making, just now
-    return [as_row(timed, found, device) for timed in found]
+            new = torch.load(Path(folder) / f"{ranks}.pt", weights_only=False)  # of our own making, just now
+            found += new
+            yield [as_row(timed, found, device) for timed in new]
 
 
 def as_row(timed: Timed, found: list[Timed], device: str) -> Row:

@@ -8,12 +8,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports apc.ops
 
+LONGEST = ["test_killed", "test_ops", "test_pipeline", "test_bundled", "test_baselines", "test_tuning"]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
 
 
 def pytest_collection_modifyitems(items):
+    # Files are dealt out whole, so the longest come first: none of them shall begin when the other processes have nothing left.
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     """(folder, results) of a small run on the bundled model and text, tracked offline."""
     folder = tmp_path_factory.mktemp("bundled")
     words = [
-        "data.fit_windows=10", "data.score_windows=2", "data.seq_len=256", "cluster.k=16", "cluster.max_epochs=4", "collect.calibration_windows=2",
+        "data.fit_windows=10", "data.score_windows=1", "data.seq_len=256", "cluster.k=16", "cluster.max_epochs=4", "collect.calibration_windows=2",
         "predictor.max_epochs=3", "predictor.batch=256", "trainer.progress=false", "tracking.wandb=offline", f"collect.dir={folder / 'stores'}",
         f"run.dir={folder}", "run.name=small", "model.device=cpu",
     ]  # fmt: skip

@@ -148,7 +148,7 @@ def ranks_of(launcher):
 
 def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
     changes = {"run.name": "ranks", "stage": "predict", "collect.dir": workplace / "stores-ranks"}
-    changes["predictor.max_epochs"] = 60
+    changes["predictor.max_epochs"] = 40
     words = words_for(workplace, **changes, **{"trainer.devices": 2})
     launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = workplace / "runs" / "ranks"

@@ -14,7 +14,7 @@ from torch import Tensor
 from apc.ops import low_bit_sm80
 from apc.ops.bits import describe, on_cpu, pack, row_bytes, unpack
 from apc.ops.curve import score_curve
-from apc.ops.sparse_ffn import MOST_TOKENS
+from apc.ops.predict import MOST_TOKENS
 
 _COLUMNS = 16  # the least that a product on tensor cores takes; those past the tokens are zero
 _TILE = {"BLOCK_D": 128, "num_warps": 4}

@@ -1,10 +1,10 @@
 """A gated FFN over the neurons that masks keep, for a few tokens: it reads their rows of gate, up and the transposed down projection, and no others.
 
 At one token an FFN's time is that of reading its weights, so half the rows take half the time, if nothing waits in between. The kernels follow each
-other without the host: `reduce` and `score` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
+other without the host: those of `predict.py` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
 the best of those, takes its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
 On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and each kernel is on its multiprocessors before the one before it has ended (EARLY), with
-what it reads of weights, and waits there.
+what it reads of weights, and waits there. Predicted a layer ahead, an FFN's neurons are found by a kernel of its own beside attention.
 
 Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W bytes of a packed mask (see `bits.py`), P programs.
 """
@@ -20,13 +20,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apc.ops.bits import describe, on_cpu, row_bytes, unpack
-from apc.ops.sparse_ffn_sm90 import EPSILON, aligned, find_hopper, like_listed, rows_hopper, takes
+from apc.ops.predict import SCORE_TILE, check_hidden, launch_early, like_predictions, predict_clusters, reduce_hidden, score_clusters, store_best
+from apc.ops.sparse_ffn_sm90 import aligned, find_hopper, like_listed, rows_hopper, takes
 
-MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _WIDEST = 2**14  # hidden size that a program's sums can have
-_REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
-_SCORE_TILE = {"ROWS": 16, "num_warps": 8}
 _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a program reads at a time, and how often ahead of their use
 _PROGRAMS = 1  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
@@ -77,72 +75,6 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # ½ (1 + tanh y) = σ(2 y)
-
-
-@triton.jit
-def _reduce_kernel(
-    hidden_ptr,  # float [n, E]
-    weights_ptr,  # float [H, E]
-    bias_ptr,  # float32 [H]
-    inner_ptr,  # float32 [n, H], out
-    E,
-    H,
-    epsilon,
-    EARLY: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    if EARLY:
-        gdc_launch_dependents()
-    h = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    e = tl.arange(0, BLOCK_E)
-    weights = tl.load(weights_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=h < H, other=0.0)
-    if EARLY:
-        gdc_wait()
-    for n in tl.static_range(N):
-        hidden = tl.load(hidden_ptr + n * E + e, mask=e < E, other=0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(hidden * hidden, axis=0) / E + epsilon)
-        x = tl.sum(weights * hidden[None, :], axis=1) * scale + bias
-        tl.store(inner_ptr + n * H + h, x * tl.sigmoid(x), mask=h < H)
-
-
-@triton.jit
-def _store_best(weights, bias, inner, k, values_ptr, ids_ptr):
-    """Of clusters k the largest logit and whose it is, to this program's place."""
-    logits = tl.sum(weights * inner[None, :], axis=1) + bias
-    logits = tl.where(logits == logits, logits, float("-inf"))  # of an input that is no number any cluster will do
-    best = tl.max(logits, axis=0)
-    tl.store(values_ptr + tl.program_id(0), best)
-    tl.store(ids_ptr + tl.program_id(0), tl.min(tl.where(logits == best, k, 0x7FFFFFFF), axis=0))
-
-
-@triton.jit
-def _score_kernel(
-    inner_ptr,  # float32 [n, H]
-    weights_ptr,  # float [K, H]
-    bias_ptr,  # float32 [K]
-    values_ptr,  # float32 [n, P], out: the largest logit of each program's clusters
-    ids_ptr,  # int32 [n, P], out: whose it is
-    H,
-    K,
-    EARLY: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    if EARLY:
-        gdc_launch_dependents()
-    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    h = tl.arange(0, BLOCK_H)
-    weights = tl.load(weights_ptr + k[:, None] * H + h[None, :], mask=(k < K)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
-    if EARLY:
-        gdc_wait()
-    for n in tl.static_range(N):
-        inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0)
-        _store_best(weights, bias, inner, k, values_ptr + n * tl.num_programs(0), ids_ptr + n * tl.num_programs(0))
 
 
 @triton.jit
@@ -278,107 +210,7 @@ def _finish_kernel(
     tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
     if SCORES > 0:  # noqa: SIM102 (without it there is nothing to look at)
         if tl.program_id(0) < groups:
-            _store_best(expand.to(tl.float32), expand_bias, later_inner, k, later_values_ptr + n * groups, later_ids_ptr + n * groups)
-
-
-# ---- which cluster a token is of
-
-
-def predict_clusters(
-    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FFN inputs float [n, E] → the bottleneck float32 [n, H], and candidates for each token's cluster: logits float32 [n, C] and clusters int32 [n, C].
-
-    The token's cluster is the candidate of the largest logit, of equal ones the lowest: SiLU(rms_norm(x) · reduceᵀ + bias) · expandᵀ + bias. reduce
-    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. by_triton: by the kernels, which take up to `MOST_TOKENS` tokens (None: on a
-    GPU). Raises ValueError for other shapes.
-    """
-    by_triton = not on_cpu(hidden) if by_triton is None else by_triton
-    n, E = _check_hidden(hidden, by_triton)
-    H, K = len(reduce), len(expand)
-    if reduce.shape != (H, E) or expand.shape != (K, H) or reduce_bias.shape != (H,) or expand_bias.shape != (K,):
-        given = ", ".join(describe(value) for value in (reduce, reduce_bias, expand, expand_bias))
-        raise ValueError(f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}")
-    return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias, by_triton)
-
-
-def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    (inner, values, ids), early = _like_predictions(hidden, reduce, expand, _SCORE_TILE["ROWS"]), _early(hidden.device)
-    _reduce(hidden, reduce, reduce_bias, inner, early)
-    _score(inner, expand, expand_bias, values, ids, early, **_SCORE_TILE)
-    return inner, values, ids
-
-
-def _score(inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool], **tile: int) -> None:
-    (n, H), K = inner.shape, len(expand)
-    with torch.cuda.device_of(inner):
-        _score_kernel[(values.shape[1],)](inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **tile)
-
-
-@torch.library.custom_op("apc::predict_clusters", mutates_args=())
-def _predict_clusters(
-    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if by_triton:
-        return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
-    inner = _bottleneck(hidden, reduce, reduce_bias, False)
-    logits = inner @ expand.float().T + expand_bias
-    values, ids = logits.masked_fill(logits.isnan(), -torch.inf).max(-1, keepdim=True)
-    return inner, values, ids.int()
-
-
-@_predict_clusters.register_fake
-def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_predictions(hidden, reduce, expand, _SCORE_TILE["ROWS"] if by_triton else len(expand))
-
-
-def _like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for what `predict_clusters` gives, of so many clusters a candidate."""
-    n, count = len(hidden), triton.cdiv(len(expand), rows)
-    floats = functools.partial(hidden.new_empty, dtype=torch.float32)
-    return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
-
-
-def _check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden must be float [n, E], got {describe(hidden)}")
-    if by_triton and len(hidden) > MOST_TOKENS:
-        raise ValueError(f"the kernels take up to {MOST_TOKENS} tokens, got hidden {describe(hidden)}")
-    return hidden.shape
-
-
-def bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool | None = None) -> Tensor:
-    """hidden float [n, E], reduce [H, E], bias float32 [H] → SiLU(rms_norm(x) · reduceᵀ + bias), float32 [n, H]; by_triton as for `predict_clusters`."""
-    by_triton = not on_cpu(hidden) if by_triton is None else by_triton
-    n, E = _check_hidden(hidden, by_triton)
-    if reduce.dim() != 2 or reduce.shape[1] != E or bias.shape != reduce.shape[:1]:
-        raise ValueError(f"reduce {describe(reduce)} must be [H, {E}] and its bias {describe(bias)} [H]")
-    return torch.ops.apc.bottleneck(hidden, reduce, bias, by_triton)
-
-
-@torch.library.custom_op("apc::bottleneck", mutates_args=())
-def _bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
-    if not by_triton:
-        return F.silu(F.rms_norm(hidden.float(), hidden.shape[-1:]) @ reduce.float().T + bias)
-    inner = hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
-    _reduce(hidden, reduce, bias, inner, _early(hidden.device))
-    return inner
-
-
-@_bottleneck.register_fake
-def _(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
-    return hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
-
-
-def _reduce(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, how: dict[str, bool]) -> None:
-    (n, E), H = hidden.shape, len(reduce)
-    with torch.cuda.device_of(hidden):
-        grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
-        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE)
-
-
-# ---- the FFN
+            store_best(expand.to(tl.float32), expand_bias, later_inner, k, later_values_ptr + n * groups, later_ids_ptr + n * groups)
 
 
 def sparse_ffn(
@@ -401,7 +233,7 @@ def sparse_ffn(
     ValueError for other shapes, types or an unknown activation.
     """
     by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
-    n, E = _check_hidden(hidden, by_triton)
+    n, E = check_hidden(hidden, by_triton)
     D = len(gate)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation}: choose {', '.join(ACTIVATIONS)}")
@@ -435,7 +267,7 @@ def sparse_ffn_hopper(
 ) -> Tensor:  # fmt: skip
     """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
     partial = rows_hopper(aligned(hidden), gate, up, down, masks, activation, candidates, None, listed)
-    return _finish(partial, hidden, candidates, correction, offsets, _early(hidden.device))
+    return _finish(partial, hidden, candidates, correction, offsets, launch_early(hidden.device))
 
 
 def _rows(
@@ -459,7 +291,7 @@ def _finish(
     partial: Tensor, hidden: Tensor, candidates: tuple[Tensor, Tensor] | None, correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
     how: dict[str, bool], later: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """how: of the launch, as `_early` has it; later: a later layer's bottleneck, expand and bias, and what becomes its candidates."""
+    """how: of the launch, as `launch_early` has it; later: a later layer's bottleneck, expand and bias, and what becomes its candidates."""
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
     values, ids = candidates or (partial, partial)  # what is not there is not read
     count = values.shape[1] if candidates else 0
@@ -477,13 +309,6 @@ def _finish(
 
 def _finish_programs(E: int) -> int:
     return triton.cdiv(E, _FINISH_TILE["COLUMNS"])
-
-
-@functools.cache
-def _early(device: torch.device) -> dict[str, bool]:
-    """How a kernel is launched that waits by itself for the one before it."""
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @functools.cache
@@ -564,16 +389,19 @@ def _sparse_ffn_ahead(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _wait_for(listed)
     correction, hidden, candidates = None if inner is None else (inner, correct, bias), aligned(hidden), (values, ids)
-    later_inner, *later = found = _like_predictions(hidden, reduce, expand, _AHEAD)
+    later_inner, *later = found = like_predictions(hidden, reduce, expand, _AHEAD)
     if takes(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
-        partial, how = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed), _early(hidden.device)
+        partial, how = (
+            rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed),
+            launch_early(hidden.device),
+        )
     else:
         partial, how = _rows(hidden, gate, up, down, masks, activation, candidates), {"EARLY": False}
-        _reduce(hidden, reduce, reduce_bias, later_inner, how)
+        reduce_hidden(hidden, reduce, reduce_bias, later_inner, how)
     together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
     output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
     if not together:
-        _score(later_inner, expand, expand_bias, *later, how, **(_SCORE_TILE | {"ROWS": _AHEAD}))
+        score_clusters(later_inner, expand, expand_bias, *later, how, **(SCORE_TILE | {"ROWS": _AHEAD}))
     if next_masks is None:
         return output, *found, hidden.new_empty(0, dtype=torch.int32)
     next_listed, beside = like_listed(hidden, neurons), _beside(hidden.device)
@@ -589,7 +417,7 @@ def _(
     listed, neurons: int, next_masks: Tensor | None, *_,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     next_listed = hidden.new_empty(0, dtype=torch.int32) if next_masks is None else like_listed(hidden, neurons)
-    return hidden.new_empty(hidden.shape), *_like_predictions(hidden, reduce, expand, _AHEAD), next_listed
+    return hidden.new_empty(hidden.shape), *like_predictions(hidden, reduce, expand, _AHEAD), next_listed
 
 
 def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
