@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from apc import ops
 from apc.errors import UserError
 
 _ATTENTION = "apc-sdpa"
@@ -97,13 +98,14 @@ class GreedyDecoder:
             self.prefill(tokens)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
+            with ops.whole_passes():
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        self._step()
+                torch.cuda.current_stream().wait_stream(stream)
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
                     self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._step()
 
     @torch.no_grad()
     def step(self) -> None:

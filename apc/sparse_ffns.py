@@ -62,7 +62,7 @@ class SparseFFNs:
         check_arm(arm)
         self._own: list[Callable | None] = []
         self._sparse: list[_ClusterFFN | _LowBitFFN | _ArmFFN] = []
-        self._weights: list[_Weights] = []
+        self._finds: list[bool] = []  # whether a layer's neurons can be found before it
         self._ahead: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was predicted for layers still to come, of the pass at hand
         self._listed: dict[int, Tensor] = {}  # which neurons the next layer's FFN takes, likewise
 
@@ -83,7 +83,7 @@ class SparseFFNs:
             dense_calls.append(ffn.module.forward)
             sparse_calls.append(partial(sparse, own=own))
             self._sparse.append(sparse)
-            self._weights.append(own)
+            self._finds.append(isinstance(sparse, _ClusterFFN) and sparse.can_be_found(own))
             ffn.module.forward = self._forward(layer, ffn.module.forward, own)
         if self._measures:
             with torch.cuda.device(self._ffns[0].down.weight.device):  # a graph is of the device at hand
@@ -113,7 +113,7 @@ class SparseFFNs:
             if forward is not None:
                 ffn.module.forward = forward
             ffn.down.weight.data = ffn.down.weight.data.contiguous()
-        for held in (self._own, self._sparse, self._weights, self._inputs, self._ahead, self._listed):
+        for held in (self._own, self._sparse, self._finds, self._inputs, self._ahead, self._listed):
             held.clear()
 
     def _forward(self, layer: int, dense: Callable, own: "_Weights") -> Callable:
@@ -149,13 +149,11 @@ class SparseFFNs:
         return forward
 
     def _following(self, layer: int) -> ops.Following | None:
-        """A layer whose neurons can be found beside its attention: its cluster was predicted already, or is just being."""
-        if not self._weights[layer].finds:
-            return None
+        """A layer whose neurons can be found now: its cluster was predicted already, or is just being."""
         ahead = self._ahead.get(layer)
-        if ahead is None and self.arm.predictor.lookahead > 1:
+        if not self._finds[layer] or (ahead is None and self.arm.predictor.lookahead > 1):
             return None
-        return ops.Following(len(self._weights[layer].gate), self._sparse[layer].centroids, None if ahead is None else ahead[1:])
+        return ops.Following(self._ffns[layer].width, self._sparse[layer].centroids, None if ahead is None else ahead[1:])
 
 
 def _graph_seconds(calls: Callable[[], object]) -> float:
@@ -229,9 +227,6 @@ class _Weights:
     down: Tensor
     activation: str
     by_triton: bool
-
-    def __post_init__(self) -> None:
-        self.finds = self.by_triton and ops.can_find(*self.matrices)
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,6 +312,10 @@ class _ClusterFFN:
     @property
     def predictor(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.reduce, self.reduce_bias, self.expand, self.expand_bias
+
+    def can_be_found(self, own: _Weights) -> bool:
+        """Whether its neurons can be, by `ops.sparse_ffn_ahead` of the layer before."""
+        return own.by_triton and self.reduce.dtype == own.gate.dtype and ops.can_find(*own.matrices)
 
     def predict(self, inputs: dict[int, Tensor], own: _Weights) -> tuple[Tensor, Tensor, Tensor]:
         """As `ops.predict_clusters`."""

@@ -121,15 +121,16 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """All calls, one after the other, as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    with ops.whole_passes():
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                for call in calls:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             for call in calls:
                 call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
     return graph
 
 
@@ -181,16 +182,13 @@ class Layer:
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
 
-    def following(self, predicted: tuple[Tensor, Tensor, Tensor]) -> ops.Following | None:
-        """What of it is to be found beside another layer, where that can be."""
-        return ops.Following(len(self.gate), self.masks, predicted[1:]) if ops.can_find(self.gate, self.up, self.down) else None
-
     def ahead(
-        self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str, listed: Tensor | None, following: ops.Following | None
+        self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str, listed: Tensor | None, finds: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
-        """As `sparse`, of what was predicted and found before; what this layer's input predicts for a later one; the following one's neurons."""
+        """As `sparse`, of what was predicted and found before; what this layer's input predicts for a later one, and that one's neurons if they are wanted."""
         inner, *candidates = predicted
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
+        following = ops.Following(len(later.gate), later.masks) if finds and ops.can_find(later.gate, later.up, later.down) else None
         return ops.sparse_ffn_ahead(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), later.predictor, *added, listed, following)
 
     def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
@@ -221,20 +219,19 @@ def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 class Ahead:
-    """FFNs of one input in a row, each of which predicts the cluster of the next but one, whose neurons are found beside the next one. In a model that is
-    the next one's, found beside an attention."""
+    """FFNs of one input in a row, each of which predicts the cluster of the next but one and finds its neurons, beside the next one: in a model that is the
+    next one's, beside an attention."""
 
     def __init__(self, layers: list[Layer], x: Tensor, how: str):
         self.layers, self.x, self.how = layers, x, how
         self.predicted = [ops.predict_clusters(x, *layer.predictor) for layer in layers[:2]] + [None] * len(layers)
-        self.listed: list[Tensor | None] = [None] * (len(layers) + 1)
+        self.listed: list[Tensor | None] = [None] * (len(layers) + 2)
         self.calls = [partial(self.call, index) for index in range(len(layers))]
 
     def call(self, index: int) -> Tensor:
-        later, following = self.layers[(index + 2) % len(self.layers)], self.layers[index + 1] if index + 1 < len(self.layers) else None
-        following = following and following.following(self.predicted[index + 1])
-        output, self.predicted[index + 2], self.listed[index + 1] = self.layers[index].ahead(
-            self.x, self.predicted[index], later, self.how, self.listed[index], following
+        later = self.layers[(index + 2) % len(self.layers)]
+        output, self.predicted[index + 2], self.listed[index + 2] = self.layers[index].ahead(
+            self.x, self.predicted[index], later, self.how, self.listed[index], index + 2 < len(self.layers)
         )
         return output
 
@@ -297,7 +294,7 @@ def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> 
     weights = [(x, layer.gate, layer.up, layer.down, layer.masks[:1]) for layer in layers]
     ways = [("Triton", ops.sparse_ffn_triton, KERNELS._ROWS_TILE, dict(ROWS=count, STAGES=stages, num_warps=warps))
             for count, stages, warps in itertools.product((1, 2, 4), (2, 3, 4), (4, 8))]  # fmt: skip
-    if sparse_ffn_sm90.takes(*weights[0][:4]):
+    if sparse_ffn_sm90.takes(*weights[0][1:4]):
         ways += [("Hopper", ops.sparse_ffn_hopper, sparse_ffn_sm90._TILE, dict(ROWS=count, STAGES=stages))
                  for count, stages in itertools.product((1, 2, 4), (2, 4, 8))]  # fmt: skip
     rows = []

@@ -9,7 +9,7 @@ import torch
 import apc
 import tiny
 import train
-from apc import decode, sparse_ffns
+from apc import decode, ops, sparse_ffns
 from apc.config import load_config
 from apc.decode import GreedyDecoder, attend
 from apc.errors import UserError
@@ -144,6 +144,36 @@ def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
     found = decoder.decode(windows, 20)
     expected = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=20, min_new_tokens=20, do_sample=False)[:, 12:]
     assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_are_decoded_by_the_kernels_in_one_graph(workplace, made, dtype, lookahead):
+    """Where a layer's neurons are found beside the attention before it; without a graph, before that."""
+    model, windows = model_on(workplace, "cuda", dtype), WINDOWS[:1].cuda()
+    codebook, predictor = made("cluster", **({"predictor.lookahead": lookahead} if lookahead else {}))
+    ffns = apc.sparsify(model, codebook, predictor, "predicted", kernel="triton", dense_above=1).__dict__["_apc_hooks"]
+    decoder = GreedyDecoder(model, 1, 40, mode=None)
+    decoder.record(windows)
+    decoder.prefill(windows)
+    decoder.token.fill_(7)
+    for _ in range(3):
+        decoder.step()
+    found, clear = decoder.logits.clone(), decoder._graph
+    decoder.prefill(windows)
+    decoder._graph = None
+    decoder.token.fill_(7)
+    for _ in range(3):
+        decoder.step()
+    assert clear is not None and torch.equal(decoder.logits, found)
+    assert any(ffns._finds) == (dtype == "bfloat16" and ops.can_find(*ffns_of(model)))
+
+
+def ffns_of(model):
+    """gate, up and the transposed down of its first FFN."""
+    ffn = find_ffns(model)[0]
+    return ffn.projection("gate"), ffn.projection("up"), ffn.down.weight.T
 
 
 @pytest.mark.parametrize("arm", ["dense", "predicted"])

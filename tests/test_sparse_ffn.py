@@ -1,5 +1,7 @@
 """Sparse FFNs: kernels and torch's path against the dense FFN under a mask, the cluster against the predictor's, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,9 +117,9 @@ def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, fin
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("finds", [False, True])
+@pytest.mark.parametrize("finds", ["never", "before", "beside"])
 def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
-    """A chain at a real size, where a layer's neurons are found beside the one before it: the same as each alone."""
+    """A chain at a real size, where a layer's neurons are found before it, or on another stream: the same as each alone."""
     E, D, H, K, layers = 4096, 2048, 512, 2048, 6
     hidden, *_ = made(1, E, 1, torch.bfloat16, "cuda")
     weights = [made(1, E, D, torch.bfloat16, "cuda")[1:] for _ in range(layers)]
@@ -131,7 +133,7 @@ def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
         candidates, outputs, listed = list(first), [], None
         for layer in range(layers):
             following = None
-            if finds and layer + 1 < layers:
+            if finds != "never" and layer + 1 < layers:
                 following = ops.Following(D, masks[layer + 1], candidates[layer + 1])
             output, (_, *found), listed = ops.sparse_ffn_ahead(
                 hidden, *weights[layer], masks[layer], "silu", candidates[layer], predictors[layer + 2], listed=listed, following=following
@@ -140,10 +142,11 @@ def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
             outputs.append(output)
         return outputs
 
-    chain()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = chain()
+    with ops.whole_passes() if finds == "beside" else contextlib.nullcontext():
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = chain()
     for _ in range(20):
         graph.replay()
         for layer, output in enumerate(found):

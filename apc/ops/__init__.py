@@ -10,7 +10,7 @@ from apc.ops.hamming import assign_hamming
 from apc.ops.low_bit import low_bit_scores, low_bit_scores_triton
 from apc.ops.low_bit_sm80 import low_bit_scores_b1
 from apc.ops.predict import MOST_TOKENS, bottleneck, predict_clusters, predict_clusters_triton
-from apc.ops.sparse_ffn import Following, can_find, sparse_ffn, sparse_ffn_ahead, sparse_ffn_hopper, sparse_ffn_triton
+from apc.ops.sparse_ffn import Following, can_find, sparse_ffn, sparse_ffn_ahead, sparse_ffn_hopper, sparse_ffn_triton, whole_passes
 from apc.ops.top import straight_through, straight_through_triton, top_mask, top_mask_triton
 from apc.ops.update import (
     accumulate,
@@ -70,4 +70,5 @@ __all__ = [
     "top_mask",
     "top_mask_triton",
     "unpack",
+    "whole_passes",
 ]

@@ -9,7 +9,10 @@ what it reads of weights, and waits there. Predicted a layer ahead, an FFN's neu
 Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W bytes of a packed mask (see `bits.py`), P programs.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -365,8 +368,7 @@ def sparse_ffn_ahead(
     """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`.
 
     On Hopper the same kernels do both, so the prediction takes the time of its bytes and no more. listed: as for `sparse_ffn`. following: the next
-    layer's FFN, which `can_find` takes: its `listed` comes back too, found by its candidates, or by those just predicted, on a stream of its own beside
-    what comes between the two FFNs. Raises as those two do.
+    layer's FFN, which `can_find` takes: its `listed` comes back too, found by its candidates, or by those just predicted. Raises as those two do.
     """
     by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
     if not by_triton:
@@ -404,10 +406,9 @@ def _sparse_ffn_ahead(
         score_clusters(later_inner, expand, expand_bias, *later, how, **(SCORE_TILE | {"ROWS": _AHEAD}))
     if next_masks is None:
         return output, *found, hidden.new_empty(0, dtype=torch.int32)
-    next_listed, beside = like_listed(hidden, neurons), _beside(hidden.device)
-    beside.wait_stream(torch.cuda.current_stream(hidden.device))
-    with torch.cuda.stream(beside):
-        find_hopper(hidden, neurons, next_masks, later if next_values is None else (next_values, next_ids), next_listed)
+    next_listed, next_candidates = like_listed(hidden, neurons), later if next_values is None else (next_values, next_ids)
+    with _beside(hidden.device):
+        find_hopper(hidden, neurons, next_masks, next_candidates, next_listed, early=not _WHOLE.get())
     return output, *found, next_listed
 
 
@@ -425,12 +426,39 @@ def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
     return takes(gate, up, down)
 
 
+_WHOLE: ContextVar[bool] = ContextVar("whole passes", default=False)
+
+
+@contextlib.contextmanager
+def whole_passes() -> Iterator[None]:
+    """Within it layers are called in whole passes through a model, eagerly or in one CUDA graph: a stream that forks off in an FFN is joined in the next.
+
+    So `sparse_ffn_ahead` finds the next layer's neurons beside attention. Elsewhere it does so before that: what is captured might end in between.
+    """
+    before = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On a stream that forks off here, in whole passes."""
+    if not _WHOLE.get():
+        yield
+        return
+    _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_side_stream(device)):
+        yield
+
+
 @functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def _wait_for(listed: Tensor | None) -> None:
     """The current stream waits until it is complete."""
-    if listed is not None:
-        torch.cuda.current_stream(listed.device).wait_stream(_beside(listed.device))
+    if listed is not None and _WHOLE.get():
+        torch.cuda.current_stream(listed.device).wait_stream(_side_stream(listed.device))

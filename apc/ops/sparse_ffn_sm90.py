@@ -89,12 +89,15 @@ def like_listed(hidden: Tensor, D: int) -> Tensor:
     return hidden.new_empty((blocks, 1 + _most(D, blocks)), dtype=torch.int32)
 
 
-def find_hopper(hidden: Tensor, D: int, masks: Tensor, candidates: tuple[Tensor, Tensor], listed: Tensor) -> None:
-    """Which neurons each block of `rows_hopper` takes for as many tokens of hidden's type and size, to `listed`: how many, then which."""
+def find_hopper(hidden: Tensor, D: int, masks: Tensor, candidates: tuple[Tensor, Tensor], listed: Tensor, early: bool) -> None:
+    """Which neurons each block of `rows_hopper` takes for as many tokens of hidden's type and size, to `listed`: how many, then which.
+
+    early: as for `nvrtc.launch`.
+    """
     (n, E), device, (values, ids) = hidden.shape, hidden.device, candidates
     function, _ = _prepare(device.index, n, E, D, len(listed), values.shape[1], "silu", hidden.dtype, name="find")
     with torch.cuda.device_of(hidden):
-        nvrtc.launch(function, (len(listed), 1), _THREADS, 0, *map(pointer, (masks, values, ids, listed)), ctypes.c_int(n))
+        nvrtc.launch(function, (len(listed), 1), _THREADS, 0, *map(pointer, (masks, values, ids, listed)), ctypes.c_int(n), early=early)
 
 
 def rows_hopper(

@@ -170,10 +170,12 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
 // Which neurons each block of `rows` takes, so that it need not look: to listed, [blocks, 1 + MOST], how many and then which.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) find(const u32* masks, const float* values, const int* ids, int* listed, int tokens) {
     __shared__ u32 list[MOST];
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     const int neurons = find_neurons(masks, values, ids, tokens, list);
     int* const own = listed + blockIdx.x * (1 + MOST);
     if (threadIdx.x == 0) own[0] = neurons;
     for (int i = threadIdx.x; i < neurons; i += THREADS) own[1 + i] = list[i];
+    __threadfence();  // `rows` looks at it before it waits, and may begin as soon as this ends
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -234,8 +236,8 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
     int neurons;
     if (FOUND) {
         const int* const own = listed + blockIdx.x * (1 + MOST);
-        neurons = own[0];
-        for (int i = thread; i < neurons; i += THREADS) list[i] = own[1 + i];
+        neurons = __ldcg(own);
+        for (int i = thread; i < neurons; i += THREADS) list[i] = __ldcg(own + 1 + i);
         __syncthreads();
     } else {
         neurons = find_neurons(masks, values, ids, tokens, list);
