@@ -393,12 +393,11 @@ def _sparse_ffn_ahead(
     correction, hidden, candidates = None if inner is None else (inner, correct, bias), aligned(hidden), (values, ids)
     later_inner, *later = found = like_predictions(hidden, reduce, expand, _AHEAD)
     if takes(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
-        partial, how = (
-            rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed),
-            launch_early(hidden.device),
-        )
+        how = launch_early(hidden.device)
+        partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed)
     else:
-        partial, how = _rows(hidden, gate, up, down, masks, activation, candidates), {"EARLY": False}
+        how = {"EARLY": False}
+        partial = _rows(hidden, gate, up, down, masks, activation, candidates)
         reduce_hidden(hidden, reduce, reduce_bias, later_inner, how)
     together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
     output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
