@@ -13,9 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks f
 
 from contextlib import ExitStack
 
-from pytorch_lightning import seed_everything
-
-from apc import cli, collect, distributed, estimate, report, scoring, training
+from apc import cli, distributed, report, scoring
 from apc.activations import Collector
 from apc.config import Config, to_dict
 from apc.models import load_model, model_name, resolve_device, weights_digest
@@ -27,6 +25,10 @@ from apc.tracking import Tracking
 def train(cfg: Config) -> dict:
     """Runs the stages that cfg asks for; what the run's folder already holds is taken up. Returns the results (see `apc.report`),
     or the folder and seconds so far if `stage` ends before the table."""
+    from pytorch_lightning import seed_everything  # which takes seconds to import: what is wrong with the command line was said before
+
+    from apc import collect, training
+
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
     seed_everything(cfg.seed, verbose=False)
@@ -83,5 +85,12 @@ def train(cfg: Config) -> dict:
         return results
 
 
+def dry_run(cfg: Config) -> str:
+    """What a run would take, estimated."""
+    from apc import estimate
+
+    return estimate.describe(cfg)
+
+
 if __name__ == "__main__":
-    cli.main(__doc__, train, dry_run=estimate.describe)
+    cli.main(__doc__, train, dry_run=dry_run)

@@ -1,4 +1,4 @@
-"""What watches a training: checkpoints to go on from, and figures on held-out text."""
+"""What watches a training: checkpoints to go on from, figures on held-out text, and the way of its metrics to `Tracking`."""
 
 import os
 import sys
@@ -8,12 +8,14 @@ from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc import distributed, signals
 from apc.evaluation import Evaluator
 from apc.files import digest_of, replacing
+from apc.tracking import Tracking
 
 CHECKSUM = "sha256"  # of a checkpoint
 LAYER_MONITORED = ("coverage", "precision", "captured_importance")
@@ -106,3 +108,41 @@ class ArmsOnHeldOut(Callback):
         module.train(training)
         for logger in trainer.loggers:
             logger.log_metrics(shown)
+
+
+class TrackingLogger(Logger):
+    """Forwards what a LightningModule logs to `Tracking.log`."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        super().__init__()
+        self._tracking = tracking
+
+    # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints: with both empty, that is the run's own folder.
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._tracking.folder)
+
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
+        """Nothing: the whole config was recorded when the run began."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Logs one row. Lightning's bare `epoch` and step become the family's own step metric where the module logged none."""
+        row = dict(metrics)
+        epoch = row.pop("epoch", None)
+        if not row:
+            return
+        for step_metric, value in (("cluster/epoch", epoch), ("predictor/step", step)):
+            family = step_metric.split("/")[0] + "/"
+            if value is not None and any(key.startswith(family) for key in row):
+                row.setdefault(step_metric, int(value))
+        if epoch is not None and not any("/" in key for key in row):
+            row["epoch"] = int(epoch)  # a callback's bare key (`lr-AdamW`) has no other axis
+        self._tracking.log(row)

@@ -8,7 +8,6 @@ importance that the centroids capture, never falls. Shape letters as in `apc.pat
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from pytorch_lightning import LightningModule
@@ -17,44 +16,12 @@ from torch import Tensor
 from apc import distributed, ops
 from apc.errors import UserError
 from apc.patterns import WEIGHTINGS, Block, PatternInfo, PatternSource
+from apc.settings import ClusterConfig
 from apc.starts import RowReader, Start
 
-ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # their classes: `training.ALGORITHMS`
 ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
 SHARE_BITS, ROW_BITS = 24, 38  # of a key in `worst`
 NO_ROW = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    k: int = 256  # clusters in a codebook
-    density: float = 0.5  # share of ones in every centroid (brb-kmeans, k-majority: in static, random and soft masks alone)
-    weighting: str = "energy"  # binary (the paper), magnitude or energy
-    scope: str = "layer"  # a codebook for each layer, or `pooled`: one for all (the paper)
-    algorithm: str = "lloyd"  # or, for binary patterns: apc-paper (clusters of a fixed size), brb-kmeans, k-majority (Hamming, centroids of any density)
-    penalty: int = 1  # k-majority: how many times worse a one that the centroid lacks is than a one too many; 1: the Hamming distance
-    schedule: str = "epoch"  # centroids change after a full pass (epoch) or after every step from running sums (step)
-    init: str = "random"  # random, or k-means++ over a sample
-    init_sample: int = 4096  # rows of a group that k-means++ looks at
-    max_epochs: int = 20  # full passes at most
-    tolerance: float = 1e-4  # stop when the captured share gains less than this, relative, in a pass
-
-    def __post_init__(self):
-        choices = dict(weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=ALGORITHMS, schedule=("epoch", "step"))
-        for key, known in {**choices, "init": ("random", "k-means++")}.items():
-            if getattr(self, key) not in known:
-                raise UserError(f"cluster.{key}={getattr(self, key)}: choose {' or '.join(known)}")
-        for key in ("k", "penalty", "max_epochs", "init_sample"):
-            if getattr(self, key) < 1:
-                raise UserError(f"cluster.{key} must be at least 1, got {getattr(self, key)}")
-        if not 0 < self.density < 1:
-            raise UserError(f"cluster.density must lie between 0 and 1, got {self.density}")
-        if self.tolerance < 0:
-            raise UserError(f"cluster.tolerance must not be negative, got {self.tolerance}")
-        if self.algorithm != "lloyd" and self.weighting != "binary":
-            raise UserError(f"cluster.algorithm={self.algorithm} clusters binary patterns; set cluster.weighting=binary in place of {self.weighting}")
-        if self.algorithm != "k-majority" and self.penalty > 1:
-            raise UserError(f"cluster.penalty={self.penalty} belongs to cluster.algorithm=k-majority; leave it out with {self.algorithm}")
 
 
 class ClusteringModule(LightningModule):

@@ -16,14 +16,12 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from apc.arms import ARMS
-from apc.clustering import ClusterConfig
 from apc.errors import UserError
 from apc.models import ModelConfig
 from apc.patterns import CollectConfig, check_sites
-from apc.predictor import PredictorConfig
+from apc.settings import ClusterConfig, PredictorConfig, TuneConfig
 from apc.text import DataConfig
 from apc.tracking import TrackingConfig
-from apc.tuning import TuneConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("collect", "cluster", "predict", "tune", "all")

@@ -28,7 +28,7 @@ from apc.errors import UserError
 from apc.exchange import GPUS_PER_HOST, Exchange
 from apc.models import DTYPES, ModelConfig, check_config, find_ffns, find_model, model_name
 from apc.patterns import ActiveRule, PatternInfo
-from apc.predictor import PredictorModule
+from apc.predictor_module import PredictorModule
 from apc.rates import rate, rates
 from apc.store import shard_windows, store_bytes
 from apc.streaming import BLOCKS_IN_FLIGHT, BLOCKS_READ

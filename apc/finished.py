@@ -15,7 +15,7 @@ from apc import report
 from apc.config import Config, load_config
 from apc.errors import UserError
 from apc.runs import RunFolder, read_json
-from apc.tuning import TuneConfig
+from apc.settings import TuneConfig
 
 if TYPE_CHECKING:
     pass

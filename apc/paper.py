@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from apc import distributed, ops
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.errors import UserError
 from apc.patterns import Block, PatternInfo, PatternSource
+from apc.settings import ClusterConfig
 from apc.starts import RowReader, Start
 
 

@@ -1,7 +1,7 @@
 """One run's record: every metric goes to `metrics.jsonl` in the run's folder, and the same numbers to W&B.
 
 The file is the record and W&B its mirror: a run without W&B, offline, or cut off from the server in mid-run loses nothing.
-`Tracking.log` is the one place where metrics go; Lightning reaches it through `Tracking.loggers`.
+`Tracking.log` is the one place where metrics go; Lightning reaches it through `callbacks.TrackingLogger`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from urllib.parse import urlsplit
-
-from pytorch_lightning.loggers import Logger
 
 from apc.errors import UserError
 
@@ -106,11 +104,6 @@ class Tracking:
     def wandb_mode(self) -> str:
         """`online`, `offline` or `disabled`: what W&B really does in this run."""
         return self._mode
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """What to hand to a `Trainer`, on every rank."""
-        return [_TrackingLogger(self)]
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Writes one line of metrics to `metrics.jsonl` and one history row to W&B. Takes numbers, and scalar tensors and arrays."""
@@ -243,44 +236,6 @@ class Tracking:
             run.define_metric(f"{family}/*", step_metric=step)
         run.define_metric("eval/*", summary="last")
         return run
-
-
-class _TrackingLogger(Logger):
-    """Forwards what a LightningModule logs to `Tracking.log`."""
-
-    def __init__(self, tracking: Tracking) -> None:
-        super().__init__()
-        self._tracking = tracking
-
-    # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints: with both empty, that is the run's own folder.
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self._tracking.folder)
-
-    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
-        """Nothing: the whole config was recorded when the run began."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Logs one row. Lightning's bare `epoch` and step become the family's own step metric where the module logged none."""
-        row = dict(metrics)
-        epoch = row.pop("epoch", None)
-        if not row:
-            return
-        for step_metric, value in (("cluster/epoch", epoch), ("predictor/step", step)):
-            family = step_metric.split("/")[0] + "/"
-            if value is not None and any(key.startswith(family) for key in row):
-                row.setdefault(step_metric, int(value))
-        if epoch is not None and not any("/" in key for key in row):
-            row["epoch"] = int(epoch)  # a callback's bare key (`lr-AdamW`) has no other axis
-        self._tracking.log(row)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from apc import distributed, signals
 from apc.activations import Collector
 from apc.baselines import BRBKMeans, KMajority
-from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, ResumePoint, checksum_problem
+from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, ResumePoint, TrackingLogger, checksum_problem
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.collect import calibration_sample
@@ -32,7 +32,8 @@ from apc.errors import Terminated, UserError
 from apc.evaluation import Evaluator
 from apc.paper import PaperClustering
 from apc.patterns import Block, CollectConfig, PatternInfo, PatternSource
-from apc.predictor import Predictor, PredictorModule
+from apc.predictor import Predictor
+from apc.predictor_module import PredictorModule
 from apc.runs import RunFolder, load_run, provenance, write_json
 from apc.streaming import BLOCKS_IN_FLIGHT
 from apc.thresholds import find_thresholds
@@ -75,7 +76,7 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
-        logger=tracking.loggers,
+        logger=[TrackingLogger(tracking)],
         callbacks=[*callbacks, *shown],
         enable_progress_bar=cfg.trainer.progress,
         enable_model_summary=False,

@@ -5,7 +5,7 @@ a chosen cluster the softmax of its logits (straight-through estimators, Bengio 
 learned of the text but where the model can be cut. Shape letters: L layers, E hidden size, D neurons, K clusters, n tokens, S tokens in a window.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +19,10 @@ from apc.errors import UserError
 from apc.models import GatedFFN
 from apc.patterns import quantise
 from apc.predictor import LayerPredictor, Predictor, at_16_bits
+from apc.settings import TuneConfig
 from apc.sparse_model import ForwardReader
 
-ARMS = ("predicted", "oracle", "neuron-predictor")
 LEAST_PROFILE = 1e-3  # of the mean: scores are logarithms of profiles, which may be 0
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    max_epochs: int = 0  # passes over the fit text, in whole steps; 0: no tuning
-    arm: str = "predicted"  # whose masks are tuned: predicted, oracle or neuron-predictor
-    windows: int = 4  # windows in a step, over all ranks
-    budget: bool = True  # layers keep more or fewer neurons, by what their loss costs, at the same total
-    budget_windows: int = 16  # windows that this cost is measured on
-    correction: bool = True  # the predictor's bottleneck is also mapped to what the FFN's output lacks
-    offsets: bool = True  # a vector for each cluster is added to the FFN's output
-    lr: float = 1e-3  # peak of a one-cycle schedule, of the predictor
-    lr_scores: float = 2e-2  # the same, of the neurons' scores in a cluster (logarithms)
-    lr_offsets: float = 2e-3  # the same, of the offsets
-    temperature: float = 0.5  # of the sigmoid in a mask's gradient
-    precision: str | None = None  # of the training, as Lightning names it; null: bf16-mixed on a GPU, 32-true on a CPU
-
-    def __post_init__(self):
-        if self.arm not in ARMS:
-            raise UserError(f"tune.arm={self.arm}: choose {', '.join(ARMS)}")
-        for key, least in dict(max_epochs=0, windows=1, budget_windows=1).items():
-            if getattr(self, key) < least:
-                raise UserError(f"tune.{key} must be at least {least}, got {getattr(self, key)}")
-        for key in ("lr", "lr_scores", "lr_offsets", "temperature"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"tune.{key} must be above 0, got {getattr(self, key)}")
-        if self.precision not in (None, "32-true", "bf16-mixed"):
-            raise UserError(f"tune.precision={self.precision}: choose 32-true or bf16-mixed, or null")
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms of predictor that the arm can use; none: it needs no predictor."""
-        return {"predicted": ("cluster",), "neuron-predictor": ("neuron", "low-bit")}.get(self.arm, ())
 
 
 class _Rows(torch.autograd.Function):

@@ -22,10 +22,11 @@ from common import RESULTS, Row, append, commit, markdown, row, time_cpu, time_c
 from pytorch_lightning import Callback, Trainer
 
 from apc import ops
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+from apc.settings import ClusterConfig
 from apc.training import SumsOnDevice, keep_bytes
 
 PARTS = ("iteration", "paper")

@@ -18,10 +18,11 @@ from pytorch_lightning import Callback, Trainer
 
 from apc import ops
 from apc.callbacks import ResumePoint
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.patterns import ActiveRule, Block, PatternInfo
+from apc.settings import ClusterConfig
 from apc.store import PatternStore, StoreWriter
 
 S, PROTOTYPES = 2048, 256

@@ -32,10 +32,11 @@ from pytorch_lightning import Trainer
 
 from apc import collect, distributed, estimate, ops
 from apc.activations import Collector
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges, rank_range
 from apc.exchange import H100, Exchange, Links, iteration_seconds
 from apc.patterns import ActiveRule, Block, CollectConfig, PatternInfo, ResidentPatterns
+from apc.settings import ClusterConfig
 from apc.text import Windows
 from apc.training import SumsOnDevice, SumsOnDevices, keep_bytes
 

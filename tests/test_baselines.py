@@ -11,15 +11,16 @@ import tiny
 import train
 from apc import baselines, ops
 from apc.arms import Oracle
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.codebook import KIND, VERSION, Codebook
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.files import load_tensors, save_tensors
 from apc.ops import reference
-from apc.predictor import nearest_clusters
+from apc.predictor_module import nearest_clusters
 from apc.runs import load_run
+from apc.settings import ClusterConfig
 from apc.training import ALGORITHMS
 
 FIELDS = ("centroids", "sizes", "profiles", "static", "thresholds")

@@ -10,14 +10,16 @@ import tiny
 import train
 from apc import callbacks, ops
 from apc.callbacks import ResumePoint
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
-from apc.predictor import Predictor, PredictorModule
+from apc.predictor import Predictor
+from apc.predictor_module import PredictorModule
 from apc.runs import load_run
+from apc.settings import ClusterConfig
 from apc.streaming import BlockStream
 
 LAYERS, WINDOWS, SEQ_LEN, D = 2, 9, 16, 43

@@ -19,6 +19,7 @@ from apc.errors import UserError
 from apc.exchange import Exchange, Links, iteration_seconds
 from apc.models import ModelConfig
 from apc.patterns import ActiveRule, PatternInfo
+from apc.settings import ClusterConfig
 from apc.store import PatternStore
 from apc.training import ALGORITHMS, block_bytes
 
@@ -104,7 +105,7 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
     monkeypatch.setattr(module_of, "_begin_pass", lambda self: (begun.append(len(summed)), begin(self)))
     monkeypatch.setattr(module_of, "_reseed", lambda self, site, empties: 0)  # rows, of some clusters in some passes: not estimated
     options = dict(k=5, weighting="binary", scope="pooled", density=0.6, max_epochs=1, algorithm=algorithm)
-    module = module_of(clustering.ClusterConfig(**options), source.info, 1)
+    module = module_of(ClusterConfig(**options), source.info, 1)
     trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True)))
     blocks = block_ranges(source.info.windows, 2 * ranks, ranks)

@@ -8,7 +8,8 @@ from apc.errors import UserError
 from apc.low_bit import LowBitScores, quantised
 from apc.ops import low_bit_sm80
 from apc.ops.nvrtc import compile_program
-from apc.predictor import Predictor, PredictorConfig
+from apc.predictor import Predictor
+from apc.settings import PredictorConfig
 
 
 def test_levels_are_the_nearest_ones():

@@ -9,12 +9,12 @@ from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
 
 import tiny
 from apc import ops
-from apc.clustering import ClusterConfig
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.paper import PaperClustering
 from apc.runs import load_run
+from apc.settings import ClusterConfig
 
 
 def fit(source, block_windows=2, **options):

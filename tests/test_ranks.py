@@ -11,10 +11,10 @@ from test_clustering import make_source
 import tiny
 from apc import distributed
 from apc.callbacks import ResumePoint
-from apc.clustering import ClusterConfig
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
+from apc.settings import ClusterConfig
 from apc.training import ALGORITHMS, SumsOnDevices
 
 # 2 layers, and but for one 9 windows: uneven rows. By name: clusters that neither 2 nor 4 ranks share out evenly, fewer clusters than ranks, as many …

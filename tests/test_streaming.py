@@ -7,10 +7,11 @@ import torch
 from pytorch_lightning import Trainer
 
 from apc import ops
-from apc.clustering import ClusterConfig, ClusteringModule
+from apc.clustering import ClusteringModule
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import UserError
 from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
+from apc.settings import ClusterConfig
 from apc.streaming import BlockStream
 
 LAYERS, WINDOWS, SEQ_LEN, D, HIDDEN = 3, 11, 64, 200, 24

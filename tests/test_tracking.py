@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from apc import tracking
+from apc.callbacks import TrackingLogger
 from apc.errors import UserError
 from apc.tracking import Tracking, TrackingConfig, read_metrics
 
@@ -149,7 +150,9 @@ class Tiny(pl.LightningModule):
 
 def test_a_trainer_reaches_both_records_once(tmp_path):
     with Tracking(OFFLINE, tmp_path, "n", {}) as run:
-        trainer = pl.Trainer(logger=run.loggers, max_epochs=2, log_every_n_steps=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        trainer = pl.Trainer(
+            logger=TrackingLogger(run), max_epochs=2, log_every_n_steps=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+        )
         trainer.fit(Tiny(), torch.utils.data.DataLoader(torch.ones(3, 1)))
     lines = read_metrics(tmp_path)
     assert all("epoch" not in line for line in lines)
@@ -162,7 +165,7 @@ def test_a_trainer_reaches_both_records_once(tmp_path):
 
 def test_a_modules_own_step_metric_stays(tmp_path):
     with Tracking(TrackingConfig(wandb="disabled"), tmp_path, "n", {}) as run:
-        (logger,) = run.loggers
+        logger = TrackingLogger(run)
         logger.log_metrics({"cluster/captured": 0.5, "cluster/epoch": 7, "epoch": 0}, step=3)
         logger.log_metrics({"lr-SGD": 0.1, "epoch": 2}, step=5)
         logger.log_metrics({"epoch": 2}, step=5)
@@ -184,7 +187,7 @@ def test_other_ranks_leave_no_trace(tmp_path):
     with Tracking(OFFLINE, tmp_path / "run", "n", {}, enabled=False) as run:
         run.log({"cluster/captured": 0.5})
         run.summary({"eval/x": 1})
-        (logger,) = run.loggers
+        logger = TrackingLogger(run)
         logger.log_metrics({"cluster/captured": 0.5}, step=0)
     assert run.wandb_mode == "disabled" and not (tmp_path / "run").exists()
 

@@ -15,7 +15,8 @@ from apc.datamodule import WindowLoader
 from apc.errors import UserError
 from apc.models import ModelConfig, find_ffns, load_model
 from apc.predictor import at_16_bits
-from apc.tuning import TuneConfig, TuningModule, share_out
+from apc.settings import TuneConfig
+from apc.tuning import TuningModule, share_out
 
 ARMS = [("predicted", "cluster"), ("oracle", "cluster"), ("neuron-predictor", "neuron"), ("neuron-predictor", "low-bit")]
 TUNED = {"tune.max_epochs": 3, "tune.windows": 3, "tune.budget_windows": 4, "predictor.hidden": 8}
