@@ -1,4 +1,4 @@
-"""The configuration of a run: dataclasses beside the code that reads them, put together here.
+"""The configuration of a run: the dataclasses of `settings.py` and those beside the code that reads them, put together here.
 
 Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ← key=value
 overrides (group choices among them first). Wherever a section is expected, a bare name chooses a group file: `model=mistral7b`. Without an experiment or file,
