@@ -219,11 +219,11 @@ def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 class Ahead:
-    """FFNs of one input in a row, each of which predicts the cluster of the next but one and finds its neurons, beside the next one: in a model that is the
-    next one's, beside an attention."""
+    """FFNs of one input in a row, each of which predicts the cluster of the next but one and, if it `finds`, its neurons, beside the next one: in a model
+    that is the next one's, beside an attention."""
 
-    def __init__(self, layers: list[Layer], x: Tensor, how: str):
-        self.layers, self.x, self.how = layers, x, how
+    def __init__(self, layers: list[Layer], x: Tensor, how: str, finds: bool):
+        self.layers, self.x, self.how, self.finds = layers, x, how, finds
         self.predicted = [ops.predict_clusters(x, *layer.predictor) for layer in layers[:2]] + [None] * len(layers)
         self.listed: list[Tensor | None] = [None] * (len(layers) + 2)
         self.calls = [partial(self.call, index) for index in range(len(layers))]
@@ -231,7 +231,7 @@ class Ahead:
     def call(self, index: int) -> Tensor:
         later = self.layers[(index + 2) % len(self.layers)]
         output, self.predicted[index + 2], self.listed[index + 2] = self.layers[index].ahead(
-            self.x, self.predicted[index], later, self.how, self.listed[index], index + 2 < len(self.layers)
+            self.x, self.predicted[index], later, self.how, self.listed[index], self.finds and index + 2 < len(self.layers)
         )
         return output
 
@@ -251,11 +251,12 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
             ways = {
                 "apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, and its correction and offset": ("corrected", corrected),
                 "apc, predicted a layer ahead": ("predictor", shape.predictor_bytes),
+                "apc, predicted and found a layer ahead": ("predictor", shape.predictor_bytes),
                 "apc, a layer ahead, and its correction and offset": ("corrected", corrected),
                 "apc, low-bit copy inside": ("copy", shape.copy_bytes), "apc, mask known": ("known", 0),
             }  # fmt: skip
             for label, (how, extra) in ways.items():
-                calls = Ahead(layers, x[n], how).calls if "ahead" in label else [partial(layer.sparse, x[n], how) for layer in layers]
+                calls = Ahead(layers, x[n], how, "found" in label).calls if "ahead" in label else [partial(layer.sparse, x[n], how) for layer in layers]
                 found, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
                 if not (found - expected).norm() < 1e-2 * expected.norm():
                     error = float((found - expected).norm() / expected.norm())

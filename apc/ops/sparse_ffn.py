@@ -248,9 +248,8 @@ def sparse_ffn(
         raise ValueError(f"masks {describe(masks)} must be uint8 [{rows}, {row_bytes(D)}] to go with hidden {describe(hidden)} and gate {describe(gate)}")
     if offsets is not None and (candidates is None or offsets.shape != (len(masks), E)):
         raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
-    inner, correct, bias = correction or (None, None, None)
-    values, ids = candidates or (None, None)
-    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, listed)
+    given = *(candidates or (None, None)), *(correction or (None, None, None))
+    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, *given, offsets, by_triton, listed)[0]
 
 
 def sparse_ffn_triton(
@@ -324,34 +323,6 @@ def act(x: Tensor, activation: str) -> Tensor:
     return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[activation](x)
 
 
-@torch.library.custom_op("apc::sparse_ffn", mutates_args=())
-def _sparse_ffn(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
-    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, listed: Tensor | None,
-) -> Tensor:  # fmt: skip
-    _wait_for(listed)
-    if by_triton:
-        candidates, correction = None if values is None else (values, ids), None if inner is None else (inner, correct, bias)
-        if takes(gate, up, down):
-            return sparse_ffn_hopper(hidden, gate, up, down, masks, activation, candidates, correction, offsets, listed)
-        return sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
-    chosen = None if values is None else torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
-    kept = unpack(masks if chosen is None else masks[chosen], len(gate))
-    neurons = kept.any(0).nonzero().squeeze(1)
-    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
-    output = (x @ down[neurons]).float()
-    if inner is not None:
-        output = output + inner @ correct.float() + bias
-    if offsets is not None:
-        output = output + offsets[chosen].float()
-    return output.to(hidden.dtype)
-
-
-@_sparse_ffn.register_fake
-def _(hidden: Tensor, *_) -> Tensor:
-    return hidden.new_empty(hidden.shape)
-
-
 class Following(NamedTuple):
     """An FFN whose neurons are to be found: how many it has, its clusters' masks, and its candidates where they were predicted before."""
 
@@ -374,23 +345,37 @@ def sparse_ffn_ahead(
     if not by_triton:
         output = sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton)
         return output, predict_clusters(hidden, *later, by_triton), None
-    inner, correct, bias = correction or (None, None, None)
     neurons, next_masks, next_candidates = following or (0, None, None)
-    output, *found, next_listed = torch.ops.apc.sparse_ffn_ahead(
-        hidden, gate, up, down, masks, activation, *candidates, *later, inner, correct, bias, offsets, listed, neurons, next_masks,
+    output, *found, next_listed = torch.ops.apc.sparse_ffn(
+        hidden, gate, up, down, masks, activation, *candidates, *(correction or (None, None, None)), offsets, True, listed, *later, neurons, next_masks,
         *(next_candidates or (None, None)),
     )  # fmt: skip
     return output, tuple(found), None if following is None else next_listed
 
 
-@torch.library.custom_op("apc::sparse_ffn_ahead", mutates_args=())
-def _sparse_ffn_ahead(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor, ids: Tensor, reduce: Tensor,
-    reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, inner: Tensor | None, correct: Tensor | None, bias: Tensor | None,
-    offsets: Tensor | None, listed: Tensor | None, neurons: int, next_masks: Tensor | None, next_values: Tensor | None, next_ids: Tensor | None,
+@torch.library.custom_op("apc::sparse_ffn", mutates_args=())
+def _sparse_ffn(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
+    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, listed: Tensor | None,
+    reduce: Tensor | None = None, reduce_bias: Tensor | None = None, expand: Tensor | None = None, expand_bias: Tensor | None = None,
+    neurons: int = 0, next_masks: Tensor | None = None, next_values: Tensor | None = None, next_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, what is predicted for a later layer, and what is found of the next; empty where that was not asked for.
+
+    One operation of both functions: as torch.compile first meets one, Inductor (up to torch 2.11) writes out what its arguments were made of. That takes
+    minutes where a model's last layer is the first to call it.
+    """
     _wait_for(listed)
-    correction, hidden, candidates = None if inner is None else (inner, correct, bias), aligned(hidden), (values, ids)
+    candidates, correction = None if values is None else (values, ids), None if inner is None else (inner, correct, bias)
+    if not by_triton:
+        return _by_torch(hidden, gate, up, down, masks, activation, candidates, correction, offsets), *_empty(hidden)
+    if reduce is None:
+        if takes(gate, up, down):
+            output = sparse_ffn_hopper(hidden, gate, up, down, masks, activation, candidates, correction, offsets, listed)
+        else:
+            output = sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
+        return output, *_empty(hidden)
+    hidden = aligned(hidden)
     later_inner, *later = found = like_predictions(hidden, reduce, expand, _AHEAD)
     if takes(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
         how = launch_early(hidden.device)
@@ -404,20 +389,47 @@ def _sparse_ffn_ahead(
     if not together:
         score_clusters(later_inner, expand, expand_bias, *later, how, **(SCORE_TILE | {"ROWS": _AHEAD}))
     if next_masks is None:
-        return output, *found, hidden.new_empty(0, dtype=torch.int32)
+        return output, *found, _empty(hidden)[-1]
     next_listed, next_candidates = like_listed(hidden, neurons), later if next_values is None else (next_values, next_ids)
     with _beside(hidden.device):
         find_hopper(hidden, neurons, next_masks, next_candidates, next_listed, early=not _WHOLE.get())
     return output, *found, next_listed
 
 
-@_sparse_ffn_ahead.register_fake
+@_sparse_ffn.register_fake
 def _(
-    hidden: Tensor, gate, up, down, masks, activation, values, ids, reduce: Tensor, reduce_bias, expand: Tensor, expand_bias, inner, correct, bias, offsets,
-    listed, neurons: int, next_masks: Tensor | None, *_,
+    hidden: Tensor, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, listed, reduce: Tensor | None = None,
+    reduce_bias=None, expand: Tensor | None = None, expand_bias=None, neurons: int = 0, next_masks: Tensor | None = None, *_,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    next_listed = hidden.new_empty(0, dtype=torch.int32) if next_masks is None else like_listed(hidden, neurons)
-    return hidden.new_empty(hidden.shape), *like_predictions(hidden, reduce, expand, _AHEAD), next_listed
+    *found, next_listed = _empty(hidden)
+    if reduce is not None:
+        found = like_predictions(hidden, reduce, expand, _AHEAD)
+    return hidden.new_empty(hidden.shape), *found, next_listed if next_masks is None else like_listed(hidden, neurons)
+
+
+def _empty(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the types of bottleneck, candidates and list."""
+    return tuple(hidden.new_empty(0, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.int32, torch.int32))
+
+
+def _by_torch(
+    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None,
+    correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
+) -> Tensor:  # fmt: skip
+    chosen = None
+    if candidates is not None:
+        values, ids = candidates
+        chosen = torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
+    kept = unpack(masks if chosen is None else masks[chosen], len(gate))
+    neurons = kept.any(0).nonzero().squeeze(1)
+    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
+    output = (x @ down[neurons]).float()
+    if correction is not None:
+        inner, correct, bias = correction
+        output = output + inner @ correct.float() + bias
+    if offsets is not None:
+        output = output + offsets[chosen].float()
+    return output.to(hidden.dtype)
 
 
 def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
