@@ -277,7 +277,8 @@ def train_predictor(
     strategy = DDPStrategy() if distributed.world_size() > 1 else "auto"
     trainer = make_trainer(cfg, device, tracking, run, cfg.predictor.max_epochs, callbacks, strategy=strategy, precision=cfg.trainer.precision)
     loader = _loader(cfg, source, module, device, cfg.predictor.batch)
-    _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
+    with deterministic(device):
+        _fit(trainer, module, PatternDataModule(source, loader), run.checkpoint("predictor"))
     predictor = _with_thresholds(cfg, codebook, module.trained(provenance() | {"codebook": codebook.provenance}), windows, watched.collector)
     if distributed.is_main():
         write_json(run.history("predictor"), {"history": module.history, "per_layer": module.figures})

@@ -210,3 +210,14 @@ def test_the_same_seed_ends_the_same(workplace, device, arm):
         run(workplace, stage="tune", **settings)
         ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("form", ["cluster", "neuron", "low-bit"])
+def test_predictors_of_the_same_seed_are_the_same(workplace, device, form):
+    ends = []
+    for name in ("first", "second"):
+        settings = {"model.device": device, "run.name": f"{name}-{form}-{device}", "predictor.form": form, "tune.max_epochs": 0}
+        run(workplace, stage="predict", **settings)
+        ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).predictor.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
