@@ -252,7 +252,7 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
                 "apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, and its correction and offset": ("corrected", corrected),
                 "apc, predicted a layer ahead": ("predictor", shape.predictor_bytes),
                 "apc, predicted and found a layer ahead": ("predictor", shape.predictor_bytes),
-                "apc, a layer ahead, and its correction and offset": ("corrected", corrected),
+                "apc, found a layer ahead, and its correction and offset": ("corrected", corrected),
                 "apc, low-bit copy inside": ("copy", shape.copy_bytes), "apc, mask known": ("known", 0),
             }  # fmt: skip
             for label, (how, extra) in ways.items():
