@@ -84,14 +84,13 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=["ffn", "decode"], metavar="PART,…", help=f"of {', '.join(parts)}")
     parser.add_argument("--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0])
     parser.add_argument("--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16])
-    parser.add_argument("--lookaheads", type=lambda text: [int(value) for value in text.split(",")], default=[0, 1], help="of decode's predictors")
+    parser.add_argument("--predictors", type=lambda text: text.split(","), default=[*PREDICTORS], metavar="WAY,…", help=f"of decode: {', '.join(PREDICTORS)}")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=[*MODES], metavar="MODE,…", help=f"of decode's dense model: {', '.join(MODES)}")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
     options = parser.parse_args()
-    if unknown := sorted(set(options.only) - set(parts)):
-        parser.error(f"--only takes {', '.join(parts)}, got {', '.join(unknown)}")
-    if unknown := sorted(set(options.modes) - set(MODES)):
-        parser.error(f"--modes takes {', '.join(MODES)}, got {', '.join(unknown)}")
+    for name, known in (("only", parts), ("modes", MODES), ("predictors", PREDICTORS)):
+        if unknown := sorted(set(getattr(options, name)) - set(known)):
+            parser.error(f"--{name} takes {', '.join(known)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         print("benchmarks/inference.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         sys.exit(2)
@@ -357,17 +356,17 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     ffns = layers * shape.dense_bytes
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)
-        for lookahead in options.lookaheads:
+        for way in options.predictors:
+            predictor, arm, extra = PREDICTORS[way](shape, layers, density)
             before = torch.cuda.memory_allocated()
-            predictor = random_predictor(shape, layers, lookahead)
-            most = sparsify(model, codebook, predictor, "predicted", kernel="auto").__dict__["_apc_hooks"].dense_above
-            extra = torch.cuda.memory_allocated() - before
-            print(f"density {density:g}, lookahead {lookahead}: {extra / 1e6:.0f} MB beside the model, {100 * extra / ffns:.2f} % of its FFNs; "
+            most = sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"].dense_above
+            held = torch.cuda.memory_allocated() - before
+            print(f"density {density:g}, {way}: {held / 1e6:.0f} MB beside the model, {100 * held / ffns:.2f} % of its FFNs; "
                   f"up to {most} tokens run sparse", flush=True)  # fmt: skip
-            moved = int(parameters - ffns + ffns * density + layers * shape.predictor_bytes)
+            moved = int(parameters - ffns + ffns * density + layers * extra)
             for n in options.batches:
-                way = f"apc, lookahead {lookahead}: {'sparse' if n <= most else 'dense'}"
-                yield measure(f"decode, density {density:g}", way, n, moved if n == 1 else parameters)
+                label = f"apc, {way}: {'sparse' if n <= most else 'dense'}"
+                yield measure(f"decode, density {density:g}", label, n, moved if n == 1 else parameters)
             restore(model)
 
 
@@ -378,9 +377,26 @@ def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
     return Codebook({"neuron": book}, {"neuron": shape.D}, layers, shape.E, shape.D, "layer", "energy", density, "top", 0.5)
 
 
-def random_predictor(shape: Shape, layers: int, lookahead: int) -> Predictor:
+def random_clusters(shape: Shape, layers: int, density: float, lookahead: int) -> tuple[Predictor, str, int]:
+    """A predictor of clusters, its arm, and the bytes that it reads of a layer for one token."""
     predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K}, lookahead=lookahead)
-    return predictor.requires_grad_(False).eval().rounded()
+    return predictor.requires_grad_(False).eval().rounded(), "predicted", shape.predictor_bytes
+
+
+def random_low_bit(shape: Shape, layers: int, density: float) -> tuple[Predictor, str, int]:
+    """The same for a low-bit copy with a correction. Its scores are sums of two normal numbers, so its thresholds are known."""
+    predictor = Predictor(layers, shape.E, shape.rank, {"neuron": shape.D}, "low-bit", corrects=True, frozen=True, with_thresholds=True)
+    copy = predictor.requires_grad_(False).eval().low_bit
+    copy.planes.random_(0, 256)
+    for value, number in ((copy.scale, 2 * shape.E**-0.5), (copy.slope, 1.0), (copy.power, 0.0)):
+        value.fill_(number)
+    predictor.thresholds.fill_(statistics.NormalDist(0, 2**0.5).inv_cdf(1 - density) if density < 1 else -math.inf)
+    return predictor.rounded(), "neuron-threshold", shape.copy_bytes
+
+
+PREDICTORS = {
+    "lookahead 1": partial(random_clusters, lookahead=1), "lookahead 0": partial(random_clusters, lookahead=0), "low-bit copy": random_low_bit,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
