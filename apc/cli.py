@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -59,19 +60,30 @@ def main(
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
             cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
-        run(cfg)
+        try:
+            run(cfg)
+        except BrokenPipeError:
+            if _nobody_reads():
+                print(f"stdout: what read it has gone; {GO_ON}", file=sys.stderr)
+            raise
 
 
 @contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
     """A UserError, a full disk and want of memory become one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130,
-    SIGTERM with 143."""
+    SIGTERM with 143; with 141 where stdout's reader has gone, as of `… | head`."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left to be written goes, which would fail once more
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -93,6 +105,13 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only end this with less said
         print(f"terminated; {after_interrupt}", file=sys.stderr)
         raise
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The whole way on tiny models: every family, what each stage leaves for the next, and what bad input says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import apc
 import evaluate
 import tiny
 import train
-from apc import evaluation
+from apc import cli, evaluation
 from apc.config import load_config
 from apc.errors import UserError
 from apc.models import ModelConfig, load_model
@@ -288,6 +289,17 @@ def test_the_command_line_exits_with_2_and_prints_one_line(workplace):
         "error: cluster.k=5000 is more than the 640 patterns to cluster; lower it or raise data.fit_windows"
     ]
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+    """As of `… | head`; the pipe that breaks may be another than stdout."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "train.py", "--print-config"], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writes)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    with pytest.raises(BrokenPipeError), cli.one_line_errors(""):
+        raise BrokenPipeError
 
 
 def test_the_command_line_trains_and_evaluates(workplace):
