@@ -57,7 +57,7 @@ def _experiments() -> list[tuple[list[str], Config]]:
 _TABLE: tuple[tuple[str, str, Callable[[Finished, dict], str]], ...] = (
     ("", "K", lambda run, arm: f"{run.conditions['k']:,}"),
     ("", "arm", lambda run, arm: arm["arm"]),
-    ("density", "%", lambda run, arm: report.percent(arm.get("density"))),
+    ("density", "%", lambda run, arm: report.shown_density(arm)),
     ("coverage", "%", lambda run, arm: report.percent(arm.get("coverage"))),
     ("precision", "%", lambda run, arm: report.percent(arm.get("precision"))),
     ("captured", "importance %", lambda run, arm: report.percent(arm.get("captured_importance"))),
@@ -114,7 +114,8 @@ def table(runs: Sequence[Finished], markdown: bool = False) -> str:
         heading = place_text(members[0])
         grid = report.text_grid([("", "run"), ("", "codebook"), *(column[:2] for column in _TABLE)], rows, markdown)
         parts += [f"**{heading}**" if markdown else heading, grid]
-    notes = [STARRED, GAPS, SLIDES]
+    moves = any("→" in report.shown_density(arm) for run in runs for arm in run.arms.values())
+    notes = [STARRED, *[report.MOVES] * moves, GAPS, SLIDES]
     notes += ["IN-SAMPLE: scored on the text it was fitted on; not what other text will give."] if any(run.in_sample for run in runs) else []
     commands = [f"{run.name}: {command(run)}" for run in runs]
     if markdown:
@@ -130,7 +131,7 @@ def table_csv(runs: Sequence[Finished]) -> str:
     """CSV of the same: a row for each arm of each run, with its conditions and command. Shares are fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["split", "run", "arm", *FIGURES, "oracle_gap", "predictor_gap", *SHARES, "excludes_finding", "fewer_predictions_slides",
+    writer.writerow(["split", "run", "arm", *FIGURES, "masked_density", "oracle_gap", "predictor_gap", *SHARES, "excludes_finding", "fewer_predictions_slides",
                      "codebook", *CONDITIONS, "command"])  # fmt: skip
     names = variants(runs)
     for run in runs:
@@ -138,8 +139,9 @@ def table_csv(runs: Sequence[Finished]) -> str:
         shown = ["+".join(value) if isinstance(value, list) else value for value in (run.conditions.get(key) for key in CONDITIONS)]
         for name, arm in run.arms.items():
             gaps = (run.own_gap(name) if name == kind else None for kind in ("oracle", "predicted"))
-            writer.writerow([split, run.name, name, *(arm.get(key) for key in FIGURES), *gaps, *(arm.get(key) for key in SHARES), arm.get("excludes_finding"),
-                             run.fewer_predictions(name), names[str(run.folder)], *shown, command(run)])  # fmt: skip
+            figures = [*(arm.get(key) for key in FIGURES), report.masked_density(arm), *gaps, *(arm.get(key) for key in SHARES)]
+            writer.writerow([split, run.name, name, *figures, arm.get("excludes_finding"), run.fewer_predictions(name), names[str(run.folder)], *shown,
+                             command(run)])  # fmt: skip
     return out.getvalue()
 
 

@@ -130,7 +130,7 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
     shown = {"captured_importance": "captured importance, %", "captured_energy": "captured energy, %"}
     places = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.place)]
     points = [
-        (index, arm, key, (run.conditions.get("tuned") or "").partition(",")[0] == arm["arm"])
+        (index, arm, key, run.is_tuned_for(arm["arm"]))
         for index, members in enumerate(places)
         for run in members
         for arm in run.arms.values()

@@ -9,16 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from apc import report
 from apc.config import Config, load_config
 from apc.errors import UserError
 from apc.runs import RunFolder, read_json
 from apc.settings import TuneConfig
-
-if TYPE_CHECKING:
-    pass
 
 OVER_CLUSTERS = ("oracle", "thresholded-oracle", "predicted", "soft")  # arms whose masks come from clusters
 
@@ -77,6 +73,10 @@ class Finished:
             f"{key} {value}" for key, value in asdict(self.config.tune).items() if key not in ("arm", "max_epochs", "windows") and value != getattr(usual, key)
         ]
         return self.conditions.get("tuned") and ", ".join([self.conditions["tuned"], *own])
+
+    def is_tuned_for(self, arm: str) -> bool:
+        """`neuron-threshold` keeps neurons by the scores that were tuned for `neuron-predictor`."""
+        return (self.conditions.get("tuned") or "").partition(",")[0] == ("neuron-predictor" if arm == "neuron-threshold" else arm)
 
     @cached_property
     def predictor_settings(self) -> dict[str, object]:

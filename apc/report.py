@@ -95,12 +95,26 @@ def shown_ratio(arm: dict) -> str:
     return text if low is None or high is None or low == high else f"{text} ± {fixed((high - low) / 2, decimals)}"
 
 
+def shown_density(arm: dict) -> str:
+    """Per cent of neurons kept, and after an arrow while the arm's own masks are on, where that is another share: half a point or more."""
+    kept, masked = arm.get("density"), masked_density(arm)
+    moves = kept is not None and masked is not None and abs(real(masked) - real(kept)) >= 0.005
+    return f"{percent(kept)} → {percent(masked)}" if moves else percent(kept)
+
+
+def masked_density(arm: dict) -> float | None:
+    return _masked(arm, "density")
+
+
+MOVES = "density a → b: of the dense model's activations, and while the arm's own masks are on, which perplexity, bits, bytes and FLOPs are of."
+
+
 # --- tables
 
 # The two lines of a column's header, and what stands in an arm's row.
 _ARM_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("", "arm", lambda arm: arm["arm"]),
-    ("density", "%", lambda arm: percent(arm.get("density"))),
+    ("density", "%", lambda arm: shown_density(arm)),
     ("coverage", "%", lambda arm: percent(arm.get("coverage"))),
     ("precision", "%", lambda arm: percent(arm.get("precision"))),
     ("captured", "importance %", lambda arm: percent(arm.get("captured_importance"))),
@@ -135,6 +149,7 @@ def arms_table(results: dict, markdown: bool = False) -> str:
     notes = []
     if any(star(arm) for arm in arms):
         notes.append("* without the cost of finding the mask: this arm reads it from the token's own activations.")
+    notes += [MOVES] if any("→" in shown_density(arm) for arm in arms) else []
     notes += [f"{DASH} {arm['arm']}: {arm['missing']}" for arm in arms if arm.get("missing")]
     if results.get("seconds"):
         notes.append("seconds: " + ", ".join(f"{stage} {fixed(value, 1)}" for stage, value in results["seconds"].items()))

@@ -163,6 +163,21 @@ def test_runs_without_arms_of_clusters_give_a_table_and_no_figures(tmp_path):
     assert "figures: none" in said and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["comparison.csv", "comparison.md"]
 
 
+def test_masks_of_free_size_stand_with_the_share_that_they_were_scored_at(tmp_path):
+    run = finish(tmp_path, "a")
+    assert "density a → b" not in compare.table([run]) and next(csv.DictReader(compare.table_csv([run]).splitlines()))["masked_density"] == ""
+    run.arms["oracle"]["masked"] = {"density": 0.645}
+    said, rows = compare.table([run]), csv.DictReader(compare.table_csv([run]).splitlines())
+    assert "60.0 → 64.5" in said and "\ndensity a → b: " in said
+    assert next(row for row in rows if row["arm"] == "oracle")["masked_density"] == "0.645"
+
+
+@pytest.mark.parametrize(("tuned", "arms"), [("neuron-predictor, 256 steps", ["neuron-predictor", "neuron-threshold"]), ("predicted, 9 steps", ["predicted"])])
+def test_what_a_run_was_tuned_for(tmp_path, tuned, arms):
+    run = finish(tmp_path, "a", tuned=tuned)
+    assert [arm for arm in ("exact", "oracle", "predicted", "neuron-predictor", "neuron-threshold") if run.is_tuned_for(arm)] == arms
+
+
 def run_compare(*words):
     with cli.one_line_errors(""):
         compare.main(words)

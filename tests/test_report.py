@@ -30,7 +30,7 @@ def make_arm(name: str, perplexity: float, ratio: float, **more) -> dict:
         "bytes_share": 0.53,
         "flops_share": 0.52,
         "excludes_finding": False,
-        "masked": {key: value - 0.1 for key, value in shares.items()},
+        "masked": {key: value - 0.1 * (key != "density") for key, value in shares.items()},
         "per_layer": {key: [value + 0.01 * layer for layer in range(LAYERS)] for key, value in shares.items()},
         "missing": None,
         **more,
@@ -121,6 +121,16 @@ def test_the_asterisk_has_a_footnote_only_where_it_stands(results):
     assert "*" not in report.arms_table(results)
 
 
+def test_a_density_that_masks_move_has_both_and_a_footnote(results):
+    """Perplexity, bits, bytes and FLOPs are of the second."""
+    oracle = next(arm for arm in results["arms"] if arm["arm"] == "oracle")
+    oracle["masked"]["density"] = oracle["density"] + 0.004
+    assert "50.0 →" not in report.arms_table(results) and "density a" not in report.arms_table(results)
+    oracle["masked"]["density"] = oracle["density"] + 0.12
+    table = report.arms_table(results)
+    assert f"{100 * oracle['density']:.1f} → {100 * oracle['density'] + 12:.1f}" in table and "\ndensity a → b: " in table
+
+
 def test_seconds_of_each_stage(results):
     assert "seconds: collect 41.0, cluster 30.2, predict 20.0, evaluate 70.1" in report.arms_table(results).splitlines()
 
@@ -144,7 +154,7 @@ def test_markdown_has_as_many_cells_in_every_line(results):
 
 def test_first_tokens_and_masked_measures_stand_apart(results):
     table = report.detail_table(results)
-    assert row(table, "oracle") == ["oracle", "31.0", "99.0", "40.0", "60.0", "50.0", "70.0", "80.0"]
+    assert row(table, "oracle") == ["oracle", "31.0", "99.0", "50.0", "60.0", "50.0", "70.0", "80.0"]
     assert row(table, "random") == ["random", "31.0", "99.0", "–", "–", "–", "–", "–"]
     assert "predicted" not in table.split("\n\n", 1)[1]
 
