@@ -29,6 +29,7 @@ def train(cfg: Config) -> dict:
 
     from apc import collect, training
 
+    cli.quiet_libraries()
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
     seed_everything(cfg.seed, verbose=False)

@@ -44,10 +44,10 @@ def main(
             print(to_yaml(cfg), end="")
             return
         if dry_run is not None and options.dry_run:
-            _quiet_libraries()
+            quiet_libraries()
             print(dry_run(cfg))
             return
-        _quiet_libraries()
+        quiet_libraries()
         _keep_freed_memory()
         signal.signal(signal.SIGTERM, signals.terminate)
         if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", cfg.trainer.devices * cfg.trainer.num_nodes)) > 1:
@@ -175,7 +175,7 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _quiet_libraries() -> None:
-    """Leaves warnings and errors of the libraries, not their greetings."""
+def quiet_libraries() -> None:
+    """Leaves warnings and errors of the libraries, not their greetings. Lightning's import takes that back."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "datasets", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)

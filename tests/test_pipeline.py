@@ -307,6 +307,7 @@ def test_the_command_line_trains_and_evaluates(workplace):
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and "predicted" in done.stdout and "held-out" in done.stdout
+    assert not any(greeting in done.stdout + done.stderr for greeting in ("GPU available", "Tip:", "`Trainer.fit` stopped", "weights_only"))
     again = tiny.command("evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "arms=[dense,static]", "run.name=cli")
     assert again.returncode == 0, again.stderr
     assert "static" in again.stdout and (workplace / "runs/command/evaluations/cli/results.json").is_file()
