@@ -226,5 +226,9 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_the_ops_can_be_compiled():
     hidden, gate, up, down = made(2, 16, 64, torch.float32, "cpu")
     checked = dict(test_utils=("test_schema", "test_faketensor"))
+    predictor = torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9)
     torch.library.opcheck(torch.ops.apc.sparse_ffn, (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False, None), **checked)
-    torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9), False), **checked)
+    candidates = ops.predict_clusters(hidden, *predictor, by_triton=False)[1:]
+    ahead = (hidden, gate, up, down, ops.pack(torch.rand(9, 64) < 0.5), "silu", *candidates, *[None] * 4, True, None, *predictor)
+    torch.library.opcheck(torch.ops.apc.sparse_ffn, ahead, **checked)
+    torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, *predictor, False), **checked)
