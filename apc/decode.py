@@ -55,9 +55,9 @@ def _shared_heads(model: nn.Module) -> Iterator[None]:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
 
-    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each; mode: torch.compile's, without
-    CUDA graphs of its own; None: not compiled; early: whether torch.compile's kernels may be on the GPU before the ones before them have ended, and wait
-    there, on Hopper (an experiment of torch's: `triton.enable_pdl`).
+    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each (more are a ValueError); mode:
+    torch.compile's, without CUDA graphs of its own; None: not compiled; early: whether torch.compile's kernels may be on the GPU before the ones before
+    them have ended, and wait there, on Hopper (an experiment of torch's: `triton.enable_pdl`).
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
@@ -65,6 +65,7 @@ class GreedyDecoder:
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self._keyword = cache_keyword(model)
         self._call = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode) if mode and self.device.type == "cuda" else model.forward
+        self._length, self._held = length, 0  # tokens that the cache has room for, and holds
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -73,9 +74,17 @@ class GreedyDecoder:
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> None:
         """Starts anew after tokens int64 [batch, n]; the next token of each is what follows greedily."""
+        self._take(tokens.shape[1], anew=True)
         self.cache.reset()
         logits = self.model(input_ids=tokens.to(self.device), use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
+
+    def _take(self, count: int, anew: bool = False) -> None:
+        """Room for so many tokens. Without it a GPU would write past the cache, which ends the process."""
+        held = count if anew else self._held + count
+        if held > self._length:
+            raise ValueError(f"{held} tokens are more than the decoder's length of {self._length}; make it with a larger one")
+        self._held = held
 
     def _step(self) -> None:
         """Raises UserError where torch.compile cannot trace the model whole."""
@@ -96,6 +105,7 @@ class GreedyDecoder:
 
         with torch.cuda.device(self.device), torch._inductor.config.patch({"triton.enable_pdl": self._early}):  # a graph is of the device at hand
             self.prefill(tokens)
+            self._take(4)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with ops.whole_passes():
@@ -110,6 +120,7 @@ class GreedyDecoder:
     @torch.no_grad()
     def step(self) -> None:
         """From `token` and the cache to the next `token` and its `logits`; nothing waits for the device."""
+        self._take(1)
         if self._graph is not None:
             with torch.cuda.device(self.device):
                 self._graph.replay()

@@ -154,6 +154,16 @@ def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, arm):
     assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
 
 
+def test_more_tokens_than_the_cache_has_room_for_are_refused(workplace):
+    decoder = GreedyDecoder(model_on(workplace, "cpu"), 2, 15, mode=None)
+    assert decoder.decode(WINDOWS, 4).shape == (2, 4)  # the last token that is decoded needs no room
+    with pytest.raises(ValueError, match="16 tokens are more than the decoder's length of 15"):
+        decoder.step()
+    with pytest.raises(ValueError, match="24 tokens"):
+        decoder.prefill(torch.cat([WINDOWS, WINDOWS], dim=1))
+    assert decoder.decode(WINDOWS, 4).shape == (2, 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
