@@ -126,7 +126,7 @@ def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, capsys):
-    sweep.main([str(file), "--dry-run"])
+def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, tmp_path, capsys):
+    sweep.main([str(file), f"run.dir={tmp_path}", "--dry-run"])  # whatever has run here before
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) > 1 and all(re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines)
