@@ -114,8 +114,7 @@ def table(runs: Sequence[Finished], markdown: bool = False) -> str:
         heading = place_text(members[0])
         grid = report.text_grid([("", "run"), ("", "codebook"), *(column[:2] for column in _TABLE)], rows, markdown)
         parts += [f"**{heading}**" if markdown else heading, grid]
-    moves = any("→" in report.shown_density(arm) for run in runs for arm in run.arms.values())
-    notes = [STARRED, *[report.MOVES] * moves, GAPS, SLIDES]
+    notes = [STARRED, *report.density_notes(arm for run in runs for arm in run.arms.values()), GAPS, SLIDES]
     notes += ["IN-SAMPLE: scored on the text it was fitted on; not what other text will give."] if any(run.in_sample for run in runs) else []
     commands = [f"{run.name}: {command(run)}" for run in runs]
     if markdown:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -97,16 +97,23 @@ def shown_ratio(arm: dict) -> str:
 
 def shown_density(arm: dict) -> str:
     """Per cent of neurons kept, and after an arrow while the arm's own masks are on, where that is another share: half a point or more."""
-    kept, masked = arm.get("density"), masked_density(arm)
-    moves = kept is not None and masked is not None and abs(real(masked) - real(kept)) >= 0.005
-    return f"{percent(kept)} → {percent(masked)}" if moves else percent(kept)
+    kept = percent(arm.get("density"))
+    return f"{kept} → {percent(masked_density(arm))}" if _moves(arm) else kept
 
 
 def masked_density(arm: dict) -> float | None:
     return _masked(arm, "density")
 
 
-MOVES = "density a → b: of the dense model's activations, and while the arm's own masks are on, which perplexity, bits, bytes and FLOPs are of."
+def _moves(arm: dict) -> bool:
+    kept, masked = arm.get("density"), masked_density(arm)
+    return kept is not None and masked is not None and abs(real(masked) - real(kept)) >= 0.005
+
+
+def density_notes(arms: Iterable[dict]) -> list[str]:
+    """What an arrow of `shown_density` means, where one of the arms has it."""
+    said = "density a → b: of the dense model's activations, and while the arm's own masks are on, which perplexity, bits, bytes and FLOPs are of."
+    return [said] if any(map(_moves, arms)) else []
 
 
 # --- tables
@@ -114,7 +121,7 @@ MOVES = "density a → b: of the dense model's activations, and while the arm's 
 # The two lines of a column's header, and what stands in an arm's row.
 _ARM_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("", "arm", lambda arm: arm["arm"]),
-    ("density", "%", lambda arm: shown_density(arm)),
+    ("density", "%", shown_density),
     ("coverage", "%", lambda arm: percent(arm.get("coverage"))),
     ("precision", "%", lambda arm: percent(arm.get("precision"))),
     ("captured", "importance %", lambda arm: percent(arm.get("captured_importance"))),
@@ -130,7 +137,7 @@ _DETAIL_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("", "arm", lambda arm: arm["arm"]),
     ("first token:", "importance %", lambda arm: percent(arm.get("captured_importance_first"))),
     ("first token:", "energy %", lambda arm: percent(arm.get("captured_energy_first"))),
-    ("masked:", "density %", lambda arm: percent(_masked(arm, "density"))),
+    ("masked:", "density %", lambda arm: percent(masked_density(arm))),
     ("masked:", "coverage %", lambda arm: percent(_masked(arm, "coverage"))),
     ("masked:", "precision %", lambda arm: percent(_masked(arm, "precision"))),
     ("masked:", "importance %", lambda arm: percent(_masked(arm, "captured_importance"))),
@@ -149,7 +156,7 @@ def arms_table(results: dict, markdown: bool = False) -> str:
     notes = []
     if any(star(arm) for arm in arms):
         notes.append("* without the cost of finding the mask: this arm reads it from the token's own activations.")
-    notes += [MOVES] if any("→" in shown_density(arm) for arm in arms) else []
+    notes += density_notes(arms)
     notes += [f"{DASH} {arm['arm']}: {arm['missing']}" for arm in arms if arm.get("missing")]
     if results.get("seconds"):
         notes.append("seconds: " + ", ".join(f"{stage} {fixed(value, 1)}" for stage, value in results["seconds"].items()))
