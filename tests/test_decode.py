@@ -207,6 +207,30 @@ def test_a_decoders_step_is_traced_whole(workplace, made, arm, lookahead):
     assert torch.allclose(compiled.logits, decoder.logits, atol=1e-5)
 
 
+def test_tuning_is_timed_in_graphs_while_a_step_is_recorded(monkeypatch):
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    monkeypatch.setattr(decode, "graph_time", lambda call: call())
+    with decode._tuning_by_graphs():
+        assert benchmarker.benchmark(lambda a, b: a + b, (3,), {"b": 4}, device="cuda") == 7
+    assert "benchmark_gpu" not in vars(benchmarker)
+
+
+@pytest.mark.gpu
+def test_a_tuned_step_is_that_of_the_model(workplace, made, monkeypatch):
+    model, windows = model_on(workplace, "cuda"), WINDOWS.cuda()
+    apc.sparsify(model, *made("cluster"), "predicted", kernel="auto", dense_above=2)
+    times, timed = [], decode.graph_time
+    monkeypatch.setattr(decode, "graph_time", lambda call: times.append(timed(call)) or times[-1])
+    plain, tuned = GreedyDecoder(model, 2, 40, mode=None), GreedyDecoder(model, 2, 40, "max-autotune-no-cudagraphs", early=True)
+    for decoder in (plain, tuned):
+        decoder.record(windows)
+        decoder.prefill(windows)
+        decoder.step()
+    assert times and all(0 < ms < 1000 for ms in times)
+    assert torch.allclose(tuned.logits, plain.logits, atol=1e-3)
+
+
 def test_a_model_that_can_not_be_traced_whole_is_named(workplace):
     model = model_on(workplace, "cpu")
     decoder = GreedyDecoder(model, 1, 20, mode=None)
