@@ -1,7 +1,6 @@
 """What watches a training: checkpoints to go on from, figures on held-out text, and the way of its metrics to `Tracking`."""
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,8 @@ def checksum_problem(checkpoint: dict) -> str | None:
 
 class ResumePoint(Checkpoint):
     """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one, but for those that
-    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training.
+    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training, to whichever of its
+    processes it came: all end after the same step.
 
     It runs after all other hooks of an epoch's end, so that it holds what they changed.
     """
@@ -46,6 +46,13 @@ class ResumePoint(Checkpoint):
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
         self._due = time.monotonic()
+        self._vote: distributed.Vote | None = None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:  # Lightning goes by the first rank alone, and waits for the GPU in each step to learn of it
+            trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            self._vote = distributed.Vote()
 
     def _save(self, trainer: Trainer, in_time: bool = True) -> None:
         start = time.monotonic()
@@ -62,25 +69,28 @@ class ResumePoint(Checkpoint):
         self._due = end + 9 * (end - start)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        _end_if_asked(trainer)
+        if self._vote.close(signals.asked()) if self._vote else signals.asked():  # before Lightning listens, which it does only when all is set up
+            raise SIGTERMException
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
-        _end_if_asked(trainer)
+        if self._vote.say(signals.asked()) if self._vote else signals.asked():
+            trainer._signal_connector.received_sigterm = True  # by which Lightning ends its loops
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._vote and self._vote.close(signals.asked()):
+            signals.ask()
+
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and self.every_n_steps < sys.maxsize:  # which stands for: whole passes only
+        if isinstance(exception, SIGTERMException):
             self._save(trainer, in_time=False)
-
-
-def _end_if_asked(trainer: Trainer) -> None:
-    """Ends a training whose SIGTERM came before Lightning listens, which it does only when all is set up. Raises SIGTERMException."""
-    if signals.asked() and trainer.world_size == 1 and not trainer.received_sigterm:
-        raise SIGTERMException
+            distributed.barrier()  # the launcher ends the others when one has ended
+            if self._vote:
+                signals.ask()
 
 
 class ArmsOnHeldOut(Callback):

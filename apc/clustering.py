@@ -49,6 +49,7 @@ class ClusteringModule(LightningModule):
         self._check()
         self.history: list[dict] = []
         self._sums_apart = False  # whether each rank has the sums of its own clusters alone
+        self._within_pass = False  # where each rank has what it has seen itself
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
@@ -93,7 +94,9 @@ class ClusteringModule(LightningModule):
         return torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """With several ranks to be called on all of them: a checkpoint holds the sums of all clusters."""
+        """With several ranks to be called on all of them: a checkpoint holds the sums of all clusters, and within a pass what all have seen of it."""
+        if self._within_pass:
+            self._hand_over()
         self.gather_sums()
         return super().state_dict(*args, **kwargs)
 
@@ -129,7 +132,8 @@ class ClusteringModule(LightningModule):
     def on_train_start(self) -> None:
         self._pass_began = time.perf_counter()
         loader = self.trainer.datamodule.loader
-        if distributed.rank() and 0 < loader.position < len(loader):  # of a pass that one process began alone the first rank has it all
+        self._within_pass = 0 < loader.position < len(loader)
+        if self._within_pass and distributed.rank():  # the first has all that was seen of it
             for site in self.info.sites:
                 self._forget(site)
         if self.converged or self.passes >= self.cfg.max_epochs:
@@ -148,7 +152,7 @@ class ClusteringModule(LightningModule):
 
     def _begin_pass(self) -> None:
         self._pass_began = time.perf_counter()
-        self._sums_apart = False
+        self._sums_apart, self._within_pass = False, True
         self.changed.zero_()
         for site in self.info.sites:
             if self.cfg.schedule == "epoch":
@@ -161,12 +165,25 @@ class ClusteringModule(LightningModule):
                 self.get(name, site).zero_()
             self.get("worst", site).fill_(NO_ROW)
 
+    def _seen(self, site: str) -> list[Tensor]:
+        """The buffers that hold, added up, what this rank has seen itself in the pass so far; `worst` besides."""
+        own = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
+        return [self.get(name, site) for name in own + (() if self.history else ("layer_sums",))]
+
     def _forget(self, site: str) -> None:
         """Drops what this rank has seen itself in the pass so far."""
-        own = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
-        for name in own + (() if self.history else ("layer_sums",)):
-            self.get(name, site).zero_()
+        for value in self._seen(site):
+            value.zero_()
         self.get("worst", site).fill_(NO_ROW)
+
+    def _hand_over(self) -> None:
+        """Within a pass: gives the first rank what all have seen of it; the others go on as if they had seen nothing."""
+        for site in self.info.sites:
+            for value in self._seen(site):
+                distributed.sum_at_first(value)
+            self._share_worst(site)
+            if distributed.rank():
+                self._forget(site)
 
     def _by_cluster(self, name: str, site: str) -> Tensor:
         """The buffer `name` [G, K, …] as [G·K, …], of which the ranks share out the rows."""
@@ -257,6 +274,12 @@ class ClusteringModule(LightningModule):
         keys = torch.cat([self.get("worst", site), keys], dim=1)
         self._set("worst", site, keys.topk(self.cfg.k, dim=1, largest=False, sorted=True).values)
 
+    def _share_worst(self, site: str) -> None:
+        """Brings the rows captured worst of all that the ranks have seen to all of them."""
+        keys = distributed.all_concat(self.get("worst", site), dim=1).clone()
+        self.get("worst", site).fill_(NO_ROW)
+        self._merge_worst(site, keys)
+
     def _update(self, site: str) -> Tensor:
         """New centroids from the sums. Returns how many bits changed, int64."""
         old = self._by_cluster("centroids", site)
@@ -287,6 +310,7 @@ class ClusteringModule(LightningModule):
     def _end_pass(self) -> None:
         """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
         empty, figures = 0, {}
+        self._within_pass = False
         self._sums_apart = self.cfg.schedule == "epoch"
         for site in self.info.sites:
             self._exchange(site)
@@ -349,9 +373,7 @@ class ClusteringModule(LightningModule):
         """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
         if not empties.any():
             return 0
-        keys = distributed.all_concat(self.get("worst", site), dim=1).clone()
-        self.get("worst", site).fill_(NO_ROW)
-        self._merge_worst(site, keys)
+        self._share_worst(site)
         group, cluster = empties.nonzero(as_tuple=True)
         rank_in_group = (empties.cumsum(1) - 1)[group, cluster]
         worst = self.get("worst", site)[group, rank_in_group]

@@ -71,6 +71,42 @@ def all_max(value: Tensor) -> Tensor:
     return value
 
 
+def sum_at_first(value: Tensor) -> None:
+    """The sum of `value` over all ranks, in place of the first one's; the others' means nothing then. Integers stay exact."""
+    if dist.is_initialized():
+        dist.reduce(value, dst=0)
+
+
+class Vote:
+    """Whether any rank has said yes, which all learn from the same call. It goes between the hosts, whatever their GPUs are at.
+
+    To be made, and called, on all ranks together.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._under_way: tuple[dist.Work, Tensor] | None = None
+
+    def say(self, yes: bool) -> bool:
+        """What was said in the call before this one, so that nobody waits for the slowest."""
+        before = self._taken()
+        said = torch.tensor(int(yes))
+        self._under_way = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group, async_op=True), said
+        return before
+
+    def close(self, yes: bool) -> bool:
+        """What is said now, or was in the call before."""
+        return self.say(yes) | self._taken()
+
+    def _taken(self) -> bool:
+        if self._under_way is None:
+            return False
+        work, said = self._under_way
+        work.wait()
+        self._under_way = None
+        return bool(said)
+
+
 def all_concat(value: Tensor, dim: int) -> Tensor:
     """The ranks' equally shaped tensors one after the other along `dim`, in rank order."""
     if not dist.is_initialized():

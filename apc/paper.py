@@ -117,10 +117,20 @@ class PaperClustering(ClusteringModule):
         # (c · h + mean · n) / (h + n) with h = n · chunks before and n = capacity, which is the size of every cluster: in whole numbers, times (h + n).
         return ops.binarize(ops.unpack(centroids, D).long() * (capacity * self.get("seen", site)) + sums, self.cfg.density)
 
-    def _revise(self, site: str) -> int:
-        if distributed.world_size() > 1:  # each rank knows its own rows, a checkpoint those of all
+    def _share_clusters(self, site: str) -> None:
+        """Brings all rows' clusters to all ranks, each of which knows those of its own."""
+        if distributed.world_size() > 1:
             others = ~self.trainer.datamodule.loader.owned(torch.arange(self.info.tokens))
             distributed.all_max(self.get("cluster_of", site).masked_fill_(others.to(self.device), -2))
+
+    def _hand_over(self) -> None:
+        for site in self.info.sites:
+            self._share_clusters(site)
+        distributed.sum_at_first(self.moved)
+        super()._hand_over()
+
+    def _revise(self, site: str) -> int:
+        self._share_clusters(site)
         return int((self.get("sizes", site) == 0).sum())
 
     def _own_figures(self) -> dict[str, float]:

@@ -9,9 +9,14 @@ _state = {"training": False, "asked": False}
 
 
 def terminate(signum: int, frame: object) -> None:
-    """The handler of SIGTERM. Within a training Lightning's own, which it adds to this one, ends it after its step. Raises Terminated."""
+    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.ResumePoint`). Raises Terminated elsewhere."""
     if not _state["training"]:
         raise Terminated
+    _state["asked"] = True
+
+
+def ask() -> None:
+    """As if the training at hand were asked to end: another of its processes was."""
     _state["asked"] = True
 
 

@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,9 +200,7 @@ def _cluster(cfg: Config, source: PatternSource, run: RunFolder, tracking: Track
     device = watched.collector.device
     with device:  # gigabytes of buffers come into being where they are used
         module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
-    # Within a pass each rank holds sums of its own, and a checkpoint those of the first: with several ranks only whole passes are kept.
-    every = cfg.trainer.checkpoint_every_n_steps if distributed.world_size() == 1 else sys.maxsize
-    callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), every)]
+    callbacks: list[Callback] = [ResumePoint(run.checkpoint("cluster"), cfg.trainer.checkpoint_every_n_steps)]
     if len(watched.windows):
         callbacks.append(
             ArmsOnHeldOut(

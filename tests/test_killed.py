@@ -170,6 +170,23 @@ def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
 
 
+@pytest.mark.parametrize("who", ["launcher", "second rank"])
+def test_ranks_that_are_asked_to_end_keep_their_step(workplace, who):
+    """In one long epoch, of which no checkpoint would be kept otherwise."""
+    changes = {"run.name": f"asked-{who.split()[0]}", "stage": "predict", "data.fit_windows": 90, "predictor.batch": 2, "predictor.max_epochs": 1}
+    words = words_for(workplace, **changes, **{"trainer.devices": 2, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1})
+    launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = workplace / "runs" / changes["run.name"]
+    deadline = time.monotonic() + 120
+    while not (run.joinpath("metrics.jsonl").is_file() and '"predictor/' in run.joinpath("metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    os.kill(launcher.pid if who == "launcher" else ranks_of(launcher.pid)[1], signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143 and "terminated; the same command" in said and "Traceback" not in said
+    assert torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"] > 0 and not run.joinpath("predictor.safetensors").exists()
+
+
 @pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (17_000, "predictor.ckpt")])
 def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most, named):
     name = f"full-{most}"

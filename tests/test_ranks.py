@@ -1,19 +1,21 @@
 """The exchange of clustering in several processes: the same bits on any number of ranks, also after a kill and with another number of them."""
 
+import os
 import shutil
-import sys
+import signal
 
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from test_clustering import make_source
 
 import tiny
-from apc import distributed
+from apc import distributed, signals
 from apc.callbacks import ResumePoint
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
-from apc.errors import UserError
+from apc.errors import Terminated, UserError
 from apc.settings import ClusterConfig
 from apc.training import ALGORITHMS, SumsOnDevices
 
@@ -31,32 +33,41 @@ CASES = {
 }
 
 
+BY_RANKS = {"apc-paper": dict(k=12, weighting="binary", algorithm="apc-paper")}  # whose result depends on their number
+
+
 class AlwaysResumable(ResumePoint):
     def _save(self, trainer, in_time=True):
         super()._save(trainer, in_time=False)
 
 
-class KilledInPass(Callback):
-    def __init__(self, number):
-        self.number = number
+class EndedAt(Callback):
+    """Ends a training in a pass before a block: by a kill, or as the last rank is asked to; None: never."""
 
-    def on_train_epoch_start(self, trainer, module):
-        if trainer.current_epoch == self.number:
-            raise tiny.Killed
+    def __init__(self, place, asked):
+        self.place, self.asked = place, asked
+
+    def on_train_batch_start(self, trainer, module, batch, batch_index):
+        if (trainer.current_epoch, batch_index) == self.place:
+            if not self.asked:
+                raise tiny.Killed
+            if distributed.rank() == distributed.world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
-def cluster(options, checkpoint, killed_in=None, max_epochs=6):
+def cluster(options, checkpoint, place=None, asked=False, every=1, windows=9, max_epochs=6):
     """The codebook's tensors and the module's buffers after a clustering that goes on from `checkpoint` if it is there; in each rank."""
-    options = dict(tolerance=0.0, max_epochs=max_epochs, windows=9) | options
+    options = dict(tolerance=0.0, max_epochs=max_epochs, windows=windows) | options
     source, ranks = make_source(prototypes=6, windows=options.pop("windows")), distributed.world_size()
     cfg = ClusterConfig(**options)
     module = ALGORITHMS[cfg.algorithm](cfg, source.info)
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=SumsOnDevices() if ranks > 1 else "auto", max_epochs=max_epochs, logger=False,
-        callbacks=[AlwaysResumable(checkpoint, sys.maxsize), KilledInPass(killed_in)], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[AlwaysResumable(checkpoint, every), EndedAt(place, asked)], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = PatternDataModule(source, BlockLoader(source, module.fields(), 4, 0))
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    with signals.training():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
     book = Codebook.from_clustering(module, {}).sites["neuron"].tensors()
     # What each rank has seen worst is its own, `changed` of the last pass alone.
     buffers = {name: value for name, value in module.named_buffers() if not name.startswith(("worst", "changed"))}
@@ -64,23 +75,26 @@ def cluster(options, checkpoint, killed_in=None, max_epochs=6):
     return {"book": book, "buffers": buffers, "history": history}
 
 
-def clusterings(folder, killed_in=None):
+def clusterings(folder, ended, cases):
     """Every case, each rank into a file of its own."""
+    before = signal.signal(signal.SIGTERM, signals.terminate)
     distributed.start(torch.device("cpu"))
     found = {}
-    for name, options in CASES.items():
+    for name, options in cases.items():
         try:
-            found[name] = cluster(options, folder / f"{name}.ckpt", killed_in)
-        except tiny.Killed:
-            assert killed_in is not None
+            found[name] = cluster(options, folder / f"{name}.ckpt", **ended)
+        except (tiny.Killed, SIGTERMException, Terminated):
+            assert "place" in ended
+    signal.signal(signal.SIGTERM, before)
     torch.save(found, folder / f"rank{distributed.rank()}.pt")
 
 
-def run(ranks, folder, killed_in=None):
+def run(ranks, folder, cases=CASES, **ended):
+    folder.mkdir(exist_ok=True)
     if ranks > 1:
-        tiny.in_ranks(ranks, clusterings, folder, killed_in)
+        tiny.in_ranks(ranks, clusterings, folder, ended, cases)
     else:
-        clusterings(folder, killed_in)
+        clusterings(folder, ended, cases)
 
 
 def found_by(folder, ranks):
@@ -118,8 +132,7 @@ def test_a_kill_and_another_number_of_ranks_change_no_bit(tmp_path, alone, first
     """9 windows in blocks of 4: one rank has three blocks, two and three ranks have two, since the last must have a window for each."""
     assert all(len(alone[name]["history"]) > 1 for name in CASES if name != "one-cluster")
     begun = tmp_path / "begun"
-    begun.mkdir()
-    run(first, begun, 1)
+    run(first, begun, place=(1, 0))
     assert len(list(begun.glob("*.ckpt"))) == len(CASES)
     for ranks in then:
         folder = shutil.copytree(begun, tmp_path / f"on-{ranks}")
@@ -127,6 +140,49 @@ def test_a_kill_and_another_number_of_ranks_change_no_bit(tmp_path, alone, first
         for found in found_by(folder, ranks):
             for name in CASES:
                 same(found[name], alone[name])
+
+
+@pytest.fixture(scope="module")
+def alone_on_8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone-on-8")
+    run(1, folder, windows=8)
+    return found_by(folder, 1)[0]
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 1)], ids=["in-the-first-pass", "in-the-second"])
+@pytest.mark.parametrize(("first", "then"), [(1, [2]), (2, [1, 3])], ids=["begun-by-one", "begun-by-two"])
+def test_a_kill_within_a_pass_changes_no_bit(tmp_path, alone_on_8, first, then, place):
+    """8 windows in blocks of 4, which up to four ranks have alike. A checkpoint after the first block, which all ranks then go on from, killed or not."""
+    begun = tmp_path / "begun"
+    run(first, begun, place=place, windows=8)
+    held = [torch.load(path, weights_only=True) for path in begun.glob("*.ckpt")]
+    assert len(held) == len(CASES) and {each["PatternDataModule"]["position"] for each in held} == {1}
+    for ranks in then:
+        folder = shutil.copytree(begun, tmp_path / f"on-{ranks}")
+        run(ranks, folder, windows=8)
+        for found in found_by(folder, ranks):
+            for name in CASES:
+                same(found[name], alone_on_8[name])
+
+
+def test_what_depends_on_the_number_of_ranks_goes_on_within_a_pass_too(tmp_path):
+    run(2, tmp_path / "whole", BY_RANKS, every=1000)
+    run(2, tmp_path / "killed", BY_RANKS, place=(0, 1))
+    run(2, tmp_path / "killed", BY_RANKS)
+    for found, expected in zip(found_by(tmp_path / "killed", 2), found_by(tmp_path / "whole", 2), strict=True):
+        assert len(found["apc-paper"]["history"]) > 2
+        same(found["apc-paper"], expected["apc-paper"])
+
+
+def test_one_rank_that_is_asked_to_end_ends_all_after_the_same_step(tmp_path, alone_on_8):
+    """Asked at the end of the first pass, they know of it after the second's first block."""
+    run(2, tmp_path, place=(0, 1), asked=True, windows=8)
+    held = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    assert len(held) == len(CASES) and {each["global_step"] for each in held} == {3}
+    run(2, tmp_path, windows=8)
+    for found in found_by(tmp_path, 2):
+        for name in CASES:
+            same(found[name], alone_on_8[name])
 
 
 def test_a_place_within_a_pass_over_other_blocks_is_refused(monkeypatch):
