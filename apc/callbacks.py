@@ -35,10 +35,41 @@ def checksum_problem(checkpoint: dict) -> str | None:
     return None if same else "it has no checksum" if said is None else "it does not hold what its checksum says"
 
 
+class EndTogether(Callback):
+    """Ends a training that a SIGTERM asks to, after a step: with several processes all after the same, whichever was asked.
+
+    In place of what Lightning does with several: it goes by the first one alone, and waits for the GPU in each step to learn of it.
+    """
+
+    def __init__(self) -> None:
+        self._vote: distributed.Vote | None = None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            self._vote = distributed.Vote()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._vote.close(signals.asked()) if self._vote else signals.asked():  # before Lightning listens, which it does only when all is set up
+            raise SIGTERMException
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
+        if self._vote and self._vote.say(signals.asked()):
+            trainer._signal_connector.received_sigterm = True  # by which Lightning ends its loops
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._vote and self._vote.close(signals.asked()):
+            signals.ask()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            signals.ask()
+
+
 class ResumePoint(Checkpoint):
     """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one, but for those that
-    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training, to whichever of its
-    processes it came: all end after the same step.
+    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training (see `EndTogether`).
 
     It runs after all other hooks of an epoch's end, so that it holds what they changed.
     """
@@ -46,13 +77,6 @@ class ResumePoint(Checkpoint):
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
         self._due = time.monotonic()
-        self._vote: distributed.Vote | None = None
-
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:  # Lightning goes by the first rank alone, and waits for the GPU in each step to learn of it
-            trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-            self._vote = distributed.Vote()
 
     def _save(self, trainer: Trainer, in_time: bool = True) -> None:
         start = time.monotonic()
@@ -68,29 +92,17 @@ class ResumePoint(Checkpoint):
         end = time.monotonic()
         self._due = end + 9 * (end - start)
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._vote.close(signals.asked()) if self._vote else signals.asked():  # before Lightning listens, which it does only when all is set up
-            raise SIGTERMException
-
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
-        if self._vote.say(signals.asked()) if self._vote else signals.asked():
-            trainer._signal_connector.received_sigterm = True  # by which Lightning ends its loops
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._vote and self._vote.close(signals.asked()):
-            signals.ask()
-
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
             self._save(trainer, in_time=False)
             distributed.barrier()  # the launcher ends the others when one has ended
-            if self._vote:
-                signals.ask()
 
 
 class ArmsOnHeldOut(Callback):

@@ -9,7 +9,7 @@ _state = {"training": False, "asked": False}
 
 
 def terminate(signum: int, frame: object) -> None:
-    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.ResumePoint`). Raises Terminated elsewhere."""
+    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.EndTogether`). Raises Terminated elsewhere."""
     if not _state["training"]:
         raise Terminated
     _state["asked"] = True

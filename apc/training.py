@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from apc import distributed, signals
 from apc.activations import Collector
 from apc.baselines import BRBKMeans, KMajority
-from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, ResumePoint, TrackingLogger, checksum_problem
+from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, EndTogether, ResumePoint, TrackingLogger, checksum_problem
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
 from apc.collect import calibration_sample
@@ -76,7 +76,7 @@ def make_trainer(cfg: Config, device: torch.device, tracking: Tracking, run: Run
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
         logger=[TrackingLogger(tracking)],
-        callbacks=[*callbacks, *shown],
+        callbacks=[EndTogether(), *callbacks, *shown],
         enable_progress_bar=cfg.trainer.progress,
         enable_model_summary=False,
         use_distributed_sampler=False,

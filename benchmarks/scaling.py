@@ -32,6 +32,7 @@ from pytorch_lightning import Trainer
 
 from apc import collect, distributed, estimate, ops
 from apc.activations import Collector
+from apc.callbacks import EndTogether
 from apc.clustering import ClusteringModule
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges, rank_range
 from apc.exchange import H100, Exchange, Links, iteration_seconds
@@ -202,7 +203,7 @@ def fit(source: ResidentPatterns, k: int, size: Size, device: torch.device) -> t
         module, clock = ClusteringModule(cfg, source.info, 0), Clock(device)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=ranks if ranks > 1 or device.type == "cpu" else [device.index],
-        strategy=SumsOnDevices() if ranks > 1 else SumsOnDevice(device), max_epochs=size.epochs, logger=False, callbacks=[clock],
+        strategy=SumsOnDevices() if ranks > 1 else SumsOnDevice(device), max_epochs=size.epochs, logger=False, callbacks=[EndTogether(), clock],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     block_windows = size.block_windows * ranks

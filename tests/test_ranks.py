@@ -12,7 +12,7 @@ from test_clustering import make_source
 
 import tiny
 from apc import distributed, signals
-from apc.callbacks import ResumePoint
+from apc.callbacks import EndTogether, ResumePoint
 from apc.codebook import Codebook
 from apc.datamodule import BlockLoader, PatternDataModule
 from apc.errors import Terminated, UserError
@@ -63,7 +63,7 @@ def cluster(options, checkpoint, place=None, asked=False, every=1, windows=9, ma
     module = ALGORITHMS[cfg.algorithm](cfg, source.info)
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=SumsOnDevices() if ranks > 1 else "auto", max_epochs=max_epochs, logger=False,
-        callbacks=[AlwaysResumable(checkpoint, every), EndedAt(place, asked)], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EndTogether(), AlwaysResumable(checkpoint, every), EndedAt(place, asked)], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = PatternDataModule(source, BlockLoader(source, module.fields(), 4, 0))
     with signals.training():
