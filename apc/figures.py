@@ -106,7 +106,7 @@ def speed_figure(results: dict, path: Path) -> bool:
     if max(values) / min(values) > _LOG_FROM:
         log_axis(axes, "y")
     axes.margins(0.18)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.15 / min(arm["seconds_per_token"] for arm in arms))
     plain_axes(axes, xlabel="tokens a second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
     return _save(figure, path)
 
