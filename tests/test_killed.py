@@ -146,21 +146,36 @@ def ranks_of(launcher):
     return found
 
 
-def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
-    changes = {"run.name": "ranks", "stage": "predict", "collect.dir": workplace / "stores-ranks"}
-    changes["predictor.max_epochs"] = 40
-    words = words_for(workplace, **changes, **{"trainer.devices": 2})
+def launched(words, rows):
+    """The launcher of ranks that train a predictor, once that has logged so many rows more; and how many there are then."""
     launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = workplace / "runs" / "ranks"
-    deadline = time.monotonic() + 120
-    while not (run.joinpath("metrics.jsonl").is_file() and '"predictor/' in run.joinpath("metrics.jsonl").read_text()):
+    deadline, metrics = time.monotonic() + 120, next(Path(word[8:]) for word in words if word.startswith("run.dir=")) / "ranks" / "metrics.jsonl"
+    while (found := metrics.read_text().count('"predictor/step"') if metrics.is_file() else 0) <= rows:
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
+    return launcher, found
+
+
+def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_and_fewer_go_on(workplace):
+    """In one long epoch, of which no checkpoint would be kept otherwise."""
+    changes = {"run.name": "ranks", "stage": "predict", "collect.dir": workplace / "stores-ranks", "data.fit_windows": 88, "predictor.batch": 2}
+    changes |= {"predictor.max_epochs": 1, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1}
+    words = words_for(workplace, **changes, **{"trainer.devices": 2})
+    launcher, rows = launched(words, 0)
+    os.kill(launcher.pid, signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143 and "terminated; the same command" in said and "Traceback" not in said
+    run = workplace / "runs" / "ranks"
+    kept = torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"]
+    assert kept >= rows > 0
+
+    launcher, rows = launched(words, kept)
     os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
     began = time.monotonic()
     _, said = launcher.communicate(timeout=100)
     assert time.monotonic() - began < 60 and launcher.returncode not in (0, None)
     assert "error: rank 1 was killed (SIGKILL, as for want of memory), and all others with it; the same command" in said
+    assert not run.joinpath("predictor.safetensors").exists()
 
     for name, stage in (("ranks", "predict"), ("alone", "cluster")):
         process = tiny.start(words_for(workplace, **(changes | {"run.name": name, "stage": stage})))
@@ -168,23 +183,6 @@ def test_a_rank_that_dies_ends_the_others_and_fewer_ranks_go_on(workplace):
         assert process.exitcode == 0
     books = [apc.load_run(workplace / "runs" / name).codebook.sites["neuron"].tensors() for name in ("ranks", "alone")]
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
-
-
-@pytest.mark.parametrize("who", ["launcher", "second rank"])
-def test_ranks_that_are_asked_to_end_keep_their_step(workplace, who):
-    """In one long epoch, of which no checkpoint would be kept otherwise."""
-    changes = {"run.name": f"asked-{who.split()[0]}", "stage": "predict", "data.fit_windows": 90, "predictor.batch": 2, "predictor.max_epochs": 1}
-    words = words_for(workplace, **changes, **{"trainer.devices": 2, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1})
-    launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = workplace / "runs" / changes["run.name"]
-    deadline = time.monotonic() + 120
-    while not (run.joinpath("metrics.jsonl").is_file() and '"predictor/' in run.joinpath("metrics.jsonl").read_text()):
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
-    os.kill(launcher.pid if who == "launcher" else ranks_of(launcher.pid)[1], signal.SIGTERM)
-    _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143 and "terminated; the same command" in said and "Traceback" not in said
-    assert torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"] > 0 and not run.joinpath("predictor.safetensors").exists()
 
 
 @pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (17_000, "predictor.ckpt")])

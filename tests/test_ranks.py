@@ -149,8 +149,7 @@ def alone_on_8(tmp_path_factory):
     return found_by(folder, 1)[0]
 
 
-@pytest.mark.parametrize("place", [(0, 1), (1, 1)], ids=["in-the-first-pass", "in-the-second"])
-@pytest.mark.parametrize(("first", "then"), [(1, [2]), (2, [1, 3])], ids=["begun-by-one", "begun-by-two"])
+@pytest.mark.parametrize(("first", "then", "place"), [(1, [2], (0, 1)), (2, [1], (0, 1)), (2, [3], (1, 1))], ids=["one-two", "two-one", "two-three"])
 def test_a_kill_within_a_pass_changes_no_bit(tmp_path, alone_on_8, first, then, place):
     """8 windows in blocks of 4, which up to four ranks have alike. A checkpoint after the first block, which all ranks then go on from, killed or not."""
     begun = tmp_path / "begun"
