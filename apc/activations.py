@@ -57,17 +57,11 @@ class Collector:
         hooks = FFNHooks(self.ffns, self.sites if sites is None else sites, visitor)
         try:
             for start in range(0, len(windows), self.batch_windows):
-                batch = windows[start : start + self.batch_windows]
-                visitor.tokens = batch.numel()
-                self.model.base_model(input_ids=self._whole(batch).to(self.device), use_cache=False)
+                batch = windows[start : start + self.batch_windows].to(self.device)
+                self.model.base_model(input_ids=batch, use_cache=False)
                 self._check_finite(visitor, first + start, len(batch))
         finally:
             hooks.remove()
-
-    def _whole(self, batch: Tensor) -> Tensor:
-        """The batch with its last window again, up to the size of all: a GPU's products of other sizes round otherwise, and where a batch is short depends on
-        the number of ranks."""
-        return torch.cat([batch, batch[-1:].expand(self.batch_windows - len(batch), -1)])
 
     def _check_finite(self, visitor, first: int, count: int) -> None:
         bad = visitor.take_nonfinite()
@@ -85,7 +79,6 @@ class _Visitor:
 
     def __init__(self, importance: Importance):
         self._importance = importance
-        self.tokens = 0  # of the pass, that count; what comes after them fills the batch
         self._largest: list[tuple[int, str, Tensor]] = []
 
     def enter(self, layer: int, hidden: Tensor) -> None:
@@ -112,7 +105,7 @@ class _Histograms(_Visitor):
         self.counts = {site: torch.zeros(layers, HISTOGRAM_BINS, dtype=torch.int64, device=device) for site in sites}
 
     def visit(self, layer: int, site: str, values: Tensor) -> None:
-        bins = self.measure(layer, site, values)[: self.tokens].view(torch.int32).flatten() >> HISTOGRAM_SHIFT
+        bins = self.measure(layer, site, values).view(torch.int32).flatten() >> HISTOGRAM_SHIFT
         self.counts[site][layer] += torch.bincount(bins.clamp_(min=0), minlength=HISTOGRAM_BINS)
 
 
@@ -135,14 +128,14 @@ class _PatternReader(_Visitor):
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if self._with_hidden:
-            self._keep("hidden", layer, hidden.flatten(0, -2)[: self.tokens].to(torch.bfloat16))
+            self._keep("hidden", layer, hidden.flatten(0, -2).to(torch.bfloat16))
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         importance = self.measure(layer, site, values)
         active = self._rule.active(layer, site, importance)
-        self._keep(f"patterns.{site}", layer, ops.pack(active[: self.tokens]))
+        self._keep(f"patterns.{site}", layer, ops.pack(active))
         if self._with_importance:
-            quantised, scale = quantise(importance[: self.tokens])
+            quantised, scale = quantise(importance)
             self._keep(f"importance.{site}", layer, quantised)
             self._keep(f"scale.{site}", layer, scale)
         return values.masked_fill(~active.view(values.shape), 0) if self._thresholded else None

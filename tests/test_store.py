@@ -51,16 +51,6 @@ def dense_values(model, windows):
     return torch.stack(neurons), torch.stack(inputs)
 
 
-def test_all_passes_are_of_one_size_whatever_is_left_over(tmp_path):
-    """By which a GPU's products go; what fills a pass counts nowhere (see the next test, with 7 windows)."""
-    model, shapes = tiny.make_model(), []
-    model.model.register_forward_pre_hook(lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True)
-    run_collect(tmp_path, model, storage="memory")
-    collector = Collector(model, ["neuron"], torch.device("cpu"), batch_windows=4)
-    assert collector.hidden(make_windows().tokens).shape == (3, 7 * 16, 32)
-    assert set(shapes[:-2]) == {(2, 16)} and shapes[-2:] == [(4, 16)] * 2
-
-
 @pytest.mark.parametrize("storage", ["disk", "memory"])
 @pytest.mark.parametrize("active", ["threshold", "top"])
 def test_what_is_collected_is_what_the_definitions_say(tmp_path, storage, active):
