@@ -43,28 +43,36 @@ class EndTogether(Callback):
 
     def __init__(self) -> None:
         self._vote: distributed.Vote | None = None
+        self._noted = False  # by this process, of several
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
-            trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None
+            trainer._signal_connector._sigterm_notifier_fn = self._note
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
             self._vote = distributed.Vote()
 
+    def _note(self, signum: int, frame: object) -> None:
+        self._noted = True
+
+    @property
+    def _asked(self) -> bool:
+        return self._noted or signals.asked()
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._vote.close(signals.asked()) if self._vote else signals.asked():  # before Lightning listens, which it does only when all is set up
+        if self._vote.close(self._asked) if self._vote else self._asked:  # before Lightning listens, which it does only when all is set up
             raise SIGTERMException
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
-        if self._vote and self._vote.say(signals.asked()):
+        if self._vote and self._vote.say(self._asked):
             trainer._signal_connector.received_sigterm = True  # by which Lightning ends its loops
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._vote and self._vote.close(signals.asked()):
-            signals.ask()
+        if self._vote and self._vote.close(self._asked):  # in the last step, or in what came after it
+            raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
-            signals.ask()
+            signals.ask()  # that another SIGTERM, as the launcher sends to all when one has left, ends nothing half-way
 
 
 class ResumePoint(Checkpoint):

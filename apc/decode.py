@@ -57,11 +57,13 @@ def _tuning_by_graphs() -> Iterator[None]:
     """torch.compile's tuning times candidates in CUDA graphs of the current stream, which the step will be one of too. Launched one by one from
     Python, kernels of a few µs take as long as their launches, and chance chooses among them.
     """
+    import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
 
     benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # of this one object; its class keeps its own
     try:
-        yield
+        with torch.compiler.config.patch(cache_key_tag="timed in graphs"):  # what was chosen otherwise lies in Inductor's caches beside it
+            yield
     finally:
         del benchmarker.benchmark_gpu
 
@@ -80,8 +82,11 @@ def graph_time(call: Callable[[], object], repeats: int = 10) -> float:
             before.record()
             call()
             after.record()
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # which would take the place of its cause
+            graph.capture_end()
+        raise
+    graph.capture_end()
     for _ in range(2):  # the first is slower
         graph.replay()
     torch.cuda.synchronize()

@@ -9,8 +9,9 @@ _state = {"training": False, "asked": False}
 
 
 def terminate(signum: int, frame: object) -> None:
-    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.EndTogether`). Raises Terminated elsewhere."""
-    if not _state["training"]:
+    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.EndTogether`), and then the process, undisturbed by another. Raises
+    Terminated elsewhere."""
+    if not (_state["training"] or _state["asked"]):
         raise Terminated
     _state["asked"] = True
 

@@ -213,6 +213,7 @@ def test_tuning_is_timed_in_graphs_while_a_step_is_recorded(monkeypatch):
     monkeypatch.setattr(decode, "graph_time", lambda call: call())
     with decode._tuning_by_graphs():
         assert benchmarker.benchmark(lambda a, b: a + b, (3,), {"b": 4}, device="cuda") == 7
+        assert torch.compiler.config.cache_key_tag == "timed in graphs"
     assert "benchmark_gpu" not in vars(benchmarker)
 
 

@@ -224,7 +224,13 @@ def test_two_processes_never_work_in_one_run(workplace):
     assert process.exitcode == 0
 
 
-def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace, monkeypatch):
+@pytest.fixture
+def never_asked(monkeypatch):
+    """This process, as if no training of another test had been asked to end."""
+    monkeypatch.setattr(signals, "_state", {"training": False, "asked": False})
+
+
+def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace, monkeypatch, never_asked):
     begin = ClusteringModule.on_fit_start
     steps = []
     monkeypatch.setattr(ClusteringModule, "on_fit_start", lambda self: (os.kill(os.getpid(), signal.SIGTERM), begin(self)))
@@ -236,6 +242,16 @@ def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace,
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not steps and (workplace / "runs" / "early" / "checkpoints" / "cluster.ckpt").is_file()
+
+
+def test_who_ends_after_a_step_is_not_disturbed_by_a_second_signal(never_asked):
+    with pytest.raises(Terminated):
+        signals.terminate(signal.SIGTERM, None)
+    with pytest.raises(Terminated), signals.training():
+        signals.terminate(signal.SIGTERM, None)
+    signals.terminate(signal.SIGTERM, None)  # while W&B is told the rest
+    with signals.training():
+        assert not signals.asked()
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])

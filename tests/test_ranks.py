@@ -36,9 +36,16 @@ CASES = {
 BY_RANKS = {"apc-paper": dict(k=12, weighting="binary", algorithm="apc-paper")}  # whose result depends on their number
 
 
-class AlwaysResumable(ResumePoint):
+class Saves(ResumePoint):
+    """always: whenever it can; else only when a training is asked to end."""
+
+    def __init__(self, path, every, always):
+        super().__init__(path, every)
+        self.always = always
+
     def _save(self, trainer, in_time=True):
-        super()._save(trainer, in_time=False)
+        if self.always or not in_time:
+            super()._save(trainer, in_time=False)
 
 
 class EndedAt(Callback):
@@ -55,7 +62,7 @@ class EndedAt(Callback):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def cluster(options, checkpoint, place=None, asked=False, every=1, windows=9, max_epochs=6):
+def cluster(options, checkpoint, place=None, asked=False, always=True, every=1, windows=9, max_epochs=6):
     """The codebook's tensors and the module's buffers after a clustering that goes on from `checkpoint` if it is there; in each rank."""
     options = dict(tolerance=0.0, max_epochs=max_epochs, windows=windows) | options
     source, ranks = make_source(prototypes=6, windows=options.pop("windows")), distributed.world_size()
@@ -63,7 +70,7 @@ def cluster(options, checkpoint, place=None, asked=False, every=1, windows=9, ma
     module = ALGORITHMS[cfg.algorithm](cfg, source.info)
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=SumsOnDevices() if ranks > 1 else "auto", max_epochs=max_epochs, logger=False,
-        callbacks=[EndTogether(), AlwaysResumable(checkpoint, every), EndedAt(place, asked)], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EndTogether(), Saves(checkpoint, every, always), EndedAt(place, asked)], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = PatternDataModule(source, BlockLoader(source, module.fields(), 4, 0))
     with signals.training():
@@ -182,6 +189,29 @@ def test_one_rank_that_is_asked_to_end_ends_all_after_the_same_step(tmp_path, al
     for found in found_by(tmp_path, 2):
         for name in CASES:
             same(found[name], alone_on_8[name])
+
+
+def test_a_rank_that_is_asked_in_the_last_step_leaves_a_checkpoint_too(tmp_path):
+    case = {name: CASES[name] for name in ("binary-uneven", "energy-pooled-uneven")}
+    run(2, tmp_path, case, place=(1, 1), asked=True, always=False, max_epochs=2)
+    assert [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")] == [4, 4]
+    run(2, tmp_path, case, max_epochs=2)
+    run(1, tmp_path / "alone", case, max_epochs=2)
+    for name in case:
+        same(found_by(tmp_path, 2)[1][name], found_by(tmp_path / "alone", 1)[0][name])
+
+
+def test_a_signal_is_heard_where_the_programs_own_handler_is_another(tmp_path):
+    """As in a program that calls the trainings itself, under torchrun."""
+    tiny.in_ranks(2, deaf, tmp_path)
+    assert [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")] == [3]
+
+
+def deaf(folder):
+    distributed.start(torch.device("cpu"))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with pytest.raises(SIGTERMException):
+        cluster(CASES["binary-uneven"], folder / "one.ckpt", place=(0, 1), asked=True, windows=8)
 
 
 def test_a_place_within_a_pass_over_other_blocks_is_refused(monkeypatch):
