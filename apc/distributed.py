@@ -78,7 +78,7 @@ def sum_at_first(value: Tensor) -> None:
 
 
 class Vote:
-    """Whether any rank has said yes, which all learn from the same call. It goes between the hosts, whatever their GPUs are at.
+    """Whether any rank has said yes, which all learn from the same call. It goes over the CPUs' network (gloo), whatever the GPUs are at.
 
     To be made, and called, on all ranks together.
     """
