@@ -67,7 +67,7 @@ def train(cfg: Config) -> dict:
             inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
             rows = None
             if len(monitored.tokens):
-                rows = collector.block(monitored.tokens, 0, patterns.info.rule, patterns.info.with_importance, with_hidden=True)
+                rows = collector.block(monitored.tokens, range(len(monitored.tokens)), patterns.info.rule, patterns.info.with_importance, with_hidden=True)
             predictor = training.train_predictor(cfg, inputs, codebook, fit.tokens, run, tracking, watched, rows)
             watch.lap("predict")
         if cfg.stage == "predict":

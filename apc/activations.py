@@ -1,5 +1,7 @@
 """Runs the model over token windows and turns what its FFNs compute into patterns."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,45 +31,51 @@ class Collector:
         self.ffns = find_ffns(model)
         self.importance = Importance(self.ffns)
 
-    def calibrate(self, windows: Tensor, sparsity: float) -> dict[str, Tensor]:
+    def calibrate(self, text: Tensor, windows: Sequence[int], sparsity: float) -> dict[str, Tensor]:
         """Thresholds float32 [L] per site: the least bin edge with at least a share `sparsity` of all importances below it.
 
         Counts go into logarithmic bins (relative width 2**-10), so memory does not grow with the text and the sums over
-        ranks are exact. windows: int64 [n, seq_len].
+        ranks are exact. text: int64 [N, seq_len]; windows: indices into it, of which each rank runs its share.
         """
         counter = _Histograms(len(self.ffns), self.sites, self.importance, self.device)
         first, last = distributed.share(len(windows))
-        self._forward(windows[first:last], counter, first)
+        self._forward(text, windows[first:last], counter, filled=True)
         return {site: _quantile(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
 
-    def block(self, windows: Tensor, first: int, rule: ActiveRule, with_importance: bool, with_hidden: bool) -> Block:
-        """The patterns of `windows` (int64 [n, seq_len]), whose first has the global index `first`. Raises UserError at NaN or infinity."""
-        reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden, self.thresholded)
-        self._forward(windows, reader, first)
-        return reader.block(first, first + len(windows), windows.shape[1])
+    def block(self, text: Tensor, windows: Sequence[int], rule: ActiveRule, with_importance: bool, with_hidden: bool, filled: bool = False) -> Block:
+        """The patterns of some windows of a text.
 
-    def hidden(self, windows: Tensor) -> Tensor:
-        """Every FFN's input, bfloat16 [L, n·seq_len, E], for `windows` int64 [n, seq_len]."""
+        text: int64 [N, seq_len]; windows: indices into it; filled: whether a short forward pass is made as large as the others: a GPU's products of
+        another size round otherwise, so that where passes are short would be seen in the patterns. Raises UserError at NaN or infinity.
+        """
+        reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden, self.thresholded)
+        self._forward(text, windows, reader, filled)
+        return reader.block(windows, text.shape[1])
+
+    def hidden(self, text: Tensor, windows: Sequence[int]) -> Tensor:
+        """Every FFN's input, bfloat16 [L, n·seq_len, E], for n windows of a text int64 [N, seq_len]."""
         reader = _PatternReader(self.ffns, self.importance, ActiveRule("top", 0.5), with_importance=False, with_hidden=True)
-        self._forward(windows, reader, 0, sites=[])
-        return reader.block(0, len(windows), windows.shape[1]).hidden
+        self._forward(text, windows, reader, sites=[])
+        return reader.block(windows, text.shape[1]).hidden
 
     @torch.inference_mode()
-    def _forward(self, windows: Tensor, visitor, first: int, sites: list[str] | None = None) -> None:
+    def _forward(self, text: Tensor, windows: Sequence[int], visitor: "_Visitor", filled: bool = False, sites: list[str] | None = None) -> None:
         hooks = FFNHooks(self.ffns, self.sites if sites is None else sites, visitor)
         try:
             for start in range(0, len(windows), self.batch_windows):
-                batch = windows[start : start + self.batch_windows].to(self.device)
-                self.model.base_model(input_ids=batch, use_cache=False)
-                self._check_finite(visitor, first + start, len(batch))
+                batch = list(windows[start : start + self.batch_windows])
+                visitor.tokens = len(batch) * text.shape[1]
+                fill = batch[-1:] * (self.batch_windows - len(batch)) if filled else []
+                self.model.base_model(input_ids=text[batch + fill].to(self.device), use_cache=False)
+                self._check_finite(visitor, batch)
         finally:
             hooks.remove()
 
-    def _check_finite(self, visitor, first: int, count: int) -> None:
+    def _check_finite(self, visitor: "_Visitor", windows: list[int]) -> None:
         bad = visitor.take_nonfinite()
         if bad is not None:
             layer, site = bad
-            where = f"window {first}" if count == 1 else f"windows {first} to {first + count - 1}"
+            where = f"window {windows[0]}" if len(windows) == 1 else f"windows {', '.join(map(str, windows))}"
             raise UserError(
                 f"NaN or infinite activations in layer {layer} ({self.ffns[layer].name}), site {site}, {where}: "
                 "try model.dtype=float32 or bfloat16, or check the weights"
@@ -79,6 +87,7 @@ class _Visitor:
 
     def __init__(self, importance: Importance):
         self._importance = importance
+        self.tokens = 0  # of the pass, that count; what comes after them fills it
         self._largest: list[tuple[int, str, Tensor]] = []
 
     def enter(self, layer: int, hidden: Tensor) -> None:
@@ -105,7 +114,7 @@ class _Histograms(_Visitor):
         self.counts = {site: torch.zeros(layers, HISTOGRAM_BINS, dtype=torch.int64, device=device) for site in sites}
 
     def visit(self, layer: int, site: str, values: Tensor) -> None:
-        bins = self.measure(layer, site, values).view(torch.int32).flatten() >> HISTOGRAM_SHIFT
+        bins = self.measure(layer, site, values)[: self.tokens].view(torch.int32).flatten() >> HISTOGRAM_SHIFT
         self.counts[site][layer] += torch.bincount(bins.clamp_(min=0), minlength=HISTOGRAM_BINS)
 
 
@@ -128,21 +137,21 @@ class _PatternReader(_Visitor):
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if self._with_hidden:
-            self._keep("hidden", layer, hidden.flatten(0, -2).to(torch.bfloat16))
+            self._keep("hidden", layer, hidden.flatten(0, -2)[: self.tokens].to(torch.bfloat16))
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         importance = self.measure(layer, site, values)
         active = self._rule.active(layer, site, importance)
-        self._keep(f"patterns.{site}", layer, ops.pack(active))
+        self._keep(f"patterns.{site}", layer, ops.pack(active[: self.tokens]))
         if self._with_importance:
-            quantised, scale = quantise(importance)
+            quantised, scale = quantise(importance[: self.tokens])
             self._keep(f"importance.{site}", layer, quantised)
             self._keep(f"scale.{site}", layer, scale)
         return values.masked_fill(~active.view(values.shape), 0) if self._thresholded else None
 
-    def block(self, first: int, last: int, seq_len: int) -> Block:
+    def block(self, windows: Sequence[int], seq_len: int) -> Block:
         named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}
-        return Block.of_windows(named, first, last, seq_len)
+        return Block.of_windows(named, windows, seq_len)
 
 
 _COUNTED = 1 << 18  # rows that are counted at a time: what that takes beside them is more than narrow rows themselves

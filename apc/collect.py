@@ -1,6 +1,6 @@
 """From a model and token windows to a source of patterns: found on disk, or collected now."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ def pattern_identity(weights: str, text: str, sites: list[str], active: str, spa
     return dict(format=1, weights=weights, text=text, sites=sites, active=active, sparsity=sparsity, calibration_windows=cfg.calibration_windows) | forward
 
 
-def calibration_sample(windows: Tensor, count: int) -> Tensor:
-    """`count` windows spread evenly over the text (all, where it has no more)."""
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
+def calibration_windows(windows: int, count: int) -> list[int]:
+    """Indices of `count` windows spread evenly over so many (all, where there are no more)."""
+    return torch.linspace(0, windows - 1, min(count, windows)).round().long().tolist()
 
 
 def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: str, sparsity: float, identity: dict, with_hidden: bool) -> PatternSource:
@@ -51,16 +51,16 @@ def collect(cfg: CollectConfig, collector: Collector, windows: Windows, active: 
     say = f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size / 2**30:.2f} GiB into {where}"
 
     def calibrate() -> dict[str, Tensor]:
-        return collector.calibrate(calibration_sample(windows.tokens, cfg.calibration_windows), sparsity) if active == "threshold" else {}
+        return collector.calibrate(windows.tokens, calibration_windows(info.windows, cfg.calibration_windows), sparsity) if active == "threshold" else {}
 
-    def read(rule: ActiveRule, first: int, last: int) -> Block:
-        return collector.block(windows.tokens[first:last], first, rule, info.with_importance, info.with_hidden)
+    def read(rule: ActiveRule, some: Sequence[int], filled: bool = False) -> Block:
+        return collector.block(windows.tokens, some, rule, info.with_importance, info.with_hidden, filled)
 
     if cfg.storage == "disk":
         return _found(store_folder(cfg), info) or _to_disk(store_folder(cfg), info, calibrate, read, collector.batch_windows, say)
     _say(say)
     info = replace(info, rule=ActiveRule(active, sparsity, calibrate()))
-    return _to_memory(cfg, info, partial(read, info.rule), collector)
+    return _to_memory(cfg, info, partial(read, info.rule, filled=True), collector)
 
 
 def _found(folder: Path, info: PatternInfo) -> PatternStore | None:
@@ -99,9 +99,9 @@ def _to_disk(folder: Path, info: PatternInfo, calibrate: Callable[[], dict[str, 
         mine = missing[distributed.rank() :: distributed.world_size()]
         with progress(sum(last - first for first, last in mine) * info.seq_len, "collect") as bar:
             for first, last in mine:
-                parts = [part.to("cpu") for part in _read_steps(partial(read, rule), first, last, step, bar)]
+                parts = [part.to("cpu") for part in _read_steps(partial(read, rule), range(first, last), step, bar)]
                 named = {name: torch.cat([part.tensors()[name] for part in parts], dim=1) for name in parts[0].tensors()}
-                writer.add(Block.of_windows(named, first, last, info.seq_len))
+                writer.add(Block.of_windows(named, range(first, last), info.seq_len))
         distributed.barrier()
         if distributed.is_main():
             writer.finish()
@@ -109,27 +109,26 @@ def _to_disk(folder: Path, info: PatternInfo, calibrate: Callable[[], dict[str, 
     return PatternStore(writer.path, verify=len(missing) < len(writer.shards))  # shards of another process have not been looked at yet
 
 
-def _read_steps(read, first: int, last: int, step: int, bar) -> Iterator[Block]:
-    """Windows first … last-1, `step` at a time, so that the bar moves."""
-    for begin in range(first, last, step):
-        block = read(begin, min(begin + step, last))
+def _read_steps(read: Callable, windows: Sequence[int], step: int, bar) -> Iterator[Block]:
+    """The windows, `step` at a time, so that the bar moves."""
+    for begin in range(0, len(windows), step):
+        block = read(windows[begin : begin + step])
         yield block
         bar.update(block.tokens)
 
 
 def _to_memory(cfg: CollectConfig, info: PatternInfo, read, collector: Collector) -> ResidentPatterns:
+    """Forward passes go over the borders of blocks, and only a rank's last is filled: all ranks' are of one size, whatever their number."""
     block_windows = max(1, cfg.block_tokens // info.seq_len)
-    shares = [rank_range(*block) for block in block_ranges(info.windows, block_windows)]
-    owned = [window for first, last in shares for window in range(first, last)]
+    owned = [window for block in block_ranges(info.windows, block_windows) for window in range(*rank_range(*block))]
     device = collector.device if cfg.storage == "device" else torch.device("cpu")
     held = ResidentPatterns(info, owned, device, locked=device != collector.device)
     counts = {site: torch.zeros(info.layers, D, dtype=torch.int64, device=collector.device) for site, D in info.widths.items()}
     with progress(len(owned) * info.seq_len, "collect") as bar:
-        for first, last in shares:
-            for block in _read_steps(read, first, last, collector.batch_windows, bar):
-                held.add(block)
-                for site, found in activity(block, info.widths).items():
-                    counts[site] += found
+        for block in _read_steps(read, owned, collector.batch_windows, bar):
+            held.add(block)
+            for site, found in activity(block, info.widths).items():
+                counts[site] += found
     held.info = replace(info, activity={site: distributed.all_sum(value).cpu() for site, value in counts.items()})
     return held
 
@@ -147,7 +146,7 @@ class StreamedHidden:
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         block = self._source.block(first, last, [name for name in fields if name != "hidden"])
         if "hidden" in fields:
-            block.hidden = self._collector.hidden(self._windows.tokens[first:last])
+            block.hidden = self._collector.hidden(self._windows.tokens, range(first, last))
         return block
 
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:

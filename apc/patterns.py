@@ -4,6 +4,7 @@ Shape letters: L layers, T tokens, D neurons at a site, E hidden size, W bytes o
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,9 +121,10 @@ class Block:
         return block
 
     @classmethod
-    def of_windows(cls, named: dict[str, Tensor], first: int, last: int, seq_len: int) -> "Block":
-        """The block of windows first … last-1."""
-        return cls.from_tensors(named, torch.arange(first * seq_len, last * seq_len), seq_len)
+    def of_windows(cls, named: dict[str, Tensor], windows: Sequence[int], seq_len: int) -> "Block":
+        """The block of these windows of the text."""
+        positions = torch.tensor(windows, dtype=torch.int64).unsqueeze(1) * seq_len + torch.arange(seq_len)
+        return cls.from_tensors(named, positions.flatten(), seq_len)
 
     def _map(self, change, positions: Tensor) -> "Block":
         return Block.from_tensors({name: change(value) for name, value in self.tensors().items()}, positions, self.seq_len)
@@ -233,7 +235,7 @@ class ResidentPatterns:
             weakref.finalize(self, unlock_pages, self._locked).atexit = False
 
     def add(self, block: Block) -> None:
-        """Copies a block of whole owned windows in."""
+        """Copies a block of whole windows in, of which each is the next one owned."""
         slot = self._slots[block.first_window] * self.info.seq_len
         values = block.tensors()
         self.reserve(list(values))
@@ -258,7 +260,7 @@ class ResidentPatterns:
         S = self.info.seq_len
         slot = self._slots[first] * S if last > first else 0
         named = {name: self._tensors[name][:, slot : slot + (last - first) * S] for name in fields}
-        return Block.of_windows(named, first, last, S)
+        return Block.of_windows(named, range(first, last), S)
 
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
         S = self.info.seq_len

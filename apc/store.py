@@ -424,7 +424,7 @@ class PatternStore:
                 for name in fields:
                     parts[name].append(self._tensor(index, name, self._read_slice(index, name, *rows)))
         named = {name: values[0] if len(values) == 1 else torch.cat(values, dim=1) for name, values in parts.items()}
-        return Block.of_windows(named, first, last, S)
+        return Block.of_windows(named, range(first, last), S)
 
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
         S = self.info.seq_len

@@ -24,7 +24,7 @@ from apc.baselines import BRBKMeans, KMajority
 from apc.callbacks import ArmsOnHeldOut, CheckedCheckpoints, EndTogether, ResumePoint, TrackingLogger, checksum_problem
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook
-from apc.collect import calibration_sample
+from apc.collect import calibration_windows
 from apc.config import Config
 from apc.datamodule import BlockLoader, PatternDataModule, ResumedDataModule, WindowLoader
 from apc.errors import Terminated, UserError
@@ -288,7 +288,7 @@ def train_predictor(
 def _with_thresholds(cfg: Config, codebook: Codebook, predictor: Predictor, windows: torch.Tensor, collector: Collector) -> Predictor:
     """The predictor itself, which has its thresholds if it scores neuron by neuron; on the host."""
     if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.ones == "fixed":
-        sample = calibration_sample(windows, cfg.collect.calibration_windows)
+        sample = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)]
         predictor.thresholds = find_thresholds(collector.model, collector.ffns, codebook, predictor, sample, collector.batch_windows)
     return predictor.cpu()
 

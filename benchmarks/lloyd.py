@@ -121,7 +121,7 @@ def make_source(size: Size, sites: list[str], device: torch.device) -> tuple[Res
                 value[..., whole] &= (1 << bits) - 1
             value[..., whole + bool(bits) :] = 0
             named[f"patterns.{site}"] = value
-        source.add(Block.of_windows(named, window, window + 1, size.seq_len))
+        source.add(Block.of_windows(named, [window], size.seq_len))
     return source, seconds
 
 

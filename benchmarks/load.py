@@ -45,7 +45,7 @@ def collect(folder: Path, rows: int, D: int, K: int) -> None:
             count = (min(window + BLOCK_WINDOWS, last) - window) * S
             flips = torch.rand(count, D, generator=generator) < 0.1
             parts.append(ops.pack(prototypes[torch.randint(PROTOTYPES, (count,), generator=generator)].bool() ^ flips).unsqueeze(0))
-        writer.add(Block.of_windows({"patterns.neuron": torch.cat(parts, dim=1)}, first, last, S))
+        writer.add(Block.of_windows({"patterns.neuron": torch.cat(parts, dim=1)}, range(first, last), S))
     writer.finish()
 
 

@@ -190,7 +190,7 @@ def make_source(size: Size, windows: int, device: torch.device) -> ResidentPatte
         if bits:
             value[..., whole] &= (1 << bits) - 1
         value[..., whole + bool(bits) :] = 0
-        source.add(Block.of_windows({"patterns.gate": value}, window, window + 1, size.seq_len))
+        source.add(Block.of_windows({"patterns.gate": value}, [window], size.seq_len))
     return source
 
 

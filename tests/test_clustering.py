@@ -37,7 +37,7 @@ def make_source(seed=0, prototypes=12, windows=WINDOWS, empty_rows=3):
     info = PatternInfo(LAYERS, 8, D, windows, SEQ_LEN, {"neuron": D}, ActiveRule("top", 0.5), True, False, {}, {"neuron": active.sum(1)})
     source = ResidentPatterns(info, list(range(windows)), torch.device("cpu"))
     named = {"patterns.neuron": ops.pack(active), "importance.neuron": values, "scale.neuron": torch.ones(LAYERS, n)}
-    source.add(Block.of_windows(named, 0, windows, SEQ_LEN))
+    source.add(Block.of_windows(named, range(windows), SEQ_LEN))
     return source
 
 

@@ -125,7 +125,7 @@ def test_a_device_map_changes_nothing_that_is_seen(tmp_path):
     windows, books = torch.arange(64).view(2, 32), []
     for device_map in (None, "auto"):
         model, _ = load_model(ModelConfig(path=str(folder), device_map=device_map), device)
-        books.append(Collector(model, ["neuron"], device).block(windows, 0, ActiveRule("top", 0.5), with_importance=True, with_hidden=True).tensors())
+        books.append(Collector(model, ["neuron"], device).block(windows, [0, 1], ActiveRule("top", 0.5), with_importance=True, with_hidden=True).tensors())
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
 
 

@@ -51,6 +51,14 @@ def dense_values(model, windows):
     return torch.stack(neurons), torch.stack(inputs)
 
 
+def test_passes_into_memory_are_of_one_size_whatever_blocks_there_are(tmp_path):
+    """By which a GPU's products go, and which blocks there are by the number of ranks; what fills a pass counts nowhere (see the next test)."""
+    model, shapes = tiny.make_model(), []
+    model.model.register_forward_pre_hook(lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    run_collect(tmp_path, model, storage="memory", block_tokens=3 * 16)
+    assert shapes == [(2, 16)] * 8  # four to calibrate, four for the patterns
+
+
 @pytest.mark.parametrize("storage", ["disk", "memory"])
 @pytest.mark.parametrize("active", ["threshold", "top"])
 def test_what_is_collected_is_what_the_definitions_say(tmp_path, storage, active):
@@ -292,7 +300,7 @@ def test_activations_that_are_not_finite_name_layer_and_window(tmp_path, poison)
         return value
 
     model.model.layers[1].mlp.up_proj.forward = poisoned
-    with pytest.raises(UserError, match=r"layer 1 \(model\.layers\.1\.mlp\), site neuron, windows 4 to 5"):
+    with pytest.raises(UserError, match=r"layer 1 \(model\.layers\.1\.mlp\), site neuron, windows 4, 5"):
         run_collect(tmp_path, model, active="top", storage="memory")
 
 

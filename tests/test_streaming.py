@@ -29,7 +29,7 @@ def make_source(place="cpu", seed=0):
     source = ResidentPatterns(info, list(range(WINDOWS)), torch.device("cuda" if place == "cuda" else "cpu"), locked=place == "locked")
     hidden = torch.randn(LAYERS, n, HIDDEN, generator=generator).bfloat16()
     named = {"patterns.neuron": ops.pack(active), "importance.neuron": importance, "scale.neuron": torch.rand(LAYERS, n, generator=generator), "hidden": hidden}
-    source.add(Block.of_windows(named, 0, WINDOWS, SEQ_LEN))
+    source.add(Block.of_windows(named, range(WINDOWS), SEQ_LEN))
     return source
 
 
