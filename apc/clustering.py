@@ -115,6 +115,11 @@ class ClusteringModule(LightningModule):
         """About what a step holds on the device besides its block and the buffers: copies of the sums, and the sort of a block's rows."""
         return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
 
+    @property
+    def largest_sum(self) -> int:
+        """What no sum of a pass exceeds."""
+        return ROWS_LIMIT << 36 if self.power else self.group_rows
+
     def on_fit_start(self) -> None:
         if not self.started:
             source = self.trainer.datamodule.source
@@ -330,7 +335,7 @@ class ClusteringModule(LightningModule):
         own = [self.get(name, site) for name in ("captured", "weight")]
         if self._sums_apart:
             own.append(self.get("sizes", site))
-            distributed.sum_own_rows(self._by_cluster("sums", site))
+            distributed.sum_own_rows(self._by_cluster("sums", site), self.largest_sum)
         if not self.history and (self._layers_apart or self._sums_apart):
             own.append(layers)
         for value in own:

@@ -123,14 +123,25 @@ def own_rows(count: int) -> list[slice]:
     return [part for part in parts if part.start < part.stop]
 
 
-def sum_own_rows(value: Tensor) -> None:
-    """Sums of contiguous [n, …] over all ranks, in place: each rank has those of its `own_rows`, and its other rows mean nothing. Integers stay exact."""
+def sent_as(most: int) -> torch.dtype:
+    """The type that integers from 0 to `most` are exchanged in."""
+    return torch.int32 if most < 2**31 else torch.int64
+
+
+def sum_own_rows(value: Tensor, most: int) -> None:
+    """Sums of contiguous int64 [n, …] over all ranks, in place: each rank has those of its `own_rows`, and its other rows mean nothing.
+
+    They are exact. most: what none of them exceeds; below 2³¹ they are exchanged in half the bytes.
+    """
     if dist.is_initialized():
-        own, even, rest = _split(value)
+        sent = value.to(sent_as(most))
+        own, even, rest = _split(sent)
         if len(even):
             _reduce_scatter(own, even)
         if len(rest):
             dist.all_reduce(rest)
+        for rows in own_rows(len(value)):
+            value[rows] = sent[rows]
 
 
 def gather_rows(value: Tensor) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from apc import assets, ops, report
+from apc import assets, distributed, ops, report
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook, SiteCodebook
 from apc.collect import store_folder
@@ -240,7 +240,8 @@ def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: in
     if module.cfg.schedule == "step":
         at_end = small + (held("layer_sums") if module._layers_apart else 0)
         return {"sums and sizes, each step": Exchange(reduced=len(blocks) * held("sums", "sizes")), "at a pass's end": Exchange(reduced=at_end)}
-    found = {"sums, reduce-scattered": Exchange(scattered=held("sums"))}
+    sent = distributed.sent_as(module.largest_sum).itemsize / torch.int64.itemsize
+    found = {"sums, reduce-scattered": Exchange(scattered=int(held("sums") * sent))}
     small += held("sizes", "layer_sums")
     if module.cfg.algorithm == "apc-paper":
         chunks = sum(math.ceil((last - first) / ranks) for first, last in blocks)

@@ -62,6 +62,7 @@ class Size:
 
 FULL = Size(32, 1304, 256, 64, (2048, 16384), 14336, 8, collected=128, collected_len=2048)
 QUICK = Size(2, 13, 32, 2, (7, 16), 300, 4, collected=8, collected_len=32)
+ROWS = FULL.layers * FULL.windows * FULL.seq_len
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def check(device: torch.device, folder: Path) -> None:
 
 def exchange_of(K: int, D: int) -> Exchange:
     """What a pass of one pooled site exchanges, but for a few numbers."""
-    return Exchange(scattered=8 * K * D, gathered=K * ops.row_bytes(D), reduced=8 * K)
+    return Exchange(scattered=distributed.sent_as(ROWS).itemsize * K * D, gathered=K * ops.row_bytes(D), reduced=8 * K)
 
 
 def kinds(windows: int) -> list[tuple[list[str], int]]:
@@ -266,7 +267,7 @@ def time_exchange(K: int, D: int, device: torch.device) -> list[float]:
 
     def exchange() -> None:
         distributed.all_sum(sizes)
-        distributed.sum_own_rows(sums)
+        distributed.sum_own_rows(sums, ROWS)
         distributed.gather_rows(centroids)
 
     seconds = time_cuda([exchange], 20) if device.type == "cuda" else time_cpu({"exchange": exchange})["exchange"]
@@ -314,7 +315,7 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
 
 def modelled(paths: list[Path], links: Links) -> str:
     """A table of what `iteration_seconds` says of iterations from one H100's, the last that the files have, and beside it how far it is off."""
-    D, N = FULL.width, FULL.layers * FULL.windows * FULL.seq_len
+    D, N = FULL.width, ROWS
     read = [row for path in dict.fromkeys(paths) if path.exists() for row in csv.DictReader(path.read_text().splitlines())]
     rows = [row for row in read if "H100" in row["device"] and row["operation"].startswith("Lloyd iteration")]
     lines = [
