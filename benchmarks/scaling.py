@@ -314,10 +314,11 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
 
 
 def modelled(paths: list[Path], links: Links) -> str:
-    """A table of what `iteration_seconds` says of iterations from one H100's, the last that the files have, and beside it how far it is off."""
+    """A table of what `iteration_seconds` says of iterations from one H100's, the last that the files have. Beside it how far the model is off for the
+    last iterations on several GPUs of each kind, from one GPU's of the same commit and kind."""
     D, N = FULL.width, ROWS
     read = [row for path in dict.fromkeys(paths) if path.exists() for row in csv.DictReader(path.read_text().splitlines())]
-    rows = [row for row in read if "H100" in row["device"] and row["operation"].startswith("Lloyd iteration")]
+    rows = [row for row in read if row["operation"].startswith("Lloyd iteration") and "host memory" not in row["note"]]
     lines = [
         f"MODELLED, not measured: an iteration, N {N:,}, D {D:,}, strong scaling, from one H100's; rings at {links.within / 1e9:g} GB/s within a host of 8,",
         f"{links.between / 1e9:g} GB/s a GPU between hosts. The time of one GPU is taken to be shared out evenly.",
@@ -327,22 +328,28 @@ def modelled(paths: list[Path], links: Links) -> str:
     ]
     errors = []
     for k in FULL.clusters:
-        same = [row for row in rows if (int(row["N"]), int(row["K"]), int(row["D"])) == (N, k, D) and "host memory" not in row["note"]]
+        same = [row for row in rows if (int(row["N"]), int(row["K"]), int(row["D"])) == (N, k, D)]
         alone = [row for row in same if row["implementation"] in ("apc", "apc × 1")]
-        if not alone:
+        on_h100 = [float(row["seconds_median"]) for row in alone if "H100" in row["device"]]
+        if not on_h100:
             raise SystemExit(f"{RESULTS}: has no Lloyd iteration of one H100 with N {N:,}, K {k:,}, D {D:,}; run benchmarks/lloyd.py or scaling.py on one")
-        seconds, exchange = float(alone[-1]["seconds_median"]), exchange_of(k, D)
+        seconds, exchange = on_h100[-1], exchange_of(k, D)
         for ranks in MODELLED:
             total = iteration_seconds(seconds, exchange, ranks, links)
             lines.append(f"| {k:,} | {ranks} | {seconds:.4g} | {exchange.sent(ranks) / 1e6:,.0f} | {1000 * exchange.seconds(ranks, links):.3g} "
                          f"| {1000 * total:.3g} | {seconds / total:.2f} |")  # fmt: skip
-        measured = {row["implementation"]: row for row in same if row["operation"] == ITERATION.format("strong") and row not in alone}
-        for name, found in measured.items():
-            ranks = int(name.removeprefix("apc × "))
-            error = iteration_seconds(seconds, exchange, ranks, links) / float(found["seconds_median"]) - 1
-            errors.append(f"K {k:,}, {ranks} GPUs: {100 * error:+.1f} % against {1000 * float(found['seconds_median']):.3g} ms measured")
+        one_of = {(row["commit"], _card(row)): float(row["seconds_median"]) for row in alone}
+        several = [row for row in same if row["operation"] == ITERATION.format("strong") and row not in alone and (row["commit"], _card(row)) in one_of]
+        for last in {each["device"]: each for each in several}.values():
+            ranks, taken = int(last["implementation"].removeprefix("apc × ")), float(last["seconds_median"])
+            error = iteration_seconds(one_of[last["commit"], _card(last)], exchange, ranks, links) / taken - 1
+            errors.append(f"K {k:,}, {last['device']}: {100 * error:+.1f} % against {1000 * taken:.3g} ms measured")
     unchecked = "Its error is not known: only one GPU was measured, so the part in communication rests on data sheets."
     return "\n".join([*lines, "", f"Its error: {'; '.join(errors)}." if errors else unchecked])
+
+
+def _card(row: dict[str, str]) -> str:
+    return row["device"].split(" × ")[-1]
 
 
 if __name__ == "__main__":
