@@ -276,7 +276,9 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
     else:
         readable = math.ceil(block_bytes(info, module.fields(), info.windows) / ranks)
         total = int(known()["data_sheet"]["gpu_bytes"])
-        room = room_for_blocks(info, module.fields(), windows_in_block(cfg.collect, info), total - weights - buffers, total, module.working_bytes())
+        room = room_for_blocks(
+            info, module.fields(), math.ceil(windows_in_block(cfg.collect, info) / ranks), total - weights - buffers, total, module.working_bytes()
+        )
         kept = min(room, readable)
         clustering |= {"patterns on their way": in_flight, "patterns kept, as far as they fit": kept}
     training = {} if trainer is None else {"training of the predictor, about": trainer.working_bytes()}

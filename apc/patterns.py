@@ -26,7 +26,7 @@ class CollectConfig:
     forward: str = "dense"  # the forward pass that patterns are read from: dense, or thresholded, with inactive values set to zero (the paper)
     hidden: str = "stored"  # the predictor's inputs: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch)
     calibration_windows: int = 8  # windows, spread over the fit text, that the thresholds are calibrated on
-    block_tokens: int = 16384  # tokens that clustering and predictor training take in one step, over all ranks
+    block_tokens: int = 16384  # tokens that clustering and predictor training take in one step, all processes together: raise it with their number
 
     def __post_init__(self):
         if self.storage not in ("disk", "memory", "device"):

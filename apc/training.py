@@ -135,7 +135,8 @@ def block_bytes(info: PatternInfo, fields: list[str], windows: int) -> int:
 
 
 def keep_bytes(info: PatternInfo, fields: list[str], block_windows: int, device: torch.device, needed: int) -> int:
-    """Device memory in which blocks can stay, where a training needs so many bytes for other things: nine tenths of all, less what is used."""
+    """Device memory in which blocks, of so many windows for this rank, can stay, where a training needs so many bytes for other things: nine tenths of
+    all, less what is used."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -157,7 +158,7 @@ def _loader(
     cfg: Config, source: PatternSource, module: ClusteringModule | PredictorModule, device: torch.device, batch_tokens: int | None = None
 ) -> BlockLoader:
     block_windows, fields = windows_in_block(cfg.collect, source.info), module.fields()
-    kept = keep_bytes(source.info, fields, block_windows, device, module.working_bytes())
+    kept = keep_bytes(source.info, fields, math.ceil(block_windows / distributed.world_size()), device, module.working_bytes())
     return BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=module.in_order)
 
 
