@@ -17,6 +17,7 @@ from torch import Tensor
 from apc import ops
 from apc.clustering import SHARE_BITS, ClusteringModule
 from apc.errors import UserError
+from apc.patterns import Block
 from apc.starts import RowReader
 
 _TILE = 2**24  # numbers of eight bytes in a tile of `BRBKMeans`
@@ -38,10 +39,12 @@ class KMajority(ClusteringModule):
         if most >= 2**63:
             raise UserError(f"cluster.penalty={self.cfg.penalty}: distances of {self.group_rows:,} patterns do not fit 63 bits; lower it")
 
-    def nearest(self, site: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def limits(self, site: str, rows: Tensor) -> Tensor:
+        return self.info.widths[site] + (self.cfg.penalty - 1) * ops.popcount(rows).long()  # the distance from the pattern's complement
+
+    def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         ids, distance = ops.assign_hamming(rows, centroids, self.cfg.penalty)
-        greatest = self.info.widths[site] + (self.cfg.penalty - 1) * ops.popcount(rows).long()  # from the pattern's complement
-        return ids, greatest - distance, greatest
+        return ids, limits - distance
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
         return reader.read("patterns", group, row)
@@ -81,10 +84,12 @@ class BRBKMeans(KMajority):
         D = self.info.widths[site]
         return ops.unpack(masks, D).int() << self._fraction_bits(D)
 
-    def _assign(self, site: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
+        return torch.full(rows.shape[:2], self.info.widths[site] << 2 * self._fraction_bits(self.info.widths[site]), device=rows.device)
+
+    def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         D, b = self.info.widths[site], self._fraction_bits(self.info.widths[site])
-        greatest = torch.full(rows.shape[:2], D << 2 * b, device=rows.device)
-        ids, distance = torch.empty_like(greatest), torch.empty_like(greatest)
+        ids, distance = torch.empty_like(limits), torch.empty_like(limits)
         for group, means in enumerate(self.get("means", site)):
             real = means.double()
             lengths, twice = torch.linalg.vecdot(real, real), real.T * 2 ** (b + 1)
@@ -97,7 +102,7 @@ class BRBKMeans(KMajority):
                 least = scores.amin(1, keepdim=True)
                 ids[group, part] = torch.where(scores == least, clusters, len(clusters)).amin(1)
                 distance[group, part] = least.squeeze(1).long() + (x.sum(1).long() << 2 * b)
-        return ids, greatest - distance, greatest
+        return ids, limits - distance
 
     def _update(self, site: str) -> Tensor:
         """New means from the sums, and the masks that they are cut to. Returns how many means changed, int64."""

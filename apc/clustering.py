@@ -112,8 +112,9 @@ class ClusteringModule(LightningModule):
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
     def working_bytes(self) -> int:
-        """About what a step holds on the device besides its block and the buffers: copies of the sums, and the sort of a block's rows."""
-        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
+        """About what a training holds on the device besides blocks and buffers: copies of the sums, the sort of a block's rows, and all rows' limits."""
+        limits = 8 * self.info.tokens * self.info.layers * len(self.info.sites) // distributed.world_size()
+        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30 + limits
 
     @property
     def largest_sum(self) -> int:
@@ -217,7 +218,8 @@ class ClusteringModule(LightningModule):
         """Assigns a block's rows, adds them to their clusters' sums, and notes what was captured."""
         K, D = self.cfg.k, self.info.widths[site]
         rows = self._grouped(block.importance[site] if self.power else block.patterns[site])
-        ids, captured, total = self._assign(site, rows)
+        total = self._limits(site, block, rows)
+        ids, captured = self._assign(site, rows, total)
         if self.power:
             scales = ops.scales_of(total)
             self._accumulate(site, lambda **out: ops.accumulate_weighted(rows, ids, scales, K, self.power, **out))
@@ -231,16 +233,24 @@ class ClusteringModule(LightningModule):
             self._add_layer_sums(site, block)
         self._note_worst(site, captured, total, self._row_numbers(block))
 
-    def _assign(self, site: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's rows [G, n, ...] to their clusters, as `nearest` has it."""
-        return self.nearest(site, rows, self.get("centroids", site))
+    def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
+        """`limits` of a block's rows; the same in each pass, so the first keeps them with the block."""
+        name = f"limits.{site}"
+        if name not in block.derived:
+            block.derived[name] = self.limits(site, rows)
+        return block.derived[name]
 
-    def nearest(self, site: str, rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [..., n, W or D], patterns or importances, to centroids uint8 [..., K, W] → ids int64, what is captured, and its upper limit
-        int64, [..., n] each."""
-        if self.power:
-            return *ops.assign_weighted(rows, centroids, self.power), ops.row_totals(rows, self.power)
-        return *ops.assign(rows, centroids), ops.popcount(rows).long()
+    def limits(self, site: str, rows: Tensor) -> Tensor:
+        """int64 [..., n]: what of rows [..., n, W or D], patterns or importances, can be captured at most."""
+        return ops.row_totals(rows, self.power) if self.power else ops.popcount(rows).long()
+
+    def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's rows [G, n, ...] to their clusters, as `nearest` has it."""
+        return self.nearest(site, rows, self.get("centroids", site), limits)
+
+    def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [..., n, W or D] with their `limits` to centroids uint8 [..., K, W] → ids int64 and what is captured, [..., n] each."""
+        return ops.assign_weighted(rows, centroids, self.power) if self.power else ops.assign(rows, centroids)
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
         """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""

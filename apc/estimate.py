@@ -356,10 +356,9 @@ def pass_seconds(module: ClusteringModule, share: float, kept: int, slow: bool =
             fill = rates("assign_with_capacity", "apc", K, D)[0 if slow else 1]
             compute += pairs / fill + packed / rate("accumulate, random ids", "apc", K, D) + cut / rate("binarize", "apc", K, D)
         elif power == 0:
-            read = packed * (1 / rate("accumulate, random ids", "apc", K, D) + 1 / rate("popcount", "apc", 0, D))
-            compute += pairs / rate("assign", "apc b1", K, D) + read
+            compute += pairs / rate("assign", "apc b1", K, D) + packed / rate("accumulate, random ids", "apc", K, D)
         else:
-            read = rows * D * (1 / rate("accumulate_weighted, power 2, random ids", "apc", K, D) + 1 / rate("row_totals, power 2", "apc", 0, D))
+            read = rows * D / rate("accumulate_weighted, power 2, random ids", "apc", K, D)
             compute += pairs / rate(f"assign_weighted, power {power}", "apc", K, D) + read
     streamed = max(0.0, share * block_bytes(info, module.fields(), info.windows) - kept)
     return max(compute, streamed / rate("rows over the link", "copy", 0, max(info.widths.values())))

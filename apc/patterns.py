@@ -86,7 +86,7 @@ class Block:
 
     positions: int64 [n], each token's index in the whole text; seq_len: tokens in a window;
     patterns: uint8 [L, n, W] per site; importance: uint8 [L, n, D] per site; scale: float32 [L, n] per site;
-    hidden: bfloat16 [L, n, E], each FFN's input.
+    hidden: bfloat16 [L, n, E], each FFN's input; derived: what a training works out of these rows and finds again in its next pass.
     """
 
     positions: Tensor
@@ -95,6 +95,7 @@ class Block:
     importance: dict[str, Tensor] = field(default_factory=dict)
     scale: dict[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -130,7 +131,9 @@ class Block:
         return Block.from_tensors({name: change(value) for name, value in self.tensors().items()}, positions, self.seq_len)
 
     def to(self, device, non_blocking: bool = False) -> "Block":
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking), self.positions.to(device, non_blocking=non_blocking))
+        block = self._map(lambda value: value.to(device, non_blocking=non_blocking), self.positions.to(device, non_blocking=non_blocking))
+        block.derived = self.derived  # itself: Lightning gives a training such a copy, and what that adds is for the next pass
+        return block
 
     def select(self, index: Tensor) -> "Block":
         """The tokens at `index`, int64 [m] within the block."""

@@ -101,8 +101,8 @@ class Start:
         groups = torch.full_like(rows, group)
         masks = module.seeds(self.reader, groups, rows)
         sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
-        scales = ops.row_scales(sample, module.power) if module.power else None
-        missed = module.nearest(self.site, sample, masks[:1])[2]
+        missed = limits = module.limits(self.site, sample)
+        scales = ops.scales_of(limits) if module.power else None
         picked: list[int] = []
         for _ in range(module.cfg.k):
             chances = (missed * scales >> 16 if scales is not None else missed).cumsum(0)
@@ -111,8 +111,8 @@ class Start:
             if picked and int(missed[pick]) == 0:  # every row is captured whole: any row not picked yet will do
                 pick = next(index for index in range(len(rows)) if index not in set(picked))
             picked.append(pick)
-            _, captured, total = module.nearest(self.site, sample, masks[pick : pick + 1])
-            missed = torch.minimum(missed, total - captured)
+            _, captured = module.nearest(self.site, sample, masks[pick : pick + 1], limits)
+            missed = torch.minimum(missed, limits - captured)
         return rows[torch.tensor(picked)]
 
 

@@ -76,6 +76,14 @@ def test_block_size_and_order_do_not_change_a_bit():
     assert torch.equal(books[0], books[1]) and torch.equal(books[0], books[2])
 
 
+@pytest.mark.parametrize("weighting", ["binary", "energy"])
+def test_what_rows_can_give_at_most_is_counted_once_for_all_passes(monkeypatch, weighting):
+    seen, limits = [], ClusteringModule.limits
+    monkeypatch.setattr(ClusteringModule, "limits", lambda self, site, rows: seen.append(rows.shape[1]) or limits(self, site, rows))
+    module, _ = fit(make_source(), weighting=weighting, block_windows=2, init="random")
+    assert len(module.history) > 2 and sorted(seen) == [SEQ_LEN] + [2 * SEQ_LEN] * 4
+
+
 def test_seeds_differ_and_repeat():
     one, again, other = (fit(make_source(), seed=seed)[0].get("centroids", "neuron") for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
