@@ -39,8 +39,8 @@ class KMajority(ClusteringModule):
         if most >= 2**63:
             raise UserError(f"cluster.penalty={self.cfg.penalty}: distances of {self.group_rows:,} patterns do not fit 63 bits; lower it")
 
-    def limits(self, site: str, rows: Tensor) -> Tensor:
-        return self.info.widths[site] + (self.cfg.penalty - 1) * ops.popcount(rows).long()  # the distance from the pattern's complement
+    def limits(self, site: str, totals: Tensor) -> Tensor:
+        return self.info.widths[site] + (self.cfg.penalty - 1) * totals  # the distance from the pattern's complement
 
     def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         ids, distance = ops.assign_hamming(rows, centroids, self.cfg.penalty)

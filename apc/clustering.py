@@ -112,9 +112,9 @@ class ClusteringModule(LightningModule):
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
     def working_bytes(self) -> int:
-        """About what a training holds on the device besides blocks and buffers: copies of the sums, the sort of a block's rows, and all rows' limits."""
-        limits = 8 * self.info.tokens * self.info.layers * len(self.info.sites) // distributed.world_size()
-        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30 + limits
+        """About what a training holds on the device besides blocks and buffers: copies of the sums, the sort of a block's rows, and totals of rows that
+        stay there."""
+        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
 
     @property
     def largest_sum(self) -> int:
@@ -234,15 +234,19 @@ class ClusteringModule(LightningModule):
         self._note_worst(site, captured, total, self._row_numbers(block))
 
     def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
-        """`limits` of a block's rows; the same in each pass, so the first keeps them with the block."""
-        name = f"limits.{site}"
+        """`limits` of a block's rows. Their totals are the same in each pass, so the first leaves them with the block."""
+        name = f"totals.{site}.{self.power}"
         if name not in block.derived:
-            block.derived[name] = self.limits(site, rows)
-        return block.derived[name]
+            block.derived[name] = self.totals(rows).int()
+        return self.limits(site, block.derived[name].long())
 
-    def limits(self, site: str, rows: Tensor) -> Tensor:
-        """int64 [..., n]: what of rows [..., n, W or D], patterns or importances, can be captured at most."""
+    def totals(self, rows: Tensor) -> Tensor:
+        """int64 [..., n], below 2³¹: the ones of patterns [..., n, W], or what the importances [..., n, D] come to."""
         return ops.row_totals(rows, self.power) if self.power else ops.popcount(rows).long()
+
+    def limits(self, site: str, totals: Tensor) -> Tensor:
+        """int64 [..., n]: what of rows with these totals can be captured at most."""
+        return totals
 
     def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         """A block's rows [G, n, ...] to their clusters, as `nearest` has it."""

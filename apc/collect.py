@@ -134,7 +134,10 @@ def _to_memory(cfg: CollectConfig, info: PatternInfo, read, collector: Collector
 
 
 class StreamedHidden:
-    """A source whose FFN inputs come from running the model again, block by block, instead of from the store."""
+    """A source whose FFN inputs come from running the model again, each rank on its share of a block, instead of from the store: in passes of that size,
+    which depends on the number of ranks."""
+
+    resident = None
 
     def __init__(self, source: PatternSource, collector: Collector, windows: Windows):
         self.info = replace(source.info, with_hidden=True)

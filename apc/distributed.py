@@ -140,8 +140,9 @@ def sum_own_rows(value: Tensor, most: int) -> None:
             _reduce_scatter(own, even)
         if len(rest):
             dist.all_reduce(rest)
-        for rows in own_rows(len(value)):
-            value[rows] = sent[rows]
+        if sent is not value:
+            for rows in own_rows(len(value)):
+                value[rows] = sent[rows]
 
 
 def gather_rows(value: Tensor) -> None:

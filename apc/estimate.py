@@ -371,7 +371,7 @@ def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, 
     found = {}
     for stage, amounts in stage_work(cfg, work).items():
         windows = work.score_windows if stage == "evaluate" else work.fit_windows
-        share = math.ceil(windows / ranks) / windows
+        share = _collected(cfg, windows, ranks) if stage == "collect" else math.ceil(windows / ranks) / windows
         ends = sorted(measured[stage] * amount / reference_work[stage][unit] * share for unit, amount in amounts.items())
         found[stage] = Seconds(*ends, "scaled from a measured run, by FLOPs and by what is read")
     found["cluster"] = _cluster_seconds(cfg, module, ranks, kept, exchange)
@@ -380,6 +380,20 @@ def _seconds(cfg: Config, work: Workload, module: ClusteringModule, ranks: int, 
     order = ["collect", "cluster", "predict", "tune", "evaluate"]
     last = {"all": "evaluate"}.get(cfg.stage, cfg.stage)
     return {stage: found[stage] for stage in order[: order.index(last) + 1] if stage in found}
+
+
+def _collected(cfg: Config, windows: int, ranks: int) -> float:
+    """What each of several ranks runs of the windows that are collected and calibrated on, over what one would: short passes are filled (on disk those of
+    the calibration alone)."""
+    batch = cfg.trainer.batch_windows or 8
+    calibrated = min(cfg.collect.calibration_windows, windows) if cfg.active == "threshold" else 0
+
+    def run(count: int, filled: bool, ranks: int) -> int:
+        each = math.ceil(count / ranks)
+        return math.ceil(each / batch) * batch if filled else each
+
+    one, each = (run(windows, cfg.collect.storage != "disk", n) + run(calibrated, True, n) for n in (1, ranks))
+    return each / one
 
 
 def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchange: float) -> Seconds:

@@ -86,7 +86,8 @@ class Block:
 
     positions: int64 [n], each token's index in the whole text; seq_len: tokens in a window;
     patterns: uint8 [L, n, W] per site; importance: uint8 [L, n, D] per site; scale: float32 [L, n] per site;
-    hidden: bfloat16 [L, n, E], each FFN's input; derived: what a training works out of these rows and finds again in its next pass.
+    hidden: bfloat16 [L, n, E], each FFN's input;
+    derived: what a training works out of these rows, and finds again in its next pass if they stay where it works.
     """
 
     positions: Tensor
@@ -193,6 +194,7 @@ class PatternSource(Protocol):
     """Holds the patterns of a text: on disk (`store.PatternStore`) or in memory (`ResidentPatterns`)."""
 
     info: PatternInfo
+    resident: torch.device | None  # whose memory holds all rows; None: a block's come from disk, or are computed
 
     def host_fields(self, fields: list[str]) -> list[str]:
         """Those of the fields that `block` gives in host memory; the others lie on the GPU already."""
@@ -229,7 +231,7 @@ class ResidentPatterns:
 
     def __init__(self, info: PatternInfo, owned: list[int], device: torch.device, locked: bool = False):
         """owned: ascending window indices that will be added, in this order. locked: host memory that a GPU can copy from by itself."""
-        self.info, self.device = info, device
+        self.info, self.device, self.resident = info, device, device
         self._slots = {window: slot for slot, window in enumerate(owned)}
         self._tensors: dict[str, Tensor] = {}
         self._locked: list[int] | None = None

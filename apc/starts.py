@@ -101,7 +101,7 @@ class Start:
         groups = torch.full_like(rows, group)
         masks = module.seeds(self.reader, groups, rows)
         sample = self.reader.read("importance" if module.power else "patterns", groups, rows)
-        missed = limits = module.limits(self.site, sample)
+        missed = limits = module.limits(self.site, module.totals(sample))
         scales = ops.scales_of(limits) if module.power else None
         picked: list[int] = []
         for _ in range(module.cfg.k):

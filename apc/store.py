@@ -356,6 +356,8 @@ class _Array:
 class PatternStore:
     """A collected store. Opening checks every file's presence, size and (unless verify=False) sha256, and names the one that is wrong."""
 
+    resident = None
+
     def __init__(self, path: Path, verify: bool = True):
         self.path = path
         try:

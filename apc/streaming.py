@@ -28,7 +28,8 @@ class BlockStream:
         self.source, self.fields, self.keep_bytes = source, fields, keep_bytes
         self.device = device if device is not None and device.type == "cuda" else None
         self._kept: dict[tuple[int, int], Block] = {}
-        self._derived: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._resident = source.resident == (self.device or torch.device("cpu"))
+        self._derived: dict[tuple[int, int], dict[str, Tensor]] = {}  # of blocks that stay where they are worked on
         self._pending: deque[_Pending] = deque()
         self._copies = None if self.device is None else torch.cuda.Stream(self.device)
         self._done: deque[torch.cuda.Event] = deque()
@@ -44,13 +45,14 @@ class BlockStream:
                         pending.append(self._start(reader, upcoming.popleft()))
                     due = pending.popleft()
                     block = self._finish(due)
-                    block.derived = self._derived.setdefault(due.windows, {})
+                    if due.windows in self._kept or self._resident:
+                        block.derived = self._derived.setdefault(due.windows, {})
                     yield block
             finally:
                 self._settle()
 
     def release(self) -> None:
-        """Gives the memory of kept blocks, and of what was derived of all, back; later passes copy and derive them again."""
+        """Gives the memory of kept blocks, and of what was derived of blocks, back; later passes copy and derive them again."""
         self._settle()
         self._derived.clear()
         self.keep_bytes += sum(map(_size, self._kept.values()))

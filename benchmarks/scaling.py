@@ -315,10 +315,11 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
 
 def modelled(paths: list[Path], links: Links) -> str:
     """A table of what `iteration_seconds` says of iterations from one H100's, the last that the files have. Beside it how far the model is off for the
-    last iterations on several GPUs of each kind, from one GPU's of the same commit and kind."""
+    last iterations on several GPUs of each kind, from one GPU's, and for the bytes that were sent, of the same commit."""
     D, N = FULL.width, ROWS
     read = [row for path in dict.fromkeys(paths) if path.exists() for row in csv.DictReader(path.read_text().splitlines())]
     rows = [row for row in read if row["operation"].startswith("Lloyd iteration") and "host memory" not in row["note"]]
+    sent = {_where(row): float(row["note"].split(": ")[1].replace(",", "")) for row in read if row["operation"] == EXCHANGE}
     lines = [
         f"MODELLED, not measured: an iteration, N {N:,}, D {D:,}, strong scaling, from one H100's; rings at {links.within / 1e9:g} GB/s within a host of 8,",
         f"{links.between / 1e9:g} GB/s a GPU between hosts. The time of one GPU is taken to be shared out evenly.",
@@ -338,18 +339,20 @@ def modelled(paths: list[Path], links: Links) -> str:
             total = iteration_seconds(seconds, exchange, ranks, links)
             lines.append(f"| {k:,} | {ranks} | {seconds:.4g} | {exchange.sent(ranks) / 1e6:,.0f} | {1000 * exchange.seconds(ranks, links):.3g} "
                          f"| {1000 * total:.3g} | {seconds / total:.2f} |")  # fmt: skip
-        one_of = {(row["commit"], _card(row)): float(row["seconds_median"]) for row in alone}
-        several = [row for row in same if row["operation"] == ITERATION.format("strong") and row not in alone and (row["commit"], _card(row)) in one_of]
+        one_of = {(row["commit"], row["device"].split(" × ")[-1]): float(row["seconds_median"]) for row in alone}
+        several = [row for row in same if row["operation"] == ITERATION.format("strong") and row not in alone and _where(row) in sent]
         for last in {each["device"]: each for each in several}.values():
-            ranks, taken = int(last["implementation"].removeprefix("apc × ")), float(last["seconds_median"])
-            error = iteration_seconds(one_of[last["commit"], _card(last)], exchange, ranks, links) / taken - 1
+            ranks, card = last["device"].split(" × ")
+            one, taken = one_of[last["commit"], card], float(last["seconds_median"])
+            error = (one / int(ranks) + sent[_where(last)] / links.rate(int(ranks))) / taken - 1
             errors.append(f"K {k:,}, {last['device']}: {100 * error:+.1f} % against {1000 * taken:.3g} ms measured")
     unchecked = "Its error is not known: only one GPU was measured, so the part in communication rests on data sheets."
     return "\n".join([*lines, "", f"Its error: {'; '.join(errors)}." if errors else unchecked])
 
 
-def _card(row: dict[str, str]) -> str:
-    return row["device"].split(" × ")[-1]
+def _where(row: dict[str, str]) -> tuple[str, str, str]:
+    """What a row of an iteration and one of its exchange have in common."""
+    return row["commit"], row["device"], row["K"]
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ def test_block_size_and_order_do_not_change_a_bit():
 
 
 @pytest.mark.parametrize("weighting", ["binary", "energy"])
-def test_what_rows_can_give_at_most_is_counted_once_for_all_passes(monkeypatch, weighting):
-    seen, limits = [], ClusteringModule.limits
-    monkeypatch.setattr(ClusteringModule, "limits", lambda self, site, rows: seen.append(rows.shape[1]) or limits(self, site, rows))
+def test_what_rows_come_to_is_counted_once_for_all_passes(monkeypatch, weighting):
+    seen, totals = [], ClusteringModule.totals
+    monkeypatch.setattr(ClusteringModule, "totals", lambda self, rows: seen.append(rows.shape[1]) or totals(self, rows))
     module, _ = fit(make_source(), weighting=weighting, block_windows=2, init="random")
     assert len(module.history) > 2 and sorted(seen) == [SEQ_LEN] + [2 * SEQ_LEN] * 4
 

@@ -98,7 +98,7 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     monkeypatch.setattr(distributed, "all_sum", lambda value: summed.append(value.nbytes) or (value if value.dim() else value * ranks))
     monkeypatch.setattr(distributed, "all_max", lambda value: summed.append(value.nbytes) or value)
-    monkeypatch.setattr(distributed, "sum_own_rows", lambda value, most: scattered.append(value.nbytes // 2))  # in int32
+    monkeypatch.setattr(distributed, "sum_own_rows", lambda value, most: scattered.append(value.numel() * distributed.sent_as(most).itemsize))
     monkeypatch.setattr(distributed, "gather_rows", lambda value: gathered.append(value.nbytes))
     monkeypatch.setattr(distributed, "all_concat", lambda value, dim: value)
     monkeypatch.setattr(BlockLoader, "owned", lambda self, tokens: torch.ones(len(tokens), dtype=torch.bool))

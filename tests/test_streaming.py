@@ -93,7 +93,7 @@ class Failing:
     """A source whose blocks from some window on cannot be read."""
 
     def __init__(self, source, from_window):
-        self.info, self.from_window, self._source = source.info, from_window, source
+        self.info, self.from_window, self._source, self.resident = source.info, from_window, source, None
 
     def host_fields(self, fields):
         return fields
@@ -114,6 +114,23 @@ def test_a_block_that_cannot_be_read_is_the_one_that_is_named(device):
     left = stream.blocks([(0, 3), (3, 4)])
     next(left)
     left.close()  # the next block's failure is nobody's business any more
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_is_derived_of_rows_that_stay_is_there_in_the_next_pass_until_it_is_released(stays):
+    source = make_source()
+    stream = BlockStream(source if stays else Failing(source, WINDOWS), ["patterns.neuron"])
+
+    def found():
+        before = []
+        for block in stream.blocks([(0, 3), (3, WINDOWS)]):
+            before += [*block.derived]
+            block.to("cpu").derived["totals"] = block.positions
+        return len(before)
+
+    assert [found(), found()] == [0, 2 * stays]
+    stream.release()
+    assert found() == 0
 
 
 @gpu
