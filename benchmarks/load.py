@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--dir", type=Path, help="where stores are made and removed again; the system's place for temporary files")
     options = parser.parse_args()
+    if options.dir is not None and not options.dir.is_dir():
+        parser.error(f"--dir {options.dir}: no such folder; make it, or leave it out")
     print("| rows | stage | seconds | held before, MiB | held at most, MiB |\n| ---: | --- | ---: | ---: | ---: |", flush=True)
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.dir) as place:
