@@ -88,9 +88,9 @@ def train(cfg: Config) -> dict:
 
 def dry_run(cfg: Config) -> str:
     """What a run would take, estimated."""
-    from apc import estimate
+    from apc import estimate_table
 
-    return estimate.describe(cfg)
+    return estimate_table.describe(cfg)
 
 
 if __name__ == "__main__":

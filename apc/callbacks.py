@@ -1,4 +1,4 @@
-"""What watches a training: checkpoints to go on from, figures on held-out text, and the way of its metrics to `Tracking`."""
+"""What goes along with a training: its end at a SIGTERM, checkpoints to go on from, figures on held-out text, and the way of its metrics to `Tracking`."""
 
 import os
 import time

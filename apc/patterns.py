@@ -231,7 +231,7 @@ class ResidentPatterns:
 
     def __init__(self, info: PatternInfo, owned: list[int], device: torch.device, locked: bool = False):
         """owned: ascending window indices that will be added, in this order. locked: host memory that a GPU can copy from by itself."""
-        self.info, self.device, self.resident = info, device, device
+        self.info, self.resident = info, device
         self._slots = {window: slot for slot, window in enumerate(owned)}
         self._tensors: dict[str, Tensor] = {}
         self._locked: list[int] | None = None
@@ -253,13 +253,13 @@ class ResidentPatterns:
         for name in set(fields) - set(self._tensors):
             shape, dtype = self.info.field(name, len(self._slots) * self.info.seq_len)
             if self._locked is None:
-                self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.resident)
             else:
                 self._tensors[name] = page_locked(shape, dtype)
                 self._locked += [self._tensors[name].data_ptr()] if self._tensors[name].nbytes else []
 
     def host_fields(self, fields: list[str]) -> list[str]:
-        return fields if self.device.type == "cpu" else []
+        return fields if self.resident.type == "cpu" else []
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         S = self.info.seq_len
@@ -270,8 +270,8 @@ class ResidentPatterns:
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
         S = self.info.seq_len
         slots = torch.tensor([self._slots[window] * S for window in (tokens // S).tolist()], dtype=torch.int64)
-        local = (slots + tokens.cpu() % S).to(self.device)
-        return self._tensors[name][layers.to(self.device), local]
+        local = (slots + tokens.cpu() % S).to(self.resident)
+        return self._tensors[name][layers.to(self.resident), local]
 
 
 def check_sites(sites: list[str]) -> None:

@@ -12,7 +12,7 @@ from test_clustering import make_source
 
 import tiny
 import train
-from apc import cli, clustering, distributed, estimate, paper, rates, store
+from apc import cli, clustering, distributed, estimate, estimate_table, paper, rates, store
 from apc.config import load_config
 from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
 from apc.errors import UserError
@@ -201,7 +201,7 @@ def test_known_shapes_have_as_many_parameters_as_their_publishers_say(path, para
 
 def dry_run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", *words])
-    cli.main("", train.train, dry_run=estimate.describe)
+    cli.main("", train.train, dry_run=estimate_table.describe)
 
 
 def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
