@@ -50,7 +50,7 @@ class KMajority(ClusteringModule):
         return reader.read("patterns", group, row)
 
     def _cut(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        return ops.pack((self.cfg.penalty + 1) * sums > sizes.unsqueeze(1))
+        return ops.pack((self.cfg.penalty + 1) * sums.long() > sizes.unsqueeze(1))
 
     def _changeable(self, D: int) -> int:
         return D
@@ -114,9 +114,9 @@ class BRBKMeans(KMajority):
         return changed
 
     def _mean(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """sums int64 [n, D], sizes int64 [n] → means int32 [n, D], rounded half up."""
+        """sums int32 or int64 [n, D], sizes int64 [n] → means int32 [n, D], rounded half up."""
         count = sizes.clamp_min(1).unsqueeze(1)
-        return (((sums << self._fraction_bits(sums.shape[1]) + 1) + count) // (2 * count)).int()
+        return (((sums.long() << self._fraction_bits(sums.shape[1]) + 1) + count) // (2 * count)).int()
 
     def _place(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
         self.get("means", site)[group, cluster] = self._as_means(site, seeds)

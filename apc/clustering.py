@@ -28,8 +28,8 @@ class ClusteringModule(LightningModule):
     """Lloyd's algorithm on packed patterns, for all layers and sites of a run.
 
     Everything that a run needs to go on is in the buffers, one set per site:
-    centroids uint8 [G, K, W]; sums int64 [G, K, D] and sizes int64 [G, K] of the pass so far, and until the next one begins of
-    the last full pass, that the centroids were cut from (with several ranks each then has the sums of its own clusters, until
+    centroids uint8 [G, K, W]; sums [G, K, D] of `sum_type` and sizes int64 [G, K] of the pass so far, and until the next one begins
+    of the last full pass, that the centroids were cut from (with several ranks each then has the sums of its own clusters, until
     `gather_sums`); layer_sums int64 [L, D], every row of the first pass;
     captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
     first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
@@ -76,7 +76,8 @@ class ClusteringModule(LightningModule):
 
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
-        zeros = dict(sums=(G, K, D), sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
+        self.register_buffer(f"sums_{site}", torch.zeros(G, K, D, dtype=self.sum_type))
+        zeros = dict(sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
         for name, shape in zeros.items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
@@ -117,9 +118,10 @@ class ClusteringModule(LightningModule):
         return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
 
     @property
-    def largest_sum(self) -> int:
-        """What no sum of a pass exceeds."""
-        return ROWS_LIMIT << 36 if self.power else self.group_rows
+    def sum_type(self) -> torch.dtype:
+        """The type that the sums of a pass surely fit: with int32 there is half as much to read, write and exchange."""
+        counts_alone = not self.power and self.cfg.schedule == "epoch"  # earlier passes may be in those of `step`
+        return torch.int32 if counts_alone and self.group_rows < 2**31 else torch.int64
 
     def on_fit_start(self) -> None:
         if not self.started:
@@ -308,7 +310,7 @@ class ClusteringModule(LightningModule):
         return changed
 
     def _renewed(self, name: str, site: str, follow: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What the buffer `name` becomes, [G·K, …]: what follows from the sums int64 [n, D] and sizes int64 [n] of clusters; one with no member keeps
+        """What the buffer `name` becomes, [G·K, …]: what follows from the sums [n, D] and sizes int64 [n] of clusters; one with no member keeps
         its own. Where the sums lie apart each rank makes what follows from its own, and all get all."""
         sums, sizes, old = (self._by_cluster(each, site) for each in ("sums", "sizes", name))
         new = torch.empty_like(old)
@@ -319,7 +321,7 @@ class ClusteringModule(LightningModule):
         return new
 
     def _cut(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """The centroids uint8 [n, W] that follow from sums int64 [n, D] and sizes int64 [n]."""
+        """The centroids uint8 [n, W] that follow from sums int32 or int64 [n, D] and sizes int64 [n]."""
         return ops.binarize(sums, self.cfg.density)
 
     def _changeable(self, D: int) -> int:
@@ -349,7 +351,7 @@ class ClusteringModule(LightningModule):
         own = [self.get(name, site) for name in ("captured", "weight")]
         if self._sums_apart:
             own.append(self.get("sizes", site))
-            distributed.sum_own_rows(self._by_cluster("sums", site), self.largest_sum)
+            distributed.sum_own_rows(self._by_cluster("sums", site))
         if not self.history and (self._layers_apart or self._sums_apart):
             own.append(layers)
         for value in own:

@@ -195,7 +195,7 @@ _HEADER = dict(
 
 
 def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:
-    """int64 [G, K, D] sums → float16 [G, K, D]; in pieces, since the doubles of all would take much memory."""
+    """int32 or int64 [G, K, D] sums → float16 [G, K, D]; in pieces, since the doubles of all would take much memory."""
     result = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
     for group in range(len(sums)):
         for first in range(0, sums.shape[1], _CLUSTERS_AT_ONCE):

@@ -123,26 +123,17 @@ def own_rows(count: int) -> list[slice]:
     return [part for part in parts if part.start < part.stop]
 
 
-def sent_as(most: int) -> torch.dtype:
-    """The type that integers from 0 to `most` are exchanged in."""
-    return torch.int32 if most < 2**31 else torch.int64
+def sum_own_rows(value: Tensor) -> None:
+    """Sums of contiguous integers [n, …] over all ranks, in place: each rank has those of its `own_rows`, and its other rows mean nothing.
 
-
-def sum_own_rows(value: Tensor, most: int) -> None:
-    """Sums of contiguous int64 [n, …] over all ranks, in place: each rank has those of its `own_rows`, and its other rows mean nothing.
-
-    They are exact. most: what none of them exceeds; below 2³¹ they are exchanged in half the bytes.
+    They are exact where their type holds them.
     """
     if dist.is_initialized():
-        sent = value.to(sent_as(most))
-        own, even, rest = _split(sent)
+        own, even, rest = _split(value)
         if len(even):
             _reduce_scatter(own, even)
         if len(rest):
             dist.all_reduce(rest)
-        if sent is not value:
-            for rows in own_rows(len(value)):
-                value[rows] = sent[rows]
 
 
 def gather_rows(value: Tensor) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from apc import assets, distributed, ops
+from apc import assets, ops
 from apc.clustering import ClusteringModule
 from apc.codebook import Codebook, SiteCodebook
 from apc.config import DEFAULT_ARMS, Config, load_config
@@ -235,12 +235,11 @@ def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: in
     if module.cfg.schedule == "step":
         at_end = small + (held("layer_sums") if module._layers_apart else 0)
         return {"sums and sizes, each step": Exchange(reduced=len(blocks) * held("sums", "sizes")), "at a pass's end": Exchange(reduced=at_end)}
-    sent = distributed.sent_as(module.largest_sum).itemsize / torch.int64.itemsize
-    found = {"sums, reduce-scattered": Exchange(scattered=int(held("sums") * sent))}
+    found = {"sums, reduce-scattered": Exchange(scattered=held("sums"))}
     small += held("sizes", "layer_sums")
     if module.cfg.algorithm == "apc-paper":
         chunks = sum(math.ceil((last - first) / ranks) for first, last in blocks)
-        found["centroids' votes, a window of each GPU at a time"] = Exchange(reduced=chunks * held("sums"))
+        found["centroids' votes, a window of each GPU at a time"] = Exchange(reduced=chunks * sum(module.get("sums", site).numel() * 8 for site in sites))
         small += held("cluster_of")
     else:
         found["centroids, all-gathered"] = Exchange(gathered=held("centroids", *(["means"] if module.cfg.algorithm == "brb-kmeans" else [])))

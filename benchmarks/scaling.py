@@ -234,7 +234,7 @@ def check(device: torch.device, folder: Path) -> None:
 
 def exchange_of(K: int, D: int) -> Exchange:
     """What a pass of one pooled site exchanges, but for a few numbers."""
-    return Exchange(scattered=distributed.sent_as(ROWS).itemsize * K * D, gathered=K * ops.row_bytes(D), reduced=8 * K)
+    return Exchange(scattered=4 * K * D, gathered=K * ops.row_bytes(D), reduced=8 * K)
 
 
 def kinds(windows: int) -> list[tuple[list[str], int]]:
@@ -262,12 +262,12 @@ def lloyd(size: Size, device: torch.device) -> list[Timed]:
 
 def time_exchange(K: int, D: int, device: torch.device) -> list[float]:
     """Seconds of what a pass exchanges, nothing else to do."""
-    sums, sizes = torch.zeros(K, D, dtype=torch.int64, device=device), torch.zeros(K, dtype=torch.int64, device=device)
+    sums, sizes = torch.zeros(K, D, dtype=torch.int32, device=device), torch.zeros(K, dtype=torch.int64, device=device)
     centroids = torch.zeros(K, ops.row_bytes(D), dtype=torch.uint8, device=device)
 
     def exchange() -> None:
         distributed.all_sum(sizes)
-        distributed.sum_own_rows(sums, ROWS)
+        distributed.sum_own_rows(sums)
         distributed.gather_rows(centroids)
 
     seconds = time_cuda([exchange], 20) if device.type == "cuda" else time_cpu({"exchange": exchange})["exchange"]

@@ -1,6 +1,7 @@
 """The objective never falls, empty clusters come back, and neither a kill nor a second rank changes a bit of the codebook."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,22 @@ def test_what_rows_come_to_is_counted_once_for_all_passes(monkeypatch, weighting
 def test_seeds_differ_and_repeat():
     one, again, other = (fit(make_source(), seed=seed)[0].get("centroids", "neuron") for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        (2**31 - 1, dict(weighting="binary"), torch.int32),
+        (2**31, dict(weighting="binary"), torch.int64),  # the sum of a neuron that is active in all of one cluster
+        (100, dict(weighting="binary", schedule="step"), torch.int64),
+        (100, dict(weighting="energy"), torch.int64),
+    ],
+)
+def test_sums_are_of_a_type_that_holds_them(rows, options, expected):
+    info = replace(make_source().info, layers=1, windows=rows, seq_len=1)
+    with torch.device("meta"):
+        module = ClusteringModule(ClusterConfig(k=3, **options), info)
+    assert module.get("sums", "neuron").dtype == expected
 
 
 def test_a_run_ends_when_nothing_changes():

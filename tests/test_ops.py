@@ -160,10 +160,10 @@ def test_accumulate_weighted_equals_reference(kind, device, shape, power):
     assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K, power), expected)
 
 
-@pytest.mark.parametrize("power", [0, 1, 2], ids=["binary", "magnitude", "energy"])
+@pytest.mark.parametrize(("power", "bits"), [(0, 64), (0, 32), (1, 64), (2, 64)], ids=["binary", "binary, int32", "magnitude", "energy"])
 @pytest.mark.parametrize("shape", [(0, 60, 4, 130), (3, 33, 5, 72), (2, 0, 3, 130), (0, 90, 1, 257)], ids=str)
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
-def test_sums_are_added_to_out_in_place(kind, device, shape, power):
+def test_sums_are_added_to_out_in_place(kind, device, shape, power, bits):
     G, N, K, D = shape
     ids = memberships(G, N, K)
     if power:
@@ -172,8 +172,9 @@ def test_sums_are_added_to_out_in_place(kind, device, shape, power):
     else:
         name, args = "accumulate", (reference.pack(patterns(G, N, D)), ids, K, D)
     lead = (G,) if G else ()
-    before = torch.randint(-(2**60), 2**60, (*lead, K, D)), torch.randint(0, 99, (*lead, K))
-    expected = [a + b for a, b in zip(before, getattr(reference, name)(*args), strict=True)]
+    limit, dtype = 2 ** (bits - 4), getattr(torch, f"int{bits}")
+    before = torch.randint(-limit, limit, (*lead, K, D), dtype=dtype), torch.randint(0, 99, (*lead, K))
+    expected = [(a + b).to(a.dtype) for a, b in zip(before, getattr(reference, name)(*args), strict=True)]
     assert_same(getattr(reference, name)(*args, out=tuple(part.clone() for part in before)), expected)
     out = tuple(part.clone().to(device) for part in before)
     assert_same(run(kind, device, name, *args, out=out), expected)
@@ -423,6 +424,9 @@ def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, densi
         torch.where(torch.rand(3, D) < 0.5, least, most),
         torch.zeros(0, D, dtype=torch.int64),
     ]
+    small, large = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    made += [sums.clamp(small, large).int() for sums in made]
+    made += [torch.randint(small, large, (6, D), dtype=torch.int32)]
     for sums in made:
         centroids = run(kind, device, "binarize", sums, density)
         assert (reference.popcount(centroids) == m).all()
@@ -432,7 +436,7 @@ def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, densi
 @pytest.mark.parametrize("D", [14336, 28672, 40000])
 @pytest.mark.parametrize("device", DEVICES)
 def test_binarize_of_long_rows_equals_reference(device, D):
-    for sums in (torch.randint(0, 512, (5, D)), torch.randint(0, 2**45, (5, D))):
+    for sums in (torch.randint(0, 512, (5, D)), torch.randint(0, 2**45, (5, D)), torch.randint(0, 512, (5, D), dtype=torch.int32)):
         assert torch.equal(ops.binarize(sums.to(device), 0.5).cpu(), reference.binarize(sums, 0.5))
 
 
@@ -494,6 +498,9 @@ def test_errors_state_both_shapes():
         (r"\[3, 129\].*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums[:, 1:], sizes))),
         (r"\[4\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids[:4], 3, 130, out=(sums, ids[:4]))),
         (r"float32 \[3, 130\].*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.float(), sizes))),
+        (r"int32 \[3, 130\].*int64.*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.int(), sizes))),
+        (r"int16 \[3, 130\].*int64.*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums.short(), sizes))),
+        (r"binarize wants sums as int64 or int32", lambda: ops.binarize(sums.short(), 0.5)),
         (r"\[3, 130\].*\[4, 130\].*contiguous", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.T.contiguous().T, sizes))),
         (r"\[5\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids, 3, 130)),
         (r"\[4, 32\].*48.*\[5\]", lambda: ops.accumulate(rows, ids, 3, 300)),

@@ -8,13 +8,13 @@ from torch import Tensor
 from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes
 from apc.ops.top import LONGEST, largest, top_mask, warps_for
 
-# The kernel holds a row of int64 in the registers of one program: half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
-# 32,768 (`LONGEST`), where about half spills to the L1 cache. Longer rows go through `top_mask`.
+# The kernel holds a row in the registers of one program. Of int64 that is half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
+# 32,768 (`LONGEST`), where about half spills to the L1 cache; of int32 half as much. Longer rows go through `top_mask`.
 _FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
 
 
 def binarize(sums: Tensor, density: float) -> Tensor:
-    """int64 [K, D] → uint8 [K, W], with any leading dimensions: each row's m = mask_size(D, density) neurons with the largest sum.
+    """int64 or int32 [K, D] → uint8 [K, W], with any leading dimensions: each row's m = mask_size(D, density) neurons with the largest sum.
 
     Ties go to the lowest index. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
     """
@@ -29,26 +29,28 @@ def _pack_top(values: Tensor, m: int) -> Tensor:
 
 def _check(sums: Tensor, density: float) -> int:
     """m, the ones of each row."""
-    if sums.dtype != torch.int64:
-        raise ValueError(f"binarize wants sums as int64 [K, D], got {describe(sums)}")
+    if sums.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"binarize wants sums as int64 or int32 [K, D], got {describe(sums)}")
     return mask_size(sums.shape[-1], density)
 
 
 @triton.jit
 def _binarize_kernel(
-    sums_ptr,  # int64 [K, D]
+    sums_ptr,  # int64 or int32 [K, D]
     centroids_ptr,  # uint8 [K, W], out
     m,
     D,
     W,
+    LARGEST: tl.constexpr,  # of the type of sums
+    HEIGHT: tl.constexpr,  # that type without a sign
     BLOCK_D: tl.constexpr,
 ):
     k = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    sums = tl.load(sums_ptr + k * D + d, mask=d < D, other=0x7FFFFFFFFFFFFFFF)
+    sums = tl.load(sums_ptr + k * D + d, mask=d < D, other=LARGEST)
     least = tl.min(sums, axis=0)
-    # What a sum is above the row's least, so 0 or more for any int64; 0 also past D, where a tie comes after all others.
-    height = tl.where(d < D, sums - least, 0).to(tl.uint64, bitcast=True)
+    # What a sum is above the row's least, so 0 or more for any integer once it has no sign; 0 also past D, where a tie comes after all others.
+    height = tl.where(d < D, sums - least, 0).to(HEIGHT, bitcast=True)
     mask = largest(height, m)
     bits = tl.reshape(mask.to(tl.int32), [BLOCK_D // 8, 8]) << tl.arange(0, 8)[None, :]
     w = tl.arange(0, BLOCK_D // 8)
@@ -69,7 +71,9 @@ def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
     centroids = torch.empty((*sums.shape[:-1], W), dtype=torch.uint8, device=sums.device)
     if centroids.numel():
         with torch.cuda.device_of(sums):
-            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, BLOCK_D=block, num_warps=warps_for(block))
+            height = tl.uint32 if sums.dtype == torch.int32 else tl.uint64
+            constants = {"LARGEST": torch.iinfo(sums.dtype).max, "HEIGHT": height, "BLOCK_D": block}
+            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, **constants, num_warps=warps_for(block))
     return centroids
 
 

@@ -1,6 +1,6 @@
 """Update: what each cluster's rows add up to, and the centroids that follow from it.
 
-All sums are integers in int64, so their order does not matter: any split of the rows over blocks, devices or ranks gives one answer.
+All sums are integers, so their order does not matter: any split of the rows over blocks, devices or ranks gives one answer.
 On the CPU by sparse products (`update_cpu.py`), on a GPU in Triton (here). Shape letters: see `bits.py`.
 """
 
@@ -28,14 +28,14 @@ _ZERO_BLOCK = 1024  # sums that are zeroed at a time
 _COUNTERS = 2**18  # of the sort in all: each cluster has several, so that a large one's rows do not queue for one address …
 _COPIES = 64  # … but no more than these
 
-Sums = tuple[Tensor, Tensor]  # sums int64 [K, D] and sizes int64 [K], or with G before
+Sums = tuple[Tensor, Tensor]  # sums int64 (in an `out` of `accumulate` also int32) [K, D] and sizes int64 [K], or with G before
 
 
 def _check(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> None:
     W = row_bytes(D)
     if rows.dtype != torch.uint8 or rows.dim() not in (2, 3) or rows.shape[-1] != W or D < 1:
         raise ValueError(f"rows {describe(rows)} must be uint8 [N, {W}] or [G, N, {W}] for D = {D}, to go with ids {describe(ids)}")
-    _check_clusters(rows, "rows", ids, K, D, out)
+    _check_clusters(rows, "rows", ids, K, D, out, (torch.int64, torch.int32))
 
 
 def _check_weighted(importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None) -> None:
@@ -52,7 +52,7 @@ def _check_totals(importance: Tensor, power: int, also: str = "") -> None:
     check_power(power, importance.shape[-1])
 
 
-def _check_clusters(rows: Tensor, name: str, ids: Tensor, K: int, D: int, out: Sums | None) -> None:
+def _check_clusters(rows: Tensor, name: str, ids: Tensor, K: int, D: int, out: Sums | None, types: tuple[torch.dtype, ...] = (torch.int64,)) -> None:
     require(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, name)
     if K < 1:
         raise ValueError(f"K must be at least 1, got {K}")
@@ -62,7 +62,7 @@ def _check_clusters(rows: Tensor, name: str, ids: Tensor, K: int, D: int, out: S
     if out is None:
         return
     sums, sizes = out
-    require(sums, "out sums", torch.int64, (*rows.shape[:-2], K, D), rows, name)
+    require(sums, "out sums", sums.dtype if sums.dtype in types else torch.int64, (*rows.shape[:-2], K, D), rows, name)
     require(sizes, "out sizes", torch.int64, (*rows.shape[:-2], K), rows, name)
     if not (sums.is_contiguous() and sizes.is_contiguous()):
         raise ValueError(f"out sums {describe(sums)} and sizes {describe(sizes)} for {name} {describe(rows)} must be contiguous")
@@ -72,8 +72,9 @@ def _check_clusters(rows: Tensor, name: str, ids: Tensor, K: int, D: int, out: S
 def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> Sums:
     """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often each neuron is active in each cluster's rows; sizes int64 [K], its rows.
 
-    With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned. Raises ValueError where
-    shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1; on a GPU those trip an assertion on the device.
+    With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned; its sums may be int32, where no
+    sum comes to 2³¹. Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1; on a GPU those trip an
+    assertion on the device.
     """
     if on_cpu(rows):
         return accumulate_cpu(rows, ids, out or _zeros(ids, K, D))
@@ -315,7 +316,7 @@ def _row_numbers(
 
 @triton.jit
 def _put(
-    ptrs,  # int64 [...]
+    ptrs,  # [...], to the type of values
     values,
     mask,
     pieces,
@@ -335,7 +336,7 @@ def _accumulate_kernel(
     rows_ptr,  # int32 [G, N, W/4], strides 4·stride_g, 4·stride_n, 1
     order_ptr,  # int32 or int64 [G·N]
     plan_ptr,  # int64 [pieces, 4]
-    sums_ptr,  # int64 [G, K, D], out
+    sums_ptr,  # int64 or int32 [G, K, D], out
     K,
     D,
     clusters,  # G·K
@@ -390,7 +391,7 @@ def _accumulate_kernel(
             for b in tl.static_range(PLANES):
                 count += ((planes[b][:, None] >> bit[None, :]) & 1) << b
             d = w[:, None] * 32 + bit[None, :]
-            _put(sums_ptr + cluster * D + d, count.to(tl.int64), d < D, pieces, ADD)
+            _put(sums_ptr + cluster * D + d, count.to(sums_ptr.dtype.element_ty), d < D, pieces, ADD)
 
 
 @grouped(_check)

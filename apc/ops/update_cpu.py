@@ -16,7 +16,7 @@ _SPAN = 2**16  # rows that floats add up before int64 does: 2¹⁶ rows of about
 
 
 def accumulate_cpu(rows: Tensor, ids: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, W], int64 [G, N] → out, sums int64 [G, K, D] and sizes int64 [G, K], to which these rows' are added."""
+    """uint8 [G, N, W], int64 [G, N] → out, sums int32 or int64 [G, K, D] and sizes int64 [G, K], to which these rows' are added."""
 
     def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
         first = neurons.start // 8
@@ -44,7 +44,7 @@ def _sum(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights
     """Sums by cluster: sparse matrices [K, n], weights where a row is a member, times blocks of rows [n, D]. Each row is read once.
 
     load(group, span, neurons, block): fills block [n, d] with these rows' and neurons' integers. ids: int64 [G, N]. weights: float32 or
-    float64 [G, N], in which type the sums of `_SPAN` rows are exact. out: int64 [G, K, D] and [G, K], added to.
+    float64 [G, N], in which type the sums of `_SPAN` rows are exact. out: int32 or int64 [G, K, D] and int64 [G, K], added to.
     """
     sums, sizes = out
     (G, N), (_, K, D) = ids.shape, sums.shape
@@ -69,7 +69,7 @@ def _sum(load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights
                     torch.addmm(totals, member, block, out=totals)
                 if totals.max() >= exact:  # nothing is negative, so a total below the bound had only exact terms
                     raise ValueError(f"the sums of {stop - start} rows reach {exact}: these scales are not row_scales of this importance")
-                sums[group, :, neurons] += totals.to(torch.int64)
+                sums[group, :, neurons] += totals.to(sums.dtype)
     return sums, sizes.scatter_add_(1, ids, torch.ones_like(ids))
 
 
