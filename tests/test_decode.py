@@ -91,10 +91,12 @@ def test_how_many_tokens_run_sparse_is_measured(workplace, made, arm, form, chan
     codebook, predictor = made(form, **changes)
     hooks = apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"]
     assert 0 <= hooks.dense_above <= 4
-    seconds = iter([1.0, 0.9, 1.0, 0.96, 1.0, 0.98])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_ffns, "_graph_seconds", lambda calls: next(seconds))
-        assert apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"].dense_above == 2
+    sparse_pays = [([1.0, 0.9, 0.7, 1.0, 0.96, 1.0, 0.98], 2), ([1.0, 0.9, 0.6], 0)]  # of one token dense, sparse, and two thirds of reading all; of more
+    for measured, tokens in sparse_pays:
+        seconds = iter(measured)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sparse_ffns, "_graph_seconds", lambda calls: next(seconds))  # noqa: B023
+            assert apc.sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"].dense_above == tokens
     assert apc.sparsify(model, codebook, predictor, arm, kernel="triton").__dict__["_apc_hooks"].dense_above == 4
 
 
