@@ -113,9 +113,9 @@ class ClusteringModule(LightningModule):
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
     def working_bytes(self) -> int:
-        """About what a training holds on the device besides blocks and buffers: copies of the sums, the sort of a block's rows, and totals of rows that
-        stay there."""
-        return 3 * max(self.get("sums", site).nbytes for site in self.info.sites) + 2**30
+        """About what a training holds on the device besides blocks and buffers: what an update makes of the sums, in int64, the sort of a block's rows,
+        and totals of rows that stay there."""
+        return 3 * max(8 * self.get("sums", site).numel() for site in self.info.sites) + 2**30
 
     @property
     def sum_type(self) -> torch.dtype:

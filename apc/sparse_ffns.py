@@ -7,6 +7,7 @@ Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
 """
 
 import itertools
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from apc.patterns import Importance
 
 KERNELS = ("auto", "triton", "torch")
 _WORTH = 0.97  # of the dense FFNs' time, that sparse ones may take; torch.compile makes those of several tokens faster by about as much
+_UNCACHED = 2**27  # bytes, written one after the other, that no GPU's cache holds
 _ACTIVATIONS = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
@@ -95,7 +97,7 @@ class SparseFFNs:
         """The most tokens in a call that all layers' FFNs together take less time for sparse than dense; clusters of tokens are drawn at random.
 
         Dense ones of one token, tuned by torch.compile, read their weights as fast as they can be copied, and the model's own may not; so that is what
-        sparse ones have to be faster than.
+        sparse ones have to be faster than. Where that fails none run sparse, though two under one mask may pay then.
         """
         weight = self._ffns[0].down.weight
         generator = torch.Generator(weight.device).manual_seed(0)
@@ -116,8 +118,8 @@ class SparseFFNs:
     def _seconds_to_read(self) -> float:
         """What reading all FFNs' weights once takes at the bandwidth of copies, which read and write."""
         downs = [ffn.down.weight.T for ffn in self._ffns]
-        into = torch.empty_like(downs[0])
-        return 3 / 2 * _graph_seconds(lambda: [into.copy_(down) for down in downs])
+        into = [torch.empty_like(downs[0]) for _ in range(math.ceil(_UNCACHED / downs[0].nbytes))]
+        return 3 / 2 * _graph_seconds(lambda: [copy.copy_(down) for copy, down in zip(itertools.cycle(into), downs)])  # noqa: B905
 
     def remove(self) -> None:
         for ffn, forward in zip(self._ffns, self._own, strict=True):
