@@ -13,6 +13,7 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # Kills small runs 200 times at moments drawn anew; each has to go on to the same end, to the bit.
 soak: .venv/ready
@@ -26,7 +27,7 @@ bench: .venv/ready
 
 # A small sweep over clusters and weightings, run here; `wandb sweep configs/sweep/demo.yaml` runs the same on a server.
 demo-sweep: .venv/ready
-	$(BIN)/python -m apc.sweep configs/sweep/demo.yaml
+	$(BIN)/apc sweep configs/sweep/demo.yaml
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv

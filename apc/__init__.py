@@ -3,10 +3,20 @@
 import importlib
 
 _HOMES = {
-    "pack": "ops", "unpack": "ops", "assign": "ops", "assign_weighted": "ops", "accumulate": "ops", "binarize": "ops",
-    "Codebook": "codebook", "Predictor": "predictor", "load_run": "runs", "sparsify": "sparse_model", "restore": "sparse_model",
-    "load_config": "config", "UserError": "errors",
-}  # fmt: skip
+    "pack": "ops",
+    "unpack": "ops",
+    "assign": "ops",
+    "assign_weighted": "ops",
+    "accumulate": "ops",
+    "binarize": "ops",
+    "Codebook": "cluster.codebook",
+    "Predictor": "predict.predictor",
+    "load_run": "run.folder",
+    "sparsify": "sparse.sparsify",
+    "restore": "sparse.sparsify",
+    "load_config": "config.load",
+    "UserError": "utils.errors",
+}
 __all__ = list(_HOMES)
 
 

@@ -136,7 +136,12 @@ def append(rows: Sequence[Row], path: Path = RESULTS) -> None:
         if starts:
             writer.writerow(names)
         for result in rows:
-            writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in (getattr(result, name) for name in names)])
+            writer.writerow(
+                [
+                    f"{value:.6g}" if isinstance(value, float) else value
+                    for value in (getattr(result, name) for name in names)
+                ]
+            )
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -146,8 +151,14 @@ def markdown(rows: Sequence[Row]) -> str:
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     for result in rows:
-        milliseconds = [f"{1000 * seconds:.4g}" for seconds in (result.seconds_median, result.seconds_q20, result.seconds_q80)]
-        scale, letter = next((scale, letter) for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (0, "")) if result.rate >= scale)
+        milliseconds = [
+            f"{1000 * seconds:.4g}" for seconds in (result.seconds_median, result.seconds_q20, result.seconds_q80)
+        ]
+        scale, letter = next(
+            (scale, letter)
+            for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (0, ""))
+            if result.rate >= scale
+        )
         share = "" if result.share == "" else f"{100 * result.share:.1f} % of {result.share_of}"
         lines.append(
             f"| {result.operation} | {result.G:,} × {result.N:,} × {result.K:,} × {result.D:,} | {result.implementation} "
@@ -171,7 +182,9 @@ def time_cpu(functions: dict[str, Callable[[], object]], repeats: int = 9, warmu
     return seconds
 
 
-def time_cuda(functions: Sequence[Callable[[], object]], repeats: int = 50, warmup: int = 5, calls: int = 1) -> list[float]:
+def time_cuda(
+    functions: Sequence[Callable[[], object]], repeats: int = 50, warmup: int = 5, calls: int = 1
+) -> list[float]:
     """Seconds of a call on the current CUDA stream, by events; `repeats` times the mean over so many calls in a row.
 
     functions: the same operation on different inputs, called in turn, so that none finds its input in the cache if together they

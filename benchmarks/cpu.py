@@ -61,8 +61,15 @@ def binary(N: int, K: int, D: int, repeats: int) -> list[Row]:
 
     ids, overlap = (result.squeeze(0) for result in ours())
     for n in range(0, N, CHECKED):
-        check((ids[n : n + CHECKED], overlap[n : n + CHECKED]), reference.assign(rows[n : n + CHECKED], centroids), (N, K, D))
-    peers = {"torch GEMM + argmax": lambda: (planes @ centroid_planes).argmax(1), "torch unpack + GEMM + argmax": unpacking}
+        check(
+            (ids[n : n + CHECKED], overlap[n : n + CHECKED]),
+            reference.assign(rows[n : n + CHECKED], centroids),
+            (N, K, D),
+        )
+    peers = {
+        "torch GEMM + argmax": lambda: (planes @ centroid_planes).argmax(1),
+        "torch unpack + GEMM + argmax": unpacking,
+    }
     for name, peer in peers.items():
         if not torch.equal(popcount(rows & centroids[peer()]), overlap):  # a peer may settle ties in another way
             raise AssertionError(f"{name} found other overlaps at N, K, D = {N}, {K}, {D}")
@@ -91,12 +98,20 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], size: tup
         raise AssertionError(f"not what reference.py says at N, K, D = {size}")
 
 
-def compare(operation: str, functions: dict[str, Callable[[], object]], shape: tuple[int, int, int, int], repeats: int) -> list[Row]:
+def compare(
+    operation: str, functions: dict[str, Callable[[], object]], shape: tuple[int, int, int, int], repeats: int
+) -> list[Row]:
     """Rows for functions that take turns; the first is ours, and the others' notes say how many times as long they take."""
     seconds = time_cpu(functions, repeats)
     ours = statistics.median(seconds["apc"])
-    notes = {name: "" if name == "apc" else f"{statistics.median(times) / ours:.2f} × apc's time" for name, times in seconds.items()}
-    return [row(operation, name, shape, times, cpu_name(), ok="rounded" not in name, note=notes[name]) for name, times in seconds.items()]
+    notes = {
+        name: "" if name == "apc" else f"{statistics.median(times) / ours:.2f} × apc's time"
+        for name, times in seconds.items()
+    }
+    return [
+        row(operation, name, shape, times, cpu_name(), ok="rounded" not in name, note=notes[name])
+        for name, times in seconds.items()
+    ]
 
 
 if __name__ == "__main__":

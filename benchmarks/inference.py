@@ -24,18 +24,21 @@ from common import RESULTS, Row, append, commit, markdown, row, time_cuda
 from torch import Tensor
 
 from apc import ops
-from apc.codebook import Codebook, SiteCodebook
-from apc.decode import GreedyDecoder
+from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.ops import sparse_ffn_sm90
-from apc.predictor import Predictor
-from apc.sparse_model import restore, sparsify
+from apc.predict.predictor import Predictor
+from apc.sparse.decode import GreedyDecoder
+from apc.sparse.sparsify import handle_of, restore, sparsify
 
 DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED = "dense, torch.compile", "dense, torch.compile max-autotune"
 MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the graphs are ours, of all calls together
-MODES = {"default": (COMPILED, "default", False), "tuned": (f"{TUNED}, early launches", MODE, True)}  # label, mode, early launches
+MODES = {
+    "default": (COMPILED, "default", False),
+    "tuned": (f"{TUNED}, early launches", MODE, True),
+}  # label, mode, early launches
 PREFILLS = (64, 512, 2048)  # tokens at once, which run dense
 KERNELS = importlib.import_module("apc.ops.sparse_ffn")
 
@@ -81,11 +84,33 @@ def main() -> None:
     parts = {"ffn": ffn, "tiles": tiles, "decode": decode}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=["ffn", "decode"], metavar="PART,…", help=f"of {', '.join(parts)}")
-    parser.add_argument("--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0])
-    parser.add_argument("--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16])
-    parser.add_argument("--predictors", type=lambda text: text.split(","), default=[*PREDICTORS], metavar="WAY,…", help=f"of decode: {', '.join(PREDICTORS)}")
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=[*MODES], metavar="MODE,…", help=f"of decode's dense model: {', '.join(MODES)}")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=["ffn", "decode"],
+        metavar="PART,…",
+        help=f"of {', '.join(parts)}",
+    )
+    parser.add_argument(
+        "--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0]
+    )
+    parser.add_argument(
+        "--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16]
+    )
+    parser.add_argument(
+        "--predictors",
+        type=lambda text: text.split(","),
+        default=[*PREDICTORS],
+        metavar="WAY,…",
+        help=f"of decode: {', '.join(PREDICTORS)}",
+    )
+    parser.add_argument(
+        "--modes",
+        type=lambda text: text.split(","),
+        default=[*MODES],
+        metavar="MODE,…",
+        help=f"of decode's dense model: {', '.join(MODES)}",
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
     options = parser.parse_args()
     for name, known in (("only", parts), ("modes", MODES), ("predictors", PREDICTORS)):
@@ -103,7 +128,10 @@ def main() -> None:
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     copy = 2 * COPIED / statistics.median(time_cuda([partial(target.copy_, source)], repeats=10))
     del source, target
-    print(f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n", flush=True)
+    print(
+        f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n",
+        flush=True,
+    )
     try:
         for part in options.only:
             rows = []
@@ -163,10 +191,14 @@ class Layer:
         biases = [torch.randn(count, device=DEVICE) * 0.01 for count in (shape.H, shape.K)]
         predictor = (draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1])
         bits = torch.randint(0, 256, (1, 2, shape.D, ops.row_bytes(shape.E)), dtype=torch.uint8, device=DEVICE)
-        curve = [torch.full((2, shape.D), value, device=DEVICE) for value in (2 * shape.E**-0.5, 1.0, 0.0)]  # scores of the order of 1 for inputs of that
+        curve = [
+            torch.full((2, shape.D), value, device=DEVICE) for value in (2 * shape.E**-0.5, 1.0, 0.0)
+        ]  # scores of the order of 1 for inputs of that
         copy = (bits, *curve, torch.zeros(shape.D, device=DEVICE))
         scores = ops.low_bit_scores(torch.randn(64, shape.E, device=DEVICE), *copy, by_triton=False)
-        threshold = scores.flatten()[: 1 << 20].quantile(1 - density) if density < 1 else torch.full((), -1e9, device=DEVICE)
+        threshold = (
+            scores.flatten()[: 1 << 20].quantile(1 - density) if density < 1 else torch.full((), -1e9, device=DEVICE)
+        )
         correction = draw(shape.H, shape.E), torch.randn(shape.E, device=DEVICE)
         masks = draw_masks(shape.K, shape.D, density)
         return cls(*weights, masks, predictor, correction, draw(shape.K, shape.E), (*copy, threshold), shape.rank)
@@ -175,8 +207,18 @@ class Layer:
         if how == "known":
             return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
         if how == "copy":
-            inner, masks = ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2])), ops.low_bit_scores(x, *self.copy)
-            return ops.sparse_ffn(x, self.gate, self.up, self.down, masks, correction=(inner, self.correction[0][: self.rank], self.correction[1]))
+            inner, masks = (
+                ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2])),
+                ops.low_bit_scores(x, *self.copy),
+            )
+            return ops.sparse_ffn(
+                x,
+                self.gate,
+                self.up,
+                self.down,
+                masks,
+                correction=(inner, self.correction[0][: self.rank], self.correction[1]),
+            )
         inner, *candidates = ops.predict_clusters(x, *self.predictor)
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
         return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
@@ -187,14 +229,36 @@ class Layer:
         """As `sparse`, of what was predicted and found before; what this layer's input predicts for a later one, and that one's neurons if they are wanted."""
         inner, *candidates = predicted
         added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
-        following = ops.Following(len(later.gate), later.masks) if finds and ops.can_find(later.gate, later.up, later.down) else None
-        return ops.sparse_ffn_ahead(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), later.predictor, *added, listed, following)
+        following = (
+            ops.NextLayer(len(later.gate), later.masks)
+            if finds and ops.can_find(later.gate, later.up, later.down)
+            else None
+        )
+        return ops.sparse_ffn_ahead(
+            x,
+            self.gate,
+            self.up,
+            self.down,
+            self.masks,
+            "silu",
+            tuple(candidates),
+            later.predictor,
+            *added,
+            listed,
+            following,
+        )
 
     def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
         """The same in float32, by masks that multiply; and the masks, bool [n, D]."""
         inner, values, ids = ops.predict_clusters(x, *self.predictor)
         clusters = ids.gather(1, values.argmax(1, keepdim=True)).squeeze(1).long()
-        packed = self.masks[: len(x)] if how == "known" else ops.low_bit_scores(x, *self.copy) if how == "copy" else self.masks[clusters]
+        packed = (
+            self.masks[: len(x)]
+            if how == "known"
+            else ops.low_bit_scores(x, *self.copy)
+            if how == "copy"
+            else self.masks[clusters]
+        )
         kept = ops.unpack(packed, len(self.gate))
         hidden = F.silu(x.float() @ self.gate.float().T) * (x.float() @ self.up.float().T)
         output = (hidden.bfloat16().float() * kept) @ self.down.float()
@@ -230,7 +294,12 @@ class Ahead:
     def call(self, index: int) -> Tensor:
         later = self.layers[(index + 2) % len(self.layers)]
         output, self.predicted[index + 2], self.listed[index + 2] = self.layers[index].ahead(
-            self.x, self.predicted[index], later, self.how, self.listed[index], self.finds and index + 2 < len(self.layers)
+            self.x,
+            self.predicted[index],
+            later,
+            self.how,
+            self.listed[index],
+            self.finds and index + 2 < len(self.layers),
         )
         return output
 
@@ -244,7 +313,7 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
                 if result.implementation in (COMPILED, TUNED):
                     dense[result.N] = min(dense.get(result.N, math.inf), result.seconds_median)
                 yield result
-        for n in [n for n in options.batches if n <= ops.MOST_TOKENS]:
+        for n in [n for n in options.batches if n <= ops.MAX_TOKENS]:
             facts = dict(ok=True, ceiling=copy, share_of="copy")
             corrected = shape.predictor_bytes + 2 * shape.E * (shape.H + n) + 4 * shape.E
             ways = {
@@ -255,7 +324,11 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
                 "apc, low-bit copy inside": ("copy", shape.copy_bytes), "apc, mask known": ("known", 0),
             }  # fmt: skip
             for label, (how, extra) in ways.items():
-                calls = Ahead(layers, x[n], how, "found" in label).calls if "ahead" in label else [partial(layer.sparse, x[n], how) for layer in layers]
+                calls = (
+                    Ahead(layers, x[n], how, "found" in label).calls
+                    if "ahead" in label
+                    else [partial(layer.sparse, x[n], how) for layer in layers]
+                )
                 found, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
                 if not (found - expected).norm() < 1e-2 * expected.norm():
                     error = float((found - expected).norm() / expected.norm())
@@ -263,7 +336,16 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
                 moved = int(shape.dense_bytes * masks.any(0).float().mean())
                 seconds = timed(calls)
                 size = (1, n, shape.K, shape.D)
-                result = row(f"FFN, density {density:g}", label, size, seconds, name, moved=moved + extra, note=f"{n} tokens", **facts)
+                result = row(
+                    f"FFN, density {density:g}",
+                    label,
+                    size,
+                    seconds,
+                    name,
+                    moved=moved + extra,
+                    note=f"{n} tokens",
+                    **facts,
+                )
                 print(f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs, dense / sparse "
                       f"{dense[n] / result.seconds_median:.2f}", flush=True)  # fmt: skip
                 yield result
@@ -275,14 +357,19 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
     for n, given in (x | {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in PREFILLS}).items():
         facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
         ways = {COMPILED: (plain_ffn, {}), "dense, down transposed": (dense_ffn, {})}
-        if n <= ops.MOST_TOKENS:
+        if n <= ops.MAX_TOKENS:
             ways[TUNED] = plain_ffn, {"mode": MODE}
         for label, (function, how) in ways.items():
             compiled = torch.compile(function, dynamic=False, **how)
             downs = stored if function is plain_ffn else [layer.down for layer in layers]
-            calls = [partial(compiled, given, layer.gate, layer.up, down) for layer, down in zip(layers, downs, strict=True)]
+            calls = [
+                partial(compiled, given, layer.gate, layer.up, down) for layer, down in zip(layers, downs, strict=True)
+            ]
             result = row("FFN, dense", label, (1, n, 0, shape.D), timed(calls), name, **facts)
-            print(f"{label}, {n} tokens: {1e6 * result.seconds_median:.1f} µs, {100 * result.share:.0f} % of copy", flush=True)
+            print(
+                f"{label}, {n} tokens: {1e6 * result.seconds_median:.1f} µs, {100 * result.share:.0f} % of copy",
+                flush=True,
+            )
             yield result
 
 
@@ -305,7 +392,10 @@ def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> 
         note = f"{label}: " + ", ".join(f"{key} {value}" for key, value in values.items())
         try:
             seconds = timed([partial(function, *given) for given in weights])
-        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:  # a tile that does not fit; the others go on
+        except (
+            RuntimeError,
+            triton.runtime.errors.OutOfResources,
+        ) as error:  # a tile that does not fit; the others go on
             print(f"{note}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}", flush=True)
             continue
         finally:
@@ -347,7 +437,10 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
                      note=f"{n} sequences, after {prompt} tokens")  # fmt: skip
         step = result.seconds_median
         dense[n] = min(dense.get(n, step), step) if "dense" in operation else dense[n]
-        print(f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}", flush=True)
+        print(
+            f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}",
+            flush=True,
+        )
         return result
 
     for n in options.batches:
@@ -357,9 +450,9 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)
         for way in options.predictors:
-            predictor, arm, extra = PREDICTORS[way](shape, layers, density)
+            predictor, policy, extra = PREDICTORS[way](shape, layers, density)
             before = torch.cuda.memory_allocated()
-            most = sparsify(model, codebook, predictor, arm, kernel="auto").__dict__["_apc_hooks"].dense_above
+            most = handle_of(sparsify(model, codebook, predictor, policy, kernel="auto")).max_sparse_tokens
             held = torch.cuda.memory_allocated() - before
             print(f"density {density:g}, {way}: {held / 1e6:.0f} MB beside the model, {100 * held / ffns:.2f} % of its FFNs; "
                   f"up to {most} tokens run sparse", flush=True)  # fmt: skip
@@ -373,19 +466,25 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
 def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
     masks = torch.stack([draw_masks(shape.K, shape.D, density).cpu() for _ in range(layers)])
     profiles = torch.ones((), dtype=torch.float16).expand(layers, shape.K, shape.D)
-    book = SiteCodebook(masks, profiles, torch.ones(layers, shape.K, dtype=torch.int64), masks[:, 0].clone(), torch.zeros(layers))
-    return Codebook({"neuron": book}, {"neuron": shape.D}, layers, shape.E, shape.D, "layer", "energy", density, "top", 0.5)
+    book = SiteCodebook(
+        masks, profiles, torch.ones(layers, shape.K, dtype=torch.int64), masks[:, 0].clone(), torch.zeros(layers)
+    )
+    return Codebook(
+        {"neuron": book}, {"neuron": shape.D}, layers, shape.E, shape.D, "layer", "energy", density, "top", 0.5
+    )
 
 
 def random_clusters(shape: Shape, layers: int, density: float, lookahead: int) -> tuple[Predictor, str, int]:
-    """A predictor of clusters, its arm, and the bytes that it reads of a layer for one token."""
+    """A predictor of clusters, its policy, and the bytes that it reads of a layer for one token."""
     predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K}, lookahead=lookahead)
     return predictor.requires_grad_(False).eval().rounded(), "predicted", shape.predictor_bytes
 
 
 def random_low_bit(shape: Shape, layers: int, density: float) -> tuple[Predictor, str, int]:
     """The same for a low-bit copy with a correction. Its scores are sums of two normal numbers, so its thresholds are known."""
-    predictor = Predictor(layers, shape.E, shape.rank, {"neuron": shape.D}, "low-bit", corrects=True, frozen=True, with_thresholds=True)
+    predictor = Predictor(
+        layers, shape.E, shape.rank, {"neuron": shape.D}, "low-bit", corrects=True, frozen=True, with_thresholds=True
+    )
     copy = predictor.requires_grad_(False).eval().low_bit
     copy.planes.random_(0, 256)
     for value, number in ((copy.scale, 2 * shape.E**-0.5), (copy.slope, 1.0), (copy.power, 0.0)):

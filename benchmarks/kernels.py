@@ -27,7 +27,7 @@ from torch.nn.functional import kl_div, pad
 from triton.errors import TritonError
 
 from apc import ops
-from apc.ops import nvrtc, reference, tensor_cores
+from apc.ops import assign_cuda, nvrtc, reference
 
 DEVICE = torch.device("cuda", 0)
 SECONDS = 0.25  # that the calls of one implementation fill, so that the clock falls as it does in use
@@ -71,14 +71,25 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(parts(True)), metavar="PART,…", help=f"of {', '.join(parts(True))}")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=list(parts(True)),
+        metavar="PART,…",
+        help=f"of {', '.join(parts(True))}",
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the inputs, which are others in every run")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(2**31), help="of the inputs, which are others in every run"
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.only) - set(parts(True))):
         parser.error(f"--only takes {', '.join(parts(True))}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
-        print("benchmarks/kernels.py needs an NVIDIA GPU, and torch sees none; benchmarks/cpu.py runs anywhere", file=sys.stderr)
+        print(
+            "benchmarks/kernels.py needs an NVIDIA GPU, and torch sees none; benchmarks/cpu.py runs anywhere",
+            file=sys.stderr,
+        )
         sys.exit(2)
     try:
         append([], arguments.csv)  # what cannot be added to is found out now
@@ -87,15 +98,23 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     start = time.perf_counter()
     name = torch.cuda.get_device_name(DEVICE)
-    print(f"# {name}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}\n\nSeed {arguments.seed}.")
+    print(
+        f"# {name}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}\n\nSeed {arguments.seed}."
+    )
     if not flash_kmeans():
-        print("flash-kmeans is not installed and stays out: pip install 'flash-kmeans>=0.3', or pip install -e '.[bench]', would bring it.")
+        print(
+            "flash-kmeans is not installed and stays out: pip install 'flash-kmeans>=0.3', or pip install -e '.[bench]', would bring it."
+        )
     found = ceilings(name)
     publish("ceilings", found, arguments.csv)
     card = Card(name, {result.implementation: result.rate for result in found})
     try:
         for part in arguments.only:
-            publish(part, [result for case in parts(arguments.quick)[part] for result in attempt(part, partial(case, card))], arguments.csv)
+            publish(
+                part,
+                [result for case in parts(arguments.quick)[part] for result in attempt(part, partial(case, card))],
+                arguments.csv,
+            )
     except Wrong as error:
         sys.exit(f"benchmarks/kernels.py: WRONG RESULT, seed {arguments.seed}: {error}")
     print(f"\n{time.perf_counter() - start:.0f} s")
@@ -106,10 +125,19 @@ def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
     if quick:
         even, odd = (1, 1024, 64, 1536), (2, 521, 131, 1531)
         return {
-            "assign": [partial(assign, shape=even), partial(assign, shape=odd), partial(assign, shape=(1, 300, 16, 256), peers=False)],
-            "weighted": [partial(assign_weighted, shape=shape, power=power) for shape in (even, odd) for power in (1, 2)],
+            "assign": [
+                partial(assign, shape=even),
+                partial(assign, shape=odd),
+                partial(assign, shape=(1, 300, 16, 256), peers=False),
+            ],
+            "weighted": [
+                partial(assign_weighted, shape=shape, power=power) for shape in (even, odd) for power in (1, 2)
+            ],
             "update": [partial(update, shape=even, patterns=PATTERNS), partial(update, shape=odd)],
-            "update_weighted": [partial(update, shape=even, power=2, patterns=PATTERNS), partial(update, shape=odd, power=1)],
+            "update_weighted": [
+                partial(update, shape=even, power=2, patterns=PATTERNS),
+                partial(update, shape=odd, power=1),
+            ],
             "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in (even, odd)],
             "totals": [partial(totals, shape=even)],
             "capacity": [partial(capacity, shape=even)],
@@ -125,11 +153,20 @@ def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
         "assign": [*(partial(assign, shape=shape) for shape in compared), partial(assign, shape=large, peers=False)],
         "weighted": [partial(assign_weighted, shape=shape, power=power) for shape, power in weighted],
         "update": [partial(update, shape=large, patterns=PATTERNS), partial(update, shape=layers[0])],
-        "update_weighted": [partial(update, shape=large, power=2, patterns=PATTERNS), partial(update, shape=layers[0], power=2)],
+        "update_weighted": [
+            partial(update, shape=large, power=2, patterns=PATTERNS),
+            partial(update, shape=layers[0], power=2),
+        ],
         "binarize": [partial(binarize, K=K, D=D) for _, _, K, D in paper],
         "totals": [partial(totals, shape=large)],
-        "capacity": [partial(capacity, shape=shape) for shape in ((1, 61_440, 256, 1536), (1, 61_440, 2048, 1536), *paper)],
-        "tuning": [*(partial(top, N=8192, D=D) for D in (1536, 14_336)), partial(divergence, n=8192, V=49_152), partial(curve, n=8192, D=1536)],
+        "capacity": [
+            partial(capacity, shape=shape) for shape in ((1, 61_440, 256, 1536), (1, 61_440, 2048, 1536), *paper)
+        ],
+        "tuning": [
+            *(partial(top, N=8192, D=D) for D in (1536, 14_336)),
+            partial(divergence, n=8192, V=49_152),
+            partial(curve, n=8192, D=1536),
+        ],
     }
 
 
@@ -163,16 +200,37 @@ def ceilings(name: str) -> list[Row]:
     seconds = time_cuda([partial(copy.copy_, source)], REPEATS[1])
     if not torch.equal(copy, source):
         raise RuntimeError("a copy on the device is not what was copied")
-    rows = [row("ceiling", "copy", (1, COPIED, 0, 0), seconds, name, ok=True, moved=2 * COPIED, note="bytes read and written")]
+    rows = [
+        row(
+            "ceiling",
+            "copy",
+            (1, COPIED, 0, 0),
+            seconds,
+            name,
+            ok=True,
+            moved=2 * COPIED,
+            note="bytes read and written",
+        )
+    ]
     del source, copy
     torch.cuda.empty_cache()
-    if reason := tensor_cores.unavailable(DEVICE.index, "u8"):
+    if reason := assign_cuda.unavailable(DEVICE.index, "u8"):
         print(f"No ceiling of tensor cores is measured, and what would be shares of it stay empty: {reason}.")
         return rows
     for implementation, kind, neurons in (("b1 wgmma", "b1", 256), ("uint8 wgmma", "u8", 32)):
         seconds, blocks = time_ceiling(kind)
         shape = (1, 128 * blocks, 256, 4 * neurons * CEILING_LOOPS)  # rows of two warpgroups; four products a loop
-        rows.append(row("ceiling", implementation, shape, seconds, name, ok=False, note="products on shared memory alone: nothing to compare"))
+        rows.append(
+            row(
+                "ceiling",
+                implementation,
+                shape,
+                seconds,
+                name,
+                ok=False,
+                note="products on shared memory alone: nothing to compare",
+            )
+        )
     return rows
 
 
@@ -180,7 +238,9 @@ def time_ceiling(kind: str) -> tuple[list[float], int]:
     """Seconds of calls of ceiling.cu that follow each other for about 0.3 s, and the blocks, one on each multiprocessor."""
     blocks, shared = torch.cuda.get_device_properties(DEVICE).multi_processor_count, (2 * 64 + 256) * 128 + 1024
     out = torch.empty((blocks, 256), dtype=torch.int32, device=DEVICE)
-    program = nvrtc.Program(str(Path(__file__).with_name("ceiling.cu").resolve()), "sm_90a", text=tensor_cores.warpgroup_mma(kind, 256))
+    program = nvrtc.Program(
+        str(Path(__file__).with_name("ceiling.cu").resolve()), "sm_90a", text=assign_cuda.warpgroup_mma(kind, 256)
+    )
     kernel = nvrtc.function(program, "ceiling", DEVICE.index, shared)
     arguments = nvrtc.pointer(out), ctypes.c_int(CEILING_LOOPS)
     return time_cuda([lambda: nvrtc.launch(kernel, (blocks, 1), 256, shared, *arguments)], repeats=30), blocks
@@ -191,7 +251,13 @@ def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:
     rows = []
     for run in runs:
         ceiling = card.ceilings[run.ceiling] / run.products if run.ceiling in card.ceilings else None
-        facts = {"ok": run.exact, "moved": run.moved, "ceiling": ceiling, "share_of": run.ceiling if ceiling else "", "note": run.note}
+        facts = {
+            "ok": run.exact,
+            "moved": run.moved,
+            "ceiling": ceiling,
+            "share_of": run.ceiling if ceiling else "",
+            "note": run.note,
+        }
         rows.append(row(operation, run.name, run.shape, timed(run.calls), card.name, **facts))
     peers = [result for result in rows if not result.implementation.startswith("apc")]
     for ours in rows:
@@ -257,13 +323,20 @@ def draw_centroids(G: int, K: int, D: int) -> Tensor:
 def draw_sample(G: int, N: int, K: int, D: int) -> Tensor:
     """int64 [n]: the rows of each group that the reference does, the last ones among them."""
     count = int(CHECKED / (G * K * D))
-    return torch.arange(N, device=DEVICE) if count >= N else torch.cat([torch.randperm(N, device=DEVICE)[:count], torch.arange(N - 64, N, device=DEVICE)])
+    return (
+        torch.arange(N, device=DEVICE)
+        if count >= N
+        else torch.cat([torch.randperm(N, device=DEVICE)[:count], torch.arange(N - 64, N, device=DEVICE)])
+    )
 
 
 def expect(operation: Callable, rows: Tensor, centroids: Tensor, sample: Tensor, D: int) -> tuple[Tensor, Tensor]:
     """[G, n], [G, n]: what the reference says of the sampled rows, a piece at a time."""
     size = max(1, PIECE // max(D, centroids.shape[1]))
-    groups = [[operation(group[piece], group_centroids) for piece in sample.split(size)] for group, group_centroids in zip(rows, centroids, strict=True)]
+    groups = [
+        [operation(group[piece], group_centroids) for piece in sample.split(size)]
+        for group, group_centroids in zip(rows, centroids, strict=True)
+    ]
     ids, sums = (torch.stack([torch.cat([piece[i] for piece in pieces]) for pieces in groups]) for i in (0, 1))
     return ids, sums
 
@@ -296,7 +369,7 @@ def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> 
     inputs = [draw_rows(G, N, D) for _ in range(copies(G * N * ops.row_bytes(D)))]
     expected = expect(reference.assign, inputs[0], centroids, sample, D)
     ours = {"apc b1": (ops.assign_b1, "b1 wgmma"), "apc Triton int8": (ops.assign_triton, "uint8 wgmma")}
-    if reason := tensor_cores.unavailable(DEVICE.index):
+    if reason := assign_cuda.unavailable(DEVICE.index):
         del ours["apc b1"]
         print(f"apc b1 stays out at {show(shape)}: {reason}")
     runs, first = [], None
@@ -312,7 +385,9 @@ def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> 
     return measure(card, "assign", runs)
 
 
-def assign_peers(inputs: list[Tensor], centroids: Tensor, sample: Tensor, best: Tensor, shape: tuple[int, int, int, int]) -> list[Run]:
+def assign_peers(
+    inputs: list[Tensor], centroids: Tensor, sample: Tensor, best: Tensor, shape: tuple[int, int, int, int]
+) -> list[Run]:
     """inputs: uint8 [N, W], several where they take turns; centroids: uint8 [K, W]; best: int32 [n], the sampled rows' overlaps."""
     G, N, K, D = shape
 
@@ -335,7 +410,10 @@ def assign_peers(inputs: list[Tensor], centroids: Tensor, sample: Tensor, best: 
 
         bits = planes(centroids, D, torch.float16).unsqueeze(0)
         squares = ops.popcount(centroids).float().unsqueeze(0)
-        turns = [(numbers.unsqueeze(0), ops.popcount(rows).float().unsqueeze(0)) for rows, numbers in zip(inputs, take_turns(torch.float16), strict=False)]
+        turns = [
+            (numbers.unsqueeze(0), ops.popcount(rows).float().unsqueeze(0))
+            for rows, numbers in zip(inputs, take_turns(torch.float16), strict=False)
+        ]
         calls = [partial(euclid_assign_triton, rows, bits, row_squares, c_sq=squares) for rows, row_squares in turns]
         runs += peer(Run(f"flash-kmeans {version} Euclid, fp16", calls, **facts), lambda ids: check_ids(ids[0].long()))
     return runs
@@ -370,19 +448,33 @@ def assign_weighted(card: Card, shape: tuple[int, int, int, int], power: int) ->
         got = ops.assign_weighted(importance, centroids, power)
     check("assign_weighted against reference.py", [result[:, sample] for result in got], expected, shape)
     note = "" if power == 1 else "a pair is two products of bytes"
-    runs = [Run("apc", [partial(ops.assign_weighted, importance, centroids, power)], shape, "uint8 wgmma", note=note, products=power)]
+    runs = [
+        Run(
+            "apc",
+            [partial(ops.assign_weighted, importance, centroids, power)],
+            shape,
+            "uint8 wgmma",
+            note=note,
+            products=power,
+        )
+    ]
 
     def check_ids(ids: Tensor) -> str:
         ids, size = in_range(ids, K), PIECE // D + 1
         found = [
-            (importance[0, piece].double() ** power * reference.unpack(centroids[0, ids[piece]], D)).sum(1).to(torch.int32) for piece in sample.split(size)
+            (importance[0, piece].double() ** power * reference.unpack(centroids[0, ids[piece]], D))
+            .sum(1)
+            .to(torch.int32)
+            for piece in sample.split(size)
         ]
         return check_best(torch.cat(found), expected[1][0], rounded=True)
 
     numbers = pad(importance[0].bfloat16(), (0, -D % 16)) ** power
     bits = whole_eights(planes(centroids[0], D, torch.bfloat16))
     calls = [partial(best_products, torch.mm, numbers, bits)]
-    runs += peer(Run("torch bf16 GEMM + argmax, rounded", calls, (1, N, K, D), exact=False, note=peers_note(G)), check_ids)
+    runs += peer(
+        Run("torch bf16 GEMM + argmax, rounded", calls, (1, N, K, D), exact=False, note=peers_note(G)), check_ids
+    )
     return measure(card, f"assign_weighted, power {power}", runs)
 
 
@@ -417,7 +509,9 @@ class Source:
             neurons, out = slice(strip * STRIP, min((strip + 1) * STRIP, self.D)), None
             for span in (slice(n, n + PIECE // (G * STRIP)) for n in range(0, N, PIECE // (G * STRIP))):
                 if self.power:
-                    out = reference.accumulate_weighted(self.rows[:, span, neurons], ids[:, span], self.scales[:, span], K, self.power, out=out)
+                    out = reference.accumulate_weighted(
+                        self.rows[:, span, neurons], ids[:, span], self.scales[:, span], K, self.power, out=out
+                    )
                 else:
                     packed = self.rows[:, span, neurons.start // 8 : (neurons.start + STRIP) // 8]
                     out = reference.accumulate(packed, ids[:, span], K, neurons.stop - neurons.start, out=out)
@@ -430,10 +524,16 @@ class Source:
 
     def numbers(self) -> Tensor:
         """float32 [N, D] of the first group; those of importance are rounded."""
-        return self.scales[0, :, None] * self.rows[0].float() ** self.power if self.power else ops.unpack(self.rows[0], self.D).float()
+        return (
+            self.scales[0, :, None] * self.rows[0].float() ** self.power
+            if self.power
+            else ops.unpack(self.rows[0], self.D).float()
+        )
 
 
-def update(card: Card, shape: tuple[int, int, int, int], power: int = 0, patterns: Sequence[str] = PATTERNS[:1]) -> list[Row]:
+def update(
+    card: Card, shape: tuple[int, int, int, int], power: int = 0, patterns: Sequence[str] = PATTERNS[:1]
+) -> list[Row]:
     """accumulate (power 0) or accumulate_weighted into new sums; random ids also into `out`, and by the peers, for the first rows of a group."""
     G, N, K, D = shape
     if power:
@@ -461,10 +561,20 @@ def update(card: Card, shape: tuple[int, int, int, int], power: int = 0, pattern
     return results
 
 
-def check_sums(name: str, got: Sequence[Tensor], expected: list[tuple[slice, tuple[Tensor, Tensor]]], shape: tuple[int, int, int, int]) -> None:
+def check_sums(
+    name: str,
+    got: Sequence[Tensor],
+    expected: list[tuple[slice, tuple[Tensor, Tensor]]],
+    shape: tuple[int, int, int, int],
+) -> None:
     """got: sums [G, K, D] and sizes [G, K]; expected: as of Source.expected."""
     for neurons, result in expected:
-        check(f"{name} against reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}", (got[0][..., neurons], got[1]), result, shape)
+        check(
+            f"{name} against reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}",
+            (got[0][..., neurons], got[1]),
+            result,
+            shape,
+        )
 
 
 def update_peers(source: Source, ids: Tensor, K: int, note: str) -> list[Run]:
@@ -499,18 +609,27 @@ def binarize(card: Card, K: int, D: int) -> list[Row]:
     with poison():
         got = ops.binarize(sums, 0.5)
     for k in range(0, K, 2048):
-        check("binarize against reference.py", [got[k : k + 2048]], [reference.binarize(sums[k : k + 2048], 0.5)], shape)
+        check(
+            "binarize against reference.py", [got[k : k + 2048]], [reference.binarize(sums[k : k + 2048], 0.5)], shape
+        )
 
     def top() -> Tensor:
-        return torch.zeros((K, D), dtype=torch.bool, device=DEVICE).scatter_(1, sums.topk(m, sorted=False).indices, True)
+        return torch.zeros((K, D), dtype=torch.bool, device=DEVICE).scatter_(
+            1, sums.topk(m, sorted=False).indices, True
+        )
 
     def check_mask(mask: Tensor) -> str:
-        if not (torch.equal((sums * mask).sum(1), (sums * ops.unpack(got, D)).sum(1)) and bool((mask.sum(1) == m).all())):
+        if not (
+            torch.equal((sums * mask).sum(1), (sums * ops.unpack(got, D)).sum(1)) and bool((mask.sum(1) == m).all())
+        ):
             raise Wrong("the masks do not hold the most")
         return ""
 
     facts = {"shape": shape, "ceiling": "copy", "moved": 8 * K * D}
-    runs = [Run("apc", [partial(ops.binarize, sums, 0.5)], **facts), *peer(Run("torch.topk + scatter", [top], **facts, note="not packed"), check_mask)]
+    runs = [
+        Run("apc", [partial(ops.binarize, sums, 0.5)], **facts),
+        *peer(Run("torch.topk + scatter", [top], **facts, note="not packed"), check_mask),
+    ]
     return measure(card, "binarize", runs)
 
 
@@ -520,7 +639,11 @@ def totals(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
     shape, sample, results = (G, N, 0, D), torch.randperm(N, device=DEVICE)[: PIECE // D], []
     for operation, rows, call in (
         ("popcount", draw_rows(G, N, D), lambda module, rows: module.popcount(rows)),
-        ("row_totals, power 2", torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE), lambda module, rows: module.row_totals(rows, 2)),
+        (
+            "row_totals, power 2",
+            torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE),
+            lambda module, rows: module.row_totals(rows, 2),
+        ),
     ):
         with poison():
             got = call(ops, rows)
@@ -536,13 +659,20 @@ def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
     inputs = [planes(packed, D, torch.int8) for packed in (rows, centroids)]
     keys = torch.empty((K, N), dtype=torch.int64, device=DEVICE)  # orders by distance, then by row
     for k in range(0, K, 1024):
-        overlap = torch._int_mm(pad(inputs[1][k : k + 1024], (0, 0, 0, max(0, 32 - K))), pad(inputs[0], (0, 0, 0, -N % 8)).mT)[: K - k, :N]
+        overlap = torch._int_mm(
+            pad(inputs[1][k : k + 1024], (0, 0, 0, max(0, 32 - K))), pad(inputs[0], (0, 0, 0, -N % 8)).mT
+        )[: K - k, :N]
         keys[k : k + 1024] = -overlap.long() * N + torch.arange(N, device=DEVICE) + inputs[0].sum(1).long() * N
 
     def serial() -> Tensor:
-        ids, taken = torch.full((N,), -1, dtype=torch.int64, device=DEVICE), torch.zeros(N, dtype=torch.bool, device=DEVICE)
+        ids, taken = (
+            torch.full((N,), -1, dtype=torch.int64, device=DEVICE),
+            torch.zeros(N, dtype=torch.bool, device=DEVICE),
+        )
         for k in range(K):
-            chosen = keys[k].masked_fill(taken, torch.iinfo(torch.int64).max).topk(room, largest=False, sorted=False).indices
+            chosen = (
+                keys[k].masked_fill(taken, torch.iinfo(torch.int64).max).topk(room, largest=False, sorted=False).indices
+            )
             ids[chosen], taken[chosen] = k, True
         return ids
 
@@ -551,7 +681,10 @@ def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
         got = ops.assign_with_capacity(rows, centroids, room)
     check("assign_with_capacity against one cluster after the other", [got], [expected], shape)
     facts = {"shape": shape, "ceiling": "b1 wgmma"}
-    runs = [Run("apc", [partial(ops.assign_with_capacity, rows, centroids, room)], **facts), Run("torch.topk, a cluster at a time", [serial], **facts)]
+    runs = [
+        Run("apc", [partial(ops.assign_with_capacity, rows, centroids, room)], **facts),
+        Run("torch.topk, a cluster at a time", [serial], **facts),
+    ]
     return measure(card, "assign_with_capacity", runs)
 
 
@@ -568,14 +701,17 @@ def top(card: Card, N: int, D: int) -> list[Row]:
     facts = {"shape": shape, "ceiling": "copy", "moved": 5 * N * D}
     runs = [Run("apc", [partial(ops.top_mask, values, m) for values in inputs], **facts)]
     runs += peer(
-        Run("torch.topk + scatter", [partial(peers, values) for values in inputs], **facts), lambda mask: "" if torch.equal(mask, got) else "other ties"
+        Run("torch.topk + scatter", [partial(peers, values) for values in inputs], **facts),
+        lambda mask: "" if torch.equal(mask, got) else "other ties",
     )
     return measure(card, "top_mask", runs)
 
 
 def divergence(card: Card, n: int, V: int) -> list[Row]:
     """divergence of bfloat16 logits with its gradient; the peer is torch's own functions in float32."""
-    found, dense = ((4 * torch.randn(n, V, device=DEVICE)).bfloat16().requires_grad_(wanted) for wanted in (True, False))
+    found, dense = (
+        (4 * torch.randn(n, V, device=DEVICE)).bfloat16().requires_grad_(wanted) for wanted in (True, False)
+    )
     shape = (1, n, 0, V)
 
     def with_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -596,7 +732,9 @@ def divergence(card: Card, n: int, V: int) -> list[Row]:
 def curve(card: Card, n: int, D: int) -> list[Row]:
     """score_curve of bfloat16 products with its gradients; the peer is the formula in torch."""
     products = torch.randn(1, n, 2, D, device=DEVICE).bfloat16().requires_grad_(True)
-    parts = [torch.randn(1, 2, D, device=DEVICE).requires_grad_(True) for _ in range(3)] + [torch.randn(1, D, device=DEVICE).requires_grad_(True)]
+    parts = [torch.randn(1, 2, D, device=DEVICE).requires_grad_(True) for _ in range(3)] + [
+        torch.randn(1, D, device=DEVICE).requires_grad_(True)
+    ]
     along, shape = torch.randn(1, n, D, device=DEVICE), (1, n, 2, D)
 
     def with_gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:

@@ -22,12 +22,12 @@ from common import RESULTS, Row, append, commit, markdown, row, time_cpu, time_c
 from pytorch_lightning import Callback, Trainer
 
 from apc import ops
-from apc.clustering import ClusteringModule
-from apc.codebook import Codebook
-from apc.datamodule import BlockLoader, PatternDataModule
-from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
-from apc.settings import ClusterConfig
-from apc.training import SumsOnDevice, keep_bytes
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.collect.memory import ResidentPatterns, keep_bytes
+from apc.collect.patterns import ActiveRule, Block, PatternInfo
+from apc.config.schema import ClusterConfig
+from apc.run.trainer import SumsOnDevice
 
 PARTS = ("iteration", "paper")
 CHECKED = "checked at a small size"
@@ -45,7 +45,9 @@ class Size:
 
 
 FULL = Size(layers=32, windows=163, seq_len=2048, block_windows=8, clusters=(2048, 16384), widths=PROJECTIONS)
-QUICK = Size(layers=2, windows=5, seq_len=64, block_windows=2, clusters=(16, 32), widths={"gate": 300, "up": 300, "down": 67})
+QUICK = Size(
+    layers=2, windows=5, seq_len=64, block_windows=2, clusters=(16, 32), widths={"gate": 300, "up": 300, "down": 67}
+)
 
 
 class Clock(Callback):
@@ -75,7 +77,10 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.quick:
-        print("benchmarks/lloyd.py needs an NVIDIA GPU, and torch sees none; --quick runs tiny sizes on the CPU", file=sys.stderr)
+        print(
+            "benchmarks/lloyd.py needs an NVIDIA GPU, and torch sees none; --quick runs tiny sizes on the CPU",
+            file=sys.stderr,
+        )
         sys.exit(2)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for message in (
@@ -125,7 +130,9 @@ def make_source(size: Size, sites: list[str], device: torch.device) -> tuple[Res
     return source, seconds
 
 
-def fit(source: ResidentPatterns, k: int, epochs: int, block_windows: int, device: torch.device, keep: bool) -> tuple[ClusteringModule, list[float]]:
+def fit(
+    source: ResidentPatterns, k: int, epochs: int, block_windows: int, device: torch.device, keep: bool
+) -> tuple[ClusteringModule, list[float]]:
     """Clusters binary patterns, pooled, from a random start. keep: blocks stay on the GPU as far as they fit, as in `train.py`."""
     gc.collect()  # what an earlier fit held
     cfg = ClusterConfig(k=k, weighting="binary", scope="pooled", init="random", max_epochs=epochs, tolerance=0.0)
@@ -164,7 +171,11 @@ def link_seconds(held: int, device: torch.device) -> float:
     """Seconds that so many bytes take from page-locked host memory at least: the best of some copies of 1 GiB that do nothing else."""
     host = torch.zeros(2**30 if device.type == "cuda" else 2**20, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
-    seconds = time_cuda([lambda: there.copy_(host, non_blocking=True)], 20) if device.type == "cuda" else time_cpu({"copy": lambda: there.copy_(host)})["copy"]
+    seconds = (
+        time_cuda([lambda: there.copy_(host, non_blocking=True)], 20)
+        if device.type == "cuda"
+        else time_cpu({"copy": lambda: there.copy_(host)})["copy"]
+    )
     return held * min(seconds) / host.nbytes
 
 
@@ -173,17 +184,42 @@ def iterations(size: Size, device: torch.device) -> list[Row]:
     D, N = size.widths["gate"], source.info.tokens * size.layers
     held = N * ops.row_bytes(D)
     link = link_seconds(held, device)
-    print(f"{held / 1e9:.1f} GB of patterns, page-locked in {taken:.1f} s; the link takes {link:.3f} s for them, {held / link / 1e9:.1f} GB/s")
-    rows = [row("rows over the link", "copy", (1, N, 0, D), [link], device_name(device), ok=False, moved=held, note="copies of 1 GiB, nothing else to do")]
+    print(
+        f"{held / 1e9:.1f} GB of patterns, page-locked in {taken:.1f} s; the link takes {link:.3f} s for them, {held / link / 1e9:.1f} GB/s"
+    )
+    rows = [
+        row(
+            "rows over the link",
+            "copy",
+            (1, N, 0, D),
+            [link],
+            device_name(device),
+            ok=False,
+            moved=held,
+            note="copies of 1 GiB, nothing else to do",
+        )
+    ]
     for k in size.clusters:
         for keep, epochs in ((True, 8), (False, 5)):
-            seconds = fit(source, k, epochs, size.block_windows, device, keep)[1][2:]  # the first streams, and draws the start
+            seconds = fit(source, k, epochs, size.block_windows, device, keep)[1][
+                2:
+            ]  # the first streams, and draws the start
             if keep:
                 compute, note = statistics.median(seconds), "rows kept on the GPU"
             else:
                 ratio = statistics.median(seconds) / max(compute, link)
                 note = f"rows in host memory: {ratio:.2f} × the larger of compute and link time"
-            rows.append(row("Lloyd iteration", "apc", (1, N, k, D), seconds, device_name(device), ok=False, note=f"{note}; {CHECKED}"))
+            rows.append(
+                row(
+                    "Lloyd iteration",
+                    "apc",
+                    (1, N, k, D),
+                    seconds,
+                    device_name(device),
+                    ok=False,
+                    note=f"{note}; {CHECKED}",
+                )
+            )
             print(f"K {k:,}, {note}: {statistics.median(seconds):.4f} s")
     return rows
 
@@ -193,14 +229,16 @@ def paper(size: Size, device: torch.device) -> list[Row]:
     N, k = source.info.tokens * size.layers, size.clusters[-1]
     held = sum(N * ops.row_bytes(D) for D in size.widths.values())
     start = time.perf_counter()
-    fit(make_source(replace(size, windows=1), list(size.widths), device)[0], k, 1, size.block_windows, device, keep=True)
+    fit(
+        make_source(replace(size, windows=1), list(size.widths), device)[0], k, 1, size.block_windows, device, keep=True
+    )
     compiled = time.perf_counter() - start
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     module, seconds = fit(source, k, 10, size.block_windows, device, keep=True)
-    book = Codebook.from_clustering(module, {})
+    book = module.codebook({})
     total = time.perf_counter() - start
     on_gpu = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -208,10 +246,22 @@ def paper(size: Size, device: torch.device) -> list[Row]:
         f"3 projections, 10 iterations, to the codebook on the host; {held / 1e9:.1f} GB of rows page-locked in {taken:.1f} s before, "
         f"kernels compiled in {compiled:.1f} s; peak {peak:.1f} GB host, {on_gpu:.1f} GB GPU"
     )
-    print(f"the paper's clustering: {total:.2f} s; its start and first iteration {seconds[0]:.2f} s, the others {statistics.median(seconds[1:]):.3f} s; {note}")
+    print(
+        f"the paper's clustering: {total:.2f} s; its start and first iteration {seconds[0]:.2f} s, the others {statistics.median(seconds[1:]):.3f} s; {note}"
+    )
     if book.problem():
         raise AssertionError(book.problem())
-    return [row("paper's full clustering", "apc", (10, N, k, sum(size.widths.values())), [total], device_name(device), ok=False, note=f"{note}; {CHECKED}")]
+    return [
+        row(
+            "paper's full clustering",
+            "apc",
+            (10, N, k, sum(size.widths.values())),
+            [total],
+            device_name(device),
+            ok=False,
+            note=f"{note}; {CHECKED}",
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -17,20 +17,21 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from apc import ops
-from apc.callbacks import ResumePoint
-from apc.clustering import ClusteringModule
-from apc.codebook import Codebook
-from apc.datamodule import BlockLoader, PatternDataModule
-from apc.patterns import ActiveRule, Block, PatternInfo
-from apc.settings import ClusterConfig
-from apc.store import PatternStore, StoreWriter
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.collect.patterns import ActiveRule, Block, PatternInfo
+from apc.collect.store import PatternStore, StoreWriter
+from apc.config.schema import ClusterConfig
+from apc.run.callbacks import ResumePoint
 
 S, PROTOTYPES = 2048, 256
 BLOCK_WINDOWS = 64
 
 
 def info_of(rows: int, D: int) -> PatternInfo:
-    return PatternInfo(1, 8, D, rows // S, S, {"neuron": D}, ActiveRule("top", 0.5), False, False, {"rows": rows, "neurons": D})
+    return PatternInfo(
+        1, 8, D, rows // S, S, {"neuron": D}, ActiveRule("top", 0.5), False, False, {"rows": rows, "neurons": D}
+    )
 
 
 def collect(folder: Path, rows: int, D: int, K: int) -> None:
@@ -44,7 +45,11 @@ def collect(folder: Path, rows: int, D: int, K: int) -> None:
             generator = torch.Generator().manual_seed(window)
             count = (min(window + BLOCK_WINDOWS, last) - window) * S
             flips = torch.rand(count, D, generator=generator) < 0.1
-            parts.append(ops.pack(prototypes[torch.randint(PROTOTYPES, (count,), generator=generator)].bool() ^ flips).unsqueeze(0))
+            parts.append(
+                ops.pack(prototypes[torch.randint(PROTOTYPES, (count,), generator=generator)].bool() ^ flips).unsqueeze(
+                    0
+                )
+            )
         writer.add(Block.of_windows({"patterns.neuron": torch.cat(parts, dim=1)}, range(first, last), S))
     writer.finish()
 
@@ -65,9 +70,21 @@ def cluster(folder: Path, rows: int, D: int, K: int, dies: float | None = None) 
     loader = BlockLoader(store, module.fields(), BLOCK_WINDOWS, seed=0)
     checkpoint = folder / "cluster.ckpt"
     callbacks = [ResumePoint(checkpoint, 50)] + ([_Dies(int(dies * len(loader)))] if dies else [])
-    trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, datamodule=PatternDataModule(store, loader), ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
-    book = Codebook.from_clustering(module, {}).sites["neuron"]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        module,
+        datamodule=PatternDataModule(store, loader),
+        ckpt_path=checkpoint if checkpoint.is_file() else None,
+        weights_only=True,
+    )
+    book = module.codebook({}).sites["neuron"]
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in book.tensors().values())).hexdigest()
 
 
@@ -95,14 +112,21 @@ def measured(function, *arguments) -> tuple[float, int, int, str | None] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument("--rows", type=lambda text: [int(float(value)) for value in text.split(",")], default=[5_000_000, 50_000_000])
+    parser.add_argument(
+        "--rows", type=lambda text: [int(float(value)) for value in text.split(",")], default=[5_000_000, 50_000_000]
+    )
     parser.add_argument("--neurons", type=int, default=64)
     parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--dir", type=Path, help="where stores are made and removed again; the system's place for temporary files")
+    parser.add_argument(
+        "--dir", type=Path, help="where stores are made and removed again; the system's place for temporary files"
+    )
     options = parser.parse_args()
     if options.dir is not None and not options.dir.is_dir():
         parser.error(f"--dir {options.dir}: no such folder; make it, or leave it out")
-    print("| rows | stage | seconds | held before, MiB | held at most, MiB |\n| ---: | --- | ---: | ---: | ---: |", flush=True)
+    print(
+        "| rows | stage | seconds | held before, MiB | held at most, MiB |\n| ---: | --- | ---: | ---: | ---: |",
+        flush=True,
+    )
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.dir) as place:
             folder, sizes = Path(place), (rows, options.neurons, options.k)
@@ -114,10 +138,14 @@ def main() -> None:
 
             show("collect", measured(collect, folder, *sizes))
             assert measured(cluster, folder, *sizes, 1.5) is None and (folder / "cluster.ckpt").is_file()
-            resumed = show("cluster, from a kill in the middle of the second pass on", measured(cluster, folder, *sizes))
+            resumed = show(
+                "cluster, from a kill in the middle of the second pass on", measured(cluster, folder, *sizes)
+            )
             (folder / "cluster.ckpt").unlink()
             if show("cluster, two passes", measured(cluster, folder, *sizes)) != resumed:
-                raise SystemExit("benchmarks/load.py: WRONG RESULT: the run that was killed ended with another codebook")
+                raise SystemExit(
+                    "benchmarks/load.py: WRONG RESULT: the run that was killed ended with another codebook"
+                )
 
 
 if __name__ == "__main__":

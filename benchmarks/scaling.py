@@ -30,21 +30,30 @@ from common import RESULTS, Row, append, commit, cpu_name, markdown, row, time_c
 from lloyd import Clock
 from pytorch_lightning import Trainer
 
-from apc import collect, distributed, estimate, ops
-from apc.activations import Collector
-from apc.callbacks import EndTogether
-from apc.clustering import ClusteringModule
-from apc.datamodule import BlockLoader, PatternDataModule, block_ranges, rank_range
-from apc.exchange import H100, Exchange, Links, iteration_seconds
-from apc.patterns import ActiveRule, Block, CollectConfig, PatternInfo, ResidentPatterns
-from apc.settings import ClusterConfig
-from apc.text import Windows
-from apc.training import SumsOnDevice, SumsOnDevices, keep_bytes
+from apc import ops
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect import collect
+from apc.collect.collector import Collector
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.collect.memory import ResidentPatterns, keep_bytes
+from apc.collect.patterns import ActiveRule, Block, PatternInfo
+from apc.collect.sharding import block_ranges, rank_range
+from apc.config.schema import ClusterConfig, CollectConfig
+from apc.data.text import Windows
+from apc.estimate import estimate
+from apc.estimate.exchange import H100, Exchange, Links, iteration_seconds
+from apc.run.callbacks import EndTogether
+from apc.run.trainer import SumsOnDevice, SumsOnDevices
+from apc.utils import distributed
 
 PARTS = ("lloyd", "collect", "model")
 MODELLED = (8, 64)
 MODEL = "mistralai/Mistral-7B-v0.1"
-ITERATION, EXCHANGE, COLLECT = "Lloyd iteration, {} scaling", "exchange of a Lloyd iteration", "collect 1 M tokens, {} scaling"
+ITERATION, EXCHANGE, COLLECT = (
+    "Lloyd iteration, {} scaling",
+    "exchange of a Lloyd iteration",
+    "collect 1 M tokens, {} scaling",
+)
 
 
 @dataclass(frozen=True)
@@ -78,17 +87,34 @@ class Timed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs and agrees; on a CPU too")
-    parser.add_argument("--ranks", nargs="+", type=int, help="how many processes; by default 1, 2, 4 … up to the GPUs there are (on a CPU: 1, 2, 4)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that everything runs and agrees; on a CPU too"
+    )
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        type=int,
+        help="how many processes; by default 1, 2, 4 … up to the GPUs there are (on a CPU: 1, 2, 4)",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to, and that the model reads beside results.csv")
-    parser.add_argument("--within", type=float, default=H100.within, help="modelled bytes/s of a GPU to others of its host")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS,
+        help="file that the rows are added to, and that the model reads beside results.csv",
+    )
+    parser.add_argument(
+        "--within", type=float, default=H100.within, help="modelled bytes/s of a GPU to others of its host"
+    )
     parser.add_argument("--between", type=float, default=H100.between, help="modelled bytes/s of a GPU to other hosts")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     parts = [part for part in arguments.only if part != "model"]
     if parts and not on_gpu and not arguments.quick:
-        print("benchmarks/scaling.py needs NVIDIA GPUs, and torch sees none; --quick runs tiny sizes on the CPU", file=sys.stderr)
+        print(
+            "benchmarks/scaling.py needs NVIDIA GPUs, and torch sees none; --quick runs tiny sizes on the CPU",
+            file=sys.stderr,
+        )
         sys.exit(2)
     there = torch.cuda.device_count() if on_gpu else 4
     counts = sorted({1, *(arguments.ranks or [count for count in (2, 4, 8) if count <= there])})
@@ -129,10 +155,16 @@ def as_row(timed: Timed, found: list[Timed], device: str) -> Row:
         return row(timed.operation, implementation, timed.shape, timed.seconds, name, ok=False, moved=sent, ceiling=H100.within,
                    share_of="NVLink 4, data sheet", note=f"bytes that a rank sends: {sent:,.0f}")  # fmt: skip
     weak = "weak" in timed.operation
-    alone = next(other for other in found if other.operation == timed.operation and other.ranks == 1 and other.shape[2] == K)
-    gained = statistics.median(alone.seconds) / median * (timed.ranks if weak and K else 1)  # what is collected is timed for each million tokens
+    alone = next(
+        other for other in found if other.operation == timed.operation and other.ranks == 1 and other.shape[2] == K
+    )
+    gained = (
+        statistics.median(alone.seconds) / median * (timed.ranks if weak and K else 1)
+    )  # what is collected is timed for each million tokens
     note = f"{gained:.2f} × one rank"
-    exchange = next((other for other in found if (other.operation, other.ranks, other.shape[2]) == (EXCHANGE, timed.ranks, K)), None)
+    exchange = next(
+        (other for other in found if (other.operation, other.ranks, other.shape[2]) == (EXCHANGE, timed.ranks, K)), None
+    )
     if exchange is not None:
         seconds = statistics.median(exchange.seconds)
         note += f"; {1000 * seconds:.3g} ms or {100 * seconds / median:.1f} % of it are the exchange"
@@ -152,7 +184,15 @@ def as_row(timed: Timed, found: list[Timed], device: str) -> Row:
 def work(rank: int, ranks: int, port: int, parts: list[str], quick: bool, folder: Path) -> None:
     """What one process does; the first writes `folder`/RANKS.pt. Raises AssertionError where the centroids are not one rank's."""
     if ranks > 1:
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, GROUP_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=port)
+        environment = dict(
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=ranks,
+            LOCAL_WORLD_SIZE=ranks,
+            GROUP_RANK=0,
+            MASTER_ADDR="localhost",
+            MASTER_PORT=port,
+        )
         os.environ |= {name: str(value) for name, value in (environment | {"TORCHELASTIC_RUN_ID": port}).items()}
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -187,7 +227,9 @@ def make_source(size: Size, windows: int, device: torch.device) -> ResidentPatte
     whole, bits = divmod(D, 8)
     for window in owned:
         generator.manual_seed(window)
-        value = torch.randint(0, 256, (size.layers, size.seq_len, ops.row_bytes(D)), dtype=torch.uint8, device=device, generator=generator)
+        value = torch.randint(
+            0, 256, (size.layers, size.seq_len, ops.row_bytes(D)), dtype=torch.uint8, device=device, generator=generator
+        )
         if bits:
             value[..., whole] &= (1 << bits) - 1
         value[..., whole + bool(bits) :] = 0
@@ -252,9 +294,14 @@ def lloyd(size: Size, device: torch.device) -> list[Timed]:
         N = source.info.tokens * size.layers
         for k in size.clusters:
             digest, seconds = fit(source, k, size, device)
-            found += [Timed(ITERATION.format(each), ranks, (1, N, k, D), seconds[2:], digest) for each in kind]  # the first draws the start, and copies rows
+            found += [
+                Timed(ITERATION.format(each), ranks, (1, N, k, D), seconds[2:], digest) for each in kind
+            ]  # the first draws the start, and copies rows
             if distributed.is_main():
-                print(f"{ranks} ranks, {' and '.join(kind)}, N {N:,}, K {k:,}: {statistics.median(seconds[2:]):.4f} s", flush=True)
+                print(
+                    f"{ranks} ranks, {' and '.join(kind)}, N {N:,}, K {k:,}: {statistics.median(seconds[2:]):.4f} s",
+                    flush=True,
+                )
         del source
         gc.collect()  # its host memory, before the next takes as much
     return found
@@ -281,7 +328,14 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
     ranks = distributed.world_size()
     shape = dict(estimate.known()["shapes"][MODEL])
     if size is QUICK:
-        shape |= dict(hidden_size=64, intermediate_size=size.width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=100)
+        shape |= dict(
+            hidden_size=64,
+            intermediate_size=size.width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=100,
+        )
     config = AutoConfig.for_model(**shape)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -289,24 +343,36 @@ def collecting(size: Size, device: torch.device) -> list[Timed]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     collector = Collector(model, ["neuron"], device, batch_windows=8 if device.type == "cuda" else 1)
-    cfg = CollectConfig(storage="device", importance=False, calibration_windows=8, block_tokens=8 * ranks * size.collected_len)
+    cfg = CollectConfig(
+        storage="device", importance=False, calibration_windows=8, batch_tokens=8 * ranks * size.collected_len
+    )
     found = []
     for kind, count in kinds(size.collected):
-        tokens = torch.randint(config.vocab_size, (count, size.collected_len), generator=torch.Generator().manual_seed(1))
+        tokens = torch.randint(
+            config.vocab_size, (count, size.collected_len), generator=torch.Generator().manual_seed(1)
+        )
         seconds = []
         for _ in range(4):  # the first compiles
             distributed.barrier()
             start = time.perf_counter()
-            patterns = collect.collect(cfg, collector, Windows(tokens, "random", 1, ""), "threshold", 0.5, {}, with_hidden=False)
+            patterns = collect.collect(
+                cfg, collector, Windows(tokens, "random", 1, ""), "threshold", 0.5, {}, with_hidden=False
+            )
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append((time.perf_counter() - start) * 1e6 / tokens.numel())
             info = patterns.info
             del patterns
         taken = slowest(seconds[1:], device)
-        found += [Timed(COLLECT.format(each), ranks, (info.layers, tokens.numel(), 0, info.widths["neuron"]), taken) for each in kind]
+        found += [
+            Timed(COLLECT.format(each), ranks, (info.layers, tokens.numel(), 0, info.widths["neuron"]), taken)
+            for each in kind
+        ]
         if distributed.is_main():
-            print(f"{ranks} ranks, {' and '.join(kind)}, {tokens.numel():,} tokens: {statistics.median(taken):.3f} s for each million", flush=True)
+            print(
+                f"{ranks} ranks, {' and '.join(kind)}, {tokens.numel():,} tokens: {statistics.median(taken):.3f} s for each million",
+                flush=True,
+            )
     return found
 
 
@@ -317,9 +383,13 @@ def modelled(paths: list[Path], links: Links) -> str:
     """A table of what `iteration_seconds` says of iterations from one H100's, the last that the files have. Beside it how far the model is off for the
     last iterations on several GPUs of each kind, from one GPU's, and for the bytes that were sent, of the same commit."""
     D, N = FULL.width, ROWS
-    read = [row for path in dict.fromkeys(paths) if path.exists() for row in csv.DictReader(path.read_text().splitlines())]
+    read = [
+        row for path in dict.fromkeys(paths) if path.exists() for row in csv.DictReader(path.read_text().splitlines())
+    ]
     rows = [row for row in read if row["operation"].startswith("Lloyd iteration") and "host memory" not in row["note"]]
-    sent = {_where(row): float(row["note"].split(": ")[1].replace(",", "")) for row in read if row["operation"] == EXCHANGE}
+    sent = {
+        _where(row): float(row["note"].split(": ")[1].replace(",", "")) for row in read if row["operation"] == EXCHANGE
+    }
     lines = [
         f"MODELLED, not measured: an iteration, N {N:,}, D {D:,}, strong scaling, from one H100's; rings at {links.within / 1e9:g} GB/s within a host of 8,",
         f"{links.between / 1e9:g} GB/s a GPU between hosts. The time of one GPU is taken to be shared out evenly.",
@@ -333,18 +403,24 @@ def modelled(paths: list[Path], links: Links) -> str:
         alone = [row for row in same if row["implementation"] in ("apc", "apc × 1")]
         on_h100 = [float(row["seconds_median"]) for row in alone if "H100" in row["device"]]
         if not on_h100:
-            raise SystemExit(f"{RESULTS}: has no Lloyd iteration of one H100 with N {N:,}, K {k:,}, D {D:,}; run benchmarks/lloyd.py or scaling.py on one")
+            raise SystemExit(
+                f"{RESULTS}: has no Lloyd iteration of one H100 with N {N:,}, K {k:,}, D {D:,}; run benchmarks/lloyd.py or scaling.py on one"
+            )
         seconds, exchange = on_h100[-1], exchange_of(k, D)
         for ranks in MODELLED:
             total = iteration_seconds(seconds, exchange, ranks, links)
             lines.append(f"| {k:,} | {ranks} | {seconds:.4g} | {exchange.sent(ranks) / 1e6:,.0f} | {1000 * exchange.seconds(ranks, links):.3g} "
                          f"| {1000 * total:.3g} | {seconds / total:.2f} |")  # fmt: skip
         one_of = {(row["commit"], row["device"].split(" × ")[-1]): float(row["seconds_median"]) for row in alone}
-        several = [row for row in same if row["operation"] == ITERATION.format("strong") and row not in alone and _where(row) in sent]
+        several = [
+            row
+            for row in same
+            if row["operation"] == ITERATION.format("strong") and row not in alone and _where(row) in sent
+        ]
         for last in {each["device"]: each for each in several}.values():
             ranks, card = last["device"].split(" × ")
             one, taken = one_of[last["commit"], card], float(last["seconds_median"])
-            error = (one / int(ranks) + sent[_where(last)] / links.rate(int(ranks))) / taken - 1
+            error = (one / int(ranks) + sent[_where(last)] / links.bandwidth(int(ranks))) / taken - 1
             errors.append(f"K {k:,}, {last['device']}: {100 * error:+.1f} % against {1000 * taken:.3g} ms measured")
     unchecked = "Its error is not known: only one GPU was measured, so the part in communication rests on data sheets."
     return "\n".join([*lines, "", f"Its error: {'; '.join(errors)}." if errors else unchecked])

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from common import cpu_name
 
-from apc import tracking
-from apc.config import TrainerConfig
-from apc.tracking import Tracking, TrackingConfig
+from apc.config.schema import TrackingConfig, TrainerConfig
+from apc.run import tracking
+from apc.run.tracking import Tracking
 
 NUMBERS = 12
 MODES = ("disabled", "offline", "hanging server")
@@ -41,7 +41,9 @@ def silent_server():
 
 def run(steps: int, every: int, work: Callable[[], object], mode: str, folder: Path) -> tuple[list[float], float]:
     """Seconds of each step, and the share of them that went to logging."""
-    with Tracking(TrackingConfig(wandb="online" if mode == "hanging server" else mode), folder, "benchmark", {}) as record:
+    with Tracking(
+        TrackingConfig(wandb="online" if mode == "hanging server" else mode), folder, "benchmark", {}
+    ) as record:
         seconds, logging = [], 0.0
         for step in range(steps):
             start = time.perf_counter()
@@ -59,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--steps", type=int, default=300, help="in a run")
     parser.add_argument("--work", type=float, default=50.0, help="milliseconds of a step, about")
-    parser.add_argument("--every", type=int, default=TrainerConfig().log_every_n_steps, help="steps between those that log")
+    parser.add_argument(
+        "--every", type=int, default=TrainerConfig().log_every_n_steps, help="steps between those that log"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -81,7 +85,11 @@ def main() -> None:
         for number in range(options.rounds):
             for mode in MODES:
                 with silent_server():
-                    found[mode].append(run(options.steps, options.every, work, mode, Path(place) / f"{mode}-{number}".replace(" ", "-")))
+                    found[mode].append(
+                        run(
+                            options.steps, options.every, work, mode, Path(place) / f"{mode}-{number}".replace(" ", "-")
+                        )
+                    )
     print(f"{cpu_name()}, {options.rounds} × {options.steps} steps, {NUMBERS} numbers each {options.every} steps\n")
     print("| W&B | a step, ms | against disabled | of it, spent logging |\n| --- | ---: | ---: | ---: |")
     alone = _mean(found["disabled"])

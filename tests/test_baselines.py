@@ -9,19 +9,20 @@ from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
 
 import tiny
 import train
-from apc import baselines, ops
-from apc.arms import Oracle
-from apc.clustering import ClusteringModule
-from apc.codebook import KIND, VERSION, Codebook
-from apc.config import load_config
-from apc.datamodule import BlockLoader, PatternDataModule
-from apc.errors import UserError
-from apc.files import load_tensors, save_tensors
+from apc import ops
+from apc.cluster import hamming
+from apc.cluster.algorithms import ALGORITHMS
+from apc.cluster.codebook import KIND, VERSION, Codebook
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.config.load import load_config
+from apc.config.schema import ClusterConfig
 from apc.ops import reference
-from apc.predictor_module import nearest_clusters
-from apc.runs import load_run
-from apc.settings import ClusterConfig
-from apc.training import ALGORITHMS
+from apc.predict.module import nearest_clusters
+from apc.run.folder import load_run
+from apc.sparse.policies import Oracle
+from apc.utils.errors import UserError
+from apc.utils.tensor_files import load_tensors, save_tensors
 
 FIELDS = ("centroids", "sizes", "profiles", "static", "thresholds")
 KINDS = {"k-majority": {}, "penalised": {"penalty": 3}, "brb-kmeans": {}}
@@ -29,7 +30,11 @@ T = WINDOWS * SEQ_LEN
 
 
 def options_of(kind, **options):
-    return dict(algorithm="brb-kmeans" if kind == "brb-kmeans" else "k-majority", weighting="binary") | KINDS[kind] | options
+    return (
+        dict(algorithm="brb-kmeans" if kind == "brb-kmeans" else "k-majority", weighting="binary")
+        | KINDS[kind]
+        | options
+    )
 
 
 def with_extremes(source):
@@ -92,7 +97,11 @@ def literal(rows, start, passes, penalty=1, grid=None):
             if own:
                 ones = [sum(column) for column in zip(*own, strict=True)]
                 masks[k] = [int(penalty * s > len(own) - s) for s in ones]
-                centroids[k] = masks[k] if grid is None else [Fraction((2 * s * grid + len(own)) // (2 * len(own)), grid) for s in ones]
+                centroids[k] = (
+                    masks[k]
+                    if grid is None
+                    else [Fraction((2 * s * grid + len(own)) // (2 * len(own)), grid) for s in ones]
+                )
         shares = [int((greatest[n] - distances[n]) * 2**24 / Fraction(greatest[n])) for n in range(len(rows))]
         worst = sorted(range(len(rows)), key=lambda n: (shares[n], n))  # noqa: B023
         empty = [k for k, own in enumerate(members) if not own]
@@ -115,7 +124,7 @@ def check_literal(source, kind, k, scope, passes):
         totals = [int(module.get("weight", "neuron")[group] - captured[group]) for captured in watch.captured]
         padded = sums + [sums[-1]] * (len(totals) - len(sums))  # a group may settle before another
         assert [Fraction(total, 4**b) for total in totals] == padded
-    assert Codebook.from_clustering(module, {}).problem() is None
+    assert module.codebook({}).problem() is None
     return module, found
 
 
@@ -148,7 +157,7 @@ def test_empty_clusters_take_the_rows_that_agree_least(kind):
 @pytest.mark.parametrize("init", ["random", "k-means++"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_never_rises(kind, init):
-    module, watch = fit(with_extremes(make_source(seed=3)), kind, k=9, init=init, init_sample=40)
+    module, watch = fit(with_extremes(make_source(seed=3)), kind, k=9, init=init)
     assert len(watch.captured) > 2 and (watch.captured[-1] > watch.captured[0]).all()
     for before, after in zip(watch.captured, watch.captured[1:], strict=False):
         assert (after >= before).all()
@@ -159,7 +168,7 @@ def test_the_objective_never_rises(kind, init):
 def test_the_step_schedule_and_blocks_of_any_size(kind, monkeypatch):
     module, _ = fit(make_source(), kind, schedule="step")
     assert module.history[-1]["captured"] > module.history[0]["captured"]
-    monkeypatch.setattr(baselines, "_TILE", 500)
+    monkeypatch.setattr(hamming, "_TILE", 500)
     books = [fit(make_source(), kind, block_windows=size)[0] for size in (1, 4, 9)]
     monkeypatch.undo()
     books.append(fit(make_source(), kind)[0])
@@ -172,8 +181,15 @@ def test_a_penalty_on_missing_ones_buys_coverage_with_density():
     rows = source.block(0, WINDOWS, ["patterns.neuron"]).patterns["neuron"]
     for penalty in (1, 3, 9):
         module, _ = fit(source, "k-majority", penalty=penalty)
-        book = Codebook.from_clustering(module, {})
-        masks = torch.stack([c[ids] for c, ids in zip(book.sites["neuron"].centroids, book.nearest(rows, book.sites["neuron"].centroids), strict=True)])
+        book = module.codebook({})
+        masks = torch.stack(
+            [
+                c[ids]
+                for c, ids in zip(
+                    book.sites["neuron"].centroids, book.nearest(rows, book.sites["neuron"].centroids), strict=True
+                )
+            ]
+        )
         figures.append((int(ops.popcount(masks).sum()), int(ops.popcount(masks & rows).sum())))
     assert figures == sorted(figures) and len({density for density, _ in figures}) == 3
 
@@ -185,32 +201,32 @@ def test_patterns_without_a_neuron_in_common_leave_an_empty_mask_that_is_used_an
     module, _ = fit(source, "k-majority", k=1)
     assert ops.popcount(module.get("centroids", "neuron")).tolist() == [[0]] * LAYERS
     path = tmp_path / "codebook.safetensors"
-    Codebook.from_clustering(module, {}).save(path)
+    module.codebook({}).save(path)
     book = Codebook.load(path)
-    assert (book.ones, book.penalty) == ("free", 1) and bool(book.sites["neuron"].profiles.isfinite().all())
+    assert (book.centroid_size, book.penalty) == ("free", 1) and bool(book.sites["neuron"].profiles.isfinite().all())
     assert (ops.popcount(book.sites["neuron"].static) == ops.mask_size(D, 0.5)).all()
 
 
 def test_codebooks_say_whether_ones_are_free_and_older_headers_load(tmp_path):
     path = tmp_path / "codebook.safetensors"
-    fixed = Codebook.from_clustering(trained_lloyd(), {})
+    fixed = trained_lloyd().codebook({})
     fixed.save(path)
-    header, tensors = load_tensors(path, KIND, VERSION)
-    assert header.pop("ones") == "fixed" and header.pop("penalty") == 1
+    header, tensors = load_tensors(path, KIND, (VERSION,))
+    assert header.pop("centroid_size") == "fixed" and header.pop("penalty") == 1
     save_tensors(path, KIND, VERSION, header, tensors)
-    assert Codebook.load(path).ones == "fixed"
+    assert Codebook.load(path).centroid_size == "fixed"
     for change, problem in (
-        ({"ones": "some"}, "ones some, penalty 1 and weighting energy do not go together"),
-        ({"ones": "free"}, "ones free, penalty 1 and weighting energy do not go together"),
-        ({"penalty": 0}, "ones fixed, penalty 0"),
+        ({"centroid_size": "some"}, "centroid size some, penalty 1 and weighting energy do not go together"),
+        ({"centroid_size": "free"}, "centroid size free, penalty 1 and weighting energy do not go together"),
+        ({"penalty": 0}, "centroid size fixed, penalty 0"),
     ):
         save_tensors(path, KIND, VERSION, header | change, tensors)
         with pytest.raises(UserError, match=problem):
             Codebook.load(path)
-    free = Codebook.from_clustering(fit(make_source(), "k-majority")[0], {})
-    free.ones = "fixed"
+    free = fit(make_source(), "k-majority")[0].codebook({})
+    free.centroid_size = "fixed"
     assert "does not have 22 ones in 43 neurons" in free.problem()
-    free.ones = "free"
+    free.centroid_size = "free"
     free.sites["neuron"].static[0] = 0
     assert "a mask in static of site neuron does not have 22 ones" in free.problem()
     free.sites["neuron"].centroids[0, 0, -1] = 1
@@ -220,7 +236,14 @@ def test_codebooks_say_whether_ones_are_free_and_older_headers_load(tmp_path):
 def trained_lloyd():
     source = make_source()
     module = ClusteringModule(ClusterConfig(k=3, max_epochs=1), source.info)
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2, 0)))
     return module
 
@@ -228,7 +251,7 @@ def trained_lloyd():
 @pytest.mark.parametrize("scope", ["layer", "pooled"])
 def test_oracle_and_labels_go_by_the_algorithm_s_own_distance(scope):
     source = make_source()
-    book = Codebook.from_clustering(fit(source, "penalised", scope=scope)[0], {})
+    book = fit(source, "penalised", scope=scope)[0].codebook({})
     block = source.block(0, WINDOWS, ["patterns.neuron"])
     labels = nearest_clusters(book, block)["neuron"]
     masked = 0
@@ -239,19 +262,31 @@ def test_oracle_and_labels_go_by_the_algorithm_s_own_distance(scope):
         masked += int((ops.assign(rows, centroids)[0] != own).sum())
         active = ops.unpack(rows, D)
         tokens = type("T", (), dict(layer=layer, site="neuron", active=active, values=active))
-        assert torch.equal(Oracle(book, None, 0).choose(tokens).mask, ops.unpack(centroids[own], D))
+        assert torch.equal(Oracle(book, None, 0).decide(tokens).mask, ops.unpack(centroids[own], D))
     assert masked > 0  # the masked distance would say otherwise
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"algorithm": "kmeans"}, "cluster.algorithm=kmeans: choose lloyd or apc-paper or brb-kmeans or k-majority"),
+        ({"algorithm": "kmeans"}, "cluster.algorithm=kmeans: choose lloyd, apc-paper, brb-kmeans or k-majority"),
         ({"penalty": 0}, "cluster.penalty must be at least 1, got 0"),
-        ({"weighting": "energy"}, "cluster.algorithm=k-majority clusters binary patterns; set cluster.weighting=binary in place of energy"),
-        ({"algorithm": "brb-kmeans", "weighting": "magnitude"}, "cluster.algorithm=brb-kmeans clusters binary patterns; .* in place of magnitude"),
-        ({"algorithm": "lloyd", "penalty": 3}, "cluster.penalty=3 belongs to cluster.algorithm=k-majority; leave it out with lloyd"),
-        ({"algorithm": "brb-kmeans", "penalty": 2}, "cluster.penalty=2 belongs to cluster.algorithm=k-majority; leave it out with brb-kmeans"),
+        (
+            {"weighting": "energy"},
+            "cluster.algorithm=k-majority clusters binary patterns; set cluster.weighting=binary in place of energy",
+        ),
+        (
+            {"algorithm": "brb-kmeans", "weighting": "magnitude"},
+            "cluster.algorithm=brb-kmeans clusters binary patterns; .* in place of magnitude",
+        ),
+        (
+            {"algorithm": "lloyd", "penalty": 3},
+            "cluster.penalty=3 belongs to cluster.algorithm=k-majority; leave it out with lloyd",
+        ),
+        (
+            {"algorithm": "brb-kmeans", "penalty": 2},
+            "cluster.penalty=2 belongs to cluster.algorithm=k-majority; leave it out with brb-kmeans",
+        ),
         ({"penalty": 2**40}, "cluster.penalty=1099511627776: distances of 144 patterns do not fit 63 bits; lower it"),
         ({"k": 145}, "cluster.k=145 is more than the 144 patterns to cluster"),
     ],
@@ -273,11 +308,18 @@ def words(kind, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_to_the_table_and_a_killed_one_to_the_same_codebook(workplace, kind):
-    settings = words(kind, **{"trainer.checkpoint_every_n_steps": 1, "cluster.scope": "layer" if kind == "penalised" else "pooled"})
-    results = train.train(load_config(None, tiny.tiny_overrides(workplace, **settings, **{"run.name": f"whole-{kind}"})))
-    arms = {record["arm"]: record for record in results["arms"]}
-    assert not any(record["missing"] for record in arms.values())
-    assert arms["oracle"]["density"] != arms["random"]["density"] and results["conditions"]["ones"] == "free"
+    settings = words(
+        kind, **{"trainer.checkpoint_every_n_steps": 1, "cluster.scope": "layer" if kind == "penalised" else "pooled"}
+    )
+    results = train.train(
+        load_config(None, tiny.tiny_overrides(workplace, **settings, **{"run.name": f"whole-{kind}"}))
+    )
+    policies = {record["policy"]: record for record in results["policies"]}
+    assert not any(record["missing"] for record in policies.values())
+    assert (
+        policies["oracle"]["density"] != policies["random"]["density"]
+        and results["conditions"]["centroid_size"] == "free"
+    )
     whole = load_run(workplace / "runs" / f"whole-{kind}").codebook
     for kill_at in (1, 4, 7):
         name = f"killed-{kind}-{kill_at}"
@@ -292,7 +334,9 @@ def test_a_run_goes_to_the_table_and_a_killed_one_to_the_same_codebook(workplace
 
 @pytest.mark.parametrize("kind", ["penalised", "brb-kmeans"])
 def test_two_ranks_equal_one_bit_for_bit(workplace, kind):
-    settings = words(kind, stage="cluster", **{"cluster.k": 20, "cluster.scope": "pooled" if kind == "penalised" else "layer"})
+    settings = words(
+        kind, stage="cluster", **{"cluster.k": 20, "cluster.scope": "pooled" if kind == "penalised" else "layer"}
+    )
     train.train(load_config(None, tiny.tiny_overrides(workplace, **settings, **{"run.name": f"one-{kind}"})))
     tiny.run_ranks(2, tiny.tiny_overrides(workplace, **settings, **{"run.name": f"two-{kind}"}))
     one, other = (load_run(workplace / "runs" / f"{name}-{kind}").codebook.sites["neuron"] for name in ("one", "two"))

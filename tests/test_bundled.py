@@ -1,4 +1,4 @@
-"""The bundled model and text, small: the arms come out in the order that makes the figures mean something, and W&B has them."""
+"""The bundled model and text, small: the policies come out in the order that makes the figures mean something, and W&B has them."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import train
-from apc.config import load_config
-from apc.tracking import read_metrics
+from apc.config.load import load_config
+from apc.run.tracking import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +18,17 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundled")
     words = [
         "data.fit_windows=10", "data.score_windows=1", "data.seq_len=256", "cluster.k=16", "cluster.max_epochs=4", "collect.calibration_windows=2",
-        "predictor.max_epochs=3", "predictor.batch=256", "trainer.progress=false", "tracking.wandb=offline", f"collect.dir={folder / 'stores'}",
+        "predictor.max_epochs=3", "predictor.batch_tokens=256", "trainer.progress=false", "tracking.wandb=offline", f"collect.dir={folder / 'stores'}",
         f"run.dir={folder}", "run.name=small", "model.device=cpu",
     ]  # fmt: skip
     return folder / "small", train.train(load_config(None, words))
 
 
-def test_arms_stand_in_their_order(run):
-    perplexity = {record["arm"]: record["perplexity"] for record in run[1]["arms"]}
-    assert perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"] < perplexity["random"]
+def test_policies_stand_in_their_order(run):
+    perplexity = {record["policy"]: record["perplexity"] for record in run[1]["policies"]}
+    assert (
+        perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"] < perplexity["random"]
+    )
     assert max(perplexity["predicted"], perplexity["soft"]) < perplexity["static"]
     assert perplexity["dense"] < 25 and perplexity["exact"] < 1.1 * perplexity["dense"]
 

@@ -9,19 +9,20 @@ from pytorch_lightning import Callback, Trainer
 
 import tiny
 import train
-from apc import callbacks, ops
-from apc.callbacks import ResumePoint
-from apc.clustering import ClusteringModule
-from apc.codebook import Codebook
-from apc.config import load_config
-from apc.datamodule import BlockLoader, PatternDataModule
-from apc.errors import UserError
-from apc.patterns import ActiveRule, Block, PatternInfo, ResidentPatterns
-from apc.predictor import Predictor
-from apc.predictor_module import PredictorModule
-from apc.runs import load_run
-from apc.settings import ClusterConfig
-from apc.streaming import BlockStream
+from apc import ops
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.collect.memory import ResidentPatterns
+from apc.collect.patterns import ActiveRule, Block, PatternInfo
+from apc.collect.prefetch import BlockStream
+from apc.config.load import load_config
+from apc.config.schema import ClusterConfig
+from apc.predict.module import PredictorModule
+from apc.predict.predictor import Predictor
+from apc.run import callbacks
+from apc.run.callbacks import ResumePoint
+from apc.run.folder import load_run
+from apc.utils.errors import UserError
 
 LAYERS, WINDOWS, SEQ_LEN, D = 2, 9, 16, 43
 
@@ -35,7 +36,19 @@ def make_source(seed=0, prototypes=12, windows=WINDOWS, empty_rows=3):
     values = (chosen * torch.rand(LAYERS, n, D, generator=generator) * 255).to(torch.uint8)
     values[:, :empty_rows] = 0
     active = values > 20
-    info = PatternInfo(LAYERS, 8, D, windows, SEQ_LEN, {"neuron": D}, ActiveRule("top", 0.5), True, False, {}, {"neuron": active.sum(1)})
+    info = PatternInfo(
+        LAYERS,
+        8,
+        D,
+        windows,
+        SEQ_LEN,
+        {"neuron": D},
+        ActiveRule("top", 0.5),
+        True,
+        False,
+        {},
+        {"neuron": active.sum(1)},
+    )
     source = ResidentPatterns(info, list(range(windows)), torch.device("cpu"))
     named = {"patterns.neuron": ops.pack(active), "importance.neuron": values, "scale.neuron": torch.ones(LAYERS, n)}
     source.add(Block.of_windows(named, range(windows), SEQ_LEN))
@@ -64,12 +77,12 @@ def fit(source, block_windows=2, seed=0, **options):
 @pytest.mark.parametrize("weighting", ["binary", "magnitude", "energy"])
 @pytest.mark.parametrize("init", ["random", "k-means++"])
 def test_captured_never_falls_and_every_centroid_keeps_its_size(weighting, scope, init):
-    module, watch = fit(make_source(), weighting=weighting, scope=scope, init=init, init_sample=40)
+    module, watch = fit(make_source(), weighting=weighting, scope=scope, init=init)
     assert len(watch.captured) > 2
     for before, after in zip(watch.captured, watch.captured[1:], strict=False):
         assert (after >= before).all()
     assert all((ones == ops.mask_size(D, 0.5)).all() for ones in watch.ones)
-    assert Codebook.from_clustering(module, {}).problem() is None
+    assert module.codebook({}).problem() is None
 
 
 def test_block_size_and_order_do_not_change_a_bit():
@@ -114,10 +127,14 @@ def test_a_run_ends_when_nothing_changes():
 def test_empty_clusters_take_the_rows_captured_worst():
     source = make_source(prototypes=3)
     module = ClusteringModule(ClusterConfig(k=5, weighting="binary"), source.info)
-    module._trainer = type("T", (), dict(datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2, 0))))()
+    module._trainer = type(
+        "T", (), dict(datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2, 0)))
+    )()
     block = source.block(0, WINDOWS, module.fields())
     centroid = ops.cut_or_fill(ops.unpack(block.patterns["neuron"][:, 5], D), ops.mask_size(D, 0.5))
-    module.get("centroids", "neuron").copy_(centroid.unsqueeze(1).expand(-1, 5, -1))  # five alike: ids 1 to 4 stay empty
+    module.get("centroids", "neuron").copy_(
+        centroid.unsqueeze(1).expand(-1, 5, -1)
+    )  # five alike: ids 1 to 4 stay empty
     module._begin_pass()
     module._add_rows("neuron", block)
     sizes = module.get("sizes", "neuron")
@@ -144,7 +161,14 @@ def test_a_pass_that_max_steps_cuts_short_counts_what_it_saw(max_steps, scope):
     source = make_source()
     module = ClusteringModule(ClusterConfig(k=5, tolerance=0.0, scope=scope), source.info)
     loader = BlockLoader(source, module.fields(), 2, 0)
-    trainer = Trainer(accelerator="cpu", max_steps=max_steps, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, datamodule=PatternDataModule(source, loader))
     again = BlockLoader(source, module.fields(), 2, 0)
     passes = [list(again), list(again)]
@@ -152,7 +176,9 @@ def test_a_pass_that_max_steps_cuts_short_counts_what_it_saw(max_steps, scope):
     assert trainer.global_step == max_steps and len(module.history) == -(-max_steps // 5)
     assert module.get("sizes", "neuron").sum() == LAYERS * sum(block.tokens for block in last)
     energy = torch.cat([block.importance["neuron"] for block in seen], dim=1)
-    expected = ops.accumulate_weighted(energy, torch.zeros(energy.shape[:2], dtype=torch.int64), ops.row_scales(energy, 2), 1, 2)[0]
+    expected = ops.accumulate_weighted(
+        energy, torch.zeros(energy.shape[:2], dtype=torch.int64), ops.row_scales(energy, 2), 1, 2
+    )[0]
     assert torch.equal(module.get("layer_sums", "neuron"), expected.squeeze(1))
 
 
@@ -205,13 +231,26 @@ def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, opti
         train_tiny(workplace, **settings)
         again = load_run(workplace / "runs" / settings["run.name"])
         for name_of in ("centroids", "profiles", "sizes", "static"):
-            assert torch.equal(getattr(again.codebook.sites["neuron"], name_of), getattr(whole.codebook.sites["neuron"], name_of))
+            assert torch.equal(
+                getattr(again.codebook.sites["neuron"], name_of), getattr(whole.codebook.sites["neuron"], name_of)
+            )
         assert same_tensors(again.predictor, whole.predictor)
 
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(2, {}), (3, {"collect.storage": "memory", "cluster.scope": "pooled", "cluster.weighting": "binary", "cluster.init": "k-means++"})],
+    [
+        (2, {}),
+        (
+            3,
+            {
+                "collect.storage": "memory",
+                "cluster.scope": "pooled",
+                "cluster.weighting": "binary",
+                "cluster.init": "k-means++",
+            },
+        ),
+    ],
     ids=["two-ranks-layer-disk", "three-ranks-pooled-memory"],
 )
 def test_several_ranks_equal_one_bit_for_bit(workplace, ranks, options):

@@ -9,25 +9,36 @@ import pytest
 from matplotlib.text import Text
 
 import evaluate
-from apc import cli, compare, compare_figures, figures, finished
-from apc.config import load_config, to_yaml
+from apc.compare import figures as compare_figures
+from apc.compare import finished, tables
+from apc.config.load import load_config, to_yaml
+from apc.evaluate import figures
+from apc.utils import exits
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
 
 
-def finish(folder, name, *words, perplexity=None, in_sample=True, arms=("dense", "exact", "oracle", "thresholded-oracle"), **conditions):
+def finish(
+    folder,
+    name,
+    *words,
+    perplexity=None,
+    in_sample=True,
+    policies=("dense", "exact", "oracle", "thresholded-oracle"),
+    **conditions,
+):
     """A run folder as train.py leaves one, without having run anything."""
     cfg = load_config(None, ["experiment=paper", *words, f"run.name={name}", f"run.dir={folder}"])
     records = []
-    for arm in arms:
-        value = (PERPLEXITY | (perplexity or {}))[arm]
-        density = 1.0 if arm == "dense" else cfg.cluster.density
+    for policy in policies:
+        value = (PERPLEXITY | (perplexity or {}))[policy]
+        density = 1.0 if policy == "dense" else cfg.cluster.density
         records.append({
-            "arm": arm, "missing": None, "excludes_finding": "oracle" in arm, "density": density, "coverage": min(1.0, density + 0.1), "precision": 0.6,
+            "policy": policy, "missing": None, "excludes_finding": "oracle" in policy, "density": density, "coverage": min(1.0, density + 0.1), "precision": 0.6,
             "captured_importance": 0.8, "captured_energy": 0.9, "perplexity": value, "ratio": value / 5, "ratio_low": value / 5.5, "ratio_high": value / 4.5,
             "bits": 3 * math.log2(cfg.cluster.k), "bytes_share": density, "flops_share": density,
         })  # fmt: skip
-    records.append({"arm": "soft", "missing": "no predictor was given"})
+    records.append({"policy": "soft", "missing": "no predictor was given"})
     known = {
         "model": "Mistral-7B-v0.1", "fit": "a:test" if in_sample else "a:train", "score": "a:test", "split": "in-sample" if in_sample else "held-out",
         "fit_tokens": 333824, "score_tokens": 333824, "seq_len": 2048, "sites": cfg.sites, "sparsity": 0.5, "active": "threshold", "k": cfg.cluster.k,
@@ -37,7 +48,7 @@ def finish(folder, name, *words, perplexity=None, in_sample=True, arms=("dense",
     path = folder / name
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
-    (path / "results.json").write_text(json.dumps({"conditions": known | conditions, "arms": records}))
+    (path / "results.json").write_text(json.dumps({"conditions": known | conditions, "policies": records}))
     return finished.read_finished(path)
 
 
@@ -51,50 +62,86 @@ def grid(tmp_path_factory):
                 words = (f"cluster.k={k}", f"cluster.algorithm={algorithm}", f"cluster.density={density}")
                 finish(folder, f"in-{algorithm}-{k}-{density}", *words, perplexity={"oracle": 4000 / k**0.5})
     for k in (256, 512):
-        arms = ("dense", "exact", "oracle", "predicted")
-        finish(folder, f"out-{k}", f"cluster.k={k}", "data=wikitext2", "arms=[dense,exact,oracle,predicted]", in_sample=False, arms=arms)
+        policies = ("dense", "exact", "oracle", "predicted")
+        finish(
+            folder,
+            f"out-{k}",
+            f"cluster.k={k}",
+            "data=wikitext2",
+            "policies=[dense,exact,oracle,predicted]",
+            in_sample=False,
+            policies=policies,
+        )
     return folder, finished.find_runs(f"{folder}/*")[0]
 
 
-CLUSTERS = (lambda run, arm: run.conditions["k"], lambda run, arm: arm["perplexity"])
+CLUSTERS = (lambda run, policy: run.conditions["k"], lambda run, policy: policy["perplexity"])
 
 
-def test_a_line_is_one_arm_of_one_algorithm_and_density_over_clusters(grid):
-    found = compare_figures.lines([run for run in grid[1] if run.in_sample], ("oracle", "thresholded-oracle"), *CLUSTERS)
-    assert sorted((line.arm, line.variant, line.density) for line in found) == sorted(
-        (arm, algorithm, density) for arm in ("oracle", "thresholded-oracle") for algorithm in ("lloyd", "apc-paper") for density in (0.6, 0.8)
+def test_a_line_is_one_policy_of_one_algorithm_and_density_over_clusters(grid):
+    found = compare_figures.lines(
+        [run for run in grid[1] if run.in_sample], ("oracle", "thresholded-oracle"), *CLUSTERS
+    )
+    assert sorted((line.policy, line.variant, line.density) for line in found) == sorted(
+        (policy, algorithm, density)
+        for policy in ("oracle", "thresholded-oracle")
+        for algorithm in ("lloyd", "apc-paper")
+        for density in (0.6, 0.8)
     )
     assert all([x for x, _ in line.points] == [256, 2048, 16384] for line in found)
-    assert next(line for line in found if line.arm == "oracle").points[0] == (256, 250.0)
+    assert next(line for line in found if line.policy == "oracle").points[0] == (256, 250.0)
 
 
-@pytest.mark.parametrize("other", [{"model": "Other-1B"}, {"score": "b:test"}, {"fit": "b:train"}, {"in_sample": False}, {"seq_len": 512}, {"fit_tokens": 7}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "Other-1B"},
+        {"score": "b:test"},
+        {"fit": "b:train"},
+        {"in_sample": False},
+        {"seq_len": 512},
+        {"fit_tokens": 7},
+    ],
+)
 def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
-    runs = finished.ordered([finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)])
+    runs = finished.ordered(
+        [finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)]
+    )
     assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [1, 1]
     drawn = []
     new_figure = figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1])
+    monkeypatch.setattr(
+        figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1]
+    )
     assert compare_figures.perplexity_figure(runs, tmp_path / "a.png") and len(drawn[0].axes) == 2
 
 
 def test_settings_that_differ_part_lines_and_are_named(tmp_path):
     runs = [finish(tmp_path, "a", "cluster.k=256"), finish(tmp_path, "b", "cluster.k=512", "cluster.init=k-means++")]
-    assert sorted(line.variant for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)) == ["apc-paper, init k-means++", "apc-paper, init random"]
+    assert sorted(line.variant for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)) == [
+        "apc-paper, init k-means++",
+        "apc-paper, init random",
+    ]
 
 
-def test_predictors_that_differ_part_the_arms_that_read_them_only(tmp_path):
-    arms = ("dense", "exact", "oracle", "predicted")
-    runs = [finish(tmp_path, name, f"cluster.k={k}", f"predictor.hidden={h}", arms=arms) for name, k, h in (("a", 256, 64), ("b", 512, 128))]
+def test_predictors_that_differ_part_the_policies_that_read_them_only(tmp_path):
+    policies = ("dense", "exact", "oracle", "predicted")
+    runs = [
+        finish(tmp_path, name, f"cluster.k={k}", f"predictor.bottleneck={h}", policies=policies)
+        for name, k, h in (("a", 256, 64), ("b", 512, 128))
+    ]
     assert len(compare_figures.lines(runs, ("oracle",), *CLUSTERS)) == 1
     assert sorted(line.variant for line in compare_figures.lines(runs, ("predicted",), *CLUSTERS)) == [
-        "apc-paper, predictor hidden 128",
-        "apc-paper, predictor hidden 64",
+        "apc-paper, predictor bottleneck 128",
+        "apc-paper, predictor bottleneck 64",
     ]
 
 
 def test_runs_that_repeat_others_with_another_seed_are_points_of_the_same_line(tmp_path):
-    runs = [finish(tmp_path, f"s{seed}", "cluster.k=256", f"seed={seed}", perplexity={"oracle": value}) for seed, value in ((0, 10.0), (1, 30.0))]
+    runs = [
+        finish(tmp_path, f"s{seed}", "cluster.k=256", f"seed={seed}", perplexity={"oracle": value})
+        for seed, value in ((0, 10.0), (1, 30.0))
+    ]
     (line,) = compare_figures.lines(runs, ("oracle",), *CLUSTERS)
     assert line.points == [(256, 10.0), (256, 30.0)] and line.middle() == [(256, 20.0)]
 
@@ -104,49 +151,90 @@ def test_the_slides_cost_model_gives_the_slides_ratio():
     assert direct / clustered == pytest.approx(7.6e5, rel=0.005) and clustered == 6144 * 32 * 100 * 5
 
 
-def test_the_table_has_every_arm_with_its_conditions_held_out_first(grid):
+def test_the_table_has_every_policy_with_its_conditions_held_out_first(grid):
     folder, runs = grid
-    rows = list(csv.DictReader(compare.table_csv(runs).splitlines()))
+    rows = list(csv.DictReader(tables.table_csv(runs).splitlines()))
     assert len(rows) == 14 * 4 and [row["split"] for row in rows] == ["held-out"] * 8 + ["IN-SAMPLE"] * 48
-    row = next(row for row in rows if row["run"] == "in-lloyd-2048-0.6" and row["arm"] == "oracle")
-    assert float(row["fewer_predictions_slides"]) == pytest.approx(3 * 4096 * 14336 * 32 / 6144) and float(row["bytes_share"]) == 0.6
+    row = next(row for row in rows if row["run"] == "in-lloyd-2048-0.6" and row["policy"] == "oracle")
+    assert (
+        float(row["fewer_predictions_slides"]) == pytest.approx(3 * 4096 * 14336 * 32 / 6144)
+        and float(row["bytes_share"]) == 0.6
+    )
     assert float(row["oracle_gap"]) == pytest.approx(math.log(4000 / 2048**0.5 / 6)) and row["predictor_gap"] == ""
-    held = next(row for row in rows if row["arm"] == "predicted")
+    held = next(row for row in rows if row["policy"] == "predicted")
     assert float(held["predictor_gap"]) == pytest.approx(math.log(25 / 20)) and held["model"] == "Mistral-7B-v0.1"
     for markdown in (False, True):
-        said = compare.table(runs, markdown)
-        assert said.index("held-out, windows of 2,048") < said.index("IN-SAMPLE · Mistral-7B-v0.1") and "neither bytes nor FLOPs" in said
+        said = tables.table(runs, markdown)
+        assert (
+            said.index("held-out, windows of 2,048") < said.index("IN-SAMPLE · Mistral-7B-v0.1")
+            and "neither bytes nor FLOPs" in said
+        )
         assert said.count("python train.py") == 14 and "9.2e5" in said
 
 
 def test_each_command_makes_its_run_again(grid, tmp_path):
-    small = finish(tmp_path, "small", "experiment=demo", "cluster.k=9", "arms=[dense,static]", "model.path=a folder", arms=("dense",))
+    small = finish(
+        tmp_path,
+        "small",
+        "experiment=demo",
+        "cluster.k=9",
+        "policies=[dense,static]",
+        "model.path=a folder",
+        policies=("dense",),
+    )
     for run in [*grid[1], small]:
-        words = shlex.split(compare.command(run))
+        words = shlex.split(tables.command(run))
         cfg = load_config(None, words[2:])
         assert words[:2] == ["python", "train.py"] and cfg.run.name == f"{run.name}-again"
-        assert to_yaml(cfg).replace(f"{run.name}-again", run.name).replace("dir: runs", f"dir: {run.config.run.dir}") == to_yaml(run.config)
-    assert len(compare.command(grid[1][-1])) < 200  # from experiment=paper, not key by key
+        assert to_yaml(cfg).replace(f"{run.name}-again", run.name).replace(
+            "dir: runs", f"dir: {run.config.run.dir}"
+        ) == to_yaml(run.config)
+    assert len(tables.command(grid[1][-1])) < 200  # from experiment=paper, not key by key
 
 
 def test_an_evaluation_of_a_run_is_made_again_by_evaluate(tmp_path):
     finish(tmp_path, "run", "cluster.k=256")
-    run = finish(tmp_path / "run" / "evaluations", "more", "cluster.k=256", "arms=[oracle]", arms=("oracle",))
+    run = finish(tmp_path / "run" / "evaluations", "more", "cluster.k=256", "policies=[oracle]", policies=("oracle",))
     assert run.name == "run/more"
-    words = shlex.split(compare.command(run))
-    assert words == ["python", "evaluate.py", f"checkpoint={tmp_path / 'run'}", "arms=[oracle]", "run.name=more-again"]
-    assert evaluate.config_of_run(None, words[2:]).arms == ["oracle"]
+    words = shlex.split(tables.command(run))
+    assert words == [
+        "python",
+        "evaluate.py",
+        f"checkpoint={tmp_path / 'run'}",
+        "policies=[oracle]",
+        "run.name=more-again",
+    ]
+    assert evaluate.config_of_run(None, words[2:]).policies == ["oracle"]
 
 
 def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(grid, tmp_path, monkeypatch):
     by_title = {}
     new_figure = figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda title, *args, **options: by_title.setdefault(title, new_figure(title, *args, **options)))
+    monkeypatch.setattr(
+        figures,
+        "new_figure",
+        lambda title, *args, **options: by_title.setdefault(title, new_figure(title, *args, **options)),
+    )
     drawn = [path.stem for path in compare_figures.save_figures(grid[1], tmp_path)]
-    assert drawn == ["coverage", "perplexity", "captured_importance_over_bits", "perplexity_over_bits", "perplexity_over_captured", "gaps"]
+    assert drawn == [
+        "coverage",
+        "perplexity",
+        "captured_importance_over_bits",
+        "perplexity_over_bits",
+        "perplexity_over_captured",
+        "gaps",
+    ]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in drawn)
     words = {title: " | ".join(text.get_text() for text in figure.findobj(Text)) for title, figure in by_title.items()}
-    for expected in ("paper, nearest centroids: 12.49", "paper, exact: 6.45", "paper, dense: ≈ 5.3", "not comparable", "dense 5.00", "IN-SAMPLE", "held-out"):
+    for expected in (
+        "paper, nearest centroids: 12.49",
+        "paper, exact: 6.45",
+        "paper, dense: ≈ 5.3",
+        "not comparable",
+        "dense 5.00",
+        "IN-SAMPLE",
+        "held-out",
+    ):
         assert expected in words["Perplexity over clusters"], expected
     coverage = next(text for title, text in words.items() if title.startswith("Coverage"))
     assert "paper's best: 79.34" in coverage and "density, %" in coverage and "not comparable" in coverage
@@ -155,32 +243,48 @@ def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(g
     assert low < 256 and high > 16384 and axes.get_xscale() == "log" and axes.get_yscale() == "log"
     gaps = by_title["What codebook and predictor cost"].axes
     heights = sorted({round(y, 6) for line in gaps[0].lines for y in line.get_ydata()})
-    assert len(gaps) == 1 and heights == [round(math.log(25 / 20), 6), round(math.log(20 / 6), 6)]  # of held-out runs: the only ones with a predictor
+    assert len(gaps) == 1 and heights == [
+        round(math.log(25 / 20), 6),
+        round(math.log(20 / 6), 6),
+    ]  # of held-out runs: the only ones with a predictor
 
 
-def test_runs_without_arms_of_clusters_give_a_table_and_no_figures(tmp_path):
-    said = compare.compare([finish(tmp_path, "a", arms=("dense",))], tmp_path / "out")
-    assert "figures: none" in said and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["comparison.csv", "comparison.md"]
+def test_runs_without_policies_of_clusters_give_a_table_and_no_figures(tmp_path):
+    said = tables.compare([finish(tmp_path, "a", policies=("dense",))], tmp_path / "out")
+    assert "figures: none" in said and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.csv",
+        "comparison.md",
+    ]
 
 
 def test_masks_of_free_size_stand_with_the_share_that_they_were_scored_at(tmp_path):
     run = finish(tmp_path, "a")
-    assert "density a → b" not in compare.table([run]) and next(csv.DictReader(compare.table_csv([run]).splitlines()))["masked_density"] == ""
-    run.arms["oracle"]["masked"] = {"density": 0.645}
-    said, rows = compare.table([run]), csv.DictReader(compare.table_csv([run]).splitlines())
+    assert (
+        "density a → b" not in tables.table([run])
+        and next(csv.DictReader(tables.table_csv([run]).splitlines()))["masked_density"] == ""
+    )
+    run.policies["oracle"]["masked"] = {"density": 0.645}
+    said, rows = tables.table([run]), csv.DictReader(tables.table_csv([run]).splitlines())
     assert "60.0 → 64.5" in said and "\ndensity a → b: " in said
-    assert next(row for row in rows if row["arm"] == "oracle")["masked_density"] == "0.645"
+    assert next(row for row in rows if row["policy"] == "oracle")["masked_density"] == "0.645"
 
 
-@pytest.mark.parametrize(("tuned", "arms"), [("neuron-predictor, 256 steps", ["neuron-predictor", "neuron-threshold"]), ("predicted, 9 steps", ["predicted"])])
-def test_what_a_run_was_tuned_for(tmp_path, tuned, arms):
+@pytest.mark.parametrize(
+    ("tuned", "policies"),
+    [("neuron-predictor, 256 steps", ["neuron-predictor", "neuron-threshold"]), ("predicted, 9 steps", ["predicted"])],
+)
+def test_what_a_run_was_tuned_for(tmp_path, tuned, policies):
     run = finish(tmp_path, "a", tuned=tuned)
-    assert [arm for arm in ("exact", "oracle", "predicted", "neuron-predictor", "neuron-threshold") if run.is_tuned_for(arm)] == arms
+    assert [
+        policy
+        for policy in ("exact", "oracle", "predicted", "neuron-predictor", "neuron-threshold")
+        if run.is_tuned_for(policy)
+    ] == policies
 
 
 def run_compare(*words):
-    with cli.one_line_errors(""):
-        compare.main(words)
+    with exits.one_line_errors(""):
+        tables.main(words)
 
 
 def test_what_is_not_finished_is_left_out_of_a_pattern_with_a_line(tmp_path, capsys):
@@ -191,7 +295,9 @@ def test_what_is_not_finished_is_left_out_of_a_pattern_with_a_line(tmp_path, cap
     run_compare(f"compare=[{tmp_path}/*,{tmp_path}/a]")
     said = capsys.readouterr().out
     assert f"{tmp_path}/b: left out, not finished (no results.json)" in said and "a.log" not in said
-    assert len(list(csv.DictReader((tmp_path / "comparison" / "comparison.csv").open()))) == 4  # named twice, there once
+    assert (
+        len(list(csv.DictReader((tmp_path / "comparison" / "comparison.csv").open()))) == 4
+    )  # named twice, there once
 
 
 @pytest.mark.parametrize(
@@ -214,17 +320,21 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, words, message):
         finish(tmp_path, name)
     (tmp_path / "unfinished" / "results.json").unlink()
     (tmp_path / "torn" / "results.json").write_text('{"conditions": {')
-    (tmp_path / "list" / "results.json").write_text('[{"arm": "dense"}]')
+    (tmp_path / "list" / "results.json").write_text('[{"policy": "dense"}]')
     with pytest.raises(SystemExit) as end:
         run_compare(*(word.format(tmp_path) for word in words))
     said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.startswith(f"error: {message.format(tmp_path)}") and said.err.count("\n") == 1
+    assert (
+        end.value.code == 2 and said.err.startswith(f"error: {message.format(tmp_path)}") and said.err.count("\n") == 1
+    )
 
 
 def test_what_no_codebook_changes_stands_there_once(grid):
-    said = compare.table(grid[1]).splitlines()
+    said = tables.table(grid[1]).splitlines()
     shared = [line.split() for line in said if line.split()[1:2] in (["run"], ["runs"])]
     together = [run for run in grid[1] if sum(other.place == run.place for other in grid[1]) > 1]
-    for name in compare.SHARED:
-        assert sum(int(row[0]) for row in shared if name in row[2:5]) == sum(name in run.arms for run in together) > 0
+    for name in tables.SHARED:
+        assert (
+            sum(int(row[0]) for row in shared if name in row[2:5]) == sum(name in run.policies for run in together) > 0
+        )
     assert not [line for line in said if line.startswith("in-") and " dense " in line]

@@ -9,11 +9,13 @@ from test_store import run_collect
 
 import tiny
 import train
-from apc import files, load_run, store
-from apc.config import load_config
-from apc.errors import UserError
-from apc.files import write_atomic
-from apc.store import PatternStore
+from apc import load_run
+from apc.collect import store
+from apc.collect.store import PatternStore
+from apc.config.load import load_config
+from apc.utils import files
+from apc.utils.errors import UserError
+from apc.utils.files import write_atomic
 
 
 def check_write(folder, **options):
@@ -31,9 +33,15 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path):
 
 @pytest.mark.parametrize("what", ["contents are not flushed", "names are not flushed", "written in place"])
 def test_a_flush_that_is_missing_is_noticed(tmp_path, monkeypatch, what):
-    counts = lambda path: path.is_dir() if what == "contents are not flushed" else path.is_file() or what != "names are not flushed"
+    counts = lambda path: (
+        path.is_dir() if what == "contents are not flushed" else path.is_file() or what != "names are not flushed"
+    )
     if what == "written in place":
-        monkeypatch.setattr(files, "replace_durably", lambda temporary, path: (path.write_bytes(temporary.read_bytes()), temporary.unlink()))
+        monkeypatch.setattr(
+            files,
+            "replace_durably",
+            lambda temporary, path: (path.write_bytes(temporary.read_bytes()), temporary.unlink()),
+        )
     with pytest.raises(AssertionError):
         check_write(tmp_path, counts=counts)
 
@@ -69,8 +77,20 @@ def test_arrays_that_are_not_flushed_are_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", ["cluster", "predict", "tune"])
 def test_training_goes_on_after_any_crash(tmp_path, stage):
     place = tiny.make_workplace(tmp_path / "place")
-    settings = {"trainer.checkpoint_every_n_steps": 1, "collect.storage": "memory", "cluster.max_epochs": 3, "predictor.max_epochs": 1}
-    settings |= {"tune.max_epochs": 1, "tune.windows": 5, "predictor.hidden": 8, "monitor.windows": 0, "data.fit_windows": 16, "collect.block_tokens": 256}
+    settings = {
+        "trainer.checkpoint_every_n_steps": 1,
+        "collect.storage": "memory",
+        "cluster.max_epochs": 3,
+        "predictor.max_epochs": 1,
+    }
+    settings |= {
+        "tune.max_epochs": 1,
+        "tune.batch_windows": 5,
+        "predictor.bottleneck": 8,
+        "monitor.windows": 0,
+        "data.fit_windows": 16,
+        "collect.batch_tokens": 256,
+    }
 
     def run(folder, stage):
         words = tiny.tiny_overrides(place, **settings, **{"run.dir": folder, "stage": stage})

@@ -5,8 +5,8 @@ import importlib.metadata
 import pytest
 import torch
 
-from apc import doctor
-from apc.config import load_config
+from apc.commands import doctor
+from apc.config.load import load_config
 
 
 def lines(check, *arguments):
@@ -40,13 +40,18 @@ def test_missing_and_old_packages_are_named(monkeypatch):
 def test_folders_without_room_or_right_are_named(tmp_path, monkeypatch, capsys):
     cfg = load_config(None, [f"run.dir={tmp_path}", f"collect.dir={tmp_path}"])
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
-    assert lines(doctor.check_disk, cfg)[0].startswith(f"note  {tmp_path}: 0.0 GiB free: make room, or choose another folder with run.dir=FOLDER")
+    assert lines(doctor.check_disk, cfg)[0].startswith(
+        f"note  {tmp_path}: 0.0 GiB free: make room, or choose another folder with run.dir=FOLDER"
+    )
 
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
-    assert lines(doctor.check_disk, cfg)[1] == f"FAIL  {tmp_path} can't be written (Permission denied): choose another folder with collect.dir=FOLDER"
+    assert (
+        lines(doctor.check_disk, cfg)[1]
+        == f"FAIL  {tmp_path} can't be written (Permission denied): choose another folder with collect.dir=FOLDER"
+    )
     with pytest.raises(SystemExit) as end:
         doctor.main([])
     assert end.value.code == 1 and "3 checks failed" in capsys.readouterr().err
@@ -60,4 +65,7 @@ def test_no_gpu_is_a_note_with_its_reason(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_is_tried():
-    assert all(line.startswith(("ok", "note")) for line in lines(doctor.check_gpu)) and len(lines(doctor.check_gpu)) == 2 * torch.cuda.device_count()
+    assert (
+        all(line.startswith(("ok", "note")) for line in lines(doctor.check_gpu))
+        and len(lines(doctor.check_gpu)) == 2 * torch.cuda.device_count()
+    )

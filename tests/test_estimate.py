@@ -12,16 +12,23 @@ from test_clustering import make_source
 
 import tiny
 import train
-from apc import cli, clustering, distributed, estimate, estimate_table, paper, rates, store
-from apc.config import load_config
-from apc.datamodule import BlockLoader, PatternDataModule, block_ranges
-from apc.errors import UserError
-from apc.exchange import Exchange, Links, iteration_seconds
-from apc.models import ModelConfig
-from apc.patterns import ActiveRule, PatternInfo
-from apc.settings import ClusterConfig
-from apc.store import PatternStore
-from apc.training import ALGORITHMS, block_bytes
+from apc.cluster import apc_paper, lloyd
+from apc.cluster.algorithms import ALGORITHMS
+from apc.collect import store
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.collect.memory import block_bytes
+from apc.collect.patterns import ActiveRule, PatternInfo
+from apc.collect.sharding import block_ranges
+from apc.collect.store import PatternStore
+from apc.config.load import load_config
+from apc.config.schema import ClusterConfig, ModelConfig
+from apc.data import gguf
+from apc.estimate import estimate, measured_rates, table
+from apc.estimate.exchange import Exchange, Links, iteration_seconds
+from apc.run import cli
+from apc.sparse.policies import trains_predictor
+from apc.utils import distributed
+from apc.utils.errors import UserError
 
 K, WIDTH = 150, 404  # large enough that headers of files are a small part of them
 
@@ -32,7 +39,15 @@ def offline(monkeypatch):
 
 
 def words_for(folder, **changes):
-    options = {"cluster.k": K, "predictor.hidden": 128, "cluster.max_epochs": 2, "predictor.max_epochs": 1, "monitor.windows": 0, "run.name": "sized"}
+    options = {
+        "cluster.k": K,
+        "predictor.bottleneck": 128,
+        "cluster.max_epochs": 2,
+        "predictor.max_epochs": 1,
+        "monitor.windows": 0,
+        "run.name": "sized",
+        "trainer.keep_checkpoints": "true",
+    }
     return tiny.tiny_overrides(folder, **(options | changes))
 
 
@@ -41,7 +56,7 @@ def ran(tmp_path_factory):
     """(configuration, its estimate on one device) of a run that has ended."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("sized"))
     tiny.save_model(folder / "model", width=WIDTH, layers=2)
-    cfg = load_config(None, words_for(folder, arms="[predicted]"))
+    cfg = load_config(None, words_for(folder, policies="[predicted]"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "SHARD_BYTES", 200_000)
         train.train(cfg)
@@ -64,7 +79,9 @@ def test_bytes_on_disk_are_those_that_a_run_writes(ran):
     }
     assert said.disk.keys() == written.keys()
     for name, size in written.items():
-        assert said.disk[name] == pytest.approx(size, rel=0.01 if name.startswith("patterns") else 0.03), name  # headers, and JSON in them
+        assert said.disk[name] == pytest.approx(size, rel=0.01 if name.startswith("patterns") else 0.03), (
+            name
+        )  # headers, and JSON in them
 
 
 def test_blocks_are_as_large_as_those_that_are_read(ran):
@@ -79,8 +96,17 @@ def test_blocks_are_as_large_as_those_that_are_read(ran):
 @pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper"])
 def test_buffers_are_those_of_a_real_module(algorithm):
     info = PatternInfo(3, 32, 52, 5, 16, {"gate": 52, "down": 32}, ActiveRule("top", 0.5), False, False, {})
-    cfg = load_config(None, ["sites=[gate,down]", "cluster.weighting=binary", "cluster.scope=pooled", "cluster.k=7", f"cluster.algorithm={algorithm}"])
-    real = {"lloyd": clustering.ClusteringModule, "apc-paper": paper.PaperClustering}[algorithm](cfg.cluster, info)
+    cfg = load_config(
+        None,
+        [
+            "sites=[gate,down]",
+            "cluster.weighting=binary",
+            "cluster.scope=pooled",
+            "cluster.k=7",
+            f"cluster.algorithm={algorithm}",
+        ],
+    )
+    real = {"lloyd": lloyd.ClusteringModule, "apc-paper": apc_paper.PaperClustering}[algorithm](cfg.cluster, info)
     on_meta = estimate.clustering_module(cfg, info)
     assert [(name, value.shape, value.dtype) for name, value in real.named_buffers()] == [
         (name, value.shape, value.dtype) for name, value in on_meta.named_buffers()
@@ -96,23 +122,39 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
     module_of = ALGORITHMS[algorithm]
     begin = module_of._begin_pass
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-    monkeypatch.setattr(distributed, "all_sum", lambda value: summed.append(value.nbytes) or (value if value.dim() else value * ranks))
+    monkeypatch.setattr(
+        distributed, "all_sum", lambda value: summed.append(value.nbytes) or (value if value.dim() else value * ranks)
+    )
     monkeypatch.setattr(distributed, "all_max", lambda value: summed.append(value.nbytes) or value)
     monkeypatch.setattr(distributed, "sum_own_rows", lambda value: scattered.append(value.nbytes))
     monkeypatch.setattr(distributed, "gather_rows", lambda value: gathered.append(value.nbytes))
     monkeypatch.setattr(distributed, "all_concat", lambda value, dim: value)
     monkeypatch.setattr(BlockLoader, "owned", lambda self, tokens: torch.ones(len(tokens), dtype=torch.bool))
     monkeypatch.setattr(module_of, "_begin_pass", lambda self: (begun.append(len(summed)), begin(self)))
-    monkeypatch.setattr(module_of, "_reseed", lambda self, site, empties: 0)  # rows, of some clusters in some passes: not estimated
+    monkeypatch.setattr(
+        module_of, "_reseed", lambda self, site, empties: 0
+    )  # rows, of some clusters in some passes: not estimated
     options = dict(k=5, weighting="binary", scope="pooled", density=0.6, max_epochs=1, algorithm=algorithm)
     module = module_of(ClusterConfig(**options), source.info, 1)
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True)))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(
+        module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True))
+    )
     blocks = block_ranges(source.info.windows, 2 * ranks, ranks)
     counts = 8 * len(blocks) + 8 if algorithm == "apc-paper" else 0  # windows of each block, and rows that moved
     said = estimate.exchanged(module, blocks, ranks).values()
     assert sum(part.reduced for part in said) + counts == sum(summed[begun[0] :])
-    assert (sum(part.scattered for part in said), sum(part.gathered for part in said)) == (sum(scattered), sum(gathered))
+    assert (sum(part.scattered for part in said), sum(part.gathered for part in said)) == (
+        sum(scattered),
+        sum(gathered),
+    )
     sent = (sum(scattered) + sum(gathered) + 2 * sum(part.reduced for part in said)) * (ranks - 1) / ranks
     assert sum(part.sent(ranks) for part in said) == pytest.approx(sent)
 
@@ -130,7 +172,10 @@ def test_the_measured_run_is_estimated_as_it_was_measured():
             assert said[stage].low < seconds and said[stage].high == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("k", "storage", "measured"), [(2048, "device", 0.0805), (2048, "memory", 0.373), (16384, "device", 0.457), (16384, "memory", 0.488)])
+@pytest.mark.parametrize(
+    ("k", "storage", "measured"),
+    [(2048, "device", 0.0805), (2048, "memory", 0.373), (16384, "device", 0.457), (16384, "memory", 0.488)],
+)
 def test_passes_that_were_measured_are_estimated_within_a_third(k, storage, measured):
     """benchmarks/results.csv, Lloyd iteration: one projection of 14,336 neurons, rows on the GPU or all but none of them."""
     cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd", f"cluster.k={k}", "sites=[gate]"])
@@ -144,7 +189,9 @@ def test_the_papers_clusterings_that_were_measured_are_estimated_within_a_half(r
     """docs/runs, made on H200s, whose processor is the H100's; K 16,384 at D 1,536 has no rate of its own."""
     folder = Path(__file__).parents[1] / "docs" / "runs" / f"paper-small-apc-paper-{run}"
     measured = json.loads((folder / "results.json").read_text())["seconds"]["cluster"]
-    cfg = load_config(None, ["experiment=paper-small", f"cluster.k={run[1:]}", "data.fit_windows=133", "data.score_windows=147"])
+    cfg = load_config(
+        None, ["experiment=paper-small", f"cluster.k={run[1:]}", "data.fit_windows=133", "data.score_windows=147"]
+    )
     said = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds["cluster"]
     assert said.low < measured < 1.5 * said.high and (said.high < 1.5 * said.low or run == "k16384")
 
@@ -158,7 +205,10 @@ def test_more_gpus_take_less_each_and_exchange_something():
     assert eight.exchange["centroids, all-gathered"] == 2048 * widths // 8 * 7 // 8
     for stage in one.seconds:
         assert eight.seconds[stage].low < one.seconds[stage].low / 5
-    assert eight.peak["clustering"] < one.peak["clustering"] and eight.host["model while it loads"] == 8 * one.host["model while it loads"]
+    assert (
+        eight.peak["clustering"] < one.peak["clustering"]
+        and eight.host["model while it loads"] == 8 * one.host["model while it loads"]
+    )
 
 
 def test_rings_send_what_they_are_said_to():
@@ -166,15 +216,17 @@ def test_rings_send_what_they_are_said_to():
     exchange = Exchange(scattered=8 * 16384 * 14336, gathered=16384 * 1792, reduced=8 * 16384)
     assert exchange.sent(1) == exchange.seconds(1) == 0
     assert exchange.sent(8) == 7 / 8 * (8 * 16384 * 14336 + 16384 * 1792 + 2 * 8 * 16384)
-    assert exchange.seconds(8) == pytest.approx(exchange.sent(8) / 450e9) and exchange.seconds(64) == pytest.approx(exchange.sent(64) / 400e9)
+    assert exchange.seconds(8) == pytest.approx(exchange.sent(8) / 450e9) and exchange.seconds(64) == pytest.approx(
+        exchange.sent(64) / 400e9
+    )
     assert exchange.seconds(64, Links(within=100e9)) == pytest.approx(exchange.sent(64) / 100e9)
     assert iteration_seconds(0.46, exchange, 8) == pytest.approx(0.46 / 8 + exchange.seconds(8))
 
 
 def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
-    assert rates.rate("assign", "apc b1", 256, 1536) < rates.rate("assign", "apc b1", 16384, 14336)
+    assert measured_rates.rate("assign", "apc b1", 256, 1536) < measured_rates.rate("assign", "apc b1", 16384, 14336)
     with pytest.raises(UserError, match="has no row for assign, abacus on an H100"):
-        rates.rate("assign", "abacus", 256, 1536)
+        measured_rates.rate("assign", "abacus", 256, 1536)
 
 
 # ---- the paper's experiment, and what is known without weights
@@ -182,26 +234,51 @@ def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
 
 def test_the_papers_experiment_is_the_papers():
     cfg = load_config(None, ["experiment=paper"])
-    assert (cfg.model.path, cfg.sites, cfg.sparsity, cfg.active) == ("mistralai/Mistral-7B-v0.1", ["gate", "up", "down"], 0.5, "threshold")
-    assert cfg.data.fit == cfg.data.score == "Salesforce/wikitext:wikitext-2-raw-v1:test" and cfg.data.in_sample and cfg.data.seq_len == 2048
-    assert (cfg.cluster.algorithm, cfg.cluster.k, cfg.cluster.density, cfg.cluster.max_epochs) == ("apc-paper", 2048, 0.6, 10)
+    assert (cfg.model.path, cfg.sites, cfg.sparsity, cfg.active) == (
+        "mistralai/Mistral-7B-v0.1",
+        ["gate", "up", "down"],
+        0.5,
+        "threshold",
+    )
+    assert (
+        cfg.data.fit == cfg.data.score == "Salesforce/wikitext:wikitext-2-raw-v1:test"
+        and cfg.data.in_sample
+        and cfg.data.seq_len == 2048
+    )
+    assert (cfg.cluster.algorithm, cfg.cluster.k, cfg.cluster.density, cfg.cluster.max_epochs) == (
+        "apc-paper",
+        2048,
+        0.6,
+        10,
+    )
     assert (cfg.cluster.scope, cfg.cluster.weighting, cfg.collect.forward) == ("pooled", "binary", "thresholded")
-    assert cfg.arms == ["dense", "exact", "oracle", "thresholded-oracle"] and cfg.monitor.windows == 0 and not cfg.with_predictor
+    assert (
+        cfg.policies == ["dense", "exact", "oracle", "thresholded-oracle"]
+        and cfg.monitor.windows == 0
+        and not trains_predictor(cfg)
+    )
     work = estimate.read_workload(cfg)
     assert (work.fit_windows, work.score_windows) == (163, 163)
     assert work.shape.layers * 163 * 2048 == 10_682_368
 
 
-@pytest.mark.parametrize(("path", "parameters"), [("mistralai/Mistral-7B-v0.1", 7_241_732_096), ("HuggingFaceTB/SmolLM2-135M", 134_515_008)])
+@pytest.mark.parametrize(
+    ("path", "parameters"), [("mistralai/Mistral-7B-v0.1", 7_241_732_096), ("HuggingFaceTB/SmolLM2-135M", 134_515_008)]
+)
 def test_known_shapes_have_as_many_parameters_as_their_publishers_say(path, parameters):
     cfg = load_config(None, [f"model.path={path}"])
     shape, tokenizer = estimate.read_shape(cfg.model, cfg.sites)
-    assert shape.parameters == parameters and shape.body < parameters and "known beforehand" in shape.origin and "only the model's shape is known" in tokenizer
+    assert (
+        shape.parameters == parameters
+        and shape.body < parameters
+        and "known beforehand" in shape.origin
+        and "only the model's shape is known" in tokenizer
+    )
 
 
 def dry_run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", *words])
-    cli.main("", train.train, dry_run=estimate_table.describe)
+    cli.main("", train.train, dry_run=table.describe)
 
 
 def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -210,8 +287,19 @@ def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, m
     dry_run(monkeypatch, *words_for(folder, **{"trainer.devices": 2, "cluster.k": 20}))
     said = capsys.readouterr().out
     assert said.startswith("ESTIMATED, not measured") and max(map(len, said.splitlines())) <= 120
-    assert "21 windows × 32 = 672 tokens (counted)" in " ".join(said.split()) and "1 GPU" in said and "2 GPUs" in said and "8 GPUs" in said
-    for row in ("codebook", "checkpoint of the predictor", "sums, reduce-scattered", "model while it loads", "evaluate"):
+    assert (
+        "21 windows × 32 = 672 tokens (counted)" in " ".join(said.split())
+        and "1 GPU" in said
+        and "2 GPUs" in said
+        and "8 GPUs" in said
+    )
+    for row in (
+        "codebook",
+        "checkpoint of the predictor",
+        "sums, reduce-scattered",
+        "model while it loads",
+        "evaluate",
+    ):
         assert f"  {row} " in said, row
     assert not (folder / "runs").exists() and not (folder / "stores").exists()
 
@@ -225,15 +313,23 @@ def test_a_configuration_alone_is_enough_where_the_windows_are_said(tmp_path, mo
     with pytest.raises(SystemExit):
         dry_run(monkeypatch, *words_for(folder, **{"data.score_windows": "null"}))
     said = capsys.readouterr().err
-    assert "the model's tokenizer, which would count them, can't be loaded (" in said and said.endswith("); set data.score_windows=N\n")
+    assert "the model's tokenizer, which would count them, can't be loaded (" in said and said.endswith(
+        "); set data.score_windows=N\n"
+    )
 
 
 def test_a_gguf_files_shape_is_read_without_its_weights(tmp_path, monkeypatch):
     _write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(estimate.assets, "load_gguf", None)
-    monkeypatch.setattr(estimate.assets, "load_gguf_tokenizer", lambda path: "none inside")
+    monkeypatch.setattr(gguf, "load_gguf", None)
+    monkeypatch.setattr(gguf, "load_gguf_tokenizer", lambda path: "none inside")
     shape, _ = estimate.read_shape(ModelConfig(path=str(tmp_path / "tiny.gguf")), ["neuron", "down"])
-    assert (shape.layers, shape.hidden_size, shape.ffn_width, shape.vocabulary, shape.dtype) == (1, 32, 64, 259, torch.float32)
+    assert (shape.layers, shape.hidden_size, shape.ffn_width, shape.vocabulary, shape.dtype) == (
+        1,
+        32,
+        64,
+        259,
+        torch.float32,
+    )
     assert shape.widths == {"neuron": 64, "down": 32} and shape.body == 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
 
 
@@ -273,23 +369,32 @@ def test_what_a_dry_run_cannot_know_is_one_line(monkeypatch, capsys, words, mess
     with pytest.raises(SystemExit) as end:
         dry_run(monkeypatch, "experiment=paper", *words)
     said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1 and not said.out
+    assert (
+        end.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1 and not said.out
+    )
 
 
 def test_tuning_is_scaled_from_the_measured_one():
     measured = estimate.known()["tuning"]
-    words = ["experiment=cluster-5", f"data.fit_windows={measured['tokens'] // 2048 + 1}", "data.score_windows=147"]
+    words = ["experiment=cluster-k512", f"data.fit_windows={measured['tokens'] // 2048 + 1}", "data.score_windows=147"]
     said = estimate.estimate(cfg := load_config(None, words), estimate.read_workload(cfg), 1).seconds
-    assert list(said) == ["collect", "cluster", "predict", "tune", "evaluate"] and said["tune"].low == pytest.approx(measured["seconds"])
+    assert list(said) == ["collect", "cluster", "predict", "tune", "evaluate"] and said["tune"].low == pytest.approx(
+        measured["seconds"]
+    )
     twice = load_config(None, [*words, "tune.max_epochs=16", "stage=tune"])
     again = estimate.estimate(twice, estimate.read_workload(twice), 1).seconds
     assert list(again)[-1] == "tune" and again["tune"].low == pytest.approx(2 * measured["seconds"])
 
 
 def test_what_tuning_holds_is_counted():
-    cfg = load_config(None, ["experiment=cluster-5", "data.fit_windows=133", "data.score_windows=147"])
+    cfg = load_config(None, ["experiment=cluster-k512", "data.fit_windows=133", "data.score_windows=147"])
     found = estimate.estimate(cfg, estimate.read_workload(cfg), 1)
     L, E, D, K, H = 30, 576, 1536, 512, 78
-    parameters = L * (K * (D + E) + (E + 1) * H + (H + 1) * K + (H + 1) * E)  # scores, offsets, and the predictor with its correction
+    parameters = L * (
+        K * (D + E) + (E + 1) * H + (H + 1) * K + (H + 1) * E
+    )  # scores, offsets, and the predictor with its correction
     assert found.gpu["what is tuned, gradients, Adam's moments"] == 16 * parameters
-    assert found.disk["checkpoint of the tuning"] == 12 * parameters and found.peak["tuning, without activations"] > 16 * parameters
+    assert (
+        found.disk["checkpoint of the tuning"] == 12 * parameters
+        and found.peak["tuning, without activations"] > 16 * parameters
+    )

@@ -14,12 +14,16 @@ import torch
 
 import tiny
 import train
-from apc import codebook, files, load_run, predictor, store
-from apc.codebook import Codebook
-from apc.config import load_config
-from apc.errors import UserError
-from apc.predictor import Predictor
-from apc.store import PatternStore
+from apc import load_run
+from apc.cluster import codebook
+from apc.cluster.codebook import Codebook
+from apc.collect import manifest
+from apc.collect.store import PatternStore
+from apc.config.load import load_config
+from apc.predict import predictor
+from apc.predict.predictor import Predictor
+from apc.utils import tensor_files
+from apc.utils.errors import UserError
 
 MUTANTS = int(os.environ.get("APC_MUTANTS", 10_000))  # over all readers
 NUMBERS = (0, 1, 2, 255, 256, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62, (1 << 64) - 1)
@@ -46,7 +50,16 @@ WORDS = (
 def made(tmp_path_factory):
     folder = tiny.make_workplace(tmp_path_factory.mktemp("fuzz"))
     for form in ("cluster", "low-bit"):
-        train.train(load_config(None, tiny.tiny_overrides(folder, stage="predict", **{"predictor.form": form, "run.name": form, "collect.hidden": "stored"})))
+        train.train(
+            load_config(
+                None,
+                tiny.tiny_overrides(
+                    folder,
+                    stage="predict",
+                    **{"predictor.form": form, "run.name": form, "collect.ffn_inputs": "stored"},
+                ),
+            )
+        )
     return folder
 
 
@@ -93,7 +106,9 @@ def check(path, content, read, agrees, count, seed):
             assert "\n" not in str(error), (seed, number)
         else:
             assert agrees(found), f"seed {seed}, mutant {number}: read as something else than it was"
-        assert peak() - before <= 2 * len(data) + (16 << 20), f"seed {seed}, mutant {number}: {peak() - before} bytes for {len(data)}"
+        assert peak() - before <= 2 * len(data) + (16 << 20), (
+            f"seed {seed}, mutant {number}: {peak() - before} bytes for {len(data)}"
+        )
         assert time.monotonic() - began < 5, (seed, number)
     path.write_bytes(content)
     read()
@@ -112,7 +127,10 @@ def test_mutants_are_read_right_or_refused(made, tmp_path, kind):
         read = lambda: PatternStore(store).block(0, 2, ["patterns.neuron"])
         about = lambda info: str({name: value for name, value in vars(info).items() if name != "activity"})
         expected, info = read().patterns["neuron"], about(PatternStore(store).info)
-        agrees = lambda block: torch.equal(block.patterns["neuron"], expected) and (kind == "shard" or about(PatternStore(store).info) == info)
+        agrees = lambda block: (
+            torch.equal(block.patterns["neuron"], expected)
+            and (kind == "shard" or about(PatternStore(store).info) == info)
+        )
     else:
         source = run.folder.codebook if kind == "codebook" else run.folder.predictor
         path = tmp_path / source.name
@@ -120,11 +138,34 @@ def test_mutants_are_read_right_or_refused(made, tmp_path, kind):
         reader = Codebook if kind == "codebook" else Predictor
         tensors = lambda found: found.sites["neuron"].tensors() if kind == "codebook" else found.state_dict()
         read, held = lambda: reader.load(path), tensors(reader.load(path))
-        agrees = lambda found: tensors(found).keys() == held.keys() and all(torch.equal(value, held[name]) for name, value in tensors(found).items())
+        agrees = lambda found: (
+            tensors(found).keys() == held.keys()
+            and all(torch.equal(value, held[name]) for name, value in tensors(found).items())
+        )
     check(path, path.read_bytes(), read, agrees, MUTANTS // 5, seed)
 
 
-VALUES = (None, True, -1, 0, 1, 1 << 70, 0.5, -2.5, float("inf"), "", "x", "neuron", [], ["neuron"], [1], {}, {"neuron": 1}, {"x": "y"}, [[]])
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    1 << 70,
+    0.5,
+    -2.5,
+    float("inf"),
+    "",
+    "x",
+    "neuron",
+    [],
+    ["neuron"],
+    [1],
+    {},
+    {"neuron": 1},
+    {"x": "y"},
+    [[]],
+)
 
 
 def altered(value: object, draw: random.Random) -> object:
@@ -156,7 +197,7 @@ def test_mutants_with_right_checksums_are_read_or_refused(made, tmp_path, kind):
 
         def write():
             found = altered(held, draw)
-            signed = found | {"checksum": store._manifest_checksum(found)} if isinstance(found, dict) else found
+            signed = found | {"checksum": manifest.manifest_checksum(found)} if isinstance(found, dict) else found
             (folder / "manifest.json").write_text(json.dumps(signed))
 
         def read():
@@ -166,14 +207,18 @@ def test_mutants_with_right_checksums_are_read_or_refused(made, tmp_path, kind):
         source = run.folder.codebook if kind == "codebook" else run.folder.predictor
         reader, module = (Codebook, codebook) if kind == "codebook" else (Predictor, predictor)
         path = tmp_path / source.name
-        header, tensors = files.load_tensors(source, module.KIND, module.VERSION)
+        header, tensors = tensor_files.load_tensors(source, module.KIND, (module.VERSION,))
 
         def write():
             given = dict(tensors)
             if draw.random() < 0.3:
                 name = draw.choice(list(given))
-                given[name] = draw.choice([given[name][:1], given[name].double(), given[name].flatten(), torch.full_like(given[name], 1)])
-            files.save_tensors(path, module.KIND, module.VERSION, altered(header, draw) if draw.random() < 0.8 else header, given)
+                given[name] = draw.choice(
+                    [given[name][:1], given[name].double(), given[name].flatten(), torch.full_like(given[name], 1)]
+                )
+            tensor_files.save_tensors(
+                path, module.KIND, module.VERSION, altered(header, draw) if draw.random() < 0.8 else header, given
+            )
 
         read = lambda: reader.load(path)
     for number in range(count):
@@ -201,7 +246,9 @@ def test_nothing_in_a_file_is_run(made, tmp_path):
             if target == run.folder.checkpoint("cluster"):
                 (copy / f"{name}.safetensors").unlink()
         with pytest.raises(UserError):
-            words = tiny.tiny_overrides(made, stage="predict", **{"run.dir": tmp_path, "run.name": "run", "collect.hidden": "stored"})
+            words = tiny.tiny_overrides(
+                made, stage="predict", **{"run.dir": tmp_path, "run.name": "run", "collect.ffn_inputs": "stored"}
+            )
             train.train(load_config(None, words))
         shutil.rmtree(copy)
     assert not (tmp_path / "sprung").exists()

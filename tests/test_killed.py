@@ -17,20 +17,23 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 import apc
 import tiny
 import train
-from apc import cli, signals
-from apc.clustering import ClusteringModule
-from apc.codebook import Codebook
-from apc.config import load_config
-from apc.errors import Terminated, UserError
-from apc.runs import open_run
-from apc.tracking import read_metrics
+from apc.cluster.codebook import Codebook
+from apc.cluster.lloyd import ClusteringModule
+from apc.config.load import load_config
+from apc.run import launch
+from apc.run.folder import open_run
+from apc.run.tracking import read_metrics
+from apc.utils import exits, signals
+from apc.utils.errors import Terminated, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("APC_KILLS", 20))  # `make soak` asks for more, and for the table and figures too, which take most of a small run
+KILLS = int(
+    os.environ.get("APC_KILLS", 20)
+)  # `make soak` asks for more, and for the table and figures too, which take most of a small run
 STAGE = os.environ.get("APC_STAGE", "tune")
 SETTINGS = {
-    "trainer.checkpoint_every_n_steps": 1, "cluster.max_epochs": 3, "predictor.max_epochs": 1, "tune.max_epochs": 1, "tune.windows": 5,
-    "predictor.hidden": 8, "arms": "[dense,oracle,predicted]", "monitor.every": 100,
+    "trainer.checkpoint_every_n_steps": 1, "cluster.max_epochs": 3, "predictor.max_epochs": 1, "tune.max_epochs": 1, "tune.batch_windows": 5,
+    "predictor.bottleneck": 8, "policies": "[dense,oracle,predicted]", "monitor.every": 100,
 }  # fmt: skip
 
 
@@ -40,7 +43,10 @@ def workplace(tmp_path_factory):
 
 
 def words_for(workplace, name="", **changes):
-    return tiny.tiny_overrides(workplace, **(SETTINGS | {"run.name": name, "stage": STAGE, "collect.dir": workplace / f"stores-{name}"} | changes))
+    return tiny.tiny_overrides(
+        workplace,
+        **(SETTINGS | {"run.name": name, "stage": STAGE, "collect.dir": workplace / f"stores-{name}"} | changes),
+    )
 
 
 def outcome(workplace, name):
@@ -49,7 +55,10 @@ def outcome(workplace, name):
     noted = {stage: json.loads(run.folder.history(stage).read_text()) for stage in ("cluster", "predictor", "tune")}
     noted |= {key: value for key, value in (run.results or {}).items() if key not in ("seconds", "conditions")}
     # A row that a kill came after, before the next checkpoint, is there twice, the same both times but for the clock.
-    rows = [{key: value for key, value in row.items() if key not in ("time", "elapsed_s") and "second" not in key} for row in read_metrics(run.folder.path)]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("time", "elapsed_s") and "second" not in key}
+        for row in read_metrics(run.folder.path)
+    ]
     noted["metrics"] = sorted({json.dumps(row, sort_keys=True) for row in rows})
     return run.codebook.sites["neuron"].tensors(), run.predictor.state_dict(), noted
 
@@ -116,7 +125,11 @@ def test_asked_to_end_it_saves_and_ends_the_same(workplace, whole, share):
 
 @pytest.mark.parametrize("stage", ["cluster", "predict", "tune"])
 def test_a_training_that_is_asked_to_end_keeps_its_step(workplace, stage):
-    changes = {"stage": stage, "trainer.checkpoint_every_n_steps": 10_000, f"{'predictor' if stage == 'predict' else stage}.max_epochs": 2_000}
+    changes = {
+        "stage": stage,
+        "trainer.checkpoint_every_n_steps": 10_000,
+        f"{'predictor' if stage == 'predict' else stage}.max_epochs": 2_000,
+    }
     name, kind = f"kept-{stage}", {"cluster": "cluster", "predict": "predictor", "tune": "tune"}[stage]
     process = tiny.start(words_for(workplace, name, **changes))
     metrics = workplace / "runs" / name / "metrics.jsonl"
@@ -148,8 +161,13 @@ def ranks_of(launcher):
 
 def launched(words, rows):
     """The launcher of ranks that train a predictor, once that has logged so many rows more; and how many there are then."""
-    launcher = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline, metrics = time.monotonic() + 120, next(Path(word[8:]) for word in words if word.startswith("run.dir=")) / "ranks" / "metrics.jsonl"
+    launcher = subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline, metrics = (
+        time.monotonic() + 120,
+        next(Path(word[8:]) for word in words if word.startswith("run.dir=")) / "ranks" / "metrics.jsonl",
+    )
     while (found := metrics.read_text().count('"predictor/step"') if metrics.is_file() else 0) <= rows:
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
@@ -158,7 +176,13 @@ def launched(words, rows):
 
 def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_and_fewer_go_on(workplace):
     """In one long epoch, of which no checkpoint would be kept otherwise."""
-    changes = {"run.name": "ranks", "stage": "predict", "collect.dir": workplace / "stores-ranks", "data.fit_windows": 88, "predictor.batch": 2}
+    changes = {
+        "run.name": "ranks",
+        "stage": "predict",
+        "collect.dir": workplace / "stores-ranks",
+        "data.fit_windows": 88,
+        "predictor.batch_tokens": 2,
+    }
     changes |= {"predictor.max_epochs": 1, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1}
     words = words_for(workplace, **changes, **{"trainer.devices": 2})
     launcher, rows = launched(words, 0)
@@ -198,7 +222,10 @@ def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most,
     process = tiny.start(words)
     process.join(timeout=200)
     assert process.exitcode == 0
-    found, expected = (Codebook.load(place / "codebook.safetensors").sites["neuron"].tensors() for place in (run, workplace / "runs" / "whole"))
+    found, expected = (
+        Codebook.load(place / "codebook.safetensors").sites["neuron"].tensors()
+        for place in (run, workplace / "runs" / "whole")
+    )
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
@@ -206,11 +233,19 @@ def test_want_of_memory_is_said_in_a_line(capsys):
     def on_a_gpu():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    for allocate, where in ((lambda: bytearray(1 << 62), "this machine"), (lambda: torch.empty(1 << 46), "this machine"), (on_a_gpu, "the GPU")):
-        with pytest.raises(SystemExit, match="2"), cli.one_line_errors("the same command goes on"):
+    for allocate, where in (
+        (lambda: bytearray(1 << 62), "this machine"),
+        (lambda: torch.empty(1 << 46), "this machine"),
+        (on_a_gpu, "the GPU"),
+    ):
+        with pytest.raises(SystemExit, match="2"), exits.one_line_errors("the same command goes on"):
             allocate()
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith(f"error: {where} has no memory left (") and "collect.storage=disk; the same command" in said
+        assert (
+            said.count("\n") == 1
+            and said.startswith(f"error: {where} has no memory left (")
+            and "collect.storage=disk; the same command" in said
+        )
 
 
 def test_two_processes_never_work_in_one_run(workplace):
@@ -233,7 +268,9 @@ def never_asked(monkeypatch):
 def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace, monkeypatch, never_asked):
     begin = ClusteringModule.on_fit_start
     steps = []
-    monkeypatch.setattr(ClusteringModule, "on_fit_start", lambda self: (os.kill(os.getpid(), signal.SIGTERM), begin(self)))
+    monkeypatch.setattr(
+        ClusteringModule, "on_fit_start", lambda self: (os.kill(os.getpid(), signal.SIGTERM), begin(self))
+    )
     monkeypatch.setattr(ClusteringModule, "training_step", lambda self, block, index: steps.append(index))
     before = signal.signal(signal.SIGTERM, signals.terminate)
     try:
@@ -264,7 +301,7 @@ def test_several_ranks_asked_to_end(workplace, monkeypatch, number, expected):
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launched)
     with pytest.raises(expected):
-        cli.launch(load_config(None, words_for(workplace, "ranks-asked", **{"trainer.devices": 2})))
+        launch.launch(load_config(None, words_for(workplace, "ranks-asked", **{"trainer.devices": 2})))
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(workplace):
@@ -275,5 +312,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(workplace):
     held = torch.load(path, weights_only=True)
     held["state_dict"]["sums_neuron"].view(-1)[7] += 1
     torch.save(held, path)
-    with pytest.raises(UserError, match=r"cluster.ckpt: damaged \(it does not hold what its checksum says\); delete it"):
+    with pytest.raises(
+        UserError, match=r"cluster.ckpt: damaged \(it does not hold what its checksum says\); delete it"
+    ):
         train.train(load_config(None, words_for(workplace, name, stage="cluster")))

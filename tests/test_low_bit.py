@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from apc import ops
-from apc.errors import UserError
-from apc.low_bit import LowBitScores, quantised
+from apc.config.schema import PredictorConfig
 from apc.ops import low_bit_sm80
 from apc.ops.nvrtc import compile_program
-from apc.predictor import Predictor
-from apc.settings import PredictorConfig
+from apc.predict.low_bit import LowBitScores, quantised
+from apc.predict.predictor import Predictor
+from apc.utils.errors import UserError
 
 
 def test_levels_are_the_nearest_ones():
@@ -32,12 +32,16 @@ def test_bits_hold_the_levels_and_scores_follow_the_formula(bits):
     scores, hidden = made(bits), torch.randn(2, 5, 20)
     frozen = scores.freeze()
     assert frozen.weights is None and frozen.planes.shape == (bits, 2, 2, 13, 16)
-    assert torch.equal(frozen.levels(1), quantised(scores.weights[1], bits)) and torch.equal(frozen.thaw().weights, quantised(scores.weights, bits))
+    assert torch.equal(frozen.levels(1), quantised(scores.weights[1], bits)) and torch.equal(
+        frozen.thaw().weights, quantised(scores.weights, bits)
+    )
     expected = scores.bias[1].clone()
     for place in range(2):
         z = scores.scale[1, place] * (hidden[1] @ quantised(scores.weights[1, place], bits).T)
         expected = expected + scores.slope[1, place] * z + scores.power[1, place] * torch.log1p(z * z)
-    assert torch.allclose(frozen.layer(1)(hidden[1]), expected, atol=1e-4) and torch.allclose(scores(hidden)[1], expected, atol=1e-4)
+    assert torch.allclose(frozen.layer(1)(hidden[1]), expected, atol=1e-4) and torch.allclose(
+        scores(hidden)[1], expected, atol=1e-4
+    )
 
 
 WAYS = [("triton", "cpu"), *(pytest.param(way, "cuda", marks=pytest.mark.gpu) for way in ("triton", "b1"))]
@@ -52,7 +56,10 @@ def test_the_kernel_scores_and_masks_as_the_formula(way, device, bits, reads, n,
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", ["triton", "b1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bits", "n", "E", "D"), [(1, 1, 4096, 14336), (3, 1, 4096, 2000), (1, 4, 4096, 1000), (4, 2, 576, 1536), (1, 1, 8192, 700)])
+@pytest.mark.parametrize(
+    ("bits", "n", "E", "D"),
+    [(1, 1, 4096, 14336), (3, 1, 4096, 2000), (1, 4, 4096, 1000), (4, 2, 576, 1536), (1, 1, 8192, 700)],
+)
 def test_models_sizes(way, dtype, bits, n, E, D):
     check_scores(way, "cuda", bits, 2, n, E, D, dtype)
 
@@ -60,7 +67,10 @@ def test_models_sizes(way, dtype, bits, n, E, D):
 def check_scores(way, device, bits, reads, n, E, D, dtype):
     planes = ops.pack(torch.rand(bits, reads, D, E) < 0.5).to(device)
     scale, slope, power = (torch.randn(reads, D, device=device) for _ in range(3))
-    hidden, bias = torch.randn(n, E, device=device) * torch.tensor([1.0, 80.0, 0.01, 3.0], device=device)[:n, None], torch.randn(D, device=device)
+    hidden, bias = (
+        torch.randn(n, E, device=device) * torch.tensor([1.0, 80.0, 0.01, 3.0], device=device)[:n, None],
+        torch.randn(D, device=device),
+    )
     hidden = hidden.to(dtype)
     arguments = (hidden, planes, scale, slope, power, bias)
     expected = ops.low_bit_scores(*arguments, by_triton=False)
@@ -73,7 +83,9 @@ def check_scores(way, device, bits, reads, n, E, D, dtype):
     assert ((found.double() - exact).norm(dim=1) < (2e-3 if way == "triton" else 1e-5) * exact.norm(dim=1)).all()
     threshold = expected.median()
     assert torch.equal(kernel(*arguments, threshold), ops.pack(found >= threshold))
-    assert torch.equal(ops.low_bit_scores(*arguments, threshold=threshold, by_triton=False), ops.pack(expected >= threshold))
+    assert torch.equal(
+        ops.low_bit_scores(*arguments, threshold=threshold, by_triton=False), ops.pack(expected >= threshold)
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
@@ -103,18 +115,26 @@ def test_the_gradient_passes_within_the_levels():
 
 
 def test_a_predictor_of_it_is_counted_rounded_and_saved(tmp_path):
-    predictor = Predictor(2, 20, 4, {"neuron": 13}, "low-bit", bits=3, reads=["gate"], corrects=True)
+    predictor = Predictor(2, 20, 4, {"neuron": 13}, "low-bit", bits=3, low_bit_projections=["gate"], corrects=True)
     predictor.low_bit = made(3, ["gate"])
     assert predictor.parameters_read("neuron") == 13 * (20 * 3 / 16 + 3) + 13 + 21 * 4 + 5 * 20
     assert predictor.multiplications("neuron") == 13 * 23 + 21 * 4 + 5 * 20
     predictor.rounded().save(tmp_path / "predictor.safetensors")
     read = Predictor.load(tmp_path / "predictor.safetensors")
     hidden = torch.randn(5, 20)
-    for found, expected in zip(read.layer_outputs(1, "neuron", hidden), predictor.layer_outputs(1, "neuron", hidden), strict=True):
+    for found, expected in zip(
+        read.layer_outputs(1, "neuron", hidden), predictor.layer_outputs(1, "neuron", hidden), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("values", "message"), [({"bits": 5}, "predictor.bits must be from 1 to 4"), ({"reads": ["down"]}, r"predictor.reads=\['down'\]")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 5}, "predictor.bits must be from 1 to 4"),
+        ({"low_bit_projections": ["down"]}, r"predictor.low_bit_projections=\['down'\]"),
+    ],
+)
 def test_bad_settings_are_named(values, message):
     with pytest.raises(UserError, match=message):
         PredictorConfig(**values)

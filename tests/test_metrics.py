@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from apc import ops
-from apc.arms import KeepAll, make_arm
-from apc.codebook import Codebook, SiteCodebook
-from apc.metrics import BATCHES, MaskMeter, _shuffled, arm_cost, mask_figures
-from apc.predictor import Predictor
+from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.evaluate.metrics import BATCHES, MaskMeter, _shuffled, mask_figures
+from apc.predict.predictor import Predictor
+from apc.sparse.policies import POLICIES, make_policy
 
 
 class Seen:
-    """As much of `Tokens` as a meter looks at."""
+    """As much of `MaskInputs` as a meter looks at."""
 
     site, layer = "neuron", 0
 
@@ -40,7 +40,11 @@ def test_what_a_batch_of_tokens_keeps_together(n):
         assert sorted(order) == list(range(n))
         for batch in BATCHES:
             for start in range(0, n - batch + 1, batch):
-                kept = {neuron for token in order[start : start + batch] for neuron in mask[token].nonzero().flatten().tolist()}
+                kept = {
+                    neuron
+                    for token in order[start : start + batch]
+                    for neuron in mask[token].nonzero().flatten().tolist()
+                }
                 counts[batch][0] += len(kept)
                 counts[batch][1] += D
     found = mask_figures(meter.totals())["union_density"]
@@ -54,28 +58,44 @@ def test_one_mask_for_all_tokens_does_not_grow():
     meter.add(tokens, mask)
     figures = mask_figures(meter.totals())
     assert set(figures["union_density"].values()) == {figures["density"]} == {4 / 11}
-    assert KeepAll(None, None, 0).mask(tokens).all()
+    assert POLICIES["dense"](None, None, 0).mask(tokens).all()
 
 
 @pytest.mark.parametrize(
-    ("arm", "bits", "read", "computed"),
+    ("policy", "bits", "read", "computed"),
     [
         ("oracle", 3, 40 / 16 + 6, 0),
         ("thresholded-oracle", (math.log2(math.comb(40, 10)) + math.log2(math.comb(40, 30))) / 2, 40 / 16 + 6, 0),
         ("predicted", 3, 40 / 16 + 6 + (7 * 5 + 6 * 8 + 6 * 6), 7 * 5 + 6 * 8 + 6 * 6),
-        ("soft", (math.log2(math.comb(40, 10)) + math.log2(math.comb(40, 30))) / 2, 8 * (40 + 6) + 119, 8 * (40 + 6) + 119),
+        (
+            "soft",
+            (math.log2(math.comb(40, 10)) + math.log2(math.comb(40, 30))) / 2,
+            8 * (40 + 6) + 119,
+            8 * (40 + 6) + 119,
+        ),
         ("static", 0, 0, 0),
     ],
 )
-def test_what_an_arm_reads_to_the_parameter(arm, bits, read, computed):
+def test_what_a_policy_reads_to_the_parameter(policy, bits, read, computed):
     """L 2, E 6, D 40, K 8, bottleneck 5 with a correction; offsets; layers of density ¼ and ¾."""
     masks = torch.stack([ops.pack(ops.top_mask(torch.rand(8, 40), m)) for m in (10, 30)])
     static = ops.pack(ops.top_mask(torch.rand(2, 40), 20))
-    site = SiteCodebook(masks, torch.rand(2, 8, 40).half(), torch.ones(2, 8, dtype=torch.int64), static, torch.zeros(2), torch.rand(2, 8, 6))
-    book = Codebook({"neuron": site}, {"neuron": 40}, 2, 6, 40, "layer", "energy", 0.5, "threshold", 0.5, budget=[10, 30])
+    site = SiteCodebook(
+        masks,
+        torch.rand(2, 8, 40).half(),
+        torch.ones(2, 8, dtype=torch.int64),
+        static,
+        torch.zeros(2),
+        torch.rand(2, 8, 6),
+    )
+    book = Codebook(
+        {"neuron": site}, {"neuron": 40}, 2, 6, 40, "layer", "energy", 0.5, "threshold", 0.5, budget=[10, 30]
+    )
     assert book.problem() is None
     predictor = Predictor(2, 6, 5, {"neuron": 8}, corrects=True)
     assert sum(value[0].numel() for value in predictor.parameters()) == 119
-    cost = arm_cost(make_arm(arm, book, predictor), book, predictor, {"neuron": [0.25, 0.75]})
+    cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]})
     assert cost.bits == pytest.approx(bits)
-    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40)) and cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))
+    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40)) and cost.flops_share == pytest.approx(
+        0.5 + computed / (3 * 6 * 40)
+    )

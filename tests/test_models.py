@@ -6,11 +6,13 @@ from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from apc import models
-from apc.activations import Collector
-from apc.errors import UserError
-from apc.models import FFNHooks, ModelConfig, find_ffns, load_model, resolve_device, weights_digest
-from apc.patterns import ActiveRule, Importance
+from apc.collect.collector import Collector
+from apc.collect.patterns import ActiveRule, Importance
+from apc.config.schema import ModelConfig
+from apc.data import ffn, models
+from apc.data.ffn import FFNHooks, find_ffns
+from apc.data.models import load_model, resolve_device, weights_digest
+from apc.utils.errors import UserError
 
 
 class Recorder:
@@ -67,7 +69,9 @@ def test_importance_at_the_neuron_is_what_it_moves_in_the_residual_stream():
     model = tiny.make_model()
     ffns = find_ffns(model)
     values = torch.randn(5, ffns[1].width)
-    expected = torch.stack([(values[:, i : i + 1] * ffns[1].down.weight[:, i]).norm(dim=1) for i in range(ffns[1].width)], dim=1)
+    expected = torch.stack(
+        [(values[:, i : i + 1] * ffns[1].down.weight[:, i]).norm(dim=1) for i in range(ffns[1].width)], dim=1
+    )
     torch.testing.assert_close(Importance(ffns)(1, "neuron", values), expected)
 
 
@@ -95,7 +99,9 @@ def test_packed_weights_are_refused_by_name():
     with pytest.raises(UserError, match=r"Llama\w+: its weights are packed \(gptq\)"):
         find_ffns(model)
     del model.config.quantization_config
-    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 52, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(
+        torch.zeros(32, 52, dtype=torch.uint8), requires_grad=False
+    )
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp holds a Linear of torch\.uint8, packed weights"):
         find_ffns(model)
 
@@ -125,14 +131,25 @@ def test_a_device_map_changes_nothing_that_is_seen(tmp_path):
     windows, books = torch.arange(64).view(2, 32), []
     for device_map in (None, "auto"):
         model, _ = load_model(ModelConfig(path=str(folder), device_map=device_map), device)
-        books.append(Collector(model, ["neuron"], device).block(windows, [0, 1], ActiveRule("top", 0.5), with_importance=True, with_hidden=True).tensors())
+        books.append(
+            Collector(model, ["neuron"], device)
+            .block(windows, [0, 1], ActiveRule("top", 0.5), with_importance=True, with_hidden=True)
+            .tensors()
+        )
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
 
 
 def test_hooks_see_layers_whose_weights_come_and_go(tmp_path):
     """accelerate keeps one layer on disk and brings it for its forward pass: the same is seen, but such a map is refused, since it reads weights too."""
     model, recorders = tiny.make_model(), []
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.2": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.2": "cpu",
+    }
     for spread in (False, True):
         if spread:
             dispatch_model(model, places | {"model.layers.1": "disk"}, main_device="cpu", offload_dir=tmp_path)
@@ -142,7 +159,9 @@ def test_hooks_see_layers_whose_weights_come_and_go(tmp_path):
             model(torch.arange(9)[None])
         hooks.remove()
     assert all(torch.equal(value, recorders[1].seen[key]) for key, value in recorders[0].seen.items())
-    with pytest.raises(UserError, match="no room for model.layers.1.* and 8 more of its parts; use more GPUs or a smaller type"):
+    with pytest.raises(
+        UserError, match="no room for model.layers.1.* and 8 more of its parts; use more GPUs or a smaller type"
+    ):
         models._check_map(model, torch.device("cpu"), torch.device("cpu"))
 
 
@@ -158,7 +177,7 @@ def test_visitors_see_all_layers_on_one_device_and_what_they_change_goes_back(mo
             seen.append(values.device.type)
 
     expected = model(torch.arange(9)[None]).logits
-    monkeypatch.setattr(models, "home_of", lambda ffns: torch.device("meta"))
+    monkeypatch.setattr(ffn, "first_device", lambda ffns: torch.device("meta"))
     hooks = FFNHooks(find_ffns(model), ["gate", "up", "neuron", "down"], Visitor())
     assert torch.equal(model(torch.arange(9)[None]).logits, expected) and seen == ["meta"] * 3 * 5
     hooks.remove()

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 import apc
 import tiny
 import train
-from apc import starts
-from apc.config import load_config
-from apc.errors import UserError
+from apc.cluster import seeding
+from apc.config.load import load_config
+from apc.utils.errors import UserError
 
-TUNED = {"tune.max_epochs": 1, "tune.windows": 5, "monitor.windows": 1}
+TUNED = {"tune.max_epochs": 1, "tune.batch_windows": 5, "monitor.windows": 1}
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,10 @@ def workplace(tmp_path_factory):
 
 def run(workplace, name, **changes):
     results = train.train(load_config(None, tiny.tiny_overrides(workplace, **(dict({"run.name": name}) | changes))))
-    assert all(arm["missing"] is None and math.isfinite(arm["perplexity"]) for arm in results["arms"]), results["arms"]
-    return {arm["arm"]: arm for arm in results["arms"]}, apc.load_run(workplace / "runs" / name)
+    assert all(policy["missing"] is None and math.isfinite(policy["perplexity"]) for policy in results["policies"]), (
+        results["policies"]
+    )
+    return {policy["policy"]: policy for policy in results["policies"]}, apc.load_run(workplace / "runs" / name)
 
 
 def with_weights(workplace, name, change, **options):
@@ -38,14 +40,19 @@ def with_weights(workplace, name, change, **options):
     return folder
 
 
-@pytest.mark.parametrize("settings", [{}, {"cluster.init": "k-means++"}, {"cluster.algorithm": "k-majority", "cluster.weighting": "binary"}, TUNED])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cluster.init": "k-means++"}, {"cluster.algorithm": "k-majority", "cluster.weighting": "binary"}, TUNED],
+)
 def test_a_layer_that_never_fires(workplace, settings, capsys):
     dead = with_weights(workplace, "dead", lambda weights: weights["model.layers.1.mlp.gate_proj.weight"].zero_())
-    arms, found = run(
-        workplace, f"dead-{'-'.join(map(str, settings.values()))}", **({"model.path": dead, "arms": "[dense,exact,oracle,predicted,soft]"} | settings)
+    policies, found = run(
+        workplace,
+        f"dead-{'-'.join(map(str, settings.values()))}",
+        **({"model.path": dead, "policies": "[dense,exact,oracle,predicted,soft]"} | settings),
     )
     assert "layer 1: 0 of 640 patterns are not empty" in capsys.readouterr().out
-    assert arms["exact"]["per_layer"]["density"][1] == 0
+    assert policies["exact"]["per_layer"]["density"][1] == 0
     assert found.codebook.sites["neuron"].sizes[1].sum() == 640
 
 
@@ -53,40 +60,49 @@ def test_a_model_that_always_says_the_same(workplace):
     def change(weights):
         weights["model.embed_tokens.weight"][:] = weights["model.embed_tokens.weight"][:1]
 
-    arms, found = run(workplace, "constant", **{"model.path": with_weights(workplace, "constant-model", change), "active": "top"})
+    policies, found = run(
+        workplace, "constant", **{"model.path": with_weights(workplace, "constant-model", change), "active": "top"}
+    )
     assert (found.codebook.sites["neuron"].sizes.max(1).values == 640).all()
 
 
 def test_windows_with_one_token_to_predict(workplace):
-    arms, _ = run(workplace, "shortest", **{"data.seq_len": 2, "data.fit_windows": 60, "data.score_windows": 20, "collect.block_tokens": 16})
-    assert arms["dense"]["perplexity"] > 1
+    policies, _ = run(
+        workplace,
+        "shortest",
+        **{"data.seq_len": 2, "data.fit_windows": 60, "data.score_windows": 20, "collect.batch_tokens": 16},
+    )
+    assert policies["dense"]["perplexity"] > 1
 
 
 @pytest.mark.parametrize("weighting", ["binary", "energy"])
 def test_as_many_clusters_as_patterns(workplace, weighting):
     count = 4 * 32
     settings = {"data.fit_windows": 5, "cluster.k": count, "cluster.weighting": weighting, "monitor.windows": 1}
-    arms, found = run(workplace, f"every-{weighting}", **settings)
+    policies, found = run(workplace, f"every-{weighting}", **settings)
     sizes = found.codebook.sites["neuron"].sizes
-    assert (sizes.sum(1) == count).all() and arms["oracle"]["perplexity"] > 1
+    assert (sizes.sum(1) == count).all() and policies["oracle"]["perplexity"] > 1
     with pytest.raises(UserError, match=f"cluster.k={count + 1} is more than the {count} patterns to cluster"):
         run(workplace, f"more-{weighting}", **(settings | {"cluster.k": count + 1}))
 
 
 @pytest.mark.parametrize("count", [2, 1000, 4096, 5003])
-def test_an_order_without_memory_has_every_number_once(count, monkeypatch):
-    monkeypatch.setattr(starts, "_PERMUTED", 1)
-    order = starts.random_order(count, torch.Generator().manual_seed(4))
-    found = torch.cat([order(first, min(first + 100, count)) for first in range(0, count, 100)])
-    assert torch.equal(found.sort().values, torch.arange(count)) and (count < 1000 or (found[1:] > found[:-1]).double().mean() < 0.6)
-    other = starts.random_order(count, torch.Generator().manual_seed(5))(0, count)
+def test_rows_drawn_from_many_never_repeat(count, monkeypatch):
+    monkeypatch.setattr(seeding, "_PERMUTED", 1)
+    found = seeding.random_rows(count, 20, torch.Generator().manual_seed(4))
+    assert (
+        len(found) == min(count, 16 * 20) == len(found.unique()) and 0 <= int(found.min()) and int(found.max()) < count
+    )
+    other = seeding.random_rows(count, 20, torch.Generator().manual_seed(5))
     assert count < 1000 or not torch.equal(other, found)
 
 
 def test_text_that_repeats_itself(workplace):
     text = (workplace / "fit.txt").read_text().split()[:31]
     (workplace / "repeated.txt").write_text(" ".join(text * 40))
-    _, found = run(workplace, "repeated", **{"data.fit": workplace / "repeated.txt", "cluster.k": 64, "data.fit_windows": 10})
+    _, found = run(
+        workplace, "repeated", **{"data.fit": workplace / "repeated.txt", "cluster.k": 64, "data.fit_windows": 10}
+    )
     assert (found.codebook.sites["neuron"].sizes.sum(1) == 9 * 32).all()
 
 
@@ -95,7 +111,10 @@ def test_half_precision_that_overflows_is_named(workplace):
         weights["model.layers.2.mlp.up_proj.weight"] *= 3e4
 
     large = with_weights(workplace, "large", change)
-    with pytest.raises(UserError, match=r"NaN or infinite activations in layer 2 \(model.layers.2.mlp\), site neuron, window 0: try model.dtype=float32"):
+    with pytest.raises(
+        UserError,
+        match=r"NaN or infinite activations in layer 2 \(model.layers.2.mlp\), site neuron, window 0: try model.dtype=float32",
+    ):
         run(workplace, "large", **{"model.path": large, "model.dtype": "float16"})
     assert run(workplace, "large-float32", **{"model.path": large})[0]["dense"]["perplexity"] > 1
 
@@ -105,5 +124,8 @@ def test_weights_that_are_no_numbers_are_named(workplace, value):
     def change(weights):
         weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
 
-    with pytest.raises(UserError, match=r"NaN or infinite activations in layer 1 \(model.layers.1.mlp\), site neuron, window 0: .*check the weights"):
+    with pytest.raises(
+        UserError,
+        match=r"NaN or infinite activations in layer 1 \(model.layers.1.mlp\), site neuron, window 0: .*check the weights",
+    ):
         run(workplace, f"broken-{value}", **{"model.path": with_weights(workplace, f"broken-{value}", change)})

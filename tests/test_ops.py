@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from apc import ops
-from apc.ops import reference, update_cpu
-from apc.ops.lines import whole_lines
+from apc.ops import accumulate_cpu, reference
+from apc.ops.alignment import whole_lines
 
-update = importlib.import_module("apc.ops.update")
+update = importlib.import_module("apc.ops.accumulate")
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -30,13 +30,23 @@ DENSE = pytest.param((2, 2500, 40, 1536), id="several-blocks-of-D1536")
 
 IMPLEMENTATIONS = [
     pytest.param("fast", "cpu", id="cpu"),
-    pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU")),
+    pytest.param(
+        "triton",
+        "cpu",
+        id="interpreter",
+        marks=pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU"),
+    ),
     pytest.param("fast", "cuda", id="cuda", marks=pytest.mark.gpu),
     pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
 ]
 CASES = [
     *(pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks) for i in IMPLEMENTATIONS for s in SHAPES),
-    *(pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks) for i in IMPLEMENTATIONS if i.id != "interpreter" for s in (BEYOND, MANY, DENSE)),
+    *(
+        pytest.param(*i.values, *s.values, id=f"{i.id}-{s.id}", marks=i.marks)
+        for i in IMPLEMENTATIONS
+        if i.id != "interpreter"
+        for s in (BEYOND, MANY, DENSE)
+    ),
 ]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 POWERS = [1, 2]
@@ -45,7 +55,9 @@ POWERS = [1, 2]
 def run(kind: str, device: str, name: str, *args, **kwargs):
     """The operation `name` in this implementation, its results on the CPU."""
     function = getattr(ops, name if kind == "fast" else f"{name}_triton")
-    results = function(*(_moved(arg, device) for arg in args), **{key: _moved(value, device) for key, value in kwargs.items()})
+    results = function(
+        *(_moved(arg, device) for arg in args), **{key: _moved(value, device) for key, value in kwargs.items()}
+    )
     return _moved(results, "cpu")
 
 
@@ -126,7 +138,10 @@ def test_assign_equals_reference(kind, device, shape):
 def test_assign_weighted_equals_reference(kind, device, shape, power):
     G, N, K, D = shape
     importance, centroids = importances(G, N, D), centroids_of(G, K, D)
-    assert_same(run(kind, device, "assign_weighted", importance, centroids, power), reference.assign_weighted(importance, centroids, power))
+    assert_same(
+        run(kind, device, "assign_weighted", importance, centroids, power),
+        reference.assign_weighted(importance, centroids, power),
+    )
 
 
 @pytest.mark.parametrize("power", [0, *POWERS], ids=["binary", "magnitude", "energy"])
@@ -160,7 +175,9 @@ def test_accumulate_weighted_equals_reference(kind, device, shape, power):
     assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K, power), expected)
 
 
-@pytest.mark.parametrize(("power", "bits"), [(0, 64), (0, 32), (1, 64), (2, 64)], ids=["binary", "binary, int32", "magnitude", "energy"])
+@pytest.mark.parametrize(
+    ("power", "bits"), [(0, 64), (0, 32), (1, 64), (2, 64)], ids=["binary", "binary, int32", "magnitude", "energy"]
+)
 @pytest.mark.parametrize("shape", [(0, 60, 4, 130), (3, 33, 5, 72), (2, 0, 3, 130), (0, 90, 1, 257)], ids=str)
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
 def test_sums_are_added_to_out_in_place(kind, device, shape, power, bits):
@@ -209,11 +226,15 @@ def test_accumulate_equals_reference_in_tiles_of_a_gpu(kind, device, tile, monke
 @pytest.mark.parametrize("shape", [(0, 200_000, 33_000, 130), (7, 40_000, 9_000, 72), (1, 300_000, 3, 1536)], ids=str)
 def test_many_rows_and_clusters_add_up_on_a_gpu(shape):
     G, N, K, D = shape
-    rows, importance, ids = (function(G, N, size).cuda() for function, size in ((patterns, D), (importances, D), (memberships, K)))
+    rows, importance, ids = (
+        function(G, N, size).cuda() for function, size in ((patterns, D), (importances, D), (memberships, K))
+    )
     ids[ids % 3 == 0] = 0  # one cluster of many pieces
     packed, scales = ops.pack(rows), ops.row_scales(importance)
     assert_same(ops.accumulate(packed, ids, K, D), reference.accumulate(packed, ids, K, D))
-    assert_same(ops.accumulate_weighted(importance, ids, scales, K), reference.accumulate_weighted(importance, ids, scales, K))
+    assert_same(
+        ops.accumulate_weighted(importance, ids, scales, K), reference.accumulate_weighted(importance, ids, scales, K)
+    )
 
 
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
@@ -246,19 +267,28 @@ def test_row_totals_equal_reference(kind, device, shape, power):
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
 def test_operations_read_slices_of_larger_tensors(kind, device):
     G, N, K, D = 2, 50, 7, 130
-    rows, importance = reference.pack(patterns(G, 3 * N, D)).to(device)[:, N : 2 * N], importances(G, 3 * N, D).to(device)[:, N : 2 * N]
+    rows, importance = (
+        reference.pack(patterns(G, 3 * N, D)).to(device)[:, N : 2 * N],
+        importances(G, 3 * N, D).to(device)[:, N : 2 * N],
+    )
     centroids, ids = centroids_of(G, K, D), memberships(G, N, K)
     scales = reference.row_scales(importance.cpu(), 2)
     assert not rows.is_contiguous() and not importance.is_contiguous()
     assert_same(run(kind, device, "assign", rows, centroids), reference.assign(rows.cpu(), centroids))
-    assert_same(run(kind, device, "assign_weighted", importance, centroids, 2), reference.assign_weighted(importance.cpu(), centroids, 2))
+    assert_same(
+        run(kind, device, "assign_weighted", importance, centroids, 2),
+        reference.assign_weighted(importance.cpu(), centroids, 2),
+    )
     assert_same(run(kind, device, "accumulate", rows, ids, K, D), reference.accumulate(rows.cpu(), ids, K, D))
     expected = reference.accumulate_weighted(importance.cpu(), ids, scales, K, 2)
     assert_same(run(kind, device, "accumulate_weighted", importance, ids, scales, K, 2), expected)
     assert_same([run(kind, device, "popcount", rows)], [reference.popcount(rows.cpu())])
     assert_same([run(kind, device, "row_totals", importance, 2)], [reference.row_totals(importance.cpu(), 2)])
     shifted = rows.flatten()[1:-31].view(-1, 32)  # no row starts at a multiple of 16 bytes
-    assert_same(run(kind, device, "accumulate", shifted, ids.flatten()[1:], K, 255), reference.accumulate(shifted.cpu(), ids.flatten()[1:], K, 255))
+    assert_same(
+        run(kind, device, "accumulate", shifted, ids.flatten()[1:], K, 255),
+        reference.accumulate(shifted.cpu(), ids.flatten()[1:], K, 255),
+    )
 
 
 @pytest.mark.parametrize("D", [1, 2, 7, 15, 16, 131, 257, 600])
@@ -323,13 +353,15 @@ def test_assignment_is_exact_whatever_the_matmul_precision():
     torch.set_float32_matmul_precision("medium")
     try:
         assert_same(ops.assign_weighted(importance, centroids, 2), reference.assign_weighted(importance, centroids, 2))
-        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert (
+            torch.get_float32_matmul_precision() == "medium" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        )
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_sums_are_exact_over_several_spans_of_rows():
-    N = 2 * update_cpu._SPAN + 5
+    N = 2 * accumulate_cpu._SPAN + 5
     importance = torch.zeros(N, 3, dtype=torch.uint8)
     importance[:, 1] = 1  # one neuron owns every row, so its sum is the largest that N rows can make
     scales = ops.row_scales(importance)
@@ -364,7 +396,9 @@ def test_top_mask_equals_reference_with_ties_to_the_lowest_index(device, values)
         "int64": torch.randint(-(2**60), 2**60, (3, 8, D)),
         "few levels": torch.randint(0, 4, (3, 8, D)),
         "all equal": torch.zeros(3, 8, D),
-        "infinite": torch.randn(3, 8, D).masked_fill(torch.rand(3, 8, D) < 0.5, float("inf")).masked_fill(torch.rand(3, 8, D) < 0.3, -float("inf")),
+        "infinite": torch.randn(3, 8, D)
+        .masked_fill(torch.rand(3, 8, D) < 0.5, float("inf"))
+        .masked_fill(torch.rand(3, 8, D) < 0.3, -float("inf")),
     }
     x = made[values] if values in made else torch.randn(3, 8, D).to(getattr(torch, values))
     for m in (1, 2, 65, D - 1, D):
@@ -403,7 +437,10 @@ def test_cut_or_fill_never_drops_an_active_neuron_for_an_inactive_one():
     active = torch.tensor([[False, True, False, True, False, False]])
     importance = torch.tensor([[255, 0, 9, 1, 9, 9]], dtype=torch.uint8)
     frequency = torch.tensor([2**40, 0, 1, 0, 2, 2])
-    cut = [ops.unpack(ops.cut_or_fill(active, m, importance, frequency), 6)[0].nonzero().flatten().tolist() for m in (1, 2, 3, 4, 5)]
+    cut = [
+        ops.unpack(ops.cut_or_fill(active, m, importance, frequency), 6)[0].nonzero().flatten().tolist()
+        for m in (1, 2, 3, 4, 5)
+    ]
     assert cut == [[3], [1, 3], [0, 1, 3], [0, 1, 3, 4], [0, 1, 3, 4, 5]]
 
 
@@ -436,7 +473,11 @@ def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, densi
 @pytest.mark.parametrize("D", [14336, 28672, 40000])
 @pytest.mark.parametrize("device", DEVICES)
 def test_binarize_of_long_rows_equals_reference(device, D):
-    for sums in (torch.randint(0, 512, (5, D)), torch.randint(0, 2**45, (5, D)), torch.randint(0, 512, (5, D), dtype=torch.int32)):
+    for sums in (
+        torch.randint(0, 512, (5, D)),
+        torch.randint(0, 2**45, (5, D)),
+        torch.randint(0, 512, (5, D), dtype=torch.int32),
+    ):
         assert torch.equal(ops.binarize(sums.to(device), 0.5).cpu(), reference.binarize(sums, 0.5))
 
 
@@ -470,7 +511,9 @@ def test_captured_total_never_falls_over_lloyd_iterations(device, power):
     for _ in range(8):
         ids, captured = ops.assign_weighted(importance, centroids, power) if power else ops.assign(rows, centroids)
         totals.append(int((scales * captured).sum()))
-        sums, sizes = ops.accumulate_weighted(importance, ids, scales, K, power) if power else ops.accumulate(rows, ids, K, D)
+        sums, sizes = (
+            ops.accumulate_weighted(importance, ids, scales, K, power) if power else ops.accumulate(rows, ids, K, D)
+        )
         assert (sizes.sum(-1) == N).all()
         updated = ops.binarize(sums, density)
         # What the update promises: the same members, captured by the new centroids.
@@ -497,11 +540,23 @@ def test_errors_state_both_shapes():
         (r"\[5\].*\[4, 32\]", lambda: ops.accumulate(rows, ids, 3, 130)),
         (r"\[3, 129\].*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums[:, 1:], sizes))),
         (r"\[4\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids[:4], 3, 130, out=(sums, ids[:4]))),
-        (r"float32 \[3, 130\].*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.float(), sizes))),
-        (r"int32 \[3, 130\].*int64.*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.int(), sizes))),
-        (r"int16 \[3, 130\].*int64.*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums.short(), sizes))),
+        (
+            r"float32 \[3, 130\].*\[4, 130\]",
+            lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.float(), sizes)),
+        ),
+        (
+            r"int32 \[3, 130\].*int64.*\[4, 130\]",
+            lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.int(), sizes)),
+        ),
+        (
+            r"int16 \[3, 130\].*int64.*\[4, 32\]",
+            lambda: ops.accumulate(rows, ids[:4], 3, 130, out=(sums.short(), sizes)),
+        ),
         (r"binarize wants sums as int64 or int32", lambda: ops.binarize(sums.short(), 0.5)),
-        (r"\[3, 130\].*\[4, 130\].*contiguous", lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.T.contiguous().T, sizes))),
+        (
+            r"\[3, 130\].*\[4, 130\].*contiguous",
+            lambda: ops.accumulate_weighted(importance, ids[:4], scales, 3, out=(sums.T.contiguous().T, sizes)),
+        ),
         (r"\[5\].*\[4, 32\]", lambda: ops.accumulate_triton(rows, ids, 3, 130)),
         (r"\[4, 32\].*48.*\[5\]", lambda: ops.accumulate(rows, ids, 3, 300)),
         (r"int32 \[4\].*\[4, 32\]", lambda: ops.accumulate(rows, ids[:4].int(), 3, 130)),
@@ -509,7 +564,10 @@ def test_errors_state_both_shapes():
         (r"float32 \[4\].*\[4, 130\]", lambda: ops.accumulate_weighted(importance, ids[:4], scales.float(), 3)),
         (r"\[5\].*\[4, 130\]", lambda: ops.accumulate_weighted_triton(importance, ids, scales, 3)),
         (r"\[4, 31\].*\[4, 130\]", lambda: ops.cut_or_fill(ops.unpack(rows, 130), 3, importance[:, :31])),
-        (r"\[7\].*\[4, 130\]", lambda: ops.cut_or_fill(ops.unpack(rows, 130), 3, frequency=torch.ones(7, dtype=torch.int64))),
+        (
+            r"\[7\].*\[4, 130\]",
+            lambda: ops.cut_or_fill(ops.unpack(rows, 130), 3, frequency=torch.ones(7, dtype=torch.int64)),
+        ),
         (r"\[\.\.\., 48\].*\[4, 32\]", lambda: ops.unpack(rows, 300)),
     ]
     for message, call in failing:
@@ -525,9 +583,15 @@ def test_values_out_of_range_are_refused():
         ("got -1 to 2", lambda: ops.accumulate(rows, ids - 1, 3, 130)),
         ("power must be 1", lambda: ops.assign_weighted(importance, centroids, 3)),
         ("power must be 1", lambda: ops.row_scales(importance, 0)),
-        (r"65025·D < 2\^31", lambda: ops.assign_weighted(torch.zeros(1, 33026, dtype=torch.uint8), centroids_of(0, 1, 33026), 2)),
+        (
+            r"65025·D < 2\^31",
+            lambda: ops.assign_weighted(torch.zeros(1, 33026, dtype=torch.uint8), centroids_of(0, 1, 33026), 2),
+        ),
         (r"from 0 to 2\^36", lambda: ops.accumulate_weighted(importance, ids, scales - 1, 4)),
-        ("not row_scales", lambda: ops.accumulate_weighted(importance[[3] * 4], ids * 0, torch.full((4,), 2**36), 4, 2)),
+        (
+            "not row_scales",
+            lambda: ops.accumulate_weighted(importance[[3] * 4], ids * 0, torch.full((4,), 2**36), 4, 2),
+        ),
         ("density", lambda: ops.mask_size(10, 0.0)),
         ("density", lambda: ops.binarize(torch.zeros(1, 10, dtype=torch.int64), 1.01)),
         ("int64", lambda: ops.binarize(torch.zeros(1, 10), 0.5)),

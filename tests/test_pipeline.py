@@ -14,12 +14,14 @@ import apc
 import evaluate
 import tiny
 import train
-from apc import cli, evaluation
-from apc.config import load_config
-from apc.errors import UserError
-from apc.models import ModelConfig, load_model
-from apc.report import arms_table
-from apc.tracking import read_metrics
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig
+from apc.data.models import load_model
+from apc.evaluate import evaluator
+from apc.evaluate.tables import policies_table
+from apc.run.tracking import read_metrics
+from apc.utils import exits
+from apc.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,7 @@ def workplace(tmp_path_factory):
     """A folder with a model, texts, and one finished run."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("pipeline"))
     run_train(folder)
+    run_train(folder, **{"run.name": "kept", "stage": "predict", "trainer.keep_checkpoints": "true"})
     return folder
 
 
@@ -45,54 +48,111 @@ def workplace(tmp_path_factory):
 def test_every_family_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
-    arms = {record["arm"]: record for record in results["arms"]}
-    assert list(arms) == ["dense", "exact", "static", "random", "oracle", "predicted", "soft"]
-    assert arms["dense"]["perplexity"] > 1 and arms["dense"]["ratio"] == 1.0
-    assert all(abs(arms[name]["density"] - 0.5) < 0.1 for name in arms if name != "dense")
-    assert arms["exact"]["coverage"] == 1.0 and arms["oracle"]["captured_energy"] > arms["static"]["captured_energy"] > arms["random"]["captured_energy"]
+    policies = {record["policy"]: record for record in results["policies"]}
+    assert list(policies) == ["dense", "exact", "static", "random", "oracle", "predicted", "soft"]
+    assert policies["dense"]["perplexity"] > 1 and policies["dense"]["ratio"] == 1.0
+    assert all(abs(policies[name]["density"] - 0.5) < 0.1 for name in policies if name != "dense")
+    assert (
+        policies["exact"]["coverage"] == 1.0
+        and policies["oracle"]["captured_energy"]
+        > policies["static"]["captured_energy"]
+        > policies["random"]["captured_energy"]
+    )
     left = apc.load_run(tmp_path / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
-    for arm in ("predicted", "soft"):
-        apc.sparsify(model, left.codebook, left.predictor, arm)
-        assert model.generate(torch.arange(6)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 10)
+    for policy in ("predicted", "soft"):
+        apc.sparsify(model, left.codebook, left.predictor, policy)
+        assert model.generate(torch.arange(6)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (
+            1,
+            10,
+        )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"sites": "[gate,up,down]", "cluster.weighting": "binary", "cluster.scope": "pooled", "active": "top"},
-        {"collect.storage": "memory", "collect.hidden": "streamed", "predictor.lookahead": "1", "predictor.loss": "mix"},
-        {"collect.importance": "false", "cluster.weighting": "binary", "monitor.windows": "0", "cluster.schedule": "step"},
-        {"predictor.form": "neuron", "predictor.loss": "listwise", "arms": "[dense,oracle,gate,neuron-predictor]"},
-        {"predictor.form": "neuron", "cluster.init": "k-means++", "cluster.weighting": "magnitude", "data.score_windows": "1"},
-        {"predictor.form": "low-bit", "predictor.bits": "2", "predictor.reads": "[gate]", "predictor.lookahead": "1", "arms": "[dense,neuron-predictor]"},
+        {
+            "collect.storage": "memory",
+            "collect.ffn_inputs": "streamed",
+            "predictor.lookahead": "1",
+            "predictor.loss": "mix",
+        },
+        {
+            "collect.importance": "false",
+            "cluster.weighting": "binary",
+            "monitor.windows": "0",
+            "cluster.schedule": "step",
+        },
+        {"predictor.form": "neuron", "predictor.loss": "listwise", "policies": "[dense,oracle,gate,neuron-predictor]"},
+        {
+            "predictor.form": "neuron",
+            "cluster.init": "k-means++",
+            "cluster.weighting": "magnitude",
+            "data.score_windows": "1",
+        },
+        {
+            "predictor.form": "low-bit",
+            "predictor.bits": "2",
+            "predictor.low_bit_projections": "[gate]",
+            "predictor.lookahead": "1",
+            "policies": "[dense,neuron-predictor]",
+        },
     ],
     ids=["papers-form", "streamed-mix", "no-importance-step", "neuron-listwise", "neuron-defaults", "low-bit"],
 )
 def test_other_ways_through_the_pipeline(workplace, changes):
-    results = run_train(workplace, **{"run.name": "way", "run.dir": workplace / f"ways-{abs(hash(str(changes)))}", **changes})
-    ran = [record for record in results["arms"] if not record["missing"]]
+    results = run_train(
+        workplace, **{"run.name": "way", "run.dir": workplace / f"ways-{abs(hash(str(changes)))}", **changes}
+    )
+    ran = [record for record in results["policies"] if not record["missing"]]
     assert all(record["perplexity"] > 1 for record in ran)
-    if changes.get("predictor.form") == "neuron" and "arms" not in changes:
-        reasons = {record["arm"]: record["missing"] for record in results["arms"] if record["missing"]}
+    if changes.get("predictor.form") == "neuron" and "policies" not in changes:
+        reasons = {record["policy"]: record["missing"] for record in results["policies"] if record["missing"]}
         assert set(reasons) == {"predicted", "soft"} and "form cluster" in reasons["soft"]
-    assert "dense" in arms_table(results)
+    assert "dense" in policies_table(results)
 
 
-def test_no_predictor_is_trained_for_arms_that_need_none_unless_it_is_asked_for(workplace):
-    results = run_train(workplace, **{"run.name": "bare", "arms": "[dense,thresholded-oracle]", "collect.forward": "thresholded"})
+def test_no_predictor_is_trained_for_policies_that_need_none_unless_it_is_asked_for(workplace):
+    results = run_train(
+        workplace, **{"run.name": "bare", "policies": "[dense,thresholded-oracle]", "collect.forward": "thresholded"}
+    )
     folder = workplace / "runs" / "bare"
-    assert "predict" not in results["seconds"] and not (folder / "predictor.safetensors").exists() and not (folder / "checkpoints" / "predictor.ckpt").exists()
-    run_train(workplace, **{"run.name": "bare", "arms": "[dense,thresholded-oracle]", "collect.forward": "thresholded", "stage": "predict"})
+    assert (
+        "predict" not in results["seconds"]
+        and not (folder / "predictor.safetensors").exists()
+        and not (folder / "checkpoints" / "predictor.ckpt").exists()
+    )
+    run_train(
+        workplace,
+        **{
+            "run.name": "bare",
+            "policies": "[dense,thresholded-oracle]",
+            "collect.forward": "thresholded",
+            "stage": "predict",
+        },
+    )
     assert (folder / "predictor.safetensors").is_file()
 
 
 def test_a_run_leaves_everything_in_its_folder(workplace):
     folder = workplace / "runs" / "run"
-    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "codebook.safetensors", "predictor.safetensors", "results.json"):
+    for name in (
+        "config.yaml",
+        "provenance.json",
+        "metrics.jsonl",
+        "codebook.safetensors",
+        "predictor.safetensors",
+        "results.json",
+    ):
         assert (folder / name).stat().st_size > 0
-    assert {path.name for path in (folder / "figures").glob("*.png")} >= {"perplexity.png", "captured_importance.png", "cluster_usage.png", "convergence.png"}
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"cluster.ckpt", "predictor.ckpt"}
+    assert {path.name for path in (folder / "figures").glob("*.png")} >= {
+        "perplexity.png",
+        "captured_importance.png",
+        "cluster_usage.png",
+        "convergence.png",
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == set()
     names = {name for record in read_metrics(folder) for name in record}
     for name in (
         "cluster/captured", "cluster/monitor_oracle_perplexity", "cluster/monitor_oracle_coverage", "predictor/monitor_soft_perplexity",
@@ -117,10 +177,16 @@ def test_evaluate_repeats_the_figures_of_training(workplace):
     assert json.loads((workplace / "runs" / "run" / "results.json").read_text()) == trained
 
 
-def test_evaluate_takes_other_arms_and_text(workplace):
+def test_evaluate_takes_other_policies_and_text(workplace):
     tiny.make_text(workplace / "other.txt", words=400, seed=9)
-    results = run_evaluate(workplace, "arms=[oracle,gate]", f"data.score={workplace / 'other.txt'}", "data.score_windows=3", "run.name=other")
-    assert [record["arm"] for record in results["arms"]] == ["oracle", "gate"]
+    results = run_evaluate(
+        workplace,
+        "policies=[oracle,gate]",
+        f"data.score={workplace / 'other.txt'}",
+        "data.score_windows=3",
+        "run.name=other",
+    )
+    assert [record["policy"] for record in results["policies"]] == ["oracle", "gate"]
     assert results["conditions"]["score"] == "other.txt" and results["conditions"]["score_tokens"] == 96
 
 
@@ -128,13 +194,26 @@ def test_stages_one_by_one_equal_all_at_once(workplace):
     for stage in ("collect", "cluster", "predict", "all"):
         results = run_train(workplace, **{"run.name": "staged", "stage": stage})
     whole = json.loads((workplace / "runs" / "run" / "results.json").read_text())
-    assert [record.get("perplexity") for record in results["arms"]] == [record.get("perplexity") for record in whole["arms"]]
+    assert [record.get("perplexity") for record in results["policies"]] == [
+        record.get("perplexity") for record in whole["policies"]
+    ]
 
 
 def test_a_codebook_can_be_taken_from_another_run(workplace):
-    run_train(workplace, **{"run.name": "taken", "checkpoint": workplace / "runs" / "run", "predictor.hidden": 8, "stage": "predict"})
+    run_train(
+        workplace,
+        **{
+            "run.name": "taken",
+            "checkpoint": workplace / "runs" / "run",
+            "predictor.bottleneck": 8,
+            "stage": "predict",
+        },
+    )
     taken = apc.load_run(workplace / "runs" / "taken")
-    assert taken.predictor.hidden == 8 and taken.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
+    assert (
+        taken.predictor.bottleneck == 8
+        and taken.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
+    )
     with pytest.raises(UserError, match=r"made from other patterns \(sites differ\)"):
         run_train(workplace, **{"run.name": "bad", "checkpoint": workplace / "runs" / "run", "sites": "[up]"})
     assert not (workplace / "runs" / "taken" / "checkpoints" / "cluster.ckpt").exists()
@@ -145,23 +224,38 @@ def test_in_sample_figures_say_so(workplace):
     with pytest.raises(UserError, match="data.in_sample=true"):
         run_train(workplace, **changes)
     results = run_train(workplace, **{**changes, "data.in_sample": "true"})
-    assert results["conditions"]["split"] == "in-sample" and "IN-SAMPLE" in arms_table(results)
+    assert results["conditions"]["split"] == "in-sample" and "IN-SAMPLE" in policies_table(results)
 
 
 BAD = {
     "too-many-clusters": ({"cluster.k": 5000, "run.name": "bad"}, r"cluster\.k=5000 is more than the 640 patterns"),
-    "short-text": ({"data.seq_len": 5000, "run.name": "bad"}, r"data\.fit: fit\.txt has 3000 tokens, one window needs 5000"),
-    "too-many-windows": ({"data.fit_windows": 999, "run.name": "bad"}, r"data\.fit_windows=999, but fit\.txt has 93 windows"),
+    "short-text": (
+        {"data.seq_len": 5000, "run.name": "bad"},
+        r"data\.fit: fit\.txt has 3000 tokens, one window needs 5000",
+    ),
+    "too-many-windows": (
+        {"data.fit_windows": 999, "run.name": "bad"},
+        r"data\.fit_windows=999, but fit\.txt has 93 windows",
+    ),
     "missing-text": ({"data.fit": "none.txt", "run.name": "bad"}, r"none\.txt"),
     "missing-model": ({"model.path": "./none", "run.name": "bad"}, r"model\.path=\./none: no such folder"),
-    "no-gpu": ({"model.device": "cuda:7", "run.name": "bad"}, r"model\.device=cuda:7: this machine has \d CUDA devices"),
-    "missing-checkpoint": ({"checkpoint": "runs/none", "run.name": "bad"}, r"runs/none: not a run folder"),
-    "another-run": ({"cluster.k": 5}, r"holds a run with cluster\.k=6, this one has cluster\.k=5; choose another run\.name"),
-    "arm-without-inputs": (
-        {"arms": "[neuron-predictor]"},
-        r"arms: neuron-predictor needs predictor\.form=neuron or low-bit, this run has predictor\.form=cluster",
+    "no-gpu": (
+        {"model.device": "cuda:7", "run.name": "bad"},
+        r"model\.device=cuda:7: this machine has \d CUDA devices",
     ),
-    "weights-without-importance": ({"collect.importance": "false", "run.name": "bad"}, r"cluster\.weighting=energy needs importances"),
+    "missing-checkpoint": ({"checkpoint": "runs/none", "run.name": "bad"}, r"runs/none: not a run folder"),
+    "another-run": (
+        {"cluster.k": 5},
+        r"holds a run with cluster\.k=6, this one has cluster\.k=5; choose another run\.name",
+    ),
+    "policy-without-inputs": (
+        {"policies": "[neuron-predictor]"},
+        r"policies: neuron-predictor needs predictor\.form=neuron or low-bit, this run has predictor\.form=cluster",
+    ),
+    "weights-without-importance": (
+        {"collect.importance": "false", "run.name": "bad"},
+        r"cluster\.weighting=energy needs importances",
+    ),
 }
 
 
@@ -199,7 +293,7 @@ def test_a_missing_codebook_and_a_damaged_checkpoint_are_named(workplace, tmp_pa
         run_evaluate(tmp_path)
     checkpoint = workplace / "runs" / "cut" / "checkpoints" / "cluster.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    for content in (b"not a checkpoint", (workplace / "runs/run/checkpoints/cluster.ckpt").read_bytes()[:2000]):
+    for content in (b"not a checkpoint", (workplace / "runs/kept/checkpoints/cluster.ckpt").read_bytes()[:2000]):
         checkpoint.write_bytes(content)
         with pytest.raises(UserError, match=r"cluster\.ckpt: .*delete it to train from the start"):
             run_train(workplace, **{"run.name": "cut"})
@@ -224,10 +318,10 @@ def test_evaluate_refuses_what_would_change_the_fitting(workplace, word, line):
         run_evaluate(workplace, word)
 
 
-def test_a_neuron_predictor_is_evaluated_by_its_own_arm(workplace):
+def test_a_neuron_predictor_is_evaluated_by_its_own_policy(workplace):
     run_train(workplace, **{"run.name": "neuron", "predictor.form": "neuron", "stage": "predict"})
-    results = run_evaluate(workplace, "arms=[neuron-predictor]", "run.name=own", run="neuron")
-    assert results["arms"][0]["arm"] == "neuron-predictor" and results["arms"][0]["bytes_share"] > 0.5
+    results = run_evaluate(workplace, "policies=[neuron-predictor]", "run.name=own", run="neuron")
+    assert results["policies"][0]["policy"] == "neuron-predictor" and results["policies"][0]["bytes_share"] > 0.5
 
 
 def test_a_predictor_of_another_codebook_is_refused(workplace, tmp_path):
@@ -241,7 +335,9 @@ def test_a_run_whose_text_has_changed_is_not_taken_up(workplace, tmp_path):
     tiny.make_workplace(tmp_path)
     run_train(tmp_path, stage="cluster")
     tiny.make_text(tmp_path / "fit.txt", seed=8)
-    with pytest.raises(UserError, match=r"codebook\.safetensors: made from other patterns \(fit text or windows differ\)"):
+    with pytest.raises(
+        UserError, match=r"codebook\.safetensors: made from other patterns \(fit text or windows differ\)"
+    ):
         run_train(tmp_path, stage="cluster")
 
 
@@ -256,23 +352,27 @@ def test_truncated_weights_are_named(tmp_path):
 def test_one_checkpoint_in_the_place_of_another_is_named(workplace):
     checkpoints = workplace / "runs" / "swapped" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    shutil.copy(workplace / "runs" / "run" / "checkpoints" / "predictor.ckpt", checkpoints / "cluster.ckpt")
+    shutil.copy(workplace / "runs" / "kept" / "checkpoints" / "predictor.ckpt", checkpoints / "cluster.ckpt")
     with pytest.raises(UserError, match=r"cluster\.ckpt: not a checkpoint of this training; delete it"):
         run_train(workplace, **{"run.name": "swapped"})
 
 
-def test_an_arm_that_breaks_down_leaves_the_table(workplace, monkeypatch):
-    original = evaluation.window_losses
+def test_an_policy_that_breaks_down_leaves_the_table(workplace, monkeypatch):
+    original = evaluator.window_losses
 
     def breaking(model, windows):
         losses = original(model, windows)
         return losses * torch.nan if calls.append(1) is None and len(calls) == 6 else losses
 
     calls = []
-    monkeypatch.setattr(evaluation, "window_losses", breaking)
-    results = run_evaluate(workplace, "arms=[dense,random,static]", "run.name=broken")
-    assert [record["missing"] for record in results["arms"]] == [None, "the loss of score window 1 is not finite", None]
-    assert "the loss of score window 1 is not finite" in arms_table(results)
+    monkeypatch.setattr(evaluator, "window_losses", breaking)
+    results = run_evaluate(workplace, "policies=[dense,random,static]", "run.name=broken")
+    assert [record["missing"] for record in results["policies"]] == [
+        None,
+        "the loss of score window 1 is not finite",
+        None,
+    ]
+    assert "the loss of score window 1 is not finite" in policies_table(results)
 
 
 def test_several_ranks_end_with_the_exit_code_of_the_one_that_failed(workplace):
@@ -295,10 +395,17 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word():
     """As of `… | head`; the pipe that breaks may be another than stdout."""
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run([sys.executable, "train.py", "--print-config"], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--print-config"],
+        cwd=ROOT,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
     os.close(writes)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "Broken" not in done.stderr
-    with pytest.raises(BrokenPipeError), cli.one_line_errors(""):
+    with pytest.raises(BrokenPipeError), exits.one_line_errors(""):
         raise BrokenPipeError
 
 
@@ -307,7 +414,12 @@ def test_the_command_line_trains_and_evaluates(workplace):
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and "predicted" in done.stdout and "held-out" in done.stdout
-    assert not any(greeting in done.stdout + done.stderr for greeting in ("GPU available", "Tip:", "`Trainer.fit` stopped", "weights_only"))
-    again = tiny.command("evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "arms=[dense,static]", "run.name=cli")
+    assert not any(
+        greeting in done.stdout + done.stderr
+        for greeting in ("GPU available", "Tip:", "`Trainer.fit` stopped", "weights_only")
+    )
+    again = tiny.command(
+        "evaluate.py", f"checkpoint={workplace / 'runs' / 'command'}", "policies=[dense,static]", "run.name=cli"
+    )
     assert again.returncode == 0, again.stderr
     assert "static" in again.stdout and (workplace / "runs/command/evaluations/cli/results.json").is_file()

@@ -11,13 +11,13 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from test_clustering import make_source
 
 import tiny
-from apc import distributed, signals
-from apc.callbacks import EndTogether, ResumePoint
-from apc.codebook import Codebook
-from apc.datamodule import BlockLoader, PatternDataModule
-from apc.errors import Terminated, UserError
-from apc.settings import ClusterConfig
-from apc.training import ALGORITHMS, SumsOnDevices
+from apc.cluster.algorithms import ALGORITHMS
+from apc.collect.loader import BlockLoader, PatternDataModule
+from apc.config.schema import ClusterConfig
+from apc.run.callbacks import EndTogether, ResumePoint
+from apc.run.trainer import SumsOnDevices
+from apc.utils import distributed, signals
+from apc.utils.errors import Terminated, UserError
 
 # 2 layers, and but for one 9 windows: uneven rows. By name: clusters that neither 2 nor 4 ranks share out evenly, fewer clusters than ranks, as many …
 CASES = {
@@ -75,7 +75,7 @@ def cluster(options, checkpoint, place=None, asked=False, always=True, every=1, 
     data = PatternDataModule(source, BlockLoader(source, module.fields(), 4, 0))
     with signals.training():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
-    book = Codebook.from_clustering(module, {}).sites["neuron"].tensors()
+    book = module.codebook({}).sites["neuron"].tensors()
     # What each rank has seen worst is its own, `changed` of the last pass alone.
     buffers = {name: value for name, value in module.named_buffers() if not name.startswith(("worst", "changed"))}
     history = [{name: value for name, value in record.items() if name != "seconds"} for record in module.history]
@@ -156,7 +156,11 @@ def alone_on_8(tmp_path_factory):
     return found_by(folder, 1)[0]
 
 
-@pytest.mark.parametrize(("first", "then", "place"), [(1, [2], (0, 1)), (2, [1], (0, 1)), (2, [3], (1, 1))], ids=["one-two", "two-one", "two-three"])
+@pytest.mark.parametrize(
+    ("first", "then", "place"),
+    [(1, [2], (0, 1)), (2, [1], (0, 1)), (2, [3], (1, 1))],
+    ids=["one-two", "two-one", "two-three"],
+)
 def test_a_kill_within_a_pass_changes_no_bit(tmp_path, alone_on_8, first, then, place):
     """8 windows in blocks of 4, which up to four ranks have alike. A checkpoint after the first block, which all ranks then go on from, killed or not."""
     begun = tmp_path / "begun"
@@ -222,7 +226,9 @@ def test_a_place_within_a_pass_over_other_blocks_is_refused(monkeypatch):
     within = begun.progress()
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     other = BlockLoader(source, ["patterns.neuron"], 4, 0)
-    with pytest.raises(UserError, match="within a pass over other blocks of rows than 2 processes have; start as many as it began"):
+    with pytest.raises(
+        UserError, match="within a pass over other blocks of rows than 2 processes have; start as many as it began"
+    ):
         other.resume(within)
     list(passed)
     other.resume(begun.progress())

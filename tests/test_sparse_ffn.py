@@ -10,7 +10,11 @@ from apc import ops
 from apc.ops import sparse_ffn_sm90
 from apc.ops.nvrtc import compile_program
 
-WAYS = [("torch", "cpu"), ("triton", "cpu"), *(pytest.param(way, "cuda", marks=pytest.mark.gpu) for way in ("triton", "hopper"))]
+WAYS = [
+    ("torch", "cpu"),
+    ("triton", "cpu"),
+    *(pytest.param(way, "cuda", marks=pytest.mark.gpu) for way in ("triton", "hopper")),
+]
 FFNS = {"torch": ops.sparse_ffn, "triton": ops.sparse_ffn_triton, "hopper": ops.sparse_ffn_hopper}
 
 
@@ -24,12 +28,17 @@ def ffn_for(way, tensors):
 def made(n, E, D, dtype, device, spread=0):
     """hidden, gate, up, down; rows `spread` numbers further apart than they are long."""
     weights = [torch.randn(D, E + spread)[:, :E] for _ in range(3)]
-    return [(value * scale).to(dtype).to(device) for value, scale in zip([torch.randn(n, E), *weights], (1, E**-0.5, E**-0.5, D**-0.5), strict=True)]
+    return [
+        (value * scale).to(dtype).to(device)
+        for value, scale in zip([torch.randn(n, E), *weights], (1, E**-0.5, E**-0.5, D**-0.5), strict=True)
+    ]
 
 
 def expected(hidden, gate, up, down, kept, activation, added=0.0):
     x, wide = hidden.double(), [value.double() for value in (gate, up, down)]
-    act = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    act = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[
+        activation
+    ]
     return (act(x @ wide[0].T) * (x @ wide[1].T) * kept) @ wide[2] + added
 
 
@@ -40,7 +49,10 @@ def close(found, wanted, dtype):
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "E", "D", "activation"), [(1, 48, 200, "silu"), (3, 40, 70, "gelu"), (4, 33, 40, "relu"), (2, 128, 1, "gelu_tanh")])
+@pytest.mark.parametrize(
+    ("n", "E", "D", "activation"),
+    [(1, 48, 200, "silu"), (3, 40, 70, "gelu"), (4, 33, 40, "relu"), (2, 128, 1, "gelu_tanh")],
+)
 def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation):
     D = D if device == "cuda" else min(D, 50)  # the interpreter takes its time for each neuron
     tensors = made(n, E, D, dtype, device, spread=16)
@@ -70,13 +82,17 @@ def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, dev
     hidden, gate, up, down = made(n, E, D, dtype, device)
     ffn = ffn_for(way, (hidden, gate, up, down))
     hidden *= torch.tensor([1.0, 300.0, 0.01, 5.0], device=device)[:n, None].to(dtype)
-    reduce, expand, correct, offsets = (torch.randn(*shape, device=device).to(dtype) / 4 for shape in ((H, E), (K, H), (H, E), (K, E)))
+    reduce, expand, correct, offsets = (
+        torch.randn(*shape, device=device).to(dtype) / 4 for shape in ((H, E), (K, H), (H, E), (K, E))
+    )
     reduce_bias, expand_bias, correct_bias = (torch.randn(size, device=device) for size in (H, K, E))
     kept = torch.rand(K, D, device=device) < 0.5
     predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
 
     inner, values, ids = predict(hidden, reduce, reduce_bias, expand, expand_bias)
-    exact = F.silu(F.rms_norm(hidden.double(), (E,), eps=torch.finfo(torch.float32).eps) @ reduce.double().T + reduce_bias.double())
+    exact = F.silu(
+        F.rms_norm(hidden.double(), (E,), eps=torch.finfo(torch.float32).eps) @ reduce.double().T + reduce_bias.double()
+    )
     logits = exact @ expand.double().T + expand_bias.double()
     assert close(inner, exact, torch.float32) and close(values.amax(-1), logits.amax(-1), torch.float32)
     chosen = logits.argmax(-1)
@@ -91,9 +107,14 @@ def chosen(values, ids):
     return ids.gather(1, values.argmax(1, keepdim=True))
 
 
-@pytest.mark.parametrize(("device", "finds"), [("cpu", False), *(pytest.param("cuda", finds, marks=pytest.mark.gpu) for finds in (False, True))])
+@pytest.mark.parametrize(
+    ("device", "finds"),
+    [("cpu", False), *(pytest.param("cuda", finds, marks=pytest.mark.gpu) for finds in (False, True))],
+)
 @pytest.mark.parametrize("by_triton", [False, True])
-@pytest.mark.parametrize(("n", "H", "K", "dtype"), [(2, 20, 40, torch.bfloat16), (1, 20, 90, torch.float32), (3, 300, 17, torch.float16)])
+@pytest.mark.parametrize(
+    ("n", "H", "K", "dtype"), [(2, 20, 40, torch.bfloat16), (1, 20, 90, torch.float32), (3, 300, 17, torch.float16)]
+)
 def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, finds, n, H, K, dtype):
     """K of 90 is more than the last kernel scores beside the output's columns."""
     D = 200 if device == "cuda" else 20
@@ -106,13 +127,26 @@ def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, fin
     alone = ops.sparse_ffn(*tensors, kept, "silu", tuple(candidates), by_triton=by_triton)
     inner, values, ids = ops.predict_clusters(tensors[0], *predictors[1], by_triton)
     finds = finds and by_triton and ops.can_find(*tensors[1:])
-    following, listed = ops.Following(D, kept, tuple(candidates)) if finds else None, None
+    following, active_list = ops.NextLayer(D, kept, tuple(candidates)) if finds else None, None
     for _ in range(3 if device == "cuda" else 1):
-        output, found, listed = ops.sparse_ffn_ahead(
-            *tensors, kept, "silu", tuple(candidates), tuple(predictors[1]), listed=listed, following=following, by_triton=by_triton
+        output, found, active_list = ops.sparse_ffn_ahead(
+            *tensors,
+            kept,
+            "silu",
+            tuple(candidates),
+            tuple(predictors[1]),
+            active_list=active_list,
+            following=following,
+            by_triton=by_triton,
         )
-        assert torch.equal(output, alone) and torch.equal(chosen(*found[1:]), chosen(values, ids)) and (listed is None) != finds
-        assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(found[1].amax(1), values.amax(1), rtol=1e-4, atol=1e-4)
+        assert (
+            torch.equal(output, alone)
+            and torch.equal(chosen(*found[1:]), chosen(values, ids))
+            and (active_list is None) != finds
+        )
+        assert torch.allclose(found[0], inner, rtol=1e-4, atol=1e-5) and torch.allclose(
+            found[1].amax(1), values.amax(1), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.gpu
@@ -123,19 +157,31 @@ def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
     hidden, *_ = made(1, E, 1, torch.bfloat16, "cuda")
     weights = [made(1, E, D, torch.bfloat16, "cuda")[1:] for _ in range(layers)]
     shapes = ((H, E, E**-0.5), (H, 1, 0.1), (K, H, H**-0.5), (K, 1, 0.1))
-    predictors = [[(torch.randn(rows, width, device="cuda") * scale) for rows, width, scale in shapes] for _ in range(layers + 2)]
-    predictors = [(reduce.bfloat16(), bias.squeeze(1), expand.bfloat16(), other.squeeze(1)) for reduce, bias, expand, other in predictors]
+    predictors = [
+        [(torch.randn(rows, width, device="cuda") * scale) for rows, width, scale in shapes] for _ in range(layers + 2)
+    ]
+    predictors = [
+        (reduce.bfloat16(), bias.squeeze(1), expand.bfloat16(), other.squeeze(1))
+        for reduce, bias, expand, other in predictors
+    ]
     masks = [ops.pack(torch.rand(K, D, device="cuda") < 0.5) for _ in range(layers)]
     first = [ops.predict_clusters(hidden, *predictors[layer])[1:] for layer in range(2)]
 
     def chain():
-        candidates, outputs, listed = list(first), [], None
+        candidates, outputs, active_list = list(first), [], None
         for layer in range(layers):
             following = None
             if finds != "never" and layer + 1 < layers:
-                following = ops.Following(D, masks[layer + 1], candidates[layer + 1])
-            output, (_, *found), listed = ops.sparse_ffn_ahead(
-                hidden, *weights[layer], masks[layer], "silu", candidates[layer], predictors[layer + 2], listed=listed, following=following
+                following = ops.NextLayer(D, masks[layer + 1], candidates[layer + 1])
+            output, (_, *found), active_list = ops.sparse_ffn_ahead(
+                hidden,
+                *weights[layer],
+                masks[layer],
+                "silu",
+                candidates[layer],
+                predictors[layer + 2],
+                active_list=active_list,
+                following=following,
             )
             candidates.append(tuple(found))
             outputs.append(output)
@@ -156,17 +202,29 @@ def test_layers_in_a_graph_predict_for_the_next_but_one(finds):
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_of_equal_logits_the_lowest_cluster(way, device):
     predict = ops.predict_clusters if way == "torch" else ops.predict_clusters_triton
-    tensors, kept = made(1, 16, 64, torch.bfloat16 if way == "hopper" else torch.float32, device), torch.eye(64, dtype=torch.bool, device=device)[:50]
+    tensors, kept = (
+        made(1, 16, 64, torch.bfloat16 if way == "hopper" else torch.float32, device),
+        torch.eye(64, dtype=torch.bool, device=device)[:50],
+    )
     bias = torch.zeros(50, device=device)
     bias[[17, 23, 40]] = 1.0
-    _, *candidates = predict(tensors[0], torch.zeros(4, 16, device=device), torch.zeros(4, device=device), torch.zeros(50, 4, device=device), bias)
+    _, *candidates = predict(
+        tensors[0],
+        torch.zeros(4, 16, device=device),
+        torch.zeros(4, device=device),
+        torch.zeros(50, 4, device=device),
+        bias,
+    )
     found = ffn_for(way, tensors)(*tensors, ops.pack(kept), "silu", tuple(candidates))
     assert close(found, expected(*tensors, kept[17:18], "silu"), tensors[0].dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "E", "D"), [(1, 4096, 14336), (2, 4096, 14336), (3, 4096, 1000), (4, 8192, 2100), (1, 5120, 700), (4, 576, 1536), (1, 8, 40)])
+@pytest.mark.parametrize(
+    ("n", "E", "D"),
+    [(1, 4096, 14336), (2, 4096, 14336), (3, 4096, 1000), (4, 8192, 2100), (1, 5120, 700), (4, 576, 1536), (1, 8, 40)],
+)
 def test_models_sizes_on_hopper(dtype, n, E, D):
     tensors = made(n, E, D, dtype, "cuda")
     kept = torch.rand(n, D, device="cuda") < 0.5
@@ -186,7 +244,11 @@ def test_models_sizes_on_hopper(dtype, n, E, D):
 )  # fmt: skip
 def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation, later, found):
     program, shared = sparse_ffn_sm90.program(tokens, E, D, 132, candidates, activation, dtype, later, found)
-    assert all(name in compile_program(program) for name in (b"rows", b"find")) and shared < 227 * 1024 and dict(program.constants)["STAGES"] > 1
+    assert (
+        all(name in compile_program(program) for name in (b"rows", b"find"))
+        and shared < 227 * 1024
+        and dict(program.constants)["STAGES"] > 1
+    )
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)
@@ -227,8 +289,24 @@ def test_the_ops_can_be_compiled():
     hidden, gate, up, down = made(2, 16, 64, torch.float32, "cpu")
     checked = dict(test_utils=("test_schema", "test_faketensor"))
     predictor = torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9)
-    torch.library.opcheck(torch.ops.apc.sparse_ffn, (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False, None), **checked)
+    torch.library.opcheck(
+        torch.ops.apc.sparse_ffn,
+        (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False, None),
+        **checked,
+    )
     candidates = ops.predict_clusters(hidden, *predictor, by_triton=False)[1:]
-    ahead = (hidden, gate, up, down, ops.pack(torch.rand(9, 64) < 0.5), "silu", *candidates, *[None] * 4, True, None, *predictor)
+    ahead = (
+        hidden,
+        gate,
+        up,
+        down,
+        ops.pack(torch.rand(9, 64) < 0.5),
+        "silu",
+        *candidates,
+        *[None] * 4,
+        True,
+        None,
+        *predictor,
+    )
     torch.library.opcheck(torch.ops.apc.sparse_ffn, ahead, **checked)
     torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, *predictor, False), **checked)

@@ -11,12 +11,14 @@ import apc
 import evaluate
 import tiny
 import train
-from apc import report, speed
-from apc.config import load_config
-from apc.decode import cache_keyword
-from apc.errors import UserError
-from apc.models import ModelConfig, load_model
-from apc.text import cut_windows, read_texts
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig
+from apc.data.models import load_model
+from apc.data.text import cut_windows, read_texts
+from apc.evaluate import speed, tables
+from apc.sparse.decode import cache_keyword
+from apc.sparse.sparsify import handle_of
+from apc.utils.errors import UserError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -29,13 +31,17 @@ def workplace(tmp_path_factory):
 
 
 def evaluated(folder, *words):
-    return evaluate.evaluate(evaluate.config_of_run(None, [f"checkpoint={folder / 'runs' / 'run'}", "speed=true", *words]))
+    return evaluate.evaluate(
+        evaluate.config_of_run(None, [f"checkpoint={folder / 'runs' / 'run'}", "speed=true", *words])
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, capsys):
-    results = evaluated(workplace, "arms=[dense,exact,predicted,soft]", f"model.device={device}", f"run.name=on-{device}")
-    found = {record["arm"]: record for record in results["speed"]["arms"]}
+    results = evaluated(
+        workplace, "policies=[dense,exact,predicted,soft]", f"model.device={device}", f"run.name=on-{device}"
+    )
+    found = {record["policy"]: record for record in results["speed"]["policies"]}
     assert list(found) == ["dense", "predicted", "soft"] and results["speed"]["left_out"] == ["exact"]
     assert found["dense"]["times_dense"] == 1 and found["dense"]["ratio"] == 1 and found["dense"]["divergence"] is None
 
@@ -47,42 +53,58 @@ def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, caps
         cache = {cache_keyword(model): DynamicCache(config=model.config)}
         apc.restore(model)(input_ids=window[:, :half], use_cache=True, **cache)
         sparse = apc.sparsify(model, run.codebook, run.predictor, "predicted")
-        for name, logits in (("after", sparse(window[:, half:], use_cache=True, **cache).logits[0]), ("masked", sparse(window).logits[0, half:])):
+        for name, logits in (
+            ("after", sparse(window[:, half:], use_cache=True, **cache).logits[0]),
+            ("masked", sparse(window).logits[0, half:]),
+        ):
             losses[name].append(F.cross_entropy(logits[:-1], window[0, half + 1 :]))
     assert found["predicted"]["perplexity"] == pytest.approx(torch.stack(losses["after"]).mean().exp().item(), rel=1e-4)
-    assert found["predicted"]["perplexity_masked"] == pytest.approx(torch.stack(losses["masked"]).mean().exp().item(), rel=1e-4)
-    assert found["predicted"]["divergence"] > 0 and 0 < found["predicted"]["agreement"] < 1 and 0 <= found["predicted"]["agrees_for"] < speed.NEW_TOKENS
-    assert all(len(record["continued"]) == len(record["text"]) == len(results["speed"]["prompts"]) == speed.CONTINUED for record in found.values())
+    assert found["predicted"]["perplexity_masked"] == pytest.approx(
+        torch.stack(losses["masked"]).mean().exp().item(), rel=1e-4
+    )
+    assert (
+        found["predicted"]["divergence"] > 0
+        and 0 < found["predicted"]["agreement"] < 1
+        and 0 <= found["predicted"]["agrees_for"] < speed.NEW_TOKENS
+    )
+    assert all(
+        len(record["continued"]) == len(record["text"]) == len(results["speed"]["prompts"]) == speed.CONTINUED
+        for record in found.values()
+    )
 
     said = capsys.readouterr().out
     assert "tokens/s" in said and "– exact: known only after" in said and "  predicted: w" in said
     folder = workplace / "runs" / "run" / "evaluations" / f"on-{device}"
-    assert (folder / "figures" / "speed.png").is_file() and json.loads((folder / "results.json").read_text())["speed"]["windows"] == 4
-    table, texts = report.speed_tables(results, markdown=True)
+    assert (folder / "figures" / "speed.png").is_file() and json.loads((folder / "results.json").read_text())["speed"][
+        "windows"
+    ] == 4
+    table, texts = tables.speed_tables(results, markdown=True)
     assert table.count("| predicted |") == 1 and texts.startswith("    … ")
-    assert report.speed_tables({"arms": []}) == []
+    assert tables.speed_tables({"policies": []}) == []
 
 
-@pytest.mark.parametrize("arm", ["dense", "predicted"])
+@pytest.mark.parametrize("policy", ["dense", "predicted"])
 @pytest.mark.parametrize("dense_prefill", [True, False])
-def test_steps_score_what_one_forward_pass_does(workplace, arm, dense_prefill):
+def test_steps_score_what_one_forward_pass_does(workplace, policy, dense_prefill):
     """A GPU's way, by a decoder that has no graph."""
     run = apc.load_run(workplace / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
     ffns = None
-    if arm != "dense":
-        ffns = apc.sparsify(model, run.codebook, run.predictor, arm, kernel="torch", dense_above=1).__dict__["_apc_hooks"]
+    if policy != "dense":
+        ffns = handle_of(apc.sparsify(model, run.codebook, run.predictor, policy, kernel="torch", max_sparse_tokens=1))
     windows = torch.arange(24).view(2, 12) % 13
     scorer, decoder = speed._Scorer(model, windows, 6, None), speed._recorded(model, windows, 6)
     for window in windows[:, None]:
-        assert torch.allclose(scorer._steps(decoder, window, ffns, dense_prefill), scorer._at_once(window, ffns, dense_prefill), atol=1e-4)
+        assert torch.allclose(
+            scorer._steps(decoder, window, ffns, dense_prefill), scorer._at_once(window, ffns, dense_prefill), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["arms=[dense,oracle]"], r"speed=true: none of arms=\[dense,oracle\] knows its mask"),
-        (["arms=[dense,predicted]", "speed=perhaps"], "speed"),
+        (["policies=[dense,oracle]"], r"speed=true: none of policies=\[dense,oracle\] knows its mask"),
+        (["policies=[dense,predicted]", "speed=perhaps"], "speed"),
     ],
 )
 def test_what_can_not_be_timed_is_said(workplace, words, message):
@@ -91,5 +113,5 @@ def test_what_can_not_be_timed_is_said(workplace, words, message):
 
 
 def test_speed_needs_the_site_neuron():
-    with pytest.raises(UserError, match=r"speed=true: kernels need sites=\[neuron\]"):
+    with pytest.raises(UserError, match=r"speed=true needs sites=\[neuron\]"):
         load_config(None, ["speed=true", "sites=[gate,up,down]"])

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 import tiny
-from apc import cache, collect, distributed, ops, store
-from apc.activations import HISTOGRAM_SHIFT, Collector
-from apc.datamodule import BlockLoader, block_ranges
-from apc.errors import UserError
-from apc.models import FFNHooks, find_ffns, weights_digest
-from apc.patterns import CollectConfig
-from apc.store import PatternStore
-from apc.text import Windows, _digest
+from apc import ops
+from apc.collect import collect, store
+from apc.collect.collector import HISTOGRAM_SHIFT, Collector
+from apc.collect.loader import BlockLoader
+from apc.collect.sharding import block_ranges
+from apc.collect.store import PatternStore
+from apc.commands import cache
+from apc.config.schema import CollectConfig
+from apc.data.ffn import FFNHooks, find_ffns
+from apc.data.models import weights_digest
+from apc.data.text import Windows, _digest
+from apc.utils import distributed
+from apc.utils.errors import UserError
 
 
 def make_windows(count=7, seq_len=16, seed=0):
@@ -24,10 +29,16 @@ def make_windows(count=7, seq_len=16, seed=0):
     return Windows(tokens, "made", 1, _digest(tokens))
 
 
-def run_collect(folder, model=None, windows=None, sites=("neuron",), active="threshold", storage="disk", with_hidden=True, **options):
+def run_collect(
+    folder, model=None, windows=None, sites=("neuron",), active="threshold", storage="disk", with_hidden=True, **options
+):
     model = model or tiny.make_model()
-    cfg = CollectConfig(storage=storage, dir=str(folder), calibration_windows=options.pop("calibration_windows", 7), **options)
-    collector = Collector(model, list(sites), torch.device("cpu"), batch_windows=2, thresholded=cfg.forward == "thresholded")
+    cfg = CollectConfig(
+        storage=storage, dir=str(folder), calibration_windows=options.pop("calibration_windows", 7), **options
+    )
+    collector = Collector(
+        model, list(sites), torch.device("cpu"), batch_windows=2, thresholded=cfg.forward == "thresholded"
+    )
     windows = windows or make_windows()
     identity = collect.pattern_identity(weights_digest(model), windows.digest, list(sites), active, 0.5, cfg)
     return collect.collect(cfg, collector, windows, active, 0.5, identity, with_hidden)
@@ -54,8 +65,10 @@ def dense_values(model, windows):
 def test_passes_into_memory_are_of_one_size_whatever_blocks_there_are(tmp_path):
     """By which a GPU's products go, and which blocks there are by the number of ranks; what fills a pass counts nowhere (see the next test)."""
     model, shapes = tiny.make_model(), []
-    model.model.register_forward_pre_hook(lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True)
-    run_collect(tmp_path, model, storage="memory", block_tokens=3 * 16)
+    model.model.register_forward_pre_hook(
+        lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    run_collect(tmp_path, model, storage="memory", batch_tokens=3 * 16)
     assert shapes == [(2, 16)] * 8  # four to calibrate, four for the patterns
 
 
@@ -104,7 +117,9 @@ def test_memory_holds_what_the_disk_holds(tmp_path):
 def count_forwards(monkeypatch):
     calls = []
     original = Collector.block
-    monkeypatch.setattr(Collector, "block", lambda self, *args, **more: calls.append(1) or original(self, *args, **more))
+    monkeypatch.setattr(
+        Collector, "block", lambda self, *args, **more: calls.append(1) or original(self, *args, **more)
+    )
     return calls
 
 
@@ -119,7 +134,13 @@ def test_the_same_content_is_not_collected_twice_and_other_content_is(tmp_path, 
     changed = tiny.make_model()
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    for options in (dict(model=changed), dict(windows=make_windows(seed=1)), dict(active="top"), dict(sites=["gate"]), dict(calibration_windows=2)):
+    for options in (
+        dict(model=changed),
+        dict(windows=make_windows(seed=1)),
+        dict(active="top"),
+        dict(sites=["gate"]),
+        dict(calibration_windows=2),
+    ):
         before = len(calls)
         run_collect(tmp_path, **options)
         assert len(calls) > before, options
@@ -166,14 +187,22 @@ def test_a_damaged_shard_is_named_and_collected_again_alone(tmp_path, damage, li
     damage(path)
     with pytest.raises(UserError, match=line) as caught:
         run_collect(tmp_path)
-    assert str(path) in str(caught.value) and f"python -m apc.cache repair {source.path.name} --dir {tmp_path}" in str(caught.value)
+    assert str(path) in str(caught.value) and f"apc cache repair {source.path.name} --dir {tmp_path}" in str(
+        caught.value
+    )
     before = json.loads((source.path / "manifest.json").read_text())["shards"]
     collected = []
-    monkeypatch.setattr(store, "_write_array", lambda path, value, write=store._write_array: collected.append(path.name) or write(path, value))
+    monkeypatch.setattr(
+        store,
+        "_write_array",
+        lambda path, value, write=store._write_array: collected.append(path.name) or write(path, value),
+    )
     cache.main(["repair", source.path.name, "--dir", str(tmp_path)])
     assert f"shards 0 of {len(before)} are damaged" in capsys.readouterr().out
     assert json.loads((run_collect(tmp_path).path / "manifest.json").read_text())["shards"] == before
-    assert len(before) > 1 and {name[:5] for name in collected} == {"00000"}  # only the damaged shard was collected again
+    assert len(before) > 1 and {name[:5] for name in collected} == {
+        "00000"
+    }  # only the damaged shard was collected again
 
 
 def test_a_damaged_manifest_is_named(tmp_path):
@@ -226,7 +255,10 @@ def test_what_is_collected_on_is_looked_at_and_keeps_its_thresholds(tmp_path, mo
         patch.setattr(Collector, "calibrate", lambda *args: {"neuron": torch.zeros(3)})
         source = run_collect(tmp_path)
     assert torch.equal(source.info.rule.thresholds["neuron"], whole.info.rule.thresholds["neuron"])
-    assert torch.equal(source.block(0, 7, ["patterns.neuron"]).patterns["neuron"], whole.block(0, 7, ["patterns.neuron"]).patterns["neuron"])
+    assert torch.equal(
+        source.block(0, 7, ["patterns.neuron"]).patterns["neuron"],
+        whole.block(0, 7, ["patterns.neuron"]).patterns["neuron"],
+    )
     assert not (source.path / store.THRESHOLDS).exists()
 
     shutil.rmtree(source.path)
@@ -318,7 +350,9 @@ def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
         assert len(epochs[0]) == len(loader) and epochs[0] != epochs[1]
         assert all(sorted(sum(epoch, [])) == list(range(7 * 16)) for epoch in epochs)
         for stop in range(len(loader) + 1):
-            first, second = (BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens) for _ in range(2))
+            first, second = (
+                BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens) for _ in range(2)
+            )
             iterator = iter(first)
             head = [next(iterator).positions.tolist() for _ in range(stop)]
             second.resume(first.progress())
@@ -378,9 +412,11 @@ def test_a_thresholded_forward_is_read_after_its_own_zeros(tmp_path):
     for site, layers in seen.items():
         expected = ops.pack(torch.stack([torch.cat(batches) for batches in layers]))
         assert torch.equal(found.block(0, 7, [f"patterns.{site}"]).patterns[site], expected)
-    assert not torch.equal(found.block(0, 7, ["patterns.up"]).patterns["up"], dense.block(0, 7, ["patterns.up"]).patterns["up"])
-    with pytest.raises(UserError, match="collect.hidden=streamed runs the dense forward again"):
-        CollectConfig(forward="thresholded", hidden="streamed")
+    assert not torch.equal(
+        found.block(0, 7, ["patterns.up"]).patterns["up"], dense.block(0, 7, ["patterns.up"]).patterns["up"]
+    )
+    with pytest.raises(UserError, match="collect.ffn_inputs=streamed runs the dense forward pass again"):
+        CollectConfig(forward="thresholded", ffn_inputs="streamed")
     with pytest.raises(UserError, match="collect.forward=sparse: choose dense or thresholded"):
         CollectConfig(forward="sparse")
 

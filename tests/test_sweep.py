@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 import tiny
-from apc import sweep
-from apc.errors import Terminated, UserError
-from apc.runs import load_run
+from apc.commands import sweep
+from apc.run.folder import load_run
+from apc.utils.errors import Terminated, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_sweep(path, **parameters):
-    lines = [f"  {key}: {{{'values' if isinstance(value, list) else 'value'}: {value}}}" for key, value in parameters.items()]
+    lines = [
+        f"  {key}: {{{'values' if isinstance(value, list) else 'value'}: {value}}}" for key, value in parameters.items()
+    ]
     path.write_text("\n".join(["program: train.py", "method: grid", "parameters:", *lines]) + "\n")
     return path
 
@@ -30,28 +32,39 @@ def workplace(tmp_path_factory):
 
 
 def words_for(workplace, **changes):
-    return [word for word in tiny.tiny_overrides(workplace, **changes) if not word.startswith(("run.name=", "cluster.k=", "cluster.weighting=", "seed="))]
+    return [
+        word
+        for word in tiny.tiny_overrides(workplace, **changes)
+        if not word.startswith(("run.name=", "cluster.k=", "cluster.weighting=", "seed="))
+    ]
 
 
 def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     file = write_sweep(workplace / "grid.yaml", **{"cluster.k": [3, 100_000], "cluster.weighting": "binary"})
-    words = [str(file), *words_for(workplace, arms="[dense,oracle]", **{"predictor.max_epochs": 1}), "--jobs", "2"]
+    words = [str(file), *words_for(workplace, policies="[dense,oracle]", **{"predictor.max_epochs": 1}), "--jobs", "2"]
     with pytest.raises(SystemExit) as end:
         sweep.main(words)
     said = capsys.readouterr()
     assert end.value.code == 1
-    assert "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err and "1 of 2 runs finished" in said.out
+    assert (
+        "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err
+        and "1 of 2 runs finished" in said.out
+    )
     run = load_run(workplace / "runs" / "grid-k3")
     assert run.codebook.k == 3 and run.config.cluster.weighting == "binary" and run.config.tracking.group == "grid"
     table = list(csv.DictReader((workplace / "runs" / "grid.csv").open()))
-    assert [(row["run"], row["cluster.k"], row["arm"]) for row in table] == [
-        ("grid-k3", "3", arm) for arm in ("dense", "oracle")
+    assert [(row["run"], row["cluster.k"], row["policy"]) for row in table] == [
+        ("grid-k3", "3", policy) for policy in ("dense", "oracle")
     ]  # fmt: skip
     compared = list(csv.DictReader((workplace / "runs" / "grid.comparison" / "comparison.csv").open()))
-    assert [(row["run"], row["arm"], row["split"]) for row in compared] == [(row["run"], row["arm"], "held-out") for row in table]
+    assert [(row["run"], row["policy"], row["split"]) for row in compared] == [
+        (row["run"], row["policy"], "held-out") for row in table
+    ]
     assert (workplace / "runs" / "grid.comparison" / "perplexity.png").is_file()
-    assert float(table[1]["perplexity"]) == pytest.approx(load_run(workplace / "runs" / "grid-k3").results["arms"][1]["perplexity"])
+    assert float(table[1]["perplexity"]) == pytest.approx(
+        load_run(workplace / "runs" / "grid-k3").results["policies"][1]["perplexity"]
+    )
 
     ran = []
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: ran.append(command) or Done)
@@ -62,7 +75,7 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     for word, message in (
         ("cluster.max_epochs=77", "holds a run with cluster.max_epochs="),
         ("data.score_windows=3", "holds results with data.score_windows=4, this one has data.score_windows=3"),
-        ("arms=[dense,static]", r"holds results with arms=\['dense', 'oracle'\]"),
+        ("policies=[dense,static]", r"holds results with policies=\['dense', 'oracle'\]"),
     ):
         with pytest.raises(UserError, match=rf"grid-k3: {message}"):
             sweep.main([*words, word])
@@ -92,7 +105,14 @@ def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, 
     asking, before = threading.Thread(target=ask_when_two_run), signal.getsignal(signal.SIGTERM)
     asking.start()
     with pytest.raises(Terminated):
-        sweep.main([str(tmp_path / "grid.yaml"), *words_for(workplace, **{"run.dir": tmp_path / "runs", "collect.storage": "memory"}), "--jobs", "2"])
+        sweep.main(
+            [
+                str(tmp_path / "grid.yaml"),
+                *words_for(workplace, **{"run.dir": tmp_path / "runs", "collect.storage": "memory"}),
+                "--jobs",
+                "2",
+            ]
+        )
     asking.join()
     assert sorted(path.name for path in tmp_path.glob("*.kept")) == ["grid-seed1.kept", "grid-seed2.kept"]
     assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == before
@@ -101,7 +121,9 @@ def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, 
 def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
     seen = []
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or Done)
+    monkeypatch.setattr(
+        sweep.subprocess, "Popen", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or Done
+    )
     file = write_sweep(workplace / "many.yaml", **{"seed": list(range(9))})
     sweep.main([str(file), *words_for(workplace)])
     assert len(seen) == 9 and set(seen) <= {"0", "1", "2"}
@@ -111,7 +133,10 @@ def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
     ("content", "message"),
     [
         ("method: bayes\nparameters: {cluster.k: {min: 1, max: 9}}", "method bayes needs W&B's server"),
-        ("method: grid\nparameters: {cluster.k: {min: 1, max: 9}}", r"parameters.cluster.k needs `values: \[...\]` or `value: ...`"),
+        (
+            "method: grid\nparameters: {cluster.k: {min: 1, max: 9}}",
+            r"parameters.cluster.k needs `values: \[...\]` or `value: ...`",
+        ),
         ("method: grid", "needs `parameters:`"),
         ("a: [", "can't be read as YAML"),
         ("method: grid\nparameters: {cluster.kk: {values: [1, 2]}}", "cluster.kk"),
@@ -129,4 +154,6 @@ def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypa
 def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, tmp_path, capsys):
     sweep.main([str(file), f"run.dir={tmp_path}", "--dry-run"])  # whatever has run here before
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) > 1 and all(re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines)
+    assert len(lines) == len(set(lines)) > 1 and all(
+        re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines
+    )

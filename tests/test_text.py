@@ -6,9 +6,11 @@ import time
 import pytest
 import torch
 
-from apc import text
-from apc.errors import UserError
-from apc.text import DataConfig, load_windows
+from apc.config.schema import DataConfig
+from apc.data import text
+from apc.data.text import load_windows
+from apc.utils import hub
+from apc.utils.errors import UserError
 
 WORDS = [f"w{i}" for i in range(97)]
 
@@ -187,7 +189,9 @@ def test_the_same_text_is_refused_unless_in_sample(files, tokenizer):
 def test_shared_paragraphs_are_counted_quoted_and_refused(files, tokenizer):
     _write(files / "fit.txt", LONG[:20])
     _write(files / "score.txt", [LONG[25], f"  {LONG[3]}\t", LONG[26], LONG[4]])
-    with pytest.raises(UserError, match=f"score.txt. shares 2 paragraphs, 5.% .*fit.txt.*“{LONG[3][:60]}….*data.in_sample=true"):
+    with pytest.raises(
+        UserError, match=f"score.txt. shares 2 paragraphs, 5.% .*fit.txt.*“{LONG[3][:60]}….*data.in_sample=true"
+    ):
         load_windows(_config(), tokenizer)
     load_windows(_config(in_sample=True), tokenizer)
 
@@ -233,7 +237,7 @@ def test_bundled_fit_and_score_are_separate_articles(monkeypatch, tokenizer):
 def test_real_bundled_text_leaves_enough_tokens_to_score():
     from transformers import AutoTokenizer
 
-    from apc.assets import bundled_model
+    from apc.data.bundled import bundled_model
 
     fit, score = load_windows(DataConfig(), AutoTokenizer.from_pretrained(bundled_model()))
     assert (fit.documents, score.documents) == (85, 21)
@@ -254,7 +258,9 @@ def closed_hub(monkeypatch, tmp_path):
 
 def test_an_unreachable_hub_is_said_within_five_seconds(files, tokenizer, closed_hub):
     before = time.monotonic()
-    with pytest.raises(UserError, match="data.score: can't reach the hub.*`no-such/set:a:test`.*data.score=path/to/file.txt"):
+    with pytest.raises(
+        UserError, match="data.score: can't reach the hub.*`no-such/set:a:test`.*data.score=path/to/file.txt"
+    ):
         load_windows(_config(score="no-such/set:a:test"), tokenizer)
     assert time.monotonic() - before < 5
 
@@ -267,7 +273,7 @@ def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         before = time.monotonic()
-        assert text.hub_reachable(timeout=0.5) is False
+        assert hub.hub_reachable(timeout=0.5) is False
         assert time.monotonic() - before < 2
 
 
@@ -279,7 +285,7 @@ def test_a_hub_whose_name_is_looked_up_for_ever_is_given_up_in_time(monkeypatch)
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(4))
     before = time.monotonic()
-    assert text.hub_reachable(timeout=0.5) is False
+    assert hub.hub_reachable(timeout=0.5) is False
     assert time.monotonic() - before < 2
 
 
@@ -302,7 +308,7 @@ def test_a_hub_that_answers_is_reachable_unless_it_is_down(monkeypatch, status, 
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        assert text.hub_reachable() is reachable
+        assert hub.hub_reachable() is reachable
         server.shutdown()
 
 
@@ -313,13 +319,17 @@ def test_hub_rows_are_joined_and_config_and_split_are_passed(files, tokenizer, m
 
     def load_dataset(name, config, split):
         calls.append((name, config, split, datasets.config.HF_HUB_OFFLINE))
-        return datasets.Dataset.from_dict({"text": [_words(9), "", _words(30, start=len(calls), step=7)], "n": [1, 2, 3]})
+        return datasets.Dataset.from_dict(
+            {"text": [_words(9), "", _words(30, start=len(calls), step=7)], "n": [1, 2, 3]}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(text, "hub_reachable", lambda: False)
     fit, score = load_windows(_config(fit="org/set", score="org/set:raw:validation"), tokenizer)
-    assert calls == [("org/set", None, "train", True), ("org/set", "raw", "validation", True)], "unreachable: its cache is still asked"
+    assert calls == [("org/set", None, "train", True), ("org/set", "raw", "validation", True)], (
+        "unreachable: its cache is still asked"
+    )
     assert not datasets.config.HF_HUB_OFFLINE, "and offline mode is left again"
     assert (fit.source, score.source, fit.documents) == ("org/set::train", "org/set:raw:validation", 3)
     assert text._read("org/set", "score").name == "org/set::test"
@@ -335,7 +345,9 @@ def test_what_the_hub_refuses_is_passed_on_in_one_line(files, tokenizer, monkeyp
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(text, "hub_reachable", lambda: True)
-    with pytest.raises(UserError, match="data.fit: can't load `org/set` from the hub: Config name is missing. Please pick one among"):
+    with pytest.raises(
+        UserError, match="data.fit: can't load `org/set` from the hub: Config name is missing. Please pick one among"
+    ):
         load_windows(_config(fit="org/set"), tokenizer)
     with pytest.raises(UserError, match="too many parts"):
         load_windows(_config(fit="org/set:a:b:c"), tokenizer)

@@ -6,25 +6,35 @@ import torch
 import apc
 import tiny
 import train
-from apc.config import load_config
-from apc.errors import UserError
-from apc.models import ModelConfig, find_ffns, load_model
-from apc.predictor import Predictor
-from apc.sparse_model import ForwardReader, sparsify
-from apc.thresholds import find_thresholds, ordered, unordered
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig
+from apc.data.ffn import find_ffns
+from apc.data.models import load_model
+from apc.predict.predictor import Predictor
+from apc.sparse.masked_forward import ForwardReader
+from apc.sparse.sparsify import sparsify
+from apc.tune.thresholds import find_thresholds, ordered, unordered
+from apc.utils.errors import UserError
 
 
 def test_keys_rise_with_the_values():
     values = torch.tensor([-torch.inf, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 3e38, torch.inf])
     keys = ordered(values)
-    assert (keys[1:] > keys[:-1]).all() and keys.min() >= 0 and keys.max() < 1 << 32 and torch.equal(unordered(keys), values)
+    assert (
+        (keys[1:] > keys[:-1]).all()
+        and keys.min() >= 0
+        and keys.max() < 1 << 32
+        and torch.equal(unordered(keys), values)
+    )
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tiny.make_workplace(tmp_path_factory.mktemp("thresholds"))
     for form in ("neuron", "low-bit"):
-        words = tiny.tiny_overrides(folder, arms="[dense,neuron-predictor,neuron-threshold]", **{"predictor.form": form, "run.name": form})
+        words = tiny.tiny_overrides(
+            folder, policies="[dense,neuron-predictor,neuron-threshold]", **{"predictor.form": form, "run.name": form}
+        )
         train.train(load_config(None, words))
     return folder
 
@@ -40,7 +50,12 @@ def test_a_layer_keeps_as_many_as_a_mask_of_fixed_size(workplace, form, device):
 
     class Reads(ForwardReader):
         def see(self, tokens):
-            scores[tokens.layer] = run.predictor.to(device).layer_outputs(tokens.layer, "neuron", tokens.inputs[tokens.layer])[0].float().cpu()
+            scores[tokens.layer] = (
+                run.predictor.to(device)
+                .layer_outputs(tokens.layer, "neuron", tokens.inputs[tokens.layer])[0]
+                .float()
+                .cpu()
+            )
 
     sparsify(model, run.codebook, run.predictor, "neuron-predictor")
     hooks = Reads(ffns, run.codebook).hook()
@@ -55,8 +70,8 @@ def test_a_layer_keeps_as_many_as_a_mask_of_fixed_size(workplace, form, device):
 
 def test_the_run_reports_and_keeps_them(workplace, tmp_path):
     run = apc.load_run(workplace / "runs" / "low-bit")
-    record = next(record for record in run.results["arms"] if record["arm"] == "neuron-threshold")
-    fixed = next(record for record in run.results["arms"] if record["arm"] == "neuron-predictor")
+    record = next(record for record in run.results["policies"] if record["policy"] == "neuron-threshold")
+    fixed = next(record for record in run.results["policies"] if record["policy"] == "neuron-predictor")
     assert 0.4 < record["density"] < 0.6 and record["density"] != 0.5
     assert record["bytes_share"] - record["masked"]["density"] == pytest.approx(fixed["bytes_share"] - 0.5)
     run.predictor.save(tmp_path / "p.safetensors")
@@ -67,7 +82,7 @@ def test_the_run_reports_and_keeps_them(workplace, tmp_path):
 def test_a_predictor_without_them_is_refused(workplace):
     run = apc.load_run(workplace / "runs" / "neuron")
     model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
-    with pytest.raises(UserError, match="arm neuron-threshold: the predictor has no thresholds; train it again"):
+    with pytest.raises(UserError, match="policy neuron-threshold: the predictor has no thresholds; train it again"):
         sparsify(model, run.codebook, run.predictor.copy(), "neuron-threshold")
 
 

@@ -16,10 +16,11 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from apc import tracking
-from apc.callbacks import TrackingLogger
-from apc.errors import UserError
-from apc.tracking import Tracking, TrackingConfig, read_metrics
+from apc.config.schema import TrackingConfig
+from apc.run import tracking
+from apc.run.callbacks import TrackingLogger
+from apc.run.tracking import Tracking, read_metrics
+from apc.utils.errors import UserError
 
 OFFLINE = TrackingConfig(wandb="offline")
 FAKE_KEY = "0123456789" * 4
@@ -44,7 +45,9 @@ def records(folder: Path, kind: str, run: int = 0) -> list[dict]:
     """The records of one kind in the `run`-th run under `folder`, as `wandb leet inspect --json` prints them."""
     run_dir = sorted((folder / "wandb").glob("*run-*"))[run]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout.splitlines()
+    lines = subprocess.run(
+        command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    ).stdout.splitlines()
     return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
 
 
@@ -61,7 +64,7 @@ def png(tmp_path):
 
 
 def test_unknown_mode_names_the_key_and_the_choices():
-    with pytest.raises(UserError, match=r"tracking\.wandb is 'on': choose one of auto, online, offline, disabled"):
+    with pytest.raises(UserError, match=r"tracking\.wandb=on: choose auto, online, offline or disabled"):
         TrackingConfig(wandb="on")
 
 
@@ -76,7 +79,7 @@ def test_offline_run_reads_back_as_it_was_logged(tmp_path, png, capfd):
         run.summary({"eval/predicted/perplexity": 22.5})
         run.figure("figures/perplexity", png)
         run.artifact("first codebook", "codebook", png)
-        run.table("arms", ["arm", "perplexity"], [["dense", 21.0], ["predicted", "–"], ["static", None]])
+        run.table("policies", ["policy", "perplexity"], [["dense", 21.0], ["predicted", "–"], ["static", None]])
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
 
@@ -85,15 +88,21 @@ def test_offline_run_reads_back_as_it_was_logged(tmp_path, png, capfd):
     shown = [start[key] for key in ("display_name", "project", "run_group", "tags", "notes")]
     assert shown == ["first", "p", "g", ["a", "b"], "why"]
 
-    defined = {metric.get("glob_name") or metric["name"]: metric.get("step_metric") for metric in records(folder, "metric")}
-    assert defined["cluster/*"] == "cluster/epoch" and defined["predictor/*"] == "predictor/step" and defined["eval/*"] is None
+    defined = {
+        metric.get("glob_name") or metric["name"]: metric.get("step_metric") for metric in records(folder, "metric")
+    }
+    assert (
+        defined["cluster/*"] == "cluster/epoch"
+        and defined["predictor/*"] == "predictor/step"
+        and defined["eval/*"] is None
+    )
 
     history = [row["item"] for row in records(folder, "history")]
     logged = [row for row in map(metrics_of, history) if row]
     assert logged == [row for row in map(metrics_of, read_metrics(folder)) if row]
     assert logged[-1] == {"predictor/step": 10, "predictor/loss": 3.5} and len(logged) == 4
     assert any(row.get("figures/perplexity._type") == "image-file" for row in history)
-    assert any(row.get("arms.nrows") == 3 for row in history)
+    assert any(row.get("policies.nrows") == 3 for row in history)
 
     assert {"eval/predicted/perplexity": 22.5} in [summary["update"] for summary in records(folder, "summary")]
     assert read_metrics(folder)[-1]["summary"] == {"eval/predicted/perplexity": 22.5}
@@ -151,7 +160,12 @@ class Tiny(pl.LightningModule):
 def test_a_trainer_reaches_both_records_once(tmp_path):
     with Tracking(OFFLINE, tmp_path, "n", {}) as run:
         trainer = pl.Trainer(
-            logger=TrackingLogger(run), max_epochs=2, log_every_n_steps=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+            logger=TrackingLogger(run),
+            max_epochs=2,
+            log_every_n_steps=1,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
         )
         trainer.fit(Tiny(), torch.utils.data.DataLoader(torch.ones(3, 1)))
     lines = read_metrics(tmp_path)
@@ -169,7 +183,10 @@ def test_a_modules_own_step_metric_stays(tmp_path):
         logger.log_metrics({"cluster/captured": 0.5, "cluster/epoch": 7, "epoch": 0}, step=3)
         logger.log_metrics({"lr-SGD": 0.1, "epoch": 2}, step=5)
         logger.log_metrics({"epoch": 2}, step=5)
-    rows = [{key: value for key, value in line.items() if key not in ("time", "elapsed_s")} for line in read_metrics(tmp_path)]
+    rows = [
+        {key: value for key, value in line.items() if key not in ("time", "elapsed_s")}
+        for line in read_metrics(tmp_path)
+    ]
     assert rows == [{"cluster/captured": 0.5, "cluster/epoch": 7}, {"lr-SGD": 0.1, "epoch": 2}]
 
 
@@ -194,7 +211,9 @@ def test_other_ranks_leave_no_trace(tmp_path):
 
 def test_not_finite_numbers_stay_visible(tmp_path):
     with Tracking(OFFLINE, tmp_path, "n", {}) as run:
-        run.log({"predictor/step": 1, "predictor/loss": math.nan, "predictor/up": math.inf, "predictor/down": -math.inf})
+        run.log(
+            {"predictor/step": 1, "predictor/loss": math.nan, "predictor/up": math.inf, "predictor/down": -math.inf}
+        )
     (line,) = read_metrics(tmp_path)
     assert (line["predictor/loss"], line["predictor/up"], line["predictor/down"]) == ("nan", "inf", "-inf")
     assert records(tmp_path, "history")[0]["item"]["predictor/loss"] == "NaN"
@@ -243,7 +262,10 @@ def test_a_broken_netrc_is_no_login(nobody):
     assert tracking._wandb_mode("auto") == "offline"
 
 
-@pytest.mark.parametrize(("variable", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")])
+@pytest.mark.parametrize(
+    ("variable", "mode"),
+    [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")],
+)
 def test_auto_follows_wandb_mode(monkeypatch, variable, mode):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     monkeypatch.setenv("WANDB_MODE", variable)
@@ -289,7 +311,15 @@ class LoginOnly(http.server.BaseHTTPRequestHandler):
         asked = json.loads(body)
         self.taken.append(asked["variables"]["name"])
         project = {"id": "p", "name": "apc", "entity": {"id": "e", "name": "me"}}
-        bucket = {"id": "b", "name": self.taken[0], "displayName": "n", "description": "", "config": "{}", "historyLineCount": 0, "project": project}
+        bucket = {
+            "id": "b",
+            "name": self.taken[0],
+            "displayName": "n",
+            "description": "",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": project,
+        }
         answer = json.dumps({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))

@@ -9,17 +9,24 @@ import torch.nn.functional as F
 import apc
 import tiny
 import train
-from apc import ops, tuning
-from apc.config import load_config
-from apc.datamodule import WindowLoader
-from apc.errors import UserError
-from apc.models import ModelConfig, find_ffns, load_model
-from apc.predictor import at_16_bits
-from apc.settings import TuneConfig
-from apc.tuning import TuningModule, share_out
+from apc import ops
+from apc.collect.loader import WindowLoader
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig, TuneConfig
+from apc.data.ffn import find_ffns
+from apc.data.models import load_model
+from apc.predict.predictor import at_16_bits
+from apc.tune import module
+from apc.tune.module import TuningModule, _TuningForward, allocate_budget
+from apc.utils.errors import UserError
 
-ARMS = [("predicted", "cluster"), ("oracle", "cluster"), ("neuron-predictor", "neuron"), ("neuron-predictor", "low-bit")]
-TUNED = {"tune.max_epochs": 3, "tune.windows": 3, "tune.budget_windows": 4, "predictor.hidden": 8}
+POLICIES = [
+    ("predicted", "cluster"),
+    ("oracle", "cluster"),
+    ("neuron-predictor", "neuron"),
+    ("neuron-predictor", "low-bit"),
+]
+TUNED = {"tune.max_epochs": 3, "tune.batch_windows": 3, "predictor.bottleneck": 8}
 
 
 def run(folder, *words, **changes):
@@ -39,9 +46,15 @@ def test_costs_that_are_not_finite_are_named(workplace, monkeypatch):
         run(workplace, **{"run.name": "broken"})
 
 
-@pytest.mark.parametrize(("arm", "form"), [ARMS[0], ARMS[-1]])
-def test_two_ranks_tune_a_predictor_too(workplace, arm, form):
-    changes = {"run.name": f"two-{form}", "stage": "tune", "tune.max_epochs": 1, "tune.arm": arm, "predictor.form": form}
+@pytest.mark.parametrize(("policy", "form"), [POLICIES[0], POLICIES[-1]])
+def test_two_ranks_tune_a_predictor_too(workplace, policy, form):
+    changes = {
+        "run.name": f"two-{form}",
+        "stage": "tune",
+        "tune.max_epochs": 1,
+        "tune.policy": policy,
+        "predictor.form": form,
+    }
     tiny.run_ranks(2, tiny.tiny_overrides(workplace, **(TUNED | changes)))
     assert apc.load_run(workplace / "runs" / f"two-{form}").predictor.corrects
 
@@ -49,7 +62,7 @@ def test_two_ranks_tune_a_predictor_too(workplace, arm, form):
 def test_rows_of_a_table_have_the_gradient_of_indexing():
     table, ids = torch.randn(5, 7, requires_grad=True), torch.tensor([3, 0, 3, 3, 4])
     weights = torch.randn(5, 7)
-    (tuning.rows_of(table, ids) * weights).sum().backward()
+    (module.rows_of(table, ids) * weights).sum().backward()
     found, table.grad = table.grad, None
     (table[ids] * weights).sum().backward()
     assert torch.allclose(found, table.grad) and not found[1].any()
@@ -57,11 +70,11 @@ def test_rows_of_a_table_have_the_gradient_of_indexing():
 
 def test_neurons_go_where_losing_them_costs_most():
     curves = torch.tensor([[9.0, 5.0, 1.0, 0.5], [8.0, 0.4, 0.3, 0.2], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
-    assert share_out(curves, 6, 1) == [4, 1, 1]  # 9, 5, 1, 0.5 | 8 | the least that a layer keeps
-    assert share_out(curves, 12, 1) == [4, 4, 4] and share_out(curves, 3, 1) == [1, 1, 1]
-    assert share_out(curves.flip(1), 6, 1) == [4, 1, 1]  # measured costs that rise with the rank are noise
+    assert allocate_budget(curves, 6, 1) == [4, 1, 1]  # 9, 5, 1, 0.5 | 8 | the least that a layer keeps
+    assert allocate_budget(curves, 12, 1) == [4, 4, 4] and allocate_budget(curves, 3, 1) == [1, 1, 1]
+    assert allocate_budget(curves.flip(1), 6, 1) == [4, 1, 1]  # measured costs that rise with the rank are noise
     with pytest.raises(ValueError, match="13 neurons"):
-        share_out(curves, 13, 1)
+        allocate_budget(curves, 13, 1)
 
 
 def test_each_window_once_an_epoch_and_going_on_hands_out_the_rest():
@@ -89,7 +102,7 @@ def module_for(folder, cfg, codebook, predictor=None):
 def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
     """Dropping a little of one neuron of one layer for one token: KL ≈ ε² · cost, averaged over tokens and many draws of labels."""
     left = apc.load_run(workplace / "runs" / "plain")
-    module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm="oracle"), left.codebook)
+    module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, policy="oracle"), left.codebook)
     D = left.codebook.widths["neuron"]
     fixed = torch.arange(D, 0, -1.0)
     module.ranking = lambda tokens: fixed.expand(len(tokens.values), D)  # rank r is neuron r
@@ -115,11 +128,13 @@ def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
     assert float(sum(parts)) / windows.numel() / epsilon**2 == pytest.approx(float(costs[layer, neuron]), rel=0.2)
 
 
-@pytest.mark.parametrize(("arm", "form"), ARMS)
-def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm, form):
+@pytest.mark.parametrize(("policy", "form"), POLICIES)
+def test_the_forward_pass_of_training_is_that_of_the_policy(workplace, policy, form):
     run(workplace, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
     left = apc.load_run(workplace / "runs" / f"start-{form}")
-    module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, arm=arm, correction=arm != "oracle"), left.codebook, left.predictor)
+    module, model, windows = module_for(
+        workplace, TuneConfig(max_epochs=1, policy=policy, correction=policy != "oracle"), left.codebook, left.predictor
+    )
     with torch.no_grad():
         module.offsets.normal_(std=0.3)
         module.offsets.copy_(at_16_bits(module.offsets))  # as what tuning leaves is
@@ -128,29 +143,35 @@ def test_the_forward_pass_of_training_is_that_of_the_arm(workplace, arm, form):
             module.predictor.correct_bias.normal_(std=0.3)
             module.predictor.rounded()
     module.sizes.copy_(torch.tensor([20, 31, 26]))
-    hooks = tuning._TuningForward(module).hook()
+    hooks = _TuningForward(module).hook()
     found = model(input_ids=windows).logits.detach()
     hooks.remove()
     codebook, predictor = module.tuned({})
     assert codebook.problem() is None and codebook.budget == [20, 31, 26]
     with torch.no_grad():
-        expected = apc.sparsify(model, codebook, predictor, arm)(input_ids=windows).logits
+        expected = apc.sparsify(model, codebook, predictor, policy)(input_ids=windows).logits
     apc.restore(model)
     dense = model(input_ids=windows).logits.detach()
     assert (found - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
 
 
-@pytest.mark.parametrize(("arm", "form"), ARMS)
-def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, arm, form):
-    name = f"after-{arm}-{form}"
-    results = run(workplace, f"arms=[dense,exact,{arm}]", **{"tune.arm": arm, "tune.max_epochs": 15, "predictor.form": form, "run.name": name})
-    record = next(record for record in results["arms"] if record["arm"] == arm)
+@pytest.mark.parametrize(("policy", "form"), POLICIES)
+def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, policy, form):
+    name = f"after-{policy}-{form}"
+    results = run(
+        workplace,
+        f"policies=[dense,exact,{policy}]",
+        **{"tune.policy": policy, "tune.max_epochs": 15, "predictor.form": form, "run.name": name},
+    )
+    record = next(record for record in results["policies"] if record["policy"] == policy)
     history = json.loads((workplace / "runs" / name / "tune.json").read_text())
     seen = [entry["divergence"] for entry in history["history"]]
     assert sum(seen[-7:]) < 0.9 * sum(seen[:7]) and sum(history["budget"]) == 3 * 26
-    assert record["density"] == pytest.approx(0.5) and record["bytes_share"] > 0.5 + 32 / (3 * 32 * 52)  # an offset or more is read
+    assert record["density"] == pytest.approx(0.5) and record["bytes_share"] > 0.5 + 32 / (
+        3 * 32 * 52
+    )  # an offset or more is read
     left = apc.load_run(workplace / "runs" / name)
-    assert left.codebook.budget == history["budget"] and (left.predictor is None) == (arm == "oracle")
+    assert left.codebook.budget == history["budget"] and (left.predictor is None) == (policy == "oracle")
     counts = ops.popcount(left.codebook.sites["neuron"].centroids)
     assert torch.equal(counts, torch.tensor(history["budget"], dtype=counts.dtype).unsqueeze(1).expand_as(counts))
 
@@ -167,31 +188,39 @@ def test_a_killed_run_goes_on_to_the_same_end(workplace, kill_at):
     for name, value in whole.codebook.sites["neuron"].tensors().items():
         assert torch.equal(value, again.codebook.sites["neuron"].tensors()[name]), name
     assert whole.codebook.budget == again.codebook.budget
-    assert all(torch.equal(value, again.predictor.state_dict()[name]) for name, value in whole.predictor.state_dict().items())
+    assert all(
+        torch.equal(value, again.predictor.state_dict()[name]) for name, value in whole.predictor.state_dict().items()
+    )
 
 
 def test_ranks_share_the_windows(workplace):
-    same = {"tune.windows": 3, "tune.arm": "oracle", "stage": "tune"}
+    same = {"tune.batch_windows": 3, "tune.policy": "oracle", "stage": "tune"}
     tiny.run_ranks(2, tiny.tiny_overrides(workplace, **(TUNED | same | {"run.name": "ranks"})))
     run(workplace, **same, **{"run.name": "alone"})
     together, alone = (apc.load_run(workplace / "runs" / name) for name in ("ranks", "alone"))
     assert together.codebook.budget == alone.codebook.budget
-    difference, size = ((found - alone.codebook.sites["neuron"].offsets).norm() for found in (together.codebook.sites["neuron"].offsets, 0))
+    difference, size = (
+        (found - alone.codebook.sites["neuron"].offsets).norm()
+        for found in (together.codebook.sites["neuron"].offsets, 0)
+    )
     assert difference < 0.05 * size  # the mean of two ranks' gradients is that of all windows, but for rounding
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tune.arm": "soft"}, "tune.arm=soft: choose predicted, oracle, neuron-predictor"),
-        ({"tune.windows": 0}, "tune.windows must be at least 1"),
+        ({"tune.policy": "soft"}, "tune.policy=soft: choose oracle, predicted, neuron-predictor"),
+        ({"tune.batch_windows": 0}, "tune.batch_windows must be at least 1"),
         ({"tune.lr": 0}, "tune.lr must be above 0"),
-        ({"tune.temperature": -1}, "tune.temperature must be above 0"),
+        ({"tune.temperature": 1}, "tune.temperature: no longer a key"),
         ({"tune.precision": "64"}, "tune.precision=64"),
-        ({"tune.arm": "neuron-predictor"}, "needs predictor.form=neuron"),
-        ({"tune.windows": 1, "trainer.devices": 2}, "tune.windows=1 is less than a window for each of 2 processes"),
+        ({"tune.policy": "neuron-predictor"}, "needs predictor.form=neuron"),
+        (
+            {"tune.batch_windows": 1, "trainer.devices": 2},
+            "tune.batch_windows=1 is less than a window for each of 2 processes",
+        ),
         ({"cluster.algorithm": "k-majority", "cluster.weighting": "binary"}, "tuning needs cluster.algorithm=lloyd"),
-        ({"tune.arm": "neuron-predictor", "predictor.form": "neuron", "tune.lr": 1e30}, "not finite"),
+        ({"tune.policy": "neuron-predictor", "predictor.form": "neuron", "tune.lr": 1e30}, "not finite"),
         ({"cluster.scope": "pooled"}, "needs sites=.neuron. and cluster.scope=layer"),
         ({"tune.max_epochs": 0, "stage": "tune"}, "tunes nothing"),
     ],
@@ -202,11 +231,11 @@ def test_bad_settings_say_what_to_do(workplace, changes, message):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("arm", ["predicted", "oracle"])
-def test_the_same_seed_ends_the_same(workplace, device, arm):
+@pytest.mark.parametrize("policy", ["predicted", "oracle"])
+def test_the_same_seed_ends_the_same(workplace, device, policy):
     ends = []
     for name in ("once", "twice"):
-        settings = {"model.device": device, "run.name": f"{name}-{arm}-{device}", "tune.arm": arm}
+        settings = {"model.device": device, "run.name": f"{name}-{policy}-{device}", "tune.policy": policy}
         run(workplace, stage="tune", **settings)
         ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
@@ -217,7 +246,12 @@ def test_the_same_seed_ends_the_same(workplace, device, arm):
 def test_predictors_of_the_same_seed_are_the_same(workplace, device, form):
     ends = []
     for name in ("first", "second"):
-        settings = {"model.device": device, "run.name": f"{name}-{form}-{device}", "predictor.form": form, "tune.max_epochs": 0}
+        settings = {
+            "model.device": device,
+            "run.name": f"{name}-{form}-{device}",
+            "predictor.form": form,
+            "tune.max_epochs": 0,
+        }
         run(workplace, stage="predict", **settings)
         ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).predictor.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

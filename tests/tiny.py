@@ -79,9 +79,9 @@ def tiny_overrides(folder: Path, **changes) -> list[str]:
     """Overrides for a run of seconds, all of whose files lie in `folder`; the model and texts must be there."""
     values = {
         "model.path": folder / "model", "model.device": "cpu", "data.fit": folder / "fit.txt", "data.score": folder / "score.txt",
-        "data.seq_len": 32, "data.fit_windows": 21, "data.score_windows": 4, "collect.dir": folder / "stores", "collect.block_tokens": 128,
-        "collect.calibration_windows": 4, "cluster.k": 6, "cluster.max_epochs": 6, "predictor.hidden": 16, "predictor.max_epochs": 2,
-        "predictor.batch": 32, "run.dir": folder / "runs", "run.name": "run", "tracking.wandb": "disabled", "trainer.progress": "false",
+        "data.seq_len": 32, "data.fit_windows": 21, "data.score_windows": 4, "collect.dir": folder / "stores", "collect.batch_tokens": 128,
+        "collect.calibration_windows": 4, "cluster.k": 6, "cluster.max_epochs": 6, "predictor.bottleneck": 16, "predictor.max_epochs": 2,
+        "predictor.batch_tokens": 32, "run.dir": folder / "runs", "run.name": "run", "tracking.wandb": "disabled", "trainer.progress": "false",
     }  # fmt: skip
     return [f"{key}={value}" for key, value in (values | changes).items()]
 
@@ -135,7 +135,10 @@ def in_ranks(ranks: int, function: Callable, *arguments) -> None:
         "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": port,
     }
-    processes = [context.Process(target=_rank, args=(environment | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=_rank, args=(environment | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -155,7 +158,7 @@ def start(words: list[str]) -> multiprocessing.Process:
 
 def _program(words: list[str]) -> None:
     import train
-    from apc import cli
+    from apc.run import cli
 
     torch.set_num_threads(1)
     sys.argv = ["train.py", *words]
@@ -163,7 +166,9 @@ def _program(words: list[str]) -> None:
 
 
 def _forkserver() -> multiprocessing.context.BaseContext:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
     return context
@@ -182,7 +187,7 @@ def _rank(environment: dict, function: Callable, arguments: tuple) -> None:
 
 def _train(words: list[str]) -> None:
     import train
-    from apc.config import load_config
+    from apc.config.load import load_config
 
     train.train(load_config(None, [*words, f"trainer.devices={os.environ['WORLD_SIZE']}"]))
 

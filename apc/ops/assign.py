@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from apc.ops import tensor_cores
+from apc.ops import assign_cuda
+from apc.ops.alignment import ROW_ALIGN, empty_lines, whole_lines
 from apc.ops.bits import describe, grouped, on_cpu, outputs, popcount, require, row_bytes
-from apc.ops.lines import ROW_ALIGN, empty_lines, whole_lines
 
 # Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks on a multiprocessor, so that one multiplies while another
 # expands its rows.
@@ -29,7 +29,9 @@ _WEIGHTED_TILES = {
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
 _SQUARES_TILE = {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 4}
 _SQUARES_LEAST_K = 320  # clusters for which it pays to make squares that tensor cores take, measured on an H100: the Triton kernel makes its own
-_SQUARES_BYTES = 2**30  # of squares made at a time: more rows than all multiprocessors have in hand, and little beside the importances
+_SQUARES_BYTES = (
+    2**30
+)  # of squares made at a time: more rows than all multiprocessors have in hand, and little beside the importances
 _LEAST_K = 32  # the narrowest tile of clusters
 
 _MAX_CLUSTERS = 2**22
@@ -39,9 +41,13 @@ _MAX_NEURONS = 2**22  # a kernel's key holds an overlap and, below it, the 8 bit
 def _check(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> None:
     _check_both(rows, "rows", centroids, packed=True)
     if rows.shape[-1] % ROW_ALIGN:
-        raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be a multiple of {ROW_ALIGN}")
+        raise ValueError(
+            f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be a multiple of {ROW_ALIGN}"
+        )
     if 8 * rows.shape[-1] > _MAX_NEURONS:
-        raise ValueError(f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be at most {_MAX_NEURONS // 8}")
+        raise ValueError(
+            f"rows {describe(rows)}, with centroids {describe(centroids)}: W must be at most {_MAX_NEURONS // 8}"
+        )
 
 
 def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> None:
@@ -51,11 +57,15 @@ def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 
 def _check_both(tensor: Tensor, name: str, centroids: Tensor, packed: bool) -> None:
     if tensor.dtype != torch.uint8 or tensor.dim() not in (2, 3) or not tensor.shape[-1]:
-        raise ValueError(f"{name} {describe(tensor)} must be uint8 with 2 or 3 dimensions, to go with centroids {describe(centroids)}")
+        raise ValueError(
+            f"{name} {describe(tensor)} must be uint8 with 2 or 3 dimensions, to go with centroids {describe(centroids)}"
+        )
     W = tensor.shape[-1] if packed else row_bytes(tensor.shape[-1])
     require(centroids, "centroids", torch.uint8, (*tensor.shape[:-2], None, W), tensor, name)
     if not 1 <= centroids.shape[-2] <= _MAX_CLUSTERS:
-        raise ValueError(f"centroids {describe(centroids)} for {name} {describe(tensor)}: K must be from 1 to {_MAX_CLUSTERS}")
+        raise ValueError(
+            f"centroids {describe(centroids)} for {name} {describe(tensor)}: K must be from 1 to {_MAX_CLUSTERS}"
+        )
 
 
 def check_power(power: int, D: int) -> None:
@@ -77,10 +87,10 @@ def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Ten
         from apc.ops.assign_cpu import assign_cpu  # which imports numba
 
         return assign_cpu(rows, centroids, scores)
-    if reason := tensor_cores.unavailable(rows.device.index):
+    if reason := assign_cuda.unavailable(rows.device.index):
         _warn_once(f"patterns are assigned by the int8 kernel, several times slower than b1 tensor cores: {reason}")
         return assign_triton(rows, centroids, scores=scores)
-    return tensor_cores.assign_b1(rows, centroids, scores)
+    return assign_cuda.assign_b1(rows, centroids, scores)
 
 
 @functools.cache
@@ -91,11 +101,13 @@ def _warn_once(message: str) -> None:
 @grouped(_check)
 def assign_b1(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign` on the b1 tensor cores of one CUDA device. Raises `nvrtc.Unavailable`, saying why, where it has none that can be used."""
-    return tensor_cores.assign_b1(rows, centroids, scores)
+    return assign_cuda.assign_b1(rows, centroids, scores)
 
 
 @grouped(_check_weighted)
-def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+def assign_weighted(
+    importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, captured int32 [N], that sum, or None without scores.
 
     power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
@@ -106,15 +118,17 @@ def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
         from apc.ops.assign_cpu import assign_weighted_cpu
 
         return assign_weighted_cpu(importance, centroids, power, scores)
-    fits = tensor_cores.holds(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
-    reason = tensor_cores.unavailable(importance.device.index, "u8") if fits else None
+    fits = assign_cuda.holds(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
+    reason = assign_cuda.unavailable(importance.device.index, "u8") if fits else None
     if reason:
         _warn_once(f"importances are assigned by the Triton kernel, slower than uint8 tensor cores: {reason}")
     if reason or not fits:
         return assign_weighted_triton(importance, centroids, power, scores=scores)
     importance = whole_lines(importance)
     planes = _expand(centroids, importance.shape[-1])
-    return tensor_cores.assign_u8(importance, planes, scores) if power == 1 else _assign_squares(importance, planes, scores)
+    return (
+        assign_cuda.assign_u8(importance, planes, scores) if power == 1 else _assign_squares(importance, planes, scores)
+    )
 
 
 def _assign_squares(importance: Tensor, planes: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +140,7 @@ def _assign_squares(importance: Tensor, planes: Tensor, scores: bool) -> tuple[T
     for g in range(0, G, groups_at_once):
         for n in range(0, N, rows_at_once):
             piece = slice(g, g + groups_at_once), slice(n, n + rows_at_once)
-            found = tensor_cores.assign_u8(_squares(importance[piece]), planes[piece[0]], scores)
+            found = assign_cuda.assign_u8(_squares(importance[piece]), planes[piece[0]], scores)
             ids[piece] = found[0]
             if captured is not None:
                 captured[piece] = found[1]
@@ -271,7 +285,9 @@ def _assign_kernel(
                 sums = tl.dot(x & bit, c.T, sums, out_dtype=tl.int32)
         # The key orders by overlap, then by the lower column. Clusters past K overlap nothing and have the highest ids: they never win.
         top = tl.max((sums >> 7) * -BLOCK_K + column[None, :], axis=1)
-        better = (top | (BLOCK_K - 1)) > (best | (BLOCK_K - 1))  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
+        better = (top | (BLOCK_K - 1)) > (
+            best | (BLOCK_K - 1)
+        )  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
         best = tl.where(better, top, best)
         best_tile = tl.where(better, k0, best_tile)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -292,7 +308,9 @@ def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tu
         lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
         planes = _lines(_expand_by_bit(centroids), tile["BLOCK_K"], tile["BLOCK_W"])
         with torch.cuda.device_of(rows):
-            _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](lines, planes, _bits(rows.device), ids, overlap, N, K, W, **tile)
+            _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](
+                lines, planes, _bits(rows.device), ids, overlap, N, K, W, **tile
+            )
     return ids, overlap
 
 
@@ -352,7 +370,9 @@ def _assign_weighted_kernel(
 
 
 @grouped(_check_weighted)
-def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+def assign_weighted_triton(
+    importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`assign_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
     importance = whole_lines(importance)
     (G, N, D), K = importance.shape, centroids.shape[1]
@@ -363,5 +383,7 @@ def assign_weighted_triton(importance: Tensor, centroids: Tensor, power: int = 1
         planes = _lines(_expand(centroids, D).view(torch.int8), tile["BLOCK_K"], tile["BLOCK_D"])
         with torch.cuda.device_of(importance):
             grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
-            _assign_weighted_kernel[grid](lines, planes, popcount(centroids), ids, captured, N, K, D, POWER=power, **tile)
+            _assign_weighted_kernel[grid](
+                lines, planes, popcount(centroids), ids, captured, N, K, D, POWER=power, **tile
+            )
     return ids, captured

@@ -68,10 +68,15 @@ def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Te
     for group in range(G):
         row_at, stride, centroids_at = rows[group].data_ptr(), rows.stride(1), centroids[group].data_ptr()
         for part in range(cluster_parts):
-            clusters = blocks * part // cluster_parts * _CENTROIDS, min(K, blocks * (part + 1) // cluster_parts * _CENTROIDS)
+            clusters = (
+                blocks * part // cluster_parts * _CENTROIDS,
+                min(K, blocks * (part + 1) // cluster_parts * _CENTROIDS),
+            )
             keys_at = keys[part, group].data_ptr()
             for n, count in _spans(N, row_parts):
-                tasks.append((row_at + n * stride, stride, count, W, centroids_at, *clusters, keys_at + 8 * n, tile, spans))
+                tasks.append(
+                    (row_at + n * stride, stride, count, W, centroids_at, *clusters, keys_at + 8 * n, tile, spans)
+                )
     if by_tables:
         _run(_assign_by_tables, tasks, _SUMS_AT + tile * (3 * _ENTRY + 8 * spans))
     else:
@@ -80,7 +85,9 @@ def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Te
     return _LAST_ID - (best & _LAST_ID), (best >> 32).to(torch.int32) if scores else None
 
 
-def assign_weighted_cpu(importance: Tensor, centroids: Tensor, power: int, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+def assign_weighted_cpu(
+    importance: Tensor, centroids: Tensor, power: int, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured int32 [G, N], or None without scores.
 
     The caller has checked shapes and dtypes, and that 255^power·D is below 2³¹.
@@ -92,11 +99,24 @@ def assign_weighted_cpu(importance: Tensor, centroids: Tensor, power: int, score
     spans, stride = -(-D // _SPAN), importance.stride(1)
     patterns = torch.empty((spans, K), dtype=torch.int64)
     for group in range(G):
-        patterns_at, centroids_at, rows_at, ids_at = (tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group]))
+        patterns_at, centroids_at, rows_at, ids_at = (
+            tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group])
+        )
         captured_at = captured[group].data_ptr() if scores else 0
         _patterns_of(centroids_at, W, K, W, spans, patterns_at)
         tasks = [
-            (rows_at + n * stride, stride, count, D, patterns_at, K, spans, power, ids_at + 8 * n, captured_at + 4 * n if scores else 0)
+            (
+                rows_at + n * stride,
+                stride,
+                count,
+                D,
+                patterns_at,
+                K,
+                spans,
+                power,
+                ids_at + 8 * n,
+                captured_at + 4 * n if scores else 0,
+            )
             for n, count in _spans(N, row_parts)
         ]
         _run(_assign_weighted, tasks, _SUMS_AT + min(K, _CLUSTERS) * _ENTRY)
@@ -203,7 +223,9 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, lane_bits: int, lanes: in
 
 
 def _every(lane_bits: int, values: int | list[int], lanes: int = _ENTRY) -> ir.Constant:
-    return ir.Constant(ir.VectorType(ir.IntType(lane_bits), lanes), [values] * lanes if isinstance(values, int) else values)
+    return ir.Constant(
+        ir.VectorType(ir.IntType(lane_bits), lanes), [values] * lanes if isinstance(values, int) else values
+    )
 
 
 def _memory_operations(bits: int, numba_type: types.Integer):
@@ -344,7 +366,9 @@ def _take_best(context, totals):
         lanes = _ENTRY
         while lanes > 1:
             lanes //= 2
-            low, high = (builder.shuffle_vector(value, value, _every(32, list(range(i, i + lanes)), lanes)) for i in (0, lanes))
+            low, high = (
+                builder.shuffle_vector(value, value, _every(32, list(range(i, i + lanes)), lanes)) for i in (0, lanes)
+            )
             value = builder.select(builder.icmp_signed(">", low, high), low, high)
         builder.store(_every(16, 0), totals, align=1)
         return builder.zext(builder.extract_element(value, ir.IntType(32)(0)), ir.IntType(64))
@@ -395,7 +419,9 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
     planes, columns, sums = scratch + _PLANES_AT, scratch + _COLUMNS_AT, scratch + _SUMS_AT
     totals = sums + tile * _ENTRY
     patterns = totals + tile * 2 * _ENTRY
-    for at in range(scratch, patterns, _ENTRY):  # the tables' entries 0 stay so; sums and totals are 0 again after each use
+    for at in range(
+        scratch, patterns, _ENTRY
+    ):  # the tables' entries 0 stay so; sums and totals are 0 again after each use
         _clear(at)
     for n0 in range(0, N, tile):
         count = min(tile, N - n0)
@@ -474,7 +500,12 @@ def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, c
 
     scratch: the address of `_SUMS_AT` + 64 · min(K, _CLUSTERS) bytes.
     """
-    planes, best, best_ids, sums = scratch + _PLANES_AT, scratch + _COLUMNS_AT, scratch + _COLUMNS_AT + _ENTRY, scratch + _SUMS_AT
+    planes, best, best_ids, sums = (
+        scratch + _PLANES_AT,
+        scratch + _COLUMNS_AT,
+        scratch + _COLUMNS_AT + _ENTRY,
+        scratch + _SUMS_AT,
+    )
     for table in range(_TABLES):
         _clear(scratch + table * _TABLE)  # entry 0, which stays so
     for n0 in range(0, N, _WEIGHTED_ROWS):

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes
-from apc.ops.top import LONGEST, largest, top_mask, warps_for
+from apc.ops.topk import LONGEST, largest, top_mask, warps_for
 
 # The kernel holds a row in the registers of one program. Of int64 that is half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
 # 32,768 (`LONGEST`), where about half spills to the L1 cache; of int32 half as much. Longer rows go through `top_mask`.
@@ -73,7 +73,9 @@ def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
         with torch.cuda.device_of(sums):
             height = tl.uint32 if sums.dtype == torch.int32 else tl.uint64
             constants = {"LARGEST": torch.iinfo(sums.dtype).max, "HEIGHT": height, "BLOCK_D": block}
-            _binarize_kernel[(centroids.numel() // W,)](sums.contiguous(), centroids, m, D, W, **constants, num_warps=warps_for(block))
+            _binarize_kernel[(centroids.numel() // W,)](
+                sums.contiguous(), centroids, m, D, W, **constants, num_warps=warps_for(block)
+            )
     return centroids
 
 
@@ -91,7 +93,9 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
         key |= _rank_bits(active, importance).to(torch.int64) << _FREQUENCY_BITS
     if frequency is not None:
         if frequency.is_floating_point() or not _broadcasts(frequency.shape, active.shape):
-            raise ValueError(f"frequency {describe(frequency)} must be integers that broadcast to active {describe(active)}")
+            raise ValueError(
+                f"frequency {describe(frequency)} must be integers that broadcast to active {describe(active)}"
+            )
         key |= frequency.to(torch.int64).clamp(0, 2**_FREQUENCY_BITS - 1)
     if not 1 <= m <= active.shape[-1]:
         raise ValueError(f"m must be from 1 to D = {active.shape[-1]}, got {m} for active {describe(active)}")
@@ -100,12 +104,19 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
 
 def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
     """importance → int32 of the same order: the bits of an IEEE float32 that is not negative rise with its value."""
-    if importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16) or importance.shape != active.shape:
-        raise ValueError(f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}")
+    if (
+        importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
+        or importance.shape != active.shape
+    ):
+        raise ValueError(
+            f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}"
+        )
     if not (importance >= 0).all():
         raise ValueError(f"importance {describe(importance)} holds negative values or NaN")
     return importance.float().abs().contiguous().view(torch.int32)  # abs: -0.0 has its sign bit set
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
+    return len(shape) <= len(target) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False)
+    )

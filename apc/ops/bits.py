@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apc.ops.lines import ROW_ALIGN, row_words
+from apc.ops.alignment import ROW_ALIGN, row_words
 
 # Kernel tile, rows × 32-bit words: 8 KB in flight from each program, in whole sectors of short rows too.
 _POPCOUNT_TILE = {"BLOCK_N": 32, "BLOCK_W": 64, "num_warps": 4}
@@ -32,7 +32,9 @@ def pack(active: Tensor) -> Tensor:
     if not on_cpu(active):
         return pack_triton(active)
     D = active.shape[-1]
-    rows = torch.zeros((*active.shape[:-1], row_bytes(D)), dtype=torch.uint8)  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
+    rows = torch.zeros(
+        (*active.shape[:-1], row_bytes(D)), dtype=torch.uint8
+    )  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
     rows[..., : (D + 7) // 8] = torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
     return rows
 
@@ -63,7 +65,9 @@ def pack_triton(active: Tensor) -> Tensor:
         flat = active.reshape(-1, D) if active.stride(-1) == 1 else active.contiguous().view(-1, D)
         block = min(256, triton.next_power_of_2(W))
         with torch.cuda.device_of(active):
-            _pack_kernel[(len(flat), triton.cdiv(W, block))](flat.view(torch.uint8), rows, D, W, flat.stride(0), BLOCK_W=block)
+            _pack_kernel[(len(flat), triton.cdiv(W, block))](
+                flat.view(torch.uint8), rows, D, W, flat.stride(0), BLOCK_W=block
+            )
     return rows
 
 
@@ -109,7 +113,9 @@ def _popcount_kernel(
     row_ptrs = rows_ptr + (g * stride_g + n[:, None] * stride_n) * 4 + w[None, :]
     counts = tl.zeros([BLOCK_N, BLOCK_W], tl.int32)
     for w0 in range(0, quads * 4, BLOCK_W):
-        x = tl.load(row_ptrs + w0, mask=(n < N)[:, None] & (w0 + w < quads * 4)[None, :], other=0).to(tl.uint32, bitcast=True)
+        x = tl.load(row_ptrs + w0, mask=(n < N)[:, None] & (w0 + w < quads * 4)[None, :], other=0).to(
+            tl.uint32, bitcast=True
+        )
         x = x - ((x >> 1) & 0x55555555)
         x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
         x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -149,19 +155,27 @@ def describe(tensor: Tensor) -> str:
 
 def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: Tensor, other_name: str) -> None:
     """Raises ValueError, stating both shapes, unless `tensor` has this dtype and shape (None: any size) and lies where `other` does."""
-    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
     if tensor.dtype != dtype or not fits:
         want = [size if size is not None else "any" for size in shape]
         dtype_name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} {describe(tensor)} must be {dtype_name} {want} to go with {other_name} {describe(other)}")
+        raise ValueError(
+            f"{name} {describe(tensor)} must be {dtype_name} {want} to go with {other_name} {describe(other)}"
+        )
     if tensor.device != other.device:
-        raise ValueError(f"{name} {describe(tensor)} is on {tensor.device}, {other_name} {describe(other)} on {other.device}")
+        raise ValueError(
+            f"{name} {describe(tensor)} is on {tensor.device}, {other_name} {describe(other)} on {other.device}"
+        )
 
 
 def outputs(rows: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
     """[G, N, ...] → ids int64 [G, N] and, if wanted, scores int32 [G, N], of unknown content, where the rows lie."""
     lead, device = rows.shape[:2], rows.device
-    return torch.empty(lead, dtype=torch.int64, device=device), torch.empty(lead, dtype=torch.int32, device=device) if scores else None
+    return torch.empty(lead, dtype=torch.int64, device=device), torch.empty(
+        lead, dtype=torch.int32, device=device
+    ) if scores else None
 
 
 def grouped(check: Callable) -> Callable:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from apc.ops import low_bit_sm80
 from apc.ops.bits import describe, on_cpu, pack, row_bytes, unpack
-from apc.ops.curve import score_curve
-from apc.ops.predict import MOST_TOKENS
+from apc.ops.predict import MAX_TOKENS
+from apc.ops.score_curve import score_curve
 
 _COLUMNS = 16  # the least that a product on tensor cores takes; those past the tokens are zero
 _TILE = {"BLOCK_D": 128, "num_warps": 4}
@@ -51,7 +51,9 @@ def _low_bit_kernel(
     largest = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, E, BLOCK_E):
         at = start + e
-        x = tl.load(hidden_ptr + n[:, None] * E + at[None, :], mask=(n < tokens)[:, None] & (at < E)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(
+            hidden_ptr + n[:, None] * E + at[None, :], mask=(n < tokens)[:, None] & (at < E)[None, :], other=0.0
+        ).to(tl.float32)
         total += tl.sum(x, axis=1)
         largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
     largest = tl.where(largest > 0, largest, 1.0)
@@ -64,11 +66,18 @@ def _low_bit_kernel(
         for i in tl.static_range(BITS):
             for p in tl.static_range(P):
                 row = ((i * P + p) * D + d).to(tl.int64)
-                bits = tl.load(planes_ptr + row[:, None] * words + word[None, :], mask=(d < D)[:, None] & (word < words)[None, :], other=0)
+                bits = tl.load(
+                    planes_ptr + row[:, None] * words + word[None, :],
+                    mask=(d < D)[:, None] & (word < words)[None, :],
+                    other=0,
+                )
                 for j in tl.static_range(16):
                     at = 16 * word + j
                     given = (at < E)[:, None] & (n < tokens)[None, :]
-                    x = tl.load(hidden_ptr + n[None, :] * E + at[:, None], mask=given, other=0.0).to(tl.float32) / largest[None, :]
+                    x = (
+                        tl.load(hidden_ptr + n[None, :] * E + at[:, None], mask=given, other=0.0).to(tl.float32)
+                        / largest[None, :]
+                    )
                     scaled = (x * (2.0 ** (8 - j % 8 + i))).to(tl.float16)
                     weights = ((bits >> (8 * (j // 8))) & (1 << (j % 8))).to(tl.int16).to(tl.float16, bitcast=True)
                     if p == 0:
@@ -93,23 +102,39 @@ def _low_bit_kernel(
 
 
 def low_bit_scores(
-    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None = None, by_triton: bool | None = None
+    hidden: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    power: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None = None,
+    by_triton: bool | None = None,
 ) -> Tensor:
     """FFN inputs float [n, E] → scores float32 [n, D]; with a threshold, a float32 number on the device, masks uint8 [n, V] of the neurons that reach it.
 
     planes: uint8 [b, P, D, W], plane i holds bit i of each weight's level, levels −(2^b − 1)/2 … (2^b − 1)/2; scale, slope, power: float32 [P, D];
-    bias: float32 [D]. A score is that of `score_curve` for the products of levels and input. by_triton: by the kernel, which takes up to `MOST_TOKENS`
+    bias: float32 [D]. A score is that of `score_curve` for the products of levels and input. by_triton: by the kernel, which takes up to `MAX_TOKENS`
     tokens and two projections, and the input at float16's precision relative to its largest number, or at 24 bits of that (None: on a GPU).
     Raises ValueError for other shapes.
     """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
     P, D = scale.shape if scale.dim() == 2 else (0, 0)
-    if hidden.dim() != 2 or planes.dtype != torch.uint8 or planes.shape[1:] != (P, D, row_bytes(hidden.shape[-1])) or slope.shape != (P, D):
-        raise ValueError(f"planes {describe(planes)} must be uint8 [b, P, D, W] for hidden {describe(hidden)} and scale {describe(scale)}")
+    if (
+        hidden.dim() != 2
+        or planes.dtype != torch.uint8
+        or planes.shape[1:] != (P, D, row_bytes(hidden.shape[-1]))
+        or slope.shape != (P, D)
+    ):
+        raise ValueError(
+            f"planes {describe(planes)} must be uint8 [b, P, D, W] for hidden {describe(hidden)} and scale {describe(scale)}"
+        )
     if power.shape != (P, D) or bias.shape != (D,):
         raise ValueError(f"power {describe(power)} and bias {describe(bias)} must be [{P}, {D}] and [{D}]")
-    if by_triton and (len(hidden) > MOST_TOKENS or P > 2):
-        raise ValueError(f"the kernel takes up to {MOST_TOKENS} tokens and 2 projections, got hidden {describe(hidden)} and planes {describe(planes)}")
+    if by_triton and (len(hidden) > MAX_TOKENS or P > 2):
+        raise ValueError(
+            f"the kernel takes up to {MAX_TOKENS} tokens and 2 projections, got hidden {describe(hidden)} and planes {describe(planes)}"
+        )
     return torch.ops.apc.low_bit_scores(hidden, planes, scale, slope, power, bias, threshold, by_triton)
 
 
@@ -120,7 +145,11 @@ def low_bit_scores_triton(
     (n, E), (bits, P, D, W) = hidden.shape, planes.shape
     hidden, planes = hidden.contiguous(), planes.contiguous()
     V = row_bytes(D)
-    output = hidden.new_empty((n, D), dtype=torch.float32) if threshold is None else hidden.new_zeros((n, V), dtype=torch.uint8)
+    output = (
+        hidden.new_empty((n, D), dtype=torch.float32)
+        if threshold is None
+        else hidden.new_zeros((n, V), dtype=torch.uint8)
+    )
     block = max(16, triton.next_power_of_2(_WORDS // (bits * P)))
     with torch.cuda.device_of(hidden):
         _low_bit_kernel[(triton.cdiv(D, _TILE["BLOCK_D"]),)](
@@ -132,10 +161,21 @@ def low_bit_scores_triton(
 
 @torch.library.custom_op("apc::low_bit_scores", mutates_args=())
 def _low_bit_scores(
-    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None, by_triton: bool
+    hidden: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    power: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None,
+    by_triton: bool,
 ) -> Tensor:
     if by_triton:
-        way = low_bit_sm80.low_bit_scores_b1 if low_bit_sm80.takes(hidden, planes, threshold is not None) else low_bit_scores_triton
+        way = (
+            low_bit_sm80.low_bit_scores_b1
+            if low_bit_sm80.is_supported(hidden, planes, threshold is not None)
+            else low_bit_scores_triton
+        )
         return way(hidden, planes, scale, slope, power, bias, threshold)
     E = hidden.shape[-1]
     levels = sum(unpack(plane, E) * 2.0**place for place, plane in enumerate(planes)) + (0.5 - 2 ** (len(planes) - 1))
@@ -145,6 +185,19 @@ def _low_bit_scores(
 
 
 @_low_bit_scores.register_fake
-def _(hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None, by_triton: bool) -> Tensor:
+def _(
+    hidden: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    power: Tensor,
+    bias: Tensor,
+    threshold: Tensor | None,
+    by_triton: bool,
+) -> Tensor:
     n, D = len(hidden), len(bias)
-    return hidden.new_empty((n, D), dtype=torch.float32) if threshold is None else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
+    return (
+        hidden.new_empty((n, D), dtype=torch.float32)
+        if threshold is None
+        else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
+    )

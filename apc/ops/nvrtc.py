@@ -35,7 +35,13 @@ class Program:
     def source(self) -> str:
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
         header = (SOURCES / self.header).read_text() if self.header else ""
-        return head + "".join(f"constexpr int {name} = {value};\n" for name, value in self.constants) + self.text + header + (SOURCES / self.file).read_text()
+        return (
+            head
+            + "".join(f"constexpr int {name} = {value};\n" for name, value in self.constants)
+            + self.text
+            + header
+            + (SOURCES / self.file).read_text()
+        )
 
 
 def compile_program(program: Program) -> bytes:
@@ -48,7 +54,9 @@ def compile_program(program: Program) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytearray(take(nvrtc.nvrtcGetProgramLogSize(made)))
         take(nvrtc.nvrtcGetProgramLog(made, log))
-        raise RuntimeError(f"NVRTC, {program.file} {dict(program.constants)}, {program.arch}: {status.name}\n{log.rstrip(bytes(1)).decode()}")
+        raise RuntimeError(
+            f"NVRTC, {program.file} {dict(program.constants)}, {program.arch}: {status.name}\n{log.rstrip(bytes(1)).decode()}"
+        )
     cubin = bytearray(take(nvrtc.nvrtcGetCUBINSize(made)))
     take(nvrtc.nvrtcGetCUBIN(made, cubin))
     take(nvrtc.nvrtcDestroyProgram(made))
@@ -60,7 +68,10 @@ def _cubin(program: Program) -> bytes:
     from cuda.bindings import nvrtc
 
     made_of = f"{program.source()} {program.arch} {_OPTIONS} {take(nvrtc.nvrtcVersion())}"
-    cache, name = get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest()), Path(program.file).with_suffix(".cubin").name
+    cache, name = (
+        get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest()),
+        Path(program.file).with_suffix(".cubin").name,
+    )
     if path := cache.get_file(name):
         return Path(path).read_bytes()
     cubin = compile_program(program)
@@ -84,7 +95,11 @@ def function(program: Program, name: str, device_index: int, shared: int = 0):
     with torch.cuda.device(device_index):
         found = take(driver.cuModuleGetFunction(_module(program, device_index), name.encode()))
         if shared:
-            take(driver.cuFuncSetAttribute(found, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+            take(
+                driver.cuFuncSetAttribute(
+                    found, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared
+                )
+            )
     return found
 
 
@@ -99,7 +114,9 @@ def _module(program: Program, device_index: int):
 
 def reason(problem: Exception) -> str:
     """One line about what compiling or loading raised."""
-    return f"the package cuda-bindings cannot be imported: {problem}" if isinstance(problem, ImportError) else str(problem)
+    return (
+        f"the package cuda-bindings cannot be imported: {problem}" if isinstance(problem, ImportError) else str(problem)
+    )
 
 
 def launch(function, grid: tuple[int, int], block: int, shared: int, *values, early: bool = False) -> None:
@@ -108,7 +125,9 @@ def launch(function, grid: tuple[int, int], block: int, shared: int, *values, ea
     from cuda.bindings import driver
 
     parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    stream = triton_driver.active.get_current_stream(torch.cuda.current_device())  # a number; torch makes an object of it, in ten times as long
+    stream = triton_driver.active.get_current_stream(
+        torch.cuda.current_device()
+    )  # a number; torch makes an object of it, in ten times as long
     if not early:
         take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
         return
@@ -124,3 +143,13 @@ def launch(function, grid: tuple[int, int], block: int, shared: int, *values, ea
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def architecture(device: torch.device) -> str:
+    """What to compile for: sm_90a on Hopper, else the device's own among sm_8x. Raises Unavailable for others."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in (8, 9):  # before, there is no AND-POPC; after, it is no instruction of the tensor cores any more
+        raise Unavailable(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; b1 tensor cores are in 8.x and 9.0"
+        )
+    return "sm_90a" if major == 9 else f"sm_{major}{minor}"

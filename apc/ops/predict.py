@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from apc.ops.bits import describe, on_cpu
 from apc.ops.sparse_ffn_sm90 import EPSILON
 
-MOST_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
+MAX_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
 _REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
 SCORE_TILE = {"ROWS": 16, "num_warps": 8}
 
@@ -40,7 +40,9 @@ def _reduce_kernel(
         gdc_launch_dependents()
     h = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, BLOCK_E)
-    weights = tl.load(weights_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    weights = tl.load(
+        weights_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0
+    ).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=h < H, other=0.0)
     if EARLY:
         gdc_wait()
@@ -79,7 +81,9 @@ def _score_kernel(
         gdc_launch_dependents()
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK_H)
-    weights = tl.load(weights_ptr + k[:, None] * H + h[None, :], mask=(k < K)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+    weights = tl.load(
+        weights_ptr + k[:, None] * H + h[None, :], mask=(k < K)[:, None] & (h < H)[None, :], other=0.0
+    ).to(tl.float32)
     bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
     if EARLY:
         gdc_wait()
@@ -89,12 +93,17 @@ def _score_kernel(
 
 
 def predict_clusters(
-    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool | None = None
+    hidden: Tensor,
+    reduce: Tensor,
+    reduce_bias: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    by_triton: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FFN inputs float [n, E] → the bottleneck float32 [n, H], and candidates for each token's cluster: logits float32 [n, C] and clusters int32 [n, C].
 
     The token's cluster is the candidate of the largest logit, of equal ones the lowest: SiLU(rms_norm(x) · reduceᵀ + bias) · expandᵀ + bias. reduce
-    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. by_triton: by the kernels, which take up to `MOST_TOKENS` tokens (None: on a
+    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. by_triton: by the kernels, which take up to `MAX_TOKENS` tokens (None: on a
     GPU). Raises ValueError for other shapes.
     """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
@@ -102,22 +111,33 @@ def predict_clusters(
     H, K = len(reduce), len(expand)
     if reduce.shape != (H, E) or expand.shape != (K, H) or reduce_bias.shape != (H,) or expand_bias.shape != (K,):
         given = ", ".join(describe(value) for value in (reduce, reduce_bias, expand, expand_bias))
-        raise ValueError(f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}")
+        raise ValueError(
+            f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}"
+        )
     return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias, by_triton)
 
 
-def predict_clusters_triton(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def predict_clusters_triton(
+    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    (inner, values, ids), early = like_predictions(hidden, reduce, expand, SCORE_TILE["ROWS"]), launch_early(hidden.device)
+    (inner, values, ids), early = (
+        like_predictions(hidden, reduce, expand, SCORE_TILE["ROWS"]),
+        launch_early(hidden.device),
+    )
     reduce_hidden(hidden, reduce, reduce_bias, inner, early)
     score_clusters(inner, expand, expand_bias, values, ids, early, **SCORE_TILE)
     return inner, values, ids
 
 
-def score_clusters(inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool], **tile: int) -> None:
+def score_clusters(
+    inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool], **tile: int
+) -> None:
     (n, H), K = inner.shape, len(expand)
     with torch.cuda.device_of(inner):
-        _score_kernel[(values.shape[1],)](inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **tile)
+        _score_kernel[(values.shape[1],)](
+            inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **tile
+        )
 
 
 @torch.library.custom_op("apc::predict_clusters", mutates_args=())
@@ -133,7 +153,9 @@ def _predict_clusters(
 
 
 @_predict_clusters.register_fake
-def _(hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return like_predictions(hidden, reduce, expand, SCORE_TILE["ROWS"] if by_triton else len(expand))
 
 
@@ -147,8 +169,8 @@ def like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, rows: int) 
 def check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be float [n, E], got {describe(hidden)}")
-    if by_triton and len(hidden) > MOST_TOKENS:
-        raise ValueError(f"the kernels take up to {MOST_TOKENS} tokens, got hidden {describe(hidden)}")
+    if by_triton and len(hidden) > MAX_TOKENS:
+        raise ValueError(f"the kernels take up to {MAX_TOKENS} tokens, got hidden {describe(hidden)}")
     return hidden.shape
 
 
@@ -179,7 +201,9 @@ def reduce_hidden(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, h
     (n, E), H = hidden.shape, len(reduce)
     with torch.cuda.device_of(hidden):
         grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
-        _reduce_kernel[grid](hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE)
+        _reduce_kernel[grid](
+            hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE
+        )
 
 
 @functools.cache

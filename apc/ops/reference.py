@@ -70,12 +70,16 @@ def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Ten
     return _best(unpack(rows, bits).double() @ unpack(centroids, bits).double().mT, scores)
 
 
-def assign_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+def assign_weighted(
+    importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, that sum int32 [N], or None. Ties to the lowest id."""
     return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT, scores)
 
 
-def assign_hamming(rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
+def assign_hamming(
+    rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least penalty·|x ∧ ¬c| + |¬x ∧ c|, that distance int64 [N], or None. Ties to the lowest id."""
     x, c = unpack(rows, 8 * rows.shape[-1]).double(), unpack(centroids, 8 * rows.shape[-1]).double().mT
     distance = penalty * x @ (1 - c) + (1 - x) @ c
@@ -91,7 +95,9 @@ def _best(products: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
     return ids, best.squeeze(-1).to(torch.int32) if scores else None
 
 
-def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def accumulate(
+    rows: Tensor, ids: Tensor, K: int, D: int, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often neuron i is active in cluster k's rows; sizes int64 [K]. Added to out, if any."""
     return _added(out, _sum_by_id(unpack(rows, D).to(torch.int64), ids, K))
 

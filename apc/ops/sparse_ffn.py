@@ -2,7 +2,7 @@
 
 At one token an FFN's time is that of reading its weights, so half the rows take half the time, if nothing waits in between. The kernels follow each
 other without the host: those of `predict.py` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
-the best of those, takes its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
+the best of those, is_supported its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
 On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and each kernel is on its multiprocessors before the one before it has ended (EARLY), with
 what it reads of weights, and waits there. Predicted a layer ahead, an FFN's neurons are found by a kernel of its own beside attention.
 
@@ -23,12 +23,25 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apc.ops.bits import describe, on_cpu, row_bytes, unpack
-from apc.ops.predict import SCORE_TILE, check_hidden, launch_early, like_predictions, predict_clusters, reduce_hidden, score_clusters, store_best
-from apc.ops.sparse_ffn_sm90 import aligned, find_hopper, like_listed, rows_hopper, takes
+from apc.ops.predict import (
+    SCORE_TILE,
+    check_hidden,
+    launch_early,
+    like_predictions,
+    predict_clusters,
+    reduce_hidden,
+    score_clusters,
+    store_best,
+)
+from apc.ops.sparse_ffn_sm90 import aligned, find_hopper, is_supported, like_active_list, rows_hopper
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-_WIDEST = 2**14  # hidden size that a program's sums can have
-_ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}  # neurons whose rows a program reads at a time, and how often ahead of their use
+MAX_HIDDEN = 2**14  # hidden size that a program's sums can have
+_ROWS_TILE = {
+    "ROWS": 2,
+    "STAGES": 3,
+    "num_warps": 4,
+}  # neurons whose rows a program reads at a time, and how often ahead of their use
 _PROGRAMS = 1  # of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
 _PARTS = 256  # of the output that are added at a time, at most
@@ -114,7 +127,12 @@ def _rows_kernel(
     for token in tl.static_range(N):
         row = token
         if BY_CLUSTER:
-            row = _best(values_ptr + token * candidates, ids_ptr + token * candidates, tl.where(token < tokens, candidates, 0), BLOCK_C)
+            row = _best(
+                values_ptr + token * candidates,
+                ids_ptr + token * candidates,
+                tl.where(token < tokens, candidates, 0),
+                BLOCK_C,
+            )
             row = tl.where(token < tokens, row, 0)
             mask_of = tl.where(n == token, row, mask_of)
         union |= tl.load(masks_ptr + row * words + w, mask=(w < words) & (token < tokens), other=0)
@@ -139,9 +157,15 @@ def _rows_kernel(
         gate = tl.load(gate_ptr + neuron * gate_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + neuron * up_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
         down = tl.load(down_ptr + neuron * down_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
-        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION) * tl.sum(up[None, :, :] * hidden[:, None, :], axis=2)
+        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION) * tl.sum(
+            up[None, :, :] * hidden[:, None, :], axis=2
+        )
         if N > 1:  # another token's mask alone may keep a neuron
-            own = tl.load(masks_ptr + mask_of[:, None] * words + word_at[None, :], mask=(n < tokens)[:, None] & inside[None, :], other=0)
+            own = tl.load(
+                masks_ptr + mask_of[:, None] * words + word_at[None, :],
+                mask=(n < tokens)[:, None] & inside[None, :],
+                other=0,
+            )
             x = tl.where((own >> place[None, :]) & 1 != 0, x, 0.0)
         x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # rounded where a model rounds it
         sums += x[:, :, None] * down[None, :, :]
@@ -159,7 +183,7 @@ def _finish_kernel(
     offsets_ptr,  # float [K, E], where clusters have offsets
     values_ptr,  # float32 [n, candidates]
     ids_ptr,  # int32 [n, candidates]
-    later_inner_ptr,  # float32 [n, later_H], where a later layer's cluster is predicted: what `_score_kernel` takes and gives
+    later_inner_ptr,  # float32 [n, later_H], where a later layer's cluster is predicted: what `_score_kernel` is_supported and gives
     expand_ptr,  # float [later_K, later_H]
     expand_bias_ptr,  # float32 [later_K]
     later_values_ptr,  # float32 [n, groups], out
@@ -197,7 +221,9 @@ def _finish_kernel(
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
             inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0, cache_modifier=".cg")
-            weights = tl.load(correct_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+            weights = tl.load(
+                correct_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0
+            ).to(tl.float32)
             output += tl.sum(inner[:, None] * weights, axis=0)
     if OFFSETS:
         row = _best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
@@ -205,20 +231,31 @@ def _finish_kernel(
     if EARLY:  # what comes from before `rows` was there when that began
         gdc_wait()
     if SCORES > 0:
-        later_inner = tl.load(later_inner_ptr + n * later_H + later_h, mask=later_h < later_H, other=0.0, cache_modifier=".cg")
+        later_inner = tl.load(
+            later_inner_ptr + n * later_H + later_h, mask=later_h < later_H, other=0.0, cache_modifier=".cg"
+        )
     for start in range(0, programs, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         read = (p < programs)[:, None] & (e < E)[None, :]
-        output += tl.sum(tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0)
+        output += tl.sum(
+            tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0
+        )
     tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
     if SCORES > 0:  # noqa: SIM102 (without it there is nothing to look at)
         if tl.program_id(0) < groups:
-            store_best(expand.to(tl.float32), expand_bias, later_inner, k, later_values_ptr + n * groups, later_ids_ptr + n * groups)
+            store_best(
+                expand.to(tl.float32),
+                expand_bias,
+                later_inner,
+                k,
+                later_values_ptr + n * groups,
+                later_ids_ptr + n * groups,
+            )
 
 
 def sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None, listed: Tensor | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None, active_list: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """hidden float [n, E] → [n, E], of its type: Σ over each token's neurons i of act(x · gate_i) · (x · up_i) · down_i, and what is added to it.
 
@@ -229,27 +266,38 @@ def sparse_ffn(
         candidates: as `predict_clusters` gives them, float32 [n, C] and int32 [n, C].
         correction: bottleneck float32 [n, H], weights [H, E], bias float32 [E]: their product is added.
         offsets: [K, E], of which the token's cluster's row is added; needs candidates.
-        by_triton: by the kernels, which take up to `MOST_TOKENS` tokens and a hidden size of up to 16,384. None: on a GPU.
-        listed: which neurons each program takes, as `sparse_ffn_ahead` gives it for as many tokens and the same masks and candidates.
+        by_triton: by the kernels, which take up to `MAX_TOKENS` tokens and a hidden size of up to 16,384. None: on a GPU.
+        active_list: which neurons each program is_supported, as `sparse_ffn_ahead` gives it for as many tokens and the same masks and candidates.
 
     The kernels' sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. Raises
     ValueError for other shapes, types or an unknown activation.
     """
-    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
+    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN if by_triton is None else by_triton
     n, E = check_hidden(hidden, by_triton)
     D = len(gate)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation}: choose {', '.join(ACTIVATIONS)}")
     for name, weights in (("gate", gate), ("up", up), ("down", down)):
         if weights.shape != (D, E) or weights.dtype != hidden.dtype or weights.stride(-1) != 1:
-            raise ValueError(f"{name} {describe(weights)} must be {describe(hidden.new_empty(0)).split()[0]} [{D}, {E}], rows in one piece")
+            raise ValueError(
+                f"{name} {describe(weights)} must be {describe(hidden.new_empty(0)).split()[0]} [{D}, {E}], rows in one piece"
+            )
     rows = "K" if candidates else n
-    if masks.dtype != torch.uint8 or masks.dim() != 2 or masks.shape[1] != row_bytes(D) or (candidates is None and len(masks) != n):
-        raise ValueError(f"masks {describe(masks)} must be uint8 [{rows}, {row_bytes(D)}] to go with hidden {describe(hidden)} and gate {describe(gate)}")
+    if (
+        masks.dtype != torch.uint8
+        or masks.dim() != 2
+        or masks.shape[1] != row_bytes(D)
+        or (candidates is None and len(masks) != n)
+    ):
+        raise ValueError(
+            f"masks {describe(masks)} must be uint8 [{rows}, {row_bytes(D)}] to go with hidden {describe(hidden)} and gate {describe(gate)}"
+        )
     if offsets is not None and (candidates is None or offsets.shape != (len(masks), E)):
         raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
     given = *(candidates or (None, None)), *(correction or (None, None, None))
-    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, *given, offsets, by_triton, listed)[0]
+    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, *given, offsets, by_triton, active_list)[
+        0
+    ]
 
 
 def sparse_ffn_triton(
@@ -257,18 +305,20 @@ def sparse_ffn_triton(
     correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; hidden sizes of up to 16,384."""
-    if hidden.shape[1] > _WIDEST:
-        raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {_WIDEST}, got hidden {describe(hidden)}")
+    if hidden.shape[1] > MAX_HIDDEN:
+        raise ValueError(
+            f"sparse_ffn_triton is_supported hidden sizes of up to {MAX_HIDDEN}, got hidden {describe(hidden)}"
+        )
     partial = _rows(hidden.contiguous(), gate, up, down, masks, activation, candidates)
     return _finish(partial, hidden, candidates, correction, offsets, {"EARLY": False})
 
 
 def sparse_ffn_hopper(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, listed: Tensor | None = None,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, active_list: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.takes` takes."""
-    partial = rows_hopper(aligned(hidden), gate, up, down, masks, activation, candidates, None, listed)
+    """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.is_supported` is_supported."""
+    partial = rows_hopper(aligned(hidden), gate, up, down, masks, activation, candidates, None, active_list)
     return _finish(partial, hidden, candidates, correction, offsets, launch_early(hidden.device))
 
 
@@ -320,10 +370,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 def act(x: Tensor, activation: str) -> Tensor:
     """An activation function of `ACTIVATIONS` by its name."""
-    return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[activation](x)
+    return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[
+        activation
+    ](x)
 
 
-class Following(NamedTuple):
+class NextLayer(NamedTuple):
     """An FFN whose neurons are to be found: how many it has, its clusters' masks, and its candidates where they were predicted before."""
 
     neurons: int
@@ -334,20 +386,20 @@ class Following(NamedTuple):
 def sparse_ffn_ahead(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor],
     later: tuple[Tensor, Tensor, Tensor, Tensor], correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
-    listed: Tensor | None = None, following: Following | None = None, by_triton: bool | None = None,
+    active_list: Tensor | None = None, following: NextLayer | None = None, by_triton: bool | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
     """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`.
 
-    On Hopper the same kernels do both, so the prediction takes the time of its bytes and no more. listed: as for `sparse_ffn`. following: the next
-    layer's FFN, which `can_find` takes: its `listed` comes back too, found by its candidates, or by those just predicted. Raises as those two do.
+    On Hopper the same kernels do both, so the prediction is_supported the time of its bytes and no more. active_list: as for `sparse_ffn`. following: the next
+    layer's FFN, which `can_find` is_supported: its `active_list` comes back too, found by its candidates, or by those just predicted. Raises as those two do.
     """
-    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= _WIDEST if by_triton is None else by_triton
+    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN if by_triton is None else by_triton
     if not by_triton:
         output = sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton)
         return output, predict_clusters(hidden, *later, by_triton), None
     neurons, next_masks, next_candidates = following or (0, None, None)
     output, *found, next_listed = torch.ops.apc.sparse_ffn(
-        hidden, gate, up, down, masks, activation, *candidates, *(correction or (None, None, None)), offsets, True, listed, *later, neurons, next_masks,
+        hidden, gate, up, down, masks, activation, *candidates, *(correction or (None, None, None)), offsets, True, active_list, *later, neurons, next_masks,
         *(next_candidates or (None, None)),
     )  # fmt: skip
     return output, tuple(found), None if following is None else next_listed
@@ -356,41 +408,59 @@ def sparse_ffn_ahead(
 @torch.library.custom_op("apc::sparse_ffn", mutates_args=())
 def _sparse_ffn(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
-    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, listed: Tensor | None,
+    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, active_list: Tensor | None,
     reduce: Tensor | None = None, reduce_bias: Tensor | None = None, expand: Tensor | None = None, expand_bias: Tensor | None = None,
     neurons: int = 0, next_masks: Tensor | None = None, next_values: Tensor | None = None, next_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The output, what is predicted for a later layer, and what is found of the next; empty where that was not asked for.
 
-    One operation of both functions: as torch.compile first meets one, Inductor (up to torch 2.11) writes out what its arguments were made of. That takes
+    One operation of both functions: as torch.compile first meets one, Inductor (up to torch 2.11) writes out what its arguments were made of. That is_supported
     minutes where a model's last layer is the first to call it.
     """
-    _wait_for(listed)
-    candidates, correction = None if values is None else (values, ids), None if inner is None else (inner, correct, bias)
+    _wait_for(active_list)
+    candidates, correction = (
+        None if values is None else (values, ids),
+        None if inner is None else (inner, correct, bias),
+    )
     if not by_triton:
         return _by_torch(hidden, gate, up, down, masks, activation, candidates, correction, offsets), *_empty(hidden)
     if reduce is None:
-        if takes(gate, up, down):
-            output = sparse_ffn_hopper(hidden, gate, up, down, masks, activation, candidates, correction, offsets, listed)
+        if is_supported(gate, up, down):
+            output = sparse_ffn_hopper(
+                hidden, gate, up, down, masks, activation, candidates, correction, offsets, active_list
+            )
         else:
             output = sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
         return output, *_empty(hidden)
     hidden = aligned(hidden)
     later_inner, *later = found = like_predictions(hidden, reduce, expand, _AHEAD)
-    if takes(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
+    if is_supported(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
         how = launch_early(hidden.device)
-        partial = rows_hopper(hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), listed)
+        partial = rows_hopper(
+            hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), active_list
+        )
     else:
         how = {"EARLY": False}
         partial = _rows(hidden, gate, up, down, masks, activation, candidates)
         reduce_hidden(hidden, reduce, reduce_bias, later_inner, how)
     together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
-    output = _finish(partial, hidden, candidates, correction, offsets, how, (later_inner, expand, expand_bias, *later) if together else None)
+    output = _finish(
+        partial,
+        hidden,
+        candidates,
+        correction,
+        offsets,
+        how,
+        (later_inner, expand, expand_bias, *later) if together else None,
+    )
     if not together:
         score_clusters(later_inner, expand, expand_bias, *later, how, **(SCORE_TILE | {"ROWS": _AHEAD}))
     if next_masks is None:
         return output, *found, _empty(hidden)[-1]
-    next_listed, next_candidates = like_listed(hidden, neurons), later if next_values is None else (next_values, next_ids)
+    next_listed, next_candidates = (
+        like_active_list(hidden, neurons),
+        later if next_values is None else (next_values, next_ids),
+    )
     with _beside(hidden.device):
         find_hopper(hidden, neurons, next_masks, next_candidates, next_listed, early=not _WHOLE.get())
     return output, *found, next_listed
@@ -398,13 +468,17 @@ def _sparse_ffn(
 
 @_sparse_ffn.register_fake
 def _(
-    hidden: Tensor, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, listed, reduce: Tensor | None = None,
+    hidden: Tensor, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, active_list, reduce: Tensor | None = None,
     reduce_bias=None, expand: Tensor | None = None, expand_bias=None, neurons: int = 0, next_masks: Tensor | None = None, *_,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     *found, next_listed = _empty(hidden)
     if reduce is not None:
         found = like_predictions(hidden, reduce, expand, _AHEAD)
-    return hidden.new_empty(hidden.shape), *found, next_listed if next_masks is None else like_listed(hidden, neurons)
+    return (
+        hidden.new_empty(hidden.shape),
+        *found,
+        next_listed if next_masks is None else like_active_list(hidden, neurons),
+    )
 
 
 def _empty(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -434,7 +508,7 @@ def _by_torch(
 
 def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether an FFN's neurons can be found ahead: where its rows are for the kernel for Hopper."""
-    return takes(gate, up, down)
+    return is_supported(gate, up, down)
 
 
 _WHOLE: ContextVar[bool] = ContextVar("whole passes", default=False)
@@ -469,7 +543,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _wait_for(listed: Tensor | None) -> None:
+def _wait_for(active_list: Tensor | None) -> None:
     """The current stream waits until it is complete."""
-    if listed is not None and _WHOLE.get():
-        torch.cuda.current_stream(listed.device).wait_stream(_side_stream(listed.device))
+    if active_list is not None and _WHOLE.get():
+        torch.cuda.current_stream(active_list.device).wait_stream(_side_stream(active_list.device))

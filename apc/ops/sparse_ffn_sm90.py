@@ -10,8 +10,7 @@ from torch import Tensor
 
 from apc.ops import nvrtc
 from apc.ops.bits import row_bytes
-from apc.ops.nvrtc import Program, pointer
-from apc.ops.tensor_cores import architecture
+from apc.ops.nvrtc import Program, architecture, pointer
 
 _THREADS = 288
 _TOKENS = 4  # at most
@@ -36,10 +35,12 @@ def program(
     stages = min(_TILE["STAGES"], (_SHARED - beside - 4 * words * (N + 1)) // (6 * E * rows))
     constants = dict(N=N, E=E, ROWS=rows, STAGES=stages, MOST=most, WORDS=words, CANDIDATES=candidates,
                      ACTIVATION=_ACTIVATIONS.index(activation), BFLOAT=int(dtype == torch.bfloat16), LATER=later, FOUND=int(found))  # fmt: skip
-    return Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh"), stages * 6 * E * rows + beside
+    return Program(
+        "sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh"
+    ), stages * 6 * E * rows + beside
 
 
-def takes(*weights: Tensor) -> bool:
+def is_supported(*weights: Tensor) -> bool:
     """Whether the kernels take gate, up and down, on this device: halves on a Hopper GPU, rows in whole pieces of 16 bytes."""
     D, E = weights[0].shape
     fits = weights[0].dtype in _HALVES and E % 8 == 0 and E <= 2 * _LONG
@@ -83,31 +84,41 @@ def aligned(hidden: Tensor) -> Tensor:
     return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()
 
 
-def like_listed(hidden: Tensor, D: int) -> Tensor:
+def like_active_list(hidden: Tensor, D: int) -> Tensor:
     """Empty, int32 [P, 1 + most], for what `find_hopper` finds of D neurons."""
     blocks = _blocks(hidden.device)
     return hidden.new_empty((blocks, 1 + _most(D, blocks)), dtype=torch.int32)
 
 
-def find_hopper(hidden: Tensor, D: int, masks: Tensor, candidates: tuple[Tensor, Tensor], listed: Tensor, early: bool) -> None:
-    """Which neurons each block of `rows_hopper` takes for as many tokens of hidden's type and size, to `listed`: how many, then which.
+def find_hopper(
+    hidden: Tensor, D: int, masks: Tensor, candidates: tuple[Tensor, Tensor], active_list: Tensor, early: bool
+) -> None:
+    """Which neurons each block of `rows_hopper` is_supported for as many tokens of hidden's type and size, to `active_list`: how many, then which.
 
     early: as for `nvrtc.launch`.
     """
     (n, E), device, (values, ids) = hidden.shape, hidden.device, candidates
-    function, _ = _prepare(device.index, n, E, D, len(listed), values.shape[1], "silu", hidden.dtype, name="find")
+    function, _ = _prepare(device.index, n, E, D, len(active_list), values.shape[1], "silu", hidden.dtype, name="find")
     with torch.cuda.device_of(hidden):
-        nvrtc.launch(function, (len(listed), 1), _THREADS, 0, *map(pointer, (masks, values, ids, listed)), ctypes.c_int(n), early=early)
+        nvrtc.launch(
+            function,
+            (len(active_list), 1),
+            _THREADS,
+            0,
+            *map(pointer, (masks, values, ids, active_list)),
+            ctypes.c_int(n),
+            early=early,
+        )
 
 
 def rows_hopper(
     hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None,
-    later: tuple[Tensor, Tensor, Tensor] | None = None, listed: Tensor | None = None,
+    later: tuple[Tensor, Tensor, Tensor] | None = None, active_list: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Arguments as of `sparse_ffn`, which `takes` took; hidden is `aligned` → the blocks' parts of the output, float32 [P, n, E].
+    """Arguments as of `sparse_ffn`, which `is_supported` took; hidden is `aligned` → the blocks' parts of the output, float32 [P, n, E].
 
     later: a bottleneck's rows [H, E] of hidden's type in one piece, and its bias float32 [H]; the third, float32 [n, H], becomes what `bottleneck` gives.
-    listed: what `find_hopper` gave for the same masks and candidates, complete before the kernel before this one begins.
+    active_list: what `find_hopper` gave for the same masks and candidates, complete before the kernel before this one begins.
     """
     (n, E), D, device = hidden.shape, len(gate), hidden.device
     blocks = _blocks(device)
@@ -115,8 +126,10 @@ def rows_hopper(
     values, ids = candidates or (None, None)
     reduce, bias, inner = later or (None, None, None)
     count, later_rows = 0 if values is None else values.shape[1], 0 if later is None else len(reduce)
-    function, shared = _prepare(device.index, n, E, D, blocks, count, activation, hidden.dtype, later_rows, listed is not None)
-    tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, listed, partial))
+    function, shared = _prepare(
+        device.index, n, E, D, blocks, count, activation, hidden.dtype, later_rows, active_list is not None
+    )
+    tensors = map(pointer, (hidden, gate, up, down, masks, values, ids, active_list, partial))
     rest = pointer(reduce), pointer(bias), pointer(inner), ctypes.c_float(EPSILON)
     strides = (ctypes.c_longlong(2 * value.stride(0)) for value in (gate, up, down))
     with torch.cuda.device_of(hidden):

@@ -1,0 +1,43 @@
+"""The command `apc`."""
+
+import importlib
+import sys
+from importlib.metadata import version
+
+from apc.utils.exits import one_line_errors
+
+USAGE = """usage: apc COMMAND …
+
+  train      from text to a table of mask policies
+  evaluate   a finished run again: other policies, other text; or runs side by side
+  sweep      every combination of a W&B sweep file, without a server
+  cache      collected patterns: list, prune, repair
+  doctor     what this machine has and lacks
+
+apc COMMAND --help explains each; apc --version prints the version."""
+COMMANDS = {  # what running one again does
+    "train": "with this run.name goes on from here",
+    "evaluate": "starts again",
+    "sweep": "goes on from here",
+    "cache": "goes on with what is left",
+    "doctor": "starts again",
+}
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("--help", "-h"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"apc {version('apc-llm')}")
+    elif command in COMMANDS:
+        sys.argv = [f"apc {command}", *sys.argv[2:]]
+        with one_line_errors(f"the same command {COMMANDS[command]}"):
+            importlib.import_module(f"apc.commands.{command}").main()
+    else:
+        print(f"error: {command}: no such command; choose {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `apc` runs: train, evaluate, sweep, cache, doctor."""

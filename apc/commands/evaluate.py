@@ -1,0 +1,124 @@
+"""Evaluates what a run left: policies, tables, plots and results.json.
+
+    python evaluate.py checkpoint=runs/x                          the same figures again
+    python evaluate.py checkpoint=runs/x policies=[oracle,gate]       other policies
+    python evaluate.py checkpoint=runs/x data.score=other.txt     other text
+    python evaluate.py compare='runs/paper-*' [out=FOLDER]        finished runs side by side, also compare=[runs/x,runs/y]; loads no model
+
+Keys that don't concern the fitting can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name, or the
+date and time.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from apc.config.load import load_saved, to_dict, to_yaml
+from apc.config.schema import Config
+from apc.run import cli
+from apc.utils import exits
+from apc.utils.errors import UserError
+from apc.utils.files import write_atomic
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What the run was fitted with: an evaluation can't change it.
+FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
+FITTED_DATA = ("fit", "fit_windows", "seq_len")
+
+
+def evaluate(cfg: Config) -> dict:
+    """Evaluates the run `cfg.checkpoint` under cfg, and returns the results."""
+    from apc.data.ffn import find_ffns
+    from apc.data.models import load_model, resolve_device
+    from apc.data.text import cut_windows, read_texts, split_windows
+    from apc.evaluate import tables
+    from apc.run.context import RunContext
+    from apc.run.folder import RunFolder, Stopwatch, load_run, new_name
+    from apc.run.score import score
+    from apc.run.tracking import Tracking
+    from apc.sparse.policies import check_policies
+    from apc.sparse.sparsify import check_fits
+    from apc.utils import distributed
+
+    check_policies(cfg)
+    device = resolve_device(cfg.model.device, distributed.local_rank())
+    distributed.start(device)
+    run = load_run(cfg.checkpoint)
+    if run.codebook is None:
+        raise UserError(
+            f"{run.folder.codebook}: no such file; run train.py stage=cluster run.name={run.folder.path.name} first"
+        )
+    if cfg.tune.max_epochs and not run.folder.tuned("codebook").is_file() and distributed.is_main():
+        print(
+            f"{run.folder.path}: its tuning has not ended; these are its codebook and predictor before it", flush=True
+        )
+    watch = Stopwatch()
+
+    with distributed.main_first():  # which fetches and unpacks what is bundled
+        texts = read_texts(cfg.data)
+        model, tokenizer = load_model(cfg.model, device)
+        windows = cut_windows(cfg.data, *texts, tokenizer)
+    _, _, scored = split_windows(cfg, *windows)
+    check_fits(find_ffns(model), run.codebook, run.predictor)
+    watch.lap("load")
+
+    folder = run.folder.path / "evaluations" / (cfg.run.name or new_name())
+    with Tracking(
+        cfg.tracking, folder, f"{run.folder.path.name}-{folder.name}", to_dict(cfg), enabled=distributed.is_main()
+    ) as tracking:
+        if distributed.is_main():
+            write_atomic(folder / "config.yaml", to_yaml(cfg).encode())
+        context = RunContext(cfg, model, tokenizer, device, run.folder, tracking, watch)
+        results = score(context, run.codebook, run.predictor, scored, folder)
+        if distributed.is_main():
+            shown = [
+                tables.policies_table(results),
+                *tables.speed_tables(results),
+                tables.detail_table(results),
+                tables.layer_table(results),
+            ]
+            print("\n\n".join(["", *shown]), flush=True)
+            print(f"\nresults: {folder / 'results.json'}   figures: {RunFolder(folder).figures}", flush=True)
+    return results
+
+
+def config_of_run(path: str | None, overrides: list[str]) -> Config:
+    """The run's own configuration, with the overrides on top. Raises UserError for one that would change what was fitted."""
+    if path is not None:
+        raise UserError(
+            f"{path}: evaluate.py takes the run's own configuration; write checkpoint=runs/NAME and key=value overrides"
+        )
+    checkpoint = next((word.partition("=")[2] for word in overrides if word.startswith("checkpoint=")), None)
+    if not checkpoint:
+        raise UserError("checkpoint: not given; name a run folder that train.py left, e.g. checkpoint=runs/NAME")
+    folder = Path(checkpoint)
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(
+            f"{folder}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME"
+        )
+    fitted = load_saved(config)
+    cfg = load_saved(config, ["run.name=null", "stage=all", *overrides])
+    for owner, other, keys, prefix in ((fitted, cfg, FITTED, ""), (fitted.data, cfg.data, FITTED_DATA, "data.")):
+        for key in keys:
+            if getattr(owner, key) != getattr(other, key):
+                raise UserError(
+                    f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; train another run"
+                )
+    if cfg.model.trust_remote_code and "model.trust_remote_code=true" not in overrides:
+        raise UserError(
+            f"{config}: sets model.trust_remote_code, which runs code that comes with the model; say model.trust_remote_code=true yourself"
+        )
+    return dataclasses.replace(cfg, checkpoint=str(folder))
+
+
+def main() -> None:
+    if any(word.startswith("compare=") for word in sys.argv[1:]):
+        with exits.one_line_errors("the same command starts again"):
+            from apc.compare.tables import main as compare
+
+            compare(sys.argv[1:])
+    else:
+        cli.main(__doc__, evaluate, config_of_run)

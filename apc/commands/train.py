@@ -1,0 +1,117 @@
+"""From text to a table of mask policies: collects activation patterns, clusters them, trains a predictor, evaluates.
+
+python train.py                                     everything, on the bundled model and text
+python train.py experiment=wikitext2                a configuration from configs/experiment/
+python train.py my.yaml cluster.k=1024 run.name=a   a file of your own, and overrides
+python train.py experiment=paper --dry-run          estimates what a run would take; loads nothing
+"""
+
+import os
+from contextlib import ExitStack
+
+from apc.config.schema import Config
+from apc.run import cli
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic gradients; read when CUDA starts
+
+
+def train(cfg: Config) -> dict:
+    """Runs the stages that cfg asks for, each from where it was left. Returns the results.
+
+    If `stage` ends before the table, returns the run's folder and the seconds so far.
+    """
+    # Imported here: they take seconds, and what is wrong with the command line was said before.
+    from pytorch_lightning import seed_everything
+
+    from apc.collect import collect
+    from apc.collect.collector import Collector
+    from apc.config.load import to_dict
+    from apc.data.models import batch_windows, load_model, model_name, resolve_device, weights_digest
+    from apc.data.text import cut_windows, read_texts, split_windows
+    from apc.evaluate import tables
+    from apc.run import stages
+    from apc.run.context import HeldOutMonitor, RunContext
+    from apc.run.folder import Stopwatch, open_run
+    from apc.run.score import score
+    from apc.run.tracking import Tracking
+    from apc.sparse.policies import check_policies, trains_predictor
+    from apc.utils import distributed
+
+    check_policies(cfg)
+    cli.quiet_libraries()
+    device = resolve_device(cfg.model.device, distributed.local_rank())
+    distributed.start(device)
+    seed_everything(cfg.seed, verbose=False)
+    watch = Stopwatch()
+
+    with distributed.main_first():  # the first rank fetches and unpacks what is bundled
+        texts = read_texts(cfg.data)
+        model, tokenizer = load_model(cfg.model, device)
+        windows = cut_windows(cfg.data, *texts, tokenizer)
+    fit, monitored, scored = split_windows(cfg, *windows)
+    thresholded = cfg.collect.forward == "thresholded"
+    collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded)
+    identity = collect.pattern_identity(
+        weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
+    )
+    facts = {
+        "model": model_name(cfg.model),
+        "fit": fit.source,
+        "fit_tokens": fit.tokens.numel(),
+        "in_sample": cfg.data.in_sample,
+    }
+    watch.lap("load")
+
+    with ExitStack() as held:
+        run = held.enter_context(open_run(cfg))
+        if cfg.checkpoint is not None:
+            stages.import_codebook(cfg.checkpoint, run, identity)
+        tracking = held.enter_context(
+            Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main())
+        )
+        context = RunContext(cfg, model, tokenizer, device, run, tracking, watch)
+        stored = trains_predictor(cfg) and cfg.collect.ffn_inputs == "stored"
+        patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
+        watch.lap("collect")
+        if cfg.stage == "collect":
+            return {"run": str(run.path), "seconds": watch.seconds}
+
+        monitor = HeldOutMonitor(monitored.tokens, collector, patterns.info, cfg.seed)
+        codebook = stages.train_codebook(context, patterns, monitor, facts)
+        watch.lap("cluster")
+        if cfg.stage == "cluster":
+            return {"run": str(run.path), "seconds": watch.seconds}
+
+        predictor = None
+        if trains_predictor(cfg):
+            inputs = patterns if stored else collect.StreamedHidden(patterns, collector, fit)
+            predictor = stages.train_predictor(context, inputs, codebook, fit.tokens, monitor)
+            watch.lap("predict")
+        if cfg.stage == "predict":
+            return {"run": str(run.path), "seconds": watch.seconds}
+
+        if cfg.tune.max_epochs:
+            codebook, predictor = stages.tune(context, codebook, predictor, fit.tokens, monitor)
+            watch.lap("tune")
+        if cfg.stage == "tune":
+            return {"run": str(run.path), "seconds": watch.seconds}
+
+        results = score(context, codebook, predictor, scored, run.path)
+        if distributed.is_main():
+            print("\n" + "\n\n".join([tables.policies_table(results), *tables.speed_tables(results)]), flush=True)
+            print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
+        return results
+
+
+def dry_run(cfg: Config) -> str:
+    """What a run would take, estimated."""
+    from apc.estimate import table
+    from apc.sparse.policies import check_policies
+
+    check_policies(cfg)
+    return table.describe(cfg)
+
+
+def main() -> None:
+    cli.main(__doc__, train, dry_run=dry_run)

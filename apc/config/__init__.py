@@ -1,0 +1,1 @@
+"""The configuration: every key, and how files and overrides make one."""

@@ -1,0 +1,284 @@
+"""Makes a configuration from files and overrides, and describes every key.
+
+Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ←
+key=value overrides (group choices among them first). Wherever a section is expected, a bare name chooses a group file:
+`model=mistral7b`. A run of the bundled model on the bundled text starts from `experiment=demo`, unless an experiment is
+chosen.
+"""
+
+import inspect
+import re
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from apc.config.schema import Config
+from apc.utils.errors import UserError
+
+_CHECKOUT, _PACKAGE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]
+CONFIGS = next(path for path in (_PACKAGE / "configs", _CHECKOUT / "configs") if path.is_dir())
+
+SECTIONS = {
+    item.name: item.default_factory
+    for item in fields(Config)
+    if item.default_factory is not MISSING and is_dataclass(item.default_factory)
+}
+
+# Keys of version 0.1.
+RENAMED = {
+    "arms": "policies",
+    "collect.hidden": "collect.ffn_inputs",
+    "collect.block_tokens": "collect.batch_tokens",
+    "predictor.hidden": "predictor.bottleneck",
+    "predictor.reads": "predictor.low_bit_projections",
+    "predictor.batch": "predictor.batch_tokens",
+    "tune.arm": "tune.policy",
+    "tune.windows": "tune.batch_windows",
+}
+REMOVED = {
+    "cluster.init_sample": "k-means++ always looks at 4,096 rows of a group",
+    "predictor.weight_decay": "it is 0.01, and 0 for the low-bit form",
+    "tune.budget_windows": "the cost of dropping neurons is always measured on 16 windows",
+    "tune.lr_scores": "it is 20 times tune.lr",
+    "tune.lr_offsets": "it is twice tune.lr",
+    "tune.temperature": "it is 0.5",
+}
+
+RENAMED_EXPERIMENTS = {
+    "cluster-5": "cluster-k512",
+    "cluster-20": "cluster-k2048",
+    "low-bit-5": "low-bit-1",
+    "low-bit-20": "low-bit-3",
+    "neuron-5": "neuron-48",
+    "neuron-20": "neuron-196",
+    "static-5": "static",
+    "oracle-11": "oracle-k2048",
+}
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """The configuration from an optional YAML file and key=value overrides: typed, validated, read-only.
+
+    Raises UserError for an unknown key (with the nearest known one), an old key (with its new name), a wrong type, a
+    value out of range, or a missing file.
+    """
+    return _merge(_sources(path, overrides or []))
+
+
+def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration that a run saved, also one of an earlier version, with key=value overrides.
+
+    Raises UserError as `load_config` does.
+    """
+    values = _read_yaml(path)
+    for old, new in RENAMED.items():
+        found = OmegaConf.select(values, old)
+        if _pop(values, old):
+            OmegaConf.update(values, new, found)
+    for old in REMOVED:
+        _pop(values, old)
+    if OmegaConf.select(values, "trainer.precision") in ("16-mixed", "64-true"):  # of version 0.1
+        OmegaConf.update(values, "trainer.precision", "32-true")
+    names, dotlist = _parse_overrides(overrides or [])
+    return _merge([values, *_read_groups(names), dotlist])
+
+
+def to_dict(cfg: Config) -> dict:
+    return asdict(cfg)
+
+
+def to_yaml(cfg: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def as_word(value: object) -> str:
+    """A value as it stands on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_word, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The key=value words that turn `base` into `cfg`; sections and keys in `leave_out` may differ."""
+    words = []
+    for key, value in asdict(cfg).items():
+        other = getattr(base, key)
+        if key in leave_out:
+            continue
+        if key in SECTIONS:
+            changed = {name: item for name, item in value.items() if item != getattr(other, name)}
+            names = [name for name in changed if f"{key}.{name}" not in leave_out]
+            words += [f"{key}.{name}={as_word(changed[name])}" for name in names]
+        elif value != other:
+            words.append(f"{key}={as_word(value)}")
+    return words
+
+
+def _merge(sources: list[DictConfig]) -> Config:
+    base = OmegaConf.structured(Config)
+    for node in (base, *(base[name] for name in SECTIONS)):
+        OmegaConf.set_readonly(node, False)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(base, *sources))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+
+
+def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
+    """What the files chose of the groups, the files' own values, then the groups and values of the command line."""
+    names, dotlist = _parse_overrides(overrides)
+    experiment = names.pop("experiment", None)
+    given = [Path(path)] if path is not None else []
+    given_by_user = [*_read_groups(names), dotlist]
+    if experiment in RENAMED_EXPERIMENTS:
+        raise UserError(f"experiment={experiment}: renamed; write experiment={RENAMED_EXPERIMENTS[experiment]}")
+    if experiment is None and _is_bundled([*_read_files(given), *given_by_user]):
+        experiment = "demo"
+    files = ([_group_file("experiment", experiment)] if experiment else []) + given
+    return [*_read_files(files), *given_by_user]
+
+
+def _read_files(files: list[Path]) -> list[DictConfig]:
+    """The group files that these files choose, then their own values."""
+    chosen: dict[str, str] = {}
+    values = [_take_groups(_read_yaml(file), chosen) for file in files]
+    return [*_read_groups(chosen), *values]
+
+
+def _is_bundled(sources: list[DictConfig]) -> bool:
+    """Whether neither another model nor another text is chosen."""
+    merged = OmegaConf.unsafe_merge({}, *sources)
+    keys = ("model.path", "data.fit", "data.score")
+    try:
+        return all(OmegaConf.select(merged, key, default="bundled") == "bundled" for key in keys)
+    except OmegaConfBaseException:  # a section that is no section, which the merge proper explains
+        return False
+
+
+def _read_groups(names: dict[str, str]) -> list[DictConfig]:
+    return [OmegaConf.create({group: _read_yaml(_group_file(group, name))}) for group, name in names.items()]
+
+
+def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
+    """(group choices, key=value overrides). Parted before the merge: `model=x` and `model.dtype=y` may both be given."""
+    names, words = {}, []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise UserError(f"{word}: not an override; write key=value (python train.py --help lists the keys)")
+        if key == "experiment" or key in SECTIONS:
+            names[key] = value
+        else:
+            _check_old(key)
+            words.append(f"{key}=null" if value == "None" else word)  # W&B sweeps write None for null
+    try:
+        return names, OmegaConf.from_dotlist(words)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{' '.join(words)}: can't be read as overrides: {str(error).splitlines()[0]}") from error
+
+
+def _check_old(key: str) -> None:
+    """Raises UserError for a key of an earlier version."""
+    if key in RENAMED:
+        raise UserError(f"{key}: renamed; write {RENAMED[key]}")
+    if key in REMOVED:
+        raise UserError(f"{key}: no longer a key ({REMOVED[key]}); leave it out")
+
+
+def _pop(values: DictConfig, key: str) -> bool:
+    """Removes a dotted key; returns whether it was there."""
+    section, _, name = key.rpartition(".")
+    node = OmegaConf.select(values, section) if section else values
+    if not isinstance(node, DictConfig) or name not in node:
+        return False
+    del node[name]
+    return True
+
+
+def _take_groups(values: DictConfig, chosen: dict[str, str]) -> DictConfig:
+    """Moves sections that are a bare name from `values` to `chosen`. Raises UserError for a key of an earlier version."""
+    for section in SECTIONS:
+        if section in values and isinstance(values[section], str):
+            chosen[section] = values.pop(section)
+    for key in (*RENAMED, *REMOVED):
+        section, _, name = key.rpartition(".")
+        node = values.get(section) if section else values
+        if isinstance(node, DictConfig) and name in node:
+            _check_old(key)
+    return values
+
+
+def _group_file(group: str, name: str) -> Path:
+    path = CONFIGS / group / f"{name}.yaml"
+    if not re.fullmatch(r"[\w.-]+", str(name)) or not path.is_file():
+        known = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        advice = f"choose {', '.join(known)}" if known else f"set {group}.KEY=VALUE instead"
+        raise UserError(f"{group}={name}: no such group file; {advice}")
+    return path
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, DictConfig):
+        raise UserError(f"{path}: holds no keys; write KEY: VALUE lines")
+    return values
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message in one line that begins with the key."""
+    key = getattr(error, "full_key", None)
+    reason = str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, ConfigKeyError) and key:
+        like = get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+        return f"{key}: unknown key; " + (
+            f"did you mean {like[0]}?" if like else "python train.py --help lists the keys"
+        )
+    return f"{key}: {reason}" if key else f"configuration: {reason}"
+
+
+def _known_keys() -> list[str]:
+    nested = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in fields(kind)]
+    return [item.name for item in fields(Config)] + nested
+
+
+def describe() -> str:
+    """All keys with their defaults and meanings, and the group files there are."""
+    lines = []
+    for name, kind in {"": Config, **SECTIONS}.items():
+        lines.append(f"\n{name or 'general'}:")
+        comments = _comments(kind)
+        for item in fields(kind):
+            if kind is Config and item.name in SECTIONS:
+                continue
+            default = item.default if item.default is not MISSING else item.default_factory()
+            key = f"{name}.{item.name}" if name else item.name
+            lines.append(f"  {key}={as_word(default)}")
+            lines += [f"      {line}" for line in comments[item.name]]
+    lines.append("\ngroup files (GROUP=NAME):")
+    for folder in sorted(CONFIGS.iterdir()):
+        if folder.name in (*SECTIONS, "experiment"):
+            lines.append(f"  {folder.name}={'|'.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
+    return "\n".join(lines)
+
+
+def _comments(kind: type) -> dict[str, list[str]]:
+    """The comment lines above each field of a dataclass: what the field means."""
+    found: dict[str, list[str]] = {}
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        if comment := re.match(r"    # (.*)", line):
+            above.append(comment.group(1))
+        else:
+            if key := re.match(r"    (\w+): ", line):
+                found[key.group(1)] = above
+            above = []
+    return found

@@ -1,0 +1,1 @@
+"""Texts and models: token windows, FFNs and hooks, GGUF files, what is bundled."""

@@ -1,0 +1,1 @@
+"""Mask policies on scored text: perplexity, captured shares, speed; tables and figures."""

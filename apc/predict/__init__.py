@@ -1,0 +1,1 @@
+"""Predictors: from an FFN's input to its cluster, or its neurons."""

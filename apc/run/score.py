@@ -1,0 +1,148 @@
+"""The last stage: policies on scored text, written and logged as table, figures and results.json."""
+
+from pathlib import Path
+
+import torch
+
+from apc.cluster.codebook import Codebook
+from apc.data.models import batch_windows, model_name
+from apc.data.text import Windows
+from apc.evaluate import figures
+from apc.evaluate.evaluator import Evaluator
+from apc.predict.predictor import Predictor
+from apc.run.context import RunContext
+from apc.run.folder import commit, stage_records, write_json
+from apc.run.tracking import Tracking
+from apc.sparse.policies import choose_policies, default_policies
+from apc.utils import distributed
+
+SHOWN = (
+    "perplexity",
+    "ratio",
+    "density",
+    "coverage",
+    "precision",
+    "captured_importance",
+    "captured_energy",
+    "bits",
+    "bytes_share",
+    "flops_share",
+)
+
+
+def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, folder: Path) -> dict:
+    """Evaluates the policies, and writes `folder`/results.json and figures/. Returns the results (docs/files.md)."""
+    cfg, device, watch = context.cfg, context.device, context.watch
+    names, left_out = choose_policies(cfg.policies, codebook, predictor)
+    missing = [{"policy": name, "missing": reason} for name, reason in left_out.items()]
+    evaluator = Evaluator(
+        context.model, codebook, predictor, scored.tokens, device, batch_windows(cfg, device), cfg.seed
+    )
+    order = cfg.policies or default_policies()
+    records = sorted(evaluator.policies(names) + missing, key=lambda record: order.index(record["policy"]))
+    watch.lap("evaluate")
+    results = {
+        "conditions": conditions(context, codebook, predictor, scored),
+        "policies": records,
+        **stage_records(context.run),
+        "seconds": watch.seconds,
+    }
+    if cfg.speed and distributed.is_main():
+        from apc.evaluate import speed  # imports transformers' attention, which takes seconds
+
+        results["speed"] = speed.measure(
+            context.model, context.tokenizer, codebook, predictor, scored.tokens, names, cfg.seed, cfg.trainer.progress
+        )
+        watch.lap("speed")
+        results["seconds"] = watch.seconds
+    if distributed.is_main():
+        write_json(folder / "results.json", results)
+        _publish(results, folder, context.tracking)
+    distributed.barrier()
+    return results
+
+
+def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows) -> dict:
+    """What the figures hold for. No table or figure goes without it."""
+    cfg, device, model = context.cfg, context.device, context.model
+    made = codebook.provenance
+    tuned = made.get("tune")
+    algorithm = made.get("cluster", {}).get("algorithm", "lloyd")
+    algorithm += f" with penalty {codebook.penalty}" if codebook.penalty > 1 else ""
+    return {
+        "model": model_name(cfg.model),
+        "fit": made["fit"],
+        "score": scored.source,
+        "split": "in-sample" if cfg.data.in_sample else "held-out",
+        "fit_tokens": made["fit_tokens"],
+        "score_tokens": scored.tokens.numel(),
+        "seq_len": cfg.data.seq_len,
+        "sites": list(codebook.sites),
+        "sparsity": codebook.sparsity,
+        "active": codebook.active,
+        "k": codebook.k,
+        "density": codebook.density,
+        "centroid_size": codebook.centroid_size,
+        "weighting": codebook.weighting,
+        "scope": codebook.scope,
+        "algorithm": None if algorithm == "lloyd" else algorithm,
+        "forward": made.get("patterns", {}).get("forward"),
+        "predictor": predictor and _described(predictor),
+        "tuned": tuned and f"{tuned_policy(tuned)}, {tuned['steps']:,} steps of {tuned['step_windows']} windows",
+        "layers": codebook.layers,
+        "hidden_size": codebook.hidden_size,
+        "ffn_width": codebook.ffn_width,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "commit": commit(),
+    }
+
+
+def tuned_policy(tuned: dict) -> str:
+    """The policy that a codebook's provenance says it was tuned for. Files of version 0.1 call it the arm."""
+    return tuned["policy"] if "policy" in tuned else tuned["arm"]
+
+
+def _described(predictor: Predictor) -> str:
+    E, H, lookahead = predictor.hidden_size, predictor.bottleneck, f", lookahead {predictor.lookahead}"
+    if predictor.form == "low-bit":
+        projections = "+".join(predictor.low_bit_projections)
+        correction = f", correction {E}→{H}→{E}" if predictor.corrects else ""
+        return f"low-bit {projections} at {predictor.bits} bit{correction}{lookahead}"
+    return f"{predictor.form} {E}→{H}→{next(iter(predictor.outputs.values()))}{lookahead}"
+
+
+def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
+    """Figures beside the results, and everything to the run's record."""
+    ran = [record for record in results["policies"] if not record["missing"]]
+    tracking.summary(
+        {
+            f"eval/{record['policy']}/{name}": record[name]
+            for record in ran
+            for name in SHOWN
+            if record[name] is not None
+        }
+    )
+    for record in (results.get("speed") or {}).get("policies", []):
+        tracking.summary(
+            {
+                f"speed/{record['policy']}/{name}": record[name]
+                for name in ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")
+            }
+        )
+    columns = ["policy", *SHOWN]
+    tracking.table("eval/policies", columns, [[record["policy"], *(record[name] for name in SHOWN)] for record in ran])
+    layer_rows = [
+        [
+            record["policy"],
+            layer,
+            *(record["per_layer"][name][layer] for name in ("density", "coverage", "precision", "captured_importance")),
+        ]
+        for record in ran
+        for layer in range(len(record["per_layer"]["density"]))
+    ]
+    tracking.table(
+        "eval/layers", ["policy", "layer", "density", "coverage", "precision", "captured_importance"], layer_rows
+    )
+    for key, path in figures.save_figures(results, folder / "figures").items():
+        tracking.figure(f"figures/{key}", path)

@@ -1,0 +1,236 @@
+"""The trainings of a run: clustering to a codebook, the predictor, tuning. Each goes on from where it was left."""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+from apc.cluster.algorithms import ALGORITHMS
+from apc.cluster.codebook import Codebook
+from apc.cluster.lloyd import ClusteringModule
+from apc.collect.collect import calibration_windows
+from apc.collect.loader import BlockLoader, PatternDataModule, ResumedDataModule, WindowLoader
+from apc.collect.memory import keep_bytes, windows_in_block
+from apc.collect.patterns import PatternSource
+from apc.config.schema import Config
+from apc.evaluate.evaluator import Evaluator
+from apc.predict.module import PredictorModule
+from apc.predict.predictor import Predictor
+from apc.run.callbacks import MonitorPolicies, ResumePoint
+from apc.run.context import HeldOutMonitor, RunContext
+from apc.run.folder import RunFolder, load_run, provenance, write_json
+from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, fit, make_trainer
+from apc.sparse.policies import POLICIES
+from apc.tune.module import TuningModule
+from apc.tune.thresholds import find_thresholds
+from apc.utils import distributed
+from apc.utils.errors import UserError
+
+BUDGET_WINDOWS = 16  # windows of the fit text that the cost of dropping neurons is measured on
+
+
+def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutMonitor, facts: dict) -> Codebook:
+    """The run's codebook: read if it is there, else clustered and saved.
+
+    facts: what its provenance says of model and text. Raises UserError if the codebook there was made from other
+    patterns.
+    """
+    cfg, run = context.cfg, context.run
+    if run.codebook.is_file():
+        codebook = Codebook.load(run.codebook)
+        check_patterns(run.codebook, codebook, source.info.identity)
+        return codebook
+    made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
+    codebook, history = _cluster(context, source, monitor, made)
+    gc.collect()  # trainer and module refer to each other, and the module holds gigabytes of sums on the device
+    if distributed.is_main():
+        sizes = {site: book.sizes.tolist() for site, book in codebook.sites.items()}
+        write_json(run.history("cluster"), {"history": history, "sizes": sizes})
+        codebook.save(run.codebook)
+        context.tracking.artifact("codebook", "codebook", run.codebook)
+        _drop_checkpoint(context, "cluster")
+    distributed.barrier()
+    return codebook
+
+
+def _cluster(
+    context: RunContext, source: PatternSource, monitor: HeldOutMonitor, made: dict
+) -> tuple[Codebook, list[dict]]:
+    """The codebook with the provenance `made`, and the module's history."""
+    cfg, device = context.cfg, context.device
+    with device:  # gigabytes of buffers are allocated where they are used
+        module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
+    callbacks = _callbacks(
+        context, "cluster", ["oracle"], monitor, lambda module: monitor.evaluator(module.codebook({}))
+    )
+    strategy = SumsOnDevices() if distributed.world_size() > 1 else SumsOnDevice(device)
+    trainer = make_trainer(context, cfg.cluster.max_epochs, callbacks, strategy=strategy)
+    _fit_on_blocks(context, trainer, module, source, "cluster")
+    return module.codebook(made), module.history
+
+
+def _callbacks(
+    context: RunContext,
+    stage: str,
+    policies: list[str],
+    monitor: HeldOutMonitor,
+    evaluator_of: Callable[[LightningModule], Evaluator],
+) -> list[Callback]:
+    """The checkpoint to resume from, and the policies to measure on held-out text during the training."""
+    cfg = context.cfg
+    found: list[Callback] = [ResumePoint(context.run.checkpoint(stage), cfg.trainer.checkpoint_every_n_steps)]
+    if len(monitor.windows):
+        last = {"cluster": cfg.cluster, "predictor": cfg.predictor, "tune": cfg.tune}[stage].max_epochs
+        found.append(MonitorPolicies(stage, policies, evaluator_of, cfg.monitor.every, last))
+    return found
+
+
+def _fit_on_blocks(
+    context: RunContext,
+    trainer: Trainer,
+    module: ClusteringModule | PredictorModule,
+    source: PatternSource,
+    stage: str,
+    batch_tokens: int | None = None,
+) -> None:
+    """Trains on blocks of patterns, or on mini-batches of `batch_tokens` tokens of them."""
+    cfg, info, fields = context.cfg, source.info, module.fields()
+    block_windows = windows_in_block(cfg.collect, info)
+    rank_windows = math.ceil(block_windows / distributed.world_size())
+    kept = keep_bytes(info, fields, rank_windows, context.device, module.working_bytes())
+    loader = BlockLoader(
+        source, fields, block_windows, cfg.seed, batch_tokens, context.device, kept, in_order=module.in_order
+    )
+    fit(trainer, module, PatternDataModule(source, loader), context.run.checkpoint(stage))
+
+
+def _drop_checkpoint(context: RunContext, stage: str) -> None:
+    """Deletes the checkpoint of a training whose result is saved, unless it is to be kept."""
+    if not context.cfg.trainer.keep_checkpoints:
+        context.run.checkpoint(stage).unlink(missing_ok=True)
+
+
+def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
+    """Raises UserError if a codebook was made from patterns of another identity."""
+    made_from = codebook.provenance.get("patterns", {})
+    differing = [key for key in identity if made_from.get(key) != identity[key]]
+    if differing:
+        meaning = {"weights": "model weights", "text": "fit text or windows"}
+        names = ", ".join(meaning.get(key, key) for key in differing)
+        raise UserError(
+            f"{path}: made from other patterns ({names} differ); choose another run.name, or give what it was made from"
+        )
+
+
+def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
+    """Copies another run's codebook into this run's folder.
+
+    Raises UserError if there is none, or it was made from other patterns.
+    """
+    path = load_run(checkpoint).folder.codebook
+    if not path.is_file():
+        raise UserError(f"checkpoint={checkpoint}: holds no codebook; run stage=cluster there first")
+    codebook = Codebook.load(path)
+    check_patterns(path, codebook, identity)
+    if distributed.is_main() and not run.codebook.is_file():
+        codebook.save(run.codebook)
+    distributed.barrier()
+
+
+def train_predictor(
+    context: RunContext, source: PatternSource, codebook: Codebook, windows: Tensor, monitor: HeldOutMonitor
+) -> Predictor:
+    """The run's predictor: read if it is there, else trained and saved.
+
+    source: with FFN inputs; windows: of the fit text, int64 [n, seq_len].
+    """
+    cfg, run, device = context.cfg, context.run, context.device
+    if run.predictor.is_file():
+        return Predictor.load(run.predictor)
+    module = PredictorModule(
+        cfg.predictor,
+        codebook,
+        source.info,
+        monitor.rows,
+        cfg.seed,
+        cfg.trainer.log_every_n_steps,
+        monitor.collector.ffns,
+    )
+    policies = [name for name, policy in POLICIES.items() if policy.monitored and cfg.predictor.form in policy.forms]
+    callbacks = _callbacks(
+        context, "predictor", policies, monitor, lambda module: monitor.evaluator(codebook, module.predictor)
+    )
+    options = {"strategy": _gradient_strategy(), "precision": cfg.trainer.precision}
+    trainer = make_trainer(context, cfg.predictor.max_epochs, callbacks, **options)
+    with deterministic(device):
+        _fit_on_blocks(context, trainer, module, source, "predictor", cfg.predictor.batch_tokens)
+    trained = module.trained(provenance() | {"codebook": codebook.provenance})
+    predictor = _with_thresholds(cfg, codebook, trained, windows, monitor)
+    if distributed.is_main():
+        write_json(run.history("predictor"), {"history": module.history, "per_layer": module.figures})
+        predictor.save(run.predictor)
+        context.tracking.artifact("predictor", "predictor", run.predictor)
+        _drop_checkpoint(context, "predictor")
+    distributed.barrier()
+    return predictor
+
+
+def _gradient_strategy() -> DDPStrategy | str:
+    return DDPStrategy() if distributed.world_size() > 1 else "auto"
+
+
+def _with_thresholds(
+    cfg: Config, codebook: Codebook, predictor: Predictor, windows: Tensor, monitor: HeldOutMonitor
+) -> Predictor:
+    """The predictor itself, on the host; with thresholds if it scores neuron by neuron."""
+    if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
+        sample = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)]
+        collector = monitor.collector
+        predictor.thresholds = find_thresholds(
+            collector.model, collector.ffns, codebook, predictor, sample, collector.batch_windows
+        )
+    return predictor.cpu()
+
+
+def tune(
+    context: RunContext, codebook: Codebook, predictor: Predictor | None, windows: Tensor, monitor: HeldOutMonitor
+) -> tuple[Codebook, Predictor | None]:
+    """The run's tuned codebook and predictor: read if they are there, else tuned and saved.
+
+    windows: of the fit text, int64 [n, seq_len]. A predictor that the tuned policy does not use is returned as None: it
+    belongs to the codebook before tuning.
+    """
+    cfg, run, device = context.cfg, context.run, context.device
+    if run.tuned("codebook").is_file():
+        found = load_run(run.path)
+        return found.codebook, found.predictor
+    sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
+    module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
+    callbacks = _callbacks(
+        context, "tune", [cfg.tune.policy], monitor, lambda module: monitor.evaluator(*module.tuned({}))
+    )
+    precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+    options = {"strategy": _gradient_strategy(), "precision": precision, "gradient_clip_val": 1.0}
+    trainer = make_trainer(context, cfg.tune.max_epochs, callbacks, **options)
+    data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed))
+    with deterministic(device):
+        fit(trainer, module, data, run.checkpoint("tune"))
+    codebook, predictor = module.tuned(codebook.provenance)
+    if predictor is not None:
+        predictor = _with_thresholds(cfg, codebook, predictor, windows, monitor)
+    if distributed.is_main():
+        write_json(run.history("tune"), {"history": module.history, "budget": codebook.budget})
+        if predictor is not None:
+            predictor.save(run.tuned("predictor"))
+        codebook.save(run.tuned("codebook"))
+        context.tracking.artifact("tuned", "codebook", run.tuned("codebook"))
+        _drop_checkpoint(context, "tune")
+    distributed.barrier()
+    return codebook, predictor

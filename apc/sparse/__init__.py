@@ -1,0 +1,1 @@
+"""Sparse models: mask policies, and FFNs that run under them."""

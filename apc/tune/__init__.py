@@ -1,0 +1,1 @@
+"""Tuning of masks and predictors through the model."""

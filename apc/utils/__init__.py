@@ -1,0 +1,1 @@
+"""Files, errors, signals, ranks: what every other folder may use."""

@@ -1,0 +1,311 @@
+"""Tables and figures show every policy, say what they hold under, and never hide a missing value."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apc.evaluate import figures, tables
+
+LAYERS = 4
+REASON = "no predictor in runs/x"
+
+
+def make_policy(name: str, perplexity: float, ratio: float, **more) -> dict:
+    shares = {"density": 0.5, "coverage": 0.7, "precision": 0.6, "captured_importance": 0.8, "captured_energy": 0.9}
+    return {
+        "policy": name,
+        **shares,
+        "captured_importance_first": 0.31,
+        "captured_energy_first": 0.99,
+        "perplexity": perplexity,
+        "ratio": ratio,
+        "ratio_low": ratio - 0.012,
+        "ratio_high": ratio + 0.012,
+        "bits": 6.0,
+        "bytes_share": 0.53,
+        "flops_share": 0.52,
+        "excludes_finding": False,
+        "masked": {key: value - 0.1 * (key != "density") for key, value in shares.items()},
+        "per_layer": {key: [value + 0.01 * layer for layer in range(LAYERS)] for key, value in shares.items()},
+        "missing": None,
+        **more,
+    }
+
+
+@pytest.fixture
+def results():
+    return {
+        "conditions": {
+            "model": "SmolLM2-135M-Instruct",
+            "fit": "bundled:fit",
+            "score": "bundled:score",
+            "split": "held-out",
+            "fit_tokens": 20480,
+            "score_tokens": 4096,
+            "seq_len": 1024,
+            "sites": ["neuron"],
+            "sparsity": 0.5,
+            "active": "threshold",
+            "k": 64,
+            "density": 0.5,
+            "weighting": "energy",
+            "scope": "layer",
+            "predictor": "cluster 576→128→64, lookahead 0",
+            "device": "cpu",
+            "dtype": "float32",
+            "commit": "abc1234",
+        },
+        "policies": [
+            make_policy("dense", 21.97, 1.0, ratio_low=1.0, ratio_high=1.0, bits=0.0, bytes_share=1.0, flops_share=1.0),
+            make_policy("random", 13402.0, 610.0, bits=None, masked=None),
+            make_policy("oracle", 24.5, 1.115, excludes_finding=True),
+            {"policy": "predicted", "missing": REASON},
+        ],
+        "cluster": {
+            "history": [
+                {"epoch": e, "captured": 0.6 + 0.02 * e, "empty": 3 - e, "changed": 0.4, "seconds": 1.2}
+                for e in range(4)
+            ],
+            "sizes": {"neuron": [[40, 20, 4, 0]] * LAYERS},
+        },
+        "predictor": {
+            "history": [{"step": 10 * s, "loss": 3.2 / s} for s in range(1, 6)],
+            "per_layer": {"top1": [0.5] * LAYERS, "top5": [0.75] * LAYERS},
+        },
+        "seconds": {"collect": 41.0, "cluster": 30.2, "predict": 20.0, "evaluate": 70.1},
+    }
+
+
+def row(table: str, policy: str) -> list[str]:
+    """The cells of a policy's row; "1.115 ± 0.012" is one cell."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"{policy} ")]
+    return line.replace(" ± ", "±").split()
+
+
+def test_every_policy_is_a_row_with_its_numbers(results):
+    table = tables.policies_table(results)
+    assert row(table, "dense") == [
+        "dense",
+        "50.0",
+        "70.0",
+        "60.0",
+        "80.0",
+        "90.0",
+        "21.97",
+        "1.000",
+        "0.0",
+        "100.0",
+        "100.0",
+    ]
+    assert row(table, "oracle") == [
+        "oracle",
+        "50.0",
+        "70.0",
+        "60.0",
+        "80.0",
+        "90.0",
+        "24.50",
+        "1.115±0.012",
+        "6.0",
+        "53.0*",
+        "52.0*",
+    ]
+    assert row(table, "random")[6] == "13,402" and row(table, "random")[8] == "–"
+
+
+def test_a_missing_policy_is_dashes_and_its_reason(results):
+    table = tables.policies_table(results)
+    assert row(table, "predicted") == ["predicted"] + ["–"] * 10
+    assert f"– predicted: {REASON}" in table.splitlines()
+
+
+def test_the_title_carries_the_conditions(results):
+    title = " ".join(tables.policies_table(results).split("\n\n")[0].split())
+    for words in (
+        "SmolLM2-135M-Instruct",
+        "fit bundled:fit (20,480 tokens) → score bundled:score (4,096 tokens)",
+        "held-out",
+    ):
+        assert words in title
+    for words in (
+        "sparsity 0.5",
+        "K 64",
+        "density 0.5",
+        "energy weighting",
+        "one codebook per layer",
+        "windows of 1,024",
+    ):
+        assert words in title
+    assert "IN-SAMPLE" not in tables.policies_table(results)
+
+
+@pytest.mark.parametrize("markdown", [False, True], ids=["terminal", "markdown"])
+@pytest.mark.parametrize("table", [tables.policies_table, tables.detail_table, tables.layer_table])
+def test_in_sample_is_said_above_and_below(results, table, markdown):
+    results["conditions"]["split"] = "in-sample"
+    text = table(results, markdown=markdown)
+    assert text.lstrip("*").startswith("IN-SAMPLE") and text.strip().splitlines()[-1].startswith("IN-SAMPLE")
+    assert "held-out" not in text
+
+
+def test_the_asterisk_has_a_footnote_only_where_it_stands(results):
+    assert "\n* without the cost of finding the mask" in tables.policies_table(results)
+    results["policies"] = [policy for policy in results["policies"] if policy["policy"] != "oracle"]
+    assert "*" not in tables.policies_table(results)
+
+
+def test_a_density_that_masks_move_has_both_and_a_footnote(results):
+    """Perplexity, bits, bytes and FLOPs are of the second."""
+    oracle = next(policy for policy in results["policies"] if policy["policy"] == "oracle")
+    oracle["masked"]["density"] = oracle["density"] + 0.004
+    assert "50.0 →" not in tables.policies_table(results) and "density a" not in tables.policies_table(results)
+    oracle["masked"]["density"] = oracle["density"] + 0.12
+    table = tables.policies_table(results)
+    assert (
+        f"{100 * oracle['density']:.1f} → {100 * oracle['density'] + 12:.1f}" in table and "\ndensity a → b: " in table
+    )
+
+
+def test_seconds_of_each_stage(results):
+    assert (
+        "seconds: collect 41.0, cluster 30.2, predict 20.0, evaluate 70.1"
+        in tables.policies_table(results).splitlines()
+    )
+
+
+def test_columns_are_aligned(results):
+    lines = tables.policies_table(results).split("\n\n")[1].splitlines()
+    rule = next(line for line in lines if line.startswith("─"))
+    ends = [i for i, (mark, after) in enumerate(zip(rule, rule[1:] + " ", strict=True)) if mark == "─" and after == " "]
+    body = [line.ljust(len(rule)) for line in lines]
+    assert len(ends) == 11
+    assert all(line[end + 1 : end + 3].strip() == "" for line in body for end in ends)
+
+
+def test_markdown_has_as_many_cells_in_every_line(results):
+    table = tables.policies_table(results, markdown=True).split("\n\n")[1].splitlines()
+    assert len(table) == 2 + 4
+    assert {line.replace(r"\|", "").count("|") for line in table} == {12}
+    assert table[1] == "| --- |" + " ---: |" * 10
+    assert r"53.0\*" in table[4] and "captured importance %" in table[0]
+
+
+def test_first_tokens_and_masked_measures_stand_apart(results):
+    table = tables.detail_table(results)
+    assert row(table, "oracle") == ["oracle", "31.0", "99.0", "50.0", "60.0", "50.0", "70.0", "80.0"]
+    assert row(table, "random") == ["random", "31.0", "99.0", "–", "–", "–", "–", "–"]
+    assert "predicted" not in table.split("\n\n", 1)[1]
+
+
+def test_layer_table_has_a_row_per_layer_and_one_over_all(results):
+    _, density, captured, hits = tables.layer_table(results).strip().split("\n\n")
+    for block, first, overall in ((density, "50.0", "50.0"), (captured, "80.0", "80.0"), (hits, "50.0", "50.0")):
+        lines = [line.split() for line in block.splitlines()[3:]]
+        assert [line[0] for line in lines] == ["0", "1", "2", "3", "all"]
+        assert lines[0][1] == first and lines[-1][1] == overall
+    assert density.splitlines()[1].split() == ["layer", "random", "oracle"], "dense keeps all, a missing policy nothing"
+    assert captured.splitlines()[-2].split() == ["3", "83.0", "83.0"]
+    assert hits.splitlines()[1].split() == ["layer", "top1", "top5"]
+
+
+def test_figures_are_pictures(results, tmp_path):
+    paths = figures.save_figures(results, tmp_path / "figures")
+    assert list(paths) == ["perplexity", "captured_importance", "cluster_usage", "convergence"]
+    for path in paths.values():
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.width >= 1000 and image.height >= 500
+            shades = np.asarray(image.convert("L"))
+            assert 0.01 < np.mean(shades < 250) < 0.6, "neither blank nor all ink"
+
+
+def test_batches_keep_more_together(results, tmp_path):
+    for policy in results["policies"]:
+        policy["union_density"] = {"2": 0.7, "4": None, "8": 0.9}
+    assert list(figures.save_figures(results, tmp_path)) == [
+        "perplexity",
+        "captured_importance",
+        "union_density",
+        "cluster_usage",
+        "convergence",
+    ]
+    assert (tmp_path / "union_density.png").stat().st_size > 10_000
+
+
+def test_tuning_is_said_and_its_divergence_drawn(results, tmp_path):
+    plain = figures.save_figures(results, tmp_path / "plain")["convergence"].read_bytes()
+    results["conditions"]["tuned"] = "predicted, 8 passes"
+    results["tune"] = {"history": [{"step": 10, "divergence": 0.4}, {"step": 20, "divergence": 0.2}]}
+    assert "tuned for predicted, 8 passes" in tables.conditions_text(results)
+    assert figures.save_figures(results, tmp_path / "tuned")["convergence"].read_bytes() != plain
+
+
+def test_in_sample_figures_differ_from_held_out_ones(results, tmp_path):
+    held_out = figures.save_figures(results, tmp_path / "a")
+    results["conditions"]["split"] = "in-sample"
+    in_sample = figures.save_figures(results, tmp_path / "b")
+    for name in held_out:
+        pictures = [np.asarray(Image.open(paths[name]).convert("RGB")) for paths in (held_out, in_sample)]
+        red = [int(np.all(picture == (0xB2, 0x18, 0x2B), axis=-1).sum()) for picture in pictures]
+        assert red[0] == 0 and red[1] > 100
+
+
+def test_figures_leave_no_global_state(results, tmp_path):
+    code = (
+        "import json, sys; from apc import figures; figures.save_figures(json.loads(sys.argv[1]), sys.argv[2]);"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(results), str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("without", "left"),
+    [
+        ({"policies": []}, ["cluster_usage", "convergence"]),
+        ({"cluster": None}, ["perplexity", "captured_importance", "convergence"]),
+        ({"cluster": {"history": [], "sizes": {}}, "predictor": None}, ["perplexity", "captured_importance"]),
+        ({"policies": [{"policy": "predicted", "missing": REASON}], "cluster": {}, "predictor": {}}, []),
+    ],
+    ids=["no-policies", "no-clusters", "evaluated-only", "nothing"],
+)
+def test_figures_without_data_are_left_out(results, tmp_path, without, left):
+    assert list(figures.save_figures({**results, **without}, tmp_path)) == left
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(left)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"neuron": [[5]]},
+        {"neuron": [[0, 0, 0]]},
+        {"gate": [[3, 1], [2, 2]], "up": [[4, 0], [1, 3]], "down": [[2, 2], [4, 0]]},
+        {f"group {i}": [[3, 1, 0]] for i in range(64)},
+        {"neuron": [list(range(16384))] * 3},
+    ],
+    ids=["one-cluster", "all-empty", "three-sites", "64-groups", "16384-clusters"],
+)
+def test_usage_of_any_number_of_clusters_and_groups(results, tmp_path, sizes):
+    results["cluster"]["sizes"] = sizes
+    assert figures.usage_figure(results, tmp_path / "usage.png") and (tmp_path / "usage.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("error")
+def test_missing_and_not_finite_values_are_shown_as_such(results, tmp_path):
+    broken = copy.deepcopy(results)
+    for key in ("density", "ratio", "ratio_low", "bits", "captured_energy"):
+        broken["policies"][1][key] = None
+    broken["policies"][1]["perplexity"] = float("inf")
+    broken["policies"][2]["per_layer"]["captured_importance"] = [0.5, None, 0.6, None]
+    broken["cluster"]["history"][1]["captured"] = "nan"  # as metrics.jsonl writes it
+    cells = row(tables.policies_table(broken), "random")
+    assert cells[1] == "–" and cells[6] == "inf" and cells[7] == "–"
+    assert tables.layer_table(broken).count("–") == 2 + 1, "two layers, and the density over all"
+    assert len(figures.save_figures(broken, tmp_path)) == 4
+
+
+def test_bare_results_make_a_table_too():
+    assert "dense" in tables.policies_table({"policies": [{"policy": "dense"}]})
