@@ -1,4 +1,4 @@
-"""Launcher of a checkout; an installed package has `apc evaluate`. The steps are in apc/commands/evaluate.py."""
+"""The launcher in a checkout. An installed package has `apc evaluate`; the steps are in apc/commands/evaluate.py."""
 
 from apc.commands.evaluate import config_of_run, evaluate, main
 

@@ -1,4 +1,4 @@
-"""Launcher of a checkout; an installed package has `apc train`. The stages are in apc/commands/train.py."""
+"""The launcher in a checkout. An installed package has `apc train`; the stages are in apc/commands/train.py."""
 
 from apc.commands.train import main, train
 

@@ -1,8 +1,9 @@
-"""Activation pattern clustering: which FFN neurons a token needs, known before they are computed."""
+"""Activation pattern clustering: predicts which FFN neurons of a language model a token needs, before they run."""
 
 import importlib
+from typing import Any
 
-_HOMES = {
+_MODULES = {  # of the public names
     "pack": "ops",
     "unpack": "ops",
     "assign": "ops",
@@ -17,11 +18,11 @@ _HOMES = {
     "load_config": "config.load",
     "UserError": "utils.errors",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    """Imports a public name when it is first used, so that `import apc` stays light."""
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    """Imports a public name at its first use, so that `import apc` stays fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'apc' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"apc.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"apc.{_MODULES[name]}"), name)

@@ -9,22 +9,23 @@ from apc.utils.exits import one_line_errors
 USAGE = """usage: apc COMMAND …
 
   train      from text to a table of mask policies
-  evaluate   a finished run again: other policies, other text; or runs side by side
-  sweep      every combination of a W&B sweep file, without a server
-  cache      collected patterns: list, prune, repair
-  doctor     what this machine has and lacks
+  evaluate   score a finished run again, with other policies or text; or compare runs
+  sweep      run every combination of a W&B sweep file, without a server
+  cache      list, prune and repair collected patterns
+  doctor     check this machine
 
 apc COMMAND --help explains each; apc --version prints the version."""
-COMMANDS = {  # what running one again does
+COMMANDS = {  # the effect of the same command after an interruption
     "train": "with this run.name goes on from here",
     "evaluate": "starts again",
     "sweep": "goes on from here",
-    "cache": "goes on with what is left",
+    "cache": "goes on from here",
     "doctor": "starts again",
 }
 
 
 def main() -> None:
+    """Runs the command that the first argument names."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("--help", "-h"):
         print(USAGE)

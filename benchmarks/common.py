@@ -1,8 +1,9 @@
-"""What all benchmarks share: timers, and rows of results that say where they come from.
+"""Shared by all benchmarks: timers, and rows of results with their provenance.
 
-Shape letters: see `apc/ops/bits.py`.
+Shape letters: see `apc.ops`.
 """
 
+import argparse
 import csv
 import datetime
 import functools
@@ -24,11 +25,11 @@ RESULTS = Path(__file__).with_name("results.csv")
 
 @dataclass
 class Row:
-    """One line of results.csv: one implementation of one operation at one size. Empty strings: does not apply."""
+    """One row of results.csv: one implementation of one operation at one size. An empty string: does not apply."""
 
     date: str
-    commit: str  # short hash, with +dirty where files differ from it
-    device: str  # name of the GPU, or of the CPU and its threads
+    commit: str  # short hash; +dirty: files differ from it
+    device: str  # GPU name, or CPU name and number of threads
     torch: str
     triton: str
     python: str
@@ -41,11 +42,11 @@ class Row:
     seconds_median: float
     seconds_q20: float
     seconds_q80: float
-    rate: float  # at the median
-    unit: str  # of the rate: pairs/s, G·N·K·D a second, or bytes/s
-    share: float | str  # rate over the ceiling's
+    rate: float  # at the median time
+    unit: str  # pairs/s (G·N·K·D per second) or bytes/s
+    share: float | str  # rate ÷ rate of the ceiling
     share_of: str  # which ceiling
-    ok: bool  # these very results were compared with reference.py, and equal
+    ok: bool  # the results of this run equal those of reference.py
     note: str
 
 
@@ -62,7 +63,10 @@ def row(
     share_of: str = "",
     note: str = "",
 ) -> Row:
-    """A Row out of measured seconds. shape: (G, N, K, D); moved: bytes, where the rate is of bytes and not of pairs; ceiling: a rate."""
+    """The row of a measurement.
+
+    shape: (G, N, K, D). moved: bytes per call; if given, the rate counts bytes, else pairs. ceiling: a rate.
+    """
     G, N, K, D = shape
     median = statistics.median(seconds)
     rate = (G * N * K * D if moved is None else moved) / median
@@ -92,15 +96,15 @@ def row(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of the values lies, interpolated."""
+    """The quantile of the values at `share`, interpolated."""
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 @functools.cache
 def commit() -> str:
-    """The short hash of the checkout, with +dirty where tracked files (but for the results) differ; 'none' where git knows of none, or is none.
+    """The checkout's short commit hash, with +dirty if any file except the results differs from it.
 
-    As it was when first asked for: a process keeps the code that it began with.
+    'none' without git or outside a checkout. Cached, because a process keeps the code that it started with.
     """
     if shutil.which("git") is None:
         return "none"
@@ -116,60 +120,66 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model and the threads torch uses, as the column `device` names them."""
+    """The CPU's model and the number of threads that torch uses, as in the column `device`."""
     lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     model = lines[0].split(":", 1)[1].strip() if lines else platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def append(rows: Sequence[Row], path: Path = RESULTS) -> None:
-    """Adds the rows to a CSV file, which it starts where there is none. Raises ValueError where the file has other columns."""
+    """Appends the rows to a CSV file, created if missing. Raises ValueError if its columns differ from Row's."""
     names = [field.name for field in fields(Row)]
-    starts = not path.exists()
-    if not starts:
+    is_new = not path.exists()
+    if not is_new:
         with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != names:
-            raise ValueError(f"{path} has columns {found}, not {names}")
+            columns = next(csv.reader(file), [])
+        if columns != names:
+            raise ValueError(f"{path} has columns {columns}, expected {names}; choose another file with --csv")
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        if starts:
+        if is_new:
             writer.writerow(names)
         for result in rows:
-            writer.writerow(
-                [
-                    f"{value:.6g}" if isinstance(value, float) else value
-                    for value in (getattr(result, name) for name in names)
-                ]
-            )
+            values = (getattr(result, name) for name in names)
+            writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+
+
+def add_csv_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--csv`, the file that rows are appended to."""
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="append rows to this file")
+
+
+def comma_list(kind: Callable[[str], object] = str) -> Callable[[str], list]:
+    """An argparse type: comma-separated values, each converted by `kind`."""
+    return lambda text: [kind(value) for value in text.split(",")]
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table for a reader, without what is the same for all of them."""
+    """The rows as a Markdown table, without the columns on device, versions and commit."""
     lines = [
         "| operation | G × N × K × D | implementation | ms (20 % … 80 %) | rate | share | ok | note |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     for result in rows:
-        milliseconds = [
-            f"{1000 * seconds:.4g}" for seconds in (result.seconds_median, result.seconds_q20, result.seconds_q80)
-        ]
+        quantiles = (result.seconds_median, result.seconds_q20, result.seconds_q80)
+        median, fast, slow = (f"{1000 * seconds:.4g}" for seconds in quantiles)
         scale, letter = next(
             (scale, letter)
             for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (0, ""))
             if result.rate >= scale
         )
         share = "" if result.share == "" else f"{100 * result.share:.1f} % of {result.share_of}"
+        size = f"{result.G:,} × {result.N:,} × {result.K:,} × {result.D:,}"
+        rate = f"{result.rate / (scale or 1):.3g} {letter}{result.unit}"
         lines.append(
-            f"| {result.operation} | {result.G:,} × {result.N:,} × {result.K:,} × {result.D:,} | {result.implementation} "
-            f"| {milliseconds[0]} ({milliseconds[1]} … {milliseconds[2]}) | {result.rate / (scale or 1):.3g} {letter}{result.unit} "
+            f"| {result.operation} | {size} | {result.implementation} | {median} ({fast} … {slow}) | {rate} "
             f"| {share} | {'yes' if result.ok else 'no'} | {result.note} |"
         )
     return "\n".join(lines)
 
 
 def time_cpu(functions: dict[str, Callable[[], object]], repeats: int = 9, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call of each function; they take turns, so that what else the machine does meets all of them alike."""
+    """Seconds of each call, for each function. The functions take turns, so that other load slows all of them alike."""
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -185,10 +195,10 @@ def time_cpu(functions: dict[str, Callable[[], object]], repeats: int = 9, warmu
 def time_cuda(
     functions: Sequence[Callable[[], object]], repeats: int = 50, warmup: int = 5, calls: int = 1
 ) -> list[float]:
-    """Seconds of a call on the current CUDA stream, by events; `repeats` times the mean over so many calls in a row.
+    """Seconds per call on the current CUDA stream, by CUDA events: `repeats` values, each a mean over `calls` calls.
 
-    functions: the same operation on different inputs, called in turn, so that none finds its input in the cache if together they
-    are larger than it. calls: more than one where a call is shorter than its launch.
+    functions: one operation on different inputs, called in turn. If the inputs together exceed the cache, every call
+    reads its input from memory. calls: more than one for a call that is shorter than its launch.
     """
     for i in range(max(warmup, len(functions))):
         functions[i % len(functions)]()

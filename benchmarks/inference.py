@@ -1,8 +1,9 @@
-"""Sparse FFNs against dense ones on one NVIDIA GPU, alone and in a whole model that decodes: `python benchmarks/inference.py --help`.
+"""Sparse against dense FFNs on one NVIDIA GPU, alone and in a decoding model: `python benchmarks/inference.py --help`.
 
-Dense is the same model as torch.compile makes it; both run as CUDA graphs. Weights, codebook and predictor are random, of real sizes: speed does not
-depend on their values. Predicting the cluster is inside every time. Results are compared with the masked dense FFN before they are timed.
-Shape letters: see `apc/ops/sparse_ffn.py`.
+The dense model is compiled by torch.compile; both run as CUDA graphs. Weights, codebook and predictor are random with
+real sizes, because speed doesn't depend on their values. All times include predicting the cluster, unless the row says
+that the mask is known. The results of sparse FFNs are compared with a masked dense FFN before they are timed.
+Shape letters: see `apc.ops`.
 """
 
 import argparse
@@ -15,60 +16,62 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-from common import RESULTS, Row, append, commit, markdown, row, time_cuda
+from common import Row, add_csv_option, append, comma_list, commit, markdown, row, time_cuda
 from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.ops import sparse_ffn_sm90
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.sparsify import handle_of, restore, sparsify
+from apc.utils.errors import first_line
 
 DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED = "dense, torch.compile", "dense, torch.compile max-autotune"
-MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the graphs are ours, of all calls together
-MODES = {
+MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the benchmark makes its own graph of all calls
+MODES = {  # (label, mode of torch.compile, whether kernels launch early)
     "default": (COMPILED, "default", False),
     "tuned": (f"{TUNED}, early launches", MODE, True),
-}  # label, mode, early launches
-PREFILLS = (64, 512, 2048)  # tokens at once, which run dense
+}
+PREFILLS = (64, 512, 2048)  # tokens of calls that run dense
 KERNELS = importlib.import_module("apc.ops.sparse_ffn")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's FFNs, and of what predicts their clusters."""
+    """The shape of a model's FFNs and of their predictors."""
 
     E: int
     D: int
     H: int
     K: int
-    layers: int  # whose weights take turns, so that no cache holds them
+    layers: int  # take turns, so that their weights don't fit into the cache
 
     @property
     def dense_bytes(self) -> int:
+        """Bytes of an FFN's weights."""
         return 3 * self.E * self.D * 2
 
     @property
     def predictor_bytes(self) -> int:
+        """Bytes of a layer's cluster predictor."""
         return 2 * (self.E * self.H + self.H * self.K) + 4 * (self.H + self.K)
 
     @property
     def copy_bytes(self) -> int:
-        """Of gate and up at one bit, with what makes scores of their products, and a correction: 5.0 % of the FFN at Mistral's shape."""
+        """Bytes of a layer's one-bit gate and up, score curve and correction: 5.0 % of the FFN at Mistral's shape."""
         return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D + 2 * 2 * self.rank * self.E
 
     @property
     def rank(self) -> int:
-        """Of the low-bit copy's correction."""
+        """Rank of the low-bit copy's correction."""
         return max(8, self.H // 4)
 
 
@@ -77,50 +80,32 @@ QUICK = Shape(256, 640, 32, 64, 2)
 
 
 class Wrong(Exception):
-    """A result that is not the masked FFN's."""
+    """A result differs from the masked FFN's."""
 
 
 def main() -> None:
     parts = {"ffn": ffn, "tiles": tiles, "decode": decode}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        default=["ffn", "decode"],
-        metavar="PART,…",
-        help=f"of {', '.join(parts)}",
-    )
-    parser.add_argument(
-        "--densities", type=lambda text: [float(value) for value in text.split(",")], default=[0.3, 0.4, 0.5, 0.7, 1.0]
-    )
-    parser.add_argument(
-        "--batches", type=lambda text: [int(value) for value in text.split(",")], default=[1, 2, 4, 8, 16]
-    )
-    parser.add_argument(
-        "--predictors",
-        type=lambda text: text.split(","),
-        default=[*PREDICTORS],
-        metavar="WAY,…",
-        help=f"of decode: {', '.join(PREDICTORS)}",
-    )
-    parser.add_argument(
-        "--modes",
-        type=lambda text: text.split(","),
-        default=[*MODES],
-        metavar="MODE,…",
-        help=f"of decode's dense model: {', '.join(MODES)}",
-    )
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
+    lists = {  # option: (type, default, metavar, help)
+        "--only": (str, ["ffn", "decode"], "PART", f"parts: {', '.join(parts)}; default: ffn,decode"),
+        "--densities": (float, [0.3, 0.4, 0.5, 0.7, 1.0], "DENSITY", "shares of neurons that masks keep"),
+        "--batches": (int, [1, 2, 4, 8, 16], "N", "tokens of a call"),
+        "--predictors": (str, [*PREDICTORS], "NAME", f"part `decode`: {', '.join(PREDICTORS)}"),
+        "--modes": (str, [*MODES], "MODE", f"part `decode`, dense model: {', '.join(MODES)}"),
+    }
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--quick", action="store_true", help="check that everything runs, at tiny sizes")
+    for option, (kind, default, metavar, words) in lists.items():
+        parser.add_argument(option, type=comma_list(kind), default=default, metavar=f"{metavar},…", help=words)
+    add_csv_option(parser)
     options = parser.parse_args()
     for name, known in (("only", parts), ("modes", MODES), ("predictors", PREDICTORS)):
         if unknown := sorted(set(getattr(options, name)) - set(known)):
             parser.error(f"--{name} takes {', '.join(known)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
-        print("benchmarks/inference.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
+        print("benchmarks/inference.py: needs an NVIDIA GPU; torch sees none", file=sys.stderr)
         sys.exit(2)
     try:
-        append([], options.csv)  # what cannot be added to is found out now
+        append([], options.csv)  # fails now if the file can't be written
     except (OSError, ValueError) as error:
         parser.error(str(error))
     torch.manual_seed(0)
@@ -128,16 +113,13 @@ def main() -> None:
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     copy = 2 * COPIED / statistics.median(time_cuda([partial(target.copy_, source)], repeats=10))
     del source, target
-    print(
-        f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n",
-        flush=True,
-    )
+    print(f"# {name}, torch {torch.__version__}, commit {commit()}; device copy {copy / 1e12:.2f}e12 bytes/s\n")
     try:
         for part in options.only:
             rows = []
-            for found in parts[part](QUICK if options.quick else MISTRAL, options, name, copy):
-                append([found], options.csv)  # at once: what was measured stays, whatever comes after it
-                rows.append(found)
+            for result in parts[part](QUICK if options.quick else MISTRAL, options, name, copy):
+                append([result], options.csv)  # at once, so that a later failure doesn't lose it
+                rows.append(result)
             print(f"\n## {part}\n\n{markdown(rows)}\n", flush=True)
     except Wrong as error:
         sys.exit(f"benchmarks/inference.py: WRONG RESULT: {error}")
@@ -145,10 +127,10 @@ def main() -> None:
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """All calls, one after the other, as one CUDA graph."""
+    """All calls in sequence, as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with ops.whole_passes():
+    with ops.use_side_stream():
         with torch.cuda.stream(stream):
             for _ in range(2):
                 for call in calls:
@@ -162,106 +144,89 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Seconds of one call, the mean over all of a graph's, several times."""
+    """Seconds per call: REPEATS values, each a mean over all calls of a graph."""
     graph = graph_of(calls)
     return [seconds / len(calls) for seconds in time_cuda([graph.replay], repeats=REPEATS, calls=5)]
 
 
-# ---- the FFN alone
-
-
 @dataclass
 class Layer:
-    """Weights of one FFN, down transposed, its clusters and their predictor."""
+    """Weights of one FFN with down transposed, its masks, predictor, correction and low-bit copy."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    weights: ops.FFNWeights
     masks: Tensor
-    predictor: tuple[Tensor, Tensor, Tensor, Tensor]
-    correction: tuple[Tensor, Tensor]  # from the bottleneck to the output, and its bias
-    offsets: Tensor  # of the clusters
-    copy: tuple[Tensor, ...]  # bits of gate and up, scale, slope, power, bias and threshold of their scores
-    rank: int  # of the correction that goes with them: the first rows of the predictor's
+    predictor: ops.PredictorWeights
+    correction: tuple[Tensor, Tensor]  # matrix from the bottleneck to the output, and bias
+    offsets: Tensor  # output offset of each cluster
+    copy: tuple[Tensor, ops.ScoreCurve, Tensor]  # bits of gate and up, the curve of their scores, and the threshold
+    rank: int  # of the copy's correction, which uses the first rows of the predictor's bottleneck
 
     @classmethod
     def draw(cls, shape: Shape, density: float) -> "Layer":
+        """A layer of random values, whose masks and scores keep this share of the neurons."""
         draw = lambda *size: (torch.randn(*size, device=DEVICE) * size[-1] ** -0.5).bfloat16()
-        weights = [draw(shape.D, shape.E) for _ in range(3)]
+        weights = ops.FFNWeights(*(draw(shape.D, shape.E) for _ in range(3)))
         biases = [torch.randn(count, device=DEVICE) * 0.01 for count in (shape.H, shape.K)]
-        predictor = (draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1])
+        predictor = ops.PredictorWeights(draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1])
         bits = torch.randint(0, 256, (1, 2, shape.D, ops.row_bytes(shape.E)), dtype=torch.uint8, device=DEVICE)
-        curve = [
-            torch.full((2, shape.D), value, device=DEVICE) for value in (2 * shape.E**-0.5, 1.0, 0.0)
-        ]  # scores of the order of 1 for inputs of that
-        copy = (bits, *curve, torch.zeros(shape.D, device=DEVICE))
+        # With this scale, inputs of order 1 have scores of order 1.
+        curve = [torch.full((2, shape.D), value, device=DEVICE) for value in (2 * shape.E**-0.5, 1.0, 0.0)]
+        copy = (bits, ops.ScoreCurve(*curve, torch.zeros(shape.D, device=DEVICE)))
         scores = ops.low_bit_scores(torch.randn(64, shape.E, device=DEVICE), *copy, by_triton=False)
-        threshold = (
-            scores.flatten()[: 1 << 20].quantile(1 - density) if density < 1 else torch.full((), -1e9, device=DEVICE)
-        )
+        threshold = torch.full((), -1e9, device=DEVICE)
+        if density < 1:
+            threshold = scores.flatten()[: 1 << 20].quantile(1 - density)
         correction = draw(shape.H, shape.E), torch.randn(shape.E, device=DEVICE)
         masks = draw_masks(shape.K, shape.D, density)
-        return cls(*weights, masks, predictor, correction, draw(shape.K, shape.E), (*copy, threshold), shape.rank)
+        return cls(weights, masks, predictor, correction, draw(shape.K, shape.E), (*copy, threshold), shape.rank)
 
     def sparse(self, x: Tensor, how: str = "predictor") -> Tensor:
+        """The FFN's output by the sparse kernels.
+
+        how: where masks come from. known: given; copy: scores of the low-bit copy; predictor, corrected: the mask of
+        the predicted cluster, without or with a correction.
+        """
         if how == "known":
-            return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks[: len(x)])
+            return ops.sparse_ffn(x, self.weights, ops.ActiveNeurons(self.masks[: len(x)]))
         if how == "copy":
-            inner, masks = (
-                ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2])),
-                ops.low_bit_scores(x, *self.copy),
-            )
-            return ops.sparse_ffn(
-                x,
-                self.gate,
-                self.up,
-                self.down,
-                masks,
-                correction=(inner, self.correction[0][: self.rank], self.correction[1]),
-            )
-        inner, *candidates = ops.predict_clusters(x, *self.predictor)
-        added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
-        return ops.sparse_ffn(x, self.gate, self.up, self.down, self.masks, "silu", tuple(candidates), *added)
+            inner = ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2]))
+            masks = ops.low_bit_scores(x, *self.copy)
+            delta = ops.OutputDelta(inner, self.correction[0][: self.rank], self.correction[1])
+            return ops.sparse_ffn(x, self.weights, ops.ActiveNeurons(masks), delta)
+        prediction = ops.predict_clusters(x, self.predictor)
+        active = ops.ActiveNeurons(self.masks, prediction.candidates)
+        return ops.sparse_ffn(x, self.weights, active, self._delta(prediction, how))
+
+    def _delta(self, prediction: ops.Prediction, how: str) -> ops.OutputDelta:
+        if how != "corrected":
+            return ops.OutputDelta()
+        return ops.OutputDelta(prediction.bottleneck, *self.correction, self.offsets)
 
     def ahead(
-        self, x: Tensor, predicted: tuple[Tensor, Tensor, Tensor], later: "Layer", how: str, listed: Tensor | None, finds: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
-        """As `sparse`, of what was predicted and found before; what this layer's input predicts for a later one, and that one's neurons if they are wanted."""
-        inner, *candidates = predicted
-        added = ((inner, *self.correction), self.offsets) if how == "corrected" else (None, None)
-        following = (
-            ops.NextLayer(len(later.gate), later.masks)
-            if finds and ops.can_find(later.gate, later.up, later.down)
-            else None
-        )
-        return ops.sparse_ffn_ahead(
-            x,
-            self.gate,
-            self.up,
-            self.down,
-            self.masks,
-            "silu",
-            tuple(candidates),
-            later.predictor,
-            *added,
-            listed,
-            following,
-        )
+        self, x: Tensor, prediction: ops.Prediction, later: "Layer", how: str, listed: Tensor | None, finds: bool
+    ) -> tuple[Tensor, ops.Prediction, Tensor | None]:
+        """As `sparse`, with a prediction and a list of active neurons (`listed`) that an earlier layer made.
+
+        Also returns, for a later layer, the prediction from x and, if it `finds`, the list of active neurons.
+        """
+        next_layer = None
+        if finds and ops.can_prefetch(later.weights):
+            next_layer = ops.NextLayer(len(later.weights.gate), later.masks)
+        active = ops.ActiveNeurons(self.masks, prediction.candidates, listed)
+        delta = self._delta(prediction, how)
+        return ops.sparse_ffn_ahead(x, self.weights, active, later.predictor, delta, next_layer)
 
     def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
-        """The same in float32, by masks that multiply; and the masks, bool [n, D]."""
-        inner, values, ids = ops.predict_clusters(x, *self.predictor)
+        """The output of `sparse` from a masked dense FFN in float32, and the masks, bool [n, D]."""
+        inner, (values, ids) = ops.predict_clusters(x, self.predictor)
         clusters = ids.gather(1, values.argmax(1, keepdim=True)).squeeze(1).long()
-        packed = (
-            self.masks[: len(x)]
-            if how == "known"
-            else ops.low_bit_scores(x, *self.copy)
-            if how == "copy"
-            else self.masks[clusters]
-        )
-        kept = ops.unpack(packed, len(self.gate))
-        hidden = F.silu(x.float() @ self.gate.float().T) * (x.float() @ self.up.float().T)
-        output = (hidden.bfloat16().float() * kept) @ self.down.float()
+        packed = self.masks[: len(x)] if how == "known" else self.masks[clusters]
+        if how == "copy":
+            packed = ops.low_bit_scores(x, *self.copy)
+        gate, up, down = (matrix.float() for matrix in self.weights[:3])
+        kept = ops.unpack(packed, len(gate))
+        hidden = F.silu(x.float() @ gate.T) * (x.float() @ up.T)
+        output = (hidden.bfloat16().float() * kept) @ down
         if how in ("copy", "corrected"):
             rank = self.rank if how == "copy" else len(self.correction[0])
             output += inner[:, :rank] @ self.correction[0][:rank].float() + self.correction[1]
@@ -269,42 +234,45 @@ class Layer:
 
 
 def draw_masks(K: int, D: int, density: float) -> Tensor:
+    """Random masks, uint8 [K, W]; each keeps this share of the neurons."""
     return ops.binarize(torch.randint(2**40, (K, D), device=DEVICE), density)
 
 
 def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The dense FFN with down transposed, as the kernels need it, [D, E]."""
     return (F.silu(F.linear(x, gate)) * F.linear(x, up)) @ down
 
 
 def plain_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down as a model stores it, [E, D]."""
+    """The dense FFN with down as a model stores it, [E, D]."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class Ahead:
-    """FFNs of one input in a row, each of which predicts the cluster of the next but one and, if it `finds`, its neurons, beside the next one: in a model
-    that is the next one's, beside an attention."""
+    """A sequence of FFNs on one input; each predicts the cluster of the FFN two places later, while the next one runs.
+
+    In a model, it predicts the next layer's cluster, while attention runs. finds: each also lists the active neurons of
+    the FFN two places later.
+    """
 
     def __init__(self, layers: list[Layer], x: Tensor, how: str, finds: bool):
         self.layers, self.x, self.how, self.finds = layers, x, how, finds
-        self.predicted = [ops.predict_clusters(x, *layer.predictor) for layer in layers[:2]] + [None] * len(layers)
+        self.predicted = [ops.predict_clusters(x, layer.predictor) for layer in layers[:2]] + [None] * len(layers)
         self.listed: list[Tensor | None] = [None] * (len(layers) + 2)
         self.calls = [partial(self.call, index) for index in range(len(layers))]
 
     def call(self, index: int) -> Tensor:
+        """The output of one FFN."""
         later = self.layers[(index + 2) % len(self.layers)]
+        finds = self.finds and index + 2 < len(self.layers)
         output, self.predicted[index + 2], self.listed[index + 2] = self.layers[index].ahead(
-            self.x,
-            self.predicted[index],
-            later,
-            self.how,
-            self.listed[index],
-            self.finds and index + 2 < len(self.layers),
+            self.x, self.predicted[index], later, self.how, self.listed[index], finds
         )
         return output
 
 
 def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> Iterator[Row]:
+    """Rows for dense FFNs, and for sparse ones at each density and number of tokens. copy: bytes/s of a device copy."""
     dense, x = {}, {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in options.batches}
     for density in options.densities:
         layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
@@ -316,44 +284,37 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
         for n in [n for n in options.batches if n <= ops.MAX_TOKENS]:
             facts = dict(ok=True, ceiling=copy, share_of="copy")
             corrected = shape.predictor_bytes + 2 * shape.E * (shape.H + n) + 4 * shape.E
-            ways = {
-                "apc, predictor inside": ("predictor", shape.predictor_bytes), "apc, and its correction and offset": ("corrected", corrected),
+            ways = {  # label: (source of masks, bytes read beside the FFN's weights)
+                "apc, predictor inside": ("predictor", shape.predictor_bytes),
+                "apc, and its correction and offset": ("corrected", corrected),
                 "apc, predicted a layer ahead": ("predictor", shape.predictor_bytes),
                 "apc, predicted and found a layer ahead": ("predictor", shape.predictor_bytes),
                 "apc, found a layer ahead, and its correction and offset": ("corrected", corrected),
-                "apc, low-bit copy inside": ("copy", shape.copy_bytes), "apc, mask known": ("known", 0),
-            }  # fmt: skip
+                "apc, low-bit copy inside": ("copy", shape.copy_bytes),
+                "apc, mask known": ("known", 0),
+            }
             for label, (how, extra) in ways.items():
-                calls = (
-                    Ahead(layers, x[n], how, "found" in label).calls
-                    if "ahead" in label
-                    else [partial(layer.sparse, x[n], how) for layer in layers]
+                calls = [partial(layer.sparse, x[n], how) for layer in layers]
+                if "ahead" in label:
+                    calls = Ahead(layers, x[n], how, "found" in label).calls
+                output, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
+                if not (output - expected).norm() < 1e-2 * expected.norm():
+                    error = float((output - expected).norm() / expected.norm())
+                    raise Wrong(f"{label}, density {density}, {n} tokens: relative error {error:.2g} of the output")
+                moved = int(shape.dense_bytes * masks.any(0).float().mean()) + extra
+                size, facts["note"] = (1, n, shape.K, shape.D), f"{n} tokens"
+                result = row(f"FFN, density {density:g}", label, size, timed(calls), name, moved=moved, **facts)
+                print(
+                    f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs, "
+                    f"dense / sparse {dense[n] / result.seconds_median:.2f}",
+                    flush=True,
                 )
-                found, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
-                if not (found - expected).norm() < 1e-2 * expected.norm():
-                    error = float((found - expected).norm() / expected.norm())
-                    raise Wrong(f"{label}, density {density}, {n} tokens: {error:.2g} of the output is another")
-                moved = int(shape.dense_bytes * masks.any(0).float().mean())
-                seconds = timed(calls)
-                size = (1, n, shape.K, shape.D)
-                result = row(
-                    f"FFN, density {density:g}",
-                    label,
-                    size,
-                    seconds,
-                    name,
-                    moved=moved + extra,
-                    note=f"{n} tokens",
-                    **facts,
-                )
-                print(f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs, dense / sparse "
-                      f"{dense[n] / result.seconds_median:.2f}", flush=True)  # fmt: skip
                 yield result
 
 
 def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: str, copy: float) -> Iterator[Row]:
-    """torch.compile's FFN with the down projection as a model stores it, and with the transposed one that the kernels need."""
-    stored = [layer.down.T.contiguous() for layer in layers]
+    """Rows for torch.compile's FFN, with down as a model stores it and with down transposed."""
+    stored = [layer.weights.down.T.contiguous() for layer in layers]
     for n, given in (x | {n: torch.randn(n, shape.E, device=DEVICE).bfloat16() for n in PREFILLS}).items():
         facts = dict(ok=True, moved=shape.dense_bytes, ceiling=copy, share_of="copy", note=f"{n} tokens")
         ways = {COMPILED: (plain_ffn, {}), "dense, down transposed": (dense_ffn, {})}
@@ -361,9 +322,9 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
             ways[TUNED] = plain_ffn, {"mode": MODE}
         for label, (function, how) in ways.items():
             compiled = torch.compile(function, dynamic=False, **how)
-            downs = stored if function is plain_ffn else [layer.down for layer in layers]
+            downs = stored if function is plain_ffn else [layer.weights.down for layer in layers]
             calls = [
-                partial(compiled, given, layer.gate, layer.up, down) for layer, down in zip(layers, downs, strict=True)
+                partial(compiled, given, *layer.weights[:2], down) for layer, down in zip(layers, downs, strict=True)
             ]
             result = row("FFN, dense", label, (1, n, 0, shape.D), timed(calls), name, **facts)
             print(
@@ -374,52 +335,61 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
 
 
 def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
-    """The kernels at other tiles, one token at the first density: what the constants of `sparse_ffn.py` and `sparse_ffn_sm90.py` were chosen by."""
+    """Rows for other tiles of the kernels, for one token at the first density.
+
+    The constants of `sparse_ffn.py` and `sparse_ffn_sm90.py` were chosen by these.
+    """
     density, x = options.densities[0], torch.randn(1, shape.E, device=DEVICE).bfloat16()
     layers = [Layer.draw(shape, density) for _ in range(shape.layers)]
     moved = int(shape.dense_bytes * ops.mask_size(shape.D, density) / shape.D)
-    weights = [(x, layer.gate, layer.up, layer.down, layer.masks[:1]) for layer in layers]
-    ways = [("Triton", ops.sparse_ffn_triton, KERNELS._ROWS_TILE, dict(ROWS=count, STAGES=stages, num_warps=warps))
-            for count, stages, warps in itertools.product((1, 2, 4), (2, 3, 4), (4, 8))]  # fmt: skip
-    if sparse_ffn_sm90.takes(*weights[0][1:4]):
-        ways += [("Hopper", ops.sparse_ffn_hopper, sparse_ffn_sm90._TILE, dict(ROWS=count, STAGES=stages))
-                 for count, stages in itertools.product((1, 2, 4), (2, 4, 8))]  # fmt: skip
-    rows = []
+    arguments = [(x, layer.weights, ops.ActiveNeurons(layer.masks[:1])) for layer in layers]
+    ways = [
+        ("Triton", ops.sparse_ffn_triton, KERNELS._ROWS_TILE, dict(ROWS=count, STAGES=stages, num_warps=warps))
+        for count, stages, warps in itertools.product((1, 2, 4), (2, 3, 4), (4, 8))
+    ]
+    if ops.can_prefetch(layers[0].weights):
+        ways += [
+            ("Hopper", ops.sparse_ffn_hopper, sparse_ffn_sm90._TILE, dict(ROWS=count, STAGES=stages))
+            for count, stages in itertools.product((1, 2, 4), (2, 4, 8))
+        ]
+    facts = {"moved": moved, "ok": False, "ceiling": copy, "share_of": "copy"}
+    operation, size, rows = f"FFN tiles, density {density:g}", (1, 1, shape.K, shape.D), []
     for label, function, constants, values in ways:
         before = dict(constants)
         constants.update(values)
         sparse_ffn_sm90._prepare.cache_clear()
         note = f"{label}: " + ", ".join(f"{key} {value}" for key, value in values.items())
         try:
-            seconds = timed([partial(function, *given) for given in weights])
-        except (
-            RuntimeError,
-            triton.runtime.errors.OutOfResources,
-        ) as error:  # a tile that does not fit; the others go on
-            print(f"{note}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}", flush=True)
+            seconds = timed([partial(function, *given) for given in arguments])
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:  # this tile needs too much memory
+            print(f"{note}: {first_line(error)[:100]}", flush=True)
             continue
         finally:
             constants.update(before)
             sparse_ffn_sm90._prepare.cache_clear()
-        rows.append(row(f"FFN tiles, density {density:g}", "apc, mask known", (1, 1, shape.K, shape.D), seconds, name, moved=moved, ok=False, note=note,
-                        ceiling=copy, share_of="copy"))  # fmt: skip
+        rows.append(row(operation, "apc, mask known", size, seconds, name, note=note, **facts))
         print(f"{note}: {1e6 * rows[-1].seconds_median:.1f} µs, {100 * rows[-1].share:.0f} % of copy", flush=True)
     return sorted(rows, key=lambda result: result.seconds_median)[:8]
 
 
-# ---- a whole model
-
-
 def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> Iterator[Row]:
-    """Mistral-7B's shape with random weights: a step from one token to the next, after a prompt of 512 tokens."""
+    """Rows for a decoding step of a model with random weights and Mistral-7B's shape, after a prompt of 512 tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quick = shape is QUICK
     layers, prompt = (2, 16) if quick else (32, 512)
     config = AutoConfig.for_model(
-        "mistral", hidden_size=shape.E, intermediate_size=shape.D, num_hidden_layers=layers, num_attention_heads=shape.E // 128, head_dim=128,
-        num_key_value_heads=max(1, shape.E // 512), vocab_size=32_000, max_position_embeddings=4096, sliding_window=None,
-    )  # fmt: skip
+        "mistral",
+        hidden_size=shape.E,
+        intermediate_size=shape.D,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.E // 128,
+        head_dim=128,
+        num_key_value_heads=max(1, shape.E // 512),
+        vocab_size=32_000,
+        max_position_embeddings=4096,
+        sliding_window=None,
+    )
     with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokens = {n: torch.randint(32_000, (n, prompt), device=DEVICE) for n in options.batches}
@@ -427,20 +397,20 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     dense = {}
 
     def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True) -> Row:
-        torch.compiler.reset()  # which keeps no more than eight versions of a function, and then runs it as it is
+        torch.compiler.reset()  # after eight compiled versions of a function, torch would run it uncompiled
         decoder = GreedyDecoder(model, n, 2 * prompt, mode, early)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
         seconds = time_cuda([decoder.step], repeats=steps, warmup=4)
-        result = row(operation, label, (layers, n, shape.K, shape.D), seconds, name, moved=moved, ok=False, ceiling=copy, share_of="copy",
-                     note=f"{n} sequences, after {prompt} tokens")  # fmt: skip
+        facts = {"moved": moved, "ok": False, "ceiling": copy, "share_of": "copy"}
+        facts["note"] = f"{n} sequences, after {prompt} tokens"
+        result = row(operation, label, (layers, n, shape.K, shape.D), seconds, name, **facts)
         step = result.seconds_median
         dense[n] = min(dense.get(n, step), step) if "dense" in operation else dense[n]
-        print(
-            f"{operation}, {label}, {n} sequences: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {dense[n] / step:.3f}",
-            flush=True,
-        )
+        what = f"{operation}, {label}, {n} sequences"
+        ratio = dense[n] / step
+        print(f"{what}: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {ratio:.3f}", flush=True)
         return result
 
     for n in options.batches:
@@ -453,9 +423,12 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
             predictor, policy, extra = PREDICTORS[way](shape, layers, density)
             before = torch.cuda.memory_allocated()
             most = handle_of(sparsify(model, codebook, predictor, policy, kernel="auto")).max_sparse_tokens
-            held = torch.cuda.memory_allocated() - before
-            print(f"density {density:g}, {way}: {held / 1e6:.0f} MB beside the model, {100 * held / ffns:.2f} % of its FFNs; "
-                  f"up to {most} tokens run sparse", flush=True)  # fmt: skip
+            extra_memory = torch.cuda.memory_allocated() - before
+            print(
+                f"density {density:g}, {way}: {extra_memory / 1e6:.0f} MB beside the model, "
+                f"{100 * extra_memory / ffns:.2f} % of its FFNs; up to {most} tokens run sparse",
+                flush=True,
+            )
             moved = int(parameters - ffns + ffns * density + layers * extra)
             for n in options.batches:
                 label = f"apc, {way}: {'sparse' if n <= most else 'dense'}"
@@ -464,6 +437,7 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
 
 
 def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
+    """A codebook of random masks."""
     masks = torch.stack([draw_masks(shape.K, shape.D, density).cpu() for _ in range(layers)])
     profiles = torch.ones((), dtype=torch.float16).expand(layers, shape.K, shape.D)
     book = SiteCodebook(
@@ -475,16 +449,19 @@ def random_codebook(shape: Shape, layers: int, density: float) -> Codebook:
 
 
 def random_clusters(shape: Shape, layers: int, density: float, lookahead: int) -> tuple[Predictor, str, int]:
-    """A predictor of clusters, its policy, and the bytes that it reads of a layer for one token."""
-    predictor = Predictor(layers, shape.E, shape.H, {"neuron": shape.K}, lookahead=lookahead)
+    """A predictor of clusters, its policy, and the bytes of a layer that it reads for one token."""
+    predictor = Predictor(PredictorHeader(layers, shape.E, shape.H, {"neuron": shape.K}, lookahead=lookahead))
     return predictor.requires_grad_(False).eval().rounded(), "predicted", shape.predictor_bytes
 
 
 def random_low_bit(shape: Shape, layers: int, density: float) -> tuple[Predictor, str, int]:
-    """The same for a low-bit copy with a correction. Its scores are sums of two normal numbers, so its thresholds are known."""
-    predictor = Predictor(
-        layers, shape.E, shape.rank, {"neuron": shape.D}, "low-bit", corrects=True, frozen=True, with_thresholds=True
-    )
+    """The same for a low-bit copy with a correction.
+
+    Its scores are sums of two normal numbers, so the threshold follows from the density.
+    """
+    sizes = (layers, shape.E, shape.rank, {"neuron": shape.D})
+    header = PredictorHeader(*sizes, "low-bit", corrects=True, frozen=True, with_thresholds=True)
+    predictor = Predictor(header)
     copy = predictor.requires_grad_(False).eval().low_bit
     copy.planes.random_(0, 256)
     for value, number in ((copy.scale, 2 * shape.E**-0.5), (copy.slope, 1.0), (copy.power, 0.0)):
@@ -494,8 +471,10 @@ def random_low_bit(shape: Shape, layers: int, density: float) -> tuple[Predictor
 
 
 PREDICTORS = {
-    "lookahead 1": partial(random_clusters, lookahead=1), "lookahead 0": partial(random_clusters, lookahead=0), "low-bit copy": random_low_bit,
-}  # fmt: skip
+    "lookahead 1": partial(random_clusters, lookahead=1),
+    "lookahead 0": partial(random_clusters, lookahead=0),
+    "low-bit copy": random_low_bit,
+}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The kernels on one NVIDIA GPU, against torch, flash-kmeans and what the card can do: `python benchmarks/kernels.py --help`.
+"""Kernels on one NVIDIA GPU, against torch, flash-kmeans and the GPU's limits: `python benchmarks/kernels.py --help`.
 
-Every result is compared with `apc.ops.reference` before it is timed. Our time starts at packed rows and packed centroids on the device and
-ends at results on the device: whatever a kernel prepares is inside. The peers are spared that: the planes of numbers that they multiply
-are made beforehand, padded to whole 16 bytes. Shape letters: see `apc/ops/bits.py`.
+Every result is compared with `apc.ops.reference` before it is timed. The time of apc starts at packed rows and packed
+centroids on the device and ends at results on the device, so it includes all preparation. Peers multiply unpacked
+numbers, which are made beforehand, padded to a multiple of 16 bytes, and not timed. Shape letters: see `apc.ops`.
 """
 
 import argparse
@@ -21,34 +21,35 @@ from pathlib import Path
 
 import torch
 import triton
-from common import RESULTS, Row, append, commit, markdown, row, time_cuda
+from common import Row, add_csv_option, append, comma_list, commit, markdown, row, time_cuda
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 from triton.errors import TritonError
 
 from apc import ops
 from apc.ops import assign_cuda, nvrtc, reference
+from apc.utils.errors import first_line
 
 DEVICE = torch.device("cuda", 0)
-SECONDS = 0.25  # that the calls of one implementation fill, so that the clock falls as it does in use
-REPEATS = (5, 50)  # at least, at most
+SECONDS = 0.25  # total time of one implementation's calls: enough for the clock to fall to its sustained rate
+REPEATS = (5, 50)  # fewest and most
 CEILING_LOOPS = 20_000  # about 10 ms on an H100
 COPIED = 2**31  # bytes
-CHECKED = 4e12  # pairs that the reference does of a size: all rows of most sizes, a sample of the others
-PIECE = 2**26  # numbers that the reference expands at a time
-STRIP, STRIPS = 128, 12  # neurons whose sums the reference does at a time, and how often
-SCORES = 2**28  # scores in a piece of a peer's N × K matrix
-PLANES = 65_536 * 14_336  # numbers in the planes of a peer's update
+CHECKED = 4e12  # pairs that the reference computes at a size: all rows at most sizes, a sample of rows at the others
+PIECE = 2**26  # numbers per call of the reference
+STRIP, STRIPS = 128, 12  # neurons per strip whose sums are checked, and number of strips
+SCORES = 2**28  # entries of a peer's N × K score matrix made at once
+PLANES = 65_536 * 14_336  # most numbers in the unpacked rows of a peer's update
 PATTERNS = ("random ids", "skewed ids", "one cluster")
 
 
 class Wrong(Exception):
-    """A result that is not the reference's."""
+    """A result differs from the reference's."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU; ceilings: pairs/s of `b1 wgmma` and `uint8 wgmma`, absent where not measured, and bytes/s of `copy`."""
+    """A GPU. ceilings: bytes/s of `copy`, and pairs/s of `b1 wgmma` and `uint8 wgmma` if they could be measured."""
 
     name: str
     ceilings: dict[str, float]
@@ -56,65 +57,49 @@ class Card:
 
 @dataclass(frozen=True)
 class Run:
-    """An implementation to time, its result found right. moved: bytes, where those and not pairs are counted; calls: on different inputs."""
+    """An implementation to time, whose result has been checked."""
 
     name: str
-    calls: Sequence[Callable[[], object]]
+    calls: Sequence[Callable[[], object]]  # the same operation on different inputs
     shape: tuple[int, int, int, int]  # G, N, K, D
     ceiling: str = ""
-    moved: int | None = None
+    moved: int | None = None  # bytes of a call; None: the rate counts pairs
     exact: bool = True
     note: str = ""
-    products: int = 1  # of the ceiling's that a pair takes
+    products: int = 1  # products of the ceiling's kind per pair
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        default=list(parts(True)),
-        metavar="PART,…",
-        help=f"of {', '.join(parts(True))}",
-    )
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="file that the rows are added to")
-    parser.add_argument(
-        "--seed", type=int, default=random.randrange(2**31), help="of the inputs, which are others in every run"
-    )
+    names = list(parts(True))
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--quick", action="store_true", help="check that everything runs, at tiny sizes")
+    parser.add_argument("--only", type=comma_list(), default=names, metavar="PART,…", help=f"parts: {', '.join(names)}")
+    add_csv_option(parser)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the inputs; default: random")
     arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.only) - set(parts(True))):
-        parser.error(f"--only takes {', '.join(parts(True))}, got {', '.join(unknown)}")
+    if unknown := sorted(set(arguments.only) - set(names)):
+        parser.error(f"--only takes {', '.join(names)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
-        print(
-            "benchmarks/kernels.py needs an NVIDIA GPU, and torch sees none; benchmarks/cpu.py runs anywhere",
-            file=sys.stderr,
-        )
+        print("benchmarks/kernels.py: needs an NVIDIA GPU; benchmarks/cpu.py runs anywhere", file=sys.stderr)
         sys.exit(2)
     try:
-        append([], arguments.csv)  # what cannot be added to is found out now
+        append([], arguments.csv)  # fails now if the file can't be written
     except (OSError, ValueError) as error:
         parser.error(str(error))
     torch.manual_seed(arguments.seed)
     start = time.perf_counter()
     name = torch.cuda.get_device_name(DEVICE)
-    print(
-        f"# {name}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}\n\nSeed {arguments.seed}."
-    )
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, commit {commit()}"
+    print(f"# {name}, {versions}\n\nSeed {arguments.seed}.")
     if not flash_kmeans():
-        print(
-            "flash-kmeans is not installed and stays out: pip install 'flash-kmeans>=0.3', or pip install -e '.[bench]', would bring it."
-        )
-    found = ceilings(name)
-    publish("ceilings", found, arguments.csv)
-    card = Card(name, {result.implementation: result.rate for result in found})
+        print("flash-kmeans is not installed, so it is left out: pip install -e '.[bench]'")
+    limits = ceilings(name)
+    publish("ceilings", limits, arguments.csv)
+    card = Card(name, {result.implementation: result.rate for result in limits})
     try:
         for part in arguments.only:
-            publish(
-                part,
-                [result for case in parts(arguments.quick)[part] for result in attempt(part, partial(case, card))],
-                arguments.csv,
-            )
+            cases = parts(arguments.quick)[part]
+            publish(part, [result for case in cases for result in attempt(part, partial(case, card))], arguments.csv)
     except Wrong as error:
         sys.exit(f"benchmarks/kernels.py: WRONG RESULT, seed {arguments.seed}: {error}")
     print(f"\n{time.perf_counter() - start:.0f} s")
@@ -171,93 +156,67 @@ def parts(quick: bool) -> dict[str, list[Callable[[Card], list[Row]]]]:
 
 
 def attempt(part: str, case: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a case, or none, with a line that says so, where the GPU's memory does not hold it."""
+    """The rows of a case; none, after a printed line, if it doesn't fit into the GPU's memory."""
     try:
         return case()
     except torch.OutOfMemoryError as error:
-        print(f"{part}: a size stays out, as the memory does not hold it: {first_line(error)}")
+        print(f"{part}: one size left out, the GPU has too little memory: {first_line(error)}")
         return []
     finally:
         torch.cuda.empty_cache()
 
 
 def publish(part: str, rows: list[Row], path: Path) -> None:
+    """Appends the rows to the CSV file and prints them."""
     append(rows, path)
     print(f"\n## {part}\n\n{markdown(rows)}", flush=True)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def show(shape: tuple[int, int, int, int]) -> str:
+    """A shape with its letters."""
     return "G × N × K × D = " + " × ".join(f"{size:,}" for size in shape)
 
 
 def ceilings(name: str) -> list[Row]:
+    """Rows for the GPU's limits: a copy and, on Hopper, b1 and uint8 products on the tensor cores."""
     source = torch.randint(0, 256, (COPIED,), dtype=torch.uint8, device=DEVICE)
     copy = torch.empty_like(source)
     seconds = time_cuda([partial(copy.copy_, source)], REPEATS[1])
     if not torch.equal(copy, source):
-        raise RuntimeError("a copy on the device is not what was copied")
-    rows = [
-        row(
-            "ceiling",
-            "copy",
-            (1, COPIED, 0, 0),
-            seconds,
-            name,
-            ok=True,
-            moved=2 * COPIED,
-            note="bytes read and written",
-        )
-    ]
+        raise RuntimeError("a copy on the device differs from its source; try another GPU")
+    facts = {"ok": True, "moved": 2 * COPIED, "note": "bytes read and written"}
+    rows = [row("ceiling", "copy", (1, COPIED, 0, 0), seconds, name, **facts)]
     del source, copy
     torch.cuda.empty_cache()
     if reason := assign_cuda.unavailable(DEVICE.index, "u8"):
-        print(f"No ceiling of tensor cores is measured, and what would be shares of it stay empty: {reason}.")
+        print(f"The tensor cores' limits are not measured, and shares of them stay empty: {reason}.")
         return rows
+    note = "products on shared memory alone: nothing to compare"
     for implementation, kind, neurons in (("b1 wgmma", "b1", 256), ("uint8 wgmma", "u8", 32)):
         seconds, blocks = time_ceiling(kind)
         shape = (1, 128 * blocks, 256, 4 * neurons * CEILING_LOOPS)  # rows of two warpgroups; four products a loop
-        rows.append(
-            row(
-                "ceiling",
-                implementation,
-                shape,
-                seconds,
-                name,
-                ok=False,
-                note="products on shared memory alone: nothing to compare",
-            )
-        )
+        rows.append(row("ceiling", implementation, shape, seconds, name, ok=False, note=note))
     return rows
 
 
 def time_ceiling(kind: str) -> tuple[list[float], int]:
-    """Seconds of calls of ceiling.cu that follow each other for about 0.3 s, and the blocks, one on each multiprocessor."""
+    """Seconds of each of 30 consecutive calls of ceiling.cu, and the number of blocks, one per multiprocessor."""
     blocks, shared = torch.cuda.get_device_properties(DEVICE).multi_processor_count, (2 * 64 + 256) * 128 + 1024
     out = torch.empty((blocks, 256), dtype=torch.int32, device=DEVICE)
-    program = nvrtc.Program(
-        str(Path(__file__).with_name("ceiling.cu").resolve()), "sm_90a", text=assign_cuda.warpgroup_mma(kind, 256)
-    )
+    source = str(Path(__file__).with_name("ceiling.cu").resolve())
+    program = nvrtc.Program(source, "sm_90a", text=assign_cuda.warpgroup_mma(kind, 256))
     kernel = nvrtc.function(program, "ceiling", DEVICE.index, shared)
     arguments = nvrtc.pointer(out), ctypes.c_int(CEILING_LOOPS)
     return time_cuda([lambda: nvrtc.launch(kernel, (blocks, 1), 256, shared, *arguments)], repeats=30), blocks
 
 
 def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:
-    """Times the runs, one after the other, and prints how ours compare with the peers at the rate, if there are any."""
+    """Times the runs in turn and prints the rate of each apc run as a multiple of each peer's."""
     rows = []
     for run in runs:
         ceiling = card.ceilings[run.ceiling] / run.products if run.ceiling in card.ceilings else None
-        facts = {
-            "ok": run.exact,
-            "moved": run.moved,
-            "ceiling": ceiling,
-            "share_of": run.ceiling if ceiling else "",
-            "note": run.note,
-        }
+        facts = {"ok": run.exact, "moved": run.moved, "note": run.note}
+        facts |= {"ceiling": ceiling, "share_of": run.ceiling if ceiling else ""}
         rows.append(row(operation, run.name, run.shape, timed(run.calls), card.name, **facts))
     peers = [result for result in rows if not result.implementation.startswith("apc")]
     for ours in rows:
@@ -268,6 +227,7 @@ def measure(card: Card, operation: str, runs: Sequence[Run]) -> list[Row]:
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds per call; the calls together take about SECONDS."""
     once = statistics.median(time_cuda(calls, repeats=3, warmup=2))
     together = 20 if once < 2e-4 else 1
     repeats = min(max(int(SECONDS / (once * together)), REPEATS[0]), REPEATS[1])
@@ -275,14 +235,14 @@ def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def copies(size: int) -> int:
-    """How many inputs of so many bytes take turns: enough that the L2 cache does not hold them, where it would hold one."""
+    """Number of inputs of so many bytes that take turns: 1 if it exceeds the L2 cache, else enough to fill it twice."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return 1 if size > cache else -(-2 * cache // size)
 
 
 @contextlib.contextmanager
 def poison() -> Iterator[None]:
-    """torch.empty is filled with the largest number of its type, so that nothing passes that was left there by an earlier call."""
+    """Fills each torch.empty with the type's largest number, so that an element no kernel wrote fails the check."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -290,19 +250,22 @@ def poison() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], shape: tuple[int, int, int, int]) -> None:
-    """Raises Wrong unless both are the same."""
-    for ours, theirs in zip(got, expected, strict=True):
+def check(name: str, results: Sequence[Tensor], expected: Sequence[Tensor], shape: tuple[int, int, int, int]) -> None:
+    """Raises Wrong unless all results are equal to the expected ones."""
+    for ours, theirs in zip(results, expected, strict=True):
         if not torch.equal(ours, theirs):
             raise Wrong(f"{name} at {show(shape)}: {int((ours != theirs).sum()):,} of {ours.numel():,} numbers differ")
 
 
 def peer(run: Run, check_result: Callable[[object], str]) -> list[Run]:
-    """Somebody else's run, with what check_result has to note; none, with a line that says why, where it fails."""
+    """The run of a peer, with the note that check_result returns. Empty, after a printed line, if the peer fails.
+
+    Raises Wrong if check_result does.
+    """
     try:
         notes = run.note, check_result(run.calls[0]())
     except (RuntimeError, ValueError, TritonError) as error:
-        print(f"{run.name} stays out at {show(run.shape)}: {first_line(error)}")
+        print(f"{run.name} is left out at {show(run.shape)}: {first_line(error)[:200]}")
         return []
     except Wrong as error:
         raise Wrong(f"{run.name} at {show(run.shape)}: {error}") from None
@@ -310,28 +273,26 @@ def peer(run: Run, check_result: Callable[[object], str]) -> list[Run]:
 
 
 def draw_rows(G: int, N: int, D: int) -> Tensor:
-    """uint8 [G, N, W], half of the neurons active."""
+    """Random packed rows, uint8 [G, N, W], with half of the neurons active."""
     rows = torch.randint(0, 256, (G, N, ops.row_bytes(D)), dtype=torch.uint8, device=DEVICE)
     return rows.bitwise_and_(ops.pack(torch.ones(D, dtype=torch.bool, device=DEVICE)))  # padding bits are zero
 
 
 def draw_centroids(G: int, K: int, D: int) -> Tensor:
-    """uint8 [G, K, W], as many ones in each, so that the nearest by Euclid's distance overlaps most."""
+    """Random centroids, uint8 [G, K, W]. All have the same size, so the nearest by Euclidean distance overlaps most."""
     return ops.binarize(torch.randint(2**40, (G, K, D), device=DEVICE), 0.5)
 
 
 def draw_sample(G: int, N: int, K: int, D: int) -> Tensor:
-    """int64 [n]: the rows of each group that the reference does, the last ones among them."""
+    """Indices of the rows of each group to check, int64 [n]: all, or a random sample and the last 64."""
     count = int(CHECKED / (G * K * D))
-    return (
-        torch.arange(N, device=DEVICE)
-        if count >= N
-        else torch.cat([torch.randperm(N, device=DEVICE)[:count], torch.arange(N - 64, N, device=DEVICE)])
-    )
+    if count >= N:
+        return torch.arange(N, device=DEVICE)
+    return torch.cat([torch.randperm(N, device=DEVICE)[:count], torch.arange(N - 64, N, device=DEVICE)])
 
 
 def expect(operation: Callable, rows: Tensor, centroids: Tensor, sample: Tensor, D: int) -> tuple[Tensor, Tensor]:
-    """[G, n], [G, n]: what the reference says of the sampled rows, a piece at a time."""
+    """The reference's ids and sums for the sampled rows, [G, n] each, computed a piece at a time."""
     size = max(1, PIECE // max(D, centroids.shape[1]))
     groups = [
         [operation(group[piece], group_centroids) for piece in sample.split(size)]
@@ -342,28 +303,28 @@ def expect(operation: Callable, rows: Tensor, centroids: Tensor, sample: Tensor,
 
 
 def planes(packed: Tensor, D: int, dtype: torch.dtype) -> Tensor:
-    """uint8 [n, W] → [n, D], D rounded up to a multiple of 16: each bit as a number."""
+    """Packed rows as numbers: uint8 [n, W] → [n, D], with D rounded up to a multiple of 16."""
     return ops.unpack(packed, -(-D // 16) * 16).to(dtype)
 
 
 def best_products(multiply: Callable[[Tensor, Tensor], Tensor], rows: Tensor, centroids: Tensor) -> Tensor:
-    """[N, D], [K, D] → int64 [N]: which products are the greatest, the N × K matrix in as few equal pieces as memory asks for."""
+    """The cluster with the greatest product for each row: [N, D], [K, D] → int64 [N], SCORES products at a time."""
     pieces = -(-len(rows) * len(centroids) // SCORES)
     return torch.cat([multiply(piece, centroids.T).argmax(1) for piece in rows.split(-(-len(rows) // pieces))])
 
 
 def whole_eights(centroids: Tensor) -> Tensor:
-    """[K, D] → K rounded up to a multiple of 8 with zeros, which overlap nothing."""
+    """Centroids [K, D] with rows of zeros added up to a multiple of 8; these overlap nothing."""
     return pad(centroids, (0, 0, 0, -len(centroids) % 8))
 
 
 def flash_kmeans() -> str:
-    """The version of flash-kmeans; empty where it is not installed."""
+    """The version of flash-kmeans; empty if it is not installed."""
     return importlib.metadata.version("flash-kmeans") if importlib.util.find_spec("flash_kmeans") else ""
 
 
 def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> list[Row]:
-    """assign_b1 and assign_triton; the peers do the first group."""
+    """Rows for assign_b1 and assign_triton; peers run on the first group alone."""
     G, N, K, D = shape
     centroids, sample = draw_centroids(G, K, D), draw_sample(*shape)
     inputs = [draw_rows(G, N, D) for _ in range(copies(G * N * ops.row_bytes(D)))]
@@ -371,14 +332,14 @@ def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> 
     ours = {"apc b1": (ops.assign_b1, "b1 wgmma"), "apc Triton int8": (ops.assign_triton, "uint8 wgmma")}
     if reason := assign_cuda.unavailable(DEVICE.index):
         del ours["apc b1"]
-        print(f"apc b1 stays out at {show(shape)}: {reason}")
+        print(f"apc b1 is left out at {show(shape)}: {reason}")
     runs, first = [], None
     for name, (function, ceiling) in ours.items():
         with poison():
-            got = function(inputs[0], centroids)
-        check(f"{name} against reference.py", [result[:, sample] for result in got], expected, shape)
-        first = first or got
-        check(f"{name} against {next(iter(ours))}", got, first, shape)  # of all rows, where the sample is some
+            results = function(inputs[0], centroids)
+        check(f"{name} against reference.py", [result[:, sample] for result in results], expected, shape)
+        first = first or results
+        check(f"{name} against {next(iter(ours))}", results, first, shape)  # all rows, not the sample alone
         runs.append(Run(name, [partial(function, rows, centroids) for rows in inputs], shape, ceiling))
     if peers:
         runs += assign_peers([rows[0] for rows in inputs], centroids[0], sample, expected[1][0], shape)
@@ -388,12 +349,16 @@ def assign(card: Card, shape: tuple[int, int, int, int], peers: bool = True) -> 
 def assign_peers(
     inputs: list[Tensor], centroids: Tensor, sample: Tensor, best: Tensor, shape: tuple[int, int, int, int]
 ) -> list[Run]:
-    """inputs: uint8 [N, W], several where they take turns; centroids: uint8 [K, W]; best: int32 [n], the sampled rows' overlaps."""
+    """Runs of torch's bf16 and int8 products and of flash-kmeans.
+
+    inputs: packed rows uint8 [N, W], which take turns; centroids: uint8 [K, W]; best: int32 [n], the greatest overlap
+    of each sampled row.
+    """
     G, N, K, D = shape
 
     def check_ids(ids: Tensor, rounded: bool = False) -> str:
-        found = ops.popcount(inputs[0][sample] & centroids[in_range(ids, K)[sample]])
-        return check_best(found, best, rounded)
+        overlaps = ops.popcount(inputs[0][sample] & centroids[in_range(ids, K)[sample]])
+        return check_best(overlaps, best, rounded)
 
     def take_turns(dtype: torch.dtype) -> list[Tensor]:
         return [planes(rows, D, dtype) for rows in inputs[: copies(N * D * dtype.itemsize)]]
@@ -424,62 +389,54 @@ def peers_note(G: int) -> str:
 
 
 def in_range(ids: Tensor, K: int) -> Tensor:
-    """ids, or Wrong where they are no clusters."""
+    """The ids. Raises Wrong if any is not from 0 to K − 1."""
     if int(ids.min()) < 0 or int(ids.max()) >= K:
-        raise Wrong(f"ids go from {int(ids.min())} to {int(ids.max())} where K = {K}")
+        raise Wrong(f"ids are from {int(ids.min())} to {int(ids.max())}, but K = {K}")
     return ids
 
 
-def check_best(found: Tensor, best: Tensor, rounded: bool) -> str:
-    """Raises Wrong unless a peer's clusters score as much as the best (ties are its to settle), or, rounded to 8 bits, nearly; notes how nearly."""
-    short = int((found != best).sum())
-    if (found > best).any() or (found < best * (1 - 2**-7 if rounded else 1)).any():
-        raise Wrong(f"not the nearest clusters for {short:,} of {len(best):,} rows")
-    return f"{100 * short / len(best):.2g} % of rows miss the nearest" if rounded else ""
+def check_best(scores: Tensor, best: Tensor, rounded: bool) -> str:
+    """Checks the scores of a peer's clusters, whose ties may break differently. Raises Wrong unless they are the best.
+
+    rounded: allows scores below the best by the rounding of 8-bit significands, and returns a note with the share of
+    such rows.
+    """
+    misses = int((scores != best).sum())
+    if (scores > best).any() or (scores < best * (1 - 2**-7 if rounded else 1)).any():
+        raise Wrong(f"not the nearest clusters for {misses:,} of {len(best):,} rows")
+    return f"{100 * misses / len(best):.2g} % of rows miss the nearest" if rounded else ""
 
 
 def assign_weighted(card: Card, shape: tuple[int, int, int, int], power: int) -> list[Row]:
-    """assign_weighted; the peer does the first group."""
+    """Rows for assign_weighted; the peer runs on the first group alone."""
     G, N, K, D = shape
     centroids, sample = draw_centroids(G, K, D), draw_sample(*shape)
     importance = torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE)
     expected = expect(partial(reference.assign_weighted, power=power), importance, centroids, sample, D)
     with poison():
-        got = ops.assign_weighted(importance, centroids, power)
-    check("assign_weighted against reference.py", [result[:, sample] for result in got], expected, shape)
+        results = ops.assign_weighted(importance, centroids, power)
+    check("assign_weighted against reference.py", [result[:, sample] for result in results], expected, shape)
     note = "" if power == 1 else "a pair is two products of bytes"
-    runs = [
-        Run(
-            "apc",
-            [partial(ops.assign_weighted, importance, centroids, power)],
-            shape,
-            "uint8 wgmma",
-            note=note,
-            products=power,
-        )
-    ]
+    calls = [partial(ops.assign_weighted, importance, centroids, power)]
+    runs = [Run("apc", calls, shape, "uint8 wgmma", note=note, products=power)]
 
     def check_ids(ids: Tensor) -> str:
-        ids, size = in_range(ids, K), PIECE // D + 1
-        found = [
-            (importance[0, piece].double() ** power * reference.unpack(centroids[0, ids[piece]], D))
-            .sum(1)
-            .to(torch.int32)
-            for piece in sample.split(size)
-        ]
-        return check_best(torch.cat(found), expected[1][0], rounded=True)
+        ids, sums = in_range(ids, K), []
+        for piece in sample.split(PIECE // D + 1):
+            inside = reference.unpack(centroids[0, ids[piece]], D)
+            sums.append((importance[0, piece].double() ** power * inside).sum(1).to(torch.int32))
+        return check_best(torch.cat(sums), expected[1][0], rounded=True)
 
     numbers = pad(importance[0].bfloat16(), (0, -D % 16)) ** power
     bits = whole_eights(planes(centroids[0], D, torch.bfloat16))
     calls = [partial(best_products, torch.mm, numbers, bits)]
-    runs += peer(
-        Run("torch bf16 GEMM + argmax, rounded", calls, (1, N, K, D), exact=False, note=peers_note(G)), check_ids
-    )
+    rounded = Run("torch bf16 GEMM + argmax, rounded", calls, (1, N, K, D), exact=False, note=peers_note(G))
+    runs += peer(rounded, check_ids)
     return measure(card, f"assign_weighted, power {power}", runs)
 
 
 def draw_ids(pattern: str, G: int, N: int, K: int) -> Tensor:
-    """int64 [G, N]. Skewed: cluster k has a share that falls as 1 / (k + 1)."""
+    """Cluster ids int64 [G, N]. Skewed: the share of cluster k is proportional to 1 / (k + 1)."""
     if pattern == "random ids":
         return torch.randint(K, (G, N), device=DEVICE)
     if pattern == "skewed ids":
@@ -489,7 +446,10 @@ def draw_ids(pattern: str, G: int, N: int, K: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What is added up by cluster: packed rows uint8 [G, N, W], or, to a power of 1 or 2, importance uint8 [G, N, D] times scales int64 [G, N]."""
+    """The rows to sum by cluster: packed rows uint8 [G, N, W], or importance uint8 [G, N, D] with scales int64 [G, N].
+
+    power: 0 for packed rows; else 1 or 2, the power of the importances.
+    """
 
     rows: Tensor
     D: int
@@ -502,7 +462,7 @@ class Source:
         return ops.accumulate(self.rows, ids, K, self.D, out=out)
 
     def expected(self, ids: Tensor, K: int) -> list[tuple[slice, tuple[Tensor, Tensor]]]:
-        """The reference's sums int64 [G, K, STRIP] and sizes int64 [G, K], for some strips of neurons, the last one among them."""
+        """The reference's sums int64 [G, K, STRIP] and sizes int64 [G, K], for random strips and the last one."""
         (G, N), last = ids.shape, (self.D - 1) // STRIP
         strips = []
         for strip in {*torch.randperm(last + 1)[:STRIPS].tolist(), last}:
@@ -519,66 +479,67 @@ class Source:
         return strips
 
     def first(self, n: int) -> "Source":
-        """The first rows of the first group."""
+        """The first n rows of the first group."""
         return Source(self.rows[:1, :n], self.D, self.power, None if self.scales is None else self.scales[:1, :n])
 
     def numbers(self) -> Tensor:
-        """float32 [N, D] of the first group; those of importance are rounded."""
-        return (
-            self.scales[0, :, None] * self.rows[0].float() ** self.power
-            if self.power
-            else ops.unpack(self.rows[0], self.D).float()
-        )
+        """The values to sum in the first group, float32 [N, D]; those of importances are rounded."""
+        if self.power:
+            return self.scales[0, :, None] * self.rows[0].float() ** self.power
+        return ops.unpack(self.rows[0], self.D).float()
 
 
 def update(
     card: Card, shape: tuple[int, int, int, int], power: int = 0, patterns: Sequence[str] = PATTERNS[:1]
 ) -> list[Row]:
-    """accumulate (power 0) or accumulate_weighted into new sums; random ids also into `out`, and by the peers, for the first rows of a group."""
+    """Rows for accumulate (power 0) or accumulate_weighted.
+
+    With random ids also into existing sums, and peers on the first rows of the first group.
+    """
     G, N, K, D = shape
     if power:
         rows = torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE)
         operation, source = f"accumulate_weighted, power {power}", Source(rows, D, power, ops.row_scales(rows, power))
     else:
         operation, source = "accumulate", Source(draw_rows(G, N, D), D)
-    results = []
+    table = []
     for pattern in patterns:
         ids, name = draw_ids(pattern, G, N, K), f"{operation}, {pattern}"
         expected = source.expected(ids, K)
         with poison():
-            got = source.sums(ids, K)
-        check_sums(name, got, expected, shape)
+            results = source.sums(ids, K)
+        check_sums(name, results, expected, shape)
         facts = {"shape": shape, "ceiling": "copy", "moved": source.rows.numel()}
         runs = [Run("apc", [partial(source.sums, ids, K)], **facts)]
         if pattern == PATTERNS[0]:
-            out = got[0].clone(), got[1].clone()
+            out = results[0].clone(), results[1].clone()
             source.sums(ids, K, out)
-            check_sums(f"{name}, into out", (out[0] - got[0], out[1] - got[1]), expected, shape)
+            check_sums(f"{name}, into out", (out[0] - results[0], out[1] - results[1]), expected, shape)
             runs.append(Run("apc, into out", [partial(source.sums, ids, K, out)], **facts))
             n = min(N, PLANES // D)
             runs += update_peers(source.first(n), ids[:1, :n], K, f"planes made beforehand, {n:,} rows")
-        results += measure(card, name, runs)
-    return results
+        table += measure(card, name, runs)
+    return table
 
 
 def check_sums(
     name: str,
-    got: Sequence[Tensor],
+    results: Sequence[Tensor],
     expected: list[tuple[slice, tuple[Tensor, Tensor]]],
     shape: tuple[int, int, int, int],
 ) -> None:
-    """got: sums [G, K, D] and sizes [G, K]; expected: as of Source.expected."""
-    for neurons, result in expected:
-        check(
-            f"{name} against reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}",
-            (got[0][..., neurons], got[1]),
-            result,
-            shape,
-        )
+    """Raises Wrong unless sums [G, K, D] and sizes [G, K] equal those of `Source.expected`."""
+    sums, sizes = results
+    for neurons, reference_results in expected:
+        label = f"{name} against reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}"
+        check(label, (sums[..., neurons], sizes), reference_results, shape)
 
 
 def update_peers(source: Source, ids: Tensor, K: int, note: str) -> list[Run]:
-    """source: one group; ids: int64 [1, n]. Both peers add floats: exact for patterns, and rounded for importance."""
+    """Runs of two torch peers that add floats, which is exact for patterns and rounded for importances.
+
+    source: one group; ids: int64 [1, n].
+    """
     expected, numbers = source.expected(ids, K), source.numbers()
     n, D = numbers.shape
     halves = numbers.bfloat16()
@@ -593,7 +554,7 @@ def update_peers(source: Source, ids: Tensor, K: int, note: str) -> list[Run]:
     def check_floats(sums: Tensor) -> str:
         for neurons, (exact, _) in expected:
             if ((sums[:, neurons] - exact[0]).abs() > (0.01 * exact[0] if source.power else 0)).any():
-                raise Wrong(f"not the sums of reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}")
+                raise Wrong(f"sums differ from reference.py, neurons {neurons.start:,} to {neurons.stop - 1:,}")
         return ""
 
     runs = []
@@ -604,25 +565,22 @@ def update_peers(source: Source, ids: Tensor, K: int, note: str) -> list[Run]:
 
 
 def binarize(card: Card, K: int, D: int) -> list[Row]:
-    """binarize at density 0.5; the peer ends at a mask of bools, not packed."""
+    """Rows for binarize at density 0.5; the peer returns an unpacked mask of bools."""
     sums, m, shape = torch.randint(200, 400, (K, D), device=DEVICE), ops.mask_size(D, 0.5), (1, 0, K, D)
     with poison():
-        got = ops.binarize(sums, 0.5)
+        masks = ops.binarize(sums, 0.5)
     for k in range(0, K, 2048):
-        check(
-            "binarize against reference.py", [got[k : k + 2048]], [reference.binarize(sums[k : k + 2048], 0.5)], shape
-        )
+        part = slice(k, k + 2048)
+        check("binarize against reference.py", [masks[part]], [reference.binarize(sums[part], 0.5)], shape)
 
     def top() -> Tensor:
-        return torch.zeros((K, D), dtype=torch.bool, device=DEVICE).scatter_(
-            1, sums.topk(m, sorted=False).indices, True
-        )
+        largest = sums.topk(m, sorted=False).indices
+        return torch.zeros((K, D), dtype=torch.bool, device=DEVICE).scatter_(1, largest, True)
 
     def check_mask(mask: Tensor) -> str:
-        if not (
-            torch.equal((sums * mask).sum(1), (sums * ops.unpack(got, D)).sum(1)) and bool((mask.sum(1) == m).all())
-        ):
-            raise Wrong("the masks do not hold the most")
+        captured, expected = ((sums * kept).sum(1) for kept in (mask, ops.unpack(masks, D)))
+        if not (torch.equal(captured, expected) and bool((mask.sum(1) == m).all())):
+            raise Wrong("the masks don't keep the largest sums")
         return ""
 
     facts = {"shape": shape, "ceiling": "copy", "moved": 8 * K * D}
@@ -634,52 +592,47 @@ def binarize(card: Card, K: int, D: int) -> list[Row]:
 
 
 def totals(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
-    """popcount of packed rows, and row_totals of importance, power 2."""
+    """Rows for popcount of packed rows and for row_totals of importances at power 2."""
     G, N, _, D = shape
-    shape, sample, results = (G, N, 0, D), torch.randperm(N, device=DEVICE)[: PIECE // D], []
-    for operation, rows, call in (
-        ("popcount", draw_rows(G, N, D), lambda module, rows: module.popcount(rows)),
-        (
-            "row_totals, power 2",
-            torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE),
-            lambda module, rows: module.row_totals(rows, 2),
-        ),
-    ):
+    shape, sample = (G, N, 0, D), torch.randperm(N, device=DEVICE)[: PIECE // D]
+    packed, importance = draw_rows(G, N, D), torch.randint(0, 256, (G, N, D), dtype=torch.uint8, device=DEVICE)
+    cases = {
+        "popcount": (packed, lambda module, rows: module.popcount(rows)),
+        "row_totals, power 2": (importance, lambda module, rows: module.row_totals(rows, 2)),
+    }
+    table = []
+    for operation, (rows, call) in cases.items():
         with poison():
-            got = call(ops, rows)
-        check(f"{operation} against reference.py", [got[:, sample]], [call(reference, rows[:, sample])], shape)
-        results += measure(card, operation, [Run("apc", [partial(call, ops, rows)], shape, "copy", rows.numel())])
-    return results
+            result = call(ops, rows)
+        check(f"{operation} against reference.py", [result[:, sample]], [call(reference, rows[:, sample])], shape)
+        table += measure(card, operation, [Run("apc", [partial(call, ops, rows)], shape, "copy", rows.numel())])
+    return table
 
 
 def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
-    """assign_with_capacity of one window's patterns; the peer takes the clusters one after the other, its distances made beforehand."""
+    """Rows for assign_with_capacity; the peer fills the clusters one by one, with distances computed beforehand."""
     G, N, K, D = shape
     rows, centroids, room = draw_rows(G, N, D)[0], draw_centroids(G, K, D)[0], N // K
     inputs = [planes(packed, D, torch.int8) for packed in (rows, centroids)]
     keys = torch.empty((K, N), dtype=torch.int64, device=DEVICE)  # orders by distance, then by row
     for k in range(0, K, 1024):
-        overlap = torch._int_mm(
-            pad(inputs[1][k : k + 1024], (0, 0, 0, max(0, 32 - K))), pad(inputs[0], (0, 0, 0, -N % 8)).mT
-        )[: K - k, :N]
+        some = pad(inputs[1][k : k + 1024], (0, 0, 0, max(0, 32 - K)))
+        overlap = torch._int_mm(some, pad(inputs[0], (0, 0, 0, -N % 8)).mT)[: K - k, :N]
         keys[k : k + 1024] = -overlap.long() * N + torch.arange(N, device=DEVICE) + inputs[0].sum(1).long() * N
 
     def serial() -> Tensor:
-        ids, taken = (
-            torch.full((N,), -1, dtype=torch.int64, device=DEVICE),
-            torch.zeros(N, dtype=torch.bool, device=DEVICE),
-        )
+        ids = torch.full((N,), -1, dtype=torch.int64, device=DEVICE)
+        taken = torch.zeros(N, dtype=torch.bool, device=DEVICE)
         for k in range(K):
-            chosen = (
-                keys[k].masked_fill(taken, torch.iinfo(torch.int64).max).topk(room, largest=False, sorted=False).indices
-            )
+            free = keys[k].masked_fill(taken, torch.iinfo(torch.int64).max)
+            chosen = free.topk(room, largest=False, sorted=False).indices
             ids[chosen], taken[chosen] = k, True
         return ids
 
     expected = serial()
     with poison():
-        got = ops.assign_with_capacity(rows, centroids, room)
-    check("assign_with_capacity against one cluster after the other", [got], [expected], shape)
+        ids = ops.assign_with_capacity(rows, centroids, room)
+    check("assign_with_capacity against one cluster after the other", [ids], [expected], shape)
     facts = {"shape": shape, "ceiling": "b1 wgmma"}
     runs = [
         Run("apc", [partial(ops.assign_with_capacity, rows, centroids, room)], **facts),
@@ -689,40 +642,37 @@ def capacity(card: Card, shape: tuple[int, int, int, int]) -> list[Row]:
 
 
 def top(card: Card, N: int, D: int) -> list[Row]:
-    """top_mask of float32 rows, half of the neurons."""
+    """Rows for top_mask of float32 rows, which keeps half of the neurons."""
     inputs, m, shape = [torch.randn(N, D, device=DEVICE) for _ in range(copies(4 * N * D))], D // 2, (1, N, 0, D)
     with poison():
-        got = ops.top_mask(inputs[0], m)
-    check("top_mask against reference.py", [got], [reference.top_mask(inputs[0], m)], shape)
+        mask = ops.top_mask(inputs[0], m)
+    check("top_mask against reference.py", [mask], [reference.top_mask(inputs[0], m)], shape)
 
     def peers(values: Tensor) -> Tensor:
         return torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(m, sorted=False).indices, True)
 
     facts = {"shape": shape, "ceiling": "copy", "moved": 5 * N * D}
     runs = [Run("apc", [partial(ops.top_mask, values, m) for values in inputs], **facts)]
-    runs += peer(
-        Run("torch.topk + scatter", [partial(peers, values) for values in inputs], **facts),
-        lambda mask: "" if torch.equal(mask, got) else "other ties",
-    )
+    torch_run = Run("torch.topk + scatter", [partial(peers, values) for values in inputs], **facts)
+    runs += peer(torch_run, lambda other: "" if torch.equal(other, mask) else "other ties")
     return measure(card, "top_mask", runs)
 
 
 def divergence(card: Card, n: int, V: int) -> list[Row]:
-    """divergence of bfloat16 logits with its gradient; the peer is torch's own functions in float32."""
-    found, dense = (
-        (4 * torch.randn(n, V, device=DEVICE)).bfloat16().requires_grad_(wanted) for wanted in (True, False)
-    )
+    """Rows for divergence of bfloat16 logits with its gradient; the peer is torch's kl_div in float32."""
+    masked, dense = ((4 * torch.randn(n, V, device=DEVICE)).bfloat16() for _ in range(2))
+    masked.requires_grad_(True)
     shape = (1, n, 0, V)
 
     def with_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return torch.autograd.grad(function(found, dense), found)[0]
+        return torch.autograd.grad(function(masked, dense), masked)[0]
 
-    def peers(found: Tensor, dense: Tensor) -> Tensor:
-        return kl_div(found.float().log_softmax(-1), dense.float().log_softmax(-1), log_target=True, reduction="sum")
+    def peers(masked: Tensor, dense: Tensor) -> Tensor:
+        return kl_div(masked.float().log_softmax(-1), dense.float().log_softmax(-1), log_target=True, reduction="sum")
 
     ours, theirs = with_gradient(lambda a, b: ops.divergence(a, b).sum()), with_gradient(peers)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-6):
-        raise Wrong(f"the divergence's gradient is {float((ours - theirs).abs().max()):.2g} from torch's")
+        raise Wrong(f"the divergence's gradient differs from torch's by {float((ours - theirs).abs().max()):.2g}")
     facts = {"shape": shape, "ceiling": "copy", "moved": 5 * 2 * n * V}
     runs = [Run("apc", [partial(with_gradient, lambda a, b: ops.divergence(a, b).sum())], **facts)]
     runs += peer(Run("torch kl_div of log_softmax", [partial(with_gradient, peers)], **facts), lambda _: "")
@@ -730,15 +680,14 @@ def divergence(card: Card, n: int, V: int) -> list[Row]:
 
 
 def curve(card: Card, n: int, D: int) -> list[Row]:
-    """score_curve of bfloat16 products with its gradients; the peer is the formula in torch."""
+    """Rows for score_curve of bfloat16 products with its gradients; the peer is the formula in torch."""
     products = torch.randn(1, n, 2, D, device=DEVICE).bfloat16().requires_grad_(True)
-    parts = [torch.randn(1, 2, D, device=DEVICE).requires_grad_(True) for _ in range(3)] + [
-        torch.randn(1, D, device=DEVICE).requires_grad_(True)
-    ]
-    along, shape = torch.randn(1, n, D, device=DEVICE), (1, n, 2, D)
+    sizes = [(1, 2, D)] * 3 + [(1, D)]  # scale, slope, power; bias
+    parameters = [torch.randn(size, device=DEVICE).requires_grad_(True) for size in sizes]
+    output_gradient, shape = torch.randn(1, n, D, device=DEVICE), (1, n, 2, D)
 
     def with_gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(products, *parts), [products, *parts], along)
+        return torch.autograd.grad(function(products, *parameters), [products, *parameters], output_gradient)
 
     def peers(products: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor) -> Tensor:
         z = products.float() * scale.unsqueeze(1)
@@ -746,7 +695,7 @@ def curve(card: Card, n: int, D: int) -> list[Row]:
 
     for ours, theirs in zip(with_gradients(ops.score_curve), with_gradients(peers), strict=True):
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-            raise Wrong(f"a gradient of score_curve is {float((ours - theirs).abs().max()):.2g} from torch's")
+            raise Wrong(f"a gradient of score_curve differs from torch's by {float((ours - theirs).abs().max()):.2g}")
     facts = {"shape": shape, "ceiling": "copy", "moved": n * D * (2 * 2 + 4 + 4 + 2 * 2 + 2 * 2)}
     runs = [Run("apc", [partial(with_gradients, ops.score_curve)], **facts)]
     runs += peer(Run("the formula in torch", [partial(with_gradients, peers)], **facts), lambda _: "")

@@ -1,6 +1,7 @@
-"""A store of many narrow rows, collected, clustered, killed on the way and gone on with: time and memory of each. `python benchmarks/load.py --help`.
+"""Time and peak memory of collecting and clustering many narrow rows, with a kill: `python benchmarks/load.py --help`.
 
-Rows are drawn at random around prototypes; no model is run. Each stage is a process of its own, and memory is the most that it held at any time.
+Rows are random, around prototypes; no model runs. Each stage runs in its own process. Clustering is killed, resumed
+from its checkpoint, and compared with a run that was not killed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import comma_list
 from pytorch_lightning import Callback, Trainer
 
 from apc import ops
@@ -28,15 +30,16 @@ S, PROTOTYPES = 2048, 256
 BLOCK_WINDOWS = 64
 
 
-def info_of(rows: int, D: int) -> PatternInfo:
+def pattern_info(rows: int, D: int) -> PatternInfo:
+    """The description of a store with one layer of D neurons."""
     return PatternInfo(
         1, 8, D, rows // S, S, {"neuron": D}, ActiveRule("top", 0.5), False, False, {"rows": rows, "neurons": D}
     )
 
 
 def collect(folder: Path, rows: int, D: int, K: int) -> None:
-    """Windows of patterns into a store, a shard at a time."""
-    writer = StoreWriter(folder, info_of(rows, D))
+    """Writes windows of random patterns to a store, one shard at a time."""
+    writer = StoreWriter(folder, pattern_info(rows, D))
     writer.prepare()
     prototypes = torch.rand(PROTOTYPES, D, generator=torch.Generator().manual_seed(0)).round()
     for first, last in writer.missing():
@@ -45,16 +48,15 @@ def collect(folder: Path, rows: int, D: int, K: int) -> None:
             generator = torch.Generator().manual_seed(window)
             count = (min(window + BLOCK_WINDOWS, last) - window) * S
             flips = torch.rand(count, D, generator=generator) < 0.1
-            parts.append(
-                ops.pack(prototypes[torch.randint(PROTOTYPES, (count,), generator=generator)].bool() ^ flips).unsqueeze(
-                    0
-                )
-            )
+            nearest = torch.randint(PROTOTYPES, (count,), generator=generator)
+            parts.append(ops.pack(prototypes[nearest].bool() ^ flips).unsqueeze(0))
         writer.add(Block.of_windows({"patterns.neuron": torch.cat(parts, dim=1)}, range(first, last), S))
-    writer.finish()
+    writer.finish({"model": "none", "text": "random rows"})
 
 
-class _Dies(Callback):
+class _KillAtStep(Callback):
+    """Kills its own process after a training step."""
+
     def __init__(self, step: int):
         self.step = step
 
@@ -63,13 +65,16 @@ class _Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def cluster(folder: Path, rows: int, D: int, K: int, dies: float | None = None) -> str:
-    """Two passes over the store, from the checkpoint where there is one; dies: after so many passes. Returns a digest of the codebook."""
+def cluster(folder: Path, rows: int, D: int, K: int, kill_after: float | None = None) -> str:
+    """Runs two passes over the store, from the checkpoint if there is one. Returns a digest of the codebook.
+
+    kill_after: passes after which the process kills itself.
+    """
     store = PatternStore(next(path for path in folder.iterdir() if path.is_dir() and path.name.endswith("-p")))
     module = ClusteringModule(ClusterConfig(k=K, weighting="binary", max_epochs=2), store.info)
     loader = BlockLoader(store, module.fields(), BLOCK_WINDOWS, seed=0)
     checkpoint = folder / "cluster.ckpt"
-    callbacks = [ResumePoint(checkpoint, 50)] + ([_Dies(int(dies * len(loader)))] if dies else [])
+    callbacks = [ResumePoint(checkpoint, 50)] + ([_KillAtStep(int(kill_after * len(loader)))] if kill_after else [])
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -91,13 +96,16 @@ def cluster(folder: Path, rows: int, D: int, K: int, dies: float | None = None) 
 def _stage(queue, function, *arguments) -> None:
     torch.set_num_threads(arguments[0])
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    found = function(*arguments[1:])
-    queue.put((time.perf_counter() - began, idle, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, found))
+    start = time.perf_counter()
+    result = function(*arguments[1:])
+    queue.put((time.perf_counter() - start, idle, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, result))
 
 
 def measured(function, *arguments) -> tuple[float, int, int, str | None] | None:
-    """(seconds, KiB that the process held before, at most, result) of a call in a process of its own; None if that was killed."""
+    """Calls the function in a new process: (seconds, memory before the call, peak memory, result), memory in KiB.
+
+    Returns None if the process was killed.
+    """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_stage, args=(queue, function, torch.get_num_threads(), *arguments))
@@ -112,40 +120,32 @@ def measured(function, *arguments) -> tuple[float, int, int, str | None] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument(
-        "--rows", type=lambda text: [int(float(value)) for value in text.split(",")], default=[5_000_000, 50_000_000]
-    )
-    parser.add_argument("--neurons", type=int, default=64)
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument(
-        "--dir", type=Path, help="where stores are made and removed again; the system's place for temporary files"
-    )
+    rows_type = comma_list(lambda text: int(float(text)))
+    default_rows = [5_000_000, 50_000_000]
+    parser.add_argument("--rows", type=rows_type, default=default_rows, metavar="N,…", help="rows of each store")
+    parser.add_argument("--neurons", type=int, default=64, help="neurons of a row")
+    parser.add_argument("--k", type=int, default=64, help="clusters")
+    parser.add_argument("--dir", type=Path, help="folder for temporary stores; default: the system's")
     options = parser.parse_args()
     if options.dir is not None and not options.dir.is_dir():
         parser.error(f"--dir {options.dir}: no such folder; make it, or leave it out")
-    print(
-        "| rows | stage | seconds | held before, MiB | held at most, MiB |\n| ---: | --- | ---: | ---: | ---: |",
-        flush=True,
-    )
+    print("| rows | stage | seconds | MiB before | MiB at the peak |\n| ---: | --- | ---: | ---: | ---: |", flush=True)
     for rows in options.rows:
-        with tempfile.TemporaryDirectory(dir=options.dir) as place:
-            folder, sizes = Path(place), (rows, options.neurons, options.k)
-
-            def show(stage: str, found: tuple) -> str | None:
-                seconds, idle, most, result = found
-                print(f"| {rows:,} | {stage} | {seconds:.1f} | {idle / 1024:.0f} | {most / 1024:.0f} |", flush=True)  # noqa: B023
-                return result
-
-            show("collect", measured(collect, folder, *sizes))
+        with tempfile.TemporaryDirectory(dir=options.dir) as name:
+            folder, sizes = Path(name), (rows, options.neurons, options.k)
+            show(rows, "collect", measured(collect, folder, *sizes))
             assert measured(cluster, folder, *sizes, 1.5) is None and (folder / "cluster.ckpt").is_file()
-            resumed = show(
-                "cluster, from a kill in the middle of the second pass on", measured(cluster, folder, *sizes)
-            )
+            resumed = show(rows, "cluster, resumed in mid-pass 2 after a kill", measured(cluster, folder, *sizes))
             (folder / "cluster.ckpt").unlink()
-            if show("cluster, two passes", measured(cluster, folder, *sizes)) != resumed:
-                raise SystemExit(
-                    "benchmarks/load.py: WRONG RESULT: the run that was killed ended with another codebook"
-                )
+            if show(rows, "cluster, two passes", measured(cluster, folder, *sizes)) != resumed:
+                raise SystemExit("benchmarks/load.py: WRONG RESULT: the killed run ended with another codebook")
+
+
+def show(rows: int, stage: str, measurement: tuple[float, int, int, str | None]) -> str | None:
+    """Prints a line of the table; returns the result of the measured call."""
+    seconds, idle, peak, result = measurement
+    print(f"| {rows:,} | {stage} | {seconds:.1f} | {idle / 1024:.0f} | {peak / 1024:.0f} |", flush=True)
+    return result
 
 
 if __name__ == "__main__":

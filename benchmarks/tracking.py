@@ -1,8 +1,8 @@
-"""What tracking costs a training on this machine: `python benchmarks/tracking.py [--steps N] [--work MS] [--every N]`.
+"""How much W&B tracking slows training on this machine: `python benchmarks/tracking.py --help`.
 
-Steps of so much work, of which every so many log numbers, as `trainer.log_every_n_steps` has it, with W&B off, offline, and towards a server that accepts
-and never answers. Runs of the three take turns; the slow-down is that of the mean step without the slowest tenth, and what
-steps wait for is timed apart.
+A run is a loop of steps of constant work; every N-th step logs numbers. W&B is disabled, offline, or online with a
+server that accepts connections and never answers. The three modes take turns. The slow-down compares mean step times
+without the slowest tenth of the steps; the time spent in logging calls is also measured by itself.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MODES = ("disabled", "offline", "hanging server")
 
 @contextmanager
 def silent_server():
-    """A W&B server for this process that accepts connections and says nothing."""
+    """Points this process at a W&B server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         settings = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
         os.environ.update(settings)
@@ -40,7 +40,7 @@ def silent_server():
 
 
 def run(steps: int, every: int, work: Callable[[], object], mode: str, folder: Path) -> tuple[list[float], float]:
-    """Seconds of each step, and the share of them that went to logging."""
+    """Seconds of each step, and the share of them spent in logging calls."""
     with Tracking(
         TrackingConfig(wandb="online" if mode == "hanging server" else mode), folder, "benchmark", {}
     ) as record:
@@ -59,12 +59,11 @@ def run(steps: int, every: int, work: Callable[[], object], mode: str, folder: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument("--steps", type=int, default=300, help="in a run")
-    parser.add_argument("--work", type=float, default=50.0, help="milliseconds of a step, about")
-    parser.add_argument(
-        "--every", type=int, default=TrainerConfig().log_every_n_steps, help="steps between those that log"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
+    every = TrainerConfig().log_every_n_steps
+    parser.add_argument("--steps", type=int, default=300, help="steps of a run")
+    parser.add_argument("--work", type=float, default=50.0, help="approximate milliseconds of a step")
+    parser.add_argument("--every", type=int, default=every, help="log at every N-th step", metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each mode")
     options = parser.parse_args()
     torch.set_num_threads(1)
     a = torch.randn(256, 256)
@@ -80,25 +79,23 @@ def main() -> None:
         for _ in range(times):
             a @ a
 
-    found: dict[str, list[tuple[list[float], float]]] = {mode: [] for mode in MODES}
-    with tempfile.TemporaryDirectory() as place:
+    runs: dict[str, list[tuple[list[float], float]]] = {mode: [] for mode in MODES}
+    with tempfile.TemporaryDirectory() as temporary:
         for number in range(options.rounds):
             for mode in MODES:
+                folder = Path(temporary) / f"{mode}-{number}".replace(" ", "-")
                 with silent_server():
-                    found[mode].append(
-                        run(
-                            options.steps, options.every, work, mode, Path(place) / f"{mode}-{number}".replace(" ", "-")
-                        )
-                    )
-    print(f"{cpu_name()}, {options.rounds} × {options.steps} steps, {NUMBERS} numbers each {options.every} steps\n")
-    print("| W&B | a step, ms | against disabled | of it, spent logging |\n| --- | ---: | ---: | ---: |")
-    alone = _mean(found["disabled"])
-    for mode, runs in found.items():
-        share = statistics.mean(share for _, share in runs)
-        print(f"| {mode} | {1000 * _mean(runs):.2f} | {100 * (_mean(runs) / alone - 1):+.2f} % | {100 * share:.2f} % |")
+                    runs[mode].append(run(options.steps, options.every, work, mode, folder))
+    print(f"{cpu_name()}, {options.rounds} × {options.steps} steps, {NUMBERS} numbers every {options.every} steps\n")
+    print("| W&B | ms per step | against disabled | share of logging calls |\n| --- | ---: | ---: | ---: |")
+    disabled = _mean(runs["disabled"])
+    for mode, measured in runs.items():
+        mean, share = _mean(measured), statistics.mean(share for _, share in measured)
+        print(f"| {mode} | {1000 * mean:.2f} | {100 * (mean / disabled - 1):+.2f} % | {100 * share:.2f} % |")
 
 
 def _mean(runs: list[tuple[list[float], float]]) -> float:
+    """Mean seconds of a step, without the slowest tenth of all steps."""
     steps = sorted(step for seconds, _ in runs for step in seconds)
     return statistics.mean(steps[: len(steps) * 9 // 10])
 

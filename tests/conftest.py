@@ -1,4 +1,4 @@
-"""What every test needs: Triton's interpreter where there is no GPU, fixed seeds, and `gpu` tests skipped without one."""
+"""Without a GPU: Triton's interpreter, and no `gpu` tests. For every test: the same seed."""
 
 import os
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports apc.ops
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton reads it when a kernel is decorated, so set it before importing apc.ops
+    )
 
 LONGEST = ["test_killed", "test_ops", "test_pipeline", "test_bundled", "test_baselines", "test_tuning"]
 
@@ -16,7 +18,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    # Files are dealt out whole, so the longest come first: none of them shall begin when the other processes have nothing left.
+    # A file's tests run in one process. The longest files come first, so that none starts when the others are done.
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
@@ -26,5 +28,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in a test whatever ran before it."""
+    """A test's random numbers do not depend on the tests before it."""
     torch.manual_seed(0)

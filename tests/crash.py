@@ -1,8 +1,8 @@
-"""What a disk may hold after a crash: only what was flushed is sure to be there.
+"""Simulates the content of a disk after a crash, when only flushed data is sure to be there.
 
-`Disk` watches a folder while something writes to it. At each flush, rename and removal it notes two worst cases of a crash right then: all names are as
-they were last given, but contents that were not flushed are gone; and names are as they were when their folder was last flushed. Folders themselves
-stay where they were made.
+`Disk` watches a folder while something writes to it. At each flush, rename and removal it records two worst cases of a
+crash at that moment: all names are up to date, but contents that were not flushed are lost; and names are as when their
+folder was last flushed. Folders themselves always survive.
 """
 
 import os
@@ -15,11 +15,13 @@ Image = dict[str, bytes]
 
 
 class Disk:
+    """images: contents of the folder after each possible crash, by file name."""
+
     def __init__(self, root: Path, counts):
         self.root, self.counts = root, counts
         self.images: list[Image] = []
         self._flushed: dict[int, bytes] = {}  # contents, by inode
-        self._named: dict[int, dict[str, int]] = {}  # names in a folder when it was flushed, by inode
+        self._named: dict[int, dict[str, int]] = {}  # names in a folder at its last flush, by inode
         self._folders: set[int] = set()
         for folder, _, files in os.walk(root):
             self._note_folder(Path(folder))
@@ -42,7 +44,7 @@ class Disk:
             (self._note_folder if path.is_dir() else self._note_file)(path)
 
     def note(self) -> None:
-        """Two images of a crash now."""
+        """Records the two images of a crash now."""
         for image in (self._all_names(), self._flushed_names(self.root.stat().st_ino, "")):
             if not self.images or image not in self.images[-2:]:
                 self.images.append(image)
@@ -52,18 +54,21 @@ class Disk:
         return {str(path.relative_to(self.root)): self._flushed.get(path.stat().st_ino, b"") for path in paths}
 
     def _flushed_names(self, folder: int, prefix: str) -> Image:
-        found = {}
+        image = {}
         for name, inode in self._named.get(folder, {}).items():
             if inode in self._folders:
-                found |= self._flushed_names(inode, f"{prefix}{name}/")
+                image |= self._flushed_names(inode, f"{prefix}{name}/")
             else:
-                found[prefix + name] = self._flushed.get(inode, b"")
-        return found
+                image[prefix + name] = self._flushed.get(inode, b"")
+        return image
 
 
 @contextmanager
 def watched(root: Path, counts=lambda path: True):
-    """A `Disk` of the folder while what is within writes to it; counts: of which files and folders a flush is one, to see what a missing one does."""
+    """Yields a `Disk` that watches the folder during the block.
+
+    counts: whether a flush of this path counts, to test what happens without it.
+    """
     disk = Disk(root, counts)
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "unlink", "mkdir")}
 
@@ -94,7 +99,7 @@ def watched(root: Path, counts=lambda path: True):
 
 
 def restore(image: Image, folder: Path) -> Path:
-    """Makes the folder hold what the image does."""
+    """Writes the image into the folder."""
     for name, content in image.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

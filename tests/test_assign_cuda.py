@@ -1,4 +1,4 @@
-"""Tensor-core assignment: every variant compiles without a GPU, schedules cover the work once, and on a GPU all paths agree to the bit."""
+"""Tensor-core assignment: variants compile without a GPU, schedules cover all work once, all paths agree exactly."""
 
 import time
 import warnings
@@ -29,8 +29,8 @@ SHAPES = [  # (G, N, K, D)
 
 
 @pytest.fixture(autouse=True)
-def drawn_afresh(request):
-    """Other random inputs in every run; the seed is printed with a failure."""
+def fresh_seed():
+    """New random inputs in every run; the seed is printed with a failure."""
     seed = time.time_ns() % 2**31
     torch.manual_seed(seed)
     print(f"seed {seed}")
@@ -38,13 +38,13 @@ def drawn_afresh(request):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What torch.empty returns is filled with a wrong answer: an element that nothing writes fails the comparison."""
+    """Fill the results of torch.empty with a wrong number, so that an unwritten element fails the comparison."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(99))
 
 
 def rows_of(G: int, N: int, D: int) -> torch.Tensor:
-    """Random patterns; the first is all zero and the last all one."""
+    """Random patterns; the first is all zero, the last all one."""
     active = torch.rand(G, N, D) < torch.rand(G, N, 1)
     if N > 1:
         active[:, 0], active[:, -1] = False, True
@@ -52,7 +52,7 @@ def rows_of(G: int, N: int, D: int) -> torch.Tensor:
 
 
 def centroids_of(G: int, K: int, D: int) -> torch.Tensor:
-    """Random centroids, one of them all ones, and the last a copy of the first."""
+    """Random centroids; one is all ones, and the last copies the first."""
     active = torch.rand(G, K, D) < 0.5
     if K > 2:
         active[:, K // 2], active[:, -1] = True, active[:, 0]
@@ -72,7 +72,7 @@ def test_hopper_kernel_compiles(kind, passes, tile_k):
         assert b"assign" in cubin and b"take_keys" in cubin
 
 
-def test_an_error_in_a_source_is_told_in_the_compilers_words(monkeypatch):
+def test_a_compile_error_has_the_compilers_log(monkeypatch):
     monkeypatch.setattr(Program, "source", lambda self: "__global__ void f() { nonsense; }")
     with pytest.raises(RuntimeError, match=r"sm_80[\s\S]*nonsense"):
         compile_program(Variant("sm_80").program())
@@ -96,7 +96,7 @@ def test_a_schedule_covers_every_tile_once(G, N, K, W, workers):
     plan = schedule(G, N, K, W, 256, workers)
     tiles = -(-N // 256) * G
     assert plan.whole + plan.cut == tiles and plan.k_tiles == -(-K // plan.tile_k) and 1 <= plan.splits <= plan.k_tiles
-    # As the kernel cuts a row tile: every part has at least one tile of clusters, and together they are all of them.
+    # As the kernel cuts a row tile: every part has a tile of clusters, and the parts together have all tiles.
     edges = [part * plan.k_tiles // plan.splits for part in range(plan.splits + 1)]
     assert edges[0] == 0 and edges[-1] == plan.k_tiles and all(a < b for a, b in zip(edges, edges[1:], strict=False))
 
@@ -115,7 +115,7 @@ def test_without_tensor_cores_the_int8_kernel_runs_after_one_warning(monkeypatch
         module.assign(rows, centroids)
 
 
-def test_a_device_without_the_units_is_refused_by_name(monkeypatch):
+def test_a_device_without_b1_tensor_cores_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for capability in ((7, 5), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
@@ -125,7 +125,7 @@ def test_a_device_without_the_units_is_refused_by_name(monkeypatch):
 
 @pytest.fixture(params=["hopper", "ampere"])
 def b1(request, monkeypatch):
-    """`assign_b1` with the kernel made for this GPU, or with the Ampere one, which Hopper runs too."""
+    """`assign_b1` with this GPU's kernel, or with the Ampere kernel, which runs on Hopper too."""
     if request.param == "ampere":
         major, minor = torch.cuda.get_device_capability()
         monkeypatch.setattr(assign_cuda, "architecture", lambda device: f"sm_{major}{minor}")
@@ -172,7 +172,7 @@ def test_u8_int8_and_reference_agree(shape, power, squares_bytes, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_rows_that_the_copy_engine_cannot_take_are_copied(b1):
+def test_rows_that_tma_cannot_read_are_copied(b1):
     rows, centroids = rows_of(2, 300, 700).cuda(), centroids_of(2, 9, 700).cuda()
     expected = reference.assign(rows, centroids)
     wide = torch.zeros(2, 300, rows.shape[-1] + 3, dtype=torch.uint8, device="cuda")

@@ -1,11 +1,14 @@
-"""The baselines do what they say, step by step in the plainest words; their objective never rises; neither a kill nor a second rank changes a bit."""
+"""The baselines equal a plain implementation in loops.
+
+Their objective never rises, and neither a kill nor a second rank changes a bit.
+"""
 
 from fractions import Fraction
 
 import pytest
 import torch
-from pytorch_lightning import Callback, Trainer
-from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source
+from pytorch_lightning import Callback
+from test_clustering import LAYERS, SEQ_LEN, WINDOWS, D, make_source, quiet_trainer
 
 import tiny
 import train
@@ -38,7 +41,7 @@ def options_of(kind, **options):
 
 
 def with_extremes(source):
-    """Some rows of all ones and of none."""
+    """The source with some rows of only ones and some of only zeros."""
     rows = source.block(0, WINDOWS, ["patterns.neuron"]).patterns["neuron"]
     rows[:, 5:9] = ops.pack(torch.ones(D, dtype=torch.bool))
     rows[:, 20:24] = 0
@@ -46,7 +49,7 @@ def with_extremes(source):
 
 
 class Watch(Callback):
-    """What each pass began with, and the objective that it found."""
+    """Records the centroids before each pass, and the objective."""
 
     def __init__(self):
         self.starts, self.captured = [], []
@@ -62,8 +65,7 @@ class Watch(Callback):
 def fit(source, kind, block_windows=2, passes=12, **options):
     cfg = ClusterConfig(**(dict(k=7, max_epochs=passes, tolerance=0.0) | options_of(kind, **options)))
     module, watch = ALGORITHMS[cfg.algorithm](cfg, source.info, 1), Watch()
-    trainer = Trainer(accelerator="cpu", max_epochs=passes, logger=False, callbacks=[watch], enable_progress_bar=False, enable_model_summary=False,
-                      enable_checkpointing=False)  # fmt: skip
+    trainer = quiet_trainer(max_epochs=passes, callbacks=[watch])
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), block_windows, 0)))
     return module, watch
 
@@ -75,8 +77,10 @@ def groups_of(source, scope):
 
 
 def literal(rows, start, passes, penalty=1, grid=None):
-    """K-means in loops: by penalised Hamming distance, or (grid: steps in 1) by squared distance to means on that grid, cut at the end.
-    Returns the masks, the distances' sum of each pass, the clusters' sizes in the last, and how many were empty in any."""
+    """K-means in loops, by penalised Hamming distance, or by squared distance to means that are multiples of 1 / grid.
+
+    Returns the masks, the sum of distances of each pass, the clusters' sizes in the last, and how many were empty.
+    """
     greatest = [sum(penalty if bit else 1 for bit in row) for row in rows] if grid is None else [D] * len(rows)
     centroids, masks, sums, empties = [list(c) for c in start], [list(c) for c in start], [], 0
 
@@ -116,42 +120,45 @@ def literal(rows, start, passes, penalty=1, grid=None):
 def check_literal(source, kind, k, scope, passes):
     module, watch = fit(source, kind, k=k, scope=scope, passes=passes)
     b = module._fraction_bits(D) if kind == "brb-kmeans" else 0
-    found = [literal(rows, ops.unpack(watch.starts[0][group], D).int().tolist(), passes, module.cfg.penalty, 2**b if b else None)
-             for group, rows in enumerate(groups_of(source, scope))]  # fmt: skip
-    for group, (masks, sums, sizes, _) in enumerate(found):
+    first = ops.unpack(watch.starts[0], D).int().tolist()
+    expected = [
+        literal(rows, first[group], passes, module.cfg.penalty, 2**b if b else None)
+        for group, rows in enumerate(groups_of(source, scope))
+    ]
+    for group, (masks, sums, sizes, _) in enumerate(expected):
         assert ops.unpack(module.get("centroids", "neuron")[group], D).int().tolist() == masks
         assert module.get("sizes", "neuron")[group].tolist() == sizes
         totals = [int(module.get("weight", "neuron")[group] - captured[group]) for captured in watch.captured]
-        padded = sums + [sums[-1]] * (len(totals) - len(sums))  # a group may settle before another
+        padded = sums + [sums[-1]] * (len(totals) - len(sums))  # a group may converge before another
         assert [Fraction(total, 4**b) for total in totals] == padded
     assert module.codebook({}).problem() is None
-    return module, found
+    return module, expected
 
 
 @pytest.mark.parametrize("scope", ["layer", "pooled"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_plain_algorithm(kind, scope):
+def test_equals_the_plain_algorithm(kind, scope):
     module, _ = check_literal(with_extremes(make_source()), kind, 7, scope, 6)
     ones = ops.popcount(module.get("centroids", "neuron"))
-    assert len(ones.unique()) > 3  # free
+    assert len(ones.unique()) > 3  # the size of centroids is free
     if kind == "brb-kmeans":
         means = module.get("means", "neuron").double() / 2 ** module._fraction_bits(D)
         assert ((means > 0) & (means < 1)).double().mean() > 0.3 and ops.row_bytes(D) * 8 != D
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_cluster_holds_what_most_patterns_have(kind):
-    module, found = check_literal(with_extremes(make_source()), kind, 1, "layer", 3)
+def test_one_cluster_is_the_majority_of_all_patterns(kind):
+    module, _ = check_literal(with_extremes(make_source()), kind, 1, "layer", 3)
     assert module.get("sizes", "neuron").tolist() == [[T]] * LAYERS
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_clusters_take_the_rows_that_agree_least(kind):
+def test_empty_clusters_are_reseeded_with_the_rows_that_agree_least(kind):
     source = with_extremes(make_source(prototypes=2))
     rows = source.block(0, WINDOWS, ["patterns.neuron"]).patterns["neuron"]
-    rows[:, 30:110] = rows[:, 29:30]  # many starts are alike, and only the first of them gets members
-    _, found = check_literal(source, kind, 30, "layer", 4)
-    assert sum(empties for *_, empties in found) > 0
+    rows[:, 30:110] = rows[:, 29:30]  # many first centroids are equal, and only one of those gets members
+    _, expected = check_literal(source, kind, 30, "layer", 4)
+    assert sum(empties for *_, empties in expected) > 0
 
 
 @pytest.mark.parametrize("init", ["random", "k-means++"])
@@ -165,7 +172,7 @@ def test_the_objective_never_rises(kind, init):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_schedule_and_blocks_of_any_size(kind, monkeypatch):
+def test_the_step_schedule_raises_the_objective_and_block_size_changes_no_bit(kind, monkeypatch):
     module, _ = fit(make_source(), kind, schedule="step")
     assert module.history[-1]["captured"] > module.history[0]["captured"]
     monkeypatch.setattr(hamming, "_TILE", 500)
@@ -182,19 +189,13 @@ def test_a_penalty_on_missing_ones_buys_coverage_with_density():
     for penalty in (1, 3, 9):
         module, _ = fit(source, "k-majority", penalty=penalty)
         book = module.codebook({})
-        masks = torch.stack(
-            [
-                c[ids]
-                for c, ids in zip(
-                    book.sites["neuron"].centroids, book.nearest(rows, book.sites["neuron"].centroids), strict=True
-                )
-            ]
-        )
+        centroids = book.sites["neuron"].centroids
+        masks = torch.stack([c[ids] for c, ids in zip(centroids, book.nearest(rows, centroids), strict=True)])
         figures.append((int(ops.popcount(masks).sum()), int(ops.popcount(masks & rows).sum())))
     assert figures == sorted(figures) and len({density for density, _ in figures}) == 3
 
 
-def test_patterns_without_a_neuron_in_common_leave_an_empty_mask_that_is_used_and_saved(tmp_path):
+def test_patterns_that_share_no_neuron_give_an_empty_mask_that_can_be_saved(tmp_path):
     source = make_source()
     rows = source.block(0, WINDOWS, ["patterns.neuron"]).patterns["neuron"]
     rows.copy_(ops.pack(torch.eye(D, dtype=torch.bool)[torch.arange(T) % D]))
@@ -207,7 +208,7 @@ def test_patterns_without_a_neuron_in_common_leave_an_empty_mask_that_is_used_an
     assert (ops.popcount(book.sites["neuron"].static) == ops.mask_size(D, 0.5)).all()
 
 
-def test_codebooks_say_whether_ones_are_free_and_older_headers_load(tmp_path):
+def test_codebooks_store_centroid_size_and_older_headers_load(tmp_path):
     path = tmp_path / "codebook.safetensors"
     fixed = trained_lloyd().codebook({})
     fixed.save(path)
@@ -236,20 +237,13 @@ def test_codebooks_say_whether_ones_are_free_and_older_headers_load(tmp_path):
 def trained_lloyd():
     source = make_source()
     module = ClusteringModule(ClusterConfig(k=3, max_epochs=1), source.info)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(max_epochs=1)
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2, 0)))
     return module
 
 
 @pytest.mark.parametrize("scope", ["layer", "pooled"])
-def test_oracle_and_labels_go_by_the_algorithm_s_own_distance(scope):
+def test_oracle_and_labels_use_the_algorithms_own_distance(scope):
     source = make_source()
     book = fit(source, "penalised", scope=scope)[0].codebook({})
     block = source.block(0, WINDOWS, ["patterns.neuron"])
@@ -263,7 +257,7 @@ def test_oracle_and_labels_go_by_the_algorithm_s_own_distance(scope):
         active = ops.unpack(rows, D)
         tokens = type("T", (), dict(layer=layer, site="neuron", active=active, values=active))
         assert torch.equal(Oracle(book, None, 0).decide(tokens).mask, ops.unpack(centroids[own], D))
-    assert masked > 0  # the masked distance would say otherwise
+    assert masked > 0  # the masked distance would give other clusters
 
 
 @pytest.mark.parametrize(
@@ -291,7 +285,7 @@ def test_oracle_and_labels_go_by_the_algorithm_s_own_distance(scope):
         ({"k": 145}, "cluster.k=145 is more than the 144 patterns to cluster"),
     ],
 )
-def test_what_they_cannot_do_is_one_line(options, message):
+def test_unsupported_options_are_errors_of_one_line(options, message):
     with pytest.raises(UserError, match=message) as caught:
         fit(make_source(), "k-majority", **options)
     assert "\n" not in str(caught.value)
@@ -307,7 +301,7 @@ def words(kind, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_to_the_table_and_a_killed_one_to_the_same_codebook(workplace, kind):
+def test_a_run_fills_the_table_and_a_killed_one_gives_the_same_codebook(workplace, kind):
     settings = words(
         kind, **{"trainer.checkpoint_every_n_steps": 1, "cluster.scope": "layer" if kind == "penalised" else "pooled"}
     )

@@ -1,4 +1,4 @@
-"""The bundled model and text, small: the policies come out in the order that makes the figures mean something, and W&B has them."""
+"""A small run on the bundled model and text: perplexities have the right order, and W&B has the metrics."""
 
 import json
 import subprocess
@@ -17,14 +17,25 @@ def run(tmp_path_factory):
     """(folder, results) of a small run on the bundled model and text, tracked offline."""
     folder = tmp_path_factory.mktemp("bundled")
     words = [
-        "data.fit_windows=10", "data.score_windows=1", "data.seq_len=256", "cluster.k=16", "cluster.max_epochs=4", "collect.calibration_windows=2",
-        "predictor.max_epochs=3", "predictor.batch_tokens=256", "trainer.progress=false", "tracking.wandb=offline", f"collect.dir={folder / 'stores'}",
-        f"run.dir={folder}", "run.name=small", "model.device=cpu",
-    ]  # fmt: skip
+        "data.fit_windows=10",
+        "data.score_windows=1",
+        "data.seq_len=256",
+        "cluster.k=16",
+        "cluster.max_epochs=4",
+        "collect.calibration_windows=2",
+        "predictor.max_epochs=3",
+        "predictor.batch_tokens=256",
+        "trainer.progress=false",
+        "tracking.wandb=offline",
+        f"collect.dir={folder / 'stores'}",
+        f"run.dir={folder}",
+        "run.name=small",
+        "model.device=cpu",
+    ]
     return folder / "small", train.train(load_config(None, words))
 
 
-def test_policies_stand_in_their_order(run):
+def test_perplexities_rise_from_bound_to_baseline(run):
     perplexity = {record["policy"]: record["perplexity"] for record in run[1]["policies"]}
     assert (
         perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"] < perplexity["random"]
@@ -42,5 +53,7 @@ def test_the_offline_run_reads_back_with_its_metrics(run):
     text = json.dumps(records)
     for name in ("cluster/captured", "predictor/loss", "eval/oracle/perplexity", "figures/perplexity", "cluster/epoch"):
         assert name in text, name
+    summaries = [record["summary"]["update"] for record in records if record["type"] == "summary"]
+    assert len({key for update in summaries for key in update}) < 150  # figures per layer are in tables
     mirrored = {name for record in read_metrics(folder) for name in record}
     assert {"cluster/captured", "predictor/loss", "cluster/monitor_oracle_perplexity"} <= mirrored

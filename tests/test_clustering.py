@@ -1,4 +1,7 @@
-"""The objective never falls, empty clusters come back, and neither a kill nor a second rank changes a bit of the codebook."""
+"""Clustering: the objective never falls and empty clusters are re-seeded.
+
+Neither a kill nor the number of ranks changes a bit of the codebook.
+"""
 
 import gc
 from dataclasses import replace
@@ -55,6 +58,18 @@ def make_source(seed=0, prototypes=12, windows=WINDOWS, empty_rows=3):
     return source
 
 
+def quiet_trainer(**options):
+    """A Lightning Trainer on the CPU that logs and saves nothing."""
+    defaults = dict(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    return Trainer(**(defaults | options))
+
+
 class Objective(Callback):
     def __init__(self):
         self.captured, self.ones = [], []
@@ -67,8 +82,7 @@ class Objective(Callback):
 def fit(source, block_windows=2, seed=0, **options):
     module = ClusteringModule(ClusterConfig(**(dict(k=7, max_epochs=12, tolerance=0.0) | options)), source.info, seed)
     watch = Objective()
-    trainer = Trainer(accelerator="cpu", max_epochs=12, logger=False, callbacks=[watch], enable_progress_bar=False, enable_model_summary=False,
-                      enable_checkpointing=False)  # fmt: skip
+    trainer = quiet_trainer(max_epochs=12, callbacks=[watch])
     trainer.fit(module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), block_windows, seed)))
     return module, watch
 
@@ -91,14 +105,16 @@ def test_block_size_and_order_do_not_change_a_bit():
 
 
 @pytest.mark.parametrize("weighting", ["binary", "energy"])
-def test_what_rows_come_to_is_counted_once_for_all_passes(monkeypatch, weighting):
-    seen, totals = [], ClusteringModule.totals
-    monkeypatch.setattr(ClusteringModule, "totals", lambda self, rows: seen.append(rows.shape[1]) or totals(self, rows))
+def test_row_totals_are_computed_once_for_all_passes(monkeypatch, weighting):
+    counts, totals = [], ClusteringModule.totals
+    monkeypatch.setattr(
+        ClusteringModule, "totals", lambda self, rows: counts.append(rows.shape[1]) or totals(self, rows)
+    )
     module, _ = fit(make_source(), weighting=weighting, block_windows=2, init="random")
-    assert len(module.history) > 2 and sorted(seen) == [SEQ_LEN] + [2 * SEQ_LEN] * 4
+    assert len(module.history) > 2 and sorted(counts) == [SEQ_LEN] + [2 * SEQ_LEN] * 4
 
 
-def test_seeds_differ_and_repeat():
+def test_a_seed_gives_the_same_codebook_and_another_seed_another():
     one, again, other = (fit(make_source(), seed=seed)[0].get("centroids", "neuron") for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
@@ -107,24 +123,24 @@ def test_seeds_differ_and_repeat():
     ("rows", "options", "expected"),
     [
         (2**31 - 1, dict(weighting="binary"), torch.int32),
-        (2**31, dict(weighting="binary"), torch.int64),  # the sum of a neuron that is active in all of one cluster
+        (2**31, dict(weighting="binary"), torch.int64),  # the sum of a neuron that is active in every row of a cluster
         (100, dict(weighting="binary", schedule="step"), torch.int64),
         (100, dict(weighting="energy"), torch.int64),
     ],
 )
-def test_sums_are_of_a_type_that_holds_them(rows, options, expected):
+def test_sums_fit_their_type(rows, options, expected):
     info = replace(make_source().info, layers=1, windows=rows, seq_len=1)
     with torch.device("meta"):
         module = ClusteringModule(ClusterConfig(k=3, **options), info)
     assert module.get("sums", "neuron").dtype == expected
 
 
-def test_a_run_ends_when_nothing_changes():
+def test_training_stops_when_no_centroid_changes():
     module, watch = fit(make_source(prototypes=2), k=2)
     assert bool(module.converged) and len(watch.captured) < 12 and module.history[-1]["changed"] == 0
 
 
-def test_empty_clusters_take_the_rows_captured_worst():
+def test_empty_clusters_are_reseeded_with_the_rows_captured_worst():
     source = make_source(prototypes=3)
     module = ClusteringModule(ClusterConfig(k=5, weighting="binary"), source.info)
     module._trainer = type(
@@ -132,9 +148,8 @@ def test_empty_clusters_take_the_rows_captured_worst():
     )()
     block = source.block(0, WINDOWS, module.fields())
     centroid = ops.cut_or_fill(ops.unpack(block.patterns["neuron"][:, 5], D), ops.mask_size(D, 0.5))
-    module.get("centroids", "neuron").copy_(
-        centroid.unsqueeze(1).expand(-1, 5, -1)
-    )  # five alike: ids 1 to 4 stay empty
+    # Five equal centroids: clusters 1 to 4 stay empty.
+    module.get("centroids", "neuron").copy_(centroid.unsqueeze(1).expand(-1, 5, -1))
     module._begin_pass()
     module._add_rows("neuron", block)
     sizes = module.get("sizes", "neuron")
@@ -150,25 +165,18 @@ def test_empty_clusters_take_the_rows_captured_worst():
             assert (kept & ~inside).sum() == 0 or (inside & ~kept).sum() == 0  # cut or filled, never both
 
 
-def test_the_step_schedule_finds_clusters_too():
+def test_the_step_schedule_raises_the_objective_too():
     module, _ = fit(make_source(), schedule="step", k=12)
     assert module.history[-1]["captured"] > module.history[0]["captured"] > 0.3
 
 
 @pytest.mark.parametrize("scope", ["layer", "pooled"])
 @pytest.mark.parametrize("max_steps", [2, 5, 8])
-def test_a_pass_that_max_steps_cuts_short_counts_what_it_saw(max_steps, scope):
+def test_a_pass_cut_short_by_max_steps_counts_the_rows_it_saw(max_steps, scope):
     source = make_source()
     module = ClusteringModule(ClusterConfig(k=5, tolerance=0.0, scope=scope), source.info)
     loader = BlockLoader(source, module.fields(), 2, 0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(max_steps=max_steps)
     trainer.fit(module, datamodule=PatternDataModule(source, loader))
     again = BlockLoader(source, module.fields(), 2, 0)
     passes = [list(again), list(again)]
@@ -182,7 +190,7 @@ def test_a_pass_that_max_steps_cuts_short_counts_what_it_saw(max_steps, scope):
     assert torch.equal(module.get("layer_sums", "neuron"), expected.squeeze(1))
 
 
-def test_nothing_of_a_clustering_outlives_it(workplace):
+def test_no_module_or_block_stream_outlives_a_run(workplace):
     def alive():
         return [thing for thing in gc.get_objects() if isinstance(thing, ClusteringModule | BlockStream)]
 
@@ -192,7 +200,7 @@ def test_nothing_of_a_clustering_outlives_it(workplace):
     assert not [thing for thing in alive() if id(thing) not in before]
 
 
-def test_more_clusters_than_patterns_is_refused_and_empty_patterns_start_the_last_ones(capsys):
+def test_more_clusters_than_patterns_is_an_error_and_empty_patterns_are_drawn_last(capsys):
     source = make_source(windows=1)
     with pytest.raises(UserError, match="cluster.k=17 is more than the 16 patterns"):
         fit(source, k=17)
@@ -218,7 +226,7 @@ PAPER = {"cluster.algorithm": "apc-paper", "cluster.weighting": "binary", "clust
 
 
 @pytest.mark.parametrize("options", [{}, {"cluster.schedule": "step"}, PAPER], ids=["epoch", "step", "paper"])
-def test_a_killed_run_goes_on_to_the_same_codebook_and_predictor(workplace, options):
+def test_a_killed_run_resumes_to_the_same_codebook_and_predictor(workplace, options):
     settings = {"trainer.checkpoint_every_n_steps": 1, "stage": "predict", **options}
     name = "-".join(options.values()) or "epoch"
     train_tiny(workplace, **{"run.name": f"whole-{name}", **settings})
@@ -265,7 +273,7 @@ def test_several_ranks_equal_one_bit_for_bit(workplace, ranks, options):
     assert isinstance(load_run(workplace / "runs" / name).predictor, Predictor)
 
 
-def test_checkpoints_take_no_more_than_a_tenth_of_the_time(tmp_path, monkeypatch):
+def test_checkpoints_take_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
     now, saved = [100.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
 

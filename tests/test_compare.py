@@ -33,18 +33,47 @@ def finish(
     for policy in policies:
         value = (PERPLEXITY | (perplexity or {}))[policy]
         density = 1.0 if policy == "dense" else cfg.cluster.density
-        records.append({
-            "policy": policy, "missing": None, "excludes_finding": "oracle" in policy, "density": density, "coverage": min(1.0, density + 0.1), "precision": 0.6,
-            "captured_importance": 0.8, "captured_energy": 0.9, "perplexity": value, "ratio": value / 5, "ratio_low": value / 5.5, "ratio_high": value / 4.5,
-            "bits": 3 * math.log2(cfg.cluster.k), "bytes_share": density, "flops_share": density,
-        })  # fmt: skip
+        records.append(
+            {
+                "policy": policy,
+                "missing": None,
+                "excludes_finding": "oracle" in policy,
+                "density": density,
+                "coverage": min(1.0, density + 0.1),
+                "precision": 0.6,
+                "captured_importance": 0.8,
+                "captured_energy": 0.9,
+                "perplexity": value,
+                "ratio": value / 5,
+                "ratio_low": value / 5.5,
+                "ratio_high": value / 4.5,
+                "bits": 0.0 if policy in tables.SHARED else 3 * math.log2(cfg.cluster.k),
+                "bytes_share": density,
+                "flops_share": density,
+            }
+        )
     records.append({"policy": "soft", "missing": "no predictor was given"})
     known = {
-        "model": "Mistral-7B-v0.1", "fit": "a:test" if in_sample else "a:train", "score": "a:test", "split": "in-sample" if in_sample else "held-out",
-        "fit_tokens": 333824, "score_tokens": 333824, "seq_len": 2048, "sites": cfg.sites, "sparsity": 0.5, "active": "threshold", "k": cfg.cluster.k,
-        "density": cfg.cluster.density, "weighting": cfg.cluster.weighting, "scope": cfg.cluster.scope, "forward": "thresholded", "dtype": "bfloat16",
-        "layers": 32, "hidden_size": 4096, "ffn_width": 14336,
-    }  # fmt: skip
+        "model": "Mistral-7B-v0.1",
+        "fit": "a:test" if in_sample else "a:train",
+        "score": "a:test",
+        "split": "in-sample" if in_sample else "held-out",
+        "fit_tokens": 333824,
+        "score_tokens": 333824,
+        "seq_len": 2048,
+        "sites": cfg.sites,
+        "sparsity": 0.5,
+        "active": "threshold",
+        "k": cfg.cluster.k,
+        "density": cfg.cluster.density,
+        "weighting": cfg.cluster.weighting,
+        "scope": cfg.cluster.scope,
+        "forward": "thresholded",
+        "dtype": "bfloat16",
+        "layers": 32,
+        "hidden_size": 4096,
+        "ffn_width": 14336,
+    }
     path = folder / name
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
@@ -105,9 +134,11 @@ def test_a_line_is_one_policy_of_one_algorithm_and_density_over_clusters(grid):
 )
 def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
     runs = finished.ordered(
-        [finish(tmp_path, "one", "cluster.k=256"), finish(tmp_path, "two", "cluster.k=512", **other)]
+        finish(tmp_path, f"{name}-{k}", f"cluster.k={k}", **conditions)
+        for name, conditions in (("one", {}), ("two", other))
+        for k in (256, 512)
     )
-    assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [1, 1]
+    assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [2, 2]
     drawn = []
     new_figure = figures.new_figure
     monkeypatch.setattr(
@@ -147,7 +178,7 @@ def test_runs_that_repeat_others_with_another_seed_are_points_of_the_same_line(t
 
 
 def test_the_slides_cost_model_gives_the_slides_ratio():
-    direct, clustered = finished.things_predicted(2 / 3 * 7e9, 3 * 2048, layers=32, tokens=100, cost=5)
+    direct, clustered = finished.predictions_needed(2 / 3 * 7e9, 3 * 2048, layers=32, tokens=100, cost=5)
     assert direct / clustered == pytest.approx(7.6e5, rel=0.005) and clustered == 6144 * 32 * 100 * 5
 
 
@@ -163,13 +194,33 @@ def test_the_table_has_every_policy_with_its_conditions_held_out_first(grid):
     assert float(row["oracle_gap"]) == pytest.approx(math.log(4000 / 2048**0.5 / 6)) and row["predictor_gap"] == ""
     held = next(row for row in rows if row["policy"] == "predicted")
     assert float(held["predictor_gap"]) == pytest.approx(math.log(25 / 20)) and held["model"] == "Mistral-7B-v0.1"
-    for markdown in (False, True):
-        said = tables.table(runs, markdown)
-        assert (
-            said.index("held-out, windows of 2,048") < said.index("IN-SAMPLE · Mistral-7B-v0.1")
-            and "neither bytes nor FLOPs" in said
-        )
-        assert said.count("python train.py") == 14 and "9.2e5" in said
+    for form in ({}, {"wide": True}, {"markdown": True}):
+        text = tables.table(runs, **form)
+        assert text.index("held-out, windows of 2,048") < text.index("IN-SAMPLE · Mistral-7B-v0.1")
+        assert "IN-SAMPLE: scored on the text that was fitted on" in text
+        assert text.count("python train.py") == (14 if form else 0)
+        assert ("9.2e5" in text and "neither bytes nor FLOPs" in text) == bool(form)
+
+
+def test_the_table_fits_80_columns_and_wide_has_all_of_them(grid):
+    narrow, wide = tables.table(grid[1]), tables.table(grid[1], wide=True)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "comparison.md" in narrow and "--wide shows all columns" in narrow
+    header = wide.split("\n\n")[1].splitlines()[1].split()
+    assert header[:4] == ["run", "codebook", "K", "policy"] and {"perplexity", "nats", "÷"} <= set(header)
+
+
+def test_the_table_is_grouped_by_run_with_the_numbers_of_the_records(grid):
+    runs = [run for run in grid[1] if not run.in_sample]
+    blocks = {block.split(":")[0]: block.splitlines() for block in tables.table(runs).split("\n\n")}
+    for run in runs:
+        heading, *rows = blocks[run.name]
+        assert f"K {run.conditions['k']}" in heading and "density 0.6" in heading
+        assert [row.replace(" ± ", "±").split() for row in rows] == [
+            ["oracle", "60.0", "90.0", "20.00", "4.000±0.404", "60.0*"],
+            ["predicted", "60.0", "90.0", "25.00", "5.000±0.505", "60.0"],
+        ]
+    assert "2 runs: any codebook\ndense " in tables.table(runs)
 
 
 def test_each_command_makes_its_run_again(grid, tmp_path):
@@ -207,7 +258,7 @@ def test_an_evaluation_of_a_run_is_made_again_by_evaluate(tmp_path):
     assert evaluate.config_of_run(None, words[2:]).policies == ["oracle"]
 
 
-def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(grid, tmp_path, monkeypatch):
+def test_figures_show_ours_over_the_papers_range_with_the_papers_results(grid, tmp_path, monkeypatch):
     by_title = {}
     new_figure = figures.new_figure
     monkeypatch.setattr(
@@ -222,36 +273,67 @@ def test_figures_show_ours_over_the_papers_range_and_the_papers_as_a_reference(g
         "captured_importance_over_bits",
         "perplexity_over_bits",
         "perplexity_over_captured",
+        "perplexity_over_bytes",
         "gaps",
     ]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in drawn)
     words = {title: " | ".join(text.get_text() for text in figure.findobj(Text)) for title, figure in by_title.items()}
     for expected in (
         "paper, nearest centroids: 12.49",
-        "paper, exact: 6.45",
+        "paper, active neurons: 6.45",
         "paper, dense: ≈ 5.3",
-        "not comparable",
+        "the paper's results on the same model, also in-sample",
         "dense 5.00",
         "IN-SAMPLE",
         "held-out",
     ):
-        assert expected in words["Perplexity over clusters"], expected
+        assert expected in words["Perplexity over the number of clusters"], expected
     coverage = next(text for title, text in words.items() if title.startswith("Coverage"))
-    assert "paper's best: 79.34" in coverage and "density, %" in coverage and "not comparable" in coverage
-    axes = by_title["Perplexity over clusters"].axes[0]
+    assert "paper's best: 79.34" in coverage and "density, %" in coverage
+    (axes,) = [
+        axes
+        for axes in by_title["Perplexity over the number of clusters"].axes
+        if "sparsity 0.5, density 0.8" in axes.get_title(loc="left")
+    ]
     low, high = axes.get_xlim()
     assert low < 256 and high > 16384 and axes.get_xscale() == "log" and axes.get_yscale() == "log"
-    gaps = by_title["What codebook and predictor cost"].axes
-    heights = sorted({round(y, 6) for line in gaps[0].lines for y in line.get_ydata()})
-    assert len(gaps) == 1 and heights == [
-        round(math.log(25 / 20), 6),
-        round(math.log(20 / 6), 6),
-    ]  # of held-out runs: the only ones with a predictor
+    (gaps,) = by_title["What the codebook costs, and what predicting the cluster adds"].axes
+    heights = sorted({round(y, 6) for line in gaps.lines for y in line.get_ydata()})
+    # Only the held-out runs have a predictor.
+    assert heights == [round(math.log(25 / 20), 6), round(math.log(20 / 6), 6)]
+
+
+@pytest.mark.parametrize("other", [{"model": "Other-1B"}, {"in_sample": False}], ids=["model", "held-out"])
+def test_the_papers_results_stand_only_beside_its_own_model_in_sample(tmp_path, other, monkeypatch):
+    runs = [finish(tmp_path, f"k{k}", f"cluster.k={k}", **other) for k in (256, 512)]
+    drawn = []
+    new_figure = figures.new_figure
+    monkeypatch.setattr(
+        figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1]
+    )
+    assert compare_figures.perplexity_figure(runs, tmp_path / "a.png")
+    assert compare_figures.coverage_figure(runs, tmp_path / "b.png")
+    words = [text.get_text() for figure in drawn for text in figure.findobj(Text)]
+    assert not [text for text in words if "grey" in text or text.startswith("paper")]
+
+
+def test_a_single_number_of_clusters_makes_no_figure_over_clusters(tmp_path):
+    run = finish(tmp_path, "a", "cluster.k=256")
+    drawn = compare_figures.save_figures([run], tmp_path / "out")
+    assert [path.stem for path in drawn] == ["perplexity_over_captured", "perplexity_over_bytes"]
+
+
+def test_every_point_over_bytes_is_labelled_or_only_the_best_of_too_many(grid, tmp_path):
+    few = [finish(tmp_path, f"sweep-{k}", f"cluster.k={k}") for k in (256, 512)]
+    points = compare_figures._bytes_points(few)
+    assert sorted({point.label for point in points}) == ["256", "512", "exact"]
+    many = [run for run in grid[1] if run.in_sample]
+    assert 0 < sum(bool(point.label) for point in compare_figures._bytes_points(many)) < 12
 
 
 def test_runs_without_policies_of_clusters_give_a_table_and_no_figures(tmp_path):
     said = tables.compare([finish(tmp_path, "a", policies=("dense",))], tmp_path / "out")
-    assert "figures: none" in said and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert "figures: none" in " ".join(said.split()) and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "comparison.csv",
         "comparison.md",
     ]
@@ -330,11 +412,10 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, words, message):
 
 
 def test_what_no_codebook_changes_stands_there_once(grid):
-    said = tables.table(grid[1]).splitlines()
-    shared = [line.split() for line in said if line.split()[1:2] in (["run"], ["runs"])]
-    together = [run for run in grid[1] if sum(other.place == run.place for other in grid[1]) > 1]
+    lines = tables.table(grid[1], wide=True).splitlines()
+    shared = [line.split() for line in lines if line.split()[1:2] in (["run"], ["runs"])]
+    together = [run for run in grid[1] if sum(other.comparison_key == run.comparison_key for other in grid[1]) > 1]
     for name in tables.SHARED:
-        assert (
-            sum(int(row[0]) for row in shared if name in row[2:5]) == sum(name in run.policies for run in together) > 0
-        )
-    assert not [line for line in said if line.startswith("in-") and " dense " in line]
+        count = sum(int(row[0]) for row in shared if name in row[2:6])
+        assert count == sum(name in run.policies for run in together) > 0
+    assert not [line for line in lines if line.startswith("in-") and " dense " in line]

@@ -1,4 +1,4 @@
-"""Sources are merged in order, and every mistake in them is one line that names the key."""
+"""Later sources win, and an error about a mistake in one is a line that names the key."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ def test_an_override_changes_a_group_that_an_experiment_chose():
     assert load_config(None, ["experiment=wikitext2", "data=bundled"]).data.fit == "bundled"
     cfg = load_config(
         None, ["experiment=wikitext2", "cluster=binary", "cluster.k=9"]
-    )  # over what the experiment says itself
+    )  # stronger than the experiment's own values
     assert (cfg.cluster.weighting, cfg.cluster.k) == ("binary", 9)
 
 
@@ -149,14 +149,14 @@ def test_a_mistake_on_the_command_line_exits_with_2_and_one_line():
     ],
     ids=["devices", "machines", "as-configured", "not-configured"],
 )
-def test_a_launcher_that_started_other_processes_is_named(monkeypatch, words, started, line):
+def test_another_number_of_launched_processes_is_an_error(monkeypatch, words, started, line):
     for name, value in zip(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), started, strict=True):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
         launch.check_launched(load_config(None, words))
 
 
-def test_tasks_of_slurm_do_not_each_start_all_processes(monkeypatch):
+def test_several_slurm_tasks_that_would_each_start_all_processes_are_an_error(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(UserError, match=r"srun started 8 of these, and each would start as many; start one"):
         launch.launch(load_config(None, ["trainer=ddp", "model.device=cpu"]))

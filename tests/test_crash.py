@@ -1,4 +1,7 @@
-"""After a crash at any moment files are whole or not there, and a run goes on to the same end; taking a flush away is noticed here."""
+"""After a crash at any moment files are whole or absent, and a run resumes to the same result.
+
+The tests would notice a missing flush.
+"""
 
 import json
 
@@ -23,7 +26,7 @@ def check_write(folder, **options):
     with crash.watched(folder, **options) as disk:
         write_atomic(folder / "a.json", b"new and longer")
     assert len(disk.images) >= 2 and all(image["a.json"] in (b"old", b"new and longer") for image in disk.images)
-    after = [disk._all_names(), disk._flushed_names(folder.stat().st_ino, "")]  # of a crash when it has returned
+    after = [disk._all_names(), disk._flushed_names(folder.stat().st_ino, "")]  # a crash after the call returned
     assert all(image["a.json"] == b"new and longer" for image in after)
 
 
@@ -32,7 +35,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["contents are not flushed", "names are not flushed", "written in place"])
-def test_a_flush_that_is_missing_is_noticed(tmp_path, monkeypatch, what):
+def test_a_missing_flush_is_noticed(tmp_path, monkeypatch, what):
     counts = lambda path: (
         path.is_dir() if what == "contents are not flushed" else path.is_file() or what != "names are not flushed"
     )
@@ -61,21 +64,21 @@ def check_collecting(tmp_path, monkeypatch, **options):
     for number, image in enumerate(disk.images[::4] + disk.images[-2:]):
         source = run_collect(crash.restore(image, tmp_path / f"after-{number}"))
         assert digests(source) == expected
-        PatternStore(source.path)  # its checksums too
+        PatternStore(source.path)  # verifies the checksums
         assert not any(path.suffix in (".tmp", ".partial") for path in source.path.parent.rglob("*"))
 
 
-def test_collecting_goes_on_after_any_crash(tmp_path, monkeypatch):
+def test_collecting_resumes_after_any_crash(tmp_path, monkeypatch):
     check_collecting(tmp_path, monkeypatch)
 
 
-def test_arrays_that_are_not_flushed_are_noticed(tmp_path, monkeypatch):
+def test_arrays_without_a_flush_are_noticed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="bytes, the manifest says"):
         check_collecting(tmp_path, monkeypatch, counts=lambda path: not path.name.endswith(".npy.tmp"))
 
 
 @pytest.mark.parametrize("stage", ["cluster", "predict", "tune"])
-def test_training_goes_on_after_any_crash(tmp_path, stage):
+def test_training_resumes_after_any_crash(tmp_path, stage):
     place = tiny.make_workplace(tmp_path / "place")
     settings = {
         "trainer.checkpoint_every_n_steps": 1,

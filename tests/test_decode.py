@@ -1,4 +1,4 @@
-"""Sparse FFNs in a model: the same as masks that multiply, dense where many tokens come at once, put back whole, and decoded with a fixed cache."""
+"""Sparse FFNs equal masked ones, run dense for many tokens, leave no trace; a fixed cache decodes as `generate`."""
 
 import gc
 import math
@@ -18,15 +18,23 @@ from apc.ops.sparse_ffn import act
 from apc.predict.predictor import at_16_bits
 from apc.sparse import decode, sparse_ffn, timing
 from apc.sparse.decode import GreedyDecoder, attend
+from apc.sparse.masked_forward import activation_function
 from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-POLICIES = [("predicted", "cluster", {}), ("predicted", "cluster", {"predictor.lookahead": 1}),
-        ("predicted", "cluster", {"predictor.lookahead": 2}), ("soft", "cluster", {}), ("static", "cluster", {}),
-        ("neuron-predictor", "neuron", {}), ("neuron-predictor", "low-bit", {}), ("neuron-threshold", "neuron", {}),
-        ("neuron-threshold", "low-bit", {"predictor.bits": 2}),
-        ("neuron-threshold", "low-bit", {"predictor.low_bit_projections": "[gate]", "predictor.lookahead": 1})]  # fmt: skip
+POLICIES = [
+    ("predicted", "cluster", {}),
+    ("predicted", "cluster", {"predictor.lookahead": 1}),
+    ("predicted", "cluster", {"predictor.lookahead": 2}),
+    ("soft", "cluster", {}),
+    ("static", "cluster", {}),
+    ("neuron-predictor", "neuron", {}),
+    ("neuron-predictor", "low-bit", {}),
+    ("neuron-threshold", "neuron", {}),
+    ("neuron-threshold", "low-bit", {"predictor.bits": 2}),
+    ("neuron-threshold", "low-bit", {"predictor.low_bit_projections": "[gate]", "predictor.lookahead": 1}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +43,15 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(workplace):
-    """(codebook, predictor) of a run with these settings, with offsets and a correction as tuning leaves them."""
-    found = {}
+def trained(workplace):
+    """A function that returns codebook and predictor of a run, with random offsets and corrections, as after tuning."""
+    runs = {}
 
-    def make(form, **changes):
+    def get(form, **changes):
         name = "-".join([form, *(str(value).strip("[]") for value in changes.values())])
-        if name not in found:
-            train.train(
-                load_config(
-                    None,
-                    tiny.tiny_overrides(
-                        workplace, stage="predict", **{"run.name": name, "predictor.form": form, **changes}
-                    ),
-                )
-            )
+        if name not in runs:
+            settings = {"run.name": name, "predictor.form": form, **changes}
+            train.train(load_config(None, tiny.tiny_overrides(workplace, stage="predict", **settings)))
             run = apc.load_run(workplace / "runs" / name)
             book, predictor = run.codebook.sites["neuron"], run.predictor.copy(corrects=True)
             predictor.thresholds = run.predictor.thresholds
@@ -57,13 +59,12 @@ def made(workplace):
             with torch.no_grad():
                 for value in (predictor.correct, predictor.correct_bias):
                     value.normal_(std=0.3, generator=generator)
-            book.offsets = at_16_bits(
-                torch.randn(*book.profiles.shape[:2], run.codebook.hidden_size, generator=generator)
-            )
-            found[name] = (run.codebook, predictor.requires_grad_(False).eval().rounded())
-        return found[name]
+            size = (*book.profiles.shape[:2], run.codebook.hidden_size)
+            book.offsets = at_16_bits(torch.randn(size, generator=generator))
+            runs[name] = (run.codebook, predictor.requires_grad_(False).eval().rounded())
+        return runs[name]
 
-    return make
+    return get
 
 
 def model_on(workplace, device, dtype="float32"):
@@ -75,97 +76,91 @@ WINDOWS = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(5)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("policy", "form", "changes"), POLICIES)
-def test_skipping_neurons_gives_what_masking_them_gives(workplace, made, device, policy, form, changes):
+def test_skipping_neurons_equals_masking_them(workplace, trained, device, policy, form, changes):
     model, windows = model_on(workplace, device), WINDOWS.to(device)
-    codebook, predictor = made(form, **changes)
+    codebook, predictor = trained(form, **changes)
     dense = model(windows).logits
     masked = apc.sparsify(model, codebook, predictor, policy)(windows).logits
-    found = apc.sparsify(model, codebook, predictor, policy, kernel="auto", max_sparse_tokens=math.inf)(windows).logits
-    assert (found - masked).norm() < 1e-4 * (masked - dense).norm()
+    apc.sparsify(model, codebook, predictor, policy, kernel="auto", max_sparse_tokens=math.inf)
+    skipped = model(windows).logits
+    assert (skipped - masked).norm() < 1e-4 * (masked - dense).norm()
     assert torch.equal(apc.restore(model)(windows).logits, dense)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_many_tokens_run_dense_and_few_sparse(workplace, made, device):
+def test_many_tokens_run_dense_and_few_sparse(workplace, trained, device):
     model, windows = model_on(workplace, device), WINDOWS.to(device)
-    codebook, predictor = made("cluster")
+    codebook, predictor = trained("cluster")
     dense = model(windows).logits
-    alone = [
-        apc.sparsify(model, codebook, predictor, "predicted")(windows[:1, :1]).logits,
-        apc.restore(model)(windows[:1, :1]).logits,
-    ]
+    token = windows[:1, :1]
+    masked_token = apc.sparsify(model, codebook, predictor, "predicted")(token).logits
+    dense_token = apc.restore(model)(token).logits
     apc.sparsify(model, codebook, predictor, "predicted", kernel="auto", max_sparse_tokens=1)
     assert torch.allclose(model(windows).logits, dense, atol=1e-4)
-    found = model(windows[:1, :1]).logits
-    assert (found - alone[0]).norm() < 1e-4 * (alone[0] - alone[1]).norm()
+    sparse_token = model(token).logits
+    assert (sparse_token - masked_token).norm() < 1e-4 * (masked_token - dense_token).norm()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "form", "changes"), POLICIES)
-def test_how_many_tokens_run_sparse_is_measured(workplace, made, policy, form, changes):
+def test_the_crossover_is_measured(workplace, trained, policy, form, changes):
     model = model_on(workplace, "cuda")
-    codebook, predictor = made(form, **changes)
-    hooks = handle_of(apc.sparsify(model, codebook, predictor, policy, kernel="auto"))
-    assert 0 <= hooks.max_sparse_tokens <= 4
-    sparse_pays = [
-        ([1.0, 0.9, 0.7, 1.0, 0.96, 1.0, 0.98], 2),
-        ([1.0, 0.9, 0.6], 0),
-    ]  # of one token dense, sparse, and two thirds of reading all; of more
-    for measured, tokens in sparse_pays:
-        seconds = iter(measured)
+    codebook, predictor = trained(form, **changes)
+
+    def crossover(kernel):
+        return handle_of(apc.sparsify(model, codebook, predictor, policy, kernel=kernel)).max_sparse_tokens
+
+    assert 0 <= crossover("auto") <= 4 and crossover("triton") == 4
+    # Times in the order of measuring: one token dense, one token sparse, two thirds of reading all weights; then dense
+    # and sparse for more tokens.
+    for times, tokens in (([1.0, 0.9, 0.7, 1.0, 0.96, 1.0, 0.98], 2), ([1.0, 0.9, 0.6], 0)):
+        remaining = iter(times)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparse_ffn, "_graph_seconds", lambda calls: next(seconds))  # noqa: B023
-            assert (
-                handle_of(apc.sparsify(model, codebook, predictor, policy, kernel="auto")).max_sparse_tokens == tokens
-            )
-    assert handle_of(apc.sparsify(model, codebook, predictor, policy, kernel="triton")).max_sparse_tokens == 4
+            patch.setattr(sparse_ffn, "_time", lambda calls: next(remaining))  # noqa: B023
+            assert crossover("auto") == tokens
 
 
-def downs_held():
-    """Storages in memory as large as one down projection of the tiny model, by their addresses."""
+def storages():
+    """Addresses of all storages in memory that are as large as a down projection of the tiny model."""
     tensors = [
-        thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and sorted(thing.shape) == [32, 52]
+        value for value in gc.get_objects() if isinstance(value, torch.Tensor) and sorted(value.shape) == [32, 52]
     ]
     return {value.untyped_storage().data_ptr() for value in tensors}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_weights_are_stored_once_and_put_back(workplace, made, device):
-    codebook, predictor = made("cluster")
+def test_weights_are_stored_once_and_restored(workplace, trained, device):
+    codebook, predictor = trained("cluster")
     gc.collect()
-    others = downs_held()
+    others = storages()
     model = model_on(workplace, device)
     before = {name: value.clone().flatten() for name, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
-    held = len(downs_held() - others)
+    count = len(storages() - others)
     apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
     for layer in model.model.layers:
         weight = layer.mlp.down_proj.weight
         assert weight.shape == (32, 52) and weight.T.is_contiguous() and not weight.is_contiguous()
-    assert len(downs_held() - others) == held
+    assert len(storages() - others) == count
     apc.restore(model)
-    assert (
-        all(value is parameters[name] for name, value in model.named_parameters())
-        and "forward" not in model.model.layers[0].mlp.__dict__
-    )
+    assert all(value is parameters[name] for name, value in model.named_parameters())
     assert all(torch.equal(value.flatten(), before[name]) for name, value in model.state_dict().items())
-    assert (
-        all(layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers)
-        and len(downs_held() - others) == held
-    )
+    for layer in model.model.layers:
+        assert "forward" not in layer.mlp.__dict__ and layer.mlp.down_proj.weight.is_contiguous()
+    assert len(storages() - others) == count
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("policy", "form", "changes"), POLICIES)
-def test_a_step_is_traced_whole(workplace, made, device, policy, form, changes):
-    """And the first layer has all operations: Inductor would need minutes for one that it meets first in the last of many."""
+def test_torch_compile_traces_a_whole_step(workplace, trained, device, policy, form, changes):
+    """The first layer calls all operations: Inductor takes minutes for one that first comes up in a late layer."""
     model, token, called = model_on(workplace, device), WINDOWS[:1, :1].to(device), []
 
     def backend(graph, _):
         called.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("apc."))
         return graph.forward
 
-    apc.sparsify(model, *made(form, **changes), policy, kernel="auto", max_sparse_tokens=1)
+    apc.sparsify(model, *trained(form, **changes), policy, kernel="auto", max_sparse_tokens=1)
     expected = model(token).logits
     torch.compiler.reset()
     assert torch.allclose(
@@ -177,21 +172,20 @@ def test_a_step_is_traced_whole(workplace, made, device, policy, form, changes):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", ["dense", "predicted"])
-def test_decoding_with_a_fixed_cache_is_generate(workplace, made, device, policy):
+def test_decoding_with_a_fixed_cache_equals_generate(workplace, trained, device, policy):
     model, windows = model_on(workplace, device), WINDOWS.to(device)
-    apc.sparsify(model, *made("cluster"), policy, kernel="auto", max_sparse_tokens=2)
+    apc.sparsify(model, *trained("cluster"), policy, kernel="auto", max_sparse_tokens=2)
     decoder = GreedyDecoder(model, 2, 40, mode=None)
     decoder.record(windows)
-    found = decoder.decode(windows, 20)
-    expected = model.generate(
-        windows, attention_mask=torch.ones_like(windows), max_new_tokens=20, min_new_tokens=20, do_sample=False
-    )[:, 12:]
-    assert torch.equal(found, expected) and torch.equal(decoder.decode(windows, 20), found)
+    decoded = decoder.decode(windows, 20)
+    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    expected = model.generate(windows, attention_mask=torch.ones_like(windows), **options)[:, 12:]
+    assert torch.equal(decoded, expected) and torch.equal(decoder.decode(windows, 20), decoded)
 
 
-def test_more_tokens_than_the_cache_has_room_for_are_refused(workplace):
+def test_tokens_beyond_the_cache_raise(workplace):
     decoder = GreedyDecoder(model_on(workplace, "cpu"), 2, 15, mode=None)
-    assert decoder.decode(WINDOWS, 4).shape == (2, 4)  # the last token that is decoded needs no room
+    assert decoder.decode(WINDOWS, 4).shape == (2, 4)  # the last decoded token needs no room
     with pytest.raises(ValueError, match="16 tokens are more than the decoder's length of 15"):
         decoder.step()
     with pytest.raises(ValueError, match="24 tokens"):
@@ -202,10 +196,10 @@ def test_more_tokens_than_the_cache_has_room_for_are_refused(workplace):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_halves_are_decoded_by_the_kernels_in_one_graph(workplace, made, dtype, lookahead):
-    """Where a layer's neurons are found beside the attention before it; without a graph, before that."""
+def test_a_graph_and_single_kernels_decode_the_same(workplace, trained, dtype, lookahead):
+    """In a graph, a layer's active neurons are listed beside the attention before it; without one, before attention."""
     model, windows = model_on(workplace, "cuda", dtype), WINDOWS[:1].cuda()
-    codebook, predictor = made("cluster", **({"predictor.lookahead": lookahead} if lookahead else {}))
+    codebook, predictor = trained("cluster", **({"predictor.lookahead": lookahead} if lookahead else {}))
     ffns = handle_of(apc.sparsify(model, codebook, predictor, "predicted", kernel="triton", max_sparse_tokens=1))
     decoder = GreedyDecoder(model, 1, 40, mode=None)
     decoder.record(windows)
@@ -213,28 +207,28 @@ def test_halves_are_decoded_by_the_kernels_in_one_graph(workplace, made, dtype, 
     decoder.token.fill_(7)
     for _ in range(3):
         decoder.step()
-    found, clear = decoder.logits.clone(), decoder._graph
+    by_graph, graph = decoder.logits.clone(), decoder._graph
     decoder.prefill(windows)
     decoder._graph = None
     decoder.token.fill_(7)
     for _ in range(3):
         decoder.step()
-    assert clear is not None and torch.equal(decoder.logits, found)
-    assert any(ffns._can_prefetch) == (dtype == "bfloat16" and ops.can_find(*ffns_of(model)))
+    assert graph is not None and torch.equal(decoder.logits, by_graph)
+    assert any(ffns._can_prefetch) == (dtype == "bfloat16" and ops.can_prefetch(ops.FFNWeights(*ffns_of(model))))
 
 
 def ffns_of(model):
-    """gate, up and the transposed down of its first FFN."""
+    """gate, up and the transposed down of a model's first FFN."""
     ffn = find_ffns(model)[0]
     return ffn.projection("gate"), ffn.projection("up"), ffn.down.weight.T
 
 
 @pytest.mark.parametrize("policy", ["dense", "predicted"])
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_decoders_step_is_traced_whole(workplace, made, policy, lookahead):
-    """With its cache and its attention; what is not would run uncompiled from the eighth layer on."""
+def test_torch_compile_traces_a_whole_step_of_a_decoder(workplace, trained, policy, lookahead):
+    """The trace includes cache and attention; parts left out would run uncompiled from the eighth layer on."""
     model = model_on(workplace, "cpu")
-    apc.sparsify(model, *made("cluster", **{"predictor.lookahead": lookahead}), policy, kernel="torch")
+    apc.sparsify(model, *trained("cluster", **{"predictor.lookahead": lookahead}), policy, kernel="torch")
     decoder, compiled = (GreedyDecoder(model, 2, 40, mode=None) for _ in range(2))
     torch.compiler.reset()
     compiled._call = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
@@ -242,7 +236,7 @@ def test_a_decoders_step_is_traced_whole(workplace, made, policy, lookahead):
     assert torch.allclose(compiled.logits, decoder.logits, atol=1e-5)
 
 
-def test_tuning_is_timed_in_graphs_while_a_step_is_recorded(monkeypatch):
+def test_tuning_times_candidates_in_graphs(monkeypatch):
     from torch._inductor.runtime.benchmarking import benchmarker
 
     monkeypatch.setattr(decode, "graph_time", lambda call: call())
@@ -253,9 +247,9 @@ def test_tuning_is_timed_in_graphs_while_a_step_is_recorded(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_tuned_step_is_that_of_the_model(workplace, made, monkeypatch):
+def test_a_tuned_step_equals_the_models(workplace, trained, monkeypatch):
     model, windows = model_on(workplace, "cuda"), WINDOWS.cuda()
-    apc.sparsify(model, *made("cluster"), "predicted", kernel="auto", max_sparse_tokens=2)
+    apc.sparsify(model, *trained("cluster"), "predicted", kernel="auto", max_sparse_tokens=2)
     times, timed = [], timing.graph_time
     monkeypatch.setattr(decode, "graph_time", lambda call: times.append(timed(call)) or times[-1])
     plain, tuned = (
@@ -270,7 +264,7 @@ def test_a_tuned_step_is_that_of_the_model(workplace, made, monkeypatch):
     assert torch.allclose(tuned.logits, plain.logits, atol=1e-3)
 
 
-def test_a_model_that_can_not_be_traced_whole_is_named(workplace):
+def test_a_model_that_can_not_be_traced_is_named(workplace):
     model = model_on(workplace, "cpu")
     decoder = GreedyDecoder(model, 1, 20, mode=None)
 
@@ -281,26 +275,24 @@ def test_a_model_that_can_not_be_traced_whole_is_named(workplace):
     decoder._call = torch.compile(broken, backend="eager", fullgraph=True)
     with pytest.raises(
         UserError,
-        match=r"^\w+ForCausalLM: torch.compile cannot trace a decoding step whole \(.+\); leave out speed=true",
+        match=r"^\w+ForCausalLM: torch.compile cannot trace a whole decoding step \(.+\); leave out speed=true",
     ):
         decoder.decode(WINDOWS[:1], 3)
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_heads_that_share_keys_attend_without_repeating_them(n):
+def test_attention_with_shared_key_heads_equals_repeated_keys(n):
     query, key, value = torch.randn(2, 6, n, 8), torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
     mask = torch.rand(2, 1, n, 10) < 0.7
     module = torch.nn.Module()
     module.num_key_value_groups = 2
-    found, _ = attend(module, query, key, value, mask, scaling=0.3)
+    output, _ = attend(module, query, key, value, mask, scaling=0.3)
     repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(
-        1, 2
-    )
-    assert torch.allclose(found, expected, atol=1e-6)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    assert torch.allclose(output, expected.transpose(1, 2), atol=1e-6)
 
 
-def test_steps_attend_so_and_leave_the_models_attention_as_it_was(workplace, monkeypatch):
+def test_only_steps_replace_the_models_attention(workplace, monkeypatch):
     model, seen = model_on(workplace, "cpu"), []
     monkeypatch.setattr(
         decode, "attend", lambda *given, **named: seen.append(given[1].shape[2]) or attend(*given, **named)
@@ -309,9 +301,9 @@ def test_steps_attend_so_and_leave_the_models_attention_as_it_was(workplace, mon
     assert seen == [1] * 4 * len(model.model.layers) and model.config._attn_implementation == "sdpa"
 
 
-def test_what_has_no_kernel_is_said(workplace, made, capsys):
+def test_errors_name_what_has_no_kernel(workplace, trained, capsys):
     model = model_on(workplace, "cpu")
-    codebook, predictor = made("cluster")
+    codebook, predictor = trained("cluster")
     for policy, kernel, message in (
         ("oracle", "auto", "policy oracle: its mask is known only after"),
         ("gate", "auto", "policy gate: its mask is known only after"),
@@ -320,7 +312,7 @@ def test_what_has_no_kernel_is_said(workplace, made, capsys):
     ):
         with pytest.raises(UserError, match=message):
             apc.sparsify(model, codebook, predictor, policy, kernel=kernel)
-    sparse_ffn._by_triton.said = False
+    sparse_ffn._warn_no_triton.cache_clear()
     for _ in range(2):
         apc.sparsify(model, codebook, predictor, "predicted", kernel="auto")
     assert capsys.readouterr().err.count("no Triton kernels") == 1
@@ -344,7 +336,5 @@ def test_what_has_no_kernel_is_said(workplace, made, capsys):
 def test_every_family_has_a_kernel_for_its_activation(family):
     model = tiny.make_model(family)
     for ffn in find_ffns(model):
-        name = sparse_ffn.activation_of(ffn)
         x = torch.linspace(-4, 4, 50)
-        found = getattr(ffn.module, "act_fn", None) or ffn.module.activation_fn
-        assert torch.allclose(act(x, name), found(x), atol=1e-6)
+        assert torch.allclose(act(x, sparse_ffn.activation_of(ffn)), activation_function(ffn)(x), atol=1e-6)

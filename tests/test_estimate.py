@@ -1,4 +1,4 @@
-"""What a dry run says: its bytes are those that a run then writes and holds, its seconds give back what was measured, and it needs no weights."""
+"""A dry run estimates the bytes that a run writes and allocates and the seconds of measured runs, without weights."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ from apc.sparse.policies import trains_predictor
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
-K, WIDTH = 150, 404  # large enough that headers of files are a small part of them
+K, WIDTH = 150, 404  # large enough that file headers are a small part of the files
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def words_for(folder, **changes):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """(configuration, its estimate on one device) of a run that has ended."""
+    """(configuration, its estimate on one device) of a finished run."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("sized"))
     tiny.save_model(folder / "model", width=WIDTH, layers=2)
     cfg = load_config(None, words_for(folder, policies="[predicted]"))
@@ -63,8 +63,8 @@ def ran(tmp_path_factory):
         return cfg, estimate.estimate(cfg, estimate.read_workload(cfg), 1)
 
 
-def test_bytes_on_disk_are_those_that_a_run_writes(ran):
-    cfg, said = ran
+def test_estimated_bytes_on_disk_are_those_that_a_run_writes(ran):
+    cfg, estimated = ran
     folder = Path(cfg.run.dir) / cfg.run.name
     (patterns,) = [path for path in Path(cfg.collect.dir).iterdir() if path.is_dir()]
     arrays = list(patterns.glob("*.npy"))
@@ -77,14 +77,14 @@ def test_bytes_on_disk_are_those_that_a_run_writes(ran):
         "checkpoint of the predictor": (folder / "checkpoints" / "predictor.ckpt").stat().st_size,
         "predictor": (folder / "predictor.safetensors").stat().st_size,
     }
-    assert said.disk.keys() == written.keys()
+    assert estimated.disk.keys() == written.keys()
     for name, size in written.items():
-        assert said.disk[name] == pytest.approx(size, rel=0.01 if name.startswith("patterns") else 0.03), (
+        assert estimated.disk[name] == pytest.approx(size, rel=0.01 if name.startswith("patterns") else 0.03), (
             name
-        )  # headers, and JSON in them
+        )  # headers with JSON
 
 
-def test_blocks_are_as_large_as_those_that_are_read(ran):
+def test_block_bytes_are_those_of_the_blocks_that_are_read(ran):
     cfg, _ = ran
     (folder,) = [path for path in Path(cfg.collect.dir).iterdir() if path.is_dir()]
     source = PatternStore(folder)
@@ -116,8 +116,11 @@ def test_buffers_are_those_of_a_real_module(algorithm):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("algorithm", ["lloyd", "apc-paper", "brb-kmeans"])
-def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks):
-    """One process stands for the first of equal ranks: what it hands to an exchange is counted, and only its counts of windows grow."""
+def test_estimated_exchange_is_that_of_a_pass(monkeypatch, algorithm, ranks):
+    """One process plays the first of equal ranks: the bytes that it passes to each exchange are counted.
+
+    A sum over ranks returns the rank's own value; only scalar counts are multiplied by the number of ranks.
+    """
     source, summed, scattered, gathered, begun = make_source(windows=12), [], [], [], []
     module_of = ALGORITHMS[algorithm]
     begin = module_of._begin_pass
@@ -131,9 +134,7 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
     monkeypatch.setattr(distributed, "all_concat", lambda value, dim: value)
     monkeypatch.setattr(BlockLoader, "owned", lambda self, tokens: torch.ones(len(tokens), dtype=torch.bool))
     monkeypatch.setattr(module_of, "_begin_pass", lambda self: (begun.append(len(summed)), begin(self)))
-    monkeypatch.setattr(
-        module_of, "_reseed", lambda self, site, empties: 0
-    )  # rows, of some clusters in some passes: not estimated
+    monkeypatch.setattr(module_of, "_reseed", lambda self, site, empties: 0)  # re-seeding is not estimated
     options = dict(k=5, weighting="binary", scope="pooled", density=0.6, max_epochs=1, algorithm=algorithm)
     module = module_of(ClusterConfig(**options), source.info, 1)
     trainer = Trainer(
@@ -148,55 +149,53 @@ def test_what_ranks_exchange_in_a_pass_is_counted(monkeypatch, algorithm, ranks)
         module, datamodule=PatternDataModule(source, BlockLoader(source, module.fields(), 2 * ranks, 0, in_order=True))
     )
     blocks = block_ranges(source.info.windows, 2 * ranks, ranks)
-    counts = 8 * len(blocks) + 8 if algorithm == "apc-paper" else 0  # windows of each block, and rows that moved
-    said = estimate.exchanged(module, blocks, ranks).values()
-    assert sum(part.reduced for part in said) + counts == sum(summed[begun[0] :])
-    assert (sum(part.scattered for part in said), sum(part.gathered for part in said)) == (
+    counts = 8 * len(blocks) + 8 if algorithm == "apc-paper" else 0  # windows per block, and rows that moved
+    parts = estimate.exchanged(module, blocks, ranks).values()
+    assert sum(part.reduced for part in parts) + counts == sum(summed[begun[0] :])
+    assert (sum(part.scattered for part in parts), sum(part.gathered for part in parts)) == (
         sum(scattered),
         sum(gathered),
     )
-    sent = (sum(scattered) + sum(gathered) + 2 * sum(part.reduced for part in said)) * (ranks - 1) / ranks
-    assert sum(part.sent(ranks) for part in said) == pytest.approx(sent)
+    sent = (sum(scattered) + sum(gathered) + 2 * sum(part.reduced for part in parts)) * (ranks - 1) / ranks
+    assert sum(part.sent(ranks) for part in parts) == pytest.approx(sent)
 
 
-# ---- seconds
-
-
-def test_the_measured_run_is_estimated_as_it_was_measured():
+def test_the_measured_run_gets_its_measured_seconds():
     cfg = load_config(None, ["experiment=wikitext2"])
-    said = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds
+    estimated = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds
     for stage, seconds in estimate.known()["stages"]["seconds"].items():
         if stage in ("collect", "predict", "evaluate"):
-            assert said[stage].low == pytest.approx(seconds) == said[stage].high
+            assert estimated[stage].low == pytest.approx(seconds) == estimated[stage].high
         elif stage == "cluster":
-            assert said[stage].low < seconds and said[stage].high == pytest.approx(seconds)
+            assert estimated[stage].low < seconds and estimated[stage].high == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
     ("k", "storage", "measured"),
     [(2048, "device", 0.0805), (2048, "memory", 0.373), (16384, "device", 0.457), (16384, "memory", 0.488)],
 )
-def test_passes_that_were_measured_are_estimated_within_a_third(k, storage, measured):
-    """benchmarks/results.csv, Lloyd iteration: one projection of 14,336 neurons, rows on the GPU or all but none of them."""
+def test_measured_passes_are_estimated_within_a_third(k, storage, measured):
+    """benchmarks/results.csv, Lloyd iteration: one projection of 14,336 neurons, all rows on the GPU or hardly any."""
     cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd", f"cluster.k={k}", "sites=[gate]"])
     info = estimate.pattern_info(cfg, estimate.read_shape(cfg.model, cfg.sites)[0], 163)
-    said = estimate.pass_seconds(estimate.clustering_module(cfg, info), 1.0, 1 << 62 if storage == "device" else 0)
-    assert said == pytest.approx(measured, rel=1 / 3)
+    seconds = estimate.pass_seconds(estimate.clustering_module(cfg, info), 1.0, 1 << 62 if storage == "device" else 0)
+    assert seconds == pytest.approx(measured, rel=1 / 3)
 
 
 @pytest.mark.parametrize("run", ["k256", "k2048", "k16384"])
-def test_the_papers_clusterings_that_were_measured_are_estimated_within_a_half(run):
-    """docs/runs, made on H200s, whose processor is the H100's; K 16,384 at D 1,536 has no rate of its own."""
+def test_measured_clusterings_of_the_paper_are_estimated_within_a_half(run):
+    """Runs in docs/runs, on H200s, which have the H100's processor. There is no rate for K 16,384 at D 1,536."""
     folder = Path(__file__).parents[1] / "docs" / "runs" / f"paper-small-apc-paper-{run}"
     measured = json.loads((folder / "results.json").read_text())["seconds"]["cluster"]
     cfg = load_config(
         None, ["experiment=paper-small", f"cluster.k={run[1:]}", "data.fit_windows=133", "data.score_windows=147"]
     )
-    said = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds["cluster"]
-    assert said.low < measured < 1.5 * said.high and (said.high < 1.5 * said.low or run == "k16384")
+    estimated = estimate.estimate(cfg, estimate.read_workload(cfg), 1).seconds["cluster"]
+    assert estimated.low < measured < 1.5 * estimated.high
+    assert estimated.high < 1.5 * estimated.low or run == "k16384"
 
 
-def test_more_gpus_take_less_each_and_exchange_something():
+def test_more_gpus_need_less_each_and_exchange_something():
     cfg = load_config(None, ["experiment=paper", "cluster.algorithm=lloyd"])
     work = estimate.read_workload(cfg)
     one, eight = (estimate.estimate(cfg, work, ranks) for ranks in (1, 8))
@@ -211,8 +210,8 @@ def test_more_gpus_take_less_each_and_exchange_something():
     )
 
 
-def test_rings_send_what_they_are_said_to():
-    """K 16,384, D 14,336: 1.88 GB of sums, of which each of 8 GPUs sends seven eighths; 64 are bound by the adapters between hosts."""
+def test_rings_send_a_rank_less_than_all_bytes():
+    """K 16,384, D 14,336: each of 8 GPUs sends seven eighths of 1.88 GB of sums; 64 are limited by adapters."""
     exchange = Exchange(scattered=8 * 16384 * 14336, gathered=16384 * 1792, reduced=8 * 16384)
     assert exchange.sent(1) == exchange.seconds(1) == 0
     assert exchange.sent(8) == 7 / 8 * (8 * 16384 * 14336 + 16384 * 1792 + 2 * 8 * 16384)
@@ -223,16 +222,13 @@ def test_rings_send_what_they_are_said_to():
     assert iteration_seconds(0.46, exchange, 8) == pytest.approx(0.46 / 8 + exchange.seconds(8))
 
 
-def test_rates_come_from_the_row_that_is_nearest_and_a_missing_one_is_named():
+def test_rates_come_from_the_nearest_row_and_an_error_names_a_missing_one():
     assert measured_rates.rate("assign", "apc b1", 256, 1536) < measured_rates.rate("assign", "apc b1", 16384, 14336)
     with pytest.raises(UserError, match="has no row for assign, abacus on an H100"):
         measured_rates.rate("assign", "abacus", 256, 1536)
 
 
-# ---- the paper's experiment, and what is known without weights
-
-
-def test_the_papers_experiment_is_the_papers():
+def test_the_papers_experiment_has_the_papers_settings():
     cfg = load_config(None, ["experiment=paper"])
     assert (cfg.model.path, cfg.sites, cfg.sparsity, cfg.active) == (
         "mistralai/Mistral-7B-v0.1",
@@ -285,13 +281,13 @@ def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, m
     folder = tiny.make_workplace(tmp_path)
     (folder / "model" / "model.safetensors").unlink()
     dry_run(monkeypatch, *words_for(folder, **{"trainer.devices": 2, "cluster.k": 20}))
-    said = capsys.readouterr().out
-    assert said.startswith("ESTIMATED, not measured") and max(map(len, said.splitlines())) <= 120
+    output = capsys.readouterr().out
+    assert output.startswith("ESTIMATED, not measured") and max(map(len, output.splitlines())) <= 120
     assert (
-        "21 windows × 32 = 672 tokens (counted)" in " ".join(said.split())
-        and "1 GPU" in said
-        and "2 GPUs" in said
-        and "8 GPUs" in said
+        "21 windows × 32 = 672 tokens (counted)" in " ".join(output.split())
+        and "1 GPU" in output
+        and "2 GPUs" in output
+        and "8 GPUs" in output
     )
     for row in (
         "codebook",
@@ -300,11 +296,11 @@ def test_a_dry_run_prints_a_table_without_weights_and_writes_nothing(tmp_path, m
         "model while it loads",
         "evaluate",
     ):
-        assert f"  {row} " in said, row
+        assert f"  {row} " in output, row
     assert not (folder / "runs").exists() and not (folder / "stores").exists()
 
 
-def test_a_configuration_alone_is_enough_where_the_windows_are_said(tmp_path, monkeypatch, capsys):
+def test_a_configuration_alone_is_enough_if_it_gives_the_windows(tmp_path, monkeypatch, capsys):
     folder = tiny.make_workplace(tmp_path)
     for path in [path for path in (folder / "model").iterdir() if path.name != "config.json"]:
         path.unlink()
@@ -312,13 +308,13 @@ def test_a_configuration_alone_is_enough_where_the_windows_are_said(tmp_path, mo
     assert "(as data.fit_windows says)" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         dry_run(monkeypatch, *words_for(folder, **{"data.score_windows": "null"}))
-    said = capsys.readouterr().err
-    assert "the model's tokenizer, which would count them, can't be loaded (" in said and said.endswith(
+    output = capsys.readouterr().err
+    assert "the model's tokenizer, which would count them, can't be loaded (" in output and output.endswith(
         "); set data.score_windows=N\n"
     )
 
 
-def test_a_gguf_files_shape_is_read_without_its_weights(tmp_path, monkeypatch):
+def test_the_shape_of_a_gguf_file_is_read_without_its_weights(tmp_path, monkeypatch):
     _write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(gguf, "load_gguf", None)
     monkeypatch.setattr(gguf, "load_gguf_tokenizer", lambda path: "none inside")
@@ -333,17 +329,19 @@ def test_a_gguf_files_shape_is_read_without_its_weights(tmp_path, monkeypatch):
     assert shape.widths == {"neuron": 64, "down": 32} and shape.body == 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
 
 
-def test_the_bundled_model_is_not_fetched_for_it(tmp_path, monkeypatch, capsys):
+def test_the_bundled_model_is_not_fetched_for_an_estimate(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("APC_CACHE", str(tmp_path / "cache"))
     dry_run(monkeypatch)
-    said = capsys.readouterr().out
-    assert "known beforehand" in said and "40 windows × 512" in said and not (tmp_path / "cache").exists()
+    output = capsys.readouterr().out
+    assert "known beforehand" in output and "40 windows × 512" in output and not (tmp_path / "cache").exists()
 
 
 def test_a_stage_that_is_not_run_is_not_estimated(monkeypatch, capsys):
     dry_run(monkeypatch, "experiment=paper", "stage=cluster")
-    said = capsys.readouterr().out
-    assert "  cluster " in said and "  evaluate " not in said and "IN-SAMPLE" in said and "none is trained" in said
+    output = capsys.readouterr().out
+    assert (
+        "  cluster " in output and "  evaluate " not in output and "IN-SAMPLE" in output and "none is trained" in output
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,12 +349,14 @@ def test_a_stage_that_is_not_run_is_not_estimated(monkeypatch, capsys):
     [
         (
             ["model.path=someone/unknown-7b"],
-            "model.path=someone/unknown-7b: its shape is not known (neither the hub nor the local cache has its config.json); give a",
+            "model.path=someone/unknown-7b: its shape is not known "
+            "(neither the hub nor the local cache has its config.json); give a",
         ),
         (["model.path=./nowhere"], "model.path=./nowhere: no such folder"),
         (
             ["data.fit=someone/texts:all:train"],
-            "data.fit=someone/texts:all:train: how many tokens it has is not known: it lies on the hub; set data.fit_windows=N",
+            "data.fit=someone/texts:all:train: how many tokens it has is not known: it lies on the hub; "
+            "set data.fit_windows=N",
         ),
         (["data=wikitext2"], "data.fit=Salesforce/wikitext:wikitext-2-raw-v1:validation: how many tokens"),
         (["cluster.k=70000"], "cluster.k=70000 is more than the 65536 patterns of a window"),
@@ -365,36 +365,39 @@ def test_a_stage_that_is_not_run_is_not_estimated(monkeypatch, capsys):
     ],
     ids=["shape", "folder", "hub-text", "split", "clusters", "devices", "windows"],
 )
-def test_what_a_dry_run_cannot_know_is_one_line(monkeypatch, capsys, words, message):
+def test_an_error_about_an_unknown_number_is_one_line(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit) as end:
         dry_run(monkeypatch, "experiment=paper", *words)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        end.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1 and not said.out
+        end.value.code == 2
+        and output.err.startswith(f"error: {message}")
+        and output.err.count("\n") == 1
+        and not output.out
     )
 
 
 def test_tuning_is_scaled_from_the_measured_one():
     measured = estimate.known()["tuning"]
     words = ["experiment=cluster-k512", f"data.fit_windows={measured['tokens'] // 2048 + 1}", "data.score_windows=147"]
-    said = estimate.estimate(cfg := load_config(None, words), estimate.read_workload(cfg), 1).seconds
-    assert list(said) == ["collect", "cluster", "predict", "tune", "evaluate"] and said["tune"].low == pytest.approx(
-        measured["seconds"]
-    )
+    output = estimate.estimate(cfg := load_config(None, words), estimate.read_workload(cfg), 1).seconds
+    assert list(output) == ["collect", "cluster", "predict", "tune", "evaluate"] and output[
+        "tune"
+    ].low == pytest.approx(measured["seconds"])
     twice = load_config(None, [*words, "tune.max_epochs=16", "stage=tune"])
     again = estimate.estimate(twice, estimate.read_workload(twice), 1).seconds
     assert list(again)[-1] == "tune" and again["tune"].low == pytest.approx(2 * measured["seconds"])
 
 
-def test_what_tuning_holds_is_counted():
+def test_the_memory_of_tuning_is_counted():
     cfg = load_config(None, ["experiment=cluster-k512", "data.fit_windows=133", "data.score_windows=147"])
-    found = estimate.estimate(cfg, estimate.read_workload(cfg), 1)
+    estimated = estimate.estimate(cfg, estimate.read_workload(cfg), 1)
     L, E, D, K, H = 30, 576, 1536, 512, 78
     parameters = L * (
         K * (D + E) + (E + 1) * H + (H + 1) * K + (H + 1) * E
     )  # scores, offsets, and the predictor with its correction
-    assert found.gpu["what is tuned, gradients, Adam's moments"] == 16 * parameters
+    assert estimated.gpu["tuned parameters, gradients, Adam's moments"] == 16 * parameters
     assert (
-        found.disk["checkpoint of the tuning"] == 12 * parameters
-        and found.peak["tuning, without activations"] > 16 * parameters
+        estimated.disk["checkpoint of the tuning"] == 12 * parameters
+        and estimated.peak["tuning, without activations"] > 16 * parameters
     )

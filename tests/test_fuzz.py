@@ -1,4 +1,7 @@
-"""Files from elsewhere: whatever bytes they hold, they are read right or refused in one line, in little memory and time, and nothing in them is run."""
+"""Damaged or malicious files are read correctly or rejected in one line, in little memory and time.
+
+Nothing in them is executed.
+"""
 
 import json
 import os
@@ -64,9 +67,12 @@ def made(tmp_path_factory):
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """The bytes with one to four changes: a bit, a byte, a number of a header, a piece cut out, doubled or moved, a word of JSON in place of another."""
+    """The bytes with one to four changes.
+
+    A change replaces a bit, a byte, a number or a JSON value, or deletes or repeats a piece.
+    """
     data = bytearray(content)
-    head = min(len(data), 1 << draw.choice((4, 8, 12, 30)))  # most that can go wrong is at the beginning
+    head = min(len(data), 1 << draw.choice((4, 8, 12, 30)))  # most headers are at the beginning
     for _ in range(draw.randint(1, 4)):
         at, kind = draw.randrange(max(1, min(head, len(data)))), draw.randrange(7)
         if kind == 0 and data:
@@ -105,7 +111,7 @@ def check(path, content, read, agrees, count, seed):
             refused += 1
             assert "\n" not in str(error), (seed, number)
         else:
-            assert agrees(found), f"seed {seed}, mutant {number}: read as something else than it was"
+            assert agrees(found), f"seed {seed}, mutant {number}: read with other content"
         assert peak() - before <= 2 * len(data) + (16 << 20), (
             f"seed {seed}, mutant {number}: {peak() - before} bytes for {len(data)}"
         )
@@ -116,7 +122,7 @@ def check(path, content, read, agrees, count, seed):
 
 
 @pytest.mark.parametrize("kind", ["codebook", "predictor", "low-bit predictor", "manifest", "shard"])
-def test_mutants_are_read_right_or_refused(made, tmp_path, kind):
+def test_mutants_are_read_correctly_or_rejected(made, tmp_path, kind):
     seed = int(os.environ.get("APC_SEED", secrets.randbelow(1 << 30)))  # a run seeds `random`
     print(f"APC_SEED={seed}")
     run = load_run(made / "runs" / ("low-bit" if kind.startswith("low") else "cluster"))
@@ -169,7 +175,7 @@ VALUES = (
 
 
 def altered(value: object, draw: random.Random) -> object:
-    """A value of JSON with one thing in it changed, left out, or put in."""
+    """A JSON value with one item changed, removed or added."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         name = draw.choice(list(value))
         kind = draw.random()
@@ -183,8 +189,8 @@ def altered(value: object, draw: random.Random) -> object:
 
 
 @pytest.mark.parametrize("kind", ["codebook", "predictor", "low-bit predictor", "manifest"])
-def test_mutants_with_right_checksums_are_read_or_refused(made, tmp_path, kind):
-    """Anyone can compute a checksum: what a file says has to go together as well."""
+def test_mutants_with_valid_checksums_are_read_or_rejected(made, tmp_path, kind):
+    """Anyone can compute a checksum, so the content of a file must be consistent too."""
     seed = int(os.environ.get("APC_SEED", secrets.randbelow(1 << 30)))
     print(f"APC_SEED={seed}")
     draw, refused, count = random.Random(seed), 0, 600
@@ -231,7 +237,7 @@ def test_mutants_with_right_checksums_are_read_or_refused(made, tmp_path, kind):
     assert refused > count / 4, refused
 
 
-def test_nothing_in_a_file_is_run(made, tmp_path):
+def test_nothing_in_a_file_is_executed(made, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -255,7 +261,7 @@ def test_nothing_in_a_file_is_run(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../outside.npy", "/etc/passwd", "00000-patterns.neuron.npy/../../x"])
-def test_a_manifest_names_no_file_outside_its_folder(made, tmp_path, name):
+def test_a_manifest_cannot_name_a_file_outside_its_folder(made, tmp_path, name):
     store = tmp_path / "store"
     shutil.copytree(next(path for path in (made / "stores").iterdir() if path.is_dir()), store)
     manifest = json.loads((store / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment go on to the same end, and one that is asked to end saves its step first."""
+"""A run that is killed at any moment resumes to the same result, and a SIGTERM makes it save its step first."""
 
 import json
 import os
@@ -27,14 +27,19 @@ from apc.utils import exits, signals
 from apc.utils.errors import Terminated, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(
-    os.environ.get("APC_KILLS", 20)
-)  # `make soak` asks for more, and for the table and figures too, which take most of a small run
+# `make soak` sets more kills, and stage `all`, whose table and plots take most of a small run.
+KILLS = int(os.environ.get("APC_KILLS", 20))
 STAGE = os.environ.get("APC_STAGE", "tune")
 SETTINGS = {
-    "trainer.checkpoint_every_n_steps": 1, "cluster.max_epochs": 3, "predictor.max_epochs": 1, "tune.max_epochs": 1, "tune.batch_windows": 5,
-    "predictor.bottleneck": 8, "policies": "[dense,oracle,predicted]", "monitor.every": 100,
-}  # fmt: skip
+    "trainer.checkpoint_every_n_steps": 1,
+    "cluster.max_epochs": 3,
+    "predictor.max_epochs": 1,
+    "tune.max_epochs": 1,
+    "tune.batch_windows": 5,
+    "predictor.bottleneck": 8,
+    "policies": "[dense,oracle,predicted]",
+    "monitor.every": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +55,17 @@ def words_for(workplace, name="", **changes):
 
 
 def outcome(workplace, name):
-    """All that a run ended with, but for times."""
+    """A run's codebook, predictor and records, without times."""
     run = apc.load_run(workplace / "runs" / name)
-    noted = {stage: json.loads(run.folder.history(stage).read_text()) for stage in ("cluster", "predictor", "tune")}
-    noted |= {key: value for key, value in (run.results or {}).items() if key not in ("seconds", "conditions")}
-    # A row that a kill came after, before the next checkpoint, is there twice, the same both times but for the clock.
+    records = {stage: json.loads(run.folder.history(stage).read_text()) for stage in ("cluster", "predictor", "tune")}
+    records |= {key: value for key, value in (run.results or {}).items() if key not in ("seconds", "conditions")}
+    # A row between the last checkpoint and a kill is logged again after it; only the times differ.
     rows = [
         {key: value for key, value in row.items() if key not in ("time", "elapsed_s") and "second" not in key}
         for row in read_metrics(run.folder.path)
     ]
-    noted["metrics"] = sorted({json.dumps(row, sort_keys=True) for row in rows})
-    return run.codebook.sites["neuron"].tensors(), run.predictor.state_dict(), noted
+    records["metrics"] = sorted({json.dumps(row, sort_keys=True) for row in rows})
+    return run.codebook.sites["neuron"].tensors(), run.predictor.state_dict(), records
 
 
 def same(one, other):
@@ -68,16 +73,18 @@ def same(one, other):
         assert here.keys() == there.keys()
         for name, value in here.items():
             assert torch.equal(value, there[name]), name
-    without_seconds = lambda value: (
-        {key: without_seconds(item) for key, item in value.items() if "second" not in key} if isinstance(value, dict)
-        else [without_seconds(item) for item in value] if isinstance(value, list) else value
-    )  # fmt: skip
     assert without_seconds(one[2]) == without_seconds(other[2])
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if "second" not in key}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
 def whole(workplace):
-    """(its end, seconds) of a run that nothing disturbs: of the second, since for the first everything is imported."""
+    """(outcome, seconds) of an undisturbed run. The first run imports everything, so the second one is timed."""
     for name in ("first", "whole"):
         began = time.monotonic()
         process = tiny.start(words_for(workplace, name))
@@ -87,7 +94,7 @@ def whole(workplace):
     return outcome(workplace, "whole"), time.monotonic() - began
 
 
-def test_killed_anywhere_it_ends_the_same(workplace, whole):
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_result(workplace, whole):
     end, seconds = whole
     seed = int(os.environ.get("APC_SEED", secrets.randbelow(1 << 30)))
     print(f"APC_SEED={seed}, {KILLS} kills within {seconds:.1f} s")
@@ -109,14 +116,14 @@ def test_killed_anywhere_it_ends_the_same(workplace, whole):
 
 
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.6, 0.85])
-def test_asked_to_end_it_saves_and_ends_the_same(workplace, whole, share):
+def test_a_run_that_gets_a_sigterm_resumes_to_the_same_result(workplace, whole, share):
     end, seconds = whole
     name = f"asked-{share}"
     process = tiny.start(words_for(workplace, name, **{"trainer.checkpoint_every_n_steps": 10_000}))
     time.sleep(share * seconds)
     process.terminate()
     process.join(timeout=60)
-    assert process.exitcode in (143, 0, -signal.SIGTERM)  # the last: before it had begun
+    assert process.exitcode in (143, 0, -signal.SIGTERM)  # the last one: before its handler was set
     process = tiny.start(words_for(workplace, name))
     process.join(timeout=200)
     assert process.exitcode == 0
@@ -124,7 +131,7 @@ def test_asked_to_end_it_saves_and_ends_the_same(workplace, whole, share):
 
 
 @pytest.mark.parametrize("stage", ["cluster", "predict", "tune"])
-def test_a_training_that_is_asked_to_end_keeps_its_step(workplace, stage):
+def test_a_training_that_gets_a_sigterm_keeps_its_step(workplace, stage):
     changes = {
         "stage": stage,
         "trainer.checkpoint_every_n_steps": 10_000,
@@ -138,29 +145,32 @@ def test_a_training_that_is_asked_to_end_keeps_its_step(workplace, stage):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.join(timeout=60)
-    if process.exitcode == 0:  # clustering ends when nothing changes any more
+    if process.exitcode == 0:  # clustering converges
         assert stage == "cluster"
         return
     assert process.exitcode == 143
-    held = torch.load(workplace / "runs" / name / "checkpoints" / f"{kind}.ckpt", weights_only=True)
-    assert held["global_step"] > 0
+    checkpoint = torch.load(workplace / "runs" / name / "checkpoints" / f"{kind}.ckpt", weights_only=True)
+    assert checkpoint["global_step"] > 0
 
 
 def ranks_of(launcher):
     """{rank: process id} of the processes that a launcher started."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
+    ranks = {}
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            parent = place.joinpath("stat").read_text().rpartition(")")[2].split()[1]
-            words = place.joinpath("environ").read_bytes().split(b"\0") if int(parent) == launcher else []
-        except OSError:  # it has ended
+            parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            words = process.joinpath("environ").read_bytes().split(b"\0") if int(parent) == launcher else []
+        except OSError:  # the process has ended
             continue
-        found |= {int(word.partition(b"=")[2]): int(place.name) for word in words if word.startswith(b"RANK=")}
-    return found
+        ranks |= {int(word.partition(b"=")[2]): int(process.name) for word in words if word.startswith(b"RANK=")}
+    return ranks
 
 
 def launched(words, rows):
-    """The launcher of ranks that train a predictor, once that has logged so many rows more; and how many there are then."""
+    """Starts ranks that train a predictor and waits until it has logged more than `rows` rows.
+
+    Returns the launcher and the number of rows.
+    """
     launcher = subprocess.Popen(
         [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -168,14 +178,14 @@ def launched(words, rows):
         time.monotonic() + 120,
         next(Path(word[8:]) for word in words if word.startswith("run.dir=")) / "ranks" / "metrics.jsonl",
     )
-    while (found := metrics.read_text().count('"predictor/step"') if metrics.is_file() else 0) <= rows:
+    while (count := metrics.read_text().count('"predictor/step"') if metrics.is_file() else 0) <= rows:
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
-    return launcher, found
+    return launcher, count
 
 
-def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_and_fewer_go_on(workplace):
-    """In one long epoch, of which no checkpoint would be kept otherwise."""
+def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_fewer_ranks_resume(workplace):
+    """In one long epoch, within which no checkpoint is due."""
     changes = {
         "run.name": "ranks",
         "stage": "predict",
@@ -187,8 +197,8 @@ def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_an
     words = words_for(workplace, **changes, **{"trainer.devices": 2})
     launcher, rows = launched(words, 0)
     os.kill(launcher.pid, signal.SIGTERM)
-    _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143 and "terminated; the same command" in said and "Traceback" not in said
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143 and "terminated; the same command" in errors and "Traceback" not in errors
     run = workplace / "runs" / "ranks"
     kept = torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"]
     assert kept >= rows > 0
@@ -196,9 +206,11 @@ def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_an
     launcher, rows = launched(words, kept)
     os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
     began = time.monotonic()
-    _, said = launcher.communicate(timeout=100)
+    _, errors = launcher.communicate(timeout=100)
     assert time.monotonic() - began < 60 and launcher.returncode not in (0, None)
-    assert "error: rank 1 was killed (SIGKILL, as for want of memory), and all others with it; the same command" in said
+    assert (
+        "error: rank 1 was killed (SIGKILL, perhaps out of memory), and all others with it; the same command" in errors
+    )
     assert not run.joinpath("predictor.safetensors").exists()
 
     for name, stage in (("ranks", "predict"), ("alone", "cluster")):
@@ -210,7 +222,7 @@ def test_ranks_asked_to_end_keep_their_step_and_one_that_dies_ends_the_others_an
 
 
 @pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (17_000, "predictor.ckpt")])
-def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most, named):
+def test_a_full_disk_is_an_error_and_the_run_resumes_from_the_files_before_it(workplace, whole, most, named):
     name = f"full-{most}"
     changes = {"stage": "predict", "collect.storage": "memory"}
     words = words_for(workplace, name, **changes)
@@ -222,14 +234,14 @@ def test_a_full_disk_is_said_and_what_was_written_stands(workplace, whole, most,
     process = tiny.start(words)
     process.join(timeout=200)
     assert process.exitcode == 0
-    found, expected = (
-        Codebook.load(place / "codebook.safetensors").sites["neuron"].tensors()
-        for place in (run, workplace / "runs" / "whole")
+    resumed, expected = (
+        Codebook.load(folder / "codebook.safetensors").sites["neuron"].tensors()
+        for folder in (run, workplace / "runs" / "whole")
     )
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.items())
 
 
-def test_want_of_memory_is_said_in_a_line(capsys):
+def test_too_little_memory_is_an_error_of_one_line(capsys):
     def on_a_gpu():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -240,12 +252,9 @@ def test_want_of_memory_is_said_in_a_line(capsys):
     ):
         with pytest.raises(SystemExit, match="2"), exits.one_line_errors("the same command goes on"):
             allocate()
-        said = capsys.readouterr().err
-        assert (
-            said.count("\n") == 1
-            and said.startswith(f"error: {where} has no memory left (")
-            and "collect.storage=disk; the same command" in said
-        )
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith(f"error: {where} has no memory left (")
+        assert "collect.storage=disk; the same command" in error
 
 
 def test_two_processes_never_work_in_one_run(workplace):
@@ -260,12 +269,12 @@ def test_two_processes_never_work_in_one_run(workplace):
 
 
 @pytest.fixture
-def never_asked(monkeypatch):
-    """This process, as if no training of another test had been asked to end."""
+def no_sigterm_yet(monkeypatch):
+    """Forgets the SIGTERMs that trainings of other tests got in this process."""
     monkeypatch.setattr(signals, "_state", {"training": False, "asked": False})
 
 
-def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace, monkeypatch, never_asked):
+def test_a_sigterm_during_setup_ends_a_training_before_its_first_step(workplace, monkeypatch, no_sigterm_yet):
     begin = ClusteringModule.on_fit_start
     steps = []
     monkeypatch.setattr(
@@ -281,21 +290,21 @@ def test_asked_to_end_while_it_is_set_up_a_training_ends_at_its_start(workplace,
     assert not steps and (workplace / "runs" / "early" / "checkpoints" / "cluster.ckpt").is_file()
 
 
-def test_who_ends_after_a_step_is_not_disturbed_by_a_second_signal(never_asked):
+def test_a_second_sigterm_does_not_disturb_a_training_that_ends(no_sigterm_yet):
     with pytest.raises(Terminated):
         signals.terminate(signal.SIGTERM, None)
     with pytest.raises(Terminated), signals.training():
         signals.terminate(signal.SIGTERM, None)
-    signals.terminate(signal.SIGTERM, None)  # while W&B is told the rest
+    signals.terminate(signal.SIGTERM, None)  # during the last upload to W&B
     with signals.training():
         assert not signals.asked()
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
-def test_several_ranks_asked_to_end(workplace, monkeypatch, number, expected):
+def test_a_signal_to_the_launcher_ends_it(workplace, monkeypatch, number, expected):
     def launched(settings, program):
         def run(*words):
-            raise SignalException("asked", number)
+            raise SignalException("signalled", number)
 
         return run
 
@@ -304,15 +313,13 @@ def test_several_ranks_asked_to_end(workplace, monkeypatch, number, expected):
         launch.launch(load_config(None, words_for(workplace, "ranks-asked", **{"trainer.devices": 2})))
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(workplace):
+def test_a_changed_value_in_a_checkpoint_is_an_error(workplace):
     name = "flipped"
     with tiny.killed_after(9, ClusteringModule):
         train.train(load_config(None, words_for(workplace, name, stage="cluster")))
     path = workplace / "runs" / name / "checkpoints" / "cluster.ckpt"
-    held = torch.load(path, weights_only=True)
-    held["state_dict"]["sums_neuron"].view(-1)[7] += 1
-    torch.save(held, path)
-    with pytest.raises(
-        UserError, match=r"cluster.ckpt: damaged \(it does not hold what its checksum says\); delete it"
-    ):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["sums_neuron"].view(-1)[7] += 1
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"cluster.ckpt: damaged \(checksum mismatch\); delete it"):
         train.train(load_config(None, words_for(workplace, name, stage="cluster")))

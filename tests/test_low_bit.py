@@ -1,14 +1,14 @@
-"""The low-bit copy: levels as defined, the same as bits, scores by the formula, and its file holds all of it."""
+"""The low-bit copy: levels, bit planes and scores equal their definitions, and a saved file restores all of it."""
 
 import pytest
 import torch
 
 from apc import ops
 from apc.config.schema import PredictorConfig
-from apc.ops import low_bit_sm80
+from apc.ops.low_bit_sm80 import Sizes
 from apc.ops.nvrtc import compile_program
 from apc.predict.low_bit import LowBitScores, quantised
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import Predictor, PredictorHeader
 from apc.utils.errors import UserError
 
 
@@ -18,7 +18,7 @@ def test_levels_are_the_nearest_ones():
     assert quantised(weights, 2).tolist() == [-1.5, -1.5, -0.5, 0.5, 0.5, 1.5, 1.5]
 
 
-def made(bits, reads=("gate", "up")):
+def random_scores(bits, reads=("gate", "up")):
     torch.manual_seed(bits)
     scores = LowBitScores(2, 20, 13, list(reads), bits)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def made(bits, reads=("gate", "up")):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bits_hold_the_levels_and_scores_follow_the_formula(bits):
-    scores, hidden = made(bits), torch.randn(2, 5, 20)
+    scores, hidden = random_scores(bits), torch.randn(2, 5, 20)
     frozen = scores.freeze()
     assert frozen.weights is None and frozen.planes.shape == (bits, 2, 2, 13, 16)
     assert torch.equal(frozen.levels(1), quantised(scores.weights[1], bits)) and torch.equal(
@@ -72,60 +72,67 @@ def check_scores(way, device, bits, reads, n, E, D, dtype):
         torch.randn(D, device=device),
     )
     hidden = hidden.to(dtype)
-    arguments = (hidden, planes, scale, slope, power, bias)
+    arguments = hidden, planes, ops.ScoreCurve(scale, slope, power, bias)
     expected = ops.low_bit_scores(*arguments, by_triton=False)
     levels = sum(ops.unpack(plane, E).double() * 2**place for place, plane in enumerate(planes)) + 0.5 - 2 ** (bits - 1)
     z = scale.double() * (hidden.double() @ levels.flatten(0, 1).T).unflatten(-1, (reads, D))
     exact = bias + (slope * z + power * torch.log1p(z * z)).sum(1)
     assert ((expected.double() - exact).norm(dim=1) < 1e-4 * exact.norm(dim=1)).all()
     kernel = {"triton": ops.low_bit_scores_triton, "b1": ops.low_bit_scores_b1}[way]
-    found = kernel(*arguments)
-    assert ((found.double() - exact).norm(dim=1) < (2e-3 if way == "triton" else 1e-5) * exact.norm(dim=1)).all()
+    scores = kernel(*arguments)
+    assert ((scores.double() - exact).norm(dim=1) < (2e-3 if way == "triton" else 1e-5) * exact.norm(dim=1)).all()
     threshold = expected.median()
-    assert torch.equal(kernel(*arguments, threshold), ops.pack(found >= threshold))
+    assert torch.equal(kernel(*arguments, threshold), ops.pack(scores >= threshold))
     assert torch.equal(
         ops.low_bit_scores(*arguments, threshold=threshold, by_triton=False), ops.pack(expected >= threshold)
     )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
-@pytest.mark.parametrize(("tokens", "E", "D", "bits", "projections", "masks", "dtype"), [
-    (1, 4096, 14336, 1, 2, True, torch.bfloat16), (4, 576, 1536, 3, 2, False, torch.float16), (2, 20, 13, 4, 1, True, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "E", "D", "bits", "projections", "masks", "dtype"),
+    [
+        (1, 4096, 14336, 1, 2, True, torch.bfloat16),
+        (4, 576, 1536, 3, 2, False, torch.float16),
+        (2, 20, 13, 4, 1, True, torch.float32),
+    ],
+)
 def test_the_b1_kernel_compiles(arch, tokens, E, D, bits, projections, masks, dtype):
-    program, shared = low_bit_sm80.program(tokens, E, D, bits, projections, masks, dtype, arch, 7)
+    program, shared = Sizes(tokens, E, D, bits, projections, masks, dtype).program(arch, warps=7)
     assert b"low_bit" in compile_program(program) and shared < 99 * 1024
 
 
 def test_the_kernel_refuses_what_does_not_fit():
-    planes, curve, bias = torch.zeros(1, 2, 9, 16, dtype=torch.uint8), [torch.zeros(2, 9)] * 3, torch.zeros(9)
+    planes = torch.zeros(1, 2, 9, 16, dtype=torch.uint8)
+    curve = ops.ScoreCurve(*[torch.zeros(2, 9)] * 3, torch.zeros(9))
     with pytest.raises(ValueError, match="must be uint8"):
-        ops.low_bit_scores(torch.zeros(1, 200), planes, *curve, bias)
+        ops.low_bit_scores(torch.zeros(1, 200), planes, curve)
     with pytest.raises(ValueError, match="up to 4 tokens"):
-        ops.low_bit_scores(torch.zeros(5, 20), planes, *curve, bias, by_triton=True)
+        ops.low_bit_scores(torch.zeros(5, 20), planes, curve, by_triton=True)
     with pytest.raises(ValueError, match=r"bias float32 \[8\]"):
-        ops.low_bit_scores(torch.zeros(1, 20), planes, *curve, bias[:8])
+        ops.low_bit_scores(torch.zeros(1, 20), planes, curve._replace(bias=curve.bias[:8]))
 
 
 def test_the_gradient_passes_within_the_levels():
-    scores = made(2)
+    scores = random_scores(2)
     scores(torch.randn(2, 5, 20)).sum().backward()
     outside = scores.weights.abs() > 2
     assert outside.any() and not scores.weights.grad[outside].any() and scores.weights.grad[~outside].any()
 
 
 def test_a_predictor_of_it_is_counted_rounded_and_saved(tmp_path):
-    predictor = Predictor(2, 20, 4, {"neuron": 13}, "low-bit", bits=3, low_bit_projections=["gate"], corrects=True)
-    predictor.low_bit = made(3, ["gate"])
+    header = PredictorHeader(2, 20, 4, {"neuron": 13}, "low-bit", corrects=True, bits=3, low_bit_projections=["gate"])
+    predictor = Predictor(header)
+    predictor.low_bit = random_scores(3, ["gate"])
     assert predictor.parameters_read("neuron") == 13 * (20 * 3 / 16 + 3) + 13 + 21 * 4 + 5 * 20
     assert predictor.multiplications("neuron") == 13 * 23 + 21 * 4 + 5 * 20
     predictor.rounded().save(tmp_path / "predictor.safetensors")
     read = Predictor.load(tmp_path / "predictor.safetensors")
     hidden = torch.randn(5, 20)
-    for found, expected in zip(
+    for output, expected in zip(
         read.layer_outputs(1, "neuron", hidden), predictor.layer_outputs(1, "neuron", hidden), strict=True
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +149,4 @@ def test_bad_settings_are_named(values, message):
 
 def test_other_sites_are_refused():
     with pytest.raises(UserError, match="low-bit needs sites"):
-        Predictor(2, 20, 4, {"gate": 13}, "low-bit")
+        PredictorHeader(2, 20, 4, {"gate": 13}, "low-bit")

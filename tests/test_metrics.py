@@ -1,4 +1,4 @@
-"""What masks keep, summed: unions over batches of tokens against a slow count."""
+"""Unions of masks over batches against a slow count, costs to the parameter, and the confidence interval."""
 
 import math
 
@@ -7,13 +7,13 @@ import torch
 
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
-from apc.evaluate.metrics import BATCHES, MaskMeter, _shuffled, mask_figures
-from apc.predict.predictor import Predictor
+from apc.evaluate.metrics import BATCHES, MaskMeter, _shuffled, mask_figures, perplexity_ratio
+from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.policies import POLICIES, make_policy
 
 
-class Seen:
-    """As much of `MaskInputs` as a meter looks at."""
+class FakeInputs:
+    """The part of `MaskInputs` that a meter reads."""
 
     site, layer = "neuron", 0
 
@@ -30,29 +30,25 @@ def meter_for(D):
 
 
 @pytest.mark.parametrize("n", [64, 130, 67, 3], ids=["one-batch-of-64", "left-over", "odd", "fewer-than-a-batch"])
-def test_what_a_batch_of_tokens_keeps_together(n):
+def test_unions_equal_a_slow_count(n):
     D, meter, counts = 11, meter_for(11), {batch: [0, 0] for batch in BATCHES}
     for _ in range(2):
-        tokens, mask = Seen(n, D), torch.rand(n, D) < 0.2
+        tokens, mask = FakeInputs(n, D), torch.rand(n, D) < 0.2
         meter.first = torch.zeros(n, dtype=torch.bool)
         meter.add(tokens, mask)
         order = _shuffled(n).tolist()
         assert sorted(order) == list(range(n))
         for batch in BATCHES:
             for start in range(0, n - batch + 1, batch):
-                kept = {
-                    neuron
-                    for token in order[start : start + batch]
-                    for neuron in mask[token].nonzero().flatten().tolist()
-                }
-                counts[batch][0] += len(kept)
+                masks = [mask[token].nonzero().flatten().tolist() for token in order[start : start + batch]]
+                counts[batch][0] += len(set().union(*masks))
                 counts[batch][1] += D
-    found = mask_figures(meter.totals())["union_density"]
-    assert found == {str(batch): (ones / all_ if all_ else None) for batch, (ones, all_) in counts.items()}
+    unions = mask_figures(meter.totals())["union_density"]
+    assert unions == {str(batch): (kept / every if every else None) for batch, (kept, every) in counts.items()}
 
 
-def test_one_mask_for_all_tokens_does_not_grow():
-    meter, tokens = meter_for(11), Seen(128, 11)
+def test_the_union_of_one_mask_is_that_mask():
+    meter, tokens = meter_for(11), FakeInputs(128, 11)
     meter.first = torch.zeros(128, dtype=torch.bool)
     mask = torch.arange(11).unsqueeze(0) < 4
     meter.add(tokens, mask)
@@ -76,7 +72,7 @@ def test_one_mask_for_all_tokens_does_not_grow():
         ("static", 0, 0, 0),
     ],
 )
-def test_what_a_policy_reads_to_the_parameter(policy, bits, read, computed):
+def test_costs_count_each_parameter(policy, bits, read, computed):
     """L 2, E 6, D 40, K 8, bottleneck 5 with a correction; offsets; layers of density ¼ and ¾."""
     masks = torch.stack([ops.pack(ops.top_mask(torch.rand(8, 40), m)) for m in (10, 30)])
     static = ops.pack(ops.top_mask(torch.rand(2, 40), 20))
@@ -92,10 +88,18 @@ def test_what_a_policy_reads_to_the_parameter(policy, bits, read, computed):
         {"neuron": site}, {"neuron": 40}, 2, 6, 40, "layer", "energy", 0.5, "threshold", 0.5, budget=[10, 30]
     )
     assert book.problem() is None
-    predictor = Predictor(2, 6, 5, {"neuron": 8}, corrects=True)
+    predictor = Predictor(PredictorHeader(2, 6, 5, {"neuron": 8}, corrects=True))
     assert sum(value[0].numel() for value in predictor.parameters()) == 119
     cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]})
     assert cost.bits == pytest.approx(bits)
-    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40)) and cost.flops_share == pytest.approx(
-        0.5 + computed / (3 * 6 * 40)
-    )
+    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40))
+    assert cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))
+
+
+def test_the_confidence_interval_is_students():
+    """Differences 0.1, 0.2, 0.6: mean 0.3, standard deviation √0.07; t of 2 degrees of freedom is 4.3027."""
+    dense = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    ratio, low, high = perplexity_ratio(dense + torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), dense)
+    half = 4.302652729911275 * math.sqrt(0.07 / 3)
+    assert (ratio, low, high) == pytest.approx((math.exp(0.3), math.exp(0.3 - half), math.exp(0.3 + half)))
+    assert perplexity_ratio(dense[:1], dense[:1]) == (1.0, None, None)

@@ -1,4 +1,4 @@
-"""Finding and hooking gated FFNs of several families; what is refused is refused by name."""
+"""Finding and hooking gated FFNs of several model families; errors name what is not supported."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ import tiny
 from apc.collect.collector import Collector
 from apc.collect.patterns import ActiveRule, Importance
 from apc.config.schema import ModelConfig
-from apc.data import ffn, models
+from apc.data import ffn as ffn_module
+from apc.data import models
 from apc.data.ffn import FFNHooks, find_ffns
 from apc.data.models import load_model, resolve_device, weights_digest
 from apc.utils.errors import UserError
@@ -28,14 +29,14 @@ class Recorder:
 
 
 def weights_of(ffn):
-    """(W_gate, W_up, W_down), however the family stores them."""
+    """(W_gate, W_up, W_down), fused or not."""
     if ffn.gate_up is not None:
         return *ffn.gate_up.weight.chunk(2), ffn.down.weight
     return ffn.gate.weight, ffn.up.weight, ffn.down.weight
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_hooks_see_what_the_weights_say(family):
+def test_hooks_see_the_products_of_the_weights(family):
     model = tiny.make_model(family)
     ffns = find_ffns(model)
     recorder = Recorder()
@@ -53,7 +54,7 @@ def test_hooks_see_what_the_weights_say(family):
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("site", ["gate", "up", "neuron", "down"])
-def test_what_a_visitor_returns_takes_the_place_of_a_site(family, site):
+def test_values_that_a_visitor_returns_replace_the_site(family, site):
     model = tiny.make_model(family)
     recorder = Recorder()
     hooks = FFNHooks(find_ffns(model), [site], Recorder(change=torch.zeros_like))
@@ -65,7 +66,7 @@ def test_what_a_visitor_returns_takes_the_place_of_a_site(family, site):
     assert all(float(value.abs().max()) == 0 for (_, name), value in recorder.seen.items() if name == "down")
 
 
-def test_importance_at_the_neuron_is_what_it_moves_in_the_residual_stream():
+def test_importance_of_a_neuron_is_the_norm_of_its_output():
     model = tiny.make_model()
     ffns = find_ffns(model)
     values = torch.randn(5, ffns[1].width)
@@ -76,24 +77,32 @@ def test_importance_at_the_neuron_is_what_it_moves_in_the_residual_stream():
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         (dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=11), "GPT2LMHeadModel: no gated FFN"),
         (
-            dict(model_type="mixtral", hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                 num_local_experts=4, vocab_size=11),
+            dict(
+                model_type="mixtral",
+                hidden_size=32,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_local_experts=4,
+                vocab_size=11,
+            ),
             r"Mixtral\w+: a mixture of experts \(4 experts\)",
         ),
     ],
     ids=["no-gated-ffn", "mixture-of-experts"],
-)  # fmt: skip
-def test_a_model_that_does_not_fit_is_refused_by_name(options, named):
+)
+def test_an_unsupported_model_is_an_error_that_names_it(options, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         find_ffns(model)
 
 
-def test_packed_weights_are_refused_by_name():
+def test_packed_weights_are_an_error_that_names_them():
     model = tiny.make_model()
     model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(UserError, match=r"Llama\w+: its weights are packed \(gptq\)"):
@@ -106,7 +115,7 @@ def test_packed_weights_are_refused_by_name():
         find_ffns(model)
 
 
-def test_the_digest_is_of_the_weights_and_not_of_the_folder(tmp_path):
+def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tmp_path):
     digests = []
     for name in ("a", "b"):
         tiny.save_model(tmp_path / name)
@@ -117,7 +126,7 @@ def test_the_digest_is_of_the_weights_and_not_of_the_folder(tmp_path):
     assert digests[0] == digests[1] != weights_digest(model)
 
 
-def test_an_absent_gpu_and_an_absent_folder_are_named(tmp_path, monkeypatch):
+def test_a_missing_gpu_or_folder_is_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="model.device=cuda: this machine has 0 CUDA devices"):
         resolve_device("cuda")
@@ -125,8 +134,8 @@ def test_an_absent_gpu_and_an_absent_folder_are_named(tmp_path, monkeypatch):
         load_model(ModelConfig(path=str(tmp_path / "none")), torch.device("cpu"))
 
 
-def test_a_device_map_changes_nothing_that_is_seen(tmp_path):
-    """On this machine's GPUs, or its CPU where there is none."""
+def test_a_device_map_changes_no_pattern(tmp_path):
+    """On this machine's GPUs, or on its CPU if it has none."""
     folder, device = tiny.save_model(tmp_path / "model"), resolve_device("auto")
     windows, books = torch.arange(64).view(2, 32), []
     for device_map in (None, "auto"):
@@ -139,8 +148,8 @@ def test_a_device_map_changes_nothing_that_is_seen(tmp_path):
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
 
 
-def test_hooks_see_layers_whose_weights_come_and_go(tmp_path):
-    """accelerate keeps one layer on disk and brings it for its forward pass: the same is seen, but such a map is refused, since it reads weights too."""
+def test_hooks_see_layers_that_are_loaded_from_disk(tmp_path):
+    """accelerate loads one layer from disk for its forward pass. Hooks work, but such a device map is an error."""
     model, recorders = tiny.make_model(), []
     places = {
         "model.embed_tokens": "cpu",
@@ -165,8 +174,8 @@ def test_hooks_see_layers_whose_weights_come_and_go(tmp_path):
         models._check_map(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def test_visitors_see_all_layers_on_one_device_and_what_they_change_goes_back(monkeypatch):
-    """`meta` stands for the first layer's device: it takes what is there and holds nothing."""
+def test_visitors_get_all_layers_on_one_device(monkeypatch):
+    """The device is `meta` here, so that any use of the values would fail."""
     model, seen = tiny.make_model(), []
 
     class Visitor:
@@ -177,12 +186,12 @@ def test_visitors_see_all_layers_on_one_device_and_what_they_change_goes_back(mo
             seen.append(values.device.type)
 
     expected = model(torch.arange(9)[None]).logits
-    monkeypatch.setattr(ffn, "first_device", lambda ffns: torch.device("meta"))
+    monkeypatch.setattr(ffn_module, "first_device", lambda ffns: torch.device("meta"))
     hooks = FFNHooks(find_ffns(model), ["gate", "up", "neuron", "down"], Visitor())
     assert torch.equal(model(torch.arange(9)[None]).logits, expected) and seen == ["meta"] * 3 * 5
     hooks.remove()
 
 
-def test_a_first_layer_elsewhere_is_named():
+def test_a_first_layer_on_another_device_is_an_error():
     with pytest.raises(UserError, match="the first layer is on cuda:0, in place of cuda:1; leave model.device=auto"):
         models._check_map(tiny.make_model(), torch.device("cuda", 0), torch.device("cuda", 1))

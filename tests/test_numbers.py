@@ -1,5 +1,4 @@
-"""Numbers at the edge: layers that never fire or always say the same, windows with one token to predict, as many clusters as patterns, repeated text,
-and half precision that overflows."""
+"""Edge cases of whole runs: silent or constant layers, the shortest windows, K = N, repeated text, float16 overflow."""
 
 import math
 
@@ -31,7 +30,7 @@ def run(workplace, name, **changes):
 
 
 def with_weights(workplace, name, change, **options):
-    """A copy of the tiny model's folder with some weights changed in place; its path."""
+    """The path of a copy of the tiny model with some weights changed in place."""
     folder = tiny.save_model(workplace / name, **options)
     weights = load_file(folder / "model.safetensors")
     with torch.no_grad():
@@ -46,24 +45,24 @@ def with_weights(workplace, name, change, **options):
 )
 def test_a_layer_that_never_fires(workplace, settings, capsys):
     dead = with_weights(workplace, "dead", lambda weights: weights["model.layers.1.mlp.gate_proj.weight"].zero_())
-    policies, found = run(
+    policies, finished = run(
         workplace,
         f"dead-{'-'.join(map(str, settings.values()))}",
         **({"model.path": dead, "policies": "[dense,exact,oracle,predicted,soft]"} | settings),
     )
     assert "layer 1: 0 of 640 patterns are not empty" in capsys.readouterr().out
     assert policies["exact"]["per_layer"]["density"][1] == 0
-    assert found.codebook.sites["neuron"].sizes[1].sum() == 640
+    assert finished.codebook.sites["neuron"].sizes[1].sum() == 640
 
 
-def test_a_model_that_always_says_the_same(workplace):
+def test_a_model_with_constant_output(workplace):
     def change(weights):
         weights["model.embed_tokens.weight"][:] = weights["model.embed_tokens.weight"][:1]
 
-    policies, found = run(
+    policies, finished = run(
         workplace, "constant", **{"model.path": with_weights(workplace, "constant-model", change), "active": "top"}
     )
-    assert (found.codebook.sites["neuron"].sizes.max(1).values == 640).all()
+    assert (finished.codebook.sites["neuron"].sizes.max(1).values == 640).all()
 
 
 def test_windows_with_one_token_to_predict(workplace):
@@ -79,8 +78,8 @@ def test_windows_with_one_token_to_predict(workplace):
 def test_as_many_clusters_as_patterns(workplace, weighting):
     count = 4 * 32
     settings = {"data.fit_windows": 5, "cluster.k": count, "cluster.weighting": weighting, "monitor.windows": 1}
-    policies, found = run(workplace, f"every-{weighting}", **settings)
-    sizes = found.codebook.sites["neuron"].sizes
+    policies, finished = run(workplace, f"every-{weighting}", **settings)
+    sizes = finished.codebook.sites["neuron"].sizes
     assert (sizes.sum(1) == count).all() and policies["oracle"]["perplexity"] > 1
     with pytest.raises(UserError, match=f"cluster.k={count + 1} is more than the {count} patterns to cluster"):
         run(workplace, f"more-{weighting}", **(settings | {"cluster.k": count + 1}))
@@ -89,21 +88,20 @@ def test_as_many_clusters_as_patterns(workplace, weighting):
 @pytest.mark.parametrize("count", [2, 1000, 4096, 5003])
 def test_rows_drawn_from_many_never_repeat(count, monkeypatch):
     monkeypatch.setattr(seeding, "_PERMUTED", 1)
-    found = seeding.random_rows(count, 20, torch.Generator().manual_seed(4))
-    assert (
-        len(found) == min(count, 16 * 20) == len(found.unique()) and 0 <= int(found.min()) and int(found.max()) < count
-    )
+    rows = seeding.random_rows(count, 20, torch.Generator().manual_seed(4))
+    assert len(rows) == min(count, 16 * 20) == len(rows.unique())
+    assert int(rows.min()) >= 0 and int(rows.max()) < count
     other = seeding.random_rows(count, 20, torch.Generator().manual_seed(5))
-    assert count < 1000 or not torch.equal(other, found)
+    assert count < 1000 or not torch.equal(other, rows)
 
 
-def test_text_that_repeats_itself(workplace):
+def test_repeated_text(workplace):
     text = (workplace / "fit.txt").read_text().split()[:31]
     (workplace / "repeated.txt").write_text(" ".join(text * 40))
-    _, found = run(
+    _, finished = run(
         workplace, "repeated", **{"data.fit": workplace / "repeated.txt", "cluster.k": 64, "data.fit_windows": 10}
     )
-    assert (found.codebook.sites["neuron"].sizes.sum(1) == 9 * 32).all()
+    assert (finished.codebook.sites["neuron"].sizes.sum(1) == 9 * 32).all()
 
 
 def test_half_precision_that_overflows_is_named(workplace):
@@ -113,19 +111,21 @@ def test_half_precision_that_overflows_is_named(workplace):
     large = with_weights(workplace, "large", change)
     with pytest.raises(
         UserError,
-        match=r"NaN or infinite activations in layer 2 \(model.layers.2.mlp\), site neuron, window 0: try model.dtype=float32",
+        match=r"NaN or infinite activations in layer 2 \(model.layers.2.mlp\), site neuron, "
+        r"window 0: try model.dtype=float32",
     ):
         run(workplace, "large", **{"model.path": large, "model.dtype": "float16"})
     assert run(workplace, "large-float32", **{"model.path": large})[0]["dense"]["perplexity"] > 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_are_named(workplace, value):
+def test_nan_and_infinite_weights_are_named(workplace, value):
     def change(weights):
         weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
 
     with pytest.raises(
         UserError,
-        match=r"NaN or infinite activations in layer 1 \(model.layers.1.mlp\), site neuron, window 0: .*check the weights",
+        match=r"NaN or infinite activations in layer 1 \(model.layers.1.mlp\), site neuron, "
+        r"window 0: .*check the weights",
     ):
         run(workplace, f"broken-{value}", **{"model.path": with_weights(workplace, f"broken-{value}", change)})

@@ -1,4 +1,4 @@
-"""Every operation equals its plain twin in `reference.py`, bit for bit, on the CPU, on CUDA and in Triton."""
+"""Every operation equals its definition in `reference.py`, bit for bit, on the CPU, on CUDA and in Triton."""
 
 import importlib
 
@@ -7,9 +7,9 @@ import torch
 
 from apc import ops
 from apc.ops import accumulate_cpu, reference
-from apc.ops.alignment import whole_lines
+from apc.ops.alignment import align_rows
 
-update = importlib.import_module("apc.ops.accumulate")
+accumulate = importlib.import_module("apc.ops.accumulate")
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -25,7 +25,7 @@ SHAPES = [  # (G, N, K, D); G = 0: no group dimension
     pytest.param((0, 50, 9, 1536), id="D1536"),
 ]
 BEYOND = pytest.param((0, 40, 5, 16391), id="D16391")  # too long for the interpreter
-MANY = pytest.param((0, 3000, 1100, 72), id="many-rows-and-clusters")  # several CPU blocks of both
+MANY = pytest.param((0, 3000, 1100, 72), id="many-rows-and-clusters")  # several CPU blocks of rows and clusters
 DENSE = pytest.param((2, 2500, 40, 1536), id="several-blocks-of-D1536")
 
 IMPLEMENTATIONS = [
@@ -74,7 +74,7 @@ def assert_same(got, expected):
 
 
 def patterns(G: int, N: int, D: int) -> torch.Tensor:
-    """Random rows; the first is all zero and the last all one."""
+    """Random rows; the first is all zero, the last all one."""
     active = torch.rand(*([G] if G else []), N, D) < 0.4
     if N > 1:
         active[..., 0, :] = False
@@ -83,7 +83,7 @@ def patterns(G: int, N: int, D: int) -> torch.Tensor:
 
 
 def importances(G: int, N: int, D: int) -> torch.Tensor:
-    """Random uint8 rows; the first is all zero and the last all 255, the largest sum there is."""
+    """Random uint8 rows; the first is all zero, the last all 255, the largest possible sum."""
     importance = torch.randint(0, 256, (*([G] if G else []), N, D), dtype=torch.uint8)
     if N > 1:
         importance[..., 0, :] = 0
@@ -92,7 +92,7 @@ def importances(G: int, N: int, D: int) -> torch.Tensor:
 
 
 def centroids_of(G: int, K: int, D: int) -> torch.Tensor:
-    """Random centroids, the last a copy of the first and the one before it all ones, so that ties and the largest sums occur."""
+    """Random centroids. The last copies the first, the one before is all ones: so ties and the largest sums occur."""
     active = torch.rand(*([G] if G else []), K, D) < 0.5
     if K > 2:
         active[..., -2, :] = True
@@ -101,22 +101,22 @@ def centroids_of(G: int, K: int, D: int) -> torch.Tensor:
 
 
 def memberships(G: int, N: int, K: int) -> torch.Tensor:
-    """Random ids, with cluster 1 empty where there are three or more."""
+    """Random ids; with three or more clusters, cluster 1 is empty."""
     ids = torch.randint(0, K, (*([G] if G else []), N))
     return ids.masked_fill(ids == 1, 0) if K > 2 else ids
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """In the interpreter a cluster of more than 20 rows is several pieces; that is also faster there, having fewer bits to a count."""
+    """In the interpreter, clusters of more than 20 rows are several pieces; this is also faster (fewer bits)."""
     if NO_GPU:
-        monkeypatch.setattr(update, "_TILE", update._TILE | {"PIECE": 20, "BITS": 16})
-        monkeypatch.setattr(update, "_WEIGHTED_TILE", update._WEIGHTED_TILE | {"PIECE": 20})
+        monkeypatch.setattr(accumulate, "_TILE", accumulate._TILE | {"PIECE": 20, "BITS": 16})
+        monkeypatch.setattr(accumulate, "_WEIGHTED_TILE", accumulate._WEIGHTED_TILE | {"PIECE": 20})
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What torch.empty returns is filled with a wrong answer: an element that nothing writes fails the comparison."""
+    """Fill the results of torch.empty with a wrong number, so that an unwritten element fails the comparison."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -200,9 +200,9 @@ def test_sums_are_added_to_out_in_place(kind, device, shape, power, bits):
 
 @pytest.mark.parametrize("sizes", [(0, 70, 0), (1, 20, 21), (0, 0, 0, 3), (41,)], ids=str)
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
-def test_clusters_of_no_one_and_many_pieces_add_up(kind, device, sizes, monkeypatch):
+def test_clusters_of_zero_one_and_several_pieces_add_up(kind, device, sizes, monkeypatch):
     for name in ("_TILE", "_WEIGHTED_TILE"):
-        monkeypatch.setattr(update, name, getattr(update, name) | {"PIECE": 20})
+        monkeypatch.setattr(accumulate, name, getattr(accumulate, name) | {"PIECE": 20})
     K, D = len(sizes), 140
     ids = torch.repeat_interleave(torch.arange(K), torch.tensor(sizes))
     ids = ids[torch.randperm(len(ids))]
@@ -216,7 +216,7 @@ def test_clusters_of_no_one_and_many_pieces_add_up(kind, device, sizes, monkeypa
 @pytest.mark.parametrize("tile", [{}, {"UNROLL": 16, "BITS": 8}, {"BLOCK_W": 16}], ids=str)
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS[1:])
 def test_accumulate_equals_reference_in_tiles_of_a_gpu(kind, device, tile, monkeypatch):
-    monkeypatch.setattr(update, "_TILE", update._TILE | {"PIECE": 1024, "BITS": 4} | tile)
+    monkeypatch.setattr(accumulate, "_TILE", accumulate._TILE | {"PIECE": 1024, "BITS": 4} | tile)
     N, K, D = 1100, 2, 600
     rows, ids = reference.pack(patterns(0, N, D)), (torch.rand(N) < 0.01).long()
     assert_same(run(kind, device, "accumulate", rows, ids, K, D), reference.accumulate(rows, ids, K, D))
@@ -229,7 +229,7 @@ def test_many_rows_and_clusters_add_up_on_a_gpu(shape):
     rows, importance, ids = (
         function(G, N, size).cuda() for function, size in ((patterns, D), (importances, D), (memberships, K))
     )
-    ids[ids % 3 == 0] = 0  # one cluster of many pieces
+    ids[ids % 3 == 0] = 0  # a cluster of many pieces
     packed, scales = ops.pack(rows), ops.row_scales(importance)
     assert_same(ops.accumulate(packed, ids, K, D), reference.accumulate(packed, ids, K, D))
     assert_same(
@@ -240,7 +240,7 @@ def test_many_rows_and_clusters_add_up_on_a_gpu(shape):
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
 def test_scales_beyond_32_bits_count_in_full(kind, device):
     importance = importances(0, 50, 20) * (torch.rand(50, 20) < 0.05)
-    importance[:25] = importance[:25].clamp(max=1)  # rows that sum to a few: 2³⁶ over that is more than 32 bits hold
+    importance[:25] = importance[:25].clamp(max=1)  # small totals: 2³⁶ / total exceeds 32 bits
     scales, ids = reference.row_scales(importance, 2), memberships(0, 50, 2)
     assert (scales >= 2**32).any() and (scales < 2**32).any()
     expected = reference.accumulate_weighted(importance, ids, scales, 2, 2)
@@ -294,29 +294,29 @@ def test_operations_read_slices_of_larger_tensors(kind, device):
 @pytest.mark.parametrize("D", [1, 2, 7, 15, 16, 131, 257, 600])
 @pytest.mark.parametrize("N", [1, 37, 70])
 @pytest.mark.parametrize(("_", "device"), [IMPLEMENTATIONS[1], IMPLEMENTATIONS[3]])
-def test_whole_lines_are_the_rows_and_zeros_after_them(_, device, N, D):
+def test_aligned_rows_are_the_rows_padded_with_zeros(_, device, N, D):
     G = 2
     layouts = {
-        "side by side to the end of memory": importances(G, N, D).to(device),
-        "from any byte, in the middle": importances(G, N + 30, D + 5).to(device)[:, 9 : 9 + N, 3 : 3 + D],
-        "from any byte, to the end of memory": importances(G, N + 1, D + 3).to(device)[:, 1:, 3:],
-        "rows of all groups in turn": importances(N, G, D).to(device).transpose(0, 1),
-        "one row for all": importances(G, 2, D).to(device)[:, 1:].expand(G, N, D),
-        "bytes apart": importances(G, D, N).to(device).mT,
-        "no groups": importances(0, N, D).to(device).expand(0, N, D),
+        "contiguous, to the end of memory": importances(G, N, D).to(device),
+        "unaligned, in the middle": importances(G, N + 30, D + 5).to(device)[:, 9 : 9 + N, 3 : 3 + D],
+        "unaligned, to the end of memory": importances(G, N + 1, D + 3).to(device)[:, 1:, 3:],
+        "groups interleaved": importances(N, G, D).to(device).transpose(0, 1),
+        "one row expanded": importances(G, 2, D).to(device)[:, 1:].expand(G, N, D),
+        "bytes not contiguous": importances(G, D, N).to(device).mT,
+        "groups expanded": importances(0, N, D).to(device).expand(0, N, D),
     }
     for layout, rows in layouts.items():
-        lines = whole_lines(rows)
-        assert lines.shape == (*rows.shape[:2], -(-D // 16) * 16) and lines.dtype == torch.uint8, layout
-        assert torch.equal(lines[..., :D], rows) and not lines[..., D:].any(), layout
-        assert lines.data_ptr() % 16 == 0 and lines.stride(1) % 16 == 0 and lines.stride(0) % 16 == 0, layout
+        aligned = align_rows(rows)
+        assert aligned.shape == (*rows.shape[:2], -(-D // 16) * 16) and aligned.dtype == torch.uint8, layout
+        assert torch.equal(aligned[..., :D], rows) and not aligned[..., D:].any(), layout
+        assert aligned.data_ptr() % 16 == 0 and aligned.stride(1) % 16 == 0 and aligned.stride(0) % 16 == 0, layout
 
 
-def test_whole_lines_are_not_copied():
+def test_aligned_rows_are_not_copied():
     rows = torch.zeros(2, 9, 48, dtype=torch.uint8)
-    assert whole_lines(rows) is rows
+    assert align_rows(rows) is rows
     part = rows[:, 1:5, 16:]
-    assert whole_lines(part) is part
+    assert align_rows(part) is part
 
 
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
@@ -330,7 +330,7 @@ def test_duplicated_centroids_lose_to_the_lowest_id(kind, device):
 
 
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
-def test_worked_example_of_the_masked_distance(kind, device):
+def test_example_of_the_masked_distance(kind, device):
     x, c = (torch.tensor([[bit == "1" for bit in bits]]) for bits in ("101100", "011010"))
     ids, overlap = run(kind, device, "assign", reference.pack(x), reference.pack(c))
     assert ids.tolist() == [0]
@@ -392,7 +392,7 @@ def test_bit_j_of_byte_w_is_neuron_8w_plus_j():
 @pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "int64", "few levels", "all equal", "infinite"])
 def test_top_mask_equals_reference_with_ties_to_the_lowest_index(device, values):
     D = 130
-    made = {
+    cases = {
         "int64": torch.randint(-(2**60), 2**60, (3, 8, D)),
         "few levels": torch.randint(0, 4, (3, 8, D)),
         "all equal": torch.zeros(3, 8, D),
@@ -400,7 +400,7 @@ def test_top_mask_equals_reference_with_ties_to_the_lowest_index(device, values)
         .masked_fill(torch.rand(3, 8, D) < 0.5, float("inf"))
         .masked_fill(torch.rand(3, 8, D) < 0.3, -float("inf")),
     }
-    x = made[values] if values in made else torch.randn(3, 8, D).to(getattr(torch, values))
+    x = cases[values] if values in cases else torch.randn(3, 8, D).to(getattr(torch, values))
     for m in (1, 2, 65, D - 1, D):
         mask = ops.top_mask(x.to(device), m).cpu()
         assert (mask.sum(-1) == m).all()
@@ -451,7 +451,7 @@ def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, densi
     m = ops.mask_size(D, density)
     assert m == max(1, int(density * D + 0.5))
     least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    made = [
+    cases = [
         torch.randint(0, 2**62, (6, D)),
         torch.randint(-(2**62), 2**62, (3, D)),
         torch.randint(0, 3, (2, 6, D)),
@@ -462,9 +462,9 @@ def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, densi
         torch.zeros(0, D, dtype=torch.int64),
     ]
     small, large = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
-    made += [sums.clamp(small, large).int() for sums in made]
-    made += [torch.randint(small, large, (6, D), dtype=torch.int32)]
-    for sums in made:
+    cases += [sums.clamp(small, large).int() for sums in cases]
+    cases += [torch.randint(small, large, (6, D), dtype=torch.int32)]
+    for sums in cases:
         centroids = run(kind, device, "binarize", sums, density)
         assert (reference.popcount(centroids) == m).all()
         assert_same([centroids], [reference.binarize(sums, density)])
@@ -516,7 +516,7 @@ def test_captured_total_never_falls_over_lloyd_iterations(device, power):
         )
         assert (sizes.sum(-1) == N).all()
         updated = ops.binarize(sums, density)
-        # What the update promises: the same members, captured by the new centroids.
+        # The update must not lower the sum that the new centroids capture from the same members.
         kept = int((sums * ops.unpack(updated, D)).sum())
         assert kept >= totals[-1]
         totals.append(kept)

@@ -1,4 +1,4 @@
-"""The whole way on tiny models: every family, what each stage leaves for the next, and what bad input says."""
+"""Whole runs on tiny models: every model family, every stage, every kind of setting, and errors about bad input."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def run_evaluate(folder, *words, run="run"):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a model, texts, and one finished run."""
+    """A folder with a model, texts, a finished run and one with its checkpoints."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("pipeline"))
     run_train(folder)
     run_train(folder, **{"run.name": "kept", "stage": "predict", "trainer.keep_checkpoints": "true"})
@@ -45,7 +45,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3"])
-def test_every_family_goes_from_text_to_generation(tmp_path, family):
+def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
     policies = {record["policy"]: record for record in results["policies"]}
@@ -58,10 +58,10 @@ def test_every_family_goes_from_text_to_generation(tmp_path, family):
         > policies["static"]["captured_energy"]
         > policies["random"]["captured_energy"]
     )
-    left = apc.load_run(tmp_path / "runs" / "run")
+    run = apc.load_run(tmp_path / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
     for policy in ("predicted", "soft"):
-        apc.sparsify(model, left.codebook, left.predictor, policy)
+        apc.sparsify(model, run.codebook, run.predictor, policy)
         assert model.generate(torch.arange(6)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (
             1,
             10,
@@ -101,19 +101,19 @@ def test_every_family_goes_from_text_to_generation(tmp_path, family):
     ],
     ids=["papers-form", "streamed-mix", "no-importance-step", "neuron-listwise", "neuron-defaults", "low-bit"],
 )
-def test_other_ways_through_the_pipeline(workplace, changes):
+def test_other_settings_of_the_pipeline(workplace, changes):
     results = run_train(
         workplace, **{"run.name": "way", "run.dir": workplace / f"ways-{abs(hash(str(changes)))}", **changes}
     )
-    ran = [record for record in results["policies"] if not record["missing"]]
-    assert all(record["perplexity"] > 1 for record in ran)
+    measured = [record for record in results["policies"] if not record["missing"]]
+    assert all(record["perplexity"] > 1 for record in measured)
     if changes.get("predictor.form") == "neuron" and "policies" not in changes:
         reasons = {record["policy"]: record["missing"] for record in results["policies"] if record["missing"]}
         assert set(reasons) == {"predicted", "soft"} and "form cluster" in reasons["soft"]
     assert "dense" in policies_table(results)
 
 
-def test_no_predictor_is_trained_for_policies_that_need_none_unless_it_is_asked_for(workplace):
+def test_a_predictor_is_trained_only_if_a_policy_or_the_stage_needs_it(workplace):
     results = run_train(
         workplace, **{"run.name": "bare", "policies": "[dense,thresholded-oracle]", "collect.forward": "thresholded"}
     )
@@ -135,7 +135,7 @@ def test_no_predictor_is_trained_for_policies_that_need_none_unless_it_is_asked_
     assert (folder / "predictor.safetensors").is_file()
 
 
-def test_a_run_leaves_everything_in_its_folder(workplace):
+def test_a_run_keeps_everything_in_its_folder(workplace):
     folder = workplace / "runs" / "run"
     for name in (
         "config.yaml",
@@ -154,12 +154,18 @@ def test_a_run_leaves_everything_in_its_folder(workplace):
     }
     assert {path.name for path in (folder / "checkpoints").iterdir()} == set()
     names = {name for record in read_metrics(folder) for name in record}
-    for name in (
-        "cluster/captured", "cluster/monitor_oracle_perplexity", "cluster/monitor_oracle_coverage", "predictor/monitor_soft_perplexity",
-        "predictor/loss", "predictor/top1_neuron", "predictor/captured_energy_soft_neuron", "predictor_layers/top5_neuron_02",
-        "cluster_layers/monitor_oracle_precision_01",
-    ):  # fmt: skip
-        assert name in names
+    assert names >= {
+        "cluster/captured",
+        "cluster/monitor_oracle_perplexity",
+        "cluster/monitor_oracle_coverage",
+        "cluster_layers/captured_neuron",
+        "cluster_layers/monitor_oracle_precision",
+        "predictor/loss",
+        "predictor/monitor_soft_perplexity",
+        "predictor/top1_neuron",
+        "predictor/captured_energy_soft_neuron",
+        "predictor_layers/top5_neuron",
+    }
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -177,7 +183,7 @@ def test_evaluate_repeats_the_figures_of_training(workplace):
     assert json.loads((workplace / "runs" / "run" / "results.json").read_text()) == trained
 
 
-def test_evaluate_takes_other_policies_and_text(workplace):
+def test_evaluate_accepts_other_policies_and_text(workplace):
     tiny.make_text(workplace / "other.txt", words=400, seed=9)
     results = run_evaluate(
         workplace,
@@ -190,7 +196,7 @@ def test_evaluate_takes_other_policies_and_text(workplace):
     assert results["conditions"]["score"] == "other.txt" and results["conditions"]["score_tokens"] == 96
 
 
-def test_stages_one_by_one_equal_all_at_once(workplace):
+def test_stages_one_by_one_equal_one_run(workplace):
     for stage in ("collect", "cluster", "predict", "all"):
         results = run_train(workplace, **{"run.name": "staged", "stage": stage})
     whole = json.loads((workplace / "runs" / "run" / "results.json").read_text())
@@ -199,24 +205,24 @@ def test_stages_one_by_one_equal_all_at_once(workplace):
     ]
 
 
-def test_a_codebook_can_be_taken_from_another_run(workplace):
+def test_a_codebook_can_be_copied_from_another_run(workplace):
     run_train(
         workplace,
         **{
-            "run.name": "taken",
+            "run.name": "copied",
             "checkpoint": workplace / "runs" / "run",
             "predictor.bottleneck": 8,
             "stage": "predict",
         },
     )
-    taken = apc.load_run(workplace / "runs" / "taken")
+    copied = apc.load_run(workplace / "runs" / "copied")
     assert (
-        taken.predictor.bottleneck == 8
-        and taken.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
+        copied.predictor.bottleneck == 8
+        and copied.codebook.provenance == apc.load_run(workplace / "runs" / "run").codebook.provenance
     )
     with pytest.raises(UserError, match=r"made from other patterns \(sites differ\)"):
         run_train(workplace, **{"run.name": "bad", "checkpoint": workplace / "runs" / "run", "sites": "[up]"})
-    assert not (workplace / "runs" / "taken" / "checkpoints" / "cluster.ckpt").exists()
+    assert not (workplace / "runs" / "copied" / "checkpoints" / "cluster.ckpt").exists()
 
 
 def test_in_sample_figures_say_so(workplace):
@@ -272,7 +278,7 @@ def test_bad_input_is_one_line_and_leaves_no_result(workplace, case, monkeypatch
 
 @pytest.mark.parametrize("name", ["codebook.safetensors", "predictor.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "header"])
-def test_a_damaged_file_of_a_run_is_named(workplace, tmp_path, name, damage):
+def test_an_error_names_the_damaged_file_of_a_run(workplace, tmp_path, name, damage):
     run = tmp_path / "runs" / "run"
     shutil.copytree(workplace / "runs" / "run", run)
     path = run / name
@@ -286,7 +292,7 @@ def test_a_damaged_file_of_a_run_is_named(workplace, tmp_path, name, damage):
         run_evaluate(tmp_path)
 
 
-def test_a_missing_codebook_and_a_damaged_checkpoint_are_named(workplace, tmp_path):
+def test_errors_name_a_missing_codebook_and_a_damaged_checkpoint(workplace, tmp_path):
     shutil.copytree(workplace / "runs" / "run", tmp_path / "runs" / "run")
     (tmp_path / "runs" / "run" / "codebook.safetensors").unlink()
     with pytest.raises(UserError, match=r"codebook\.safetensors: no such file"):
@@ -301,7 +307,7 @@ def test_a_missing_codebook_and_a_damaged_checkpoint_are_named(workplace, tmp_pa
 
 def test_a_codebook_of_another_model_is_refused(workplace, tmp_path):
     tiny.save_model(tmp_path / "narrow", width=40)
-    with pytest.raises(UserError, match="the codebook is of another model: 52 neurons at neuron, the model has 40"):
+    with pytest.raises(UserError, match="the codebook belongs to another model: it has 52 neurons"):
         run_evaluate(workplace, f"model.path={tmp_path / 'narrow'}")
 
 
@@ -313,12 +319,12 @@ def test_a_codebook_of_another_model_is_refused(workplace, tmp_path):
         ("sparsity=0.3", "sparsity: the run was fitted with 0.5"),
     ],
 )
-def test_evaluate_refuses_what_would_change_the_fitting(workplace, word, line):
+def test_evaluate_refuses_keys_that_the_run_was_fitted_with(workplace, word, line):
     with pytest.raises(UserError, match=line):
         run_evaluate(workplace, word)
 
 
-def test_a_neuron_predictor_is_evaluated_by_its_own_policy(workplace):
+def test_a_neuron_predictor_has_a_policy_of_its_own(workplace):
     run_train(workplace, **{"run.name": "neuron", "predictor.form": "neuron", "stage": "predict"})
     results = run_evaluate(workplace, "policies=[neuron-predictor]", "run.name=own", run="neuron")
     assert results["policies"][0]["policy"] == "neuron-predictor" and results["policies"][0]["bytes_share"] > 0.5
@@ -327,11 +333,11 @@ def test_a_neuron_predictor_is_evaluated_by_its_own_policy(workplace):
 def test_a_predictor_of_another_codebook_is_refused(workplace, tmp_path):
     run_train(workplace, **{"run.name": "seed1", "seed": 1, "stage": "predict"})
     other = apc.load_run(workplace / "runs" / "seed1").predictor
-    with pytest.raises(UserError, match="the predictor is of another codebook"):
+    with pytest.raises(UserError, match="the predictor belongs to another codebook"):
         apc.sparsify(tiny.make_model(), apc.load_run(workplace / "runs" / "run").codebook, other, "predicted")
 
 
-def test_a_run_whose_text_has_changed_is_not_taken_up(workplace, tmp_path):
+def test_a_run_whose_text_has_changed_is_not_resumed(workplace, tmp_path):
     tiny.make_workplace(tmp_path)
     run_train(tmp_path, stage="cluster")
     tiny.make_text(tmp_path / "fit.txt", seed=8)
@@ -341,7 +347,7 @@ def test_a_run_whose_text_has_changed_is_not_taken_up(workplace, tmp_path):
         run_train(tmp_path, stage="cluster")
 
 
-def test_truncated_weights_are_named(tmp_path):
+def test_an_error_names_truncated_weights(tmp_path):
     tiny.make_workplace(tmp_path)
     path = tmp_path / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -349,7 +355,7 @@ def test_truncated_weights_are_named(tmp_path):
         run_train(tmp_path)
 
 
-def test_one_checkpoint_in_the_place_of_another_is_named(workplace):
+def test_an_error_names_a_checkpoint_of_another_training(workplace):
     checkpoints = workplace / "runs" / "swapped" / "checkpoints"
     checkpoints.mkdir(parents=True)
     shutil.copy(workplace / "runs" / "kept" / "checkpoints" / "predictor.ckpt", checkpoints / "cluster.ckpt")
@@ -357,7 +363,7 @@ def test_one_checkpoint_in_the_place_of_another_is_named(workplace):
         run_train(workplace, **{"run.name": "swapped"})
 
 
-def test_an_policy_that_breaks_down_leaves_the_table(workplace, monkeypatch):
+def test_a_policy_with_an_infinite_loss_has_a_reason_in_the_table(workplace, monkeypatch):
     original = evaluator.window_losses
 
     def breaking(model, windows):
@@ -375,7 +381,7 @@ def test_an_policy_that_breaks_down_leaves_the_table(workplace, monkeypatch):
     assert "the loss of score window 1 is not finite" in policies_table(results)
 
 
-def test_several_ranks_end_with_the_exit_code_of_the_one_that_failed(workplace):
+def test_the_exit_code_of_several_ranks_is_that_of_the_failed_one(workplace):
     words = tiny.tiny_overrides(workplace, **{"run.name": "ranks", "trainer.devices": 2, "cluster.k": 5000})
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "error: cluster.k=5000 is more than the 640 patterns" in done.stderr
@@ -391,8 +397,8 @@ def test_the_command_line_exits_with_2_and_prints_one_line(workplace):
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word():
-    """As of `… | head`; the pipe that breaks may be another than stdout."""
+def test_a_command_whose_reader_is_gone_ends_silently():
+    """As in `… | head`. A broken pipe other than stdout is an error like any other."""
     reads, writes = os.pipe()
     os.close(reads)
     done = subprocess.run(

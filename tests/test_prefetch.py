@@ -1,10 +1,10 @@
-"""Blocks reach a GPU whole and in order, whatever stays there and however slow or fast their user is; so the codebook is the CPU's."""
+"""Prefetched blocks reach a GPU whole and in order, whichever are kept there; the codebook equals the CPU's."""
 
 import contextlib
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from test_clustering import quiet_trainer
 
 from apc import ops
 from apc.cluster.lloyd import ClusteringModule
@@ -53,14 +53,14 @@ def make_source(place="cpu", seed=0):
     return source
 
 
-def test_a_field_has_the_shape_and_type_that_its_info_says():
+def test_info_gives_the_shape_and_type_of_each_field():
     source = make_source()
     for name, value in source.block(1, 4, source.info.fields()).tensors().items():
         assert source.info.field(name, 3 * SEQ_LEN) == (tuple(value.shape), value.dtype)
 
 
 class HostStream:
-    """Stands in for a CUDA stream, so that what the GPU's path keeps and frees is tried without one: every copy is done at once."""
+    """A CUDA stream whose copies complete at once, to test without a GPU which blocks are kept and freed."""
 
     def record_event(self):
         return self
@@ -80,9 +80,9 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: value)
 
     def stream(source, keep_bytes):
-        made = BlockStream(source, source.info.fields(), None, keep_bytes)
-        made.device, made._copies = torch.device("cpu"), HostStream()
-        return made
+        blocks = BlockStream(source, source.info.fields(), None, keep_bytes)
+        blocks.device, blocks._copies = torch.device("cpu"), HostStream()
+        return blocks
 
     return stream
 
@@ -93,7 +93,7 @@ def without_a_gpu(monkeypatch):
     [RANGES, [(0, 3), (0, 3), (3, 4), (3, 4)], [(2, 2), (0, 11)]],
     ids=["again-later", "again-at-once", "empty"],
 )
-def test_blocks_that_stay_are_found_again_and_given_back(without_a_gpu, ranges, keep_bytes):
+def test_kept_blocks_are_reused_and_released(without_a_gpu, ranges, keep_bytes):
     source = make_source()
     stream = without_a_gpu(source, keep_bytes)
     for _ in range(2):
@@ -102,19 +102,19 @@ def test_blocks_that_stay_are_found_again_and_given_back(without_a_gpu, ranges, 
                 expected = source.block(first, last, source.info.fields())
                 assert torch.equal(block.positions, expected.positions)
                 assert all(torch.equal(value, expected.tensors()[name]) for name, value in block.tensors().items())
-        held = sum(value.nbytes for block in stream._kept.values() for value in block.tensors().values())
-        assert stream.keep_bytes == keep_bytes - held >= 0
+        kept_bytes = sum(value.nbytes for block in stream._kept.values() for value in block.tensors().values())
+        assert stream.keep_bytes == keep_bytes - kept_bytes >= 0
         if keep_bytes == 1 << 30:
             assert set(stream._kept) == set(ranges)
-            reading, source.block = source.block, None  # nothing is read again
+            read, source.block = source.block, None  # nothing is read again
             assert len(list(stream.blocks(ranges))) == len(ranges)
-            source.block = reading
+            source.block = read
         stream.release()
         assert stream.keep_bytes == keep_bytes and not stream._kept
 
 
 class Failing:
-    """A source whose blocks from some window on cannot be read."""
+    """A source that can't read blocks from some window on."""
 
     def __init__(self, source, from_window):
         self.info, self.from_window, self._source, self.resident = source.info, from_window, source, None
@@ -129,32 +129,32 @@ class Failing:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_a_block_that_cannot_be_read_is_the_one_that_is_named(device):
+def test_a_read_error_is_raised_when_its_block_is_due(device):
     stream = BlockStream(Failing(make_source(), 3), ["patterns.neuron"], torch.device(device))
     blocks = stream.blocks([(0, 3), (3, 4), (4, 9)])
     assert next(blocks).tokens == 3 * SEQ_LEN
     with pytest.raises(UserError, match="window 3 cannot be read"):
         next(blocks)
-    left = stream.blocks([(0, 3), (3, 4)])
-    next(left)
-    left.close()  # the next block's failure is nobody's business any more
+    blocks = stream.blocks([(0, 3), (3, 4)])
+    next(blocks)
+    blocks.close()  # the error of a block that nobody needs is ignored
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_what_is_derived_of_rows_that_stay_is_there_in_the_next_pass_until_it_is_released(stays):
+def test_derived_values_of_rows_that_stay_are_kept_until_release(stays):
     source = make_source()
     stream = BlockStream(source if stays else Failing(source, WINDOWS), ["patterns.neuron"])
 
-    def found():
-        before = []
+    def count_derived():
+        names = []
         for block in stream.blocks([(0, 3), (3, WINDOWS)]):
-            before += [*block.derived]
+            names += [*block.derived]
             block.to("cpu").derived["totals"] = block.positions
-        return len(before)
+        return len(names)
 
-    assert [found(), found()] == [0, 2 * stays]
+    assert [count_derived(), count_derived()] == [0, 2 * stays]
     stream.release()
-    assert found() == 0
+    assert count_derived() == 0
 
 
 @gpu
@@ -165,13 +165,13 @@ def test_blocks_on_a_gpu_are_those_of_the_source(place, keep_bytes):
     fields = source.info.fields()
     stream = BlockStream(source, fields, torch.device("cuda", 0), keep_bytes)
     for _ in range(2):
-        held = []
+        blocks = []
         for block in stream.blocks(RANGES):
             busy = torch.randn(2048, 2048, device="cuda")
-            for _ in range(20):  # the GPU is behind the host, and copies would overtake it
+            for _ in range(20):  # keeps the GPU behind the host, so that copies could overtake it
                 busy = busy @ busy / 64
-            held.append(block.to("cuda"))
-        for (first, last), block in zip(RANGES, held, strict=True):
+            blocks.append(block.to("cuda"))
+        for (first, last), block in zip(RANGES, blocks, strict=True):
             expected = source.block(first, last, fields)
             assert torch.equal(block.positions.cpu(), expected.positions) and block.hidden.is_cuda
             for name, value in block.tensors().items():
@@ -182,7 +182,7 @@ def test_blocks_on_a_gpu_are_those_of_the_source(place, keep_bytes):
 
 
 @gpu
-def test_a_stream_that_is_left_early_begins_anew():
+def test_a_stream_that_was_left_early_starts_again():
     source = make_source("locked")
     stream = BlockStream(source, ["patterns.neuron"], torch.device("cuda", 0), 1 << 16)
     next(iter(stream.blocks(RANGES)))
@@ -194,8 +194,7 @@ def test_a_stream_that_is_left_early_begins_anew():
 
 def fit(source, device, keep_bytes=0, **options):
     module = ClusteringModule(ClusterConfig(**(dict(k=9, max_epochs=6, tolerance=0.0) | options)), source.info, 0)
-    trainer = Trainer(accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=6, logger=False, enable_progress_bar=False,
-                      enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=6)
     loader = BlockLoader(source, module.fields(), 2, 0, device=torch.device(device), keep_bytes=keep_bytes)
     trainer.fit(module, datamodule=PatternDataModule(source, loader))
     return module.cpu()
@@ -209,6 +208,6 @@ def test_the_codebook_is_the_same_on_a_gpu(weighting, scope, schedule):
     options = dict(weighting=weighting, scope=scope, schedule=schedule)
     expected = fit(make_source(), "cpu", **options)
     for place, keep_bytes in (("locked", 0), ("locked", 1 << 16), ("cpu", 1 << 30), ("cuda", 0)):
-        found = fit(make_source(place), "cuda", keep_bytes, **options)
+        module = fit(make_source(place), "cuda", keep_bytes, **options)
         for name, value in expected.named_buffers():
-            assert torch.equal(value, found.get_buffer(name)), name
+            assert torch.equal(value, module.get_buffer(name)), name

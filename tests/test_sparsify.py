@@ -1,4 +1,4 @@
-"""`sparsify` computes what an independently written masked forward computes; `restore` leaves no trace."""
+"""`sparsify` equals a masked forward pass that is written independently, and `restore` leaves no trace."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ import apc
 import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.policies import POLICIES
+from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
 
 K, LAYERS, E, WIDTH = 5, 3, 32, 52
@@ -35,7 +36,7 @@ def make_codebook(sites=("neuron",), scope="layer", weighting="energy", active="
 def make_predictor(codebook, form="cluster", lookahead=0):
     torch.manual_seed(5)
     outputs = {site: K if form == "cluster" else D for site, D in codebook.widths.items()}
-    predictor = Predictor(LAYERS, E, 8, outputs, form, lookahead, with_thresholds=True).requires_grad_(False)
+    predictor = Predictor(PredictorHeader(LAYERS, E, 8, outputs, form, lookahead)).requires_grad_(False)
     predictor.thresholds = torch.linspace(-0.3, 0.2, LAYERS)
     return predictor
 
@@ -45,7 +46,7 @@ def importance_of(ffn, site, values):
 
 
 def slow_mask(policy, codebook, predictor, layer, site, ffn, values, inputs, gate):
-    """The mask of each token, one after the other, from the definitions."""
+    """Each token's mask, one after the other, from the definitions."""
     book, D = codebook.sites[site], values.shape[-1]
     centroids = ops.unpack(book.centroids[layer if codebook.scope == "layer" else 0], D).int()
     m, rows = int(codebook.density * D + 0.5), []
@@ -91,7 +92,7 @@ def slow_mask(policy, codebook, predictor, layer, site, ffn, values, inputs, gat
 
 
 def slow_logits(model, codebook, predictor, policy, tokens):
-    """A masked forward pass written anew: every FFN replaced by plain matrix products."""
+    """An independent masked forward pass: plain matrix products in place of each FFN."""
     inputs, originals = {}, [layer.mlp.forward for layer in model.model.layers]
 
     def ffn_forward(index, mlp):
@@ -124,7 +125,7 @@ def slow_logits(model, codebook, predictor, policy, tokens):
             layer.mlp.forward = original
 
 
-CASES = [("llama", policy, {}, {}) for policy in POLICIES if policy != "random"]
+CASES = [("llama", policy, {}, {}) for policy in POLICIES if policy not in ("dense", "random")]
 CASES += [
     ("phi3", "oracle", {}, {}),
     ("phi3", "gate", {}, {}),
@@ -147,7 +148,7 @@ CASES += [
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 @torch.no_grad()
-def test_logits_are_those_of_a_masked_forward_written_anew(family, policy, book, form):
+def test_logits_equal_an_independent_masked_forward_pass(family, policy, book, form):
     model, codebook = tiny.make_model(family), make_codebook(**book)
     predictor = make_predictor(codebook, "neuron" if policy.startswith("neuron-") else "cluster", **form)
     tokens = torch.randint(0, tiny.VOCABULARY, (2, 11))
@@ -160,7 +161,7 @@ def test_logits_are_those_of_a_masked_forward_written_anew(family, policy, book,
 
 
 @torch.no_grad()
-def test_random_masks_depend_on_seed_and_layer_and_have_the_size():
+def test_random_masks_depend_on_the_seed():
     model, codebook = tiny.make_model(), make_codebook()
     tokens = torch.arange(9)[None]
     one, again, other = (apc.sparsify(model, codebook, policy="random", seed=seed)(tokens).logits for seed in (1, 1, 2))
@@ -168,7 +169,7 @@ def test_random_masks_depend_on_seed_and_layer_and_have_the_size():
 
 
 @pytest.mark.parametrize("policy", ["dense", "oracle", "predicted", "soft"])
-def test_generate_works_with_a_cache_as_without(policy):
+def test_generate_gives_the_same_with_and_without_a_cache(policy):
     model, codebook = tiny.make_model(), make_codebook()
     apc.sparsify(model, codebook, make_predictor(codebook), policy)
     prompt = torch.arange(7)[None]
@@ -178,7 +179,7 @@ def test_generate_works_with_a_cache_as_without(policy):
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
 
 
-def test_sparsify_twice_leaves_one_set_of_masks():
+def test_a_second_sparsify_replaces_the_first():
     model, codebook = tiny.make_model(), make_codebook()
     tokens = torch.arange(9)[None]
     with torch.no_grad():
@@ -187,11 +188,24 @@ def test_sparsify_twice_leaves_one_set_of_masks():
         assert torch.equal(apc.sparsify(model, codebook, policy="static")(tokens).logits, expected)
 
 
-def test_what_does_not_fit_is_named():
+@pytest.mark.parametrize("kernel", [None, "torch"])
+def test_removing_the_handle_makes_the_model_dense(kernel):
+    model, codebook, token = tiny.make_model(), make_codebook(), torch.arange(1)[None]
+    assert handle_of(model) is None
+    with torch.no_grad():
+        dense = model(token).logits
+        assert not torch.equal(apc.sparsify(model, codebook, policy="static", kernel=kernel)(token).logits, dense)
+        handle_of(model).remove()
+        torch.testing.assert_close(apc.restore(model)(token).logits, dense)
+
+
+def test_errors_name_what_does_not_fit():
     codebook = make_codebook()
-    with pytest.raises(UserError, match="the codebook is of another model: layers 3, the model's is 2"):
+    with pytest.raises(UserError, match="the codebook belongs to another model: it has layers=3, the model 2"):
         apc.sparsify(tiny.make_model(layers=2), codebook)
-    with pytest.raises(UserError, match="the codebook is of another model: 52 neurons at neuron, the model has 48"):
+    with pytest.raises(
+        UserError, match="the codebook belongs to another model: it has 52 neurons at neuron, the model has 48"
+    ):
         apc.sparsify(tiny.make_model(width=48), codebook)
     with pytest.raises(UserError, match="policy predicted: no predictor was given"):
         apc.sparsify(tiny.make_model(), codebook, policy="predicted")
@@ -199,6 +213,6 @@ def test_what_does_not_fit_is_named():
         apc.sparsify(tiny.make_model(), codebook, make_predictor(codebook, "neuron"), policy="soft")
     with pytest.raises(UserError, match="policy orcale: unknown; choose dense, exact"):
         apc.sparsify(tiny.make_model(), codebook, policy="orcale")
-    other = Predictor(LAYERS, E, 8, {"neuron": K + 1})
-    with pytest.raises(UserError, match="the predictor is of another codebook"):
+    other = Predictor(PredictorHeader(LAYERS, E, 8, {"neuron": K + 1}))
+    with pytest.raises(UserError, match="the predictor belongs to another codebook"):
         apc.sparsify(tiny.make_model(), codebook, other, policy="predicted")

@@ -1,4 +1,4 @@
-"""Decoding speed beside quality: figures are those of masks that multiply, what was not asked for is said, and the model is left dense."""
+"""Decoding speed beside quality: perplexities are those of masked models, and policies without kernels are named."""
 
 import json
 
@@ -37,13 +37,14 @@ def evaluated(folder, *words):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, capsys):
+def test_perplexities_equal_those_of_masks_after_a_dense_prompt(workplace, device, capsys):
     results = evaluated(
         workplace, "policies=[dense,exact,predicted,soft]", f"model.device={device}", f"run.name=on-{device}"
     )
-    found = {record["policy"]: record for record in results["speed"]["policies"]}
-    assert list(found) == ["dense", "predicted", "soft"] and results["speed"]["left_out"] == ["exact"]
-    assert found["dense"]["times_dense"] == 1 and found["dense"]["ratio"] == 1 and found["dense"]["divergence"] is None
+    records = {record["policy"]: record for record in results["speed"]["policies"]}
+    assert list(records) == ["dense", "predicted", "soft"] and results["speed"]["left_out"] == ["exact"]
+    dense, predicted = records["dense"], records["predicted"]
+    assert dense["times_dense"] == dense["ratio"] == 1 and dense["divergence"] is None
 
     run = apc.load_run(workplace / "runs" / "run")
     model, tokenizer = load_model(ModelConfig(path=str(workplace / "model"), device=device), torch.device(device))
@@ -58,19 +59,13 @@ def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, caps
             ("masked", sparse(window).logits[0, half:]),
         ):
             losses[name].append(F.cross_entropy(logits[:-1], window[0, half + 1 :]))
-    assert found["predicted"]["perplexity"] == pytest.approx(torch.stack(losses["after"]).mean().exp().item(), rel=1e-4)
-    assert found["predicted"]["perplexity_masked"] == pytest.approx(
-        torch.stack(losses["masked"]).mean().exp().item(), rel=1e-4
-    )
-    assert (
-        found["predicted"]["divergence"] > 0
-        and 0 < found["predicted"]["agreement"] < 1
-        and 0 <= found["predicted"]["agrees_for"] < speed.NEW_TOKENS
-    )
-    assert all(
-        len(record["continued"]) == len(record["text"]) == len(results["speed"]["prompts"]) == speed.CONTINUED
-        for record in found.values()
-    )
+    for name, key in (("after", "perplexity"), ("masked", "perplexity_masked")):
+        assert predicted[key] == pytest.approx(torch.stack(losses[name]).mean().exp().item(), rel=1e-4)
+    assert predicted["divergence"] > 0 and 0 < predicted["agreement"] < 1
+    assert 0 <= predicted["agrees_for"] < speed.NEW_TOKENS
+    assert len(results["speed"]["prompts"]) == speed.CONTINUED
+    for record in records.values():
+        assert len(record["continued"]) == len(record["text"]) == speed.CONTINUED
 
     said = capsys.readouterr().out
     assert "tokens/s" in said and "– exact: known only after" in said and "  predicted: w" in said
@@ -85,8 +80,8 @@ def test_figures_are_those_of_masks_after_a_dense_prompt(workplace, device, caps
 
 @pytest.mark.parametrize("policy", ["dense", "predicted"])
 @pytest.mark.parametrize("dense_prefill", [True, False])
-def test_steps_score_what_one_forward_pass_does(workplace, policy, dense_prefill):
-    """A GPU's way, by a decoder that has no graph."""
+def test_steps_score_as_one_forward_pass(workplace, policy, dense_prefill):
+    """Steps are how a GPU scores; here the decoder has no graph."""
     run = apc.load_run(workplace / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
     ffns = None
@@ -107,7 +102,7 @@ def test_steps_score_what_one_forward_pass_does(workplace, policy, dense_prefill
         (["policies=[dense,predicted]", "speed=perhaps"], "speed"),
     ],
 )
-def test_what_can_not_be_timed_is_said(workplace, words, message):
+def test_errors_say_what_can_not_be_timed(workplace, words, message):
     with pytest.raises(UserError, match=message):
         evaluated(workplace, *words)
 

@@ -1,4 +1,4 @@
-"""A store gives back what was collected, is found again by content, and says which file is wrong."""
+"""A store returns the patterns that were collected, is reused for the same content, and names a damaged file."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def small_shards(monkeypatch):
 
 
 def dense_values(model, windows):
-    """The intermediate neurons and FFN inputs, by hooks of the test's own: [L, n, D] and [L, n, E]."""
+    """Neurons [L, n, D] and FFN inputs [L, n, E], read with hooks of the test's own."""
     neurons, inputs, handles = [], [], []
     for ffn in find_ffns(model):
         handles.append(ffn.down.register_forward_pre_hook(lambda _m, args: neurons.append(args[0].flatten(0, 1))))
@@ -62,37 +62,37 @@ def dense_values(model, windows):
     return torch.stack(neurons), torch.stack(inputs)
 
 
-def test_passes_into_memory_are_of_one_size_whatever_blocks_there_are(tmp_path):
-    """By which a GPU's products go, and which blocks there are by the number of ranks; what fills a pass counts nowhere (see the next test)."""
+def test_batches_have_one_size_when_collecting_into_memory(tmp_path):
+    """A GPU's rounding depends on the batch size. The next test shows that the padding changes no result."""
     model, shapes = tiny.make_model(), []
     model.model.register_forward_pre_hook(
         lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     run_collect(tmp_path, model, storage="memory", batch_tokens=3 * 16)
-    assert shapes == [(2, 16)] * 8  # four to calibrate, four for the patterns
+    assert shapes == [(2, 16)] * 8  # four for calibration, four for the patterns
 
 
 @pytest.mark.parametrize("storage", ["disk", "memory"])
 @pytest.mark.parametrize("active", ["threshold", "top"])
-def test_what_is_collected_is_what_the_definitions_say(tmp_path, storage, active):
+def test_collected_patterns_follow_the_definitions(tmp_path, storage, active):
     model, windows = tiny.make_model(), make_windows()
     source = run_collect(tmp_path, model, windows, active=active, storage=storage)
     neurons, inputs = dense_values(model, windows.tokens)
     importance = neurons.abs() * torch.stack([ffn.down.weight.norm(dim=0) for ffn in find_ffns(model)]).unsqueeze(1)
     block = source.block(0, 7, source.info.fields())
-    found = ops.unpack(block.patterns["neuron"], 52)
+    patterns = ops.unpack(block.patterns["neuron"], 52)
     if active == "top":
-        assert torch.equal(found, ops.top_mask(importance, 26))
+        assert torch.equal(patterns, ops.top_mask(importance, 26))
     else:
         thresholds = source.info.rule.thresholds["neuron"]
         exact = importance.flatten(1).quantile(0.5, dim=1)
         assert ((thresholds / exact - 1).abs() < 2 ** -(23 - HISTOGRAM_SHIFT) + 0.01).all()
-        assert torch.equal(found, importance >= thresholds.view(-1, 1, 1))
-        assert 0.48 < found.double().mean() < 0.52
+        assert torch.equal(patterns, importance >= thresholds.view(-1, 1, 1))
+        assert 0.48 < patterns.double().mean() < 0.52
     restored = block.importance["neuron"].float() * block.scale["neuron"].unsqueeze(-1)
     assert ((restored - importance).abs() <= block.scale["neuron"].unsqueeze(-1) * 0.51).all()
     torch.testing.assert_close(block.hidden.float(), inputs, rtol=0.01, atol=0.01)
-    assert torch.equal(source.info.activity["neuron"], found.sum(1))
+    assert torch.equal(source.info.activity["neuron"], patterns.sum(1))
 
 
 def test_blocks_and_rows_agree_across_shards(tmp_path):
@@ -108,7 +108,7 @@ def test_blocks_and_rows_agree_across_shards(tmp_path):
         assert torch.equal(source.rows(name, layers, tokens), value[layers, tokens])
 
 
-def test_memory_holds_what_the_disk_holds(tmp_path):
+def test_memory_and_disk_have_the_same_patterns(tmp_path):
     disk, memory = run_collect(tmp_path), run_collect(tmp_path, storage="memory")
     for name, value in disk.block(0, 7, disk.info.fields()).tensors().items():
         assert torch.equal(value, memory.block(0, 7, memory.info.fields()).tensors()[name])
@@ -123,7 +123,7 @@ def count_forwards(monkeypatch):
     return calls
 
 
-def test_the_same_content_is_not_collected_twice_and_other_content_is(tmp_path, monkeypatch):
+def test_the_same_content_is_collected_once_and_other_content_again(tmp_path, monkeypatch):
     calls = count_forwards(monkeypatch)
     run_collect(tmp_path)
     first = len(calls)
@@ -146,7 +146,7 @@ def test_the_same_content_is_not_collected_twice_and_other_content_is(tmp_path, 
         assert len(calls) > before, options
 
 
-def test_collecting_goes_on_after_the_last_whole_shard(tmp_path, monkeypatch):
+def test_collecting_resumes_after_the_last_whole_shard(tmp_path, monkeypatch):
     whole = run_collect(tmp_path / "whole")
     original, written = store.StoreWriter.add, []
 
@@ -221,7 +221,7 @@ def test_only_stores_are_repaired(tmp_path, monkeypatch):
     partial = tmp_path / f"{source.path.name}.partial"
     partial.mkdir()
     for name in (".", "elsewhere", partial.name, "../x"):
-        with pytest.raises(UserError, match="no such store in .*, or one that was interrupted"):
+        with pytest.raises(UserError, match="no such store in .*, or an interrupted one"):
             cache.main(["repair", name, "--dir", str(tmp_path)])
     manifest = json.loads((source.path / "manifest.json").read_text())
     (source.path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
@@ -235,7 +235,7 @@ def test_only_stores_are_repaired(tmp_path, monkeypatch):
     assert partial.is_dir() and first_file(source).is_file() and (tmp_path / "elsewhere").is_dir()
 
 
-def test_what_is_collected_on_is_looked_at_and_keeps_its_thresholds(tmp_path, monkeypatch):
+def test_a_resumed_store_is_verified_and_keeps_its_thresholds(tmp_path, monkeypatch):
     whole = run_collect(tmp_path / "whole")
     writes, write = [6], store._write_array
 
@@ -251,7 +251,7 @@ def test_what_is_collected_on_is_looked_at_and_keeps_its_thresholds(tmp_path, mo
             run_collect(tmp_path)
     (partial,) = tmp_path.glob("*.partial")
     shutil.copytree(partial, tmp_path / "kept")
-    with monkeypatch.context() as patch:  # which would calibrate to something else now
+    with monkeypatch.context() as patch:  # a new calibration would give other thresholds
         patch.setattr(Collector, "calibrate", lambda *args: {"neuron": torch.zeros(3)})
         source = run_collect(tmp_path)
     assert torch.equal(source.info.rule.thresholds["neuron"], whole.info.rule.thresholds["neuron"])
@@ -272,7 +272,7 @@ def test_what_is_collected_on_is_looked_at_and_keeps_its_thresholds(tmp_path, mo
 def test_another_process_may_have_collected_meanwhile(tmp_path, monkeypatch):
     find, looks = store.find_store, []
 
-    def late(folder, info):  # between the first look and the lock another process collects them
+    def late(folder, info):  # another process collects them between the first look and the lock
         looks.append(1)
         return None if len(looks) == 1 else find(folder, info)
 
@@ -292,14 +292,14 @@ def test_a_store_keeps_no_files_open(tmp_path, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(UserError, match="the patterns need .* are free; make room, lower data.fit_windows"):
         run_collect(tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".npy", ".json")]
 
 
-def test_a_disk_that_runs_full_keeps_whole_shards_and_leaves_no_half_file(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_whole_shards_and_no_partial_file(tmp_path, monkeypatch):
     original, left = store._write_array, [5]
 
     def full(path, value):
@@ -336,13 +336,13 @@ def test_activations_that_are_not_finite_name_layer_and_window(tmp_path, poison)
         run_collect(tmp_path, model, active="top", storage="memory")
 
 
-def test_importance_bins_are_as_fine_as_said():
+def test_importance_bins_are_2_to_the_minus_10_wide():
     values = torch.rand(10_000) + 0.1
     edges = ((values.view(torch.int32) >> HISTOGRAM_SHIFT) << HISTOGRAM_SHIFT).view(torch.float32)
     assert ((values - edges) / values).max() < 2**-10
 
 
-def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
+def test_a_loader_yields_each_row_once_and_resumes_at_its_place(tmp_path):
     source = run_collect(tmp_path)
     for batch_tokens in (None, 10):
         loader = BlockLoader(source, ["patterns.neuron"], 2, seed=3, batch_tokens=batch_tokens)
@@ -363,12 +363,12 @@ def test_a_loader_hands_out_each_row_once_and_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(("windows", "each", "ranks"), [(9, 2, 1), (9, 2, 4), (9, 4, 4), (7, 8, 3), (4, 1, 4)])
 def test_every_block_has_a_window_for_every_rank_and_every_window_a_rank(monkeypatch, windows, each, ranks):
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-    found = []
+    covered = []
     for first, last in block_ranges(windows, each):
         shares = [distributed.share(last - first, part, ranks) for part in range(ranks)]
         assert all(end > begin for begin, end in shares)
-        found += [first + window for begin, end in shares for window in range(begin, end)]
-    assert found == list(range(windows))
+        covered += [first + window for begin, end in shares for window in range(begin, end)]
+    assert covered == list(range(windows))
 
 
 def test_fewer_windows_than_ranks_are_refused(monkeypatch):
@@ -388,11 +388,11 @@ def test_the_cache_lists_and_prunes(tmp_path, capsys):
     assert not source.path.exists()
 
 
-def test_a_thresholded_forward_is_read_after_its_own_zeros(tmp_path):
+def test_a_thresholded_forward_sees_the_zeros_of_earlier_layers(tmp_path):
     model, sites = tiny.make_model(), ["gate", "up", "down"]
     dense = run_collect(tmp_path, model, sites=sites)
-    found = run_collect(tmp_path, model, sites=sites, forward="thresholded")
-    assert found.path != dense.path and found.info.rule.thresholds.keys() == dense.info.rule.thresholds.keys()
+    zeroed = run_collect(tmp_path, model, sites=sites, forward="thresholded")
+    assert zeroed.path != dense.path and zeroed.info.rule.thresholds.keys() == dense.info.rule.thresholds.keys()
     seen = {site: [[] for _ in range(3)] for site in sites}
 
     class Zeroing:
@@ -411,9 +411,9 @@ def test_a_thresholded_forward_is_read_after_its_own_zeros(tmp_path):
     hooks.remove()
     for site, layers in seen.items():
         expected = ops.pack(torch.stack([torch.cat(batches) for batches in layers]))
-        assert torch.equal(found.block(0, 7, [f"patterns.{site}"]).patterns[site], expected)
+        assert torch.equal(zeroed.block(0, 7, [f"patterns.{site}"]).patterns[site], expected)
     assert not torch.equal(
-        found.block(0, 7, ["patterns.up"]).patterns["up"], dense.block(0, 7, ["patterns.up"]).patterns["up"]
+        zeroed.block(0, 7, ["patterns.up"]).patterns["up"], dense.block(0, 7, ["patterns.up"]).patterns["up"]
     )
     with pytest.raises(UserError, match="collect.ffn_inputs=streamed runs the dense forward pass again"):
         CollectConfig(forward="thresholded", ffn_inputs="streamed")

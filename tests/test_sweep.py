@@ -1,4 +1,4 @@
-"""A sweep file's grid runs here as W&B would run it: every combination once, gone on with where it was, whatever fails beside it."""
+"""A sweep runs every combination of its grid once, resumes, and continues after a run that fails."""
 
 import csv
 import os
@@ -45,11 +45,11 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     words = [str(file), *words_for(workplace, policies="[dense,oracle]", **{"predictor.max_epochs": 1}), "--jobs", "2"]
     with pytest.raises(SystemExit) as end:
         sweep.main(words)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert end.value.code == 1
     assert (
-        "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in said.err
-        and "1 of 2 runs finished" in said.out
+        "grid-k100000: exit code 2: error: cluster.k=100000 is more than the" in output.err
+        and "1 of 2 runs finished" in output.out
     )
     run = load_run(workplace / "runs" / "grid-k3")
     assert run.codebook.k == 3 and run.config.cluster.weighting == "binary" and run.config.tracking.group == "grid"
@@ -61,15 +61,15 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     assert [(row["run"], row["policy"], row["split"]) for row in compared] == [
         (row["run"], row["policy"], "held-out") for row in table
     ]
-    assert (workplace / "runs" / "grid.comparison" / "perplexity.png").is_file()
+    assert (workplace / "runs" / "grid.comparison" / "perplexity_over_captured.png").is_file()
     assert float(table[1]["perplexity"]) == pytest.approx(
         load_run(workplace / "runs" / "grid-k3").results["policies"][1]["perplexity"]
     )
 
-    ran = []
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: ran.append(command) or Done)
-    sweep.main(words)  # only what failed is tried again
-    assert len(ran) == 1 and "run.name=grid-k100000" in ran[0]
+    commands = []
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: commands.append(command) or Done)
+    sweep.main(words)  # only the failed run is tried again
+    assert len(commands) == 1 and "run.name=grid-k100000" in commands[0]
     with pytest.raises(UserError, match="cluster.k=9: the sweep sets cluster.k itself"):
         sweep.main([*words, "cluster.k=9"])
     for word, message in (
@@ -82,28 +82,28 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
 
 
 class Done:
-    """In place of a run's process: one that has ended well."""
+    """Replaces a run's process by one that has succeeded."""
 
     wait = staticmethod(lambda: 0)
 
 
-def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, monkeypatch):
-    program = tmp_path / "program.py"  # in place of train.py: ends with 143 when asked to, after it has kept something
+def test_a_sigterm_ends_the_running_runs_and_no_other_starts(workplace, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"  # replaces train.py: on a SIGTERM it writes a file and exits with 143
     program.write_text(
         "import pathlib, signal, sys, time\n"
-        "place = pathlib.Path(__file__).parent / sys.argv[-2].partition('=')[2]\n"
-        "def end(*_):\n    place.with_suffix('.kept').touch()\n    sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, end)\nplace.with_suffix('.began').touch()\ntime.sleep(60)\n"
+        "path = pathlib.Path(__file__).parent / sys.argv[-2].partition('=')[2]\n"
+        "def end(*_):\n    path.with_suffix('.saved').touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\npath.with_suffix('.began').touch()\ntime.sleep(60)\n"
     )
     monkeypatch.setattr(sweep, "read_sweep", lambda path: (str(program), {"seed": [1, 2, 3]}))
 
-    def ask_when_two_run():
+    def terminate_when_two_run():
         while len(list(tmp_path.glob("*.began"))) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asking, before = threading.Thread(target=ask_when_two_run), signal.getsignal(signal.SIGTERM)
-    asking.start()
+    terminating, before = threading.Thread(target=terminate_when_two_run), signal.getsignal(signal.SIGTERM)
+    terminating.start()
     with pytest.raises(Terminated):
         sweep.main(
             [
@@ -113,20 +113,20 @@ def test_asked_to_end_it_ends_its_runs_and_starts_no_other(workplace, tmp_path, 
                 "2",
             ]
         )
-    asking.join()
-    assert sorted(path.name for path in tmp_path.glob("*.kept")) == ["grid-seed1.kept", "grid-seed2.kept"]
+    terminating.join()
+    assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["grid-seed1.saved", "grid-seed2.saved"]
     assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
-    seen = []
+    devices = []
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(
-        sweep.subprocess, "Popen", lambda command, env, **options: seen.append(env["CUDA_VISIBLE_DEVICES"]) or Done
+        sweep.subprocess, "Popen", lambda command, env, **options: devices.append(env["CUDA_VISIBLE_DEVICES"]) or Done
     )
     file = write_sweep(workplace / "many.yaml", **{"seed": list(range(9))})
     sweep.main([str(file), *words_for(workplace)])
-    assert len(seen) == 9 and set(seen) <= {"0", "1", "2"}
+    assert len(devices) == 9 and set(devices) <= {"0", "1", "2"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
         ("method: grid\nparameters: {run.dir: {values: ['a/b', 'a:b']}}", "both called bad-dira_b"),
     ],
 )
-def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypatch, content, message):
+def test_an_error_names_a_file_that_is_no_grid_before_anything_runs(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(sweep.subprocess, "Popen", None)
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -151,8 +151,8 @@ def test_a_file_that_is_no_grid_is_named_before_anything_runs(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_sweeps_that_come_along_are_grids_of_valid_runs(file, tmp_path, capsys):
-    sweep.main([str(file), f"run.dir={tmp_path}", "--dry-run"])  # whatever has run here before
+def test_the_sweeps_in_configs_are_grids_of_valid_runs(file, tmp_path, capsys):
+    sweep.main([str(file), f"run.dir={tmp_path}", "--dry-run"])  # an empty folder, whatever has run here before
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) > 1 and all(
         re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines

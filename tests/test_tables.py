@@ -1,7 +1,10 @@
 """Tables and figures show every policy, say what they hold under, and never hide a missing value."""
 
 import copy
+import itertools
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ from apc.evaluate import figures, tables
 
 LAYERS = 4
 REASON = "no predictor in runs/x"
+POINTS = ["perplexity", "perplexity_over_bytes"]  # the figures that need no layers
 
 
 def make_policy(name: str, perplexity: float, ratio: float, **more) -> dict:
@@ -87,45 +91,101 @@ def row(table: str, policy: str) -> list[str]:
     return line.replace(" ± ", "±").split()
 
 
-def test_every_policy_is_a_row_with_its_numbers(results):
-    table = tables.policies_table(results)
-    assert row(table, "dense") == [
-        "dense",
-        "50.0",
-        "70.0",
-        "60.0",
-        "80.0",
-        "90.0",
-        "21.97",
-        "1.000",
-        "0.0",
-        "100.0",
-        "100.0",
-    ]
-    assert row(table, "oracle") == [
-        "oracle",
-        "50.0",
-        "70.0",
-        "60.0",
-        "80.0",
-        "90.0",
-        "24.50",
-        "1.115±0.012",
-        "6.0",
-        "53.0*",
-        "52.0*",
-    ]
-    assert row(table, "random")[6] == "13,402" and row(table, "random")[8] == "–"
+def grids(text: str) -> list[str]:
+    """The blocks of a table between its conditions and its notes."""
+    return text.strip().split("\n\n")[1:-1]
 
 
-def test_a_missing_policy_is_dashes_and_its_reason(results):
+def test_every_policy_is_a_row_with_its_five_numbers(results):
     table = tables.policies_table(results)
-    assert row(table, "predicted") == ["predicted"] + ["–"] * 10
+    assert row(table, "dense") == ["dense", "50.0", "90.0", "21.97", "1.000", "100.0"]
+    assert row(table, "oracle") == ["oracle", "50.0", "90.0", "24.50", "1.115±0.012", "53.0*"]
+    assert row(table, "random")[3] == "13,402"
+
+
+def test_wide_has_every_number(results):
+    table = tables.policies_table(results, wide=True)
+    shares = ["50.0", "70.0", "60.0", "80.0", "90.0"]
+    assert row(table, "dense") == ["dense", *shares, "21.97", "1.000", "0.0", "100.0", "100.0"]
+    assert row(table, "oracle") == ["oracle", *shares, "24.50", "1.115±0.012", "6.0", "53.0*", "52.0*"]
+    assert row(table, "random")[8] == "–" and "--wide" not in table
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["80", "wide"])
+def test_a_missing_policy_is_dashes_and_its_reason(results, wide):
+    table = tables.policies_table(results, wide=wide)
+    assert row(table, "predicted") == ["predicted"] + ["–"] * (10 if wide else 5)
     assert f"– predicted: {REASON}" in table.splitlines()
 
 
+@pytest.mark.parametrize("terminal", [80, 200])
+def test_lines_have_at_most_80_characters(results, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(terminal))
+    results["conditions"]["predictor"] = "neuron-predictor with a very long description " * 3
+    results["speed"] = make_speed()
+    results["policies"] += [make_policy(f"neuron-threshold{i}", 3e5, 13402.0, ratio_high=15402.0) for i in range(9)]
+    shown = [tables.policies_table(results), tables.detail_table(results), tables.layer_table(results)]
+    shown += [*tables.speed_tables(results), "\n".join(map(tables.policy_row, results["policies"][:3]))]
+    for text in shown:
+        assert max(map(len, text.splitlines())) <= 80
+    density = [line for line in tables.layer_table(results).splitlines() if line.startswith("layer")]
+    names = [name for line in density for name in line.split() if name.startswith("neuron")]
+    assert sorted(names) == sorted(2 * [f"neuron-threshold{i}" for i in range(9)]), "each once for each measure"
+
+
+def make_speed() -> dict:
+    """As `apc.evaluate.speed.measure` returns it."""
+    record = {"policy": "predicted", "seconds_per_token": 0.004, "times_dense": 1.25, "perplexity": 24.0, "ratio": 1.1,
+              "ratio_low": 1.0, "ratio_high": 1.2, "perplexity_masked": 25.0, "divergence": 0.25, "agreement": 0.9,
+              "agrees_for": 12.5, "pays_up_to": 4, "bytes_held": 2e6, "text": ["word " * 60]}  # fmt: skip
+    return {
+        "prompt": 512,
+        "windows": 8,
+        "left_out": ["exact", "oracle"],
+        "prompts": ["once " * 60],
+        "policies": [record],
+    }
+
+
+def test_speed_in_80_columns_and_wide(results):
+    assert tables.speed_tables(results) == []
+    results["speed"] = make_speed()
+    table, texts = tables.speed_tables(results)
+    assert row(table, "predicted") == ["predicted", "250.0", "1.25", "24.00", "1.100±0.100", "0.250"]
+    assert "– exact, oracle: known only after the FFN" in table and "512 tokens" in table
+    assert texts.splitlines()[0].startswith("… once") and "\n  predicted: word" in texts
+    wide = row(tables.speed_tables(results, wide=True)[0], "predicted")
+    assert wide[2] == "4.000" and wide[5:] == ["1.100±0.100", "25.00", "0.250", "90.0", "12.5", "4", "2.0"]
+
+
+def test_a_row_alone_has_the_numbers_of_the_table(results):
+    table = tables.policies_table(results)
+    for policy in results["policies"][:3]:
+        assert row(tables.policy_row(policy), policy["policy"]) == row(table, policy["policy"])
+    assert len({len(tables.policy_row(policy).rstrip("*")) for policy in results["policies"][:3]}) == 1
+    assert tables.policy_row(results["policies"][3]).endswith(f"– {REASON}")
+
+
+def test_a_terminal_gets_bold_headers_and_a_file_plain_text(results, monkeypatch):
+    assert "\x1b" not in tables.policies_table(results)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b[1m" in tables.policies_table(results)
+
+
+def test_next_steps_name_the_best_policy_that_is_no_bound(results, tmp_path):
+    results["policies"] += [make_policy("static", 30.0, 1.3), make_policy("soft", 28.0, 1.2)]
+    run = tmp_path / "x"
+    lines = tables.next_steps(run, results).splitlines()
+    assert f'apc.load_run("{run}")' in lines[1] and lines[2].endswith('policy="soft")')
+    assert len(lines) == 6 and not any("wandb" in line for line in lines)
+    (run / "wandb" / "offline-run-1").mkdir(parents=True)
+    assert f"wandb sync {run}/wandb/offline-run-*" in tables.next_steps(run, results)
+    assert "sparsify" not in tables.next_steps(run, {"policies": results["policies"][:1]})
+
+
 def test_the_title_carries_the_conditions(results):
-    title = " ".join(tables.policies_table(results).split("\n\n")[0].split())
+    title = tables.policies_table(results).split("\n\n")[0].replace("\n", " · ")
     for words in (
         "SmolLM2-135M-Instruct",
         "fit bundled:fit (20,480 tokens) → score bundled:score (4,096 tokens)",
@@ -144,23 +204,23 @@ def test_the_title_carries_the_conditions(results):
     assert "IN-SAMPLE" not in tables.policies_table(results)
 
 
-@pytest.mark.parametrize("markdown", [False, True], ids=["terminal", "markdown"])
+@pytest.mark.parametrize("form", [{}, {"wide": True}, {"markdown": True}], ids=["terminal", "wide", "markdown"])
 @pytest.mark.parametrize("table", [tables.policies_table, tables.detail_table, tables.layer_table])
-def test_in_sample_is_said_above_and_below(results, table, markdown):
+def test_in_sample_is_said_above_and_below(results, table, form):
     results["conditions"]["split"] = "in-sample"
-    text = table(results, markdown=markdown)
+    text = table(results, **form)
     assert text.lstrip("*").startswith("IN-SAMPLE") and text.strip().splitlines()[-1].startswith("IN-SAMPLE")
     assert "held-out" not in text
 
 
 def test_the_asterisk_has_a_footnote_only_where_it_stands(results):
-    assert "\n* without the cost of finding the mask" in tables.policies_table(results)
+    assert "\n* bound: reads the token's own activations" in tables.policies_table(results)
     results["policies"] = [policy for policy in results["policies"] if policy["policy"] != "oracle"]
     assert "*" not in tables.policies_table(results)
 
 
 def test_a_density_that_masks_move_has_both_and_a_footnote(results):
-    """Perplexity, bits, bytes and FLOPs are of the second."""
+    """Perplexity, bits, bytes and FLOPs belong to the second."""
     oracle = next(policy for policy in results["policies"] if policy["policy"] == "oracle")
     oracle["masked"]["density"] = oracle["density"] + 0.004
     assert "50.0 →" not in tables.policies_table(results) and "density a" not in tables.policies_table(results)
@@ -178,13 +238,14 @@ def test_seconds_of_each_stage(results):
     )
 
 
-def test_columns_are_aligned(results):
-    lines = tables.policies_table(results).split("\n\n")[1].splitlines()
-    rule = next(line for line in lines if line.startswith("─"))
-    ends = [i for i, (mark, after) in enumerate(zip(rule, rule[1:] + " ", strict=True)) if mark == "─" and after == " "]
-    body = [line.ljust(len(rule)) for line in lines]
-    assert len(ends) == 11
-    assert all(line[end + 1 : end + 3].strip() == "" for line in body for end in ends)
+@pytest.mark.parametrize("wide", [False, True], ids=["80", "wide"])
+def test_columns_are_aligned(results, wide):
+    """Numbers and dashes of a column end at the same place, the asterisk after it."""
+    (grid,) = grids(tables.policies_table(results, wide=wide))
+    _, _, rule, *body = grid.splitlines()
+    assert set(rule) == {"─"} and max(map(len, grid.splitlines())) == len(rule)
+    ends = [[cell.end() for cell in re.finditer(r"\S+( ± \S+)?", line.replace("*", " "))][1:] for line in body]
+    assert len(ends) == 4 and all(places == ends[0] for places in ends)
 
 
 def test_markdown_has_as_many_cells_in_every_line(results):
@@ -193,10 +254,12 @@ def test_markdown_has_as_many_cells_in_every_line(results):
     assert {line.replace(r"\|", "").count("|") for line in table} == {12}
     assert table[1] == "| --- |" + " ---: |" * 10
     assert r"53.0\*" in table[4] and "captured importance %" in table[0]
+    assert r"\* bound: " in tables.policies_table(results, markdown=True)
 
 
 def test_first_tokens_and_masked_measures_stand_apart(results):
-    table = tables.detail_table(results)
+    assert row(tables.detail_table(results), "oracle") == ["oracle", "99.0", "50.0", "60.0", "80.0"]
+    table = tables.detail_table(results, wide=True)
     assert row(table, "oracle") == ["oracle", "31.0", "99.0", "50.0", "60.0", "50.0", "70.0", "80.0"]
     assert row(table, "random") == ["random", "31.0", "99.0", "–", "–", "–", "–", "–"]
     assert "predicted" not in table.split("\n\n", 1)[1]
@@ -215,7 +278,7 @@ def test_layer_table_has_a_row_per_layer_and_one_over_all(results):
 
 def test_figures_are_pictures(results, tmp_path):
     paths = figures.save_figures(results, tmp_path / "figures")
-    assert list(paths) == ["perplexity", "captured_importance", "cluster_usage", "convergence"]
+    assert list(paths) == ["perplexity", "perplexity_over_bytes", "captured_importance", "cluster_usage", "convergence"]
     for path in paths.values():
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width >= 1000 and image.height >= 500
@@ -228,6 +291,7 @@ def test_batches_keep_more_together(results, tmp_path):
         policy["union_density"] = {"2": 0.7, "4": None, "8": 0.9}
     assert list(figures.save_figures(results, tmp_path)) == [
         "perplexity",
+        "perplexity_over_bytes",
         "captured_importance",
         "union_density",
         "cluster_usage",
@@ -256,8 +320,9 @@ def test_in_sample_figures_differ_from_held_out_ones(results, tmp_path):
 
 def test_figures_leave_no_global_state(results, tmp_path):
     code = (
-        "import json, sys; from apc import figures; figures.save_figures(json.loads(sys.argv[1]), sys.argv[2]);"
-        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+        "import json, sys; from apc.evaluate import figures;"
+        "figures.save_figures(json.loads(sys.argv[1]), sys.argv[2]);"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(results), str(tmp_path)], check=True)
 
@@ -266,8 +331,8 @@ def test_figures_leave_no_global_state(results, tmp_path):
     ("without", "left"),
     [
         ({"policies": []}, ["cluster_usage", "convergence"]),
-        ({"cluster": None}, ["perplexity", "captured_importance", "convergence"]),
-        ({"cluster": {"history": [], "sizes": {}}, "predictor": None}, ["perplexity", "captured_importance"]),
+        ({"cluster": None}, [*POINTS, "captured_importance", "convergence"]),
+        ({"cluster": {"history": [], "sizes": {}}, "predictor": None}, [*POINTS, "captured_importance"]),
         ({"policies": [{"policy": "predicted", "missing": REASON}], "cluster": {}, "predictor": {}}, []),
     ],
     ids=["no-policies", "no-clusters", "evaluated-only", "nothing"],
@@ -280,17 +345,18 @@ def test_figures_without_data_are_left_out(results, tmp_path, without, left):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"neuron": [[5]]},
+        {"neuron": [[5, 5]]},
         {"neuron": [[0, 0, 0]]},
         {"gate": [[3, 1], [2, 2]], "up": [[4, 0], [1, 3]], "down": [[2, 2], [4, 0]]},
         {f"group {i}": [[3, 1, 0]] for i in range(64)},
         {"neuron": [list(range(16384))] * 3},
     ],
-    ids=["one-cluster", "all-empty", "three-sites", "64-groups", "16384-clusters"],
+    ids=["all-equal", "all-empty", "three-sites", "64-groups", "16384-clusters"],
 )
 def test_usage_of_any_number_of_clusters_and_groups(results, tmp_path, sizes):
     results["cluster"]["sizes"] = sizes
-    assert figures.usage_figure(results, tmp_path / "usage.png") and (tmp_path / "usage.png").stat().st_size > 10_000
+    assert figures.usage_figure(results, tmp_path / "usage.png")
+    assert (tmp_path / "usage.png").stat().st_size > 10_000
 
 
 @pytest.mark.filterwarnings("error")
@@ -301,10 +367,40 @@ def test_missing_and_not_finite_values_are_shown_as_such(results, tmp_path):
     broken["policies"][1]["perplexity"] = float("inf")
     broken["policies"][2]["per_layer"]["captured_importance"] = [0.5, None, 0.6, None]
     broken["cluster"]["history"][1]["captured"] = "nan"  # as metrics.jsonl writes it
-    cells = row(tables.policies_table(broken), "random")
+    cells = row(tables.policies_table(broken, wide=True), "random")
     assert cells[1] == "–" and cells[6] == "inf" and cells[7] == "–"
     assert tables.layer_table(broken).count("–") == 2 + 1, "two layers, and the density over all"
-    assert len(figures.save_figures(broken, tmp_path)) == 4
+    assert len(figures.save_figures(broken, tmp_path)) == 5
+
+
+def test_one_cluster_has_no_usage_to_draw(results, tmp_path):
+    results["cluster"]["sizes"] = {"neuron": [[5]] * LAYERS}
+    assert not figures.usage_figure(results, tmp_path / "usage.png")
+
+
+def test_only_a_far_outlier_is_clipped():
+    assert figures.outlier_limit([20.0, 25.0, 300000.0]) == 25.0
+    assert figures.outlier_limit([20.0, 25.0, 121.0]) == math.inf
+    assert figures.outlier_limit([20.0, 60000.0]) == math.inf
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_labels_cover_neither_each_other_nor_points(count):
+    axes = figures.new_figure("", [], 8, 5).subplots()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    figures.place_labels(axes, [figures.Label(5 + 0.01 * i, 5 + 0.1 * i, f"policy {i}", "black") for i in range(count)])
+    words = [text for text in axes.texts if text.get_text()]
+    extents = [text.get_window_extent() for text in words]
+    assert len(words) == count
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(extents, 2))
+
+
+def test_end_labels_stand_apart_in_order():
+    axes = figures.new_figure("", [], 8, 5).subplots()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    figures.end_labels(axes, [figures.Label(10, 5 + 0.001 * i, f"policy {i}", "black") for i in range(4)])
+    places = [text.get_window_extent().y0 for text in axes.texts]
+    assert places == sorted(places) and min(np.diff(places)) > 20  # pixels, of letters 16 high
 
 
 def test_bare_results_make_a_table_too():

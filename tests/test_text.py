@@ -1,4 +1,4 @@
-"""Text → windows: sources are read alike, windows tile the tokens, and score text that was fitted on is refused."""
+"""Text → windows: all sources read alike, windows tile the tokens, and score text must not overlap the fit text."""
 
 import json
 import time
@@ -17,7 +17,7 @@ WORDS = [f"w{i}" for i in range(97)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per word; a context of 8 and a BOS token, neither of which may show in the windows."""
+    """One token per word. Its context of 8 and its BOS token must not affect the windows."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,7 @@ def _words(count: int, start: int = 0, step: int = 1) -> str:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Two texts without a common paragraph, in the working directory: fit.txt with 50 words and score.txt with 35."""
+    """Two texts in the working directory that share no paragraph: fit.txt with 50 words and score.txt with 35."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fit.txt").write_text(_words(50))
     (tmp_path / "score.txt").write_text(_words(35, start=3, step=5))
@@ -43,9 +43,6 @@ def files(tmp_path, monkeypatch):
 
 def _config(**changes) -> DataConfig:
     return DataConfig(**{"fit": "fit.txt", "score": "score.txt", "seq_len": 8} | changes)
-
-
-# ---- windows
 
 
 def test_windows_tile_the_text_without_bos_and_drop_the_tail(files, tokenizer, caplog):
@@ -57,18 +54,18 @@ def test_windows_tile_the_text_without_bos_and_drop_the_tail(files, tokenizer, c
     assert not caplog.records, "no warning about the model's context"
 
 
-def test_windows_asked_for_are_the_first(files, tokenizer):
+def test_fit_windows_and_score_windows_take_the_first(files, tokenizer):
     everything, _ = load_windows(_config(), tokenizer)
     fit, score = load_windows(_config(fit_windows=2, score_windows=4), tokenizer)
     assert torch.equal(fit.tokens, everything.tokens[:2]) and len(score.tokens) == 4
 
 
-def test_more_windows_than_there_are_says_how_many_there_are(files, tokenizer):
+def test_too_many_windows_is_an_error_that_names_their_number(files, tokenizer):
     with pytest.raises(UserError, match="data.score_windows=5, but score.txt has 4 windows of 8 tokens"):
         load_windows(_config(score_windows=5), tokenizer)
 
 
-def test_a_text_shorter_than_a_window_says_found_and_needed(files, tokenizer):
+def test_a_text_shorter_than_a_window_is_an_error(files, tokenizer):
     with pytest.raises(UserError, match="data.score: score.txt has 35 tokens, one window needs 36: lower data.seq_len"):
         load_windows(_config(seq_len=36), tokenizer)
 
@@ -79,15 +76,12 @@ def test_digest_follows_tokens_and_length_but_not_the_path(files, tokenizer):
     (files / "elsewhere" / "copy.md").write_text(_words(50))
     assert load_windows(_config(fit="elsewhere/copy.md"), tokenizer)[0].digest == digest
     (files / "tail.txt").write_text(_words(49))
-    assert load_windows(_config(fit="tail.txt"), tokenizer)[0].digest == digest, "what no window holds does not count"
+    assert load_windows(_config(fit="tail.txt"), tokenizer)[0].digest == digest, "tokens outside windows do not count"
     assert load_windows(_config(fit_windows=5), tokenizer)[0].digest != digest
     one_row, two_rows = torch.arange(16).view(1, 16), torch.arange(16).view(2, 8)
     assert text._digest(one_row) != text._digest(two_rows), "same ids, other seq_len"
     (files / "fit.txt").write_text(_words(50, step=2))
     assert load_windows(_config(), tokenizer)[0].digest != digest
-
-
-# ---- config
 
 
 @pytest.mark.parametrize(
@@ -105,15 +99,12 @@ def test_a_bad_value_names_its_key(values, message):
         DataConfig(**values)
 
 
-def test_omegaconf_lets_the_validation_speak():
+def test_validation_works_through_omegaconf():
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.from_dotlist(["seq_len=1"]))
     with pytest.raises(UserError, match="data.seq_len"):
         OmegaConf.to_object(merged)
-
-
-# ---- local files
 
 
 def test_rows_of_parquet_and_jsonl_are_joined_by_blank_lines(files, tokenizer):
@@ -168,8 +159,6 @@ def test_a_hub_id_is_not_taken_for_a_file(files, hub_id):
     assert not text._looks_like_path(hub_id)
 
 
-# ---- fit and score apart
-
 LONG = [_words(60, start=i, step=i + 1) for i in range(30)]  # each over 200 characters
 
 
@@ -177,7 +166,7 @@ def _write(path, paragraphs):
     path.write_text("\n".join(paragraphs))
 
 
-def test_the_same_text_is_refused_unless_in_sample(files, tokenizer):
+def test_the_same_text_is_an_error_unless_in_sample(files, tokenizer):
     (files / "copy.txt").write_text(_words(50))
     for score in ("fit.txt", "./fit.txt", "copy.txt"):
         with pytest.raises(UserError, match="data.fit and data.score are the same text .*data.in_sample=true"):
@@ -186,7 +175,7 @@ def test_the_same_text_is_refused_unless_in_sample(files, tokenizer):
     assert fit.digest == score.digest
 
 
-def test_shared_paragraphs_are_counted_quoted_and_refused(files, tokenizer):
+def test_shared_paragraphs_are_an_error_that_counts_and_quotes_them(files, tokenizer):
     _write(files / "fit.txt", LONG[:20])
     _write(files / "score.txt", [LONG[25], f"  {LONG[3]}\t", LONG[26], LONG[4]])
     with pytest.raises(
@@ -215,9 +204,6 @@ def test_one_per_cent_of_shared_text_and_short_lines_are_allowed(files, tokenize
     load_windows(_config(), tokenizer)
 
 
-# ---- bundled
-
-
 def test_bundled_fit_and_score_are_separate_articles(monkeypatch, tokenizer):
     articles = [_words(60, start=i, step=i + 1) for i in range(11)]
     monkeypatch.setattr(text, "bundled_documents", lambda: articles)
@@ -244,9 +230,6 @@ def test_real_bundled_text_leaves_enough_tokens_to_score():
     assert fit.tokens.shape[0] >= 500 and score.tokens.numel() >= 60_000
 
 
-# ---- hub
-
-
 @pytest.fixture
 def closed_hub(monkeypatch, tmp_path):
     import datasets
@@ -256,7 +239,7 @@ def closed_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def test_an_unreachable_hub_is_said_within_five_seconds(files, tokenizer, closed_hub):
+def test_an_unreachable_hub_is_an_error_within_five_seconds(files, tokenizer, closed_hub):
     before = time.monotonic()
     with pytest.raises(
         UserError, match="data.score: can't reach the hub.*`no-such/set:a:test`.*data.score=path/to/file.txt"
@@ -265,7 +248,7 @@ def test_an_unreachable_hub_is_said_within_five_seconds(files, tokenizer, closed
     assert time.monotonic() - before < 5
 
 
-def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch):
+def test_a_hub_that_never_answers_times_out(monkeypatch):
     import socket
 
     from huggingface_hub import constants
@@ -277,7 +260,7 @@ def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch):
         assert time.monotonic() - before < 2
 
 
-def test_a_hub_whose_name_is_looked_up_for_ever_is_given_up_in_time(monkeypatch):
+def test_a_name_lookup_that_never_ends_times_out(monkeypatch):
     import socket
 
     from huggingface_hub import constants
@@ -328,16 +311,16 @@ def test_hub_rows_are_joined_and_config_and_split_are_passed(files, tokenizer, m
     monkeypatch.setattr(text, "hub_reachable", lambda: False)
     fit, score = load_windows(_config(fit="org/set", score="org/set:raw:validation"), tokenizer)
     assert calls == [("org/set", None, "train", True), ("org/set", "raw", "validation", True)], (
-        "unreachable: its cache is still asked"
+        "the cache is used if the hub is unreachable"
     )
-    assert not datasets.config.HF_HUB_OFFLINE, "and offline mode is left again"
+    assert not datasets.config.HF_HUB_OFFLINE, "offline mode ends"
     assert (fit.source, score.source, fit.documents) == ("org/set::train", "org/set:raw:validation", 3)
     assert text._read("org/set", "score").name == "org/set::test"
     with pytest.raises(UserError, match="same text"):
         load_windows(_config(fit="org/set:raw:test", score="org/set:raw"), tokenizer)
 
 
-def test_what_the_hub_refuses_is_passed_on_in_one_line(files, tokenizer, monkeypatch):
+def test_an_error_of_the_hub_is_one_line(files, tokenizer, monkeypatch):
     import datasets
 
     def load_dataset(*_, **__):
@@ -353,7 +336,7 @@ def test_what_the_hub_refuses_is_passed_on_in_one_line(files, tokenizer, monkeyp
         load_windows(_config(fit="org/set:a:b:c"), tokenizer)
 
 
-def test_the_fit_text_may_be_several_sources_one_after_the_other(files, tokenizer):
+def test_the_fit_text_may_be_several_sources(files, tokenizer):
     (files / "a.txt").write_text(_words(3))
     (files / "b.jsonl").write_text('{"text": "' + _words(2, 3) + '"}\n{"text": "' + _words(1, 5) + '"}\n')
     (files / "c.txt").write_text(_words(4, 9))

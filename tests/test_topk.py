@@ -1,4 +1,4 @@
-"""Masks of the largest, the divergence and the curve of scores: Triton's kernels and torch's path against formulas, values and gradients."""
+"""Top-m masks, the KL divergence and the score curve: values and gradients equal the formulas, in Triton and torch."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_kernel_packs(device, shape):
         assert torch.equal(ops.pack_triton(active[..., 1:].to(device)).cpu(), ops.pack(active[..., 1:].contiguous()))
 
 
-def test_what_the_kernel_does_not_take_is_said():
+def test_unsupported_inputs_are_refused():
     with pytest.raises(ValueError, match="top_mask_triton takes floats"):
         ops.top_mask_triton(torch.zeros(2, 4, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="NaN"):
@@ -69,8 +69,8 @@ def test_a_hard_mask_with_the_gradient_of_a_sigmoid(way, device, dtype):
         [[0.3, 2.0, 0.3, -1.0, 0.9], [torch.nan, 0.0, 1.0, 2.0, 3.0]], device=device, requires_grad=True
     )
     mask = function(scores, 3, 0.5, dtype)
-    assert mask.dtype == dtype and mask[0].tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]  # of equal scores the lowest neuron
-    assert mask[1].isnan().all()  # so that a loss says so
+    assert mask.dtype == dtype and mask[0].tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]  # ties go to the lowest neuron
+    assert mask[1].isnan().all()  # so that the loss becomes NaN
     weights = torch.arange(1.0, 6.0, device=device)
     (mask[0] * weights.to(dtype)).sum().backward()
     expected = (scores.detach()[0] - 0.3).div(0.5).sigmoid()
@@ -84,22 +84,21 @@ def test_a_hard_mask_with_the_gradient_of_a_sigmoid(way, device, dtype):
 @pytest.mark.parametrize(("n", "V"), [(1, 3), (5, 4099), (2, 49152)])
 def test_the_divergence_and_its_gradient(way, device, dtype, n, V):
     function = ops.divergence if way == "torch" else ops.divergence_triton
-    found, dense = ((torch.randn(n, V) * 4).to(dtype).to(device) for _ in range(2))
+    logits, dense = ((torch.randn(n, V) * 4).to(dtype).to(device) for _ in range(2))
     dense[0, 1] = -torch.inf
     if V > 9000:
         dense[1, :9000] = -torch.inf
-    found.requires_grad_(True)
+    logits.requires_grad_(True)
     weights = torch.rand(n, device=device)
-    result = function(found, dense)
+    result = function(logits, dense)
     (result * weights).sum().backward()
-    exact = found.detach().double().requires_grad_(True)
+    exact = logits.detach().double().requires_grad_(True)
     target = dense.double().log_softmax(-1)
     each = torch.where(target == -torch.inf, 0, target.exp() * (target - exact.log_softmax(-1))).sum(-1)
     (each * weights).sum().backward()
     assert result.dtype == torch.float32 and torch.allclose(result.double(), each, rtol=1e-4, atol=1e-5)
-    assert found.grad.dtype == dtype and torch.allclose(
-        found.grad.double(), exact.grad, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-7
-    )
+    rtol = 1e-5 if dtype == torch.float32 else 8e-3
+    assert logits.grad.dtype == dtype and torch.allclose(logits.grad.double(), exact.grad, rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)

@@ -1,4 +1,4 @@
-"""What is logged is in `metrics.jsonl` and in W&B alike, with no prompt, no network, and nothing lost when a run is killed."""
+"""`metrics.jsonl` and W&B get the same numbers, without prompts or network, and a killed run loses nothing."""
 
 import contextlib
 import http.server
@@ -28,7 +28,7 @@ FAKE_KEY = "0123456789" * 4
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch, tmp_path_factory):
-    """A user without any W&B login or setting, in an empty home and an empty working folder."""
+    """A user without a W&B login or setting, in an empty home and an empty working folder."""
     wandb = pytest.importorskip("wandb")
     for name in [name for name in tracking.os.environ if name.startswith("WANDB_")] + ["NETRC"]:
         monkeypatch.delenv(name, raising=False)
@@ -42,7 +42,7 @@ def nobody(monkeypatch, tmp_path_factory):
 
 
 def records(folder: Path, kind: str, run: int = 0) -> list[dict]:
-    """The records of one kind in the `run`-th run under `folder`, as `wandb leet inspect --json` prints them."""
+    """The records of one kind in the `run`-th run under `folder`, from `wandb leet inspect --json`."""
     run_dir = sorted((folder / "wandb").glob("*run-*"))[run]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
     lines = subprocess.run(
@@ -52,7 +52,7 @@ def records(folder: Path, kind: str, run: int = 0) -> list[dict]:
 
 
 def metrics_of(row: dict) -> dict:
-    """A row of either record without what the recorder added (time, `_step`, `_runtime`)."""
+    """A row of either record without the recorder's own keys (time, `_step`, `_runtime`)."""
     return {key: value for key, value in row.items() if "/" in key and not key.startswith("figures")}
 
 
@@ -112,7 +112,7 @@ def test_offline_run_reads_back_as_it_was_logged(tmp_path, png, capfd):
     assert not list(folder.rglob("code/*.py"))
 
 
-def test_a_failed_block_is_a_failed_run(tmp_path):
+def test_a_block_that_raises_is_a_failed_run(tmp_path):
     with pytest.raises(ValueError), Tracking(OFFLINE, tmp_path, "n", {}) as run:
         run.log({"cluster/epoch": 0})
         raise ValueError
@@ -134,13 +134,39 @@ def test_resuming_appends_under_the_same_run_id(tmp_path):
             run.log({"cluster/epoch": epoch})
     first, second = (records(tmp_path, "run", run=i)[0]["run_id"] for i in range(2))
     assert first == second == (tmp_path / "wandb-run-id").read_text().strip()
+    # `wandb sync` appends a part that says `resume`; without it, the part would replace the one before.
+    assert [records(tmp_path, "run", run=i)[0].get("resume", False) for i in range(2)] == [False, True]
     lines = read_metrics(tmp_path)
     assert [line["cluster/epoch"] for line in lines] == [0, 1]
     assert lines[1]["elapsed_s"] >= lines[0]["elapsed_s"]
 
 
+def test_values_per_layer_are_lists_in_the_file_and_one_table_in_wandb(tmp_path):
+    with Tracking(OFFLINE, tmp_path, "n", {}) as run:
+        for epoch in range(2):
+            run.log(
+                {"cluster/epoch": epoch, "cluster_layers/captured": [epoch, 0.5], "cluster_layers/density": [1, None]}
+            )
+    assert [line["cluster_layers/captured"] for line in read_metrics(tmp_path)] == [[0, 0.5], [1, 0.5]]
+    keys = {key for row in records(tmp_path, "history") for key in row["item"] if not key.startswith("_")}
+    assert {key.split(".")[0] for key in keys} == {"cluster/epoch", "layers/cluster"}
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/layers/*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["layer", "captured", "density"] and content["data"] == [[0, 1, 1], [1, 0.5, None]]
+
+
+def test_metrics_that_are_no_panels_are_hidden_and_stay_out_of_the_summary(tmp_path):
+    with Tracking(OFFLINE, tmp_path, "n", {}) as run:
+        run.log({"cluster/epoch": 0, "cluster/captured": 0.5, "cluster/seconds": 2.0, "tune/step": 1, "tune/lr": 0.1})
+    hidden = {item["name"] for item in records(tmp_path, "metric") if item["options"].get("hidden") and "name" in item}
+    assert {"cluster/seconds", "tune/lr"} <= hidden and "cluster/captured" not in hidden
+    summary = {key for update in records(tmp_path, "summary") for key in update["update"]}
+    assert "cluster/captured" in summary and not {"cluster/seconds", "tune/lr"} & summary
+    assert records(tmp_path, "history")[0]["item"]["cluster/seconds"] == 2.0
+
+
 class Tiny(pl.LightningModule):
-    """One weight; logs per step and per epoch, as the clustering and the predictor do."""
+    """One weight; logs per step and per epoch, as clustering and predictor do."""
 
     def __init__(self):
         super().__init__()
@@ -225,12 +251,12 @@ def write_netrc(path: Path, host: str) -> None:
 
 
 def test_auto_is_offline_without_a_login():
-    assert tracking._wandb_mode("auto") == "offline"
+    assert tracking.choose_mode("auto") == "offline"
 
 
 def test_auto_is_online_with_a_key(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
-    assert tracking._wandb_mode("auto") == "online"
+    assert tracking.choose_mode("auto") == "online"
 
 
 @pytest.mark.parametrize(
@@ -248,39 +274,39 @@ def test_auto_looks_for_the_servers_own_netrc_entry(monkeypatch, nobody, machine
     write_netrc(nobody / ".netrc", machine)
     if base_url:
         monkeypatch.setenv("WANDB_BASE_URL", base_url)
-    assert tracking._wandb_mode("auto") == mode
+    assert tracking.choose_mode("auto") == mode
 
 
 def test_netrc_variable_names_the_file(monkeypatch, tmp_path):
     write_netrc(tmp_path / "logins", "api.wandb.ai")
     monkeypatch.setenv("NETRC", str(tmp_path / "logins"))
-    assert tracking._wandb_mode("auto") == "online"
+    assert tracking.choose_mode("auto") == "online"
 
 
 def test_a_broken_netrc_is_no_login(nobody):
     (nobody / ".netrc").write_text("machine\n???")
-    assert tracking._wandb_mode("auto") == "offline"
+    assert tracking.choose_mode("auto") == "offline"
 
 
 @pytest.mark.parametrize(
     ("variable", "mode"),
     [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")],
 )
-def test_auto_follows_wandb_mode(monkeypatch, variable, mode):
+def test_auto_followschoose_mode(monkeypatch, variable, mode):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     monkeypatch.setenv("WANDB_MODE", variable)
-    assert tracking._wandb_mode("auto") == mode
+    assert tracking.choose_mode("auto") == mode
 
 
-def test_the_config_goes_before_wandb_mode(monkeypatch):
+def test_the_config_goes_beforechoose_mode(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert tracking._wandb_mode("disabled") == "disabled"
+    assert tracking.choose_mode("disabled") == "disabled"
 
 
 def test_online_without_a_login_says_so_and_stays_offline(capfd):
-    assert tracking._wandb_mode("online") == "offline"
+    assert tracking.choose_mode("online") == "offline"
     error = capfd.readouterr().err
-    assert "no login was found" in error and error.count("\n") == 1
+    assert "there is no W&B login" in error and error.count("\n") == 1
 
 
 def test_a_server_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
@@ -297,23 +323,23 @@ def test_a_server_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch, capfd)
 
 
 class LoginOnly(http.server.BaseHTTPRequestHandler):
-    """A W&B server that takes a run in and answers nothing after that."""
+    """A W&B server that accepts a run and then never answers again."""
 
-    taken: ClassVar[list[str]] = []
+    accepted: ClassVar[list[str]] = []
 
     def log_message(self, *_):
         pass
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.taken or not self.path.startswith("/graphql"):
+        if self.accepted or not self.path.startswith("/graphql"):
             threading.Event().wait()
         asked = json.loads(body)
-        self.taken.append(asked["variables"]["name"])
+        self.accepted.append(asked["variables"]["name"])
         project = {"id": "p", "name": "apc", "entity": {"id": "e", "name": "me"}}
         bucket = {
             "id": "b",
-            "name": self.taken[0],
+            "name": self.accepted[0],
             "displayName": "n",
             "description": "",
             "config": "{}",
@@ -328,7 +354,7 @@ class LoginOnly(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_server_that_hangs_after_the_login_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(LoginOnly, "taken", [])
+    monkeypatch.setattr(LoginOnly, "accepted", [])
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoginOnly) as server:
         server.daemon_threads, server.block_on_close = True, False
@@ -336,13 +362,13 @@ def test_a_server_that_hangs_after_the_login_does_not_stop_the_run(tmp_path, mon
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
         with Tracking(TrackingConfig(), tmp_path, "n", {}) as run:
-            assert run.wandb_mode == "online" and LoginOnly.taken
+            assert run.wandb_mode == "online" and LoginOnly.accepted
             for epoch in range(20):
                 run.log({"cluster/epoch": epoch})
         server.shutdown()
     assert "W&B stopped (Timed out" in capfd.readouterr().err
     assert [line["cluster/epoch"] for line in read_metrics(tmp_path)] == list(range(20))
-    assert len(records(tmp_path, "history")) == 20  # what `wandb sync` uploads later
+    assert len(records(tmp_path, "history")) == 20  # `wandb sync` can upload them later
 
 
 def test_a_service_that_dies_does_not_stop_the_run(tmp_path, capfd):

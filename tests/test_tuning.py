@@ -1,4 +1,4 @@
-"""Tuning: masks stay as hard as in use and of the size that was shared out, the divergence falls, and a run that was cut off goes on to the same end."""
+"""Tuning uses the hard masks of inference, keeps the budget, lowers the divergence, and resumes to the same end."""
 
 import json
 
@@ -40,21 +40,16 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_costs_that_are_not_finite_are_named(workplace, monkeypatch):
+def test_an_error_names_costs_that_are_not_finite(workplace, monkeypatch):
     monkeypatch.setattr(TuningModule, "_costs", lambda self: torch.full((3, 52), torch.nan, dtype=torch.float64))
-    with pytest.raises(UserError, match="what neurons of layer 0 cost is not finite"):
+    with pytest.raises(UserError, match="the cost of neurons in layer 0 is not finite"):
         run(workplace, **{"run.name": "broken"})
 
 
 @pytest.mark.parametrize(("policy", "form"), [POLICIES[0], POLICIES[-1]])
 def test_two_ranks_tune_a_predictor_too(workplace, policy, form):
-    changes = {
-        "run.name": f"two-{form}",
-        "stage": "tune",
-        "tune.max_epochs": 1,
-        "tune.policy": policy,
-        "predictor.form": form,
-    }
+    changes = {"run.name": f"two-{form}", "tune.max_epochs": 1, "tune.policy": policy, "predictor.form": form}
+    changes["stage"] = "tune"
     tiny.run_ranks(2, tiny.tiny_overrides(workplace, **(TUNED | changes)))
     assert apc.load_run(workplace / "runs" / f"two-{form}").predictor.corrects
 
@@ -63,12 +58,12 @@ def test_rows_of_a_table_have_the_gradient_of_indexing():
     table, ids = torch.randn(5, 7, requires_grad=True), torch.tensor([3, 0, 3, 3, 4])
     weights = torch.randn(5, 7)
     (module.rows_of(table, ids) * weights).sum().backward()
-    found, table.grad = table.grad, None
+    gradient, table.grad = table.grad, None
     (table[ids] * weights).sum().backward()
-    assert torch.allclose(found, table.grad) and not found[1].any()
+    assert torch.allclose(gradient, table.grad) and not gradient[1].any()
 
 
-def test_neurons_go_where_losing_them_costs_most():
+def test_layers_keep_the_neurons_that_cost_most_to_drop():
     curves = torch.tensor([[9.0, 5.0, 1.0, 0.5], [8.0, 0.4, 0.3, 0.2], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
     assert allocate_budget(curves, 6, 1) == [4, 1, 1]  # 9, 5, 1, 0.5 | 8 | the least that a layer keeps
     assert allocate_budget(curves, 12, 1) == [4, 4, 4] and allocate_budget(curves, 3, 1) == [1, 1, 1]
@@ -77,7 +72,7 @@ def test_neurons_go_where_losing_them_costs_most():
         allocate_budget(curves, 13, 1)
 
 
-def test_each_window_once_an_epoch_and_going_on_hands_out_the_rest():
+def test_an_epoch_has_each_window_once_also_after_a_resume():
     windows = torch.arange(8 * 5).view(8, 5)
     loader, other = WindowLoader(windows, 3, seed=4), WindowLoader(windows, 3, seed=4)
     whole = [list(loader), list(loader)]
@@ -99,8 +94,8 @@ def module_for(folder, cfg, codebook, predictor=None):
     return TuningModule(cfg, model, find_ffns(model), codebook, predictor, windows), model, windows
 
 
-def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
-    """Dropping a little of one neuron of one layer for one token: KL ≈ ε² · cost, averaged over tokens and many draws of labels."""
+def test_the_cost_of_a_neuron_is_its_share_of_the_divergence(workplace):
+    """Scaling one neuron of one token by 1 − ε gives KL ≈ ε² · cost, averaged over tokens and many draws of labels."""
     left = apc.load_run(workplace / "runs" / "plain")
     module, model, windows = module_for(workplace, TuneConfig(max_epochs=1, policy="oracle"), left.codebook)
     D = left.codebook.widths["neuron"]
@@ -115,21 +110,21 @@ def test_the_cost_of_a_neuron_is_its_own_share_of_the_divergence(workplace):
 
     S, epsilon = windows.shape[1], 1e-2
     scale = torch.ones(S, S, D)
-    scale[torch.arange(S), torch.arange(S), neuron] -= epsilon  # row s lacks it at position s
+    scale[torch.arange(S), torch.arange(S), neuron] -= epsilon  # row s scales the neuron at position s
 
     def logits(window, scale):
         hook = find_ffns(model)[layer].down.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * scale,))
         with torch.no_grad():
-            found = model(input_ids=window.expand(S, S)).logits.double().log_softmax(-1)
+            logs = model(input_ids=window.expand(S, S)).logits.double().log_softmax(-1)
         hook.remove()
-        return found
+        return logs
 
     parts = [F.kl_div(logits(window, scale), logits(window, 1), log_target=True, reduction="sum") for window in windows]
     assert float(sum(parts)) / windows.numel() / epsilon**2 == pytest.approx(float(costs[layer, neuron]), rel=0.2)
 
 
 @pytest.mark.parametrize(("policy", "form"), POLICIES)
-def test_the_forward_pass_of_training_is_that_of_the_policy(workplace, policy, form):
+def test_the_forward_pass_of_tuning_equals_the_policys(workplace, policy, form):
     run(workplace, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
     left = apc.load_run(workplace / "runs" / f"start-{form}")
     module, model, windows = module_for(
@@ -137,14 +132,14 @@ def test_the_forward_pass_of_training_is_that_of_the_policy(workplace, policy, f
     )
     with torch.no_grad():
         module.offsets.normal_(std=0.3)
-        module.offsets.copy_(at_16_bits(module.offsets))  # as what tuning leaves is
+        module.offsets.copy_(at_16_bits(module.offsets))  # as tuning rounds them
         if module.predictor is not None:
             module.predictor.correct.normal_(std=0.3)
             module.predictor.correct_bias.normal_(std=0.3)
             module.predictor.rounded()
     module.sizes.copy_(torch.tensor([20, 31, 26]))
     hooks = _TuningForward(module).hook()
-    found = model(input_ids=windows).logits.detach()
+    tuning = model(input_ids=windows).logits.detach()
     hooks.remove()
     codebook, predictor = module.tuned({})
     assert codebook.problem() is None and codebook.budget == [20, 31, 26]
@@ -152,11 +147,11 @@ def test_the_forward_pass_of_training_is_that_of_the_policy(workplace, policy, f
         expected = apc.sparsify(model, codebook, predictor, policy)(input_ids=windows).logits
     apc.restore(model)
     dense = model(input_ids=windows).logits.detach()
-    assert (found - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
+    assert (tuning - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
 
 
 @pytest.mark.parametrize(("policy", "form"), POLICIES)
-def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, policy, form):
+def test_the_divergence_falls_and_the_tuned_files_are_used(workplace, policy, form):
     name = f"after-{policy}-{form}"
     results = run(
         workplace,
@@ -165,11 +160,10 @@ def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, policy, 
     )
     record = next(record for record in results["policies"] if record["policy"] == policy)
     history = json.loads((workplace / "runs" / name / "tune.json").read_text())
-    seen = [entry["divergence"] for entry in history["history"]]
-    assert sum(seen[-7:]) < 0.9 * sum(seen[:7]) and sum(history["budget"]) == 3 * 26
-    assert record["density"] == pytest.approx(0.5) and record["bytes_share"] > 0.5 + 32 / (
-        3 * 32 * 52
-    )  # an offset or more is read
+    divergences = [entry["divergence"] for entry in history["history"]]
+    assert sum(divergences[-7:]) < 0.9 * sum(divergences[:7]) and sum(history["budget"]) == 3 * 26
+    assert record["density"] == pytest.approx(0.5)
+    assert record["bytes_share"] > 0.5 + 32 / (3 * 32 * 52)  # at least an offset is read
     left = apc.load_run(workplace / "runs" / name)
     assert left.codebook.budget == history["budget"] and (left.predictor is None) == (policy == "oracle")
     counts = ops.popcount(left.codebook.sites["neuron"].centroids)
@@ -177,7 +171,7 @@ def test_the_divergence_falls_and_what_tuning_leaves_is_used(workplace, policy, 
 
 
 @pytest.mark.parametrize("kill_at", [0, 2, 6, 9, 14])
-def test_a_killed_run_goes_on_to_the_same_end(workplace, kill_at):
+def test_a_killed_run_resumes_to_the_same_end(workplace, kill_at):
     settings = {"stage": "tune", "trainer.checkpoint_every_n_steps": 1}
     run(workplace, **settings, **{"run.name": "whole"})
     settings["run.name"] = f"killed-{kill_at}"
@@ -199,11 +193,8 @@ def test_ranks_share_the_windows(workplace):
     run(workplace, **same, **{"run.name": "alone"})
     together, alone = (apc.load_run(workplace / "runs" / name) for name in ("ranks", "alone"))
     assert together.codebook.budget == alone.codebook.budget
-    difference, size = (
-        (found - alone.codebook.sites["neuron"].offsets).norm()
-        for found in (together.codebook.sites["neuron"].offsets, 0)
-    )
-    assert difference < 0.05 * size  # the mean of two ranks' gradients is that of all windows, but for rounding
+    offsets, expected = (run.codebook.sites["neuron"].offsets for run in (together, alone))
+    assert (offsets - expected).norm() < 0.05 * expected.norm()  # the ranks' mean gradient is rounded differently
 
 
 @pytest.mark.parametrize(
@@ -232,26 +223,22 @@ def test_bad_settings_say_what_to_do(workplace, changes, message):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("policy", ["predicted", "oracle"])
-def test_the_same_seed_ends_the_same(workplace, device, policy):
-    ends = []
+def test_the_same_seed_gives_the_same_codebook(workplace, device, policy):
+    codebooks = []
     for name in ("once", "twice"):
         settings = {"model.device": device, "run.name": f"{name}-{policy}-{device}", "tune.policy": policy}
         run(workplace, stage="tune", **settings)
-        ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+        codebooks.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
+    assert all(torch.equal(value, codebooks[1][name]) for name, value in codebooks[0].items())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("form", ["cluster", "neuron", "low-bit"])
-def test_predictors_of_the_same_seed_are_the_same(workplace, device, form):
-    ends = []
+def test_the_same_seed_gives_the_same_predictor(workplace, device, form):
+    predictors = []
     for name in ("first", "second"):
-        settings = {
-            "model.device": device,
-            "run.name": f"{name}-{form}-{device}",
-            "predictor.form": form,
-            "tune.max_epochs": 0,
-        }
+        settings = {"model.device": device, "run.name": f"{name}-{form}-{device}", "predictor.form": form}
+        settings["tune.max_epochs"] = 0
         run(workplace, stage="predict", **settings)
-        ends.append(apc.load_run(workplace / "runs" / settings["run.name"]).predictor.state_dict())
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+        predictors.append(apc.load_run(workplace / "runs" / settings["run.name"]).predictor.state_dict())
+    assert all(torch.equal(value, predictors[1][name]) for name, value in predictors[0].items())

@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote still load, and give the figures that it printed. They lie in tests/data/v0.1."""
+"""Runs of version 0.1, in tests/data/v0.1, still load and are evaluated to the perplexities in their results."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with the model and texts that those runs were made with, and the runs."""
+    """A folder with the runs, and the model and texts that they used."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("old"))
     for run in RUNS:
         shutil.copytree(run, folder / "runs" / run.name)
@@ -26,15 +26,15 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: path.name)
-def test_a_run_loads_and_is_evaluated_to_the_figures_it_printed(workplace, run, monkeypatch):
+def test_a_run_loads_and_is_evaluated_to_the_same_perplexities(workplace, run, monkeypatch):
     before = apc.load_run(run)
     assert before.codebook.problem() is None
-    monkeypatch.chdir(workplace)  # the runs name model and texts in the folder where they ran
+    monkeypatch.chdir(workplace)  # the runs give model and texts as relative paths
     results = evaluate.evaluate(evaluate.config_of_run(None, [f"checkpoint=runs/{run.name}"]))
     perplexities = {record["policy"]: record["perplexity"] for record in before.results["policies"]}
     assert len(perplexities) >= 3
-    found = {record["policy"]: record["perplexity"] for record in results["policies"]}
-    assert found == pytest.approx(perplexities, rel=1e-4)
+    again = {record["policy"]: record["perplexity"] for record in results["policies"]}
+    assert again == pytest.approx(perplexities, rel=1e-4)
 
 
 def test_finished_runs_of_the_documentation_are_compared():
@@ -51,7 +51,7 @@ def test_finished_runs_of_the_documentation_are_compared():
         ("tune.temperature=0.5", "tune.temperature: no longer a key .* leave it out"),
     ],
 )
-def test_an_old_key_is_answered_with_the_new_one(tmp_path, word, line):
+def test_an_error_for_an_old_key_names_the_new_one(tmp_path, word, line):
     with pytest.raises(UserError, match=line):
         load_config(None, [word])
     key, _, value = word.partition("=")
@@ -61,6 +61,6 @@ def test_an_old_key_is_answered_with_the_new_one(tmp_path, word, line):
         load_config(tmp_path / "old.yaml")
 
 
-def test_an_old_experiment_is_answered_with_the_new_one():
+def test_an_error_for_an_old_experiment_names_the_new_one():
     with pytest.raises(UserError, match="experiment=cluster-5: renamed; write experiment=cluster-k512"):
         load_config(None, ["experiment=cluster-5"])

@@ -1,4 +1,4 @@
-"""Tiny models, a tokenizer and texts, made in a folder: what the tests run the whole program on."""
+"""Tiny models, a tokenizer and texts in a folder, and ways to run the program on them."""
 
 import multiprocessing
 import os
@@ -35,15 +35,15 @@ FAMILIES = {
 
 
 def make_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
-    """Words drawn by a random Markov chain, so that tokens have something to be predicted from."""
+    """A text from a random Markov chain, so that tokens are predictable."""
     generator = torch.Generator().manual_seed(99)
     steps = torch.rand(VOCABULARY, VOCABULARY, generator=generator).pow(12)
     walk = torch.Generator().manual_seed(seed)
-    word, found = 0, []
+    word, text = 0, []
     for _ in range(words):
         word = int(torch.multinomial(steps[word], 1, generator=walk))
-        found.append(f"w{word}")
-    path.write_text(" ".join(found))
+        text.append(f"w{word}")
+    path.write_text(" ".join(text))
     return path
 
 
@@ -57,12 +57,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(family: str = "llama", width: int = 52, layers: int = 3, **options):
     """A random causal language model: hidden size 32, FFN width 52 (not a multiple of 8)."""
     settings = dict(
-        hidden_size=32, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=VOCABULARY + 1, max_position_embeddings=256, bos_token_id=VOCABULARY, eos_token_id=VOCABULARY, pad_token_id=VOCABULARY,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCABULARY + 1,
+        max_position_embeddings=256,
+        bos_token_id=VOCABULARY,
+        eos_token_id=VOCABULARY,
+        pad_token_id=VOCABULARY,
+    )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(settings | FAMILIES[family] | options)))
-    with torch.no_grad():  # larger than the usual start, so that masks change what comes out
+    with torch.no_grad():  # larger than the usual initial weights, so that masks change the output
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
                 parameter.mul_(6)
@@ -76,18 +84,33 @@ def save_model(folder: Path, family: str = "llama", **options) -> Path:
 
 
 def tiny_overrides(folder: Path, **changes) -> list[str]:
-    """Overrides for a run of seconds, all of whose files lie in `folder`; the model and texts must be there."""
+    """Overrides for a run that takes seconds and keeps all files in `folder`, which has the model and texts."""
     values = {
-        "model.path": folder / "model", "model.device": "cpu", "data.fit": folder / "fit.txt", "data.score": folder / "score.txt",
-        "data.seq_len": 32, "data.fit_windows": 21, "data.score_windows": 4, "collect.dir": folder / "stores", "collect.batch_tokens": 128,
-        "collect.calibration_windows": 4, "cluster.k": 6, "cluster.max_epochs": 6, "predictor.bottleneck": 16, "predictor.max_epochs": 2,
-        "predictor.batch_tokens": 32, "run.dir": folder / "runs", "run.name": "run", "tracking.wandb": "disabled", "trainer.progress": "false",
-    }  # fmt: skip
+        "model.path": folder / "model",
+        "model.device": "cpu",
+        "data.fit": folder / "fit.txt",
+        "data.score": folder / "score.txt",
+        "data.seq_len": 32,
+        "data.fit_windows": 21,
+        "data.score_windows": 4,
+        "collect.dir": folder / "stores",
+        "collect.batch_tokens": 128,
+        "collect.calibration_windows": 4,
+        "cluster.k": 6,
+        "cluster.max_epochs": 6,
+        "predictor.bottleneck": 16,
+        "predictor.max_epochs": 2,
+        "predictor.batch_tokens": 32,
+        "run.dir": folder / "runs",
+        "run.name": "run",
+        "tracking.wandb": "disabled",
+        "trainer.progress": "false",
+    }
     return [f"{key}={value}" for key, value in (values | changes).items()]
 
 
 def make_workplace(folder: Path, family: str = "llama") -> Path:
-    """A folder with a model and two texts that share nothing."""
+    """A folder with a model and two texts without overlap."""
     save_model(folder / "model", family)
     make_text(folder / "fit.txt", seed=1)
     make_text(folder / "score.txt", words=600, seed=2)
@@ -95,12 +118,12 @@ def make_workplace(folder: Path, family: str = "llama") -> Path:
 
 
 class Killed(Exception):
-    """What ends a training in `killed_after`."""
+    """Raised in `killed_after`."""
 
 
 @contextmanager
 def killed_after(steps: int, module: type):
-    """Within it a training of `module` dies after so many steps; what is within must."""
+    """A training of `module` inside the block dies after so many steps; the block fails if it does not."""
     step, count = module.training_step, 0
 
     def dying_step(self, batch, index):
@@ -117,12 +140,15 @@ def killed_after(steps: int, module: type):
 
 
 def run_ranks(ranks: int, words: list[str]) -> None:
-    """`train.py` with these overrides in so many processes. Fails where one does."""
+    """Runs `train.py` with these overrides in so many processes. Fails if one of them does."""
     in_ranks(ranks, _train, words)
 
 
 def in_ranks(ranks: int, function: Callable, *arguments) -> None:
-    """function(*arguments) in so many processes, as torchrun starts them, but forked off one that has imported everything. Fails where one does."""
+    """Runs function(*arguments) in so many processes with torchrun's environment. Fails if one of them does.
+
+    The processes are forked from one that has imported everything.
+    """
     context = _forkserver()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -146,11 +172,11 @@ def in_ranks(ranks: int, function: Callable, *arguments) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * ranks, f"exit codes {codes}; what the ranks printed stands above"
+    assert codes == [0] * ranks, f"exit codes {codes}; the ranks' output is above"
 
 
 def start(words: list[str]) -> multiprocessing.Process:
-    """`train.py` with these words as a process of its own, forked off one that has imported everything; to be killed, or joined."""
+    """Starts `train.py` with these words, forked from a process that has imported everything. The caller ends it."""
     process = _forkserver().Process(target=_program, args=(words,))
     process.start()
     return process
@@ -193,12 +219,12 @@ def _train(words: list[str]) -> None:
 
 
 def command(*words: str, largest_file: int | None = None, timeout: float = 200) -> subprocess.CompletedProcess:
-    """A program of the project with these words, as from a shell, but forked off a process that has imported everything.
+    """Runs a program of the project as from a shell, forked from a process that has imported everything.
 
-    largest_file: bytes past which it can't write, as on a full disk.
+    largest_file: bytes after which writing a file fails, as on a full disk.
     """
-    with tempfile.TemporaryDirectory() as place:
-        paths = [Path(place) / name for name in ("stdout", "stderr")]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("stdout", "stderr")]
         process = _forkserver().Process(target=_command, args=(words, paths, largest_file))
         process.start()
         process.join(timeout)
@@ -212,7 +238,7 @@ def _command(words: tuple[str, ...], paths: list[Path], largest_file: int | None
     for number, path in enumerate(paths, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     if largest_file is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an error
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with an error
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
     os.chdir(ROOT)

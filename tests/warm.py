@@ -1,4 +1,4 @@
-"""Imported where the tests' processes are forked off: all that a run imports, and what it compiles."""
+"""Imports and compiles everything that a run needs, in the process from which the tests' processes are forked."""
 
 import matplotlib.figure
 import torch

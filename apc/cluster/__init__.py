@@ -1,1 +1,1 @@
-"""Clusters of activation patterns: the LightningModules, where they begin, and the codebook that they leave."""
+"""Clusters activation patterns: seeding, the LightningModules of the algorithms, and the codebook they produce."""

@@ -1,11 +1,12 @@
-"""The clustering of the APC paper (Dhar et al., Euro-Par 2025): clusters of a fixed size, updated window by window.
+"""The clustering of the APC paper (Dhar et al., Euro-Par 2025): clusters of equal size, updated after every window.
 
-A chunk is one window's patterns. Each chunk fills the clusters in the order of their ids, each with its ⌊n / K⌋ nearest patterns of those
-that are left, by the masked distance; what is then left over stays out of the update. A centroid becomes the blend of itself, which counts as
-all chunks before, and of the mean of its patterns, cut to its largest neurons. With several ranks each takes a chunk, and their centroids are
-averaged. Where the paper cuts at a quantile, ties go to the lowest neuron, so that every centroid has exactly its share of ones.
+A chunk is the patterns of one window. It fills the clusters in the order of their ids: each takes the ⌊n / K⌋ nearest
+of the remaining patterns, by the masked distance. Patterns left over are not used in the update. A centroid becomes
+the weighted mean of itself, with the weight of all earlier chunks, and the mean of its patterns, cut to its largest
+neurons. The paper cuts at a quantile; here ties go to the lowest neuron, so every centroid has exactly its share of
+ones. With several ranks each takes a chunk, and their centroids are averaged.
 
-Shape letters as in `apc.clustering`.
+Shape letters as in `apc.cluster.lloyd`.
 """
 
 import math
@@ -15,31 +16,32 @@ from torch import Tensor
 
 from apc import ops
 from apc.cluster.lloyd import ClusteringModule
-from apc.cluster.seeding import CentroidInit, RowReader
-from apc.collect.patterns import Block, PatternInfo, PatternSource
+from apc.cluster.seeding import RowReader
+from apc.collect.patterns import Block, PatternInfo
 from apc.config.schema import ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
-
-class _PaperInit(CentroidInit):
-    """Patterns as they are. Those with more ones than a centroid are left out."""
-
-    usable_means = "with some ones and no more than a centroid has"
-    needs_usable = True
-    largest = 0  # ones in a centroid
-
-    def usable(self, patterns: Tensor) -> Tensor:
-        ones = ops.popcount(patterns)
-        return (ones > 0) & (ones <= self.largest)
+# Values of `cluster_of` that are not a cluster.
+_LEFT_OVER, _NO_PASS = -1, -2
 
 
 class PaperClustering(ClusteringModule):
-    """Further buffers, one set per site: seen int64 [], chunks before; cluster_of int32 [L, T], each row's cluster in the pass before (−1: it was
-    left over, −2: there was none). And moved int64 [], rows that changed their cluster in the pass so far."""
+    """The paper's algorithm.
+
+    Further buffers. One set per site: seen int64 [], chunks so far; cluster_of int32 [L, T], each row's cluster in the
+    latest pass (−1: left over, −2: none yet). For all sites: moved int64 [], rows that changed their cluster in this
+    pass so far.
+    """
 
     in_order = True
-    init_class = _PaperInit
+    updates_per_window = True
+    gathered_buffers = ()
+    reduced_buffers = (*ClusteringModule.reduced_buffers, "cluster_of")
+    usable_means = "with some ones and no more than a centroid has"
+    needs_usable = True
+
+    moved: Tensor
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__(cfg, info, seed)
@@ -53,38 +55,38 @@ class PaperClustering(ClusteringModule):
     def _check(self) -> None:
         super()._check()
         if self.cfg.schedule != "epoch":
-            raise UserError(
-                "cluster.algorithm=apc-paper updates after every window by itself; leave out cluster.schedule=step"
-            )
+            raise UserError("cluster.algorithm=apc-paper updates after every window; leave out cluster.schedule=step")
         if self.cfg.k > self.chunk:
             raise UserError(
-                f"cluster.k={self.cfg.k} is more than the {self.chunk} patterns of a window, which apc-paper fills the clusters with; lower it"
+                f"cluster.k={self.cfg.k} is more than the {self.chunk} patterns of a window, "
+                "which apc-paper fills the clusters with; lower it"
             )
 
     def _register_site(self, site: str, D: int) -> None:
         super()._register_site(site, D)
         self.register_buffer(f"seen_{site}", torch.zeros((), dtype=torch.int64))
-        self.register_buffer(
-            f"cluster_of_{site}", torch.full((self.info.layers, self.info.tokens), -2, dtype=torch.int32)
-        )
+        cluster_of = torch.full((self.info.layers, self.info.tokens), _NO_PASS, dtype=torch.int32)
+        self.register_buffer(f"cluster_of_{site}", cluster_of)
 
     def on_fit_start(self) -> None:
+        """Tells how many patterns of a window are left over, and sets the first centroids."""
         left_over = self.chunk % self.cfg.k
         if left_over and distributed.is_main():
             print(
-                f"apc-paper: a window's {self.chunk:,} patterns fill {self.cfg.k:,} clusters with {self.chunk // self.cfg.k:,} each; "
-                f"the {left_over:,} left over stay out of its update",
+                f"apc-paper: a window's {self.chunk:,} patterns fill {self.cfg.k:,} clusters with "
+                f"{self.chunk // self.cfg.k:,} each; the {left_over:,} left over stay out of its update",
                 flush=True,
             )
         super().on_fit_start()
 
-    def _init(self, source: PatternSource, site: str) -> CentroidInit:
-        init = super()._init(source, site)
-        init.largest = ops.mask_size(self.info.widths[site], self.cfg.density)
-        return init
-
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
+        """The patterns at pairs (group, row number), unchanged, uint8 [n, W]."""
         return reader.read("patterns", group, row)
+
+    def usable(self, site: str, patterns: Tensor) -> Tensor:
+        """Which patterns uint8 [n, W] have some ones and no more than a centroid, bool [n]."""
+        ones = ops.popcount(patterns)
+        return (ones > 0) & (ones <= ops.mask_size(self.info.widths[site], self.cfg.density))
 
     def _reset_pass(self, site: str) -> None:
         super()._reset_pass(site)
@@ -96,22 +98,21 @@ class PaperClustering(ClusteringModule):
 
     @property
     def _layers_apart(self) -> bool:
-        return True  # sums lack what was left over
+        return True  # the sums of clusters lack the patterns left over
 
     def _add_rows(self, site: str, block: Block) -> None:
         S = self.info.seq_len
-        own = block.tokens // S
+        chunks = block.tokens // S
         ranks = distributed.world_size()
-        steps = math.ceil(
-            int(distributed.all_sum(torch.tensor(own, device=self.device))) / ranks
-        )  # blocks are shared out as evenly as can be
+        # Ranks differ by at most one chunk, so this is the largest number that any of them has.
+        steps = math.ceil(int(distributed.all_sum(torch.tensor(chunks, device=self.device))) / ranks)
         for step in range(steps):
             old = self.get("centroids", site)
-            if step < own:
+            if step < chunks:
                 span = slice(step * S, (step + 1) * S)
                 new = self._learn(site, block.patterns[site][:, span], block.positions[span].to(self.device))
             else:
-                new = torch.zeros_like(old)  # this rank has no chunk left, and no vote
+                new = torch.zeros_like(old)  # a rank without a chunk does not vote
             if ranks > 1:
                 votes = distributed.all_sum(ops.unpack(new, self.info.widths[site]).long())
                 new = ops.binarize(votes, self.cfg.density)
@@ -122,34 +123,37 @@ class PaperClustering(ClusteringModule):
             self._add_layer_sums(site, block)
 
     def _learn(self, site: str, patterns: Tensor, positions: Tensor) -> Tensor:
-        """The centroids uint8 [G, K, W] after a chunk, uint8 [L, S, W] at positions int64 [S]; notes members, sums and what was captured."""
+        """Centroids uint8 [G, K, W] after a chunk, patterns uint8 [L, S, W] at positions int64 [S] of the text.
+
+        Adds the chunk to the sums, sizes, `captured` and `weight`, and updates `cluster_of` and `moved`.
+        """
         centroids, K, D = self.get("centroids", site), self.cfg.k, self.info.widths[site]
         rows = self._grouped(patterns)
         capacity = rows.shape[1] // K
         ids = torch.stack(
             [ops.assign_with_capacity(group, own, capacity) for group, own in zip(rows, centroids, strict=True)]
         )
-        groups, members = torch.arange(len(rows), device=ids.device).unsqueeze(1), ids >= 0
-        members = members.nonzero()[:, 1].view(len(rows), K * capacity)  # as many in each group
-        rows_in, ids_in = rows[groups, members], ids.gather(1, members)
+        groups = torch.arange(len(rows), device=ids.device).unsqueeze(1)
+        assigned = (ids != _LEFT_OVER).nonzero()[:, 1].view(len(rows), K * capacity)  # the same number in each group
+        rows_in, ids_in = rows[groups, assigned], ids.gather(1, assigned)
         sums, sizes = ops.accumulate(rows_in, ids_in, K, D)
         self.get("sums", site).add_(sums)
         self.get("sizes", site).add_(sizes)
         self.get("captured", site).add_(ops.popcount(rows_in & centroids[groups, ids_in]).sum(1))
         self.get("weight", site).add_(ops.popcount(rows).sum(1))
-        before, now = self.get("cluster_of", site), ids.reshape(patterns.shape[:2]).int()
-        self.moved += (before[:, positions] != now).sum()
-        before[:, positions] = now
-        # (c · h + mean · n) / (h + n) with h = n · chunks before and n = capacity, which is the size of every cluster: in whole numbers, times (h + n).
-        return ops.binarize(
-            ops.unpack(centroids, D).long() * (capacity * self.get("seen", site)) + sums, self.cfg.density
-        )
+        cluster_of, now = self.get("cluster_of", site), ids.reshape(patterns.shape[:2]).int()
+        self.moved += (cluster_of[:, positions] != now).sum()
+        cluster_of[:, positions] = now
+        # (c · h + mean · n) / (h + n), times (h + n) so that it stays in whole numbers: n is the size of every cluster,
+        # h = n · chunks so far.
+        earlier = ops.unpack(centroids, D).long() * (capacity * self.get("seen", site))
+        return ops.binarize(earlier + sums, self.cfg.density)
 
     def _share_clusters(self, site: str) -> None:
-        """Brings all rows' clusters to all ranks, each of which knows those of its own."""
+        """Merges `cluster_of` over all ranks, each of which knows its own rows."""
         if distributed.world_size() > 1:
-            others = ~self.trainer.datamodule.loader.owned(torch.arange(self.info.tokens))
-            distributed.all_max(self.get("cluster_of", site).masked_fill_(others.to(self.device), -2))
+            others = ~self._loader.owned(torch.arange(self.info.tokens))
+            distributed.all_max(self.get("cluster_of", site).masked_fill_(others.to(self.device), _NO_PASS))
 
     def _reduce_to_rank0(self) -> None:
         for site in self.info.sites:
@@ -161,7 +165,7 @@ class PaperClustering(ClusteringModule):
         self._share_clusters(site)
         return int((self.get("sizes", site) == 0).sum())
 
-    def _own_figures(self) -> dict[str, float]:
+    def _extra_figures(self) -> dict[str, float]:
         rows = len(self.info.sites) * self.info.layers * self.info.tokens
         return {"moved": int(distributed.all_sum(self.moved.clone())) / rows}
 

@@ -1,14 +1,15 @@
-"""The clusterings that the APC paper compares with: k-means on binary patterns, by Hamming's distance throughout or in real numbers.
+"""The baselines of the APC paper: k-means on binary patterns, by the Hamming distance or by the Euclidean distance.
 
-Their centroids have as many ones as their clusters give them (`centroid_size` is free): among masks of one size Hamming's distance is
-|x| + m − 2 |x ∧ c|, and its nearest that of the masked distance. A centroid may come out without any one, if its patterns share no neuron; it
-then stands for patterns of few ones, and as a mask keeps nothing. Starts and re-seeds are patterns as they are; starts are not empty.
+The number of ones in a centroid is free. For masks of one size m it would make no difference: the Hamming distance is
+then |x| + m − 2 |x ∧ c|, with the same nearest centroid as the masked distance. A centroid has no ones if its patterns
+share no neuron; it then attracts patterns with few ones, and as a mask keeps no neuron. First centroids and re-seeded
+ones are unchanged patterns; first ones are not empty.
 
-What the base class calls captured is agreement here: how far a pattern and its centroid are below the greatest distance there could be.
-With `init` k-means++ (drawn by this distance) `k-majority` is the clustering form of constrained binary matrix factorisation, where each
-row takes one factor (Jiang et al., *A clustering approach to constrained binary matrix factorization*, 2014).
+`captured` of the base class is here the agreement: the largest possible distance minus the distance to the centroid.
+With `init` k-means++, which draws by this distance, `k-majority` is constrained binary matrix factorisation with one
+factor per row (Jiang et al., *A clustering approach to constrained binary matrix factorization*, 2014).
 
-Shape letters as in `apc.clustering`.
+Shape letters as in `apc.cluster.lloyd`.
 """
 
 import torch
@@ -20,15 +21,16 @@ from apc.cluster.seeding import RowReader
 from apc.collect.patterns import Block
 from apc.utils.errors import UserError
 
-_TILE = 2**24  # numbers of eight bytes in a tile of `BRBKMeans`
+_TILE = 2**24  # float64 numbers in a tile of `BRBKMeans`
 
 
 class KMajority(ClusteringModule):
-    """k-means by the distance penalty · |x ∧ ¬c| + |¬x ∧ c|: each bit of a centroid is what most of its patterns have (Huang, *Extensions to the
-    k-means algorithm for clustering large data sets with categorical values*, 1998: k-modes, here on bits).
+    """k-means by the distance penalty · |x ∧ ¬c| + |¬x ∧ c|; a centroid's bit is the majority of its patterns' bits.
 
-    With n patterns, s of them with a one, a bit is one if penalty · s > n − s, and at a tie zero: both are as near to the patterns, and the smaller
-    mask is cheaper. All is in whole numbers: the sum of distances never rises, and is the same on any number of ranks.
+    This is k-modes on bits (Huang, *Extensions to the k-means algorithm for clustering large data sets with categorical
+    values*, 1998). With n patterns, s of them with a one, a bit is one if penalty · s > n − s. At a tie it is zero: the
+    distance is the same, and a smaller mask is cheaper. All arithmetic is in integers, so the sum of distances never
+    rises, and it is the same on any number of ranks.
     """
 
     centroid_size = "free"
@@ -38,17 +40,21 @@ class KMajority(ClusteringModule):
         most = self.cfg.penalty * max(self.info.widths.values()) * max(self.group_rows, 1 << SHARE_BITS)
         if most >= 2**63:
             raise UserError(
-                f"cluster.penalty={self.cfg.penalty}: distances of {self.group_rows:,} patterns do not fit 63 bits; lower it"
+                f"cluster.penalty={self.cfg.penalty}: distances of {self.group_rows:,} patterns do not fit 63 bits; "
+                "lower it"
             )
 
     def limits(self, site: str, totals: Tensor) -> Tensor:
-        return self.info.widths[site] + (self.cfg.penalty - 1) * totals  # the distance from the pattern's complement
+        """The largest possible distance per pattern, which is to its complement, int64 [..., n]."""
+        return self.info.widths[site] + (self.cfg.penalty - 1) * totals
 
     def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest centroid and agreement of each pattern, int64 [..., n] each."""
         ids, distance = ops.assign_hamming(rows, centroids, self.cfg.penalty)
         return ids, limits - distance
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
+        """The patterns at pairs (group, row number), unchanged, uint8 [n, W]."""
         return reader.read("patterns", group, row)
 
     def _binarize(self, sums: Tensor, sizes: Tensor) -> Tensor:
@@ -59,23 +65,32 @@ class KMajority(ClusteringModule):
 
 
 class BRBKMeans(KMajority):
-    """BRB-KMeans, binary → real → back: k-means by the Euclidean distance on patterns as real numbers; at the end each mean is cut at 0.5, a tie to zero.
-    (With means cut after every update, as the paper's artifact has it, it would be `KMajority`: among binary points the two distances agree.)
+    """BRB-KMeans, binary → real → binary: k-means by the Euclidean distance, with means cut to masks at the end.
 
-    One thing is rounded, each mean: to a multiple of 2^−b, with b of `_fraction_bits` (12 at 14,336 neurons and 13 at 1,536, which moves a distance
-    about as much as a product in float32 would). On that grid all else is exact, sums of products too, in float64: assignment, ties (to the
-    lowest id) and sums are the same on any device and number of ranks; and since the grid's point next to a mean is its best for the cluster, the sum
-    of squared distances never rises. The product runs at the speed of float64, which on GPUs for graphics is a small part of float32's.
+    A mean is cut at 0.5, ties to zero. The paper's artifact cuts the means after every update, which would give
+    `KMajority`: between binary points the two distances agree.
 
-    Further buffers, one set per site: means int32 [G, K, D], in units of 2^−b. `centroids` are the means as they stand, cut.
+    Only the means are rounded, to multiples of 2^−b with b from `_fraction_bits` (12 at 14,336 neurons, 13 at 1,536),
+    which changes a distance about as much as a product in float32 would. Everything else on that grid is exact in
+    float64, sums of products too. So assignment, ties (to the lowest id) and sums are the same on any device and number
+    of ranks. The grid point next to a mean is the best for its cluster, so the sum of squared distances never rises.
+    The product runs in float64, which is slow on GPUs made for graphics.
+
+    Further buffers, one set per site: means int32 [G, K, D], in units of 2^−b. `centroids` are the means cut to masks.
     """
+
+    gathered_buffers = ("centroids", "means")
 
     def _register_site(self, site: str, D: int) -> None:
         super()._register_site(site, D)
         self.register_buffer(f"means_{site}", torch.zeros(self.groups, self.cfg.k, D, dtype=torch.int32))
 
     def _fraction_bits(self, D: int) -> int:
-        """b: distances, in units of 2^−2b, fit 62 bits when summed over a group's rows or shifted by a share's bits; so single ones fit float64."""
+        """The number of fraction bits b of a mean.
+
+        Distances, in units of 2^−2b, must fit 62 bits when summed over a group's rows or shifted by SHARE_BITS. Then
+        each of them is exact in float64.
+        """
         return (62 - D.bit_length() - max(SHARE_BITS, self.group_rows.bit_length())) // 2
 
     def _set_first_centroids(self, site: str, centroids: Tensor) -> None:
@@ -87,31 +102,28 @@ class BRBKMeans(KMajority):
         return ops.unpack(masks, D).int() << self._fraction_bits(D)
 
     def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
-        return torch.full(
-            rows.shape[:2],
-            self.info.widths[site] << 2 * self._fraction_bits(self.info.widths[site]),
-            device=rows.device,
-        )
+        D = self.info.widths[site]
+        return torch.full(rows.shape[:2], D << 2 * self._fraction_bits(D), device=rows.device)
 
     def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         D, b = self.info.widths[site], self._fraction_bits(self.info.widths[site])
         ids, distance = torch.empty_like(limits), torch.empty_like(limits)
         for group, means in enumerate(self.get("means", site)):
-            real = means.double()
-            lengths, twice = torch.linalg.vecdot(real, real), real.T * 2 ** (b + 1)
-            clusters = torch.arange(len(real), device=real.device)
-            tile = max(1, _TILE // (D + 3 * len(real)))
+            c = means.double()
+            norms, scaled = torch.linalg.vecdot(c, c), c.T * 2 ** (b + 1)
+            clusters = torch.arange(len(c), device=c.device)
+            tile = max(1, _TILE // (D + 3 * len(c)))
             for first in range(0, rows.shape[1], tile):
                 part = slice(first, first + tile)
                 x = ops.unpack(rows[group, part], D).double()
-                scores = torch.addmm(lengths, x, twice, alpha=-1)  # |c|² − 2 x · c
+                scores = torch.addmm(norms, x, scaled, alpha=-1)  # |c|² − 2 x · c
                 least = scores.amin(1, keepdim=True)
                 ids[group, part] = torch.where(scores == least, clusters, len(clusters)).amin(1)
                 distance[group, part] = least.squeeze(1).long() + (x.sum(1).long() << 2 * b)
         return ids, limits - distance
 
     def _update(self, site: str) -> Tensor:
-        """New means from the sums, and the masks that they are cut to. Returns how many means changed, int64."""
+        """Sets new means and masks from the sums. Returns how many entries of means changed, int64."""
         super()._update(site)
         old = self._by_cluster("means", site)
         new = self._recompute("means", site, self._mean)
@@ -120,7 +132,7 @@ class BRBKMeans(KMajority):
         return changed
 
     def _mean(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """sums int32 or int64 [n, D], sizes int64 [n] → means int32 [n, D], rounded half up."""
+        """Means int32 [n, D], rounded half up, from sums int32 or int64 [n, D] and sizes int64 [n]."""
         count = sizes.clamp_min(1).unsqueeze(1)
         return (((sums.long() << self._fraction_bits(sums.shape[1]) + 1) + count) // (2 * count)).int()
 

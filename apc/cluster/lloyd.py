@@ -1,45 +1,65 @@
-"""Clusters patterns: each training step assigns a block of rows and adds it to its clusters' sums, each update keeps the
-neurons with the largest sums.
+"""Lloyd's algorithm on packed patterns.
 
-All sums are integers, so an update is the same to the bit on any number of ranks, and with full passes the objective, the
-importance that the centroids capture, never falls. Shape letters as in `apc.patterns`; G groups that are clustered apart
-(the layers, or one), K clusters.
+Each training step assigns a block of rows to clusters and adds them to the clusters' sums; each update sets a centroid
+to the neurons with the largest sums. All sums are integers, so an update is the same to the bit on any number of ranks.
+With full passes the objective, the importance that the centroids capture, never falls.
+
+Shape letters as in `apc.collect.patterns`; also G groups that are clustered separately (the layers, or one for all),
+K clusters.
 """
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.cluster.seeding import CentroidInit, RowReader
+from apc.collect.loader import BlockLoader, PatternDataModule
 from apc.collect.patterns import Block, PatternInfo, PatternSource
 from apc.config.schema import WEIGHTINGS, ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
-ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (2**36 a row) surely fit an int64
-SHARE_BITS, ROW_BITS = 24, 38  # of a key in `worst`
+ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (at most 2**36 per row) fit an int64
+# Bits of a key in the buffer `worst`: the captured share above, the row number below.
+SHARE_BITS, ROW_BITS = 24, 38
 NO_ROW = torch.iinfo(torch.int64).max
 
 
 class ClusteringModule(LightningModule):
-    """Lloyd's algorithm on packed patterns, for all layers and sites of a run.
+    """Lloyd's algorithm for all layers and sites of a run, and the base class of the other algorithms.
 
-    Everything that a run needs to go on is in the buffers, one set per site:
-    centroids uint8 [G, K, W]; sums [G, K, D] of `sum_type` and sizes int64 [G, K] of the pass so far, and until the next one begins
-    of the last full pass, that the centroids were cut from (with several ranks each then has the sums of its own clusters, until
-    `gather_sums`); layer_sums int64 [L, D], every row of the first pass;
-    captured and weight, int64 [G], the objective and its upper limit; worst int64 [G, K], the rows captured worst so far, worst
-    first, as keys: captured / total in 24 bits, rounded down, then the row's number, so that of equal shares the lowest row is first.
+    The buffers are the whole state of a run. One set per site:
+
+    centroids: uint8 [G, K, W];
+    sums: [G, K, D] of `sum_type`, of the current pass; between passes those of the last one, from which the centroids
+    were made (with several ranks, each then has only its own clusters' sums until `gather_sums`);
+    sizes: int64 [G, K], rows in each cluster, as for sums;
+    layer_sums: int64 [L, D], sums over all rows of the first pass;
+    captured, weight: int64 [G], the objective and its upper bound;
+    worst: int64 [G, K], the rows with the smallest captured share, smallest first. A key is the share in 24 bits,
+    rounded down, then the row number, so among equal shares the lowest row is first.
     """
 
     in_order = False  # whether blocks must come in the order of the text
-    init_class: type[CentroidInit] = CentroidInit
-    centroid_size = "fixed"  # or free: whether every centroid has exactly its share of ones
+    updates_per_window = False  # whether centroids change after every window of a rank instead of a pass or step
+    # fixed: every centroid has mask_size(D, density) ones; free: as many as its cluster gives it.
+    centroid_size = "fixed"
+    gathered_buffers: tuple[str, ...] = ("centroids",)  # sharded over the ranks in an update, then gathered
+    reduced_buffers: tuple[str, ...] = ("captured", "weight", "sizes", "layer_sums")  # all-reduced at the end of a pass
+    usable_means = "that are not empty"  # completes "patterns …": which may start a cluster
+    needs_usable = False  # whether fewer usable patterns than clusters are an error
+
+    passes: Tensor
+    started: Tensor
+    converged: Tensor
+    changed: Tensor
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__()
@@ -51,30 +71,34 @@ class ClusteringModule(LightningModule):
         self.group_rows = info.tokens * (info.layers if self.pooled else 1)
         self._check()
         self.history: list[dict] = []
-        self._sums_apart = False  # whether each rank has the sums of its own clusters alone
-        self._within_pass = False  # where each rank has what it has seen itself
+        self._sums_sharded = False  # whether each rank has only its own clusters' sums
+        self._within_pass = False  # whether each rank has only the sums of rows it has seen
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("changed", torch.zeros((), dtype=torch.int64))  # bits of centroids, in the pass so far
+        self.register_buffer("changed", torch.zeros((), dtype=torch.int64))  # bits of centroids, in this pass so far
         for site, D in info.widths.items():
             self._register_site(site, D)
         self._pass_began = time.perf_counter()
 
     def _check(self) -> None:
+        """Raises UserError if the algorithm can't cluster these patterns with this configuration."""
         cfg = self.cfg
         if cfg.k > self.group_rows:
             raise UserError(
-                f"cluster.k={cfg.k} is more than the {self.group_rows} patterns to cluster; lower it or raise data.fit_windows"
+                f"cluster.k={cfg.k} is more than the {self.group_rows} patterns to cluster; "
+                "lower it or raise data.fit_windows"
             )
         if self.power and not self.info.with_importance:
             raise UserError(
-                f"cluster.weighting={cfg.weighting} needs importances; set collect.importance=true or cluster.weighting=binary"
+                f"cluster.weighting={cfg.weighting} needs importances; "
+                "set collect.importance=true or cluster.weighting=binary"
             )
         widest = max(self.info.widths.values())
         if 255**self.power * widest >= 2**31:
             raise UserError(
-                f"cluster.weighting={cfg.weighting} sums exactly only below {2**31 // 255**self.power:,} neurons, the model has {widest:,}; use magnitude"
+                f"cluster.weighting={cfg.weighting} sums exactly only below {2**31 // 255**self.power:,} neurons, "
+                f"the model has {widest:,}; use magnitude"
             )
         if self.group_rows >> ROW_BITS:
             raise UserError(
@@ -82,14 +106,15 @@ class ClusteringModule(LightningModule):
             )
         if self.power and self.group_rows > ROWS_LIMIT:
             raise UserError(
-                f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; use cluster.weighting=binary"
+                f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; "
+                "use cluster.weighting=binary"
             )
 
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
         self.register_buffer(f"sums_{site}", torch.zeros(G, K, D, dtype=self.sum_type))
-        zeros = dict(sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
-        for name, shape in zeros.items():
+        shapes = dict(sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
+        for name, shape in shapes.items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
         self.register_buffer(f"worst_{site}", torch.full((G, K), NO_ROW))
@@ -101,69 +126,84 @@ class ClusteringModule(LightningModule):
     def _set(self, name: str, site: str, value: Tensor) -> None:
         self.get(name, site).copy_(value)
 
-    def configure_optimizers(self):
-        # Nothing is trained by gradients; a step of this counts global_step on, which max_steps and checkpoints go by.
+    def _by_cluster(self, name: str, site: str) -> Tensor:
+        """The buffer `name` [G, K, …] as [G·K, …], whose rows are sharded over the ranks."""
+        return self.get(name, site).flatten(0, 1)
+
+    @property
+    def _data(self) -> PatternDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+
+    @property
+    def _loader(self) -> BlockLoader:
+        return cast(BlockLoader, self._data.loader)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer without parameters: its steps advance global_step, which max_steps and checkpoints count."""
         return torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
 
-    def state_dict(self, *args, **kwargs) -> dict:
-        """With several ranks to be called on all of them: a checkpoint holds the sums of all clusters, and within a pass what all have seen of it."""
+    def state_dict(self, *args, **kwargs) -> dict:  # type: ignore[override]  # torch declares overloads
+        """The buffers, with the sums of all clusters and of all rows that any rank has seen. Call on all ranks."""
         if self._within_pass:
             self._reduce_to_rank0()
         self.gather_sums()
         return super().state_dict(*args, **kwargs)
 
     def get_extra_state(self) -> dict:
+        """The history, which checkpoints store besides the buffers."""
         return {"history": self.history}
 
     def set_extra_state(self, state: dict) -> None:
+        """Restores the history."""
         self.history = state["history"]
 
     def fields(self) -> list[str]:
-        """The fields of a block that a step reads."""
+        """Names of the block fields that a step reads."""
         sites = self.info.sites
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
     def working_bytes(self) -> int:
-        """About what a training holds on the device besides blocks and buffers: what an update makes of the sums, in int64, the sort of a block's rows,
-        and totals of rows that stay there."""
+        """About the device memory of a training besides blocks and buffers.
+
+        An update converts the sums to int64; a step sorts a block's rows and stores their totals.
+        """
         return 3 * max(8 * self.get("sums", site).numel() for site in self.info.sites) + 2**30
 
     @property
     def sum_type(self) -> torch.dtype:
-        """The type that the sums of a pass surely fit: with int32 there is half as much to read, write and exchange."""
-        counts_alone = not self.power and self.cfg.schedule == "epoch"  # earlier passes may be in those of `step`
-        return torch.int32 if counts_alone and self.group_rows < 2**31 else torch.int64
+        """A type that the sums of a pass fit. int32, if it is enough, halves the bytes to read, write and exchange."""
+        counts = not self.power and self.cfg.schedule == "epoch"  # the sums of schedule `step` include earlier passes
+        return torch.int32 if counts and self.group_rows < 2**31 else torch.int64
 
     def on_fit_start(self) -> None:
+        """Sets the first centroids, unless a checkpoint was loaded."""
         if not self.started:
-            source = self.trainer.datamodule.source
             for site in self.info.sites:
-                self._set_first_centroids(site, self._init(source, site).centroids())
+                reader = self._reader(self._data.source, site)
+                generator = torch.Generator().manual_seed(self.seed)
+                init = CentroidInit(self, reader, self.cfg.k, self.cfg.init, self.groups, self.group_rows, generator)
+                self._set_first_centroids(site, init.centroids())
             self.started.fill_(True)
 
     def _set_first_centroids(self, site: str, centroids: Tensor) -> None:
-        """Takes the first centroids, uint8 [G, K, W]."""
+        """Sets the first centroids, uint8 [G, K, W]."""
         self._set("centroids", site, centroids)
 
-    def _init(self, source: PatternSource, site: str) -> CentroidInit:
-        generator = torch.Generator().manual_seed(self.seed)
-        reader, k, method = self._reader(source, site), self.cfg.k, self.cfg.init
-        return self.init_class(self, reader, k, method, self.groups, self.group_rows, generator)
-
     def _reader(self, source: PatternSource, site: str) -> RowReader:
-        return RowReader(source, self.info, site, self.pooled, self.trainer.datamodule.loader.owned, self.device)
+        return RowReader(source, self.info, site, self.pooled, self._loader.owned, self.device)
 
     def on_train_start(self) -> None:
+        """Resumes within a pass if the checkpoint is from within one; ends the training if no pass is left."""
         self._pass_began = time.perf_counter()
-        loader = self.trainer.datamodule.loader
-        self._within_pass = 0 < loader.position < len(loader)
-        if self._within_pass and distributed.rank():  # the first has all that was seen of it
+        self._within_pass = 0 < self._loader.position < len(self._loader)
+        if self._within_pass and distributed.rank():  # rank 0 has the sums of all ranks
             for site in self.info.sites:
                 self._reset_pass(site)
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
 
     def training_step(self, block: Block, batch_index: int) -> None:
+        """Adds a block to the pass. After the last block, or at `max_steps`, ends the pass."""
         if batch_index == 0:
             self._begin_pass()
         for site in self.info.sites:
@@ -171,61 +211,57 @@ class ClusteringModule(LightningModule):
             if self.cfg.schedule == "step":
                 self.changed += self._update(site)
         if batch_index == self.trainer.num_training_batches - 1 or self.global_step + 1 == self.trainer.max_steps:
-            self._end_pass()  # one that max_steps cuts short ends with what it has seen
-        self.optimizers().step()
+            self._end_pass()
+        cast(LightningOptimizer, self.optimizers()).step()
 
     def _begin_pass(self) -> None:
         self._pass_began = time.perf_counter()
-        self._sums_apart, self._within_pass = False, True
+        self._sums_sharded, self._within_pass = False, True
         self.changed.zero_()
         for site in self.info.sites:
             if self.cfg.schedule == "epoch":
                 self.get("sums", site).zero_()
                 self.get("sizes", site).zero_()
-            else:  # half of what earlier passes saw is forgotten, by an exact integer step
+            else:  # earlier passes count half: an exact integer step
                 self._set("sums", site, self.get("sums", site) >> 1)
                 self._set("sizes", site, self.get("sizes", site) >> 1)
             for name in ("captured", "weight"):
                 self.get(name, site).zero_()
             self.get("worst", site).fill_(NO_ROW)
 
-    def _seen(self, site: str) -> list[Tensor]:
-        """The buffers that hold, added up, what this rank has seen itself in the pass so far; `worst` besides."""
-        own = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
-        return [self.get(name, site) for name in own + (() if self.history else ("layer_sums",))]
+    def _pass_sums(self, site: str) -> list[Tensor]:
+        """The buffers that sum over the rows this rank has seen in the current pass; `worst` is extra."""
+        names = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
+        return [self.get(name, site) for name in names + (() if self.history else ("layer_sums",))]
 
     def _reset_pass(self, site: str) -> None:
-        """Drops what this rank has seen itself in the pass so far."""
-        for value in self._seen(site):
+        """Drops the rows that this rank has seen in the current pass."""
+        for value in self._pass_sums(site):
             value.zero_()
         self.get("worst", site).fill_(NO_ROW)
 
     def _reduce_to_rank0(self) -> None:
-        """Within a pass: gives the first rank what all have seen of it; the others go on as if they had seen nothing."""
+        """Within a pass: rank 0 gets the sums over the rows of all ranks; the other ranks drop theirs."""
         for site in self.info.sites:
-            for value in self._seen(site):
+            for value in self._pass_sums(site):
                 distributed.sum_at_first(value)
             self._share_worst(site)
             if distributed.rank():
                 self._reset_pass(site)
 
-    def _by_cluster(self, name: str, site: str) -> Tensor:
-        """The buffer `name` [G, K, …] as [G·K, …], of which the ranks share out the rows."""
-        return self.get(name, site).flatten(0, 1)
-
     def gather_sums(self) -> None:
-        """Brings the sums of all clusters to all ranks, if they lie apart; to be called on all of them."""
-        if self._sums_apart:
+        """Copies the sums of all clusters to all ranks, if they are sharded. Call on all ranks."""
+        if self._sums_sharded:
             for site in self.info.sites:
                 distributed.gather_rows(self._by_cluster("sums", site))
-            self._sums_apart = False
+            self._sums_sharded = False
 
     def _grouped(self, value: Tensor) -> Tensor:
         """[L, n, ...] → [G, rows, ...]"""
         return value.flatten(0, 1).unsqueeze(0) if self.pooled else value
 
     def _row_numbers(self, block: Block) -> Tensor:
-        """int64 [G, rows]: each row's number in its group, the same however the rows are cut into blocks and ranks."""
+        """Each row's number in its group, int64 [G, rows], the same for any split into blocks and ranks."""
         positions = block.positions.to(self.device)
         if not self.pooled:
             return positions.expand(self.groups, -1)
@@ -233,213 +269,230 @@ class ClusteringModule(LightningModule):
         return (positions * self.info.layers + layers.unsqueeze(1)).reshape(1, -1)
 
     def _add_rows(self, site: str, block: Block) -> None:
-        """Assigns a block's rows, adds them to their clusters' sums, and notes what was captured."""
+        """Assigns a block's rows, adds them to their clusters' sums, and updates `captured`, `weight` and `worst`."""
         K, D = self.cfg.k, self.info.widths[site]
         rows = self._grouped(block.importance[site] if self.power else block.patterns[site])
-        total = self._limits(site, block, rows)
-        ids, captured = self._assign(site, rows, total)
+        limits = self._limits(site, block, rows)
+        ids, captured = self._assign(site, rows, limits)
         if self.power:
-            scales = ops.scales_of(total)
+            scales = ops.scales_of(limits)
             self._accumulate(site, lambda **out: ops.accumulate_weighted(rows, ids, scales, K, self.power, **out))
             self.get("captured", site).add_((captured * scales).sum(1))
-            self.get("weight", site).add_((total * scales).sum(1))
+            self.get("weight", site).add_((limits * scales).sum(1))
         else:
             self._accumulate(site, lambda **out: ops.accumulate(rows, ids, K, D, **out))
             self.get("captured", site).add_(captured.sum(1))
-            self.get("weight", site).add_(total.sum(1))
+            self.get("weight", site).add_(limits.sum(1))
         if self._layers_apart and not self.history:
             self._add_layer_sums(site, block)
-        self._note_worst(site, captured, total, self._row_numbers(block))
+        self._note_worst(site, captured, limits, self._row_numbers(block))
 
     def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
-        """`limits` of a block's rows. Their totals are the same in each pass, so the first leaves them with the block."""
+        """`limits` of a block's rows. Their totals never change, so the first pass stores them in `block.derived`."""
         name = f"totals.{site}.{self.power}"
         if name not in block.derived:
             block.derived[name] = self.totals(rows).int()
         return self.limits(site, block.derived[name].long())
 
     def totals(self, rows: Tensor) -> Tensor:
-        """int64 [..., n], below 2³¹: the ones of patterns [..., n, W], or what the importances [..., n, D] come to."""
+        """Sum of each row, int64 [..., n], below 2³¹.
+
+        rows: patterns [..., n, W], whose ones are counted, or importances [..., n, D], raised to the weighting's power.
+        """
         return ops.row_totals(rows, self.power) if self.power else ops.popcount(rows).long()
 
     def limits(self, site: str, totals: Tensor) -> Tensor:
-        """int64 [..., n]: what of rows with these totals can be captured at most."""
+        """Upper bound on the captured sum per row, int64 [..., n], from the rows' totals."""
         return totals
 
     def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """A block's rows [G, n, ...] to their clusters, as `nearest` has it."""
+        """`nearest` of a block's rows [G, n, ...] among the current centroids."""
         return self.nearest(site, rows, self.get("centroids", site), limits)
 
     def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [..., n, W or D] with their `limits` to centroids uint8 [..., K, W] → ids int64 and what is captured, [..., n] each."""
+        """Nearest centroid and captured sum of each row, int64 [..., n] each.
+
+        rows: [..., n, W or D]; centroids: uint8 [..., K, W]; limits: of the rows, int64 [..., n].
+        """
         return ops.assign_weighted(rows, centroids, self.power) if self.power else ops.assign(rows, centroids)
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
-        """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""
+        """Centroids uint8 [n, W] made from the rows at pairs (group, row number)."""
         return reader.masks(group, row, self.cfg.density)
 
+    def usable(self, site: str, patterns: Tensor) -> Tensor:
+        """Which patterns uint8 [n, W] may start a cluster, bool [n]."""
+        return ops.popcount(patterns) > 0
+
     def _accumulate(self, site: str, accumulate: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """Adds a block's sums [G, K, D] and sizes [G, K] to those of the pass: this rank's own, or with schedule `step` all ranks'."""
-        held = self.get("sums", site), self.get("sizes", site)
+        """Adds a block's sums [G, K, D] and sizes [G, K] to the pass; with schedule `step`, those of all ranks."""
+        out = self.get("sums", site), self.get("sizes", site)
         if self.cfg.schedule == "epoch":
-            accumulate(out=held)
+            accumulate(out=out)
         else:
-            for value, added in zip(held, accumulate(), strict=True):
+            for value, added in zip(out, accumulate(), strict=True):
                 value.add_(distributed.all_sum(added))
 
     @property
     def _layers_apart(self) -> bool:
-        """Whether what the layers' rows add up to is not in `sums` at the end of the first pass: there layers share clusters."""
+        """Whether `layer_sums` must be summed separately, because the sums of clusters don't give them."""
         return self.pooled
 
     def _add_layer_sums(self, site: str, block: Block) -> None:
         L, n = block.patterns[site].shape[:2]
         layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
-        sums = self.get("layer_sums", site).unsqueeze(1), torch.zeros(L, 1, dtype=torch.int64, device=self.device)
+        out = self.get("layer_sums", site).unsqueeze(1), torch.zeros(L, 1, dtype=torch.int64, device=self.device)
         if self.power:
             importance = block.importance[site]
-            ops.accumulate_weighted(
-                importance, layer_ids, ops.row_scales(importance, self.power), 1, self.power, out=sums
-            )
+            scales = ops.row_scales(importance, self.power)
+            ops.accumulate_weighted(importance, layer_ids, scales, 1, self.power, out=out)
         else:
-            ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site], out=sums)
+            ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site], out=out)
 
-    def _note_worst(self, site: str, captured: Tensor, total: Tensor, rows: Tensor) -> None:
-        """Merges a block into the K rows captured worst; empty rows are left out."""
-        keys = ((captured.long() << SHARE_BITS) // total.clamp_min(1) << ROW_BITS) + rows
-        self._merge_worst(site, keys.masked_fill_(total == 0, NO_ROW))
+    def _note_worst(self, site: str, captured: Tensor, limits: Tensor, rows: Tensor) -> None:
+        """Merges a block into the K rows with the smallest captured share, without empty rows. rows: their numbers."""
+        keys = ((captured.long() << SHARE_BITS) // limits.clamp_min(1) << ROW_BITS) + rows
+        self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))
 
     def _merge_worst(self, site: str, keys: Tensor) -> None:
         keys = torch.cat([self.get("worst", site), keys], dim=1)
         self._set("worst", site, keys.topk(self.cfg.k, dim=1, largest=False, sorted=True).values)
 
     def _share_worst(self, site: str) -> None:
-        """Brings the rows captured worst of all that the ranks have seen to all of them."""
+        """Merges `worst` over all ranks."""
         keys = distributed.all_concat(self.get("worst", site), dim=1).clone()
         self.get("worst", site).fill_(NO_ROW)
         self._merge_worst(site, keys)
 
     def _update(self, site: str) -> Tensor:
-        """New centroids from the sums. Returns how many bits changed, int64."""
+        """Sets new centroids from the sums. Returns how many bits changed, int64."""
         old = self._by_cluster("centroids", site)
         new = self._recompute("centroids", site, self._binarize)
         changed = ops.popcount(new ^ old).long().sum()
         old.copy_(new)
         return changed
 
-    def _recompute(self, name: str, site: str, follow: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What the buffer `name` becomes, [G·K, …]: what follows from the sums [n, D] and sizes int64 [n] of clusters; one with no member keeps
-        its own. Where the sums lie apart each rank makes what follows from its own, and all get all."""
+    def _recompute(self, name: str, site: str, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """New values [G·K, …] of the buffer `name`, from `formula` of the clusters' sums [n, D] and sizes int64 [n].
+
+        An empty cluster keeps its value. If the sums are sharded, each rank computes its own clusters and all gather.
+        """
         sums, sizes, old = (self._by_cluster(each, site) for each in ("sums", "sizes", name))
         new = torch.empty_like(old)
-        for rows in distributed.own_rows(len(old)) if self._sums_apart else [slice(None)]:
-            new[rows] = torch.where((sizes[rows] > 0).unsqueeze(1), follow(sums[rows], sizes[rows]), old[rows])
-        if self._sums_apart:
+        for rows in distributed.own_rows(len(old)) if self._sums_sharded else [slice(None)]:
+            new[rows] = torch.where((sizes[rows] > 0).unsqueeze(1), formula(sums[rows], sizes[rows]), old[rows])
+        if self._sums_sharded:
             distributed.gather_rows(new)
         return new
 
     def _binarize(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """The centroids uint8 [n, W] that follow from sums int32 or int64 [n, D] and sizes int64 [n]."""
+        """Centroids uint8 [n, W] from sums int32 or int64 [n, D] and sizes int64 [n]."""
         return ops.binarize(sums, self.cfg.density)
 
     def _changeable(self, D: int) -> int:
-        """The most that a centroid can count as changed by an update: bits, all of its own and as many others."""
+        """The most bits of a centroid that an update can change: all its ones, and as many zeros."""
         return 2 * ops.mask_size(D, self.cfg.density)
 
     def _end_pass(self) -> None:
-        """Exchanges sums between the ranks, updates and re-seeds, and decides whether another pass is worth it."""
-        empty, figures = 0, {}
+        """Exchanges sums between the ranks, updates and re-seeds centroids, and checks for convergence."""
+        empty, shares = 0, []
+        figures: dict[str, float | list[float]] = {}
         self._within_pass = False
-        self._sums_apart = self.cfg.schedule == "epoch"
+        self._sums_sharded = self.cfg.schedule == "epoch"
         for site in self.info.sites:
             self._exchange(site)
             empty += self._update_centroids(site)
             captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
-            figures |= {f"cluster/captured_{site}": captured.mean().item()}
+            shares.append(captured.mean().item())
+            figures[f"cluster/captured_{site}"] = shares[-1]
             if not self.pooled:
-                figures |= {
-                    f"cluster_layers/captured_{site}_{layer:02d}": value
-                    for layer, value in enumerate(captured.tolist())
-                }
+                figures[f"cluster_layers/captured_{site}"] = captured.tolist()
         self.passes += 1
-        self._report(figures, empty, int(self.changed))
+        self._report(sum(shares) / len(shares), empty, figures)
 
     def _exchange(self, site: str) -> None:
-        """Adds up over the ranks what each has seen in the pass. Of the sums, the one large thing, each rank gets those of its own clusters."""
+        """Sums the pass over the ranks. Each rank gets the large `sums` of its own clusters only."""
         layers = self.get("layer_sums", site)
         if not (self._layers_apart or self.history):
             layers.copy_(self.get("sums", site).sum(1))
-        own = [self.get(name, site) for name in ("captured", "weight")]
-        if self._sums_apart:
-            own.append(self.get("sizes", site))
+        reduced = [self.get(name, site) for name in ("captured", "weight")]
+        if self._sums_sharded:
+            reduced.append(self.get("sizes", site))
             distributed.sum_own_rows(self._by_cluster("sums", site))
-        if not self.history and (self._layers_apart or self._sums_apart):
-            own.append(layers)
-        for value in own:
+        if not self.history and (self._layers_apart or self._sums_sharded):
+            reduced.append(layers)
+        for value in reduced:
             distributed.all_sum(value)
 
     def _update_centroids(self, site: str) -> int:
-        """New centroids at the end of a pass; returns how many clusters were empty."""
+        """Sets new centroids at the end of a pass, and re-seeds empty clusters. Returns how many there were."""
         if self.cfg.schedule == "epoch":
             self.changed += self._update(site)
         empties = self.get("sizes", site) == 0
         self.changed += self._reseed(site, empties)
         return int(empties.sum())
 
-    def _report(self, figures: dict[str, float], empty: int, changed: int) -> None:
-        seconds = time.perf_counter() - self._pass_began
-        captured = sum(value for name, value in figures.items() if name.startswith("cluster/")) / len(self.info.sites)
+    def _report(self, captured: float, empty: int, figures: dict[str, float | list[float]]) -> None:
+        """Adds the pass to the history and the logs, and stops the training if it was the last.
+
+        captured: captured share, mean over the sites; empty: how many clusters were empty; figures: to log besides.
+        """
         changeable = sum(self.groups * self.cfg.k * self._changeable(D) for D in self.info.widths.values())
-        record = (
-            dict(epoch=int(self.passes), captured=captured, empty=empty, changed=changed / changeable, seconds=seconds)
-            | self._own_figures()
+        record = dict(
+            epoch=int(self.passes),
+            captured=captured,
+            empty=empty,
+            changed=int(self.changed) / changeable,
+            seconds=time.perf_counter() - self._pass_began,
         )
+        record |= self._extra_figures()
         if self._is_converged(record):
             self.converged.fill_(True)
         self.history.append(record)
-        for logger in self.loggers:  # now and not by `log_dict`, which writes after the pass's checkpoint: a kill between them would lose the row
-            logger.log_metrics({f"cluster/{name}": float(value) for name, value in record.items()} | figures)
+        # Not with `log_dict`, which writes after the pass's checkpoint: a kill between the two would lose the row.
+        row = {f"cluster/{name}": float(value) for name, value in record.items()} | figures
+        for logger in self.loggers:
+            logger.log_metrics(row)  # type: ignore[arg-type]  # the run's logger takes lists too
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
 
-    def _own_figures(self) -> dict[str, float]:
-        """What else a pass reports."""
+    def _extra_figures(self) -> dict[str, float]:
+        """Figures of the algorithm's own, for the record of a pass."""
         return {}
 
     def _is_converged(self, record: dict) -> bool:
-        """Whether a pass that gave `record` after those of the history needs no other."""
+        """Whether to stop after the pass with this record; `history` has the passes before it."""
         if record["changed"] == 0:
             return True
-        before = self.history[-1]["captured"] if self.history else None
-        stalled = (
-            before is not None and record["empty"] == 0 and record["captured"] - before < self.cfg.tolerance * before
-        )
-        return stalled and self.cfg.schedule == "epoch"
+        if not self.history or record["empty"] or self.cfg.schedule != "epoch":
+            return False
+        before = self.history[-1]["captured"]
+        return record["captured"] - before < self.cfg.tolerance * before
 
     def _reseed(self, site: str, empties: Tensor) -> int:
-        """Gives the j-th empty cluster of each group (by id) the j-th worst captured row; returns how many bits that changed."""
+        """Sets the j-th empty cluster of each group to the row with the j-th smallest captured share.
+
+        Returns how many bits of centroids changed.
+        """
         if not empties.any():
             return 0
         self._share_worst(site)
         group, cluster = empties.nonzero(as_tuple=True)
-        rank_in_group = (empties.cumsum(1) - 1)[group, cluster]
-        worst = self.get("worst", site)[group, rank_in_group]
+        index_in_group = (empties.cumsum(1) - 1)[group, cluster]
+        worst = self.get("worst", site)[group, index_in_group]
         has_row = worst < NO_ROW
-        group, cluster, worst = group[has_row], cluster[has_row], worst[has_row]
-        source = self.trainer.datamodule.source
-        return self._set_centroids(
-            site, group, cluster, self.seeds(self._reader(source, site), group, worst & ((1 << ROW_BITS) - 1))
-        )
+        group, cluster, row = group[has_row], cluster[has_row], worst[has_row] & ((1 << ROW_BITS) - 1)
+        return self._set_centroids(site, group, cluster, self.seeds(self._reader(self._data.source, site), group, row))
 
     def _set_centroids(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
-        """Makes seeds uint8 [n, W] the centroids of the clusters at pairs (group, cluster); returns how many bits that changed."""
+        """Sets the centroids at pairs (group, cluster) to seeds uint8 [n, W]. Returns how many bits changed."""
         centroids = self.get("centroids", site)
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds
         return changed
 
     def codebook(self, provenance: dict) -> Codebook:
-        """The codebook as the clustering stands, on the host; to be called on all ranks."""
+        """The codebook of the current centroids, on the host. Call on all ranks."""
         self.gather_sums()
         info, cfg = self.info, self.cfg
         sites = {}
@@ -470,11 +523,11 @@ class ClusteringModule(LightningModule):
         return book.to(torch.device("cpu"))
 
 
-_CLUSTERS_AT_ONCE = 1024  # whose profiles are made at a time
+_CLUSTERS_AT_ONCE = 1024  # profiles computed at a time, because all of them as float64 would take too much memory
 
 
 def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:
-    """int32 or int64 [G, K, D] sums → float16 [G, K, D]; in pieces, since the doubles of all would take much memory."""
+    """Profiles float16 [G, K, D] as in `SiteCodebook`, from sums int32 or int64 [G, K, D]."""
     result = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
     for group in range(len(sums)):
         for first in range(0, sums.shape[1], _CLUSTERS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Where clusters begin: rows drawn at random or by k-means++. Shape letters as in `apc.cluster.lloyd`."""
+"""First centroids: rows drawn at random or by k-means++. Shape letters as in `apc.cluster.lloyd`."""
 
 import random
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from apc.utils import distributed
 from apc.utils.errors import UserError
 
 INIT_SAMPLE = 4096  # rows of a group that k-means++ chooses from
-_PERMUTED = 1 << 24  # up to this many rows a whole permutation is drawn; of more, a sample
-_DRAWS = 16  # rows sampled for each one wanted, since some may not be usable
+_PERMUTED = 1 << 24  # up to this many rows, draw a permutation of all; beyond, draw a sample
+_DRAWS = 16  # rows sampled per row wanted, because some may not be usable
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class RowReader:
         """Rows [n, ...] of the field `name` at pairs (group, row number), int64 [n] each."""
         layers, tokens = self._layers_tokens(group.cpu(), row.cpu())
         owned = self.owned(tokens).nonzero().flatten()
-        found = self.source.rows(f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.device)
-        result = torch.zeros(len(tokens), *found.shape[1:], dtype=found.dtype, device=self.device)
-        result[owned.to(self.device)] = found
+        rows = self.source.rows(f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.device)
+        result = torch.zeros(len(tokens), *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        result[owned.to(self.device)] = rows
         return distributed.all_sum(result)
 
     def masks(self, group: Tensor, row: Tensor, density: float) -> Tensor:
-        """Patterns cut or filled to the size of a centroid, uint8 [n, W]."""
+        """Patterns of rows at pairs (group, row number), cut or filled to the size of a centroid, uint8 [n, W]."""
         D = self.info.widths[self.site]
         active = ops.unpack(self.read("patterns", group, row), D)
         importance = self.read("importance", group, row) if self.info.with_importance else None
@@ -58,12 +58,17 @@ class RowReader:
 
 
 class SeedingRules(Protocol):
-    """What seeding asks of a clustering algorithm."""
+    """The part of a clustering algorithm that seeding needs; see `ClusteringModule`."""
 
     power: int
+    usable_means: str
+    needs_usable: bool
+
+    def usable(self, site: str, patterns: Tensor) -> Tensor:
+        """Which patterns uint8 [n, W] may start a cluster, bool [n]."""
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
-        """The centroids uint8 [n, W] that rows at pairs (group, row number) start as."""
+        """Centroids uint8 [n, W] made from the rows at pairs (group, row number)."""
 
     def totals(self, rows: Tensor) -> Tensor:
         """int64 [n]: the sum of each row."""
@@ -77,9 +82,10 @@ class SeedingRules(Protocol):
 
 @dataclass
 class CentroidInit:
-    """The first centroids of one site: rows drawn at random without replacement, or by k-means++ from a random sample.
+    """Draws the first centroids of one site, at random without replacement or by k-means++ from a random sample.
 
-    Empty rows are used only where there are no others. groups, group_rows: how many groups, and rows in each.
+    Unusable rows are drawn only if there are not enough usable ones. k: clusters; method: `random` or `k-means++`;
+    groups, group_rows: how many groups, and rows in each.
     """
 
     rules: SeedingRules
@@ -90,11 +96,8 @@ class CentroidInit:
     group_rows: int
     generator: torch.Generator
 
-    usable_means = "that are not empty"
-    needs_usable = False  # whether fewer usable rows than clusters are an error
-
     def centroids(self) -> Tensor:
-        """uint8 [G, K, W]. Raises UserError where usable rows are too few and the algorithm needs them."""
+        """The centroids, uint8 [G, K, W]. Raises UserError if the algorithm needs more usable rows than there are."""
         wanted = self.k if self.method == "random" else max(self.k, INIT_SAMPLE)
         order = random_rows(self.group_rows, wanted, self.generator)
         chosen = [self._draw(group, order, wanted) for group in range(self.groups)]
@@ -104,37 +107,38 @@ class CentroidInit:
             [self.rules.seeds(self.reader, torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)]
         )
 
-    def usable(self, patterns: Tensor) -> Tensor:
-        """bool [n]: which patterns uint8 [n, W] may start a cluster."""
-        return ops.popcount(patterns) > 0
-
     def _draw(self, group: int, order: Tensor, wanted: int) -> Tensor:
-        """The first `wanted` usable rows in `order`. If there are fewer, all of them and, up to K, others."""
-        K = self.k
-        found, others = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
+        """The first `wanted` usable rows in `order`. If they are fewer than K, unusable ones fill up to K."""
+        K, site = self.k, self.reader.site
+        usable, others = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
         for rows in order.split(wanted):
-            usable = self.usable(self.reader.read("patterns", torch.full_like(rows, group), rows)).cpu()
-            found = torch.cat([found, rows[usable]])[:wanted]
-            others = torch.cat([others, rows[~usable]])[:K]
-            if len(found) == wanted:
-                return found
-        if len(found) >= K:
-            return found
-        where = f"site {self.reader.site}, {'all layers' if self.reader.pooled else f'layer {group}'}"
-        if self.needs_usable:
+            patterns = self.reader.read("patterns", torch.full_like(rows, group), rows)
+            mask = self.rules.usable(site, patterns).cpu()
+            usable = torch.cat([usable, rows[mask]])[:wanted]
+            others = torch.cat([others, rows[~mask]])[:K]
+            if len(usable) == wanted:
+                return usable
+        if len(usable) >= K:
+            return usable
+        where = f"site {site}, {'all layers' if self.reader.pooled else f'layer {group}'}"
+        if self.rules.needs_usable:
             raise UserError(
-                f"cluster.k={K} is more than the {len(found)} patterns {self.usable_means} ({where}); "
+                f"cluster.k={K} is more than the {len(usable)} patterns {self.rules.usable_means} ({where}); "
                 "lower it or raise data.fit_windows"
             )
         if distributed.is_main():
             print(
-                f"{where}: {len(found):,} of {len(order):,} patterns are not empty; the other clusters start from empty ones",
+                f"{where}: {len(usable):,} of {len(order):,} patterns are not empty; "
+                "the other clusters start from empty ones",
                 flush=True,
             )
-        return torch.cat([found, others])[:K]
+        return torch.cat([usable, others])[:K]
 
     def _spread(self, group: int, rows: Tensor) -> Tensor:
-        """k-means++ (Arthur and Vassilvitskii, 2007) over sample `rows`; the distance is what a centroid fails to capture."""
+        """Chooses K of `rows` by k-means++ (Arthur and Vassilvitskii, 2007).
+
+        The distance is the limit of a row's captured sum minus that sum.
+        """
         rules = self.rules
         groups = torch.full_like(rows, group)
         masks = rules.seeds(self.reader, groups, rows)
@@ -146,7 +150,7 @@ class CentroidInit:
             chances = (missed * scales >> 16 if scales is not None else missed).cumsum(0)
             draw = int(torch.randint(max(int(chances[-1]), 1), (1,), generator=self.generator))
             pick = int(torch.searchsorted(chances, draw, right=True).clamp(max=len(rows) - 1))
-            if picked and int(missed[pick]) == 0:  # every row is fully captured: take any row not picked yet
+            if picked and int(missed[pick]) == 0:  # every row is fully captured: take any that is not picked yet
                 pick = next(index for index in range(len(rows)) if index not in set(picked))
             picked.append(pick)
             _, captured = rules.nearest(self.reader.site, sample, masks[pick : pick + 1], limits)
@@ -155,9 +159,9 @@ class CentroidInit:
 
 
 def random_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Numbers from 0 to count − 1 in random order, without repeats, int64 on the host.
+    """Row numbers from 0 to count − 1 in random order, without repeats, int64 on the host.
 
-    All of them up to 2²⁴. Of more, a sample of 16 for each one wanted, so that memory does not grow with `count`.
+    Up to 2²⁴ rows: all of them. Beyond: 16 for each one wanted, so that memory does not grow with `count`.
     """
     if count <= _PERMUTED:
         return torch.randperm(count, generator=generator)

@@ -1,1 +1,1 @@
-"""Activation patterns of a model: read off its forward pass, stored, and handed to training."""
+"""Collects activation patterns from a model, stores them, and feeds them to training."""

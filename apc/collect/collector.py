@@ -1,10 +1,10 @@
-"""Runs the model over token windows and turns what its FFNs compute into patterns."""
+"""Runs the model over token windows and turns its FFN activations into patterns."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from apc import ops
 from apc.collect.patterns import ActiveRule, Block, Importance, quantise
@@ -12,48 +12,51 @@ from apc.data.ffn import FFNHooks, GatedFFN, find_ffns
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
-HISTOGRAM_SHIFT = 13  # a float32's bits shifted right by this many: 2**18 bins, each 2**-10 wide relative to its value
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A bin is the upper 18 bits of a float32 without its sign: each is 2**-10 wide relative to its value.
+HISTOGRAM_SHIFT = 13
 HISTOGRAM_BINS = 1 << (31 - HISTOGRAM_SHIFT)
 
 
 class Collector:
-    """Reads the patterns of token windows off a model.
+    """Reads the patterns of token windows from a model.
 
     Args:
         model: a causal language model with gated FFNs.
         sites: where patterns are read.
         device: where the model is.
         batch_windows: windows in one forward pass.
-        thresholded: whether inactive values become zero in the forward pass that blocks are read from, as in the paper's.
+        thresholded: whether the forward pass that blocks are read from sets inactive values to zero, as in the paper.
+        name: the model's name in listings of stores.
+        progress: whether collecting shows a bar.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: "PreTrainedModel",
         sites: list[str],
         device: torch.device,
         batch_windows: int = 1,
         thresholded: bool = False,
+        name: str = "",
+        progress: bool = True,
     ):
-        self.model, self.sites, self.device, self.batch_windows, self.thresholded = (
-            model,
-            sites,
-            device,
-            batch_windows,
-            thresholded,
-        )
+        self.model, self.sites, self.device, self.name, self.progress = model, sites, device, name, progress
+        self.batch_windows, self.thresholded = batch_windows, thresholded
         self.ffns = find_ffns(model)
         self.importance = Importance(self.ffns)
 
     def calibrate(self, text: Tensor, windows: Sequence[int], sparsity: float) -> dict[str, Tensor]:
-        """Thresholds float32 [L] per site: the least bin edge with at least a share `sparsity` of all importances below it.
+        """Thresholds float32 [L] per site: the first bin edge with at least a share `sparsity` of importances below.
 
-        Counts go into logarithmic bins (relative width 2**-10), so memory does not grow with the text and the sums over
-        ranks are exact. text: int64 [N, seq_len]; windows: indices into it, of which each rank runs its share.
+        Importances are counted in logarithmic bins (relative width 2**-10). So memory does not grow with the text, and
+        sums over ranks are exact. text: int64 [N, seq_len]; windows: indices into it, shared out over the ranks.
         """
         counter = _Histograms(len(self.ffns), self.sites, self.importance, self.device)
         first, last = distributed.share(len(windows))
-        self._forward(text, windows[first:last], counter, filled=True)
+        self._forward(text, windows[first:last], counter, self.sites, padded=True)
         return {site: _quantile(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
 
     def block(
@@ -63,41 +66,36 @@ class Collector:
         rule: ActiveRule,
         with_importance: bool,
         with_hidden: bool,
-        filled: bool = False,
+        padded: bool = False,
     ) -> Block:
         """The patterns of some windows of a text.
 
-        text: int64 [N, seq_len]; windows: indices into it; filled: whether a short forward pass is made as large as the others: a GPU's products of
-        another size round otherwise, so that where passes are short would be seen in the patterns. Raises UserError at NaN or infinity.
+        text: int64 [N, seq_len]; windows: indices into it; padded: whether to pad a short batch to `batch_windows`.
+        Rounding on a GPU depends on the batch size, so without padding the patterns would depend on where batches are
+        short. Raises UserError at NaN or infinity.
         """
         reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden, self.thresholded)
-        self._forward(text, windows, reader, filled)
+        self._forward(text, windows, reader, self.sites, padded)
         return reader.block(windows, text.shape[1])
 
     def hidden(self, text: Tensor, windows: Sequence[int]) -> Tensor:
         """Every FFN's input, bfloat16 [L, n·seq_len, E], for n windows of a text int64 [N, seq_len]."""
-        reader = _PatternReader(
-            self.ffns, self.importance, ActiveRule("top", 0.5), with_importance=False, with_hidden=True
-        )
+        rule = ActiveRule("top", 0.5)  # unused: no site is visited
+        reader = _PatternReader(self.ffns, self.importance, rule, with_importance=False, with_hidden=True)
         self._forward(text, windows, reader, sites=[])
-        return reader.block(windows, text.shape[1]).hidden
+        return reader.block(windows, text.shape[1]).tensors()["hidden"]
 
     @torch.inference_mode()
     def _forward(
-        self,
-        text: Tensor,
-        windows: Sequence[int],
-        visitor: "_Visitor",
-        filled: bool = False,
-        sites: list[str] | None = None,
+        self, text: Tensor, windows: Sequence[int], visitor: "_Visitor", sites: list[str], padded: bool = False
     ) -> None:
-        hooks = FFNHooks(self.ffns, self.sites if sites is None else sites, visitor)
+        hooks = FFNHooks(self.ffns, sites, visitor)
         try:
             for start in range(0, len(windows), self.batch_windows):
                 batch = list(windows[start : start + self.batch_windows])
                 visitor.tokens = len(batch) * text.shape[1]
-                fill = batch[-1:] * (self.batch_windows - len(batch)) if filled else []
-                self.model.base_model(input_ids=text[batch + fill].to(self.device), use_cache=False)
+                padding = batch[-1:] * (self.batch_windows - len(batch)) if padded else []
+                self.model.base_model(input_ids=text[batch + padding].to(self.device), use_cache=False)
                 self._check_finite(visitor, batch)
         finally:
             hooks.remove()
@@ -114,32 +112,42 @@ class Collector:
 
 
 class _Visitor:
-    """Notes the largest importance of each layer and site, to find NaN and infinity without waiting for the device in mid-pass."""
+    """Records the largest importance of each layer and site, to find NaN and infinity after the pass.
+
+    Checking at once would wait for the device in mid-pass. tokens: those of the current pass without its padding, which
+    comes last.
+    """
 
     def __init__(self, importance: Importance):
         self._importance = importance
-        self.tokens = 0  # of the pass, that count; what comes after them fills it
+        self.tokens = 0
         self._largest: list[tuple[int, str, Tensor]] = []
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        pass
+        """Ignores the FFN's input."""
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        """See `FFNVisitor.visit`."""
+        raise NotImplementedError
 
     def measure(self, layer: int, site: str, values: Tensor) -> Tensor:
-        """float32 [n, D]"""
+        """Importance float32 [n, D] of the values, with NaN as 0."""
         importance = self._importance(layer, site, values.flatten(0, -2))
         self._largest.append((layer, site, importance.amax()))
-        return importance.nan_to_num_(nan=0.0)  # the pass goes on to its end, where the layer is named
+        return importance.nan_to_num_(nan=0.0)  # the pass goes on; the layer is reported after it
 
     def pop_nonfinite(self) -> tuple[int, str] | None:
-        """The first layer and site with a NaN or infinity since the last call."""
-        seen, self._largest = self._largest, []
-        if not seen:
+        """The first layer and site with NaN or infinity since the last call; None if there is none."""
+        records, self._largest = self._largest, []
+        if not records:
             return None
-        finite = torch.stack([largest for *_, largest in seen]).isfinite().tolist()
-        return next((seen[i][:2] for i, ok in enumerate(finite) if not ok), None)
+        finite = torch.stack([largest for *_, largest in records]).isfinite().tolist()
+        return next(((layer, site) for (layer, site, _), ok in zip(records, finite, strict=True) if not ok), None)
 
 
 class _Histograms(_Visitor):
+    """Counts importances in logarithmic bins. counts: int64 [L, bins] per site."""
+
     def __init__(self, layers: int, sites: list[str], importance: Importance, device: torch.device):
         super().__init__(importance)
         self.counts = {site: torch.zeros(layers, HISTOGRAM_BINS, dtype=torch.int64, device=device) for site in sites}
@@ -150,13 +158,18 @@ class _Histograms(_Visitor):
 
 
 def _quantile(counts: Tensor, share: float) -> Tensor:
-    """counts int64 [L, bins] → float32 [L]: the lower edge of the first bin with at least `share` of the counts below it."""
+    """Lower edge of the first bin with at least `share` of the counts below it.
+
+    counts: int64 [L, bins]. Returns float32 [L].
+    """
     below = counts.cumsum(1) - counts
     edges = (below >= share * counts.sum(1, keepdim=True)).int().argmax(dim=1)
     return (edges.to(torch.int32) << HISTOGRAM_SHIFT).view(torch.float32).cpu()
 
 
 class _PatternReader(_Visitor):
+    """Gathers patterns, and if wanted importances and FFN inputs, of one or more forward passes."""
+
     def __init__(
         self,
         ffns: list[GatedFFN],
@@ -189,17 +202,6 @@ class _PatternReader(_Visitor):
         return values.masked_fill(~active.view(values.shape), 0) if self._thresholded else None
 
     def block(self, windows: Sequence[int], seq_len: int) -> Block:
+        """The block of all passes so far, which were over these windows."""
         named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}
         return Block.of_windows(named, windows, seq_len)
-
-
-def progress(total_tokens: int, title: str) -> tqdm:
-    """A progress bar in tokens, on the first rank only."""
-    return tqdm(
-        total=total_tokens,
-        desc=title,
-        unit=" tokens",
-        unit_scale=True,
-        disable=not distributed.is_main(),
-        mininterval=1.0,
-    )

@@ -1,7 +1,11 @@
-"""Hands patterns to training in large blocks of consecutive windows, each rank its own share, in an order that a seed decides."""
+"""Feeds patterns to training in large blocks of consecutive windows, in an order given by a seed.
+
+Each rank gets its own share of every block.
+"""
 
 import math
 from collections.abc import Iterator
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -14,19 +18,31 @@ from apc.utils import distributed
 from apc.utils.errors import UserError
 
 
-class BlockLoader:
-    """Every block once an epoch, shuffled unless `in_order`; or, with `batch_tokens`, mini-batches of shuffled tokens of one block after another.
+class Progress(TypedDict):
+    """A loader's place, as a checkpoint stores it.
 
-    Iterating yields this rank's share of each block as a `Block`; all ranks yield equally often. `progress` says what has
-    been handed out, and after `resume` the next iteration goes on behind it, so that a resumed run sees each row exactly
-    once.
+    position: batches of the epoch that were yielded; blocks: how many blocks there are, and the windows of the first.
+    """
+
+    epoch: int
+    position: int
+    blocks: NotRequired[list[int]]
+
+
+class BlockLoader:
+    """Yields every block once per epoch, whole or in mini-batches of shuffled tokens.
+
+    Iterating yields this rank's share of each block as a `Block`, equally often on all ranks. After `resume` iteration
+    continues behind `progress`, so a resumed run sees each row exactly once.
 
     Args:
-        fields, device, keep_bytes: as for `BlockStream`.
+        source, fields, device, keep_bytes: as for `BlockStream`.
         block_windows: windows in a block, over all ranks.
+        seed: of the order of blocks and tokens.
         batch_tokens: tokens in a mini-batch, over all ranks; None: whole blocks.
+        in_order: whether blocks come in the order of the text instead of shuffled.
 
-    Raises UserError for fewer windows, or fewer tokens in a mini-batch, than there are ranks.
+    Raises UserError if there are fewer windows, or fewer tokens in a mini-batch, than ranks.
     """
 
     def __init__(
@@ -43,7 +59,8 @@ class BlockLoader:
         self.source, self.seed, self.batch_tokens, self.in_order = source, seed, batch_tokens, in_order
         if batch_tokens is not None and batch_tokens < distributed.world_size():
             raise UserError(
-                f"predictor.batch_tokens={batch_tokens} tokens for {distributed.world_size()} processes; raise it, or lower trainer.devices"
+                f"predictor.batch_tokens={batch_tokens} tokens for {distributed.world_size()} processes; "
+                "raise it, or lower trainer.devices"
             )
         self._stream = BlockStream(source, fields, device, keep_bytes)
         self.blocks = block_ranges(source.info.windows, block_windows)
@@ -58,38 +75,40 @@ class BlockLoader:
         first, last = self.blocks[block]
         return math.ceil((last - first) * self.source.info.seq_len / self.batch_tokens)
 
-    def progress(self) -> dict[str, int | list[int]]:
-        ended = self.position >= len(
-            self
-        )  # in how many batches does not matter then: other numbers of ranks may have more or fewer
+    def progress(self) -> Progress:
+        """The loader's place. After an epoch it is the start of the next, for any number of ranks."""
+        ended = self.position >= len(self)
         return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, "blocks": self._layout}
 
-    def resume(self, progress: dict[str, int | list[int]]) -> None:
-        """Raises UserError for a place within a pass over other blocks than these, which no longer says what was seen."""
+    def resume(self, progress: Progress) -> None:
+        """Moves to the place of `progress`.
+
+        Raises UserError for a place inside an epoch over other blocks than these: it can't tell which rows were seen.
+        """
         if progress["position"] and progress.get("blocks") != self._layout:
             raise UserError(
-                f"the checkpoint lies within a pass over other blocks of rows than {distributed.world_size()} processes have; start as many as it began with, "
+                "the checkpoint lies within a pass over other blocks of rows "
+                f"than {distributed.world_size()} processes have; start as many as it began with, "
                 "or delete the run's checkpoints"
             )
         self.epoch, self.position = progress["epoch"], progress["position"]
 
     @property
     def _layout(self) -> list[int]:
-        """How many blocks there are, and the windows of the first: who has the same has the same blocks."""
+        """Number of blocks, and windows of the first: loaders of one text where both agree have the same blocks."""
         return [len(self.blocks), self.blocks[0][1]]
 
     def release(self) -> None:
-        """Gives the device memory of kept blocks back; later passes copy them again."""
+        """Frees the device memory of kept blocks; later passes copy them again."""
         self._stream.release()
 
     def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
-        """This rank's share of every block, once and in order, with other fields; the loader's own position stays."""
-        yield from BlockStream(self.source, fields, self._stream.device).blocks(
-            [rank_range(*block) for block in self.blocks]
-        )
+        """This rank's share of every block, in order and with other fields. Does not move the loader's position."""
+        stream = BlockStream(self.source, fields, self._stream.device)
+        yield from stream.blocks([rank_range(*block) for block in self.blocks])
 
     def owned(self, tokens: Tensor) -> Tensor:
-        """bool [n]: which tokens (int64 [n], on the host) are this rank's own."""
+        """Which tokens (int64 [n], on the host) belong to this rank, bool [n]."""
         windows = tokens // self.source.info.seq_len
         mine = torch.zeros(self.source.info.windows, dtype=torch.bool)
         for block in self.blocks:
@@ -114,11 +133,9 @@ class BlockLoader:
     def __iter__(self) -> Iterator[Block]:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        order = (
-            list(range(len(self.blocks)))
-            if self.in_order
-            else torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
-        )
+        order = list(range(len(self.blocks)))
+        if not self.in_order:
+            order = torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
         skip = self.position
         while order and skip >= self._batches(order[0]):
             skip -= self._batches(order.pop(0))
@@ -131,21 +148,28 @@ class BlockLoader:
 
 
 class WindowLoader:
-    """Windows of a text, int64 [n, S], a few at a time over all ranks: each epoch from another first token on and in another order.
+    """Yields windows of a text, int64 [n, S], in mini-batches shared out over the ranks.
 
-    As in `BlockLoader`, `progress` says what has been handed out, and after `resume` the next iteration goes on behind it.
+    Each epoch cuts the text from another first token and shuffles the windows. `progress` and `resume` work as in
+    `BlockLoader`.
+
+    Args:
+        windows: int64 [N, S], adjacent in the text.
+        step_windows: windows in a step, over all ranks.
+        seed: of the first tokens and the orders.
+
+    Raises UserError if a step has fewer windows than there are ranks.
     """
 
     def __init__(self, windows: Tensor, step_windows: int, seed: int):
-        """windows: int64 [N, S], one after the other in the text; step_windows: in a step, over all ranks. Raises UserError if a rank would have none."""
         ranks = distributed.world_size()
-        # The text of an epoch begins up to S - 1 tokens later, so it has a window less.
+        # An epoch starts up to S - 1 tokens into the text, so it has one window less.
         self._usable = max(1, len(windows) - 1)
         self.step_windows = min(step_windows, self._usable)
         if self.step_windows < ranks:
             raise UserError(
-                f"steps of {self.step_windows} windows for {ranks} processes; give more text ({len(windows)} windows, one of which makes room for other "
-                "beginnings), raise tune.batch_windows, or lower trainer.devices"
+                f"steps of {self.step_windows} windows for {ranks} processes; give more text ({len(windows)} windows, "
+                "an epoch uses one less), raise tune.batch_windows, or lower trainer.devices"
             )
         self.windows, self.seed = windows, seed
         self.epoch, self.position = 0, 0
@@ -153,14 +177,16 @@ class WindowLoader:
     def __len__(self) -> int:
         return self._usable // self.step_windows
 
-    def progress(self) -> dict[str, int]:
+    def progress(self) -> Progress:
+        """The loader's place."""
         return {"epoch": self.epoch, "position": self.position}
 
-    def resume(self, progress: dict[str, int]) -> None:
+    def resume(self, progress: Progress) -> None:
+        """Moves to the place of `progress`."""
         self.epoch, self.position = progress["epoch"], progress["position"]
 
     def release(self) -> None:
-        """Holds nothing on the device."""
+        """Does nothing: the loader has no device memory."""
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.position >= len(self):
@@ -177,26 +203,29 @@ class WindowLoader:
 
 
 class ResumedDataModule(LightningDataModule):
-    """One loader, whose place a checkpoint holds."""
+    """A data module with one loader, whose place is part of the checkpoint."""
 
     def __init__(self, loader: BlockLoader | WindowLoader):
         super().__init__()
         self.loader = loader
 
     def train_dataloader(self) -> BlockLoader | WindowLoader:
+        """The loader."""
         return self.loader
 
-    # The loader's place is kept here and not in the loader's own state_dict: Lightning 2.6 forgets that one in a checkpoint of an
-    # epoch's end, and whenever the loader was set up before the checkpoint was read.
-    def state_dict(self) -> dict[str, int | list[int]]:
-        return self.loader.progress()
+    # The place is stored here and not in the loader's own state_dict: Lightning 2.6 drops that one from checkpoints at
+    # the end of an epoch, and ignores it if the loader was set up before the checkpoint was read.
+    def state_dict(self) -> dict[str, object]:
+        """The loader's place."""
+        return {**self.loader.progress()}
 
-    def load_state_dict(self, state_dict: dict[str, int | list[int]]) -> None:
-        self.loader.resume(state_dict)
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Moves the loader to the place of a checkpoint."""
+        self.loader.resume(cast(Progress, state_dict))
 
 
 class PatternDataModule(ResumedDataModule):
-    """A source of patterns with one loader over it; `source` is there for the modules' random access."""
+    """A data module over patterns; modules read single rows from its `source`."""
 
     def __init__(self, source: PatternSource, loader: BlockLoader):
         super().__init__(loader)

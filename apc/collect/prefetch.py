@@ -1,4 +1,4 @@
-"""Blocks of patterns on their way to a GPU: read ahead, copied while it works on earlier ones, and kept there as far as they fit."""
+"""Prefetches blocks of patterns to a GPU: reads ahead, copies during computation, and keeps blocks that fit."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from apc.collect.patterns import Block, PatternSource
 
-BLOCKS_IN_FLIGHT = 3  # blocks on the device besides those that stay: at work, being copied, and not let go of yet
-BLOCKS_READ = 2  # blocks that are read into host memory ahead of their use
+BLOCKS_IN_FLIGHT = 3  # on the device besides kept blocks: one in use, one being copied, one that the caller still holds
+BLOCKS_READ = 2  # blocks read into host memory ahead of their use
 
 
 class BlockStream:
-    """Reads blocks of a source ahead of their use, on a thread, and onto a GPU by a stream of copies beside the one that computes.
+    """Reads blocks of a source ahead of their use on a thread, and copies them to a GPU on a CUDA stream of its own.
 
     Args:
+        source: where blocks come from.
         fields: names of the fields to read, as in `PatternInfo.fields`.
-        device: a GPU that the blocks go to; None or a CPU: they stay where the source gives them.
-        keep_bytes: device memory for blocks that stay there, so that later passes find them, as far as they fit. Beside it three blocks
-            are on the device at a time: one at work, one that is being copied, and one that the caller may not have let go of yet.
+        device: a GPU to copy blocks to; None or a CPU: they stay where the source has them.
+        keep_bytes: device memory for blocks that stay there for later passes, besides `BLOCKS_IN_FLIGHT` blocks.
     """
 
     def __init__(
@@ -31,13 +31,16 @@ class BlockStream:
         self.device = device if device is not None and device.type == "cuda" else None
         self._kept: dict[tuple[int, int], Block] = {}
         self._resident = source.resident == (self.device or torch.device("cpu"))
-        self._derived: dict[tuple[int, int], dict[str, Tensor]] = {}  # of blocks that stay where they are worked on
+        self._derived: dict[tuple[int, int], dict[str, Tensor]] = {}  # of blocks that stay on the device
         self._pending: deque[_Pending] = deque()
         self._copies = None if self.device is None else torch.cuda.Stream(self.device)
-        self._done: deque[torch.cuda.Event] = deque()
+        self._copied: deque[torch.cuda.Event] = deque()
 
     def blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Block]:
-        """The blocks of these window ranges [first, last), in order. What the source raises for a block is raised where that block is due."""
+        """The blocks of these window ranges [first, last), in order.
+
+        If the source fails to read a block, its error is raised when that block is due.
+        """
         with ThreadPoolExecutor(max_workers=1) as reader:
             upcoming = deque(ranges)
             pending = self._pending = deque()
@@ -54,17 +57,17 @@ class BlockStream:
                 self._drain()
 
     def release(self) -> None:
-        """Gives the memory of kept blocks, and of what was derived of blocks, back; later passes copy and derive them again."""
+        """Frees kept blocks and derived values; later passes copy and derive them again."""
         self._drain()
         self._derived.clear()
         self.keep_bytes += sum(map(_size, self._kept.values()))
         self._kept.clear()
 
     def _drain(self) -> None:
-        """Waits until nothing reads or copies any more: the memory of what is pending is free again only then."""
+        """Waits until no read and no copy is running; only then is the memory of pending blocks free."""
         for block in self._pending:
             if block.read is not None:
-                block.read.exception()  # waits; an error is raised where the block is due, and these are not due any more
+                block.read.exception()  # waits; errors of blocks that nobody needs any more are ignored
         if self._copies is not None:
             self._copies.synchronize()
 
@@ -75,7 +78,7 @@ class BlockStream:
             return _Pending(windows, reader.submit(self.source.block, *windows, self.fields))
         info = self.source.info
         tokens = (windows[1] - windows[0]) * info.seq_len
-        # Taken here and not on the thread: what had this memory before belongs to work on the current stream up to now.
+        # Allocated here and not on the thread: the current stream may still use this memory for earlier work.
         targets = {}
         for name in self.source.host_fields(self.fields):
             shape, dtype = info.field(name, tokens)
@@ -84,10 +87,11 @@ class BlockStream:
         return _Pending(windows, reader.submit(self._copy, windows, targets, free), targets)
 
     def _finish(self, pending: "_Pending") -> Block:
-        """Waits for a block to be read. For its copy only the current CUDA stream waits."""
+        """The block, once it is read. The host does not wait for its copy; only the current CUDA stream does."""
         windows, seq_len = pending.windows, self.source.info.seq_len
-        if pending.read is None:
+        if pending.block is not None:
             return pending.block
+        assert pending.read is not None
         if self.device is None:
             return pending.read.result()
         tensors, events = pending.read.result()
@@ -103,32 +107,35 @@ class BlockStream:
     def _copy(
         self, windows: tuple[int, int], targets: dict[str, Tensor], free: torch.cuda.Event
     ) -> tuple[dict[str, Tensor], list[torch.cuda.Event]]:
-        """Reads a block and starts to copy its host fields into `targets`, once these are `free`. On the reader's thread.
+        """Reads a block and starts copying its host fields into `targets`, after the event `free`. Runs on the thread.
 
-        Returns the fields, and the events after which they hold what they should.
+        Returns the fields, and the events after which they are valid.
         """
-        while len(self._done) > 1:  # or reading runs ahead of a slower GPU until the host's memory is full
-            self._done.popleft().synchronize()
-        read = self.source.block(*windows, self.fields).tensors()
-        made = torch.cuda.current_stream(
-            self.device
-        ).record_event()  # what the source itself computes on the GPU; copies need not wait for it
-        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-            self._copies.wait_event(free)
+        copies = self._copies
+        assert copies is not None
+        while len(self._copied) > 1:  # else reading would fill the host's memory ahead of a slower GPU
+            self._copied.popleft().synchronize()
+        fields = self.source.block(*windows, self.fields).tensors()
+        computed = torch.cuda.current_stream(self.device).record_event()  # of what the source computes on the GPU
+        with torch.cuda.device(self.device), torch.cuda.stream(copies):
+            copies.wait_event(free)
             for name, target in targets.items():
-                value = read[name] if read[name].is_pinned() else read[name].pin_memory()
+                value = fields[name] if fields[name].is_pinned() else fields[name].pin_memory()
                 if value.is_contiguous():
                     target.copy_(value, non_blocking=True)
-                else:  # one piece for each layer; torch would gather them in host memory first
-                    for to, layer in zip(target, value, strict=True):
-                        to.copy_(layer, non_blocking=True)
-            self._done.append(self._copies.record_event())
-        return read | targets, [made, self._done[-1]]
+                else:  # layer by layer: torch would first gather the layers in host memory
+                    for layer_target, layer in zip(target, value, strict=True):
+                        layer_target.copy_(layer, non_blocking=True)
+            self._copied.append(copies.record_event())
+        return fields | targets, [computed, self._copied[-1]]
 
 
 @dataclass
 class _Pending:
-    """A block on its way. read: what the thread makes of it; targets: the device memory that it is copied to. Or a block that was kept."""
+    """A block on its way: either a kept `block`, or one that the thread is reading.
+
+    read: the thread's result; targets: the device memory that it copies to.
+    """
 
     windows: tuple[int, int]
     read: Future | None = None

@@ -1,20 +1,20 @@
-"""Patterns on disk: shards of .npy files beside a manifest, found again by a hash of what decided their content.
+"""Patterns on disk: shards of .npy files and a manifest, named by a hash of the settings that decide their content.
 
-<folder>/<key>-<fields>/manifest.json            what the store holds, and each file's size and sha256
+<folder>/<key>-<fields>/manifest.json                 shapes, settings, and size and sha256 of each file
 <folder>/<key>-<fields>/00000-patterns.neuron.npy …   [L, tokens of the shard, …]
-<folder>/<key>-<fields>.partial/                 being collected; a later run goes on after the last whole shard
+<folder>/<key>-<fields>.partial/                      unfinished; a later run collects the missing shards
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,52 +24,49 @@ from apc.collect.manifest import DTYPES, FORMAT, Damaged, file_problem, manifest
 from apc.collect.patterns import ActiveRule, Block, PatternInfo, activity
 from apc.config.schema import CollectConfig
 from apc.utils import distributed, wheels
-from apc.utils.errors import UserError
-from apc.utils.files import FULL, replace_durably, sync_folder, write_atomic
+from apc.utils.errors import UserError, first_line
+from apc.utils.files import FULL, exclusive_lock, replace_durably, sync_folder, write_atomic
 
 PARTIAL = ".partial"
-THRESHOLDS = "thresholds.json"  # of a partial store
-SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interrupted run loses seconds
+THRESHOLDS = "thresholds.json"  # file in a partial store
+SHARD_BYTES = 256 << 20  # large enough for long sequential reads, small enough that an interruption loses seconds
 
 
 def store_key(identity: dict) -> str:
-    """16 hex digits that stand for what decides a store's content."""
+    """16 hex digits of a hash of the settings that decide a store's content."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_store(folder: Path, info: PatternInfo) -> Path | None:
-    """A complete store of these patterns that has at least the fields of `info`."""
-    key, needed = store_key(info.identity), _field_letters(info)
-    for path in sorted(folder.glob(f"{key}-*")):
-        if (
-            not path.name.endswith(PARTIAL)
-            and (path / "manifest.json").is_file()
-            and set(needed) <= set(path.name.rpartition("-")[2])
-        ):
+    """A complete store of these patterns with at least the fields of `info`; None if there is none."""
+    for path in sorted(folder.glob(f"{store_key(info.identity)}-*")):
+        complete = not path.name.endswith(PARTIAL) and (path / "manifest.json").is_file()
+        if complete and set(_field_letters(info)) <= set(path.name.rpartition("-")[2]):
             return path
     return None
 
 
 def _field_letters(info: PatternInfo) -> str:
+    """The fields in a store's name: p patterns, i importances, h FFN inputs."""
     return "p" + "i" * info.with_importance + "h" * info.with_hidden
 
 
 def shard_windows(info: PatternInfo) -> int:
+    """Windows in a shard."""
     return max(1, SHARD_BYTES // (info.bytes_per_token() * info.seq_len))
 
 
 def store_bytes(info: PatternInfo) -> int:
-    """Bytes of a store's arrays: rows, and how often each neuron was active in each shard. Without the files' headers and the manifest."""
+    """Bytes of a store's arrays: the rows, and each shard's counts of active neurons. Excludes headers and manifest."""
     shards = len(_shard_ranges(info.windows, shard_windows(info)))
-    return (
-        info.bytes_per_token() * info.tokens + shards * info.layers * sum(info.widths.values()) * torch.int64.itemsize
-    )
+    counts = shards * info.layers * sum(info.widths.values()) * torch.int64.itemsize
+    return info.bytes_per_token() * info.tokens + counts
 
 
 class StoreWriter:
-    """Writes shards into a partial folder, each whole or not at all, and gives the folder its name when the last one is there.
+    """Writes shards into a partial folder, each whole or not at all, and renames the folder after the last one.
 
-    Raises UserError where the disk has too little room, before anything is written, or runs full on the way.
+    Raises UserError if the disk has too little room, before it writes anything, or if it becomes full later.
     """
 
     def __init__(self, folder: Path, info: PatternInfo):
@@ -79,7 +76,7 @@ class StoreWriter:
         self.shards = _shard_ranges(info.windows, shard_windows(info))
 
     def prepare(self) -> None:
-        """Makes the partial folder and checks that what is missing fits the disk."""
+        """Creates the partial folder and checks that the missing shards fit on the disk."""
         if self.path.exists():
             raise UserError(f"{self.path}: has no manifest; {repair(self.path)}")
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -87,31 +84,32 @@ class StoreWriter:
         free = shutil.disk_usage(self.partial).free
         if missing > free:
             raise UserError(
-                f"{self.partial.parent}: the patterns need {_gib(missing)} and {_gib(free)} are free; make room, lower data.fit_windows, "
-                "or choose collect.dir=FOLDER, collect.ffn_inputs=streamed or collect.storage=memory"
+                f"{self.partial.parent}: the patterns need {_gib(missing)} and {_gib(free)} are free; "
+                "make room, lower data.fit_windows, or choose collect.dir=FOLDER, collect.ffn_inputs=streamed "
+                "or collect.storage=memory"
             )
 
     def thresholds(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Those that the shards there were collected with, else calibrated now and kept; to be called on all ranks."""
+        """The thresholds that earlier shards were collected with, else calibrated now and saved. Call on all ranks."""
         path = self.partial / THRESHOLDS
-        kept = path.is_file()
-        distributed.barrier()  # all have looked
-        if kept:
+        saved = path.is_file()
+        distributed.barrier()  # until all ranks have looked
+        if saved:
             return {site: torch.tensor(values) for site, values in json.loads(path.read_text()).items()}
-        found = calibrate()
+        thresholds = calibrate()
         if distributed.is_main():
-            write_atomic(path, json.dumps({site: values.tolist() for site, values in found.items()}).encode())
-        return found
+            write_atomic(path, json.dumps({site: values.tolist() for site, values in thresholds.items()}).encode())
+        return thresholds
 
     def missing(self) -> list[tuple[int, int]]:
-        """Window ranges of the shards that are not there yet."""
+        """Window ranges of the shards that are not written yet."""
         return [shard for index, shard in enumerate(self.shards) if not self._entry_path(index).is_file()]
 
     def _entry_path(self, index: int) -> Path:
         return self.partial / f"{index:05d}.json"
 
     def add(self, block: Block) -> None:
-        """Writes the shard that `block` is. Its entry comes last, so a shard with an entry is whole."""
+        """Writes `block`, the windows of one shard. Its entry is written last, so a shard with an entry is whole."""
         index = next(i for i, (first, _) in enumerate(self.shards) if first == block.first_window)
         named = block.tensors() | {
             f"activity.{site}": counts for site, counts in activity(block, self.info.widths).items()
@@ -131,21 +129,30 @@ class StoreWriter:
             for path in self.partial.glob(f"{index:05d}-*"):
                 path.unlink()
             raise UserError(
-                f"{self.partial}: the disk is full; {index} of {len(self.shards)} shards are kept and the same command goes on from there "
-                "once there is room (or choose collect.dir=FOLDER)"
+                f"{self.partial}: the disk is full; {index} of {len(self.shards)} shards are kept and the same command "
+                "goes on from there once there is room (or choose collect.dir=FOLDER)"
             ) from error
 
-    def finish(self) -> Path:
-        """Writes the manifest and gives the store its name."""
+    def finish(self, source: dict[str, str]) -> Path:
+        """Writes the manifest and renames the store. source: names of model and text, for listings."""
         info = self.info
         manifest = {
-            "format": "apc-patterns", "version": FORMAT, "identity": info.identity, "layers": info.layers,
-            "hidden_size": info.hidden_size, "ffn_width": info.ffn_width,
-            "windows": info.windows, "seq_len": info.seq_len, "widths": info.widths, "fields": info.fields(),
-            "active": info.rule.kind, "sparsity": info.rule.sparsity,
+            "format": "apc-patterns",
+            "version": FORMAT,
+            "identity": info.identity,
+            "source": source,
+            "layers": info.layers,
+            "hidden_size": info.hidden_size,
+            "ffn_width": info.ffn_width,
+            "windows": info.windows,
+            "seq_len": info.seq_len,
+            "widths": info.widths,
+            "fields": info.fields(),
+            "active": info.rule.kind,
+            "sparsity": info.rule.sparsity,
             "thresholds": {site: values.tolist() for site, values in info.rule.thresholds.items()},
             "shards": [json.loads(self._entry_path(index).read_text()) for index in range(len(self.shards))],
-        }  # fmt: skip
+        }
         manifest["checksum"] = manifest_checksum(manifest)
         write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         replace_durably(self.partial, self.path)
@@ -163,45 +170,43 @@ def _shard_ranges(windows: int, each: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def collecting(folder: Path, info: PatternInfo):
-    """Holds the lock on one store while it is collected. Raises UserError if another process holds it."""
-    if not distributed.is_main():
-        yield
-        return
-    with _locked(folder, store_key(info.identity)):
+def collecting(folder: Path, info: PatternInfo) -> Iterator[None]:
+    """Locks one store while it is collected. Raises UserError if another process has the lock."""
+    with ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(_locked(folder, store_key(info.identity)))
         yield
 
 
 @contextmanager
-def _locked(folder: Path, key: str):
+def _locked(folder: Path, key: str) -> Iterator[None]:
     path = folder / f"{key}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115, closed by the `with` below
-    except OSError as error:
-        raise UserError(
-            f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER"
-        ) from error
-    with lock:
+    busy = f"{path}: another process is collecting these patterns; wait for it, then run this again"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive_lock(path, busy))
+        except OSError as error:
             raise UserError(
-                f"{path}: another process is collecting these patterns; wait for it, then run this again"
+                f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER"
             ) from error
         yield
 
 
 def repair(path: Path) -> str:
-    """What to do about a damaged store."""
-    return f"`apc cache repair {path.name} --dir {path.parent}`, and the same train.py command collects what is damaged again"
+    """What to do about a damaged store: the end of an error message."""
+    return (
+        f"`apc cache repair {path.name} --dir {path.parent}`, "
+        "and the same train.py command collects the damaged shards again"
+    )
 
 
 def reopen(path: Path) -> tuple[list[int], int]:
-    """Makes a damaged store a partial one, without its damaged shards: collecting goes on with those. (Their numbers, how many there are in all.)
+    """Turns a damaged store into a partial one, so that collecting replaces its damaged shards.
 
-    A store whose manifest is damaged is deleted: nothing says what it holds. Raises UserError if the store is not there, is of another format, can't be
-    read, or is being collected.
+    Returns the indices of the damaged shards, and the number of all shards. Deletes a store with a damaged manifest and
+    returns no shards: nothing tells what its files are. Raises UserError if the store does not exist, is of another
+    format, can't be read, or is being collected.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such store; `apc cache` lists them")
@@ -229,19 +234,19 @@ def reopen(path: Path) -> tuple[list[int], int]:
 
 
 class _HashingFile:
-    """Writes through to a file and notes the sha256 and length of what passes."""
+    """Writes to a file and keeps the sha256 and length of everything written."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self._file, self.digest, self.length = file, hashlib.sha256(), 0
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.length += len(data)
         return self._file.write(data)
 
 
 def _write_array(path: Path, value: Tensor) -> dict:
-    """Writes a tensor as .npy, whole or not at all; returns what the manifest says of it."""
+    """Writes a tensor as .npy, whole or not at all. Returns its entry in the manifest."""
     value = value.detach().cpu().contiguous()
     array = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
     temporary = path.with_name(path.name + ".tmp")
@@ -261,6 +266,8 @@ def _write_array(path: Path, value: Tensor) -> dict:
 
 @dataclass(frozen=True)
 class _Shard:
+    """Windows [first, last); files: entry in the manifest by file name."""
+
     first: int
     last: int
     files: dict
@@ -268,7 +275,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Array:
-    """Where an array lies in its .npy file. end: of its last byte."""
+    """Where an array's data is in its .npy file. offset: of its first byte."""
 
     path: Path
     shape: tuple[int, ...]
@@ -277,31 +284,35 @@ class _Array:
 
     @classmethod
     def of(cls, path: Path) -> "_Array":
-        """Raises ValueError for what is no array of numbers, row by row."""
+        """Reads the file's header. Raises ValueError unless the file is an array of numbers in C order."""
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f".npy version {version}")
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, by_columns, dtype = read(file)
-            if dtype.hasobject or by_columns:
-                raise ValueError("objects, or columns first")
+            shape, fortran_order, dtype = read(file)
+            if dtype.hasobject or fortran_order:
+                raise ValueError("objects, or Fortran order")
             return cls(path, shape, dtype, file.tell())
 
     @property
     def end(self) -> int:
+        """Offset after the last byte."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
     def mapped(self) -> np.ndarray:
-        return (
-            np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-            if math.prod(self.shape)
-            else np.empty(self.shape, self.dtype)
-        )
+        """The array, mapped into memory; an empty file can't be mapped."""
+        if not math.prod(self.shape):
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
 
 class PatternStore:
-    """A collected store. Opening checks every file's presence, size and (unless verify=False) sha256, and names the one that is wrong."""
+    """A complete store.
+
+    Opening it checks that every file exists and has the right size and, unless verify=False, the right sha256. Raises
+    UserError, naming the file that is wrong.
+    """
 
     resident = None
 
@@ -309,52 +320,58 @@ class PatternStore:
         self.path = path
         try:
             manifest = read_manifest(path)
-        except Damaged as problem:
-            raise UserError(f"{path / 'manifest.json'}: {problem}; {repair(path)}") from problem
-        self._shards = [_Shard(*entry["windows"], entry["files"]) for entry in manifest["shards"]]
-        self._arrays: dict[
-            str, _Array
-        ] = {}  # where they lie: a map held open for each would use up a process's open files
+        except Damaged as error:
+            raise UserError(f"{path / 'manifest.json'}: {error}; {repair(path)}") from error
+        self._shards = [
+            _Shard(entry["windows"][0], entry["windows"][1], entry["files"]) for entry in manifest["shards"]
+        ]
+        # Only where arrays are, not maps: one open map for each would exceed a process's limit of open files.
+        self._arrays: dict[str, _Array] = {}
         for shard in self._shards:
             for name, entry in shard.files.items():
                 problem = file_problem(path / name, entry, verify)
                 if problem:
                     raise UserError(f"{path / name}: {problem}; {repair(path)}")
-        rule = ActiveRule(
-            manifest["active"], manifest["sparsity"], {s: torch.tensor(v) for s, v in manifest["thresholds"].items()}
-        )
-        activity_sums = {
-            site: sum(
-                torch.from_numpy(self._array(i, f"activity.{site}").mapped().copy()) for i in range(len(self._shards))
-            )
-            for site in manifest["widths"]
-        }
+        thresholds = {site: torch.tensor(values) for site, values in manifest["thresholds"].items()}
         self.info = PatternInfo(
-            manifest["layers"], manifest["hidden_size"], manifest["ffn_width"], manifest["windows"], manifest["seq_len"], manifest["widths"], rule,
-            any(name.startswith("importance") for name in manifest["fields"]), "hidden" in manifest["fields"], manifest["identity"], activity_sums,
-        )  # fmt: skip
+            layers=manifest["layers"],
+            hidden_size=manifest["hidden_size"],
+            ffn_width=manifest["ffn_width"],
+            windows=manifest["windows"],
+            seq_len=manifest["seq_len"],
+            widths=manifest["widths"],
+            rule=ActiveRule(manifest["active"], manifest["sparsity"], thresholds),
+            with_importance=any(name.startswith("importance") for name in manifest["fields"]),
+            with_hidden="hidden" in manifest["fields"],
+            identity=manifest["identity"],
+            activity={site: self._activity(site) for site in manifest["widths"]},
+        )
+
+    def _activity(self, site: str) -> Tensor:
+        """How often each neuron is active, int64 [L, D]."""
+        counts = self._array(0, f"activity.{site}").mapped().copy()
+        for index in range(1, len(self._shards)):
+            counts += self._array(index, f"activity.{site}").mapped()
+        return torch.from_numpy(counts)
 
     def _array(self, index: int, name: str) -> "_Array":
+        """Where a shard's field `name` is. Raises UserError if its file is damaged or does not fit the manifest."""
         file = f"{index:05d}-{name}.npy"
         if file not in self._arrays:
             entry = self._shards[index].files[file]
             try:
                 array = _Array.of(self.path / file)
             except (ValueError, EOFError) as error:
-                raise UserError(
-                    f"{self.path / file}: damaged ({str(error).splitlines()[0]}); {repair(self.path)}"
-                ) from error
+                raise UserError(f"{self.path / file}: damaged ({first_line(error)}); {repair(self.path)}") from error
             except OSError as error:
                 raise UserError(
                     f"{self.path / file}: can't be read ({error.strerror}); check the disk, then run this again"
                 ) from error
-            if (
-                list(array.shape) != entry["shape"]
-                or array.dtype != DTYPES[entry["dtype"]]
-                or array.end != entry["bytes"]
-            ):
+            header = list(array.shape), array.dtype, array.end
+            if header != (entry["shape"], DTYPES[entry["dtype"]], entry["bytes"]):
                 raise UserError(
-                    f"{self.path / file}: holds {array.dtype} {list(array.shape)}, not what the manifest says; {repair(self.path)}"
+                    f"{self.path / file}: an array of {array.dtype} {list(array.shape)} in {array.end} bytes, "
+                    f"the manifest says {entry['dtype']} {entry['shape']} in {entry['bytes']}; {repair(self.path)}"
                 )
             self._arrays[file] = array
         return self._arrays[file]
@@ -365,22 +382,27 @@ class PatternStore:
         return value.view(torch.bfloat16) if dtype == "bfloat16" else value
 
     def _read_slice(self, index: int, name: str, begin: int, end: int) -> np.ndarray:
-        """Tokens begin … end-1 of a shard's array. Read, not mapped: mapped pages are faulted in one by one and stay in this process."""
+        """Tokens [begin, end) of a shard's array.
+
+        Read and not mapped: mapped pages are loaded one by one and stay in this process's memory.
+        """
         array = self._array(index, name)
         result = np.empty((array.shape[0], end - begin, *array.shape[2:]), array.dtype)
         row_bytes = array.dtype.itemsize * math.prod(array.shape[2:])
         with open(array.path, "rb", buffering=0) as file:
             for layer in range(len(result) if end > begin else 0):
                 file.seek(array.offset + (layer * array.shape[1] + begin) * row_bytes)
-                wanted = memoryview(result[layer].reshape(-1).view(np.uint8))
-                if file.readinto(wanted) != len(wanted):
+                target = result[layer].reshape(-1).view(np.uint8).data
+                if file.readinto(target) != len(target):
                     raise UserError(f"{array.path}: truncated since it was opened; {repair(self.path)}")
         return result
 
     def host_fields(self, fields: list[str]) -> list[str]:
+        """See `PatternSource`."""
         return fields
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
+        """See `PatternSource`."""
         S = self.info.seq_len
         parts: dict[str, list[Tensor]] = {name: [] for name in fields}
         for index, shard in enumerate(self._shards):
@@ -393,20 +415,20 @@ class PatternStore:
         return Block.of_windows(named, range(first, last), S)
 
     def rows(self, name: str, layers: Tensor, tokens: Tensor) -> Tensor:
+        """See `PatternSource`."""
         S = self.info.seq_len
         layers, tokens = layers.cpu(), tokens.cpu()
-        result = None
+        (_, n, *row_shape), dtype = self.info.field(name, len(tokens))
+        result = torch.empty(n, *row_shape, dtype=dtype)
         for index, shard in enumerate(self._shards):
             inside = ((tokens >= shard.first * S) & (tokens < shard.last * S)).nonzero().flatten()
-            if result is not None and not len(inside):
-                continue
-            array = self._array(index, name).mapped()
-            found = self._tensor(index, name, array[layers[inside].numpy(), (tokens[inside] - shard.first * S).numpy()])
-            if result is None:
-                result = torch.empty(len(tokens), *array.shape[2:], dtype=found.dtype)
-            result[inside] = found
+            if len(inside):
+                array = self._array(index, name).mapped()
+                rows = array[layers[inside].numpy(), (tokens[inside] - shard.first * S).numpy()]
+                result[inside] = self._tensor(index, name, rows)
         return result
 
 
 def store_folder(cfg: CollectConfig) -> Path:
+    """The folder of all stores: `collect.dir`, else `patterns` in the cache."""
     return Path(cfg.dir).expanduser() if cfg.dir else wheels.cache_dir() / "patterns"

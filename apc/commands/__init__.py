@@ -1,1 +1,1 @@
-"""What `apc` runs: train, evaluate, sweep, cache, doctor."""
+"""The subcommands of `apc`: train, evaluate, sweep, cache, doctor."""

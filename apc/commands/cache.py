@@ -1,10 +1,10 @@
-"""Lists and prunes collected patterns.
+"""Lists, prunes and repairs the stores of collected patterns.
 
-apc cache                  what there is
+apc cache                  lists all stores
 apc cache prune NAME …     deletes stores by name
 apc cache prune --partial  deletes what interrupted runs left
-apc cache prune --all
-apc cache repair NAME …    keeps the whole shards of damaged stores; train.py then collects only the others again
+apc cache prune --all      deletes everything
+apc cache repair NAME …    keeps the undamaged shards of stores; train.py then collects the others again
 """
 
 import argparse
@@ -20,7 +20,7 @@ from apc.utils.errors import UserError
 
 
 def stores(folder: Path) -> list[Path]:
-    """Complete and partial stores in the folder, by name."""
+    """Complete and partial stores in the folder, sorted by name."""
     return sorted(path for path in folder.glob("*-p*") if path.is_dir())
 
 
@@ -28,26 +28,31 @@ def size(path: Path) -> int:
     """Bytes of all files in a store."""
     total = 0
     for file in path.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # of a process that is collecting
+        with contextlib.suppress(FileNotFoundError):  # another process may be collecting
             total += file.stat().st_size
     return total
 
 
 def line(path: Path) -> str:
-    """What a listing says of one store."""
-    used = f"{size(path) / 2**20:10.1f} MiB  {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-    manifest = path / "manifest.json"
-    if path.suffix == ".partial" or not manifest.is_file():
-        return f"{path.name:<32}{used}  interrupted; the same train.py command goes on from it"
+    """One store in the listing: name, size, time, model, text, tokens and layers."""
+    start = (
+        f"{path.name:<24}{size(path) / 2**20:10.1f} MiB  {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    )
+    manifest_path = path / "manifest.json"
+    if path.suffix == ".partial" or not manifest_path.is_file():
+        return f"{start}  interrupted; the same train.py command resumes it"
     try:
-        held = json.loads(manifest.read_text())
-        tokens = held["windows"] * held["seq_len"]
-        return f"{path.name:<32}{used}  {tokens:,} tokens × {held['layers']} layers, {', '.join(held['widths'])}"
-    except (ValueError, KeyError, TypeError, OSError):
-        return f"{path.name:<32}{used}  damaged, or of another format; prune it"
+        manifest = json.loads(manifest_path.read_text())
+        source = manifest.get("source")  # stores of earlier versions have none
+        names = f"{source['model']} on {source['text']}" if source else "–"
+        tokens = manifest["windows"] * manifest["seq_len"]
+        return f"{start}  {names}, {tokens:,} tokens × {manifest['layers']} layers, {', '.join(manifest['widths'])}"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return f"{start}  damaged, or of another format; prune it"
 
 
 def main(words: list[str] | None = None) -> None:
+    """The command `apc cache`. words: its arguments; None: those of the command line."""
     parser = argparse.ArgumentParser(
         prog="apc cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,37 +63,36 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--dir", help="the folder, if not the user's cache (collect.dir)")
     options = parser.parse_args(words)
     folder = store_folder(CollectConfig(dir=options.dir))
-    found = stores(folder)
+    paths = stores(folder)
     if options.action == "list":
-        print("\n".join([f"{folder}: {len(found)} stores, {sum(map(size, found)) / 2**20:.1f} MiB", *map(line, found)]))
-        return
-    if options.action == "repair":
-        whole = {path.name for path in found if path.suffix != ".partial"}
-        if unknown := sorted(set(options.names) - whole) or ([] if options.names else ["repair"]):
-            raise UserError(
-                f"{', '.join(unknown)}: no such store in {folder}, or one that was interrupted; `apc cache` lists them"
-            )
-        for name in options.names:
-            damaged, count = reopen(folder / name)
-            said = (
-                f"shards {', '.join(map(str, damaged))} of {count} are damaged"
-                if damaged
-                else "no shard is damaged"
-                if count
-                else "its manifest was"
-            )
-            print(
-                f"{name}: {said}; {'the same train.py command collects them again' if count else 'deleted, train.py collects it again'}"
-            )
-        return
-    chosen = [
-        path
-        for path in found
-        if options.all or path.name in options.names or (options.partial and path.suffix == ".partial")
-    ]
-    unknown = set(options.names) - {path.name for path in found}
+        print("\n".join([f"{folder}: {len(paths)} stores, {sum(map(size, paths)) / 2**20:.1f} MiB", *map(line, paths)]))
+    elif options.action == "repair":
+        _repair(folder, [path.name for path in paths if path.suffix != ".partial"], options.names)
+    else:
+        _prune(folder, paths, options)
+
+
+def _repair(folder: Path, complete: list[str], names: list[str]) -> None:
+    """Repairs the stores `names`, which must be among the complete ones."""
+    if unknown := sorted(set(names) - set(complete)) or ([] if names else ["repair"]):
+        raise UserError(
+            f"{', '.join(unknown)}: no such store in {folder}, or an interrupted one; `apc cache` lists them"
+        )
+    for name in names:
+        damaged, count = reopen(folder / name)
+        if not count:
+            print(f"{name}: its manifest was damaged; deleted, train.py collects it again")
+            continue
+        state = f"shards {', '.join(map(str, damaged))} of {count} are damaged" if damaged else "no shard is damaged"
+        print(f"{name}: {state}; the same train.py command collects them again")
+
+
+def _prune(folder: Path, paths: list[Path], options: argparse.Namespace) -> None:
+    """Deletes the stores that the options choose."""
+    unknown = set(options.names) - {path.name for path in paths}
     if unknown or not (options.names or options.partial or options.all):
         raise UserError(f"{', '.join(sorted(unknown)) or 'prune'}: no such store in {folder}; `apc cache` lists them")
-    for path in chosen:
-        print(f"deleting {path.name} ({size(path) / 2**20:.1f} MiB)")
-        shutil.rmtree(path)
+    for path in paths:
+        if options.all or path.name in options.names or (options.partial and path.suffix == ".partial"):
+            print(f"deleting {path.name} ({size(path) / 2**20:.1f} MiB)")
+            shutil.rmtree(path)

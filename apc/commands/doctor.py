@@ -1,8 +1,8 @@
-"""Says whether this machine has what a run needs, and what to do about what it lacks.
+"""Checks whether this machine has what a run needs, and says what to do about the rest.
 
 apc doctor [run.dir=FOLDER] [collect.dir=FOLDER]
 
-A line for each check: ok, note (works, but know this) or FAIL. The exit code is 1 if any failed.
+Prints a line per check: ok, note (works, but read this) or FAIL. The exit code is 1 if any check failed.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from apc.collect.store import store_folder
@@ -26,51 +26,67 @@ from apc.config.load import load_config
 from apc.config.schema import Config
 from apc.data import bundled
 from apc.utils import hub, wheels
+from apc.utils.errors import first_line
+from apc.utils.packages import DISTRIBUTION, installed_version, requirements
 
-DISTRIBUTION = "apc-llm"
-LITTLE_ROOM = 5 << 30  # bytes
+if TYPE_CHECKING:
+    import torch
+
+LOW_DISK_SPACE = 5 << 30  # bytes
+SHOWN_PACKAGES = ("torch", "triton", "pytorch-lightning", "transformers", "wandb")  # with their versions if they are ok
 
 
 @dataclass(frozen=True)
 class Finding:
-    """level: ok, note or FAIL; do: what to do about it."""
+    """One line of the output.
+
+    level: ok, note or FAIL; text: the result; advice: what to do about it.
+    """
 
     level: str
-    what: str
-    do: str = ""
+    text: str
+    advice: str = ""
 
     def line(self) -> str:
-        return f"{self.level:<4}  {self.what}" + (f": {self.do}" if self.do else "")
+        """The printed line."""
+        return f"{self.level:<4}  {self.text}" + (f": {self.advice}" if self.advice else "")
 
 
 def check_python() -> Iterator[Finding]:
-    """Python and the packages, against what the project asks for."""
-    held = importlib.metadata.metadata(DISTRIBUTION)
-    wanted = SpecifierSet(held["Requires-Python"])
-    fits = platform.python_version() in wanted
-    yield Finding(
-        "ok" if fits else "FAIL", f"Python {platform.python_version()}", "" if fits else f"use one that is {wanted}"
+    """Python and the packages, compared with the project's requirements."""
+    if installed_version(DISTRIBUTION) is None:
+        yield Finding("note", f"{DISTRIBUTION} is not installed", "its packages are not checked; pip install -e .")
+        return
+    wanted = SpecifierSet(importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"])
+    python = f"Python {platform.python_version()}"
+    yield (
+        Finding("ok", python)
+        if platform.python_version() in wanted
+        else Finding("FAIL", python, f"use a version {wanted}")
     )
-    for line in importlib.metadata.requires(DISTRIBUTION) or []:
-        needed = Requirement(line)
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding("FAIL", f"{needed.name} is not installed", f"pip install '{needed}'")
-            continue
-        if not needed.specifier.contains(version, prereleases=True):
-            yield Finding("FAIL", f"{needed.name} {version}", f"pip install '{needed}'")
-        elif needed.name in ("torch", "triton", "pytorch-lightning", "transformers", "wandb"):
-            yield Finding("ok", f"{needed.name} {version}")
+    missing = []
+    for extra in ("", "train"):
+        for needed in requirements(extra):
+            version = installed_version(needed.name)
+            if version is None and extra:
+                missing.append(needed.name)
+            elif version is None:
+                yield Finding("FAIL", f"{needed.name} is not installed", f"pip install '{needed}'")
+            elif not needed.specifier.contains(version, prereleases=True):
+                yield Finding("FAIL", f"{needed.name} {version}", f"pip install '{needed}'")
+            elif needed.name in SHOWN_PACKAGES:
+                yield Finding("ok", f"{needed.name} {version}")
+    if missing:
+        yield Finding(
+            "note",
+            f"{', '.join(missing)} not installed; apc train, evaluate and sweep need them, loading a run does not",
+            f"pip install '{DISTRIBUTION}[train]'",
+        )
 
 
 def check_gpu() -> Iterator[Finding]:
-    """Each GPU that torch sees, its room, and whether a kernel of ours runs on it and is right."""
+    """Each GPU that torch sees: its free memory, and whether the kernels run on it and give the right result."""
     import torch
-
-    from apc import ops
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -82,29 +98,45 @@ def check_gpu() -> Iterator[Finding]:
         yield Finding(
             "note",
             f"no GPU, {why}",
-            "all runs on the CPU, slowly; install a torch with CUDA where there is an NVIDIA GPU",
+            "everything runs on the CPU, slowly; if there is an NVIDIA GPU, install a torch with CUDA",
         )
         return
     for index in range(torch.cuda.device_count()):
         device, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
         free, total = torch.cuda.mem_get_info(device)
-        yield Finding("ok" if free > total // 2 else "note", f"GPU {index}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-                      "" if free > total // 2 else "another process holds most of it; see `nvidia-smi`")  # fmt: skip
-        active = torch.rand(300, 130, generator=torch.Generator().manual_seed(0)) < 0.5
+        memory = f"GPU {index}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield (
+            Finding("ok", memory)
+            if free > total // 2
+            else Finding("note", memory, "another process uses most of it; see `nvidia-smi`")
+        )
         try:
-            right = torch.equal(ops.popcount(ops.pack(active.to(device))).cpu(), active.sum(1, dtype=torch.int32))
-            rows = ops.pack(active)
-            right = right and torch.equal(
-                ops.assign(rows.to(device), rows[:7].to(device))[0].cpu(), ops.assign(rows, rows[:7])[0]
-            )
-        except Exception as error:  # whatever keeps a kernel from running is what is asked here
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            right = _kernels_are_right(device)
+        except Exception as error:  # any error at all means that kernels do not run
             yield Finding(
-                "FAIL", f"GPU {index}: kernels do not run ({first})", "update the driver, or use model.device=cpu"
+                "FAIL",
+                f"GPU {index}: kernels do not run ({first_line(error)})",
+                "update the driver, or use model.device=cpu",
             )
             continue
-        yield Finding("ok" if right else "FAIL", f"GPU {index}: kernels {'are right' if right else 'give wrong results'}",
-                      "" if right else "try another GPU; tell us with this output")  # fmt: skip
+        yield (
+            Finding("ok", f"GPU {index}: kernels are right")
+            if right
+            else Finding("FAIL", f"GPU {index}: kernels give wrong results", "try another GPU; report this output")
+        )
+
+
+def _kernels_are_right(device: "torch.device") -> bool:
+    """Whether two kernels give the CPU's results."""
+    import torch
+
+    from apc import ops
+
+    active = torch.rand(300, 130, generator=torch.Generator().manual_seed(0)) < 0.5
+    rows = ops.pack(active)
+    counts = ops.popcount(ops.pack(active.to(device))).cpu()
+    ids = ops.assign(rows.to(device), rows[:7].to(device))[0].cpu()
+    return torch.equal(counts, active.sum(1, dtype=torch.int32)) and torch.equal(ids, ops.assign(rows, rows[:7])[0])
 
 
 def check_disk(cfg: Config) -> Iterator[Finding]:
@@ -114,30 +146,29 @@ def check_disk(cfg: Config) -> Iterator[Finding]:
         ("collect.dir", store_folder(cfg.collect)),
         ("APC_CACHE", wheels.cache_dir()),
     ):
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         try:
-            with tempfile.NamedTemporaryFile(dir=there):
+            with tempfile.NamedTemporaryFile(dir=existing):
                 pass
         except OSError as error:
             yield Finding(
                 "FAIL", f"{folder} can't be written ({error.strerror})", f"choose another folder with {key}=FOLDER"
             )
             continue
-        free = shutil.disk_usage(there).free
-        yield Finding("ok" if free > LITTLE_ROOM else "note", f"{folder}: {free / 2**30:.1f} GiB free",
-                      "" if free > LITTLE_ROOM else f"make room, or choose another folder with {key}=FOLDER; a dry run says what is needed")  # fmt: skip
+        free = shutil.disk_usage(existing).free
+        space = f"{folder}: {free / 2**30:.1f} GiB free"
+        advice = f"make room, or choose another folder with {key}=FOLDER; `--dry-run` estimates how much a run needs"
+        yield Finding("ok", space) if free > LOW_DISK_SPACE else Finding("note", space, advice)
 
 
 def check_cache(cfg: Config) -> Iterator[Finding]:
-    """Collected patterns, and what is bundled."""
+    """Collected patterns, and the bundled model and text."""
     folder = store_folder(cfg.collect)
-    found = cache.stores(folder) if folder.is_dir() else []
-    partial = [path for path in found if path.suffix == ".partial"]
-    size = sum(map(cache.size, found)) / 2**30
-    yield Finding(
-        "ok",
-        f"collected patterns: {len(found) - len(partial)} stores, {len(partial)} interrupted, {size:.2f} GiB in {folder}",
-    )
+    paths = cache.stores(folder) if folder.is_dir() else []
+    partial = [path for path in paths if path.suffix == ".partial"]
+    size = sum(map(cache.size, paths)) / 2**30
+    counts = f"{len(paths) - len(partial)} stores, {len(partial)} interrupted"
+    yield Finding("ok", f"collected patterns: {counts}, {size:.2f} GiB in {folder}")
     for name, path in (
         ("model", wheels.cache_dir() / bundled.MODEL_FOLDER),
         ("text", wheels.cache_dir() / bundled.TEXT_FILE),
@@ -153,29 +184,29 @@ def check_cache(cfg: Config) -> Iterator[Finding]:
 
 
 def check_services() -> Iterator[Finding]:
-    """The Hugging Face hub and W&B, neither of which a run needs."""
-    from apc.run.tracking import _wandb_mode
+    """W&B and the Hugging Face hub. A run needs neither."""
+    if installed_version("wandb") is not None:
+        from apc.run.tracking import choose_mode
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mode = _wandb_mode("auto")
-    later = "`wandb login` puts runs online; `wandb sync runs/NAME/wandb/offline-*` does so later"
-    yield Finding(
-        "ok" if mode == "online" else "note",
-        f"W&B: {mode}",
-        {"offline": later, "disabled": "WANDB_MODE says so"}.get(mode, ""),
-    )
-    reachable = hub.hub_reachable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mode = choose_mode("auto")
+        later = "`wandb login` puts runs online; `wandb sync runs/NAME/wandb` uploads one later"
+        yield Finding(
+            "ok" if mode == "online" else "note",
+            f"W&B: {mode}",
+            {"offline": later, "disabled": "WANDB_MODE says so"}.get(mode, ""),
+        )
+    if hub.hub_reachable():
+        yield Finding("ok", "Hugging Face hub: reachable")
+        return
     cached = "models and data sets by id come from the local cache; or give folders and files"
-    offline = "HF_HUB_OFFLINE says so" if os.environ.get("HF_HUB_OFFLINE") else cached
-    yield Finding(
-        "ok" if reachable else "note",
-        f"Hugging Face hub: {'reachable' if reachable else 'not reachable'}",
-        "" if reachable else offline,
-    )
+    advice = "HF_HUB_OFFLINE says so" if os.environ.get("HF_HUB_OFFLINE") else cached
+    yield Finding("note", "Hugging Face hub: not reachable", advice)
 
 
 def findings(cfg: Config) -> Iterator[Finding]:
+    """The findings of all checks."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         check_python,
         check_gpu,
@@ -188,10 +219,11 @@ def findings(cfg: Config) -> Iterator[Finding]:
 
 
 def main(words: list[str] | None = None) -> None:
+    """The command `apc doctor`. words: its arguments; None: those of the command line."""
     parser = argparse.ArgumentParser(
         prog="apc doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="as train.py takes them")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, as for train.py")
     failed = 0
     for finding in findings(load_config(None, parser.parse_args(words).words)):
         print(finding.line(), flush=True)

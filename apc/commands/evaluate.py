@@ -1,12 +1,13 @@
-"""Evaluates what a run left: policies, tables, plots and results.json.
+"""Evaluates a finished run: policies, tables, plots and results.json.
 
-    python evaluate.py checkpoint=runs/x                          the same figures again
-    python evaluate.py checkpoint=runs/x policies=[oracle,gate]       other policies
-    python evaluate.py checkpoint=runs/x data.score=other.txt     other text
-    python evaluate.py compare='runs/paper-*' [out=FOLDER]        finished runs side by side, also compare=[runs/x,runs/y]; loads no model
+python evaluate.py checkpoint=runs/x                          the same figures again
+python evaluate.py checkpoint=runs/x policies=[oracle,gate]   other policies
+python evaluate.py checkpoint=runs/x data.score=other.txt     other text
+python evaluate.py compare='runs/paper-*' [out=FOLDER]        finished runs side by side; loads no model
+python evaluate.py compare=[runs/x,runs/y]                    the same for a list of runs
 
-Keys that don't concern the fitting can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name, or the
-date and time.
+Keys that the run was not fitted with can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name,
+or the date and time.
 """
 
 import dataclasses
@@ -20,16 +21,17 @@ from apc.run import cli
 from apc.utils import exits
 from apc.utils.errors import UserError
 from apc.utils.files import write_atomic
+from apc.utils.packages import require_extra
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# What the run was fitted with: an evaluation can't change it.
+# The run was fitted with these keys, so an evaluation can't change them.
 FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
 FITTED_DATA = ("fit", "fit_windows", "seq_len")
 
 
-def evaluate(cfg: Config) -> dict:
-    """Evaluates the run `cfg.checkpoint` under cfg, and returns the results."""
+def evaluate(cfg: Config, wide: bool = False) -> dict:
+    """Evaluates the run `cfg.checkpoint` under cfg, and returns the results. wide: print tables with all columns."""
     from apc.data.ffn import find_ffns
     from apc.data.models import load_model, resolve_device
     from apc.data.text import cut_windows, read_texts, split_windows
@@ -45,18 +47,16 @@ def evaluate(cfg: Config) -> dict:
     check_policies(cfg)
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
-    run = load_run(cfg.checkpoint)
+    run = load_run(cfg.checkpoint or "")
     if run.codebook is None:
         raise UserError(
             f"{run.folder.codebook}: no such file; run train.py stage=cluster run.name={run.folder.path.name} first"
         )
     if cfg.tune.max_epochs and not run.folder.tuned("codebook").is_file() and distributed.is_main():
-        print(
-            f"{run.folder.path}: its tuning has not ended; these are its codebook and predictor before it", flush=True
-        )
+        print(f"{run.folder.path}: tuning has not finished; this evaluates the run before tuning", flush=True)
     watch = Stopwatch()
 
-    with distributed.main_first():  # which fetches and unpacks what is bundled
+    with distributed.main_first():  # rank 0 fetches and unpacks the bundled model and text
         texts = read_texts(cfg.data)
         model, tokenizer = load_model(cfg.model, device)
         windows = cut_windows(cfg.data, *texts, tokenizer)
@@ -74,10 +74,10 @@ def evaluate(cfg: Config) -> dict:
         results = score(context, run.codebook, run.predictor, scored, folder)
         if distributed.is_main():
             shown = [
-                tables.policies_table(results),
-                *tables.speed_tables(results),
-                tables.detail_table(results),
-                tables.layer_table(results),
+                tables.policies_table(results, wide=wide),
+                *tables.speed_tables(results, wide=wide),
+                tables.detail_table(results, wide=wide),
+                tables.layer_table(results, wide=wide),
             ]
             print("\n\n".join(["", *shown]), flush=True)
             print(f"\nresults: {folder / 'results.json'}   figures: {RunFolder(folder).figures}", flush=True)
@@ -85,19 +85,22 @@ def evaluate(cfg: Config) -> dict:
 
 
 def config_of_run(path: str | None, overrides: list[str]) -> Config:
-    """The run's own configuration, with the overrides on top. Raises UserError for one that would change what was fitted."""
+    """The run's own configuration, with the overrides on top.
+
+    Raises UserError for an override of a key that the run was fitted with.
+    """
     if path is not None:
         raise UserError(
-            f"{path}: evaluate.py takes the run's own configuration; write checkpoint=runs/NAME and key=value overrides"
+            f"{path}: evaluate.py uses the run's own configuration; write checkpoint=runs/NAME and key=value overrides"
         )
     checkpoint = next((word.partition("=")[2] for word in overrides if word.startswith("checkpoint=")), None)
     if not checkpoint:
-        raise UserError("checkpoint: not given; name a run folder that train.py left, e.g. checkpoint=runs/NAME")
+        raise UserError("checkpoint: not given; name a run folder of train.py, e.g. checkpoint=runs/NAME")
     folder = Path(checkpoint)
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(
-            f"{folder}: not a run folder (no config.yaml); give one that train.py left, e.g. checkpoint=runs/NAME"
+            f"{folder}: not a run folder (no config.yaml); give one that train.py wrote, e.g. checkpoint=runs/NAME"
         )
     fitted = load_saved(config)
     cfg = load_saved(config, ["run.name=null", "stage=all", *overrides])
@@ -105,20 +108,24 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
         for key in keys:
             if getattr(owner, key) != getattr(other, key):
                 raise UserError(
-                    f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; train another run"
+                    f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; "
+                    "train another run"
                 )
     if cfg.model.trust_remote_code and "model.trust_remote_code=true" not in overrides:
         raise UserError(
-            f"{config}: sets model.trust_remote_code, which runs code that comes with the model; say model.trust_remote_code=true yourself"
+            f"{config}: sets model.trust_remote_code, which runs code from the model's repository; "
+            "give model.trust_remote_code=true on the command line to allow it"
         )
     return dataclasses.replace(cfg, checkpoint=str(folder))
 
 
 def main() -> None:
+    """The command `apc evaluate`."""
     if any(word.startswith("compare=") for word in sys.argv[1:]):
         with exits.one_line_errors("the same command starts again"):
+            require_extra("train")
             from apc.compare.tables import main as compare
 
             compare(sys.argv[1:])
     else:
-        cli.main(__doc__, evaluate, config_of_run)
+        cli.main(__doc__ or "", evaluate, config_of_run)

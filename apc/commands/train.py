@@ -3,7 +3,7 @@
 python train.py                                     everything, on the bundled model and text
 python train.py experiment=wikitext2                a configuration from configs/experiment/
 python train.py my.yaml cluster.k=1024 run.name=a   a file of your own, and overrides
-python train.py experiment=paper --dry-run          estimates what a run would take; loads nothing
+python train.py experiment=paper --dry-run          estimates disk space, memory and seconds; loads nothing
 """
 
 import os
@@ -16,12 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic gradients; read when CUDA starts
 
 
-def train(cfg: Config) -> dict:
-    """Runs the stages that cfg asks for, each from where it was left. Returns the results.
+def train(cfg: Config, wide: bool = False) -> dict:
+    """Runs the stages that cfg asks for, resuming each where it stopped, and returns the results.
 
-    If `stage` ends before the table, returns the run's folder and the seconds so far.
+    If `stage` ends before the table, the results are the run's folder and the seconds so far. wide: print tables with
+    all columns.
     """
-    # Imported here: they take seconds, and what is wrong with the command line was said before.
+    # These imports take seconds. Mistakes on the command line are reported before them.
     from pytorch_lightning import seed_everything
 
     from apc.collect import collect
@@ -39,35 +40,36 @@ def train(cfg: Config) -> dict:
     from apc.utils import distributed
 
     check_policies(cfg)
-    cli.quiet_libraries()
+    cli.quiet_libraries(cfg.trainer.progress)  # again, after Lightning's import
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
     seed_everything(cfg.seed, verbose=False)
     watch = Stopwatch()
 
-    with distributed.main_first():  # the first rank fetches and unpacks what is bundled
+    with distributed.main_first():  # rank 0 fetches and unpacks the bundled model and text
         texts = read_texts(cfg.data)
         model, tokenizer = load_model(cfg.model, device)
         windows = cut_windows(cfg.data, *texts, tokenizer)
     fit, monitored, scored = split_windows(cfg, *windows)
     thresholded = cfg.collect.forward == "thresholded"
-    collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded)
+    name, progress = model_name(cfg.model), cfg.trainer.progress
+    collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
     facts = {
-        "model": model_name(cfg.model),
+        "model": name,
         "fit": fit.source,
         "fit_tokens": fit.tokens.numel(),
         "in_sample": cfg.data.in_sample,
     }
     watch.lap("load")
 
-    with ExitStack() as held:
-        run = held.enter_context(open_run(cfg))
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(cfg))
         if cfg.checkpoint is not None:
             stages.import_codebook(cfg.checkpoint, run, identity)
-        tracking = held.enter_context(
+        tracking = stack.enter_context(
             Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main())
         )
         context = RunContext(cfg, model, tokenizer, device, run, tracking, watch)
@@ -99,13 +101,15 @@ def train(cfg: Config) -> dict:
 
         results = score(context, codebook, predictor, scored, run.path)
         if distributed.is_main():
-            print("\n" + "\n\n".join([tables.policies_table(results), *tables.speed_tables(results)]), flush=True)
+            shown = [tables.policies_table(results, wide=wide), *tables.speed_tables(results, wide=wide)]
+            print("\n" + "\n\n".join(shown), flush=True)
             print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
+            print(f"\n{tables.next_steps(run.path, results)}", flush=True)
         return results
 
 
 def dry_run(cfg: Config) -> str:
-    """What a run would take, estimated."""
+    """The estimated disk space, memory and seconds of a run, as a table."""
     from apc.estimate import table
     from apc.sparse.policies import check_policies
 
@@ -114,4 +118,5 @@ def dry_run(cfg: Config) -> str:
 
 
 def main() -> None:
-    cli.main(__doc__, train, dry_run=dry_run)
+    """The command `apc train`."""
+    cli.main(__doc__ or "", train, dry_run=dry_run)

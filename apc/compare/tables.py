@@ -1,4 +1,7 @@
-"""Sets finished runs side by side: one table of all their policies, with a command for each run, and figures. Reads results.json and config.yaml only."""
+"""Sets finished runs side by side: a table of all their policies, a command for each run, and figures.
+
+Reads results.json and config.yaml only.
+"""
 
 from __future__ import annotations
 
@@ -7,224 +10,221 @@ import io
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from apc.compare.figures import save_figures
-from apc.compare.finished import Finished, comparison_text, find_runs, ordered, variants
+from apc.compare.finished import Finished, comparison_items, find_runs, ordered, variants
 from apc.config.load import CONFIGS, load_config, load_saved, overrides_between
 from apc.config.schema import Config
 from apc.evaluate import tables
-from apc.sparse.policies import POLICIES
+from apc.evaluate.tables import Column
+from apc.sparse.policies import POLICIES, facts
 from apc.utils.errors import UserError
 from apc.utils.files import write_atomic
 
-SLIDES = (
-    "predictions: how many times fewer things are predicted than by neuron, as the paper's slides count them, N·L·T·C over K·L·T·C, with N the FFN's "
-    "parameters and K the clusters of all sites. It counts predictions, neither bytes nor FLOPs: those stand beside it."
+PREDICTIONS = (
+    "predictions: how many times fewer predictions than neuron by neuron, N·L·T·C over K·L·T·C as on the paper's "
+    "slides; N: parameters of the FFN, K: clusters of all sites. It counts predictions, neither bytes nor FLOPs."
 )
-GAPS = "gap: at oracle, ln of its perplexity over exact's (what the codebook costs); at predicted, over oracle's (what predicting the cluster costs)."
-STARRED = "* without the cost of finding the mask: this policy reads it from the token's own activations."
-SHARED = tuple(name for name, policy in POLICIES.items() if not policy.uses_codebook)
-_ELSEWHERE = ("run", "tracking", "collect.dir")  # of a configuration: names and folders, which change no figure
+GAPS = "gap: ln of the perplexity over that of " + ", ".join(
+    f"{policy.gap_to} (for {name})" for name, policy in POLICIES.items() if policy.gap_to
+)
+SHARED = tuple(name for name, policy in POLICIES.items() if not policy.uses_codebook)  # the same with any codebook
+_IRRELEVANT = ("run", "tracking", "collect.dir")  # parts of a configuration that change no number
 
-
-# ---- the command that makes a run again
+_COLUMNS = (
+    Column("", "run", lambda record: record["run"]),
+    Column("", "codebook", lambda record: record["codebook"]),
+    Column("", "K", lambda record: tables.format_fixed(record["k"], 0)),
+    *tables.POLICY_COLUMNS,
+    Column("gap", "nats", lambda record: tables.format_fixed(record["gap"], 3)),
+    Column("predictions", "÷", lambda record: _power_of_ten(record["fewer_predictions"])),
+)
+_MEASURES = (
+    *("density", "coverage", "precision", "captured_importance", "captured_energy"),
+    *("perplexity", "ratio", "ratio_low", "ratio_high", "bits"),
+)
+_SHARES = ("bytes_share", "flops_share")
+_CONDITIONS = (
+    *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "sparsity", "active", "sites", "k", "density"),
+    *("weighting", "scope", "forward"),
+)
 
 
 def command(run: Finished) -> str:
-    """A command line that makes the run (or evaluation) again, from the experiment that it differs least from."""
+    """The shortest command line that makes the run (or evaluation) again, from one of the experiments."""
     cfg = run.config
-    again = f"run.name={run.folder.name}-again"
+    name = f"run.name={run.folder.name}-again"
     if run.folder.resolve().parent.name == "evaluations":
-        base = load_saved(run.folder.parent.parent / "config.yaml", ["stage=all"])
-        words = [
-            f"checkpoint={run.folder.parent.parent}",
-            *overrides_between(base, cfg, (*_ELSEWHERE, "checkpoint")),
-            again,
-        ]
-        return shlex.join(["python", "evaluate.py", *words])
-    found = [[*chosen, *overrides_between(base, cfg, _ELSEWHERE)] for chosen, base in _experiments()]
-    for words in sorted(found, key=len):
-        if not overrides_between(load_config(None, words), cfg, _ELSEWHERE):
-            return shlex.join(["python", "train.py", *words, again])
-    raise AssertionError("an experiment and what differs from it make the configuration")
+        checkpoint = run.folder.parent.parent
+        base = load_saved(checkpoint / "config.yaml", ["stage=all"])
+        words = overrides_between(base, cfg, (*_IRRELEVANT, "checkpoint"))
+        return shlex.join(["python", "evaluate.py", f"checkpoint={checkpoint}", *words, name])
+    candidates = [[*chosen, *overrides_between(base, cfg, _IRRELEVANT)] for chosen, base in _experiments()]
+    for words in sorted(candidates, key=len):
+        if not overrides_between(load_config(None, words), cfg, _IRRELEVANT):
+            return shlex.join(["python", "train.py", *words, name])
+    raise AssertionError("an experiment and its differences make the configuration")
 
 
 @cache
 def _experiments() -> list[tuple[list[str], Config]]:
-    """The words that choose a starting point, and its configuration: each experiment, and what is taken without one."""
+    """The starting points of a command, each with its words and configuration: none, the defaults, each experiment."""
     names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    chosen = [[], *([f"experiment={name}"] for name in names)]
+    chosen: list[list[str]] = [[], *([f"experiment={name}"] for name in names)]
     return [([], Config()), *((words, load_config(None, words)) for words in chosen)]
 
 
-# ---- the table
+def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) -> str:
+    """Every policy of every run under its conditions, held-out before in-sample.
+
+    Args:
+        runs: ordered.
+        markdown: for a document, with all columns and the commands.
+        wide: for a terminal, with all columns and the commands; else at most 80 characters wide, grouped by run.
+    """
+    names = variants(runs)
+    parts = []
+    for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key):
+        members = list(group)
+        heading = " · ".join(comparison_items(members[0]))
+        records = _shared_records(members)
+        records += [
+            _record(run, name, names[str(run.folder)])
+            for run in members
+            for name in run.policies
+            if name not in SHARED or len(members) == 1
+        ]
+        if markdown or wide:
+            grid = tables.record_grid(_COLUMNS, records, markdown, wide)
+        else:
+            grid = _grouped(records)
+            heading = "\n".join(tables.wrapped_items(comparison_items(members[0]), tables.line_width()))
+        parts += [f"**{heading}**" if markdown else heading, grid]
+    return "\n\n".join([*parts, *_below(runs, markdown, wide)]) + "\n"
 
 
-_TABLE: tuple[tuple[str, str, Callable[[Finished, dict], str]], ...] = (
-    ("", "K", lambda run, policy: f"{run.conditions['k']:,}"),
-    ("", "policy", lambda run, policy: policy["policy"]),
-    ("density", "%", lambda run, policy: tables.shown_density(policy)),
-    ("coverage", "%", lambda run, policy: tables.percent(policy.get("coverage"))),
-    ("precision", "%", lambda run, policy: tables.percent(policy.get("precision"))),
-    ("captured", "importance %", lambda run, policy: tables.percent(policy.get("captured_importance"))),
-    ("", "perplexity", lambda run, policy: tables.shown_perplexity(policy.get("perplexity"))),
-    ("vs dense", "× (95 %)", lambda run, policy: tables.shown_ratio(policy)),
-    ("choice", "bits", lambda run, policy: tables.format_fixed(policy.get("bits"), 1)),
-    ("gap", "nats", lambda run, policy: tables.format_fixed(run.own_gap(policy["policy"]), 3)),
-    ("bytes", "% of dense", lambda run, policy: tables.percent(policy.get("bytes_share")) + tables.star(policy)),
-    ("FLOPs", "% of dense", lambda run, policy: tables.percent(policy.get("flops_share")) + tables.star(policy)),
-    ("predictions", "÷, slides", lambda run, policy: _times(run.fewer_predictions(policy["policy"]))),
-)
-FIGURES = (
-    "density",
-    "coverage",
-    "precision",
-    "captured_importance",
-    "captured_energy",
-    "perplexity",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-    "bits",
-)
-SHARES = ("bytes_share", "flops_share")
-CONDITIONS = (
-    "model",
-    "fit",
-    "score",
-    "fit_tokens",
-    "score_tokens",
-    "seq_len",
-    "sparsity",
-    "active",
-    "sites",
-    "k",
-    "density",
-    "weighting",
-    "scope",
-    "forward",
-)
+def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
+    """The notes below the table, and with all columns the command for each run."""
+    every = markdown or wide
+    notes = [tables.MEANINGS, *tables.footnotes(record for run in runs for record in run.policies.values())]
+    notes += [GAPS, PREDICTIONS] if every else [f"{tables.MORE} Commands that make each run again: comparison.md."]
+    notes += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []
+    commands = [f"{run.name}: {command(run)}" for run in runs] if every else []
+    if markdown:
+        return [*map(tables.escaped, notes), "To run one again:", "\n".join(f"    {line}" for line in commands)]
+    width = 160 if wide else tables.line_width()
+    lines = ["To run one again:", *(f"  {line}" for line in commands)] if commands else []
+    return list(filter(None, ["\n".join(tables.wrapped(note, width, indent="  ") for note in notes), "\n".join(lines)]))
 
 
-def _times(ratio: float | None) -> str:
+def _record(run: Finished, policy: str, codebook: str) -> dict:
+    """A policy's record with the columns that a comparison adds."""
+    free = run.conditions.get("centroid_size") == "free"
+    density = "any density" if free else f"density {run.conditions['density']:g}"
+    return run.policies[policy] | {
+        "run": run.name,
+        "codebook": f"{codebook}, {density}",
+        "k": run.conditions["k"],
+        "gap": run.gap(policy),
+        "fewer_predictions": run.fewer_predictions(policy),
+    }
+
+
+def _shared_records(members: Sequence[Finished]) -> list[dict]:
+    """Policies that no codebook changes: one record for each distinct result, with the number of runs that have it.
+
+    Empty for a single run.
+    """
+    count: Counter[tuple[str, ...]] = Counter()
+    records = {}
+    for name in SHARED if len(members) > 1 else ():
+        for run in members:
+            if name not in run.policies:
+                continue
+            record = _record(run, name, "") | {"run": "", "k": None, "codebook": ""}
+            if name == "dense":  # its share of active neurons depends on the run's sparsity
+                record |= {"density": None, "coverage": None, "precision": None, "masked": None}
+            else:
+                record["codebook"] = f"sparsity {run.conditions['sparsity']:g}"
+            key = tuple(tables.record_cells(_COLUMNS, record))
+            records[key] = record
+            count[key] += 1
+    return [record | {"run": f"{count[key]} run{'s' * (count[key] > 1)}"} for key, record in records.items()]
+
+
+def _grouped(records: Sequence[dict]) -> str:
+    """The five columns of each record, under a line for each run with its codebook."""
+    columns = tables.shown_columns(tables.POLICY_COLUMNS, wide=False)
+    groups = []
+    for (run, codebook, k), group in itertools.groupby(
+        records, key=lambda row: (row["run"], row["codebook"], row["k"])
+    ):
+        words = [codebook, f"K {k:,}" if k is not None else "any codebook"]
+        heading = tables.wrapped(f"{run}: {', '.join(filter(None, words))}", tables.line_width(), indent="  ")
+        groups.append((f"\n{heading}", [tables.record_cells(columns, record) for record in group]))
+    return tables.grouped_grid([(column.top, column.bottom) for column in columns], groups)
+
+
+def _power_of_ten(ratio: float | None) -> str:
     return tables.DASH if ratio is None else f"{ratio:.1e}".replace("e+0", "e")
 
 
-def _shared_rows(members: Sequence[Finished]) -> list[list[str]]:
-    """Rows of the policies that no codebook changes, each figure once, with how many of the runs have it. None for a single run."""
-    found: dict[tuple, int] = {}
-    for run in members if len(members) > 1 else ():
-        for name in SHARED:
-            if name in run.policies:
-                about = "" if name == "dense" else f"sparsity {run.conditions['sparsity']:g}"
-                unsaid = (
-                    ("K",) if about else ("K", "%")
-                )  # of dense, the share that is active is another for each sparsity
-                cells = tuple("" if label in unsaid else cell(run, run.policies[name]) for _, label, cell in _TABLE)
-                found[(name, about, cells)] = found.get((name, about, cells), 0) + 1
-    every = sorted(found.items(), key=lambda item: SHARED.index(item[0][0]))
-    return [[f"{count} {'run' if count == 1 else 'runs'}", about, *cells] for (_, about, cells), count in every]
-
-
-def _density(run: Finished) -> str:
-    """Of its centroids, where that was asked for."""
-    return "any density" if run.conditions.get("centroid_size") == "free" else f"density {run.conditions['density']:g}"
-
-
-def table(runs: Sequence[Finished], markdown: bool = False) -> str:
-    """Every policy of every run under the conditions that it holds for, held-out before in-sample; then the command for each run."""
-    parts = []
-    names = variants(runs)
-    for _, group in itertools.groupby(runs, key=lambda run: run.place):
-        members = list(group)
-        codebooks = {str(run.folder): f"{names[str(run.folder)]}, {_density(run)}" for run in members}
-        rows = _shared_rows(members)
-        rows += [
-            [run.name, codebooks[str(run.folder)], *(cell(run, policy) for *_, cell in _TABLE)]
-            for run in members
-            for name, policy in run.policies.items()
-            if name not in SHARED or len(members) == 1
-        ]
-        heading = comparison_text(members[0])
-        grid = tables.text_grid([("", "run"), ("", "codebook"), *(column[:2] for column in _TABLE)], rows, markdown)
-        parts += [f"**{heading}**" if markdown else heading, grid]
-    notes = [STARRED, *tables.density_notes(policy for run in runs for policy in run.policies.values()), GAPS, SLIDES]
-    notes += (
-        ["IN-SAMPLE: scored on the text it was fitted on; not what other text will give."]
-        if any(run.in_sample for run in runs)
-        else []
-    )
-    commands = [f"{run.name}: {command(run)}" for run in runs]
-    if markdown:
-        notes = [note.replace("*", "\\*", 1) if note.startswith("*") else note for note in notes]
-        return "\n\n".join([*parts, *notes, "To run one again:", "\n".join(f"    {line}" for line in commands)]) + "\n"
-    return (
-        "\n\n".join(
-            [
-                *parts,
-                "\n".join(tables.wrapped(note, 160) for note in notes),
-                "\n".join(["to run one again:", *(f"  {line}" for line in commands)]),
-            ]
-        )
-        + "\n"
-    )
-
-
 def table_csv(runs: Sequence[Finished]) -> str:
-    """CSV of the same: a row for each policy of each run, with its conditions and command. Shares are fractions."""
+    """CSV with a row for each policy of each run, with conditions and command. Shares are fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["split", "run", "policy", *FIGURES, "masked_density", "oracle_gap", "predictor_gap", *SHARES, "excludes_finding", "fewer_predictions_slides",
-                     "codebook", *CONDITIONS, "command"])  # fmt: skip
+    measures = [*_MEASURES, "masked_density", "oracle_gap", "predictor_gap", *_SHARES]
+    added = ["excludes_finding", "fewer_predictions_slides", "codebook"]
+    writer.writerow(["split", "run", "policy", *measures, *added, *_CONDITIONS, "command"])
     names = variants(runs)
     for run in runs:
         split = "IN-SAMPLE" if run.in_sample else run.conditions["split"]
-        shown = [
-            "+".join(value) if isinstance(value, list) else value
-            for value in (run.conditions.get(key) for key in CONDITIONS)
-        ]
+        values = [run.conditions.get(key) for key in _CONDITIONS]
+        shown = ["+".join(value) if isinstance(value, list) else value for value in values]
+        again = command(run)
         for name, policy in run.policies.items():
-            gaps = (run.own_gap(name) if name == kind else None for kind in ("oracle", "predicted"))
-            figures = [
-                *(policy.get(key) for key in FIGURES),
-                tables.masked_density(policy),
-                *gaps,
-                *(policy.get(key) for key in SHARES),
-            ]
-            writer.writerow([split, run.name, name, *figures, policy.get("excludes_finding"), run.fewer_predictions(name), names[str(run.folder)], *shown,
-                             command(run)])  # fmt: skip
+            gap = run.gap(name)
+            gaps = [None, gap] if facts(name).forms else [gap, None]
+            row = [split, run.name, name, *map(policy.get, _MEASURES), tables.masked_density(policy), *gaps]
+            row += [*map(policy.get, _SHARES), policy.get("excludes_finding"), run.fewer_predictions(name)]
+            writer.writerow([*row, names[str(run.folder)], *shown, again])
     return out.getvalue()
 
 
-# ---- all of it
+def compare(runs: Sequence[Finished], folder: Path, wide: bool = False) -> str:
+    """Writes comparison.csv, comparison.md and the figures to `folder`; returns the table for a terminal.
 
-
-def compare(runs: Sequence[Finished], folder: Path) -> str:
-    """Writes comparison.csv, comparison.md and the figures to `folder`; returns the table for a terminal. Raises UserError if it can't be written."""
+    Raises UserError if the folder can't be written.
+    """
     runs = ordered(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "comparison.csv", table_csv(runs).encode())
         write_atomic(folder / "comparison.md", table(runs, markdown=True).encode())
-        figures = save_figures(runs, folder)
+        paths = save_figures(runs, folder)
     except OSError as error:
         raise UserError(
             f"{folder}: can't be written ({error.strerror}); choose another folder with out=FOLDER"
         ) from error
-    names = ", ".join(path.name for path in figures) or "none (no policy of clusters among them)"
-    return f"{table(runs)}\nwritten to {folder}: comparison.csv, comparison.md; figures: {names}"
+    names = ", ".join(path.name for path in paths) or "none (nothing to draw)"
+    written = tables.wrapped(
+        f"written to {folder}: comparison.csv, comparison.md; figures: {names}", tables.line_width(wide), indent="  "
+    )
+    return f"{table(runs, wide=wide)}\n{written}"
 
 
 def main(words: Sequence[str]) -> None:
-    """`compare=RUNS [out=FOLDER]`, as `evaluate.py` takes them. Raises UserError as `find_runs` and `compare` do."""
-    given = dict(word.partition("=")[::2] for word in words)
+    """Runs `compare=RUNS [out=FOLDER] [--wide]` of evaluate.py. Raises UserError like `find_runs` and `compare`."""
+    given = dict(word.partition("=")[::2] for word in words if word != "--wide")
     other = [key for key in given if key not in ("compare", "out")]
     if other:
-        raise UserError(f"{other[0]}: does not go with compare=, which reads finished runs; it takes out=FOLDER only")
+        raise UserError(f"{other[0]}: does not go with compare=, which reads finished runs; give out=FOLDER or --wide")
     runs, left_out = find_runs(given["compare"])
     parents = {str(run.folder.resolve().parent) for run in runs}
     folder = Path(given["out"]).expanduser() if given.get("out") else Path(os.path.commonpath(parents)) / "comparison"
-    print("\n".join([*left_out, "", compare(runs, folder)] if left_out else [compare(runs, folder)]))
+    shown = compare(runs, folder, wide="--wide" in words)
+    print("\n".join([*left_out, "", shown] if left_out else [shown]))

@@ -1,1 +1,1 @@
-"""The configuration: every key, and how files and overrides make one."""
+"""The configuration: all keys, and how files and overrides are merged."""

@@ -1,34 +1,34 @@
-"""Makes a configuration from files and overrides, and describes every key.
+"""Merges files and overrides into a configuration, and describes every key.
 
 Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ←
-key=value overrides (group choices among them first). Wherever a section is expected, a bare name chooses a group file:
-`model=mistral7b`. A run of the bundled model on the bundled text starts from `experiment=demo`, unless an experiment is
-chosen.
+key=value overrides, group choices first. In place of a section, a name chooses a group file: `model=mistral7b`. A run
+of the bundled model on the bundled text uses `experiment=demo` unless another experiment is chosen.
 """
 
 import inspect
 import re
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from apc.config.schema import Config
-from apc.utils.errors import UserError
+from apc.utils.errors import UserError, first_line
 
-_CHECKOUT, _PACKAGE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]
-CONFIGS = next(path for path in (_PACKAGE / "configs", _CHECKOUT / "configs") if path.is_dir())
+# In a wheel, configs/ lies in the package; in a checkout, beside it.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
-SECTIONS = {
-    item.name: item.default_factory
-    for item in fields(Config)
-    if item.default_factory is not MISSING and is_dataclass(item.default_factory)
+# The dataclass of each section, by its key.
+SECTIONS: dict[str, type] = {
+    item.name: cast(type, item.default_factory) for item in fields(Config) if is_dataclass(item.default_factory)
 }
 
-# Keys of version 0.1.
+# Keys of version 0.1, and their new names or why they are gone.
 RENAMED = {
     "arms": "policies",
     "collect.hidden": "collect.ffn_inputs",
@@ -40,12 +40,12 @@ RENAMED = {
     "tune.windows": "tune.batch_windows",
 }
 REMOVED = {
-    "cluster.init_sample": "k-means++ always looks at 4,096 rows of a group",
-    "predictor.weight_decay": "it is 0.01, and 0 for the low-bit form",
+    "cluster.init_sample": "k-means++ always samples 4,096 rows of a group",
+    "predictor.weight_decay": "it is always 0.01, and 0 for the low-bit form",
     "tune.budget_windows": "the cost of dropping neurons is always measured on 16 windows",
-    "tune.lr_scores": "it is 20 times tune.lr",
-    "tune.lr_offsets": "it is twice tune.lr",
-    "tune.temperature": "it is 0.5",
+    "tune.lr_scores": "it is always 20 times tune.lr",
+    "tune.lr_offsets": "it is always twice tune.lr",
+    "tune.temperature": "it is always 0.5",
 }
 
 RENAMED_EXPERIMENTS = {
@@ -61,49 +61,51 @@ RENAMED_EXPERIMENTS = {
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """The configuration from an optional YAML file and key=value overrides: typed, validated, read-only.
+    """The typed, validated, read-only configuration from an optional YAML file and key=value overrides.
 
-    Raises UserError for an unknown key (with the nearest known one), an old key (with its new name), a wrong type, a
-    value out of range, or a missing file.
+    Raises UserError for an unknown key (naming the most similar known one), an old key (naming the new one), a wrong
+    type, a value out of range, or a missing file.
     """
     return _merge(_sources(path, overrides or []))
 
 
 def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that a run saved, also one of an earlier version, with key=value overrides.
+    """A run's saved configuration with key=value overrides on top. Files of earlier versions are read too.
 
     Raises UserError as `load_config` does.
     """
     values = _read_yaml(path)
     for old, new in RENAMED.items():
-        found = OmegaConf.select(values, old)
+        value = OmegaConf.select(values, old)
         if _pop(values, old):
-            OmegaConf.update(values, new, found)
+            OmegaConf.update(values, new, value)
     for old in REMOVED:
         _pop(values, old)
-    if OmegaConf.select(values, "trainer.precision") in ("16-mixed", "64-true"):  # of version 0.1
+    if OmegaConf.select(values, "trainer.precision") in ("16-mixed", "64-true"):  # version 0.1 allowed them
         OmegaConf.update(values, "trainer.precision", "32-true")
     names, dotlist = _parse_overrides(overrides or [])
     return _merge([values, *_read_groups(names), dotlist])
 
 
 def to_dict(cfg: Config) -> dict:
+    """The configuration as nested dictionaries."""
     return asdict(cfg)
 
 
 def to_yaml(cfg: Config) -> str:
+    """The configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 
 def as_word(value: object) -> str:
-    """A value as it stands on the command line."""
+    """A value in the command line's notation."""
     if isinstance(value, list):
         return f"[{','.join(map(as_word, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """The key=value words that turn `base` into `cfg`; sections and keys in `leave_out` may differ."""
+    """The key=value words that turn `base` into `cfg`, without the sections and keys in `leave_out`."""
     words = []
     for key, value in asdict(cfg).items():
         other = getattr(base, key)
@@ -123,13 +125,13 @@ def _merge(sources: list[DictConfig]) -> Config:
     for node in (base, *(base[name] for name in SECTIONS)):
         OmegaConf.set_readonly(node, False)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(base, *sources))
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(base, *sources)))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
 
 
 def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
-    """What the files chose of the groups, the files' own values, then the groups and values of the command line."""
+    """In order: group files that files choose, the files' values, the command line's group files, its values."""
     names, dotlist = _parse_overrides(overrides)
     experiment = names.pop("experiment", None)
     given = [Path(path)] if path is not None else []
@@ -143,19 +145,19 @@ def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
 
 
 def _read_files(files: list[Path]) -> list[DictConfig]:
-    """The group files that these files choose, then their own values."""
+    """The group files that these files choose, then the files' own values."""
     chosen: dict[str, str] = {}
     values = [_take_groups(_read_yaml(file), chosen) for file in files]
     return [*_read_groups(chosen), *values]
 
 
 def _is_bundled(sources: list[DictConfig]) -> bool:
-    """Whether neither another model nor another text is chosen."""
+    """Whether model and texts are the bundled ones."""
     merged = OmegaConf.unsafe_merge({}, *sources)
     keys = ("model.path", "data.fit", "data.score")
     try:
         return all(OmegaConf.select(merged, key, default="bundled") == "bundled" for key in keys)
-    except OmegaConfBaseException:  # a section that is no section, which the merge proper explains
+    except OmegaConfBaseException:  # a section is not a dictionary; the merge reports it
         return False
 
 
@@ -164,7 +166,7 @@ def _read_groups(names: dict[str, str]) -> list[DictConfig]:
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
-    """(group choices, key=value overrides). Parted before the merge: `model=x` and `model.dtype=y` may both be given."""
+    """(group choices, key=value overrides). Both may name one section: `model=x` and `model.dtype=y`."""
     names, words = {}, []
     for word in overrides:
         key, equals, value = word.partition("=")
@@ -178,11 +180,11 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
     try:
         return names, OmegaConf.from_dotlist(words)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{' '.join(words)}: can't be read as overrides: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{' '.join(words)}: can't be read as overrides: {first_line(error)}") from error
 
 
 def _check_old(key: str) -> None:
-    """Raises UserError for a key of an earlier version."""
+    """Raises UserError for a key of version 0.1."""
     if key in RENAMED:
         raise UserError(f"{key}: renamed; write {RENAMED[key]}")
     if key in REMOVED:
@@ -190,7 +192,7 @@ def _check_old(key: str) -> None:
 
 
 def _pop(values: DictConfig, key: str) -> bool:
-    """Removes a dotted key; returns whether it was there."""
+    """Removes a dotted key. Returns whether it existed."""
     section, _, name = key.rpartition(".")
     node = OmegaConf.select(values, section) if section else values
     if not isinstance(node, DictConfig) or name not in node:
@@ -200,7 +202,7 @@ def _pop(values: DictConfig, key: str) -> bool:
 
 
 def _take_groups(values: DictConfig, chosen: dict[str, str]) -> DictConfig:
-    """Moves sections that are a bare name from `values` to `chosen`. Raises UserError for a key of an earlier version."""
+    """Moves sections that are only a name from `values` to `chosen`. Raises UserError for a key of version 0.1."""
     for section in SECTIONS:
         if section in values and isinstance(values[section], str):
             chosen[section] = values.pop(section)
@@ -227,16 +229,16 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(values, DictConfig):
         raise UserError(f"{path}: holds no keys; write KEY: VALUE lines")
     return values
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message in one line that begins with the key."""
+    """OmegaConf's message as one line that begins with the key."""
     key = getattr(error, "full_key", None)
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     if isinstance(error, ConfigKeyError) and key:
         like = get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
         return f"{key}: unknown key; " + (
@@ -246,22 +248,26 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def _known_keys() -> list[str]:
-    nested = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in fields(kind)]
+    nested = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in _fields(kind)]
     return [item.name for item in fields(Config)] + nested
 
 
+def _fields(kind: Any) -> tuple[Field, ...]:
+    return fields(kind)
+
+
 def describe() -> str:
-    """All keys with their defaults and meanings, and the group files there are."""
+    """The text of `--help`: all keys with defaults and meanings, and all group files."""
     lines = []
-    for name, kind in {"": Config, **SECTIONS}.items():
+    sections: dict[str, type] = {"": Config, **SECTIONS}
+    for name, kind in sections.items():
         lines.append(f"\n{name or 'general'}:")
-        comments = _comments(kind)
-        for item in fields(kind):
+        comments, defaults = _comments(kind), kind()
+        for item in _fields(kind):
             if kind is Config and item.name in SECTIONS:
                 continue
-            default = item.default if item.default is not MISSING else item.default_factory()
             key = f"{name}.{item.name}" if name else item.name
-            lines.append(f"  {key}={as_word(default)}")
+            lines.append(f"  {key}={as_word(getattr(defaults, item.name))}")
             lines += [f"      {line}" for line in comments[item.name]]
     lines.append("\ngroup files (GROUP=NAME):")
     for folder in sorted(CONFIGS.iterdir()):
@@ -271,14 +277,14 @@ def describe() -> str:
 
 
 def _comments(kind: type) -> dict[str, list[str]]:
-    """The comment lines above each field of a dataclass: what the field means."""
-    found: dict[str, list[str]] = {}
+    """The comment lines above each field of a dataclass, which explain it."""
+    comments: dict[str, list[str]] = {}
     above: list[str] = []
     for line in inspect.getsource(kind).splitlines():
         if comment := re.match(r"    # (.*)", line):
             above.append(comment.group(1))
         else:
             if key := re.match(r"    (\w+): ", line):
-                found[key.group(1)] = above
+                comments[key.group(1)] = above
             above = []
-    return found
+    return comments

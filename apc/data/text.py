@@ -1,6 +1,7 @@
-"""Text → token windows: read a source, check that fit and score text are apart, tokenise, cut.
+"""Text → token windows: reads a source, checks that fit and score text do not overlap, tokenises, cuts.
 
-A source is `bundled`, a local file, or a data set of the Hugging Face hub (`name[:config[:split]]`). The fit text may be several, with commas between.
+A source is `bundled`, a local file, or a dataset of the Hugging Face hub (`name[:config[:split]]`). The fit text may be
+several sources separated by commas.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apc.config.schema import DataConfig
+from apc.config.schema import Config, DataConfig
 from apc.data.bundled import bundled_documents
 from apc.utils.errors import UserError
 from apc.utils.hub import hub_offline, hub_reachable
@@ -21,36 +22,42 @@ from apc.utils.hub import hub_offline, hub_reachable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-from apc.config.schema import Config
-
 PLAIN_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", ".jsonl")
-SCORE_EVERY = 5  # of the bundled articles each fifth is score text
-PARAGRAPH_CHARS = 200  # shorter paragraphs (headings, lists, set phrases) may well recur in unrelated text
-SHARED_LIMIT = 0.01  # share of the score text's characters that may also be fit text
+SCORE_EVERY = 5  # every fifth bundled article is score text
+PARAGRAPH_CHARS = 200  # shorter paragraphs (headings, lists, set phrases) can recur in unrelated texts
+SHARED_LIMIT = 0.01  # share of the score text's characters that may also be in the fit text
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of one source. `source` names it without folders; `digest` is of the token ids and seq_len alone."""
+    """Token windows of one source.
 
-    tokens: torch.Tensor  # int64 [n, seq_len]
+    tokens: int64 [n, seq_len]; source: its name without folders; documents: how many it has;
+    digest: sha256 of token ids and seq_len alone.
+    """
+
+    tokens: torch.Tensor
     source: str
     documents: int
     digest: str
 
     def split(self, count: int) -> tuple["Windows", "Windows"]:
-        """The first `count` windows, and the rest (which may be none)."""
-        parts = self.tokens[:count], self.tokens[count:]
-        return tuple(Windows(tokens, self.source, self.documents, _digest(tokens)) for tokens in parts)
+        """The first `count` windows, and the rest, which may be empty."""
+        return self._part(self.tokens[:count]), self._part(self.tokens[count:])
+
+    def _part(self, tokens: torch.Tensor) -> "Windows":
+        return Windows(tokens, self.source, self.documents, _digest(tokens))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A source that has been read. `identity` is equal for equal sources; `name` is for people and holds no folders."""
+    """A source that has been read.
 
-    key: str  # the config key that named it
+    key: the config key that names it; name: for the user, without folders; identity: equal for equal sources.
+    """
+
+    key: str
     name: str
     identity: str
     documents: list[str]
@@ -66,9 +73,9 @@ def load_windows(cfg: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple
 
 
 def read_texts(cfg: DataConfig) -> tuple[_Text, _Text]:
-    """The fit text and the score text; needs no model, so that what is wrong with them is said before one is loaded.
+    """The fit text and the score text. Needs no model, so errors show before one is loaded.
 
-    Raises UserError if a source can't be read, or if the score text was fitted on.
+    Raises UserError if a source can't be read, or if fit and score text overlap.
     """
     fit, score = _read_role(cfg, "fit"), _read_role(cfg, "score")
     if not cfg.in_sample:
@@ -79,37 +86,35 @@ def read_texts(cfg: DataConfig) -> tuple[_Text, _Text]:
 def cut_windows(
     cfg: DataConfig, fit: _Text, score: _Text, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Windows, Windows]:
-    """(fit, score) windows of what `read_texts` read. Raises UserError if a text is too short for the windows asked for."""
-    return _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer), _windows(
-        score, cfg.seq_len, cfg.score_windows, tokenizer
-    )
+    """Windows of the two texts from `read_texts`. Raises UserError if a text is too short for the windows wanted."""
+    fit_windows = _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer)
+    return fit_windows, _windows(score, cfg.seq_len, cfg.score_windows, tokenizer)
 
 
 def on_hub(cfg: DataConfig, role: str) -> bool:
-    """Whether the `fit` or the `score` text is, in part at least, a data set of the hub: neither bundled nor a local file."""
+    """Whether any source of the `fit` or `score` text is a dataset of the hub: neither bundled nor a local file."""
     return any(source.partition(":")[0] != "bundled" and not _looks_like_path(source) for source in _sources(cfg, role))
 
 
 def count_windows(cfg: DataConfig, role: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many windows the `fit` or the `score` text gives by itself. Raises UserError as `cut_windows` does."""
+    """Number of windows in the `fit` or `score` text. Raises UserError as `cut_windows` does."""
     return len(_windows(_read_role(cfg, role), cfg.seq_len, getattr(cfg, f"{role}_windows"), tokenizer).tokens)
 
 
-# ---- tokens
-
-
 def _windows(text: _Text, seq_len: int, limit: int | None, tokenizer: "PreTrainedTokenizerBase") -> Windows:
-    """Windows side by side from the start, without a BOS token; a tail shorter than a window is dropped."""
-    # verbose=False: a text longer than the model's context is no mistake here, since it is cut into windows.
+    """Adjacent windows from the start of the text, without a BOS token; drops a tail shorter than a window."""
+    # verbose=False: no warning that the text is longer than the model's context, since it is cut into windows.
     ids = torch.tensor(tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // seq_len
     if not available:
         raise UserError(
-            f"{text.key}: {text.name} has {len(ids)} tokens, one window needs {seq_len}: lower data.seq_len or give more text"
+            f"{text.key}: {text.name} has {len(ids)} tokens, one window needs {seq_len}: "
+            "lower data.seq_len or give more text"
         )
     if limit is not None and limit > available:
         raise UserError(
-            f"{text.key}_windows={limit}, but {text.name} has {available} windows of {seq_len} tokens: lower it, or null"
+            f"{text.key}_windows={limit}, but {text.name} has {available} windows of {seq_len} tokens: "
+            "lower it, or set it to null"
         )
     tokens = ids[: (limit or available) * seq_len].view(-1, seq_len)
     return Windows(tokens, text.name, len(text.documents), _digest(tokens))
@@ -119,11 +124,8 @@ def _digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(f"{tokens.shape[1]}:".encode() + tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-# ---- fit and score apart
-
-
 def _check_apart(fit: _Text, score: _Text) -> None:
-    """Raises UserError if both are one source, or share long paragraphs worth more than SHARED_LIMIT of the score text."""
+    """Raises UserError if both are one source, or if long shared paragraphs exceed SHARED_LIMIT of the score text."""
     remedy = "choose other text, or set data.in_sample=true to score on fitted text"
     fit_text, score_text = fit.joined, score.joined
     if score.identity in fit.identity.split(",") or fit_text == score_text:
@@ -133,21 +135,21 @@ def _check_apart(fit: _Text, score: _Text) -> None:
     share = sum(map(len, shared)) / max(len(score_text), 1)
     if share > SHARED_LIMIT:
         raise UserError(
-            f"data.score ({score.name}) shares {len(shared)} paragraphs, {share:.0%} of its characters, with data.fit ({fit.name}), "
-            f"the first one “{shared[0][:60]}…”: {remedy}"
+            f"data.score ({score.name}) shares {len(shared)} paragraphs, {share:.0%} of its characters, "
+            f"with data.fit ({fit.name}), the first one “{shared[0][:60]}…”: {remedy}"
         )
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The long paragraphs of a text: lines of at least PARAGRAPH_CHARS, or, where lines are wrapped short, blocks between blank lines."""
+    """The paragraphs of a text with at least PARAGRAPH_CHARS.
+
+    A paragraph is a line; in text wrapped at short lines, it is a block between blank lines.
+    """
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.split("\n")]
         long = [line for line in lines if len(line) >= PARAGRAPH_CHARS]
         wrapped = " ".join(lines)
         yield from long or ([wrapped] if len(wrapped) >= PARAGRAPH_CHARS else [])
-
-
-# ---- sources
 
 
 def _sources(cfg: DataConfig, role: str) -> list[str]:
@@ -158,7 +160,7 @@ def _sources(cfg: DataConfig, role: str) -> list[str]:
 
 
 def _read_role(cfg: DataConfig, role: str) -> _Text:
-    """The text that `data.fit` or `data.score` names: of the fit text all sources, one after the other."""
+    """The text that `data.fit` or `data.score` names, its sources concatenated."""
     texts = [_read(source, role) for source in _sources(cfg, role)]
     if len(texts) == 1:
         return texts[0]
@@ -171,7 +173,7 @@ def _read_role(cfg: DataConfig, role: str) -> _Text:
 
 
 def _read(source: str, role: str) -> _Text:
-    """Read what `data.fit` or `data.score` names; `role` is `fit` or `score`."""
+    """One source of `data.fit` or `data.score`; `role` is `fit` or `score`."""
     key = f"data.{role}"
     if source.partition(":")[0] == "bundled":
         part = source.partition(":")[2] or role
@@ -191,7 +193,10 @@ def _bundled(part: str) -> list[str]:
 
 
 def _looks_like_path(source: str) -> bool:
-    """Hub ids are `name` or `org/name`: a path exists, ends like a text file, starts like a path, is deeper, or its first folder exists."""
+    """Whether a source is a path and not a hub id, which is `name` or `org/name`.
+
+    A path exists, ends like a text file, starts like a path, has more parts, or its folder exists.
+    """
     path = Path(source).expanduser()
     return (
         path.exists()
@@ -204,7 +209,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _read_file(path: Path, key: str) -> list[str]:
-    """The documents of a local file: one for plain text, one per row otherwise. Raises UserError."""
+    """The documents of a local file: the whole file if it is plain text, else one per row. Raises UserError."""
     if not path.is_file():
         problem = (
             "is a folder: name a file in it"
@@ -249,7 +254,7 @@ def _read_jsonl(path: Path, key: str) -> list[str]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{key}: {path} line {number} is not JSON ({error.msg}): mend it or give another file"
+                    f"{key}: {path} line {number} is not JSON ({error.msg}): fix it or give another file"
                 ) from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise UserError(f"{key}: {path} line {number} has no string `text`: every line needs one")
@@ -258,7 +263,7 @@ def _read_jsonl(path: Path, key: str) -> list[str]:
 
 
 def _text_column(strings: list[str], name: str, key: str) -> str:
-    """`text`, or the only column of strings. Raises UserError if neither is there."""
+    """The column `text`, or the only column of strings. Raises UserError if there is neither."""
     if "text" in strings:
         return "text"
     if len(strings) != 1:
@@ -269,7 +274,10 @@ def _text_column(strings: list[str], name: str, key: str) -> str:
 
 
 def _read_hub(source: str, role: str) -> _Text:
-    """A data set of the hub, or its copy in the local cache when the hub can't be reached. Raises UserError, within 5 s if offline."""
+    """A dataset of the hub, or its copy in the local cache if the hub can't be reached.
+
+    Raises UserError if it can't be loaded; within 5 s if offline.
+    """
     key = f"data.{role}"
     parts = source.split(":")
     if len(parts) > 3:
@@ -299,10 +307,14 @@ def _read_hub(source: str, role: str) -> _Text:
 
 
 def split_windows(cfg: Config, fit: Windows, scored: Windows) -> tuple[Windows, Windows, Windows]:
-    """(fitted, monitored, scored) windows: the monitored ones are the last of the fit text. Raises UserError if none is left to fit."""
+    """Windows to fit on, to monitor on and to score. The monitor takes the last windows of the fit text.
+
+    Raises UserError if no window is left to fit on.
+    """
     count = len(fit.tokens) - cfg.monitor.windows
     if count < 1:
         raise UserError(
-            f"data.fit: {fit.source} has {len(fit.tokens)} windows and monitor.windows={cfg.monitor.windows} leaves none to fit; give more text"
+            f"data.fit: {fit.source} has {len(fit.tokens)} windows and monitor.windows={cfg.monitor.windows} "
+            "leaves none to fit; give more text"
         )
     return *fit.split(count), scored

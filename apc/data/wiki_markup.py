@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mwparserfromhell.wikicode import Wikicode
 
-
-# ---- Wikipedia markup → plain text
-
 DROPPED_TAGS = {
     "ref",
     "references",
@@ -23,34 +20,36 @@ DROPPED_TAGS = {
 }
 DROPPED_LINKS = {"file", "image", "category", "media"}
 DROPPED_SECTIONS = {
-    *(
-        "references",
-        "external links",
-        "see also",
-        "further reading",
-        "notes",
-        "bibliography",
-        "footnotes",
-        "citations",
-        "sources",
-    ),
-    *("notes and references", "references and notes", "works cited"),
+    "references",
+    "external links",
+    "see also",
+    "further reading",
+    "notes",
+    "bibliography",
+    "footnotes",
+    "citations",
+    "sources",
+    "notes and references",
+    "references and notes",
+    "works cited",
 }
-# Templates that stand for words of a sentence, and which positional argument holds them. All others (boxes, citations, notices) go.
+# Templates that are words of a sentence, by the positional argument that has the words. All others are dropped.
 SPOKEN_TEMPLATES = {
-    **{
-        "lang": 1,
-        "transl": -1,
-        "nowrap": 0,
-        "small": 0,
-        "smaller": 0,
-        "nihongo": 0,
-        "quote": 0,
-        "angbr": 0,
-        "vanchor": 0,
-        "keypress": 0,
-    },
-    **{"val": 0, "nts": 0, "abbr": 0, "sub": 0, "sup": 0},
+    "lang": 1,
+    "transl": -1,
+    "nowrap": 0,
+    "small": 0,
+    "smaller": 0,
+    "nihongo": 0,
+    "quote": 0,
+    "angbr": 0,
+    "vanchor": 0,
+    "keypress": 0,
+    "val": 0,
+    "nts": 0,
+    "abbr": 0,
+    "sub": 0,
+    "sup": 0,
 }
 TEMPLATE_SIGNS = {
     "nbsp": " ",
@@ -66,11 +65,15 @@ TEMPLATE_SIGNS = {
 
 
 def plain_text(markup: str) -> str:
-    """Wiki markup as prose: headings on lines of their own, paragraphs apart by a blank line; no tables, pictures, references or boxes."""
+    """Wiki markup as prose, without tables, pictures, references and boxes.
+
+    Each heading is a line of its own, and a blank line separates paragraphs.
+    """
     import mwparserfromhell
 
     blocks, dropped_level = [], 0
-    # Comments, references and quote marks are left to patterns: one left open makes the parser give up on the table or link around it.
+    # Regular expressions remove comments, references and quote marks: the parser gives up on a table or link with an
+    # unclosed one in it.
     code = mwparserfromhell.parse(UNSEEN.sub("", markup), skip_style_tags=True)
     for section in code.get_sections(flat=True, include_lead=True):
         heading = next(iter(section.filter_headings(recursive=False)), None)
@@ -108,7 +111,7 @@ def _render_node(node) -> str:
         case nodes.ExternalLink():
             return _render(node.title)
         case _:
-            return ""  # comments, and arguments of templates that are not ours to expand
+            return ""  # comments, and template arguments, which are not expanded
 
 
 def _namespace(link) -> str:
@@ -153,7 +156,7 @@ def _converted(args: list[str]) -> str:
 
 
 UNSEEN = re.compile(r"<!--.*?-->|<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref *>", re.DOTALL | re.IGNORECASE)
-# In this order: dropping the parts of a parenthesis can leave it empty, and dropping that leaves a space before a comma.
+# The order matters: dropping the parts of a parenthesis can empty it, and dropping that leaves a space before a comma.
 TIDYING = [
     (re.compile(r"[ \t\u00a0\u2009\u202f]+"), " "),
     (re.compile(r"__[A-Z]+__|'{5}|'{3}(?!s\b)|'{2}"), ""),  # ''Emma'''s is italics and a genitive
@@ -164,10 +167,7 @@ TIDYING = [
     (re.compile(r" ?\(\s*\)| ?\[\s*\]"), ""),
     (re.compile(r"\( +"), "("),
     (re.compile(r" +([,.;:!?)])(?=[\s)]|$)", re.MULTILINE), r"\1"),
-    (
-        re.compile(r"^ *(?:[|!]|\{\||\[\[(?:File|Image):).*$", re.MULTILINE),
-        "",
-    ),  # rows of a table, or a picture, that was never closed
+    (re.compile(r"^ *(?:[|!]|\{\||\[\[(?:File|Image):).*$", re.MULTILINE), ""),  # an unclosed table or picture
     (re.compile(r"^[ *#:;]+| +$", re.MULTILINE), ""),
     (re.compile(r" {2,}"), " "),
     (re.compile(r"\n{3,}"), "\n\n"),
@@ -175,7 +175,7 @@ TIDYING = [
 
 
 def _tidy(text: str) -> str:
-    """Clean up the holes that dropped markup leaves: empty parentheses, stray punctuation, table rows, runs of blank lines."""
+    """Cleans up after dropped markup: empty parentheses, stray punctuation, table rows, runs of blank lines."""
     for pattern, replacement in TIDYING:
         text = pattern.sub(replacement, text)
     return text.strip()

@@ -1,1 +1,1 @@
-"""What a run would take, before anything is loaded."""
+"""Estimates a run's disk space, memory and seconds before anything is loaded."""

@@ -1,34 +1,37 @@
-"""How fast the kernels were: rates of `benchmarks/results.csv`, by the shape that is nearest. Shape letters as in `apc.clustering`."""
+"""Kernel rates from `benchmarks/results.csv`, for the nearest measured shape. K clusters, D neurons."""
 
 import csv
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
-from apc.config.load import CONFIGS
 from apc.utils.errors import UserError
 
-RESULTS = CONFIGS.parent / "benchmarks" / "results.csv"
+# In a wheel, the table lies beside this file; in a checkout, in benchmarks/.
+_INSTALLED = Path(__file__).resolve().with_name("results.csv")
+RESULTS = _INSTALLED if _INSTALLED.is_file() else _INSTALLED.parents[2] / "benchmarks" / "results.csv"
 
 
 @cache
 def rate(operation: str, implementation: str, K: int, D: int, note: str = "") -> float:
-    """The rate that `benchmarks/results.csv` has for an operation on an H100, at the shape that is nearest to K × D; of equals the last row.
+    """The latest rate of an operation on an H100, at the measured shape nearest to K × D.
 
-    note: what the row's note begins with. Raises UserError if there is no such row.
+    note: the beginning of the row's note. Raises UserError if there is no such row.
     """
-    return _nearest(_rows(operation, implementation, note), lambda row: _apart(row["K"], K) + _apart(row["D"], D))
+    return _nearest(_rows(operation, implementation, note), lambda row: (_apart(row["K"], K) + _apart(row["D"], D),))
 
 
 @cache
 def rates(operation: str, implementation: str, K: int, D: int) -> list[float]:
-    """The slower and the faster of the rates as of `rate` at the shapes that are nearest in K and nearest in D: the same where one shape is both."""
+    """The slower and the faster of two rates: at the shape nearest in K, and at the shape nearest in D."""
     rows = _rows(operation, implementation)
-    by_clusters = _nearest(rows, lambda row: (_apart(row["K"], K), _apart(row["D"], D)))
-    return sorted((by_clusters, _nearest(rows, lambda row: (_apart(row["D"], D), _apart(row["K"], K)))))
+    nearest_in_k = _nearest(rows, lambda row: (_apart(row["K"], K), _apart(row["D"], D)))
+    nearest_in_d = _nearest(rows, lambda row: (_apart(row["D"], D), _apart(row["K"], K)))
+    return sorted((nearest_in_k, nearest_in_d))
 
 
-def _rows(operation: str, implementation: str, note: str = "") -> list[dict]:
+def _rows(operation: str, implementation: str, note: str = "") -> list[dict[str, str]]:
     with RESULTS.open(newline="") as file:
         rows = [
             row
@@ -45,6 +48,7 @@ def _apart(measured: str, size: int) -> float:
     return abs(math.log(max(int(measured), 1) / max(size, 1)))
 
 
-def _nearest(rows: list[dict], distance: Callable[[dict], object]) -> float:
+def _nearest(rows: list[dict[str, str]], distance: Callable[[dict[str, str]], tuple[float, ...]]) -> float:
+    """The rate of the row with the least distance, among equals the last one."""
     least = min(map(distance, rows))
     return float([row for row in rows if distance(row) == least][-1]["rate"])

@@ -1,4 +1,4 @@
-"""What `apc.estimate` says of a run, as a table for a terminal."""
+"""The estimate of a run as a table for a terminal."""
 
 import math
 import shutil
@@ -14,36 +14,44 @@ from apc.estimate.exchange import GPUS_PER_HOST
 from apc.evaluate import tables
 from apc.sparse.policies import default_policies, trains_predictor
 
-RANKS = (1, 8)  # processes that are always shown, beside those of trainer.devices
-WIDTH = 110  # of lines, in characters
+RANKS = (1, 8)  # columns that are always shown, besides one for trainer.devices
+WIDTH = 110  # characters per line
 
 
 def describe(cfg: Config) -> str:
-    """What the run would take, as text for a terminal: columns for 1 and 8 GPUs, and for trainer.devices where that is another number."""
+    """The estimate as text, with columns for 1 and 8 GPUs and for trainer.devices.
+
+    Raises UserError as `read_workload` and `estimate` do.
+    """
     work = read_workload(cfg)
     asked = cfg.trainer.devices * cfg.trainer.num_nodes
     counts = sorted({count for count in (*RANKS, asked) if count <= work.fit_windows} | {asked})
-    found = [estimate(cfg, work, count) for count in counts]
+    estimates = [estimate(cfg, work, count) for count in counts]
     info = pattern_info(cfg, work.shape, work.fit_windows)
     heading = [
         textwrap.fill(line, WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False) for line in _heading(cfg, work)
     ]
-    notes = [textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False) for line in _notes(cfg, found)]
-    return "\n".join([*heading, "", _patterns_table(cfg, info), "", _costs_table(found), "", *notes])
+    notes = [
+        textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False) for line in _notes(cfg, estimates)
+    ]
+    return "\n".join([*heading, "", _patterns_table(cfg, info), "", _costs_table(estimates), "", *notes])
 
 
 def _heading(cfg: Config, work: Workload) -> list[str]:
     shape, S = work.shape, cfg.data.seq_len
-    origin = {role: f"{windows:,} windows × {S:,} = {windows * S:,} tokens ({work.counted[role]})" for role, windows in
-              (("fit", work.fit_windows), ("score", work.score_windows))}  # fmt: skip
+    fit, score = (
+        f"{windows:,} windows × {S:,} = {windows * S:,} tokens ({work.counted[role]})"
+        for role, windows in (("fit", work.fit_windows), ("score", work.score_windows))
+    )
     monitored = f", besides {cfg.monitor.windows} held out to monitor" if cfg.monitor.windows else ""
+    dtype = str(shape.dtype).removeprefix("torch.")
     return [
-        "ESTIMATED, not measured: what this run would take. Nothing was loaded, nothing is written.",
+        "ESTIMATED, not measured: disk space, memory and seconds of this run. Nothing was loaded or written.",
         "",
-        f"model  {model_name(cfg.model)}, {_short(shape.parameters)} parameters in {str(shape.dtype).removeprefix('torch.')}, {shape.layers} layers "
+        f"model  {model_name(cfg.model)}, {_short(shape.parameters)} parameters in {dtype}, {shape.layers} layers "
         f"(shape: {shape.origin})",
-        f"fit    {cfg.data.fit}: {origin['fit']}{monitored}",
-        f"score  {cfg.data.score}: {origin['score']}{', IN-SAMPLE' if cfg.data.in_sample else ''}",
+        f"fit    {cfg.data.fit}: {fit}{monitored}",
+        f"score  {cfg.data.score}: {score}{', IN-SAMPLE' if cfg.data.in_sample else ''}",
         f"policies   {', '.join(cfg.policies or default_policies())}"
         + ("" if trains_predictor(cfg) else "; none needs a predictor, so none is trained"),
     ]
@@ -62,31 +70,28 @@ def _patterns_table(cfg: Config, info: PatternInfo) -> str:
         ]
         for site, D in info.widths.items()
     ]
-    title = f"{cfg.cluster.algorithm}, {cfg.cluster.weighting}, density {cfg.cluster.density:g}, at most {cfg.cluster.max_epochs} passes; clusters {each}"
-    return (
-        title
-        + "\n\n"
-        + tables.text_grid(
-            [
-                ("", "site"),
-                ("", "patterns"),
-                ("", "neurons"),
-                ("bytes", "a row"),
-                ("", "clusters"),
-                ("ones in", "a centroid"),
-            ],
-            rows,
-        )
+    title = (
+        f"{cfg.cluster.algorithm}, {cfg.cluster.weighting}, density {cfg.cluster.density:g}, "
+        f"at most {cfg.cluster.max_epochs} passes; clusters {each}"
     )
+    header = [
+        ("", "site"),
+        ("", "patterns"),
+        ("", "neurons"),
+        ("bytes", "a row"),
+        ("", "clusters"),
+        ("ones in", "a centroid"),
+    ]
+    return f"{title}\n\n{tables.text_grid(header, rows)}"
 
 
-def _costs_table(found: list[Estimate]) -> str:
+def _costs_table(estimates: list[Estimate]) -> str:
     rows: list[list[str]] = []
 
     def section(title: str, columns: list[dict[str, int]], total: str | None) -> None:
         names = list(dict.fromkeys(name for column in columns for name in column))
         if names:
-            rows.append([title] + [""] * len(found))
+            rows.append([title] + [""] * len(estimates))
             rows.extend(
                 [f"  {name}"] + [_bytes(column[name]) if name in column else tables.DASH for column in columns]
                 for name in names
@@ -96,41 +101,42 @@ def _costs_table(found: list[Estimate]) -> str:
                     [f"  {total}"] + [_bytes(sum(column.values())) if column else tables.DASH for column in columns]
                 )
 
-    section("on disk", [each.disk for each in found], "together")
-    section("on each GPU", [each.gpu for each in found], None)
-    section("on each GPU, at once", [each.peak for each in found], None)
-    section("on the host, all processes", [each.host for each in found], None)
-    section("sent in a pass, by each GPU", [each.exchange for each in found], "together")
-    rows.append(["seconds, on H100s"] + [""] * len(found))
-    for stage in found[0].seconds:
-        rows.append([f"  {stage}"] + [_range(each.seconds[stage]) for each in found])
-    return tables.text_grid(
-        [("", ""), *(("", f"{each.ranks} GPU{'s' if each.ranks > 1 else ''}") for each in found)], rows
-    )
+    section("on disk", [each.disk for each in estimates], "together")
+    section("on each GPU", [each.gpu for each in estimates], None)
+    section("on each GPU, at once", [each.peak for each in estimates], None)
+    section("on the host, all processes", [each.host for each in estimates], None)
+    section("sent in a pass, by each GPU", [each.exchange for each in estimates], "together")
+    rows.append(["seconds, on H100s"] + [""] * len(estimates))
+    for stage in estimates[0].seconds:
+        rows.append([f"  {stage}"] + [_range(each.seconds[stage]) for each in estimates])
+    return tables.text_grid([("", ""), *(("", _gpus(each.ranks)) for each in estimates)], rows)
 
 
-def _notes(cfg: Config, found: list[Estimate]) -> list[str]:
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
+
+
+def _notes(cfg: Config, estimates: list[Estimate]) -> list[str]:
     stages, limit = known()["stages"], known()["data_sheet"]["gpu_bytes"]
     bases = {
-        value.basis: [stage for stage, other in found[0].seconds.items() if other.basis == value.basis]
-        for value in found[0].seconds.values()
+        value.basis: [stage for stage, other in estimates[0].seconds.items() if other.basis == value.basis]
+        for value in estimates[0].seconds.values()
     }
     notes = [f"{', '.join(names)}: {basis}." for basis, names in bases.items()]
     notes += [
-        f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, the nearest shape.",
-        "Not in it: loading the model, reading and writing disks, activations of a forward pass and of tuning. Exchange: rings at the speed of the "
-        f"data sheets, NVLink 4 up to {GPUS_PER_HOST} GPUs, beyond them 400 Gbit/s a GPU between hosts.",
+        f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, "
+        "the nearest shape.",
+        "Not included: loading the model, disk reads and writes, activations of forward passes and of tuning. "
+        f"Exchange: rings at data-sheet speed, NVLink 4 up to {GPUS_PER_HOST} GPUs, 400 Gbit/s per GPU between hosts.",
     ]
-    for each in found:
+    for each in estimates:
         over = [stage for stage, value in each.peak.items() if value > limit]
         if over:
-            notes.append(
-                f"{each.ranks} GPU{'s' if each.ranks > 1 else ''}: {' and '.join(over)} would not fit an 80 GB card."
-            )
+            notes.append(f"{_gpus(each.ranks)}: {' and '.join(over)} would not fit an 80 GB card.")
     if cfg.collect.storage == "disk":
         folder = store_folder(cfg.collect)
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        needed, free = next(iter(found[0].disk.values())), shutil.disk_usage(place).free
+        needed, free = next(iter(estimates[0].disk.values())), shutil.disk_usage(place).free
         notes.append(
             f"Patterns go to {folder}, where {_bytes(free)} are free" + (": TOO LITTLE." if needed > free else ".")
         )
@@ -148,7 +154,7 @@ def _number(value: float) -> str:
 
 
 def _short(count: float) -> str:
-    """A count with its unit of a thousand: 7.2 G."""
+    """A count with a decimal prefix: 7.2 G."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{_number(count / size)} {unit}"

@@ -1,13 +1,13 @@
 """Measures policies on scored text: what their masks capture, what they cost, and their perplexity."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import find_ffns
+from apc.data.ffn import GatedFFN, find_ffns
 from apc.evaluate.metrics import (
     MaskMeter,
     layer_figures,
@@ -23,26 +23,29 @@ from apc.sparse.policies import MaskInputs, MaskPolicy, make_policy
 from apc.sparse.sparsify import check_fits
 from apc.utils import distributed
 from apc.utils.errors import UserError
+from apc.utils.progress import Bar
+from apc.utils.progress import progress as progress_bar
 
 
 class DenseMeters(ForwardReader):
-    """Measures what every policy's masks would keep, on the tokens of one dense forward pass that it leaves as it is."""
+    """Measures the masks of all policies on the activations of one dense forward pass, which stays dense."""
 
-    def __init__(self, ffns, codebook: Codebook, policies: list[MaskPolicy], meters: list[MaskMeter]):
-        lookahead = max((policy.predictor.lookahead for policy in policies if policy.predictor), default=0)
+    def __init__(self, ffns: list[GatedFFN], codebook: Codebook, policies: list[MaskPolicy], meters: list[MaskMeter]):
+        lookahead = max((policy.lookahead for policy in policies), default=0)
         super().__init__(ffns, codebook, lookahead, any(policy.reads_gate for policy in policies))
         self.policies, self.meters = policies, meters
 
     def see(self, tokens: MaskInputs) -> None:
+        """Measures each policy's masks."""
         for policy, meter in zip(self.policies, self.meters, strict=True):
             meter.add(tokens, policy.decide(tokens).mask)
 
 
 @dataclass
 class Evaluator:
-    """Scores policies on windows, each rank its share of them.
+    """Scores policies on windows; each rank scores its share of them.
 
-    windows: int64 [n, seq_len], each scored alone; batch_windows: windows in one forward pass; seed: for the policy `random`.
+    windows: int64 [n, seq_len], each scored alone; batch_windows: windows in one forward pass; seed: of random masks.
     """
 
     model: nn.Module
@@ -59,29 +62,35 @@ class Evaluator:
         self.codebook = self.codebook.to(self.device)
         self.predictor = self.predictor.to(self.device) if self.predictor is not None else None
 
-    def policies(self, names: list[str], progress: bool = True) -> list[dict]:
-        """One record for each policy, as `report` describes them; always measured beside the dense model."""
+    def policies(
+        self, names: list[str], progress: bool = True, on_record: Callable[[dict], None] = lambda record: None
+    ) -> list[dict]:
+        """One record per policy (docs/files.md), each measured beside the dense model.
+
+        progress: whether to show a bar; on_record: called with each record as soon as it is complete.
+        """
         policies = {
             name: make_policy(name, self.codebook, self.predictor, self.seed) for name in names if name != "dense"
         }
-        with tqdm(
-            total=(1 + len(policies)) * len(self._share()),
-            desc="evaluate",
-            unit=" windows",
-            disable=not progress or not distributed.is_main(),
-        ) as bar:
+        with progress_bar((1 + len(policies)) * len(self._share()), "evaluate", enabled=progress) as bar:
+            bar.update(0, "dense")
             records, dense_losses = self._dense(policies, "dense" in names, bar)
+            if "dense" in names:
+                on_record(records["dense"])
             for name, policy in policies.items():
+                bar.update(0, name)
                 self._masked(records[name], policy, dense_losses, bar)
+                on_record(records[name])
         return [records[name] for name in names]
 
     def _share(self) -> Tensor:
+        """This rank's windows."""
         first, last = distributed.share(len(self.windows))
         return self.windows[first:last]
 
     @torch.inference_mode()
-    def _losses(self, reader: ForwardReader, meters: list[MaskMeter], bar: tqdm) -> Tensor:
-        """float64 [windows], of all ranks."""
+    def _losses(self, reader: ForwardReader, meters: list[MaskMeter], bar: Bar) -> Tensor:
+        """The loss of each window of all ranks, float64 [n], with the reader's hooks in the model."""
         losses = torch.zeros(len(self.windows), dtype=torch.float64, device=self.device)
         begin = distributed.share(len(self.windows))[0]
         hooks = reader.hook()
@@ -98,18 +107,15 @@ class Evaluator:
             hooks.remove()
         return distributed.all_sum(losses).cpu()
 
-    def _meter(self) -> MaskMeter:
-        return MaskMeter(self.codebook, self.device)
-
-    def _dense(self, policies: dict[str, MaskPolicy], with_dense: bool, bar: tqdm) -> tuple[dict[str, dict], Tensor]:
-        """The dense pass: every policy's record with its figures there, and the dense losses."""
+    def _dense(self, policies: dict[str, MaskPolicy], with_dense: bool, bar: Bar) -> tuple[dict[str, dict], Tensor]:
+        """The dense pass: a record for each policy, with the figures of its masks there, and the dense losses."""
         measured = ({"dense": make_policy("dense", self.codebook, None)} if with_dense else {}) | policies
-        meters = [self._meter() for _ in measured]
+        meters = [MaskMeter(self.codebook, self.device) for _ in measured]
         losses = self._losses(DenseMeters(self.ffns, self.codebook, list(measured.values()), meters), meters, bar)
         problem = not_finite(losses)
         if problem:
             raise UserError(f"the dense model: {problem}; try model.dtype=float32 or bfloat16, or check the weights")
-        records = {}
+        records: dict[str, dict] = {}
         for (name, policy), meter in zip(measured.items(), meters, strict=True):
             totals = meter.totals().cpu()
             records[name] = {"policy": name, "missing": None, "excludes_finding": policy.is_bound, "masked": None}
@@ -118,9 +124,9 @@ class Evaluator:
             self._complete(records["dense"], measured["dense"], losses, losses, {})
         return records, losses
 
-    def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: tqdm) -> None:
-        """The pass under the policy's own masks: perplexity, and the figures of its masks there."""
-        meter = self._meter()
+    def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: Bar) -> None:
+        """The pass under the policy's own masks: the record gets its perplexity and the figures of its masks there."""
+        meter = MaskMeter(self.codebook, self.device)
         losses = self._losses(MaskedForward(self.ffns, policy, meter), [meter], bar)
         totals = meter.totals().cpu()
         record["masked"] = mask_figures(totals)
@@ -129,14 +135,15 @@ class Evaluator:
             self._complete(record, policy, losses, dense_losses, site_densities(totals, list(self.codebook.sites)))
 
     def _complete(
-        self, record: dict, policy: MaskPolicy, losses: Tensor, dense_losses: Tensor, densities: dict[str, float]
+        self, record: dict, policy: MaskPolicy, losses: Tensor, dense_losses: Tensor, densities: dict[str, list[float]]
     ) -> None:
+        """Adds perplexity, its ratio to dense and the cost to a record."""
         record["perplexity"] = perplexity(losses)
         record["ratio"], record["ratio_low"], record["ratio_high"] = perplexity_ratio(losses, dense_losses)
         record |= vars(policy.cost(densities))
 
 
 def not_finite(losses: Tensor) -> str | None:
-    """Which window's loss (float64 [windows]) is NaN or infinite first; None if none is."""
+    """Names the first window whose loss is NaN or infinite; None if all are finite. losses: float64 [n]."""
     bad = (~losses.isfinite()).nonzero()
     return f"the loss of score window {int(bad[0])} is not finite" if len(bad) else None

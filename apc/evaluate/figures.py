@@ -1,19 +1,22 @@
-"""Draws a run's results (`results.json`) as figures. Every one of them carries the conditions it holds under.
+"""Draws a run's results (`results.json`) as figures. Every figure carries its conditions.
 
-Each function writes one PNG and returns True, or writes nothing and returns False where the results lack its data.
+Each function writes one PNG and returns True; it writes nothing and returns False if the results lack its data. A
+hollow marker is a bound: a policy that reads the token's own activations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apc.evaluate.tables import (
     DASH,
+    best_policy,
     is_in_sample,
     layered,
     percent,
@@ -30,22 +33,33 @@ if TYPE_CHECKING:
 
 INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
 DPI = 160
-_LOG_FROM = 5.0  # an axis is logarithmic once its largest value is so many times the least
+WIDTH = 8.0  # inches; a README shows 1,280 pixels at about 800, so that 9 points become 12 pixels
+_DASHES = (0, (4, 3))
+_LOG_FROM = 5.0  # an axis is logarithmic if its largest value is this many times the smallest
+_OUTLIER = 30.0  # the largest value is clipped at the edge if it is this many times the next
 _MAX_SITES = 4  # more groups of clusters than this share one panel
-_MAX_MARKERS = 40  # with more points than this, a line is drawn without them
-_MAX_LINEAR_RANKS = 256  # with more clusters than this, their rank is on a log scale
-_MAX_POINTS = 400  # drawn per usage curve: a codebook has up to 16,384 clusters
+_MAX_MARKERS = 40  # a line of more points has no markers
+_MAX_LINEAR_RANKS = 256  # more clusters than this are on a log scale
+_MAX_POINTS = 400  # drawn of each usage curve: a codebook has up to 16,384 clusters
 
 
 def style(policy: str) -> tuple[str, str]:
-    """A policy's colour (from Okabe and Ito's palette, told apart with any colour vision) and marker, in every figure."""
+    """A policy's colour (from Okabe and Ito's palette for any colour vision) and marker, the same in every figure."""
     return facts(policy).color, facts(policy).marker
 
 
+def marker_style(policy: dict) -> dict[str, Any]:
+    """The marker of a policy's record as matplotlib options: hollow if the policy is a bound."""
+    color, marker = style(policy["policy"])
+    face = "white" if policy.get("excludes_finding") else color
+    return dict(color=color, marker=marker, markerfacecolor=face, markeredgewidth=1.4, markersize=7, linestyle="none")
+
+
 def save_figures(results: dict, folder: Path) -> dict[str, Path]:
-    """Draws every figure that the results hold data for; returns name → PNG."""
-    draw = {
+    """Draws every figure that the results have data for; returns name → PNG."""
+    draw: dict[str, Callable[[dict, Path], bool]] = {
         "perplexity": perplexity_figure,
+        "perplexity_over_bytes": bytes_figure,
         "speed": speed_figure,
         "captured_importance": captured_figure,
         "union_density": union_figure,
@@ -59,333 +73,463 @@ def save_figures(results: dict, folder: Path) -> dict[str, Path]:
 
 
 def perplexity_figure(results: dict, path: Path) -> bool:
-    """Perplexity per policy as bars, in the table's order, dense as a line; the whisker is the 95 % interval against dense."""
+    """Perplexity per policy as dots with the 95 % interval against dense, and the numbers beside them."""
     policies = results.get("policies") or []
-    values = np.array([to_float(policy.get("perplexity")) for policy in policies])
-    if not np.isfinite(values).any():
+    values = [to_float(policy.get("perplexity")) for policy in policies]
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return False
-    figure = _figure(results, "Perplexity per policy", 8.6, 0.9 + 0.42 * len(policies))
-    axes = figure.subplots()
-    finite = values[np.isfinite(values)]
-    logarithmic = finite.max() / finite.min() > _LOG_FROM
-    left = finite.min() / 1.6 if logarithmic else 0.0
-    ends = []
-    for y, (policy, value) in enumerate(zip(policies, values, strict=True)):
-        end = _perplexity_bar(axes, y, policy, value, left)
-        ends.append(end)
+    figure = _figure(results, _perplexity_title(policies), 0.75 + 0.34 * len(policies))
+    axes, numbers = figure.subplots(1, 2, width_ratios=[2.1, 1], sharey=True)
+    limit = outlier_limit(finite)
+    shown = [value for value in finite if value <= limit]
+    logarithmic = max(shown) / min(shown) > _LOG_FROM
     if logarithmic:
         log_axis(axes, "x")
-        axes.set_xlim(left, max(ends) * (max(ends) / left) ** 0.42)
-    else:
-        axes.set_xlim(0, 1.38 * max(ends))
-    dense = next(
-        (value for policy, value in zip(policies, values, strict=True) if policy["policy"] == "dense"), math.nan
-    )
-    if math.isfinite(dense):
-        axes.axvline(dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2.5)
+    edge = _right_edge(axes, [*shown, *_whiskers(policies, limit)], limit, logarithmic)
+    for y, (policy, value) in enumerate(zip(policies, values, strict=True)):
+        _perplexity_dot(axes, y, policy, value, edge)
+        if math.isfinite(value):
+            numbers.text(0.34, y, shown_perplexity(value), ha="right", va="center", fontsize=9.5)
+            numbers.text(1, y, shown_ratio(policy), ha="right", va="center", fontsize=9.5)
+    _dense_line(axes, policies, axes.axvline)
     axes.set_yticks(range(len(policies)), [policy["policy"] for policy in policies])
-    axes.set_ylim(len(policies) - 0.4, -0.6)
-    plain_axes(axes, xlabel="perplexity" + (" (log scale)" if logarithmic else "") + "; dashed: dense", grid="x")
+    axes.set_ylim(len(policies) - 0.5, -0.5)
+    log = " (log scale)" if logarithmic else ""
+    plain_axes(axes, xlabel=f"perplexity{log}; dashed: dense; hollow: bound", grid="x")
     axes.tick_params(axis="y", length=0, labelsize=10.5)
+    finer_ticks(axes, "x")
+    numbers.set_axis_off()
+    for x, head in ((0.34, "perplexity"), (1, "against dense ×")):
+        numbers.text(x, 1, head, transform=numbers.transAxes, ha="right", va="bottom", fontsize=9, color=MUTED)
     return _save(figure, path)
 
 
+def _perplexity_title(policies: Sequence[dict]) -> str:
+    best = best_policy(policies)
+    if best is None or best.get("ratio") is None:
+        return "Perplexity of each policy"
+    return f"Best usable policy: {best['policy']}, {best['ratio']:.3g} × dense perplexity"
+
+
+def _whiskers(policies: Iterable[dict], limit: float) -> list[float]:
+    """The ends of the 95 % intervals, as perplexities, of values below the limit."""
+    ends = []
+    for policy in policies:
+        value, ratio, *interval = (
+            to_float(policy.get(key)) for key in ("perplexity", "ratio", "ratio_low", "ratio_high")
+        )
+        ends += [value * bound / ratio for bound in interval if value <= limit and ratio]
+    return [end for end in ends if math.isfinite(end)]
+
+
+def _right_edge(axes: Axes, shown: Sequence[float], limit: float, logarithmic: bool) -> float:
+    """Sets the x axis around the values, with room for a clipped one; returns its end."""
+    low, high = min(shown), max(shown)
+    if logarithmic:
+        room = (high / low) ** 0.06
+        end = high * room ** (3 if math.isfinite(limit) else 1.5)
+        axes.set_xlim(low / room, end)
+    else:
+        room = max(high - low, 0.02 * high)
+        end = high + (0.3 if math.isfinite(limit) else 0.12) * room
+        axes.set_xlim(low - 0.08 * room, end)
+    return end
+
+
+def _perplexity_dot(axes: Axes, y: int, policy: dict, value: float, edge: float) -> None:
+    """One policy's dot with its whisker; a value beyond the edge is an arrow with its value."""
+    beside = axes.get_yaxis_transform()
+    if not math.isfinite(value):
+        reason = policy.get("missing") or ("not finite" if policy.get("perplexity") is not None else "not measured")
+        axes.annotate(f"{DASH} {reason}", (0, y), (6, 0), beside, "offset points", va="center", fontsize=9, color=MUTED)
+        return
+    ratio, low, high = (to_float(policy.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
+    look = marker_style(policy)
+    if value > edge:
+        axes.plot(edge, y, **(look | {"marker": ">"}), clip_on=False, zorder=3)
+        axes.annotate(
+            "off the scale", (edge, y), (-9, 0), textcoords="offset points", ha="right", va="center", fontsize=9
+        )
+    else:
+        if math.isfinite(low + high + ratio) and high > low:
+            ends = [value * low / ratio, min(edge, value * high / ratio)]
+            axes.plot(ends, [y, y], color=look["color"], linewidth=1.3, marker="|", markersize=8, zorder=2.4)
+        axes.plot(value, y, **look, zorder=3)
+
+
+def bytes_figure(results: dict, path: Path) -> bool:
+    """Perplexity over the bytes that a token reads, one labelled point for each policy."""
+    points = [
+        BytesPoint(policy["policy"], policy)
+        for policy in results.get("policies") or []
+        if policy["policy"] != "dense" and not policy.get("missing")
+    ]
+    points = [point for point in points if point.is_finite()]
+    if not points:
+        return False
+    figure = _figure(results, "Perplexity over the FFN bytes read per token", 4.2)
+    draw_bytes(figure.subplots(), points, results.get("policies") or [])
+    return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class BytesPoint:
+    """A policy's record with its label in a figure over bytes."""
+
+    label: str
+    policy: dict
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """(bytes in per cent of the dense FFN's, perplexity)"""
+        return 100 * to_float(self.policy.get("bytes_share")), to_float(self.policy.get("perplexity"))
+
+    def is_finite(self) -> bool:
+        """Whether it can be drawn."""
+        return all(map(math.isfinite, self.place))
+
+
+def draw_bytes(axes: Axes, points: Sequence[BytesPoint], policies: Iterable[dict]) -> None:
+    """Perplexity over bytes; dense as a line, bounds hollow, outliers at the edge with their values.
+
+    points: all but dense; those with an empty label have none. policies: records, of which dense is taken.
+    """
+    dense = [to_float(policy.get("perplexity")) for policy in policies if policy["policy"] == "dense"]
+    dense = [value for value in dense if math.isfinite(value)][:1]
+    x, y = (np.array(values) for values in zip(*(point.place for point in points), strict=True))
+    x_limit, y_limit = (outlier_limit(values) for values in ([100.0, *x], [*dense, *y]))
+    x_limit = min(x_limit, 125.0)  # more bytes than dense are of little use: clipped too
+    levels = [value for value in [*dense, *y] if value <= y_limit]
+    logarithmic = max(levels) / min(levels) > 2
+    if logarithmic:
+        log_axis(axes, "y")
+        room = (max(levels) / min(levels)) ** 0.08
+        bottom, top = min(levels) / room, max(levels) * room ** (2 if math.isfinite(y_limit) else 1)
+    else:
+        room = max(max(levels) - min(levels), 0.02 * max(levels))
+        bottom, top = min(levels) - 0.1 * room, max(levels) + (0.25 if math.isfinite(y_limit) else 0.1) * room
+    axes.set_ylim(bottom, top)
+    inside = x[x <= x_limit]
+    left = min(inside, default=100.0)
+    right = max([*inside, left + 10])
+    right += 0.18 * (right - left)
+    axes.set_xlim(left - 0.13 * (right - left), right)
+    labels = []
+    for point, px, py in zip(points, x, y, strict=True):
+        at = min(px, right), min(py, top)
+        look = marker_style(point.policy)
+        beyond = [f"{px:.0f} %"] if px > right else []
+        beyond += [shown_perplexity(py)] if py > top else []
+        if beyond:
+            look["marker"] = ">" if px > right else "^"
+        axes.plot(*at, **look, clip_on=False, zorder=3)
+        words = " ".join(filter(None, [point.label, f"({', '.join(beyond)})" if beyond else ""]))
+        labels.append(Label(*at, words, look["color"]))
+    for value in dense:
+        axes.axhline(value, color=INK, linewidth=1, linestyle=_DASHES, zorder=1.5)
+        axes.annotate(
+            f"dense {shown_perplexity(value)}",
+            (1, value),
+            (-2, -3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=9,
+            ha="right",
+            va="top",
+        )
+    finer_ticks(axes)
+    log = " (log scale)" if logarithmic else ""
+    plain_axes(axes, xlabel="FFN bytes read per token, % of dense; hollow: bound", ylabel=f"perplexity{log}")
+    place_labels(axes, labels)
+
+
 def speed_figure(results: dict, path: Path) -> bool:
-    """Perplexity after a dense prefill against tokens a second, a point for each policy; hollow: sparse throughout."""
+    """Perplexity after a dense prefill over tokens per second, a point for each policy; hollow: prefill sparse too."""
     policies = (results.get("speed") or {}).get("policies") or []
     if not policies:
         return False
-    figure = _figure(results, "Perplexity against decoding speed", 8.6, 4.4)
+    figure = _figure(results, "Perplexity over decoding speed", 4.2)
     axes = figure.subplots()
+    labels = []
     for policy in policies:
         color, marker = style(policy["policy"])
         rate = 1 / policy["seconds_per_token"]
-        axes.plot(rate, policy["perplexity"], color=color, marker=marker, markersize=8, linestyle="none")
+        look: dict[str, Any] = dict(color=color, marker=marker, markersize=8, linestyle="none")
+        axes.plot(rate, policy["perplexity"], **look)
         if policy["policy"] != "dense":
-            axes.plot(
-                rate,
-                policy["perplexity_masked"],
-                color=color,
-                marker=marker,
-                markersize=8,
-                markerfacecolor="white",
-                linestyle="none",
-            )
-        axes.annotate(
-            policy["policy"], (rate, policy["perplexity"]), (8, 0), textcoords="offset points", color=color, va="center"
-        )
+            axes.plot(rate, policy["perplexity_masked"], **look, markerfacecolor="white")
+        labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
     values = [policy[key] for policy in policies for key in ("perplexity", "perplexity_masked")]
     if max(values) / min(values) > _LOG_FROM:
         log_axis(axes, "y")
     axes.margins(0.18)
     axes.set_xlim(0, 1.15 / min(policy["seconds_per_token"] for policy in policies))
-    plain_axes(axes, xlabel="tokens a second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
+    plain_axes(axes, xlabel="tokens per second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
+    place_labels(axes, labels)
     return _save(figure, path)
 
 
 def captured_figure(results: dict, path: Path) -> bool:
-    """Captured importance per layer, one line per policy but dense."""
+    """Captured importance per layer, one line per policy except dense, named at its end."""
     policies = layered(results, "captured_importance")
     if not policies:
         return False
-    figure = _figure(results, "Importance captured per layer", 8.6, 4.4)
+    figure = _figure(results, "Importance that the masks keep, layer by layer", 4.2)
     axes = figure.subplots()
     lowest = 100.0
+    ends = []
     for policy in policies:
         shares = 100 * np.array([to_float(value) for value in policy["per_layer"]["captured_importance"]])
         color, marker = style(policy["policy"])
-        density = "" if policy.get("density") is None else f" ({percent(policy['density'])} %)"
-        axes.plot(
-            shares,
-            color=color,
-            marker=marker if len(shares) <= _MAX_MARKERS else None,
-            markersize=5,
-            linewidth=1.7,
-            label=policy["policy"] + density,
-            clip_on=False,
-        )
+        marker = marker if len(shares) <= _MAX_MARKERS else ""
+        axes.plot(shares, color=color, marker=marker, markersize=4, linewidth=1.5, clip_on=False)
         lowest = float(np.nanmin([lowest, *shares]))
+        finite = np.flatnonzero(np.isfinite(shares))
+        text = f"{policy['policy']} {percent(policy.get('captured_importance'))}"
+        ends += [Label(float(finite[-1]), float(shares[finite[-1]]), text, color)] if len(finite) else []
     axes.set_ylim(min(90.0, 10 * math.floor(lowest / 10)), 100)
-    _integer_ticks(axes)
-    plain_axes(axes, xlabel="layer", ylabel="captured importance, %")
-    legend = figure.legend(
-        loc="outside right center", frameon=False, fontsize=9.5, title="policy (density)", title_fontsize=9.5
-    )
-    legend.get_title().set_color(MUTED)
-    legend.set_alignment("left")
+    integer_ticks(axes)
+    plain_axes(axes, xlabel="layer; at the right: over all layers", ylabel="captured importance, %")
+    end_labels(axes, ends)
     return _save(figure, path)
 
 
 def union_figure(results: dict, path: Path) -> bool:
-    """How much of an FFN a batch of tokens keeps, one line per policy whose masks differ by token; dashed: were the tokens' masks independent."""
+    """The share of neurons that a batch of tokens keeps together, for policies whose masks differ by token."""
     policies = [
         policy
         for policy in results.get("policies") or []
         if policy["policy"] != "dense"
-        and not policy.get("missing")
+        and not facts(policy["policy"]).same_for_all
         and any((policy.get("union_density") or {}).values())
     ]
     if not policies:
         return False
-    figure = _figure(results, "Neurons kept by a batch of tokens together", 8.6, 4.4)
+    figure = _figure(results, "More tokens in a batch need more neurons together", 4.2)
     axes = figure.subplots()
     sizes = np.array([1, *map(int, policies[0]["union_density"])])
     for policy in policies:
-        shares = 100 * np.array(
-            [to_float(value) for value in (policy.get("density"), *policy["union_density"].values())]
-        )
-        color, marker = style(policy["policy"])
-        axes.plot(
-            sizes,
-            shares,
-            color=color,
-            marker=marker,
-            markersize=5,
-            linewidth=1.7,
-            label=policy["policy"],
-            clip_on=False,
-        )
+        shares = [to_float(value) for value in (policy.get("density"), *policy["union_density"].values())]
+        look = marker_style(policy) | dict(linestyle="solid", linewidth=1.6, markersize=5.5)
+        axes.plot(sizes, 100 * np.array(shares), label=policy["policy"], clip_on=False, **look)
     density = to_float((results.get("conditions") or {}).get("density"))
-    axes.plot(
-        sizes,
-        100 * (1 - (1 - density) ** sizes),
-        color=INK,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        label="independent masks",
-    )
+    independent = 100 * (1 - (1 - density) ** sizes)
+    axes.plot(sizes, independent, color=INK, linewidth=1, linestyle=_DASHES, label="if masks were independent")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_ylim(top=100)
-    plain_axes(
-        axes,
-        xlabel="tokens in a batch, drawn at random from the windows that ran together",
-        ylabel="neurons that some token keeps, %",
-    )
-    legend = figure.legend(loc="outside right center", frameon=False, fontsize=9.5)
-    legend.set_alignment("left")
+    xlabel = "tokens in a batch, drawn at random from windows that ran together"
+    plain_axes(axes, xlabel=xlabel, ylabel="neurons that some token keeps, %")
+    axes.legend(loc="lower right", frameon=False, fontsize=10, title="hollow: bound", title_fontsize=9)
     return _save(figure, path)
 
 
 def usage_figure(results: dict, path: Path) -> bool:
-    """How evenly the clusters are used: each layer's clusters by size, and the share of them that is empty."""
+    """How evenly tokens spread over the clusters: median and range over layers of each layer's sorted shares."""
     sizes = (results.get("cluster") or {}).get("sizes") or {}
     groups = {
-        site: [np.asarray(layer, dtype=float) for layer in layers if len(layer)] for site, layers in sizes.items()
+        site: [np.sort(np.asarray(layer, dtype=float))[::-1] for layer in layers] for site, layers in sizes.items()
     }
-    groups = {site: layers for site, layers in groups.items() if layers}
+    groups = {site: layers for site, layers in groups.items() if max(map(len, layers), default=0) > 1}
     if not groups:
         return False
     if len(groups) > _MAX_SITES:
-        groups = {"group": [layer for layers in groups.values() for layer in layers]}
-    figure = _figure(results, "Use of the clusters", 9.2, 0.6 + 3.3 * len(groups))
-    grid = figure.subplots(len(groups), 2, squeeze=False, width_ratios=[1.7, 1])
-    for (site, layers), (left, right) in zip(groups.items(), grid, strict=True):
-        pooled = (results.get("conditions") or {}).get("scope") == "pooled"
-        unit = "group" if site == "group" else "codebook" if pooled else "layer"
-        _usage_curves(figure, left, layers, unit)
-        _empty_bars(right, layers, unit)
+        groups = {"": [layer for layers in groups.values() for layer in layers]}
+    every = [layer for layers in groups.values() for layer in layers]
+    empty, total = sum(int((layer == 0).sum()) for layer in every), sum(map(len, every))
+    note = f"{empty:,} of {total:,} clusters are empty." if empty else "No cluster is empty."
+    figure = _figure(results, "How evenly tokens spread over the clusters", 3.4, note=note)
+    grid = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    levels = []
+    for axes, (site, layers) in zip(grid, groups.items(), strict=True):
+        levels += _usage_curves(axes, layers)
+        ylabel = "share of the layer's tokens, %" if axes is grid[0] else ""
+        plain_axes(axes, xlabel="cluster, largest first", ylabel=ylabel)
         if len(groups) > 1:
-            left.set_title(site, loc="left", fontsize=11, color=INK)
+            axes.set_title(site, loc="left", fontsize=11, color=INK)
+    grid[0].set_ylim(min(levels) / 1.6, 1.6 * max(levels))
+    log_axis(grid[0], "y")
+    finer_ticks(grid[0])
+    grid[0].legend(loc="lower left", frameon=False, fontsize=9.5)
     return _save(figure, path)
 
 
+def _usage_curves(axes: Axes, layers: Sequence[np.ndarray]) -> list[float]:
+    """Draws median, range and the level of equal shares; returns the lowest and highest level.
+
+    layers: sizes, largest first. Empty clusters are not drawn.
+    """
+    most = max(len(layer) for layer in layers)
+    shares = np.zeros((len(layers), most))
+    for row, layer in zip(shares, layers, strict=True):
+        row[: len(layer)] = 100 * layer / max(1.0, layer.sum())
+    ranks = np.arange(1, most + 1)
+    if most > _MAX_POINTS:
+        ranks = np.unique(np.geomspace(1, most, _MAX_POINTS).round().astype(int))
+    levels = [100 / most, *shares[shares > 0]]
+    low, middle, high = (np.quantile(shares[:, ranks - 1], level, axis=0) for level in (0, 0.5, 1))
+    several = len(layers) > 1
+    if several:
+        low[low == 0] = min(levels)
+        where = high > 0
+        axes.fill_between(ranks, low, high, where=where, color="#0072B2", alpha=0.2, linewidth=0, label="all layers")
+    middle[middle == 0] = math.nan
+    axes.plot(ranks, middle, color="#0072B2", linewidth=2, label="median layer" if several else "clusters")
+    axes.axhline(100 / most, color=INK, linewidth=1, linestyle=_DASHES, label="all equal")
+    if most > _MAX_LINEAR_RANKS:
+        log_axis(axes, "x")
+    return [min(levels), max(levels)]
+
+
 def convergence_figure(results: dict, path: Path) -> bool:
-    """Captured share, centroid bits that changed and empty clusters over epochs, and the predictor's loss over steps."""
+    """The clustering over its epochs, and the losses of predictor and tuning over their steps."""
     cluster = (results.get("cluster") or {}).get("history") or []
     predictor = (results.get("predictor") or {}).get("history") or []
     tuning = (results.get("tune") or {}).get("history") or []
     free = (results.get("conditions") or {}).get("centroid_size") == "free"
-    wanted = [
-        (
-            "agreement with the centroids, %" if free else "captured by the centroids, %",
-            cluster,
-            "epoch",
-            "captured",
-            100.0,
-            "#009E73",
-        ),
-        (
-            "centroids' change, %" if free else "centroid bits that changed, %",
-            cluster,
-            "epoch",
-            "changed",
-            100.0,
-            "#0072B2",
-        ),
+    captured = "agreement with the centroids, %" if free else "captured by the centroids, %"
+    changed = "change of the centroids, %" if free else "centroid bits that changed, %"
+    panels = [
+        (captured, cluster, "epoch", "captured", 100.0, "#009E73"),
+        (changed, cluster, "epoch", "changed", 100.0, "#0072B2"),
         ("empty clusters", cluster, "epoch", "empty", 1.0, "#E69F00"),
-        ("predictor's loss", predictor, "step", "loss", 1.0, "#D55E00"),
-        ("tuning: divergence from dense, nats", tuning, "step", "divergence", 1.0, "#CC79A7"),
+        ("loss of the predictor", predictor, "step", "loss", 1.0, "#D55E00"),
+        ("tuning: divergence, nats", tuning, "step", "divergence", 1.0, "#CC79A7"),
     ]
-    panels = [panel for panel in wanted if any(math.isfinite(to_float(row.get(panel[3]))) for row in panel[1])]
+    panels = [panel for panel in panels if any(math.isfinite(to_float(row.get(panel[3]))) for row in panel[1])]
+    never_empty = bool(cluster) and not any(to_float(row.get("empty")) > 0 for row in cluster)
+    panels = [panel for panel in panels if not (panel[3] == "empty" and never_empty)]
     if not panels:
         return False
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
     rows = -(-len(panels) // columns)
-    figure = _figure(results, "Convergence", max(6.4, 4.3 * columns), 0.3 + 2.7 * rows)
+    note = "No cluster was empty in any epoch." if never_empty else ""
+    figure = _figure(results, "Training: clusters by epoch, losses by step", 0.2 + 2.5 * rows, note=note)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, history, x, y, scale, color) in zip(places, panels, strict=False):
         points = [to_float(row.get(x)) for row in history]
-        marker = "o" if len(points) <= _MAX_MARKERS else None
-        axes.plot(
-            points,
-            [scale * to_float(row.get(y)) for row in history],
-            color=color,
-            marker=marker,
-            markersize=4,
-            linewidth=1.7,
-            clip_on=False,
-        )
-        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+        values = [scale * to_float(row.get(y)) for row in history]
+        marker = "o" if len(points) <= _MAX_MARKERS else ""
+        axes.plot(points, values, color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
         if y in ("empty", "changed"):
             axes.set_ylim(bottom=0)
-        if y == "empty":
-            axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
-            axes.yaxis.get_major_locator().set_params(integer=True)
-        _integer_ticks(axes)
+        integer_ticks(axes)
         plain_axes(axes, xlabel=x)
     return _save(figure, path)
 
 
-def _perplexity_bar(axes: Axes, y: int, policy: dict, value: float, left: float) -> float:
-    """Draws one policy's bar with its whisker and label; returns where the bar and whisker end on the x axis."""
-    if not math.isfinite(value):
-        reason = policy.get("missing") or ("not finite" if policy.get("perplexity") is not None else "not measured")
-        _bar_label(axes, left, y, f"{DASH} {reason}", color=MUTED, style="italic")
-        return max(left, 1e-9)
-    color, _ = style(policy["policy"])
-    axes.barh(y, value - left, left=left, height=0.62, color=color, zorder=2)
-    end, label = value, shown_perplexity(value)
-    ratio, low, high = (to_float(policy.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
-    if math.isfinite(ratio) and policy["policy"] != "dense":
-        label += f"   ×{shown_ratio(policy)}"
-    if math.isfinite(low + high + ratio) and high > low:
-        end = max(end, value * high / ratio)
-        axes.plot(
-            [value * low / ratio, end],
-            [y, y],
-            color=INK,
-            linewidth=1.2,
-            zorder=3,
-            solid_capstyle="butt",
-            marker="|",
-            markersize=6,
-        )
-    _bar_label(axes, end, y, label, color=INK)
-    return end
+@dataclass(frozen=True)
+class Label:
+    """Words for the point (x, y)."""
+
+    x: float
+    y: float
+    text: str
+    color: str
 
 
-def _bar_label(axes: Axes, x: float, y: float, text: str, **look: str) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}  # hides the grid and the line of dense behind it
-    axes.annotate(
-        text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=9.5, bbox=box, zorder=4, **look
-    )
+def end_labels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Names lines at their right ends, moved apart where they would overlap."""
+    from scipy.optimize import isotonic_regression
 
-
-def _usage_curves(figure: Figure, axes: Axes, layers: Sequence[np.ndarray], unit: str) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    # Not to viridis's end: its yellow is too faint on white.
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    most = max(len(layer) for layer in layers)
-    for layer, shade in zip(layers, shades, strict=True):
-        used = np.sort(layer[layer > 0])[::-1]
-        ranks = np.arange(len(used)) + 1
-        if len(used) > _MAX_POINTS:
-            ranks = np.unique(np.geomspace(1, len(used), _MAX_POINTS).round().astype(int))
-        axes.plot(ranks, 100 * used[ranks - 1] / max(1.0, used.sum()), color=shade, linewidth=1.2, alpha=0.9)
-    axes.axhline(100 / most, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    log_axis(axes, "y")
-    if most > _MAX_LINEAR_RANKS:
-        log_axis(axes, "x")
-    plain_axes(axes, xlabel="cluster, by size; dashed: all equal", ylabel="share of rows, %")
-    if len(layers) > 1:
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(shades)), ax=axes, pad=0.02, aspect=28
-        )
-        bar.set_label(unit, fontsize=9.5, color=MUTED)
-        bar.ax.yaxis.get_major_locator().set_params(integer=True)
-        bar.ax.tick_params(labelsize=9, length=0, colors=MUTED)
-        bar.outline.set_visible(False)
-
-
-def _empty_bars(axes: Axes, layers: Sequence[np.ndarray], unit: str) -> None:
-    shares = [100 * float(np.mean(layer == 0)) for layer in layers]
-    axes.bar(range(len(layers)), shares, color="#E69F00", width=0.8, zorder=2)
-    axes.set_ylim(0, max(1.0, 1.15 * max(shares)))
-    axes.set_xlim(-0.7, len(layers) - 0.3)
-    if not any(shares):
-        axes.text(
-            0.5,
-            0.5,
-            "no cluster is empty",
-            transform=axes.transAxes,
-            ha="center",
+    if not labels:
+        return
+    _laid_out(axes)
+    labels = sorted(labels, key=lambda label: label.y)
+    to_points = 72 / DPI
+    heights = to_points * axes.transData.transform([(label.x, label.y) for label in labels])[:, 1]
+    steps = 12.5 * np.arange(len(labels))  # points between two lines of text
+    moved = isotonic_regression(heights - steps).x + steps
+    right = max(label.x for label in labels)
+    for label, height, target in zip(labels, heights, moved, strict=True):
+        axes.annotate(
+            label.text,
+            (right, label.y),
+            (10, target - height),
+            textcoords="offset points",
+            color=label.color,
+            fontsize=10,
             va="center",
-            fontsize=9.5,
-            color=MUTED,
+            annotation_clip=False,
         )
-    _integer_ticks(axes)
-    plain_axes(axes, xlabel=unit, ylabel="empty clusters, %")
 
 
-def _figure(results: dict, title: str, width: float, height: float) -> Figure:
-    """A figure of `width` × `height` inches under a heading of title and conditions."""
-    return new_figure(title, wrapped_conditions(results, int(14.2 * width)), width, height, alarm=is_in_sample(results))
+def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Puts words beside their points so that they cover neither each other nor a point; far words get a line.
+
+    A label without text is a point to keep free.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    renderer = FigureCanvasAgg(_laid_out(axes)).get_renderer()
+    points = [axes.transData.transform((label.x, label.y)) for label in labels]
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
+    frame = axes.get_window_extent(renderer).padded(14)
+    # Nearest places first: to the right, to the left, then ever higher and lower.
+    heights = [0, *(sign * step for step in range(8, 120, 8) for sign in (1, -1))]
+    offsets = [(side * (9 + abs(dy) / 6), dy) for dy in heights for side in (1, -1)]
+    for label in sorted(labels, key=lambda label: (-label.x, label.y)):
+        if not label.text:
+            continue
+        at = (label.x, label.y)
+        words = axes.annotate(label.text, at, offsets[0], textcoords="offset points", fontsize=9, va="center")
+        words.set(color=label.color, zorder=4, annotation_clip=False)
+        words.set_in_layout(False)
+        for dx, dy in offsets:
+            words.set(position=(dx, dy), ha="left" if dx > 0 else "right")
+            extent = words.get_window_extent(renderer)
+            inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1
+            if inside and not any(extent.overlaps(other) for other in taken):
+                break
+        taken.append(words.get_window_extent(renderer))
+        if abs(dy) > 8:
+            line = dict(arrowstyle="-", color=label.color, linewidth=0.6, shrinkA=0, shrinkB=4)
+            axes.annotate("", at, (dx, dy), textcoords="offset points", arrowprops=line)
+
+
+def _laid_out(axes: Axes) -> Figure:
+    """The axes' figure, with everything in its place."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    return figure
+
+
+def outlier_limit(values: Sequence[float]) -> float:
+    """The value beyond which an axis clips: the second largest, if the largest is far above it; else infinity."""
+    ordered = sorted(values)
+    return ordered[-2] if len(ordered) > 2 and ordered[-1] > _OUTLIER * ordered[-2] else math.inf
+
+
+def _dense_line(axes: Axes, policies: Iterable[dict], draw: Callable[..., object]) -> None:
+    for policy in policies:
+        value = to_float(policy.get("perplexity"))
+        if policy["policy"] == "dense" and math.isfinite(value):
+            draw(value, color=INK, linewidth=1, linestyle=_DASHES, zorder=1.5)
+
+
+def _figure(results: dict, title: str, height: float, note: str = "") -> Figure:
+    """A figure `height` inches high under title, conditions and a note."""
+    subtitle = [*wrapped_conditions(results, 116), *([note] if note else [])]
+    return new_figure(title, subtitle, WIDTH, height, alarm=is_in_sample(results))
 
 
 def new_figure(title: str, subtitle: Sequence[str], width: float, height: float, alarm: bool = False) -> Figure:
-    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`. No pyplot, so nothing global is touched."""
+    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`.
+
+    It is made without pyplot, which would keep it in global state.
+    """
     from matplotlib.figure import Figure
 
     heading = 0.52 + 0.165 * len(subtitle)
     total = height + heading
-    figure = Figure(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / total), w_pad=0.09, h_pad=0.09)
+    figure = Figure(figsize=(width, total), dpi=DPI, facecolor="white")
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, height / total), w_pad=0.09, h_pad=0.09)
     figure.text(0.14 / width, 1 - 0.14 / total, title, fontsize=14, weight="bold", color=INK, va="top")
     color = ALARM if alarm else MUTED
     figure.text(0.14 / width, 1 - 0.44 / total, "\n".join(subtitle), fontsize=9, color=color, va="top", linespacing=1.3)
@@ -393,9 +537,10 @@ def new_figure(title: str, subtitle: Sequence[str], width: float, height: float,
 
 
 def plain_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "both") -> None:
+    """Labels, a light grid, and no frame at the top and right."""
     axes.set_xlabel(xlabel, fontsize=10, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=10, color=MUTED)
-    axes.grid(True, axis=grid, color=_GRID, linewidth=0.8)
+    axes.grid(True, axis=grid, color=_GRID, linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#B0B0B0")
@@ -403,21 +548,39 @@ def plain_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "both
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers at its powers of ten."""
+    """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.0f}" if value == round(value) else f"{value:,g}")
-    )
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(_plain_number))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _integer_ticks(axes: Axes) -> None:
+def _plain_number(value: float, _: object) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,g}"
+
+
+def finer_ticks(axes: Axes, which: str = "y") -> None:
+    """Marks a logarithmic axis of few powers of ten at 1, 2 and 5, or more finely where it spans less than one."""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+    axis, scale = (axes.xaxis, axes.get_xscale()) if which == "x" else (axes.yaxis, axes.get_yscale())
+    if scale != "log":
+        return
+    low, high = axis.get_view_interval()
+    if high / low < 8:
+        axis.set_major_locator(FixedLocator(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)))
+        axis.set_minor_locator(NullLocator())
+    elif high / low < 300:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def integer_ticks(axes: Axes) -> None:
+    """Whole numbers on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _save(figure: Figure, path: Path) -> bool:

@@ -1,8 +1,9 @@
-"""What a policy is worth when the model decodes with it: tokens a second, and how what it says differs from the dense model.
+"""Decoding speed of policies in tokens a second, and how their predictions differ from the dense model's.
 
-Each scored window's first half is a prompt. Its second half is scored after it twice: with FFNs sparse throughout, and with a dense prefill, as in use. On a
-GPU the second half's tokens are steps of the graph that is timed. Shape letters: n windows, S tokens of a window, V entries of the
-vocabulary.
+The first half of each scored window is a prompt. The second half is scored after it twice: with FFNs sparse throughout,
+and after a dense prefill, as in use. On a GPU each token of the second half is a step of the CUDA graph that is timed.
+
+Shape letters: n windows, S tokens in a window, V entries of the vocabulary.
 """
 
 import contextlib
@@ -15,28 +16,32 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.evaluate.metrics import perplexity, perplexity_ratio
 from apc.predict.predictor import Predictor
-from apc.sparse.decode import GreedyDecoder, cache_keyword
-from apc.sparse.policies import POLICIES
+from apc.sparse.decode import GreedyDecoder, cache_keyword, config_of
+from apc.sparse.policies import kernel_policies
 from apc.sparse.sparse_ffn import SparseFFNs
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import UserError
+from apc.utils.progress import Bar
+from apc.utils.progress import progress as progress_bar
 
-WINDOWS = 32  # that are scored, at most
-CONTINUED = 4  # of them are also continued greedily
-NEW_TOKENS = 64
+WINDOWS = 32  # most windows to score
+CONTINUED = 4  # windows whose prompts are also continued greedily
+NEW_TOKENS = 64  # of each continuation
 TIMED_STEPS = 32
 
 
 @dataclass(frozen=True)
-class _Second:
-    """The second halves of windows under one policy: losses float64 [n], divergence from the dense model and share of tokens whose likeliest next is the
-    dense model's, both None for the dense model itself."""
+class _SecondHalves:
+    """Scores of the windows' second halves under one policy.
+
+    losses: float64 [n]; divergence: from the dense model, in nats per token; agreement: the share of tokens after which
+    both models predict the same token. Divergence and agreement are None for the dense model.
+    """
 
     losses: Tensor
     divergence: float | None
@@ -54,41 +59,47 @@ def measure(
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
-    """Records of `dense` and of the policies that kernels take, for the batch of one; see `apc.report.speed_table`. Leaves the model dense.
+    """Speed and quality of the dense model and of the policies with kernels, at batch 1. Leaves the model dense.
 
-    windows: int64 [n, S], S at least 4. Raises UserError where no policy has a kernel, or windows are shorter.
+    `apc.evaluate.tables.speed_tables` shows the result. windows: int64 [n, S], S at least 4.
+
+    Raises UserError if no policy has a kernel, or the windows are shorter.
     """
-    names = [name for name in policies if name != "dense" and POLICIES[name].known_before_ffn()]
+    names = [name for name in policies if name in kernel_policies()]
     left_out = [name for name in policies if name != "dense" and name not in names]
     if not names:
         raise UserError(
-            f"speed=true: none of policies=[{','.join(policies)}] knows its mask before the FFN runs; add predicted, soft, neuron-predictor or static"
+            f"speed=true: none of policies=[{','.join(policies)}] knows its mask before the FFN runs; "
+            f"add one of {', '.join(kernel_policies())}"
         )
     if windows.shape[1] < 4:
         raise UserError(
-            f"speed=true: windows of {windows.shape[1]} tokens can't be halved into a prompt and what follows; raise data.seq_len"
+            f"speed=true: windows of {windows.shape[1]} tokens are too short for a prompt and a continuation; "
+            "raise data.seq_len"
         )
     windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
     half = windows.shape[1] // 2
     restore(model)
     records = []
-    with tqdm(total=len(windows) * (1 + 2 * len(names)), desc="speed", unit=" windows", disable=not progress) as bar:
-        dense, decoder = _Scorer(model, windows, half, bar), _recorded(model, windows, half)
-        reference = dense.score(decoder, None, dense_prefill=True)
+    with progress_bar(len(windows) * (1 + 2 * len(names)), "speed", enabled=progress) as bar:
+        bar.update(0, "dense")
+        scorer, decoder = _Scorer(model, windows, half, bar), _recorded(model, windows, half)
+        reference = scorer.score(decoder, None, dense_prefill=True)
         records.append(_record("dense", reference, reference, reference) | _decode(decoder, tokenizer, windows, half))
         for name in names:
-            held = _held(model)
+            bar.update(0, name)
+            bytes_before = _gpu_bytes(model)
             ffns = handle_of(sparsify(model, codebook, predictor, name, seed, kernel="auto"))
-            extra = None if held is None else _held(model) - held
-            pays_up_to, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
+            assert isinstance(ffns, SparseFFNs)  # as with any kernel
+            bytes_held = _gpu_bytes(model) - bytes_before
+            crossover, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
             decoder = _recorded(model, windows, half)
-            after, masked = (
-                dense.score(decoder, ffns, dense_prefill=True),
-                dense.score(decoder, ffns, dense_prefill=False),
-            )
-            record = _record(name, reference, after, masked) | _decode(decoder, tokenizer, windows, half)
-            record["agrees_for"] = _agrees_for(records[0]["continued"], record["continued"])
-            record["bytes_held"], record["pays_up_to"] = extra, pays_up_to if ffns.by_triton else None
+            dense_prefill = scorer.score(decoder, ffns, dense_prefill=True)
+            all_sparse = scorer.score(decoder, ffns, dense_prefill=False)
+            record = _record(name, reference, dense_prefill, all_sparse) | _decode(decoder, tokenizer, windows, half)
+            record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
+            record["bytes_held"] = bytes_held if scorer.device.type == "cuda" else None
+            record["pays_up_to"] = crossover if ffns.by_triton else None
             records.append(record)
             restore(model)
     step = records[0]["seconds_per_token"]
@@ -103,34 +114,45 @@ def measure(
     }
 
 
-def _record(name: str, dense: _Second, after: _Second, masked: _Second) -> dict:
-    ratio, low, high = perplexity_ratio(after.losses, dense.losses)
+def _record(name: str, dense: _SecondHalves, dense_prefill: _SecondHalves, all_sparse: _SecondHalves) -> dict:
+    """A policy's record; its figures are those after a dense prefill, but for `perplexity_masked`."""
+    ratio, low, high = perplexity_ratio(dense_prefill.losses, dense.losses)
     return {
-        "policy": name, "perplexity": perplexity(after.losses), "ratio": ratio, "ratio_low": low, "ratio_high": high,
-        "perplexity_masked": perplexity(masked.losses), "divergence": after.divergence, "agreement": after.agreement,
-    }  # fmt: skip
+        "policy": name,
+        "perplexity": perplexity(dense_prefill.losses),
+        "ratio": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "perplexity_masked": perplexity(all_sparse.losses),
+        "divergence": dense_prefill.divergence,
+        "agreement": dense_prefill.agreement,
+    }
 
 
 class _Scorer:
-    """Scores the second halves of windows after their first halves; `teacher` keeps the dense model's logits on the host, bfloat16 [n, S/2, V]."""
+    """Scores the windows' second halves after their first halves.
 
-    def __init__(self, model: nn.Module, windows: Tensor, half: int, bar: tqdm):
+    teacher: the dense model's logits of each second half, bfloat16 [S/2, V], on the host.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor, half: int, bar: Bar):
         self.model, self.windows, self.half, self.bar = model, windows, half, bar
         self.device = next(model.parameters()).device
         self.keyword = cache_keyword(model)
         self.teacher: list[Tensor] = []
 
-    def score(self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool) -> _Second:
-        """decoder: of the model as it is; ffns: those in it; None: it is the dense one, whose logits are kept."""
+    def score(self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool) -> _SecondHalves:
+        """Scores the model with its present FFNs.
+
+        decoder: of that model; ffns: its sparse FFNs, or None for the dense model, whose logits become the teacher.
+        """
         losses, divergence, agreement = [], 0.0, 0.0
         for index, window in enumerate(self.windows):
             window = window[None].to(self.device)
-            steps = decoder.device.type == "cuda"
-            logits = (
-                self._steps(decoder, window, ffns, dense_prefill)
-                if steps
-                else self._at_once(window, ffns, dense_prefill)
-            )
+            if decoder.device.type == "cuda":
+                logits = self._steps(decoder, window, ffns, dense_prefill)
+            else:
+                logits = self._at_once(window, ffns, dense_prefill)
             losses.append(F.cross_entropy(logits[:-1].float(), window[0, self.half + 1 :]).double())
             if ffns is None:
                 self.teacher.append(logits.bfloat16().cpu())
@@ -139,25 +161,26 @@ class _Scorer:
                 divergence += ops.divergence(logits.float(), dense.float()).mean().item()
                 agreement += (logits.bfloat16().argmax(-1) == dense.argmax(-1)).double().mean().item()
             self.bar.update()
-        count, losses = len(self.windows), torch.stack(losses).cpu()
-        return _Second(losses, None, None) if ffns is None else _Second(losses, divergence / count, agreement / count)
+        stacked, count = torch.stack(losses).cpu(), len(self.windows)
+        if ffns is None:
+            return _SecondHalves(stacked, None, None)
+        return _SecondHalves(stacked, divergence / count, agreement / count)
 
     def _steps(self, decoder: GreedyDecoder, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
-        """[S/2, V] of the second half, after the first: each token a step."""
+        """The logits of a window's second half [S/2, V], each token a decoding step."""
         with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
             decoder.prefill(window[:, : self.half])
-        found = []
+        logits = []
         for at in range(self.half, window.shape[1]):
             decoder.token.copy_(window[:, at : at + 1])
-            decoder.step()
-            found.append(decoder.logits[0].clone())
-        return torch.stack(found)
+            logits.append(decoder.step()[0].clone())
+        return torch.stack(logits)
 
     def _at_once(self, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
-        """The same in one forward pass for each half."""
+        """The logits of a window's second half [S/2, V], in one forward pass for each half."""
         from transformers import DynamicCache
 
-        cache = {self.keyword: DynamicCache(config=self.model.config)}
+        cache = {self.keyword: DynamicCache(config=config_of(self.model))}
         with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
             self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
         with _all_sparse(ffns):
@@ -166,7 +189,7 @@ class _Scorer:
 
 @contextlib.contextmanager
 def _all_sparse(ffns: SparseFFNs | None) -> Iterator[None]:
-    """Calls of any number of tokens run sparse; None: there is nothing that could."""
+    """In the block, calls of any number of tokens run sparse; a dense model (None) stays dense."""
     if ffns is None:
         yield
         return
@@ -178,15 +201,15 @@ def _all_sparse(ffns: SparseFFNs | None) -> Iterator[None]:
 
 
 def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
-    """A decoder of the model as it is, for one sequence as long as a window and what is decoded after its first half."""
-    torch.compiler.reset()  # which keeps no more than eight versions of a function
+    """A decoder of the model with its present FFNs, with room for a window and for decoding after its first half."""
+    torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
     decoder = GreedyDecoder(model, 1, max(windows.shape[1], half + max(NEW_TOKENS, TIMED_STEPS + 8)) + 8)
     decoder.record(windows[:1, :half])
     return decoder
 
 
 def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> dict:
-    """Seconds of a decoded token at batch 1 after a prompt, and greedy continuations of the first windows' prompts."""
+    """Seconds per decoded token after a prompt, at batch 1, and greedy continuations of the first windows' prompts."""
     decoder.prefill(windows[:1, :half])
     seconds = []
     for _ in range(4):
@@ -205,12 +228,10 @@ def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> di
     }
 
 
-def _agrees_for(dense: list[list[int]], sparse: list[list[int]]) -> float:
-    """MaskInputs until a continuation first differs, on average."""
-    counts = [
-        next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-        for one, other in zip(dense, sparse, strict=True)
-    ]
+def _mean_agreement(dense: list[list[int]], sparse: list[list[int]]) -> float:
+    """Tokens before a continuation first differs from the dense model's, averaged over continuations."""
+    pairs = list(zip(dense, sparse, strict=True))
+    counts = [next((at for at, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0])) for pair in pairs]
     return sum(counts) / len(counts)
 
 
@@ -218,12 +239,13 @@ def _texts(tokenizer, tokens: Tensor) -> list[str]:
     return [tokenizer.decode(one, skip_special_tokens=True) for one in tokens]
 
 
-def _held(model: nn.Module) -> int | None:
-    """Bytes that torch holds on the model's GPU; None without one."""
+def _gpu_bytes(model: nn.Module) -> int:
+    """Bytes that torch has allocated on the model's GPU; 0 on the CPU."""
     device = next(model.parameters()).device
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _wait(device: torch.device) -> None:
+    """Waits until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

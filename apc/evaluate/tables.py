@@ -1,73 +1,108 @@
-"""Turns a run's results (`results.json`) into tables. Every one of them carries the conditions it holds under.
+"""Turns a run's results (`results.json`) into tables. Every table carries its conditions.
 
-Shares are fractions from 0 to 1 in the results and per cent in tables. A value that is None, or missing, is a dash.
+Shares are fractions from 0 to 1 in the results and per cent in tables. A missing value is a dash. By default a table
+fits a terminal of 80 columns; `wide` shows all columns. Markdown always has all columns.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
+import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 DASH = "–"
+WIDTH = 80  # characters in a line, unless `wide`
+_UNLIMITED = 10_000
+IN_SAMPLE = "IN-SAMPLE: scored on the text that was fitted on; other text will differ."
+BOUND = "* bound: reads the token's own activations, so the cost of finding the mask is not included."
+MOVED = (
+    "density a → b: a on the dense model's activations, b while the policy's own masks are on; "
+    "perplexity, bits, bytes and FLOPs belong to b."
+)
+MEANINGS = (
+    "captured energy: the mask's share of the squared importance. against dense: perplexity ratio ± half its 95 % "
+    "interval. bytes: FFN weights read per token, against the dense FFN."
+)
+MORE = "--wide shows all columns."
 
 
-# --- words and numbers
-
-
-def conditions_text(results: dict) -> str:
-    """One line: model, texts and tokens, whether in-sample, and the codebook's settings."""
+def condition_items(results: dict) -> list[str]:
+    """What the results hold for: model, texts with their tokens, the split, then the codebook's settings."""
     conditions = results.get("conditions") or {}
 
     def known(template: str, *keys: str) -> str | None:
         values = [conditions.get(key) for key in keys]
         return None if any(value is None for value in values) else template.format(*values)
 
-    settings = [
+    free = " (centroids of any size)" if conditions.get("centroid_size") == "free" else ""
+    per_layer = conditions.get("scope") == "layer"
+    fit = " ".join(filter(None, [known("fit {}", "fit"), known("({:,} tokens)", "fit_tokens")]))
+    score = " ".join(filter(None, [known("score {}", "score"), known("({:,} tokens)", "score_tokens")]))
+    items = [
+        "IN-SAMPLE" if is_in_sample(results) else None,
+        known("{}", "model"),
+        " → ".join(filter(None, [fit, score])),
+        None if is_in_sample(results) else known("{}", "split"),
+        known("windows of {:,}", "seq_len"),
         known("sparsity {:g}", "sparsity"),
         known("active by {}", "active"),
-        known("sites {}", "sites") and "sites " + "+".join(conditions["sites"]),
+        "sites " + "+".join(conditions["sites"]) if conditions.get("sites") else None,
         known("K {:,}", "k"),
-        known("density {:g}" + (" (centroids: any)" if conditions.get("centroid_size") == "free" else ""), "density"),
+        known("density {:g}" + free, "density"),
         known("{} weighting", "weighting"),
         known("{}", "algorithm"),
         known("{} forward", "forward"),
-        known("one codebook per layer", "scope")
-        if conditions.get("scope") == "layer"
-        else known("{} codebook", "scope"),
+        "one codebook per layer" if per_layer else known("{} codebook", "scope"),
+        known("predictor {}", "predictor"),
+        known("tuned for {}", "tuned"),
     ]
-    fit = " ".join(filter(None, [known("fit {}", "fit"), known("({:,} tokens)", "fit_tokens")]))
-    score = " ".join(filter(None, [known("score {}", "score"), known("({:,} tokens)", "score_tokens")]))
-    held_out = known(", {}", "split") if not is_in_sample(results) else None
-    texts = " → ".join(filter(None, [fit, score])) + "".join(
-        filter(None, [held_out, known(", windows of {:,}", "seq_len")])
-    )
-    items = [known("{}", "model"), texts, *settings, known("predictor {}", "predictor"), known("tuned for {}", "tuned")]
-    return ("IN-SAMPLE · " if is_in_sample(results) else "") + " · ".join(filter(None, items))
+    return [item for item in items if item]
+
+
+def conditions_text(results: dict) -> str:
+    """The conditions in one line."""
+    return " · ".join(condition_items(results))
 
 
 def wrapped_conditions(results: dict, width: int) -> list[str]:
-    """The conditions in lines of at most `width` characters, broken between items and at arrows only, where that is possible."""
-    glued = conditions_text(results).replace(" ", "\xa0").replace("\xa0·\xa0", "\xa0· ").replace("\xa0→\xa0", "\xa0→ ")
-    return [
-        line.replace("\xa0", " ").removesuffix(" ·") for line in textwrap.wrap(glued, width, break_on_hyphens=False)
-    ]
+    """The conditions in lines of at most `width` characters."""
+    return wrapped_items(condition_items(results), width)
 
 
-def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most `width` characters, broken at spaces only."""
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+def wrapped_items(items: Iterable[str], width: int) -> list[str]:
+    """Items with dots between them, in lines of at most `width` characters; only longer items are broken."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 3 <= width:
+            lines[-1] += f" · {item}"
+        else:
+            lines += textwrap.wrap(item, width, break_on_hyphens=False)
+    return lines
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """The text in lines of at most `width` characters, broken at spaces only; later lines begin with `indent`."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
 
 
 def is_in_sample(results: dict) -> bool:
-    """Whether the score text is part of the fit text: then every table and figure says so."""
+    """Whether the score text is part of the fit text. Tables and figures then say so."""
     return (results.get("conditions") or {}).get("split") == "in-sample"
 
 
 def to_float(value: object) -> float:
-    """A number as float; None and words that are no number as nan, the "nan" and "inf" of `metrics.jsonl` as themselves."""
+    """A number as float. None and other words are NaN; the "nan" and "inf" of `metrics.jsonl` keep their meaning."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -75,263 +110,391 @@ def to_float(value: object) -> float:
 
 
 def format_fixed(value: float | None, decimals: int) -> str:
+    """The number with so many decimals and commas at thousands; a dash for None."""
     return DASH if value is None else f"{to_float(value):,.{decimals}f}"
 
 
 def percent(value: float | None) -> str:
+    """A fraction in per cent with one decimal; a dash for None."""
     return DASH if value is None else format_fixed(100 * to_float(value), 1)
 
 
 def _decimals(value: float) -> int:
-    """Decimals that leave a number of any size about four digits."""
+    """Decimals that leave a number about four digits."""
     return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
 
 
 def shown_perplexity(value: float | None) -> str:
+    """A perplexity with about four digits and at most two decimals."""
     return DASH if value is None else format_fixed(value, min(2, _decimals(to_float(value))))
 
 
 def shown_ratio(policy: dict) -> str:
-    """Perplexity over dense, with half the width of its 95 % interval."""
+    """Perplexity against dense, ± half the width of its 95 % interval."""
     ratio, low, high = (policy.get(key) for key in ("ratio", "ratio_low", "ratio_high"))
     if ratio is None:
         return DASH
     decimals = _decimals(to_float(ratio))
     text = format_fixed(ratio, decimals)
-    return (
-        text if low is None or high is None or low == high else f"{text} ± {format_fixed((high - low) / 2, decimals)}"
-    )
+    if low is None or high is None or low == high:
+        return text
+    return f"{text} ± {format_fixed((high - low) / 2, decimals)}"
 
 
 def shown_density(policy: dict) -> str:
-    """Per cent of neurons kept, and after an arrow while the policy's own masks are on, where that is another share: half a point or more."""
+    """Per cent of neurons kept; after an arrow also under the policy's own masks, if that differs by half a point."""
     kept = percent(policy.get("density"))
-    return f"{kept} → {percent(masked_density(policy))}" if _moves(policy) else kept
+    return f"{kept} → {percent(masked_density(policy))}" if _density_moves(policy) else kept
 
 
 def masked_density(policy: dict) -> float | None:
+    """The share of neurons kept while the policy's own masks are on; None where that was not measured."""
     return _masked(policy, "density")
-
-
-def _moves(policy: dict) -> bool:
-    kept, masked = policy.get("density"), masked_density(policy)
-    return kept is not None and masked is not None and abs(to_float(masked) - to_float(kept)) >= 0.005
-
-
-def density_notes(policies: Iterable[dict]) -> list[str]:
-    """What an arrow of `shown_density` means, where one of the policies has it."""
-    said = "density a → b: of the dense model's activations, and while the policy's own masks are on, which perplexity, bits, bytes and FLOPs are of."
-    return [said] if any(map(_moves, policies)) else []
-
-
-# --- tables
-
-# The two lines of a column's header, and what stands in a policy's row.
-_POLICY_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
-    ("", "policy", lambda policy: policy["policy"]),
-    ("density", "%", shown_density),
-    ("coverage", "%", lambda policy: percent(policy.get("coverage"))),
-    ("precision", "%", lambda policy: percent(policy.get("precision"))),
-    ("captured", "importance %", lambda policy: percent(policy.get("captured_importance"))),
-    ("captured", "energy %", lambda policy: percent(policy.get("captured_energy"))),
-    ("", "perplexity", lambda policy: shown_perplexity(policy.get("perplexity"))),
-    ("vs dense", "× (95 %)", shown_ratio),
-    ("choice", "bits", lambda policy: format_fixed(policy.get("bits"), 1)),
-    ("bytes", "% of dense", lambda policy: percent(policy.get("bytes_share")) + star(policy)),
-    ("FLOPs", "% of dense", lambda policy: percent(policy.get("flops_share")) + star(policy)),
-)
-
-_DETAIL_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
-    ("", "policy", lambda policy: policy["policy"]),
-    ("first token:", "importance %", lambda policy: percent(policy.get("captured_importance_first"))),
-    ("first token:", "energy %", lambda policy: percent(policy.get("captured_energy_first"))),
-    ("masked:", "density %", lambda policy: percent(masked_density(policy))),
-    ("masked:", "coverage %", lambda policy: percent(_masked(policy, "coverage"))),
-    ("masked:", "precision %", lambda policy: percent(_masked(policy, "precision"))),
-    ("masked:", "importance %", lambda policy: percent(_masked(policy, "captured_importance"))),
-    ("masked:", "energy %", lambda policy: percent(_masked(policy, "captured_energy"))),
-)
-
-
-def policies_table(results: dict, markdown: bool = False) -> str:
-    """The main table, one policy a row, under the conditions and above its footnotes and the seconds that each stage took.
-
-    Args:
-        results: see `results.json`. A policy with `missing` is a row of dashes, its reason below.
-        markdown: for a README; otherwise aligned for a terminal.
-    """
-    policies = results.get("policies") or []
-    notes = []
-    if any(star(policy) for policy in policies):
-        notes.append("* without the cost of finding the mask: this policy reads it from the token's own activations.")
-    notes += density_notes(policies)
-    notes += [f"{DASH} {policy['policy']}: {policy['missing']}" for policy in policies if policy.get("missing")]
-    if results.get("seconds"):
-        notes.append(
-            "seconds: " + ", ".join(f"{stage} {format_fixed(value, 1)}" for stage, value in results["seconds"].items())
-        )
-    return _document(results, [_policy_grid(_POLICY_COLUMNS, policies, markdown)], notes, markdown)
-
-
-def detail_table(results: dict, markdown: bool = False) -> str:
-    """What the policies capture of each window's first token, and of patterns met under the masked forward pass."""
-    policies = [policy for policy in results.get("policies") or [] if not policy.get("missing")]
-    notes = [
-        "first token: of each window, captured. masked: measured while the policy's own mask is on, in all layers."
-    ]
-    return _document(results, [_policy_grid(_DETAIL_COLUMNS, policies, markdown)], notes, markdown)
-
-
-_SPEED_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
-    ("", "policy", lambda policy: policy["policy"]),
-    ("", "tokens/s", lambda policy: format_fixed(1 / policy["seconds_per_token"], 1)),
-    ("", "ms a token", lambda policy: format_fixed(1000 * policy["seconds_per_token"], 3)),
-    ("dense /", "this, time", lambda policy: format_fixed(policy["times_dense"], 2)),
-    ("perplexity", "after dense prefill", lambda policy: shown_perplexity(policy["perplexity"])),
-    ("vs dense", "× (95 %)", shown_ratio),
-    ("perplexity", "all sparse", lambda policy: shown_perplexity(policy["perplexity_masked"])),
-    ("divergence", "nats", lambda policy: format_fixed(policy["divergence"], 3)),
-    ("same", "next token %", lambda policy: percent(policy["agreement"])),
-    ("same", "tokens at first", lambda policy: format_fixed(policy.get("agrees_for"), 1)),
-    ("pays up to", "tokens", lambda policy: DASH if policy.get("pays_up_to") is None else str(policy["pays_up_to"])),
-    (
-        "held",
-        "MB",
-        lambda policy: DASH if policy.get("bytes_held") is None else format_fixed(policy["bytes_held"] / 1e6, 1),
-    ),
-)
-
-
-def speed_tables(results: dict, markdown: bool = False) -> list[str]:
-    """How fast each policy decodes and how far what it says is from the dense model, and continuations side by side; empty where that was not measured."""
-    speed = results.get("speed")
-    if not speed:
-        return []
-    conditions = results.get("conditions") or {}
-    notes = [
-        f"one sequence on {conditions.get('device', 'an unnamed device')}, {conditions.get('dtype', '')}, after a prompt of {speed['prompt']:,} tokens. "
-        f"Perplexity: of the second halves of {speed['windows']:,} score windows, after their first halves.",
-        "divergence: KL(dense ‖ policy) a token, after a dense prefill. same tokens at first: until a greedy continuation differs. held: beside the model.",
-        "pays up to: of a call, at which kernel=auto runs FFNs sparse on this device; here they ran sparse at one token, whether it pays or not.",
-    ]
-    notes += (
-        [f"{DASH} {', '.join(speed['left_out'])}: known only after what it would skip was computed"]
-        if speed["left_out"]
-        else []
-    )
-    said = []
-    for index, prompt in enumerate(speed["prompts"]):
-        lines = [f"… {' '.join(prompt.split())[-200:]}"]
-        lines += [f"  {policy['policy']}: {' '.join(policy['text'][index].split())}" for policy in speed["policies"]]
-        said.append("\n".join(lines) if not markdown else "\n".join(f"    {line}" for line in lines))
-    return [
-        _document(results, [_policy_grid(_SPEED_COLUMNS, speed["policies"], markdown)], notes, markdown),
-        "\n\n".join(said),
-    ]
-
-
-def layer_table(
-    results: dict, measures: Sequence[str] = ("density", "captured_importance"), markdown: bool = False
-) -> str:
-    """Each measure per layer, policies side by side, the last row over all layers; then the predictor's accuracy per layer.
-
-    Args:
-        results: see `results.json`.
-        measures: keys of a policy's `per_layer`, each a block.
-        markdown: for a README; otherwise aligned for a terminal.
-    """
-    grids = []
-    for measure in measures:
-        columns = {policy["policy"]: policy["per_layer"][measure] for policy in layered(results, measure)}
-        overall = {policy["policy"]: policy.get(measure) for policy in layered(results, measure)}
-        if columns:
-            grids.append(_layer_grid(measure.replace("_", " "), columns, overall, markdown))
-    predictor = (results.get("predictor") or {}).get("per_layer") or {}
-    accuracy = {key: predictor[key] for key in ("top1", "top5") if predictor.get(key)}
-    if accuracy:
-        overall = {key: float(np.mean([to_float(value) for value in values])) for key, values in accuracy.items()}
-        grids.append(_layer_grid("predictor's hits", accuracy, overall, markdown))
-    return _document(results, grids, [], markdown)
-
-
-def star(policy: dict) -> str:
-    return "*" if policy.get("excludes_finding") and not policy.get("missing") else ""
 
 
 def _masked(policy: dict, key: str) -> float | None:
     return (policy.get("masked") or {}).get(key)
 
 
-def layered(results: dict, measure: str) -> list[dict]:
-    """The policies other than dense that have a value of `measure` for each layer."""
-    policies = results.get("policies") or []
-    return [
+def _density_moves(policy: dict) -> bool:
+    kept, masked = policy.get("density"), masked_density(policy)
+    return kept is not None and masked is not None and abs(to_float(masked) - to_float(kept)) >= 0.005
+
+
+def star(policy: dict) -> str:
+    """The mark of a bound, for figures that leave out the cost of finding the mask."""
+    return "*" if policy.get("excludes_finding") and not policy.get("missing") else ""
+
+
+def best_policy(policies: Iterable[dict]) -> dict | None:
+    """The record with the lowest perplexity among policies that are neither dense nor bounds; None if there is none."""
+    usable = [
         policy
         for policy in policies
+        if policy["policy"] != "dense"
+        and not policy.get("excludes_finding")
+        and math.isfinite(to_float(policy.get("perplexity")))
+    ]
+    return min(usable, key=lambda policy: policy["perplexity"], default=None)
+
+
+def layered(results: dict, measure: str) -> list[dict]:
+    """The policies other than dense that have `measure` for each layer."""
+    return [
+        policy
+        for policy in results.get("policies") or []
         if policy["policy"] != "dense" and not policy.get("missing") and (policy.get("per_layer") or {}).get(measure)
     ]
 
 
-def _policy_grid(
-    columns: Sequence[tuple[str, str, Callable[[dict], str]]], policies: Sequence[dict], markdown: bool
-) -> str:
-    rows = [
-        [policy["policy"]] + [DASH] * (len(columns) - 1)
-        if policy.get("missing")
-        else [cell(policy) for _, _, cell in columns]
-        for policy in policies
+@dataclass(frozen=True)
+class Column:
+    """A column: two lines of header, and the text of a record's cell. wide: only shown with --wide."""
+
+    top: str
+    bottom: str
+    cell: Callable[[dict], str]
+    wide: bool = False
+
+
+def _share_column(top: str, bottom: str, key: str, wide: bool = False) -> Column:
+    return Column(top, bottom, lambda record: percent(record.get(key)), wide)
+
+
+def _masked_column(bottom: str, key: str, wide: bool = False) -> Column:
+    return Column("masked", bottom, lambda record: percent(_masked(record, key)), wide)
+
+
+POLICY = Column("", "policy", lambda record: record["policy"])
+PERPLEXITY = Column("", "perplexity", lambda record: shown_perplexity(record.get("perplexity")))
+AGAINST_DENSE = Column("against", "dense ×", shown_ratio)
+
+POLICY_COLUMNS = (
+    POLICY,
+    Column("density", "%", shown_density),
+    _share_column("coverage", "%", "coverage", wide=True),
+    _share_column("precision", "%", "precision", wide=True),
+    _share_column("captured", "importance %", "captured_importance", wide=True),
+    _share_column("captured", "energy %", "captured_energy"),
+    PERPLEXITY,
+    AGAINST_DENSE,
+    Column("choice", "bits", lambda record: format_fixed(record.get("bits"), 1), wide=True),
+    Column("bytes", "%", lambda record: percent(record.get("bytes_share")) + star(record)),
+    Column("FLOPs", "%", lambda record: percent(record.get("flops_share")) + star(record), wide=True),
+)
+_ROW_WIDTHS = (18, 11, 8, 10, 15, 7)  # of the policy's name and the five columns in `policy_row`
+
+_DETAIL_COLUMNS = (
+    POLICY,
+    _share_column("first token", "importance %", "captured_importance_first", wide=True),
+    _share_column("first token", "energy %", "captured_energy_first"),
+    _masked_column("density %", "density"),
+    _masked_column("coverage %", "coverage"),
+    _masked_column("precision %", "precision", wide=True),
+    _masked_column("importance %", "captured_importance", wide=True),
+    _masked_column("energy %", "captured_energy"),
+)
+
+_SPEED_COLUMNS = (
+    POLICY,
+    Column("", "tokens/s", lambda record: format_fixed(1 / record["seconds_per_token"], 1)),
+    Column("", "ms per token", lambda record: format_fixed(1000 * record["seconds_per_token"], 3), wide=True),
+    Column("speed-up", "× dense", lambda record: format_fixed(record["times_dense"], 2)),
+    Column("perplexity", "dense prefill", lambda record: shown_perplexity(record["perplexity"])),
+    AGAINST_DENSE,
+    Column("perplexity", "all sparse", lambda record: shown_perplexity(record["perplexity_masked"]), wide=True),
+    Column("divergence", "nats", lambda record: format_fixed(record["divergence"], 3)),
+    Column("same", "next token %", lambda record: percent(record["agreement"]), wide=True),
+    Column("same", "first tokens", lambda record: format_fixed(record.get("agrees_for"), 1), wide=True),
+    Column("sparse up", "to tokens", lambda record: format_fixed(record.get("pays_up_to"), 0), wide=True),
+    Column("extra", "MB", lambda record: _megabytes(record.get("bytes_held")), wide=True),
+)
+
+
+def _megabytes(count: float | None) -> str:
+    return DASH if count is None else format_fixed(count / 1e6, 1)
+
+
+def policies_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
+    """The main table: one row per policy, under the conditions; footnotes and the seconds of each stage follow.
+
+    Args:
+        results: see `results.json`. A policy with `missing` is a row of dashes, with the reason below.
+        markdown: for a document; else aligned for a terminal.
+        wide: all columns, in lines of any length.
+    """
+    policies = results.get("policies") or []
+    notes = [MEANINGS, *footnotes(policies)]
+    notes += [f"{DASH} {policy['policy']}: {policy['missing']}" for policy in policies if policy.get("missing")]
+    if results.get("seconds"):
+        stages = (f"{stage} {format_fixed(value, 1)}" for stage, value in results["seconds"].items())
+        notes.append("seconds: " + ", ".join(stages))
+    return _document(results, [record_grid(POLICY_COLUMNS, policies, markdown, wide)], notes, markdown, wide)
+
+
+def footnotes(policies: Iterable[dict]) -> list[str]:
+    """The explanations of the asterisk and of the arrow, each where one of the policies has it."""
+    policies = list(policies)
+    notes = [BOUND] if any(map(star, policies)) else []
+    return notes + ([MOVED] if any(map(_density_moves, policies)) else [])
+
+
+def policy_row(record: dict) -> str:
+    """One policy in one aligned line: density, captured energy, perplexity, against dense, bytes."""
+    if record.get("missing"):
+        return f"{record['policy']:{_ROW_WIDTHS[0]}}  {DASH} {record['missing']}"
+    name, *cells = (column.cell(record) for column in shown_columns(POLICY_COLUMNS, wide=False))
+    cells[-1] += "" if star(record) else " "
+    rest = [f"{cell:>{width}}" for cell, width in zip(cells, _ROW_WIDTHS[1:], strict=True)]
+    return "  ".join([f"{name:{_ROW_WIDTHS[0]}}", *rest]).rstrip()
+
+
+def detail_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
+    """What the masks capture of each window's first token, and of all tokens while the policy's own masks are on."""
+    policies = [policy for policy in results.get("policies") or [] if not policy.get("missing")]
+    notes = [
+        "first token: captured of the first token of each window. "
+        "masked: measured while the policy's own masks are on in all layers."
     ]
-    return text_grid([column[:2] for column in columns], rows, markdown)
+    return _document(results, [record_grid(_DETAIL_COLUMNS, policies, markdown, wide)], notes, markdown, wide)
 
 
-def _layer_grid(
-    title: str, columns: dict[str, Sequence[float]], overall: dict[str, float | None], markdown: bool
+def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> list[str]:
+    """A table of decoding speed and divergence from dense, and continuations side by side; empty if not measured."""
+    speed = results.get("speed")
+    if not speed:
+        return []
+    conditions = results.get("conditions") or {}
+    device = f"{conditions.get('device', 'an unnamed device')}, {conditions.get('dtype', '')}"
+    notes = [
+        f"One sequence on {device}, after a prompt of {speed['prompt']:,} tokens. Perplexity: second halves of "
+        f"{speed['windows']:,} score windows, given their first halves. Divergence: KL(dense ‖ policy) per token after "
+        "a dense prefill."
+    ]
+    if markdown or wide:
+        notes.append(
+            "same first tokens: greedy tokens before the continuation first differs from the dense model's. "
+            "sparse up to: the largest call, in tokens, that kernel=auto runs sparse on this device; here one token "
+            "always ran sparse. extra: memory beside the model."
+        )
+    if speed["left_out"]:
+        notes.append(
+            f"{DASH} {', '.join(speed['left_out'])}: known only after the FFN has run, so nothing can be skipped"
+        )
+    texts = []
+    for index, prompt in enumerate(speed["prompts"]):
+        lines = [f"… {' '.join(prompt.split())[-200:].lstrip()}"]
+        lines += [f"  {policy['policy']}: {' '.join(policy['text'][index].split())}" for policy in speed["policies"]]
+        if markdown:
+            lines = [f"    {line}" for line in lines]
+        elif not wide:
+            lines = [wrapped(line, line_width(), indent="    ") for line in lines]
+        texts.append("\n".join(lines))
+    grid = record_grid(_SPEED_COLUMNS, speed["policies"], markdown, wide)
+    return [_document(results, [grid], notes, markdown, wide), "\n\n".join(texts)]
+
+
+def layer_table(
+    results: dict,
+    measures: Sequence[str] = ("density", "captured_importance"),
+    markdown: bool = False,
+    wide: bool = False,
 ) -> str:
+    """Each measure by layer, policies side by side, with a last row over all layers; then the predictor's accuracy.
+
+    Args:
+        results: see `results.json`.
+        measures: keys of a policy's `per_layer`; each is a block.
+        markdown: for a document; else aligned for a terminal.
+        wide: blocks of any width; else policies that do not fit go to a block below.
+    """
+    grids = []
+    for measure in measures:
+        policies = layered(results, measure)
+        columns = {policy["policy"]: policy["per_layer"][measure] for policy in policies}
+        overall = {policy["policy"]: policy.get(measure) for policy in policies}
+        grids += _layer_grids(measure.replace("_", " "), columns, overall, markdown, wide)
+    predictor = (results.get("predictor") or {}).get("per_layer") or {}
+    accuracy = {key: predictor[key] for key in ("top1", "top5") if predictor.get(key)}
+    means = {key: float(np.mean([to_float(value) for value in values])) for key, values in accuracy.items()}
+    grids += _layer_grids("predictor's accuracy", accuracy, means, markdown, wide)
+    return _document(results, grids, [], markdown, wide, more=False)
+
+
+def _layer_grids(
+    title: str, columns: Mapping[str, Sequence[float]], overall: Mapping[str, float | None], markdown: bool, wide: bool
+) -> list[str]:
+    """The block of one measure, cut into several where it is too wide."""
+    names = list(columns)
+    room = _UNLIMITED if markdown or wide else line_width() - len("layer")
+    while names and sum(max(len(name), 5) + 2 for name in names) > room:
+        names.pop()
+    if not names:
+        return []
     count = max(len(values) for values in columns.values())
-    rows = [
-        [str(layer)] + [percent(values[layer] if layer < len(values) else None) for values in columns.values()]
-        for layer in range(count)
-    ]
-    rows.append(["all"] + [percent(overall[name]) for name in columns])
+    cells = {name: [percent(value) for value in columns[name]] for name in names}
+    rows = [[str(i), *(cells[name][i] if i < len(cells[name]) else DASH for name in names)] for i in range(count)]
+    rows.append(["all", *(percent(overall[name]) for name in names)])
     heading = f"**{title}, %**\n\n" if markdown else f"{title}, %\n"
-    return heading + text_grid([("", "layer"), *(("", name) for name in columns)], rows, markdown)
+    block = heading + text_grid([("", "layer"), *(("", name) for name in names)], rows, markdown)
+    rest = {name: values for name, values in columns.items() if name not in names}
+    return [block, *_layer_grids(title, rest, overall, markdown, wide)]
+
+
+def next_steps(run_folder: Path | str, results: dict) -> str:
+    """The commands that come after a run, ready to paste: use it in Python, evaluate, compare, upload to W&B."""
+    folder = Path(run_folder)
+    best = best_policy(results.get("policies") or [])
+    lines = ["Next:"]
+    if best is not None:
+        lines += [
+            f'  run = apc.load_run("{folder}")  # in Python, with the model loaded',
+            f'  apc.sparsify(model, run.codebook, run.predictor, policy="{best["policy"]}")',
+        ]
+    lines += [
+        f"  python evaluate.py checkpoint={folder} policies=[dense{',' + best['policy'] if best else ''}]",
+        f"  python evaluate.py checkpoint={folder} data.score=other.txt",
+        f"  python evaluate.py compare='{folder.parent}/*'",
+    ]
+    if any(folder.glob("wandb/offline-run-*")):
+        lines.append(f"  wandb sync {folder}/wandb/offline-run-*")
+    return "\n".join(lines)
+
+
+def shown_columns(columns: Sequence[Column], wide: bool) -> list[Column]:
+    """All columns, or without `wide` those that fit 80 characters."""
+    return [column for column in columns if wide or not column.wide]
+
+
+def record_cells(columns: Sequence[Column], record: dict) -> list[str]:
+    """The cells of one record; dashes after the name where it is missing."""
+    if record.get("missing"):
+        return [record["policy"], *[DASH] * (len(columns) - 1)]
+    return [column.cell(record) for column in columns]
+
+
+def record_grid(columns: Sequence[Column], records: Sequence[dict], markdown: bool, wide: bool) -> str:
+    """A grid with a row for each record."""
+    columns = shown_columns(columns, wide or markdown)
+    rows = [record_cells(columns, record) for record in records]
+    return text_grid([(column.top, column.bottom) for column in columns], rows, markdown)
 
 
 def text_grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """The first column to the left, the others to the right."""
+    """A table with its first column to the left and the others to the right.
+
+    Args:
+        header: two lines for each column.
+        rows: the cells.
+        markdown: for a document; else aligned for a terminal.
+    """
     if markdown:
         lines = [[" ".join(filter(None, pair)) for pair in header], ["---"] + ["---:"] * (len(header) - 1), *rows]
         return "\n".join(
             "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in line) + " |" for line in lines
         )
-    # A column with an asterisk keeps one place for it, so that its digits stay under each other.
-    starred = [any(row[i].endswith("*") for row in rows) for i in range(len(header))]
-    body = [
-        [cell + " " if star and not cell.endswith("*") else cell for cell, star in zip(row, starred, strict=True)]
-        for row in rows
+    return grouped_grid(header, [("", rows)])
+
+
+def grouped_grid(header: Sequence[tuple[str, str]], groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
+    """A table for a terminal with its rows in groups, each under a heading; columns are aligned throughout."""
+    columns = list(zip(*(row for _, rows in groups for row in rows), strict=True)) or [()] * len(header)
+    starred = [any(cell.endswith("*") for cell in column) for column in columns]
+    heads = [pair if any(top for top, _ in header) else pair[1:] for pair in header]
+    widths = [
+        max(map(len, [*head, *(cell.rstrip("*") for cell in column)]))
+        for head, column in zip(heads, columns, strict=True)
     ]
-    # A header line that says nothing is left out.
-    heads = [
-        line
-        for line in ([pair[i] + " " * star for pair, star in zip(header, starred, strict=True)] for i in (0, 1))
-        if any(line)
-    ]
-    widths = [max(len(line[i]) for line in [*heads, *body]) for i in range(len(header))]
-    aligned = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+
+    def justified(cell: str, column: int) -> str:
+        """To the right, but for the first column; an asterisk hangs over, so that digits stay under each other."""
+        if column == 0:
+            return cell
+        return cell.rjust(widths[column] + cell.endswith("*")) + " " * (starred[column] and not cell.endswith("*"))
+
+    parts = []
+    for index, (heading, rows) in enumerate(groups):
+        table = Table(
+            box=box.SIMPLE_HEAD, show_header=index == 0, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1)
         )
-        for line in [*heads, ["─" * width for width in widths], *body]
-    ]
-    return "\n".join(line.rstrip() for line in aligned)
+        for i, head in enumerate(heads):
+            text = "\n".join(justified(line, i) for line in head)
+            table.add_column(Text(text, style="bold"), vertical="bottom", min_width=widths[i] + starred[i])
+        if index == 0 and heading:  # the header stands above the first group's heading
+            parts.append(_rendered(table))
+            table.show_header = False
+        for row in rows:
+            table.add_row(*(Text(justified(cell, i)) for i, cell in enumerate(row)))
+        parts += [heading] if heading else []
+        parts.append(_rendered(table))
+    return "\n".join(parts)
 
 
-def _document(results: dict, grids: Sequence[str], notes: Sequence[str], markdown: bool) -> str:
-    if is_in_sample(results):
-        notes = [*notes, "IN-SAMPLE: scored on the text it was fitted on; not what other text will give."]
+def line_width(wide: bool = False) -> int:
+    """Characters that a line may have: 80, or fewer in a narrower terminal."""
+    return _UNLIMITED if wide else min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+def _rendered(table: Table) -> str:
+    """The table as text: bold headers in a terminal, plain in a file. No cell is cut, even in a narrow terminal."""
+    file = io.StringIO()
+    Console(file=file, width=_UNLIMITED, force_terminal=sys.stdout.isatty(), highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _document(
+    results: dict, grids: Sequence[str], notes: Sequence[str], markdown: bool, wide: bool, more: bool = True
+) -> str:
+    """Conditions, grids and notes under each other. more: whether `--wide` would show more."""
+    notes = [*notes, *([] if markdown or wide or not more else [MORE])]
+    notes += [IN_SAMPLE] if is_in_sample(results) else []
     if markdown:
-        escaped = [note.replace("*", "\\*", 1) if note.startswith("*") else note for note in notes]
-        return "\n\n".join([f"**{conditions_text(results)}**", *grids, *escaped]) + "\n"
-    width = max([100, *(len(line) for grid in grids for line in grid.splitlines())])
-    return "\n\n".join(filter(None, ["\n".join(wrapped_conditions(results, width)), *grids, "\n".join(notes)])) + "\n"
+        return "\n\n".join([f"**{conditions_text(results)}**", *grids, *map(escaped, notes)]) + "\n"
+    width = max([100, *(len(line) for grid in grids for line in grid.splitlines())]) if wide else line_width()
+    below = "\n".join(wrapped(note, width, indent="  ") for note in notes)
+    return "\n\n".join(filter(None, ["\n".join(wrapped_conditions(results, width)), *grids, below])) + "\n"
+
+
+def escaped(note: str) -> str:
+    """A note for Markdown, where an asterisk at its beginning would make a list."""
+    return note.replace("*", "\\*", 1) if note.startswith("*") else note

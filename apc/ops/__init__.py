@@ -1,4 +1,16 @@
-"""Operations on bit-packed patterns: fast on CPU and CUDA, exact on both; `reference.py` says what each of them means."""
+"""Operations on packed patterns and sparse FFNs, on CPU and CUDA.
+
+`reference.py` defines the exact operations in plain torch: every implementation gives the same integers. The tests
+compare the others with their formulas. A function whose name ends in `_triton`, `_b1` or `_hopper` is one kernel; the
+function without the suffix chooses an implementation.
+
+Shape letters, for all files of this package:
+
+- G groups (usually the layers of a model), N patterns (rows), K clusters, D neurons.
+- W bytes of a packed row of D bits: ⌈D/8⌉ rounded up to a multiple of 16, `row_bytes(D)`.
+- n tokens of a decoding step, E hidden size, H bottleneck of the predictor, C candidates for a token's cluster.
+- P projections and b bits of a low-bit copy, V entries of the vocabulary.
+"""
 
 from apc.ops.accumulate import (
     accumulate,
@@ -15,25 +27,41 @@ from apc.ops.assign_capacity import assign_with_capacity
 from apc.ops.assign_hamming import assign_hamming
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
 from apc.ops.bits import mask_size, pack, pack_triton, popcount, popcount_triton, row_bytes, unpack
+from apc.ops.ffn_arguments import (
+    MAX_TOKENS,
+    ActiveNeurons,
+    Candidates,
+    FFNWeights,
+    NextLayer,
+    OutputDelta,
+    Prediction,
+    PredictorWeights,
+)
 from apc.ops.kl_div import divergence, divergence_triton
 from apc.ops.low_bit import low_bit_scores, low_bit_scores_triton
 from apc.ops.low_bit_sm80 import low_bit_scores_b1
-from apc.ops.predict import MAX_TOKENS, bottleneck, predict_clusters, predict_clusters_triton
-from apc.ops.score_curve import score_curve, score_curve_triton
+from apc.ops.predict import bottleneck, predict_clusters, predict_clusters_triton
+from apc.ops.score_curve import ScoreCurve, score_curve, score_curve_triton
 from apc.ops.sparse_ffn import (
-    NextLayer,
-    can_find,
+    can_prefetch,
     sparse_ffn,
     sparse_ffn_ahead,
     sparse_ffn_hopper,
     sparse_ffn_triton,
-    whole_passes,
+    use_side_stream,
 )
 from apc.ops.topk import straight_through, straight_through_triton, top_mask, top_mask_triton
 
 __all__ = [
-    "NextLayer",
+    "ActiveNeurons",
+    "Candidates",
+    "FFNWeights",
     "MAX_TOKENS",
+    "NextLayer",
+    "OutputDelta",
+    "Prediction",
+    "PredictorWeights",
+    "ScoreCurve",
     "accumulate",
     "accumulate_triton",
     "accumulate_weighted",
@@ -48,7 +76,7 @@ __all__ = [
     "binarize",
     "binarize_triton",
     "bottleneck",
-    "can_find",
+    "can_prefetch",
     "cut_or_fill",
     "divergence",
     "divergence_triton",
@@ -78,5 +106,5 @@ __all__ = [
     "top_mask",
     "top_mask_triton",
     "unpack",
-    "whole_passes",
+    "use_side_stream",
 ]

@@ -1,38 +1,41 @@
-"""Update: what each cluster's rows add up to, and the centroids that follow from it.
+"""The sums of each cluster's rows, for the update step of k-means.
 
-All sums are integers, so their order does not matter: any split of the rows over blocks, devices or ranks gives one answer.
-On the CPU by sparse products (`update_cpu.py`), on a GPU in Triton (here). Shape letters: see `bits.py`.
+All sums are integers, so the order of additions does not matter: every split of the rows over blocks, devices or ranks
+gives the same sums. `accumulate_cpu.py` uses sparse matrix products; the Triton kernels are here. Shape letters: see
+`apc.ops`.
+
+On a GPU, `_order` lists the rows cluster by cluster (a counting sort), `_plan` cuts these lists into pieces,
+and a kernel adds up the rows of each piece. Nothing waits for the GPU: the host only knows an upper bound on
+the number of pieces, and programs past the last piece do nothing.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from apc.ops._triton import tl, triton
 from apc.ops.accumulate_cpu import accumulate_cpu, accumulate_weighted_cpu, row_totals_cpu
-from apc.ops.alignment import ROW_ALIGN, row_words
+from apc.ops.alignment import ROW_ALIGN, aligned_words
 from apc.ops.assign import check_power
-from apc.ops.bits import describe, grouped, on_cpu, require, row_bytes
+from apc.ops.bits import check_tensor, describe, grouped, on_cpu, row_bytes
 
-ROW_UNIT = 2**36  # what a weighted row sums to after scaling
+ROW_UNIT = 2**36  # the sum of a weighted row after scaling
 
-# Kernel tiles. A program adds up at most PIECE rows of one cluster: more are several pieces, so that a large cluster keeps many
-# multiprocessors busy. It takes a strip of each row, BLOCK_W words of 32 neurons (weighted: 4), one warp wide: in flight are UNROLL rows, a
-# power of two, of many small programs. At the end BITS bits of each word become sums at a time, at least 4, which are one sector of 32 bytes.
+# Kernel tiles. A program adds up at most PIECE rows of one cluster. A larger cluster is several pieces, so it
+# keeps many multiprocessors busy. A program is one warp and reads a strip of each row: BLOCK_W words of 32
+# neurons (weighted: 4). It has UNROLL rows in flight, a power of two. At the end it turns BITS bits of each
+# word into sums at a time: at least 4 sums, which fill a sector of 32 bytes.
 _TILE = {"PIECE": 1024, "BLOCK_W": 64, "UNROLL": 8, "BITS": 4, "num_warps": 1}
 _WEIGHTED_TILE = {"PIECE": 1024, "BLOCK_W": 128, "UNROLL": 4, "num_warps": 1}
 _TOTALS_TILE = {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4}
-_SORT_BLOCK = 1024  # rows in a program of the sort
-_PLAN_BLOCK = 128  # pieces in a program of the plan
-_ZERO_BLOCK = 1024  # sums that are zeroed at a time
-_COUNTERS = (
-    2**18
-)  # of the sort in all: each cluster has several, so that a large one's rows do not queue for one address …
-_COPIES = 64  # … but no more than these
+_SORT_BLOCK = 1024  # rows per program of the sort
+_PLAN_BLOCK = 128  # pieces per program of the plan
+_ZERO_BLOCK = 1024  # sums zeroed at a time
+# Counters of the sort. Each cluster has several, so that a large cluster's rows do not queue for one address.
+_COUNTERS = 2**18  # in all
+_COPIES = 64  # per cluster, at most
 
-Sums = tuple[
-    Tensor, Tensor
-]  # sums int64 (in an `out` of `accumulate` also int32) [K, D] and sizes int64 [K], or with G before
+# Sums int64 [K, D] (int32 is allowed in `out` of `accumulate`) and sizes int64 [K], or both with a leading G.
+Sums = tuple[Tensor, Tensor]
 
 
 def _check(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> None:
@@ -48,7 +51,7 @@ def _check_weighted(
     importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None
 ) -> None:
     _check_totals(importance, power, f", to go with ids {describe(ids)}")
-    require(scales, "scales", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
+    check_tensor(scales, "scales", torch.int64, tuple(importance.shape[:-1]), importance, "importance")
     _check_clusters(importance, "importance", ids, K, importance.shape[-1], out)
     if scales.device.type == "cpu" and scales.numel() and (scales.min() < 0 or scales.max() > ROW_UNIT):
         raise ValueError(
@@ -71,10 +74,10 @@ def _check_clusters(
     out: Sums | None,
     types: tuple[torch.dtype, ...] = (torch.int64,),
 ) -> None:
-    require(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, name)
+    check_tensor(ids, "ids", torch.int64, tuple(rows.shape[:-1]), rows, name)
     if K < 1:
         raise ValueError(f"K must be at least 1, got {K}")
-    # On a GPU this look would wait for it; there `_order` counts the rows that have a place, and asserts on the device that all do.
+    # On a GPU this check would wait for the device. There `_order` asserts on the device that every id is in range.
     if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= K):
         raise ValueError(
             f"ids {describe(ids)} must be from 0 to K - 1 = {K - 1}, got {int(ids.min())} to {int(ids.max())}"
@@ -82,8 +85,10 @@ def _check_clusters(
     if out is None:
         return
     sums, sizes = out
-    require(sums, "out sums", sums.dtype if sums.dtype in types else torch.int64, (*rows.shape[:-2], K, D), rows, name)
-    require(sizes, "out sizes", torch.int64, (*rows.shape[:-2], K), rows, name)
+    check_tensor(
+        sums, "out sums", sums.dtype if sums.dtype in types else torch.int64, (*rows.shape[:-2], K, D), rows, name
+    )
+    check_tensor(sizes, "out sizes", torch.int64, (*rows.shape[:-2], K), rows, name)
     if not (sums.is_contiguous() and sizes.is_contiguous()):
         raise ValueError(
             f"out sums {describe(sums)} and sizes {describe(sizes)} for {name} {describe(rows)} must be contiguous"
@@ -92,11 +97,21 @@ def _check_clusters(
 
 @grouped(_check)
 def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = None) -> Sums:
-    """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often each neuron is active in each cluster's rows; sizes int64 [K], its rows.
+    """How often each neuron is active in each cluster's rows, and each cluster's number of rows.
 
-    With groups: [G, N, W], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned; its sums may be int32, where no
-    sum comes to 2³¹. Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1; on a GPU those trip an
-    assertion on the device.
+    Args:
+        rows: packed patterns, uint8 [N, W] or [G, N, W].
+        ids: the cluster of each row, int64 [N] or [G, N].
+        K: clusters.
+        D: neurons.
+        out: (sums, sizes) to add to in place. Its sums may be int32 if no sum reaches 2³¹.
+
+    Returns:
+        sums int64 [K, D] and sizes int64 [K], with a leading G if the rows have one; or `out`.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match; on a CPU also for ids outside 0 … K-1. On a GPU
+            such ids fail an assertion on the device.
     """
     if on_cpu(rows):
         return accumulate_cpu(rows, ids, out or _zeros(ids, K, D))
@@ -104,16 +119,16 @@ def accumulate(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | None = 
 
 
 def _zeros(ids: Tensor, K: int, D: int) -> Sums:
-    G = len(ids)
-    return torch.zeros((G, K, D), dtype=torch.int64, device=ids.device), torch.zeros(
-        (G, K), dtype=torch.int64, device=ids.device
-    )
+    shapes = (len(ids), K, D), (len(ids), K)
+    sums, sizes = (torch.zeros(shape, dtype=torch.int64, device=ids.device) for shape in shapes)
+    return sums, sizes
 
 
 @grouped(_check_totals)
 def row_totals(importance: Tensor, power: int = 1) -> Tensor:
-    """uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]: Σ_i importance_i^power, all that a mask could capture of each row.
+    """The total of each row, Σ_i importance_i^power: uint8 [N, D] → int64 [N], or [G, N, D] → [G, N].
 
+    It is the largest sum that any mask can capture of the row.
     Raises ValueError for other dtypes and dimensions, a power other than 1 and 2, and where 255^power·D reaches 2³¹.
     """
     return row_totals_cpu(importance, power) if on_cpu(importance) else row_totals_triton(importance, power)
@@ -159,19 +174,20 @@ def row_totals_triton(importance: Tensor, power: int = 1) -> Tensor:
 
 
 def scales_of(totals: Tensor) -> Tensor:
-    """int64 [...] of `row_totals` → int64 [...]: 2³⁶ / total, rounded half up; 0 for an empty row.
+    """The scale 2³⁶ / total of each row, rounded half up: int64 [...] `row_totals` → int64 [...]; 0 for total 0.
 
-    scale · importance^power is the row normalised to a sum of about 2³⁶, in integers: off by at most total / 2³⁷, so less than 2 %
-    while total < 2³¹. Which centroid captures most of a row does not depend on a factor of that row, so `assign_weighted` needs no
-    scales, and assignment and update raise exactly the same integer objective Σ_n scale_n · captured_n. A sum over 10⁸ rows (nearly
-    2²⁷) fits int64 even where one neuron holds all of every row.
+    scale · importance^power is the row in integers, normalised to a sum of about 2³⁶. The relative error is at most
+    total / 2³⁷, less than 2 % while total < 2³¹. A factor on a row does not change which centroid captures
+    most of it, so `assign_weighted` needs no scales, and assignment and update increase the same integer
+    objective Σ_n scale_n · captured_n. A sum over 10⁸ rows (nearly 2²⁷) fits int64, even if one neuron has
+    the total of every row.
     """
     scales = (2 * ROW_UNIT + totals) // (2 * totals).clamp_min(1)
     return scales.masked_fill_(totals == 0, 0)
 
 
 def row_scales(importance: Tensor, power: int = 1) -> Tensor:
-    """`scales_of` the `row_totals` of importance, uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]. Raises as `row_totals` does."""
+    """Each row's scale, see `scales_of`: uint8 [N, D] → int64 [N], or [G, N, D] → [G, N]. Raises as `row_totals`."""
     return scales_of(row_totals(importance, power))
 
 
@@ -179,27 +195,33 @@ def row_scales(importance: Tensor, power: int = 1) -> Tensor:
 def accumulate_weighted(
     importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: Sums | None = None
 ) -> Sums:
-    """uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D] of scales[n]·importance[n, i]^power over each cluster's rows; sizes int64 [K].
+    """The sums of scales[n] · importance[n, i]^power over each cluster's rows, and each cluster's number of rows.
 
-    scales: as `row_scales` gives them for the same power.
-    With groups: [G, N, D], [G, N], [G, N] → [G, K, D], [G, K]. out: (sums, sizes), to be added to in place and returned.
-    Raises ValueError where shapes, dtypes or devices do not match, and on a CPU for ids outside 0 … K-1 and for scales far above those of
-    `row_scales`; on a GPU such ids trip an assertion on the device.
+    Args:
+        importance: uint8 [N, D] or [G, N, D].
+        ids: the cluster of each row, int64 [N] or [G, N].
+        scales: `row_scales` of importance for the same power, int64 [N] or [G, N].
+        K: clusters.
+        power: 1 or 2.
+        out: (sums, sizes) to add to in place.
+
+    Returns:
+        sums int64 [K, D] and sizes int64 [K], with a leading G if the rows have one; or `out`.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match; on a CPU also for ids outside 0 … K-1 and for
+            scales far above those of `row_scales`. On a GPU such ids fail an assertion on the device.
     """
     if on_cpu(importance):
         return accumulate_weighted_cpu(importance, ids, scales, power, out or _zeros(ids, K, importance.shape[-1]))
     return accumulate_weighted_triton(importance, ids, scales, K, power, out=out)
 
 
-# On a GPU: `_order` lists the rows cluster by cluster (a counting sort), `_plan` cuts the lists into pieces, and a kernel adds up the
-# rows of each piece. Nothing waits for the GPU: how many pieces there are is only bounded here, and programs past the last do nothing.
-
-
 @triton.jit
 def _rank_kernel(
     ids_ptr,  # int64 [G, N]
     counts_ptr,  # int32 or int64 [COPIES, G·K], added to
-    ranks_ptr,  # as counts, [G, N], out: how many rows came to the same counter before
+    ranks_ptr,  # same type as counts, [G, N], out: how many rows reached the same counter before
     N,
     K,
     COPIES: tl.constexpr,
@@ -219,8 +241,8 @@ def _rank_kernel(
 def _place_kernel(
     ids_ptr,  # int64 [G, N]
     ranks_ptr,  # int32 or int64 [G, N]
-    starts_ptr,  # as ranks, [G·K, COPIES]
-    order_ptr,  # as ranks, [G·N], out
+    starts_ptr,  # same type as ranks, [G·K, COPIES]
+    order_ptr,  # same type as ranks, [G·N], out
     N,
     K,
     COPIES: tl.constexpr,
@@ -236,18 +258,17 @@ def _place_kernel(
 
 
 def _order(ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """int64 [G, N] → the rows' numbers cluster by cluster, [G·N], in any order within one; where each cluster's begin, [G·K + 1].
+    """Ids int64 [G, N] → the row numbers sorted by cluster, [G·N], and the start of each cluster among them, [G·K + 1].
 
-    int32, or int64 where G·N needs it. An id outside 0 … K-1 has no place there, and trips an assertion on the device.
-    A counting sort by atomics: two passes over the ids, where torch.sort moves keys and int64 indices in two to four. It may order a
-    cluster's rows otherwise each time, which integer sums do not show.
+    Both are int32, or int64 if G·N needs it. An id outside 0 … K-1 fails an assertion on the device. This is a counting
+    sort by atomics: two passes over the ids, where torch.sort moves keys and int64 indices in two to four passes. The
+    order of rows within a cluster can change from call to call; integer sums do not depend on it.
     """
     ids = ids.contiguous()
     (G, N), device = ids.shape, ids.device
     dtype = torch.int32 if G * N < 2**31 else torch.int64
-    copies = min(
-        _COPIES, 1 << (max(1, _COUNTERS // (G * K)).bit_length() - 1)
-    )  # a power of two: few kernels to compile
+    # A power of two, so that few kernels are compiled.
+    copies = min(_COPIES, 1 << (max(1, _COUNTERS // (G * K)).bit_length() - 1))
     counts = torch.zeros((copies, G * K), dtype=dtype, device=device)
     ranks = torch.empty((G, N), dtype=dtype, device=device)
     order = torch.empty(G * N, dtype=dtype, device=device)
@@ -262,9 +283,9 @@ def _order(ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _plan_kernel(
-    starts_ptr,  # int32 or int64, G·K + 1 of them, each `step` after the last
-    ends_ptr,  # int64 [G·K], pieces up to the end of each cluster
-    plan_ptr,  # int64 [pieces, 4], out: cluster, first row in the order, the one after the last, pieces of the cluster
+    starts_ptr,  # int32 or int64 [G·K + 1], stride `step`
+    ends_ptr,  # int64 [G·K], number of pieces up to the end of each cluster
+    plan_ptr,  # int64 [pieces, 4], out: cluster, first row in the order, end of its rows, pieces of the cluster
     step,
     clusters,  # G·K
     pieces,
@@ -272,7 +293,7 @@ def _plan_kernel(
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # Bisection: the first cluster whose pieces end after p, which is G·K for a program past the last piece.
+    # Bisection for the first cluster whose pieces end after p; G·K for a program past the last piece.
     low = tl.zeros([BLOCK], tl.int64)
     high = low + clusters
     for _ in range(STEPS):
@@ -294,8 +315,8 @@ def _plan_kernel(
 
 @triton.jit
 def _zero_kernel(
-    sums_ptr,  # int64 [G·K, D], zeroed where a cluster has more than one piece
-    starts_ptr,  # int32 or int64, G·K + 1 of them, each `step` after the last
+    sums_ptr,  # int64 [G·K, D], out: zeros for each cluster of more than one piece
+    starts_ptr,  # int32 or int64 [G·K + 1], stride `step`
     step,
     D,
     PIECE: tl.constexpr,
@@ -310,9 +331,10 @@ def _zero_kernel(
 
 
 def _plan(starts: Tensor, rows: int, piece: int, out: Sums | None, shape: tuple[int, int, int]) -> tuple[Tensor, Sums]:
-    """Clusters' starts → the plan int64 [pieces, 4] of `_plan_kernel`, and sums and sizes for the kernel that follows it.
+    """The plan int64 [pieces, 4] of `_plan_kernel`, and the (sums, sizes) that the accumulate kernel writes to.
 
-    The sums int64 [G, K, D] of `shape` hold `out`, or else zeros where pieces will be added up and nothing elsewhere; the sizes are final.
+    The sums are those of `out`. Without `out` they are a new int64 tensor of `shape` [G, K, D], zero for each
+    cluster of several pieces and uninitialised elsewhere. The sizes are final.
     """
     G, K, D = shape
     step = starts.stride(0)
@@ -339,22 +361,22 @@ def _row_numbers(
     size,
     UNROLL: tl.constexpr,
 ):
-    """The entries i … i + UNROLL - 1 of the order, a tuple; 0 from `size` on."""
+    """Entries i … i + UNROLL - 1 of the order, as a tuple; 0 beyond `size`."""
     numbers = ()
     for u in tl.static_range(UNROLL):
-        numbers = numbers + (tl.load(order_ptr + i + u, mask=i + u < size, other=0),)
+        numbers = numbers + (tl.load(order_ptr + i + u, mask=i + u < size, other=0),)  # type: ignore[assignment]
     return numbers
 
 
 @triton.jit
 def _put(
-    ptrs,  # [...], to the type of values
+    ptrs,  # [...], pointers to the type of values
     values,
     mask,
     pieces,
     ADD: tl.constexpr,
 ):
-    """Writes sums that are complete, or adds where there are more pieces or something to add to."""
+    """Store the sums of a cluster's only piece (ADD: add to what is there); add atomically if there are more pieces."""
     if pieces > 1:
         tl.atomic_add(ptrs, values, mask=mask, sem="relaxed")
     else:
@@ -373,7 +395,7 @@ def _accumulate_kernel(
     D,
     clusters,  # G·K
     quads,  # W/16
-    strips,  # of BLOCK_W words in a row
+    strips,  # blocks of BLOCK_W words in a row
     stride_g,
     stride_n,
     ADD: tl.constexpr,
@@ -390,33 +412,32 @@ def _accumulate_kernel(
     if (cluster < clusters) & ((size > 0) | (not ADD)):
         w = (tl.program_id(0) % strips) * BLOCK_W + tl.arange(0, BLOCK_W)
         row_ptrs = rows_ptr + (cluster // K) * stride_g * 4 + w
-        # Counters are bit-sliced: word w of plane b holds bit b of the counts of neurons 32w … 32w + 31. A full adder takes three words
-        # of one weight to a sum and a carry, so UNROLL rows reach the planes with about two operations a word (Harley and Seal).
+        # Counters are bit-sliced: word w of plane b has bit b of the counts of neurons 32w … 32w + 31. A full
+        # adder turns three words of one weight into a sum and a carry, so UNROLL rows take about two
+        # operations per word (Harley and Seal).
         planes = ()
         for _ in tl.static_range(PLANES):
-            planes = planes + (tl.zeros([BLOCK_W], tl.int32),)
+            planes = planes + (tl.zeros([BLOCK_W], tl.int32),)  # type: ignore[assignment]
         numbers = _row_numbers(order_ptr, 0, size, UNROLL)
         for i in range(0, size, UNROLL):
-            upcoming = _row_numbers(
-                order_ptr, i + UNROLL, size, UNROLL
-            )  # asked for now, so that the next rows need not wait
+            upcoming = _row_numbers(order_ptr, i + UNROLL, size, UNROLL)  # prefetch for the next rows
             words = ()
             for u in tl.static_range(UNROLL):
                 in_row = (i + u < size) & (w < quads * 4)
-                words = words + (tl.load(row_ptrs + numbers[u].to(tl.int64) * stride_n * 4, mask=in_row, other=0),)
+                words = words + (tl.load(row_ptrs + numbers[u].to(tl.int64) * stride_n * 4, mask=in_row, other=0),)  # type: ignore[assignment]
             added = ()
             for b in tl.static_range(PLANES):
-                plane = planes[b]
+                plane = planes[b]  # type: ignore[var-annotated]
                 carries = ()
                 for pair in tl.static_range(max(UNROLL >> b, 1) // 2):
-                    x, y = words[2 * pair], words[2 * pair + 1]
-                    carries = carries + ((plane & x) | (y & (plane | x)),)
+                    x, y = words[2 * pair], words[2 * pair + 1]  # type: ignore[var-annotated]
+                    carries = carries + ((plane & x) | (y & (plane | x)),)  # type: ignore[assignment]
                     plane = plane ^ x ^ y
                 if b >= LEVELS:
-                    carries = (plane & words[0],)
-                    plane = plane ^ words[0]
+                    carries = (plane & words[0],)  # type: ignore[assignment, misc]
+                    plane = plane ^ words[0]  # type: ignore[misc]
                 words = carries
-                added = added + (plane,)
+                added = added + (plane,)  # type: ignore[assignment]
             planes = added
             numbers = upcoming
         for j in tl.static_range(0, 32, BITS):
@@ -435,7 +456,7 @@ def accumulate_triton(rows: Tensor, ids: Tensor, K: int, D: int, *, out: Sums | 
     piece, unroll = tile.pop("PIECE"), tile["UNROLL"]
     if not G * N:
         return out or _zeros(ids, K, D)
-    words, strides = row_words(rows)
+    words, strides = aligned_words(rows)
     with torch.cuda.device_of(rows):
         order, starts = _order(ids, K)
         plan, (sums, sizes) = _plan(starts, G * N, piece, out, (G, K, D))
@@ -460,27 +481,26 @@ def _scaled_sums(
     UNROLL: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Four uint64 [BLOCK_W], for the bytes of a word: sums of importance^POWER times the low (HALF 0) or high half of each row's scale.
+    """The sums of importance^POWER times one half of each row's scale, and all high halves or-ed, uint32.
 
-    Then also all high halves or-ed, uint32.
+    HALF: 0 for the low 32 bits of a scale, 1 for the high ones. The sums are four uint64 [BLOCK_W], one for
+    each byte of a word.
     """
     totals = ()
     for _ in tl.static_range(4):
-        totals = totals + (tl.zeros([BLOCK_W], tl.uint64),)
+        totals = totals + (tl.zeros([BLOCK_W], tl.uint64),)  # type: ignore[assignment]
     high = tl.zeros([], tl.uint32)
     numbers = _row_numbers(order_ptr, 0, size, UNROLL)
     for i in range(0, size, UNROLL):
-        upcoming = _row_numbers(
-            order_ptr, i + UNROLL, size, UNROLL
-        )  # asked for now, so that the next rows need not wait
+        upcoming = _row_numbers(order_ptr, i + UNROLL, size, UNROLL)  # prefetch for the next rows
         words = ()
         scales = ()
         for u in tl.static_range(UNROLL):
             n = numbers[u].to(tl.int64)
-            words = words + (
+            words = words + (  # type: ignore[assignment]
                 tl.load(row_ptrs + n * stride_n * 4, mask=(i + u < size) & in_row, other=0).to(tl.uint32, bitcast=True),
             )
-            scales = scales + (
+            scales = scales + (  # type: ignore[assignment]
                 tl.load(scales_ptr + 2 * n + HALF, mask=i + u < size, other=0).to(tl.uint32, bitcast=True),
             )
             if HALF == 0:
@@ -491,8 +511,9 @@ def _scaled_sums(
                 q = (words[u] >> (8 * byte)) & 0xFF
                 if POWER == 2:
                     q = q * q
-                # 32 × 32 bits, added to 64, are one instruction, where the compiler sees that nothing is wider: hence whole words, and halves.
-                added = added + (totals[byte] + q.to(tl.uint64) * scales[u].to(tl.uint64),)
+                # 32 × 32 bits added to 64 bits is one instruction if the compiler sees that no operand is wider: so
+                # scales are read in halves.
+                added = added + (totals[byte] + q.to(tl.uint64) * scales[u].to(tl.uint64),)  # type: ignore[assignment]
             totals = added
         numbers = upcoming
     return totals, high
@@ -500,7 +521,7 @@ def _scaled_sums(
 
 @triton.jit
 def _accumulate_weighted_kernel(
-    importance_ptr,  # int32 [G, N, quads·4], of 4 neurons each; strides 4·stride_g, 4·stride_n, 1
+    importance_ptr,  # int32 [G, N, quads·4], 4 neurons a word; strides 4·stride_g, 4·stride_n, 1
     scales_ptr,  # int32 [G, N, 2], low and high halves
     order_ptr,  # int32 or int64 [G·N]
     plan_ptr,  # int64 [pieces, 4]
@@ -510,7 +531,7 @@ def _accumulate_weighted_kernel(
     D,
     clusters,  # G·K
     quads,  # ⌈D/16⌉
-    strips,  # of BLOCK_W words in a row
+    strips,  # blocks of BLOCK_W words in a row
     stride_g,
     stride_n,
     ADD: tl.constexpr,
@@ -531,7 +552,7 @@ def _accumulate_weighted_kernel(
         totals, high = _scaled_sums(
             row_ptrs, scales_ptr, order_ptr, size, w < quads * 4, stride_n, 0, POWER, UNROLL, BLOCK_W
         )
-        if high > 0:  # a row that sums to less than 16 has a scale beyond 32 bits: over the rows once more
+        if high > 0:  # a row whose total is below 16 has a scale beyond 32 bits: read all rows a second time
             more, _ = _scaled_sums(
                 row_ptrs, scales_ptr, order_ptr, size, w < quads * 4, stride_n, 1, POWER, UNROLL, BLOCK_W
             )
@@ -541,9 +562,8 @@ def _accumulate_weighted_kernel(
                 totals[2] + (more[2] << 32),
                 totals[3] + (more[3] << 32),
             )
-        together = tl.join(
-            tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3])
-        )  # [BLOCK_W, 2, 2]: bytes 0 1, 2 3
+        # [BLOCK_W, 2, 2], whose last two dimensions are bytes 0 1, 2 3.
+        together = tl.join(tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3]))
         d = strip * (4 * BLOCK_W) + tl.arange(0, 4 * BLOCK_W)
         _put(sums_ptr + cluster * D + d, tl.reshape(together, [4 * BLOCK_W]).to(tl.int64), d < D, pieces, ADD)
 
@@ -557,24 +577,12 @@ def accumulate_weighted_triton(
     piece = tile.pop("PIECE")
     if not G * N:
         return out or _zeros(ids, K, D)
-    words, strides = row_words(importance)
+    words, strides = aligned_words(importance)
     with torch.cuda.device_of(importance):
         order, starts = _order(ids, K)
         plan, (sums, sizes) = _plan(starts, G * N, piece, out, (G, K, D))
         quads, strips = triton.cdiv(D, ROW_ALIGN), triton.cdiv(D, 4 * tile["BLOCK_W"])
-        arguments = (
-            words,
-            scales.contiguous().view(torch.int32),
-            order,
-            plan,
-            sums,
-            N,
-            K,
-            D,
-            G * K,
-            quads,
-            strips,
-            *strides,
-        )
-        _accumulate_weighted_kernel[(len(plan) * strips,)](*arguments, ADD=out is not None, POWER=power, **tile)
+        tensors = words, scales.contiguous().view(torch.int32), order, plan, sums
+        numbers = N, K, D, G * K, quads, strips, *strides
+        _accumulate_weighted_kernel[(len(plan) * strips,)](*tensors, *numbers, ADD=out is not None, POWER=power, **tile)
     return sums, sizes

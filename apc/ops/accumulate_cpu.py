@@ -1,6 +1,7 @@
-"""Cluster sums on the CPU: sparse matrices of who belongs where, times blocks of rows as floats small enough to be exact.
+"""Cluster sums on the CPU: sparse membership matrices times blocks of rows, in floats that are exact.
 
-Three times as fast as index_add_ in int64. The callers in `update.py` have checked shapes, dtypes, ids and scales. Shape letters: see `bits.py`.
+This is three times as fast as index_add_ in int64. The callers in `accumulate.py` have checked shapes, dtypes, ids and
+scales. Shape letters: see `apc.ops`.
 """
 
 import warnings
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from apc.ops.bits import row_bytes, unpack
 
-_BLOCK = 2**21  # numbers of rows expanded at a time, which stay in a CPU's last-level cache
-_SPAN = 2**16  # rows that floats add up before int64 does: 2¹⁶ rows of about 2³⁶ stay below 2⁵³, 2¹⁶ ones below 2²⁴
+_BLOCK = 2**21  # elements expanded at a time; they stay in the CPU's last-level cache
+# Rows added up in floats before their sum goes to int64: 2¹⁶ rows of about 2³⁶ stay below 2⁵³, and 2¹⁶ ones below 2²⁴.
+_SPAN = 2**16
 
 
 def accumulate_cpu(rows: Tensor, ids: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, W], int64 [G, N] → out, sums int32 or int64 [G, K, D] and sizes int64 [G, K], to which these rows' are added."""
+    """Add the sums and sizes of rows uint8 [G, N, W] with ids int64 [G, N] to `out`, and return it.
+
+    out: sums int32 or int64 [G, K, D] and sizes int64 [G, K].
+    """
 
     def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
         first = neurons.start // 8
@@ -29,9 +34,10 @@ def accumulate_cpu(rows: Tensor, ids: Tensor, out: tuple[Tensor, Tensor]) -> tup
 def accumulate_weighted_cpu(
     importance: Tensor, ids: Tensor, scales: Tensor, power: int, out: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """uint8 [G, N, D], int64 [G, N], int64 [G, N] → out, sums int64 [G, K, D] and sizes int64 [G, K], to which these rows' are added.
+    """Add the weighted sums and the sizes of importance uint8 [G, N, D] with ids int64 [G, N] to `out`, and return it.
 
-    Raises ValueError for sums that `row_scales` of this importance could not make.
+    scales: int64 [G, N]. out: sums int64 [G, K, D] and sizes int64 [G, K]. Raises ValueError for sums too
+    large for scales that are `row_scales` of this importance.
     """
 
     def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
@@ -45,15 +51,20 @@ def accumulate_weighted_cpu(
 def _sum(
     load: Callable[[int, slice, slice, Tensor], None], ids: Tensor, weights: Tensor, out: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Sums by cluster: sparse matrices [K, n], weights where a row is a member, times blocks of rows [n, D]. Each row is read once.
+    """Add sums by cluster to `out`: sparse matrices [K, n] of the members' weights, times blocks of rows [n, D].
 
-    load(group, span, neurons, block): fills block [n, d] with these rows' and neurons' integers. ids: int64 [G, N]. weights: float32 or
-    float64 [G, N], in which type the sums of `_SPAN` rows are exact. out: int32 or int64 [G, K, D] and int64 [G, K], added to.
+    Each row is read once.
+
+    Args:
+        load: load(group, span, neurons, block) fills block [n, d] with the integers of these rows and neurons.
+        ids: int64 [G, N].
+        weights: float32 or float64 [G, N], the type in which the sums of `_SPAN` rows are exact.
+        out: int32 or int64 [G, K, D] and int64 [G, K].
     """
     sums, sizes = out
     (G, N), (_, K, D) = ids.shape, sums.shape
     dtype, exact = weights.dtype, 2**53 if weights.dtype == torch.float64 else 2**24
-    # Each product also passes over its K sums, so many clusters want many rows at a time, and then fewer neurons.
+    # Each product also reads and writes its K sums. So with many clusters, take more rows and fewer neurons at a time.
     rows_at_once = min(max(1024, 4 * K), 8192)
     neurons_at_once = min(_BLOCK // rows_at_once // 128 * 128, 8 * row_bytes(D))  # whole packed rows of 16 bytes
     buffer = torch.empty(min(rows_at_once, N) * neurons_at_once, dtype=dtype)
@@ -71,16 +82,17 @@ def _sum(
                     block = buffer[: (span.stop - span.start) * width].view(-1, width)
                     load(group, span, neurons, block)
                     torch.addmm(totals, member, block, out=totals)
-                if totals.max() >= exact:  # nothing is negative, so a total below the bound had only exact terms
+                if totals.max() >= exact:  # no term is negative, so every partial sum of a total below it is exact
                     raise ValueError(
-                        f"the sums of {stop - start} rows reach {exact}: these scales are not row_scales of this importance"
+                        f"the sums of {stop - start} rows reach {exact}: "
+                        "these scales are not row_scales of this importance"
                     )
                 sums[group, :, neurons] += totals.to(sums.dtype)
     return sums, sizes.scatter_add_(1, ids, torch.ones_like(ids))
 
 
 def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
-    """int64 [n], float [n] → sparse CSR [K, n]: entry (ids[j], j) is weights[j]."""
+    """The sparse CSR matrix [K, n] whose entry (ids[j], j) is weights[j]; from int64 [n] and float [n]."""
     starts = torch.zeros(K + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(ids, minlength=K), 0, out=starts[1:])
     order = ids.argsort(stable=True)
@@ -92,7 +104,7 @@ def _membership(ids: Tensor, weights: Tensor, K: int) -> Tensor:
 
 
 def row_totals_cpu(importance: Tensor, power: int) -> Tensor:
-    """uint8 [G, N, D] → int64 [G, N]: Σ_i importance_i^power, which is below 2³¹."""
+    """The total of each row, Σ_i importance_i^power < 2³¹: uint8 [G, N, D] → int64 [G, N]."""
     G, N, D = importance.shape
     rows_at_once = max(1, min(_BLOCK // D, N))
     totals = torch.empty((G, N), dtype=torch.int64)

@@ -1,26 +1,25 @@
-"""Assignment: the nearest centroid of every pattern, with its captured sum, and no N × K matrix.
+"""The nearest centroid of every pattern, and the sum it captures, without an N × K matrix.
 
-Nearest by the masked distance |x ∧ ¬c| = |x| − |x ∧ c|, so the greatest overlap; weighted, the greatest Σ_{i∈c} importance_i^power.
-Every sum is an exact integer and ties go to the lowest cluster id, so all paths and `reference.py` give the same answer: tables on the CPU
-(`assign_cpu.py`), CUDA C++ on tensor cores where they have the instructions (`tensor_cores.py`), Triton on any other GPU (here).
-Shape letters: see `bits.py`.
+Nearest means the smallest masked distance |x ∧ ¬c| = |x| − |x ∧ c|, so the largest overlap |x ∧ c|; with
+importances, the largest Σ_{i∈c} importance_i^power. Every sum is an exact integer and ties go to the lowest
+cluster id, so all implementations agree with `reference.py`: lookup tables on the CPU (`assign_cpu.py`), CUDA
+C++ on tensor cores that have the instructions (`assign_cuda.py`), and Triton on any other GPU (here). Shape
+letters: see `apc.ops`.
 """
 
 import functools
 import warnings
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apc.ops import assign_cuda
-from apc.ops.alignment import ROW_ALIGN, empty_lines, whole_lines
-from apc.ops.bits import describe, grouped, on_cpu, outputs, popcount, require, row_bytes
+from apc.ops._triton import TensorDescriptor, tl, triton
+from apc.ops.alignment import ROW_ALIGN, align_rows, empty_aligned
+from apc.ops.bits import check_tensor, describe, empty_results, grouped, on_cpu, popcount, row_bytes
 
-# Kernel tiles, rows × clusters × bytes: measured on an H100. Several blocks on a multiprocessor, so that one multiplies while another
-# expands its rows.
+# Kernel tiles, rows × clusters × bytes, measured on an H100. Several blocks share a multiprocessor, so that
+# one multiplies while another expands its rows.
 _TILE = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_W": 128, "num_warps": 8, "num_stages": 4}
 _WEIGHTED_TILES = {
     1: {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
@@ -28,14 +27,15 @@ _WEIGHTED_TILES = {
 }
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
 _SQUARES_TILE = {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 4}
-_SQUARES_LEAST_K = 320  # clusters for which it pays to make squares that tensor cores take, measured on an H100: the Triton kernel makes its own
-_SQUARES_BYTES = (
-    2**30
-)  # of squares made at a time: more rows than all multiprocessors have in hand, and little beside the importances
+# Clusters from which on it pays to store the squares for the tensor-core kernel (H100); the Triton kernel
+# squares in registers.
+_SQUARES_LEAST_K = 320
+# Bytes of squares stored at a time: more rows than all multiprocessors work on, and little beside the importances.
+_SQUARES_BYTES = 2**30
 _LEAST_K = 32  # the narrowest tile of clusters
 
 _MAX_CLUSTERS = 2**22
-_MAX_NEURONS = 2**22  # a kernel's key holds an overlap and, below it, the 8 bits of a cluster in its tile
+_MAX_NEURONS = 2**22  # a kernel's int32 key is an overlap and, below it, 8 bits for the cluster in its tile
 
 
 def _check(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> None:
@@ -58,10 +58,10 @@ def _check_weighted(importance: Tensor, centroids: Tensor, power: int = 1, *, sc
 def _check_both(tensor: Tensor, name: str, centroids: Tensor, packed: bool) -> None:
     if tensor.dtype != torch.uint8 or tensor.dim() not in (2, 3) or not tensor.shape[-1]:
         raise ValueError(
-            f"{name} {describe(tensor)} must be uint8 with 2 or 3 dimensions, to go with centroids {describe(centroids)}"
+            f"{name} {describe(tensor)} must be uint8 with 2 or 3 dimensions to go with centroids {describe(centroids)}"
         )
     W = tensor.shape[-1] if packed else row_bytes(tensor.shape[-1])
-    require(centroids, "centroids", torch.uint8, (*tensor.shape[:-2], None, W), tensor, name)
+    check_tensor(centroids, "centroids", torch.uint8, (*tensor.shape[:-2], None, W), tensor, name)
     if not 1 <= centroids.shape[-2] <= _MAX_CLUSTERS:
         raise ValueError(
             f"centroids {describe(centroids)} for {name} {describe(tensor)}: K must be from 1 to {_MAX_CLUSTERS}"
@@ -69,7 +69,7 @@ def _check_both(tensor: Tensor, name: str, centroids: Tensor, packed: bool) -> N
 
 
 def check_power(power: int, D: int) -> None:
-    """Raises ValueError unless power is 1 or 2 and a row's largest sum, 255^power·D, is below 2³¹."""
+    """Check that power is 1 or 2 and that a row's largest sum, 255^power·D, is below 2³¹. Raises ValueError."""
     if power not in (1, 2):
         raise ValueError(f"power must be 1 (importance) or 2 (its square), got {power}")
     if 255**power * D >= 2**31:
@@ -78,13 +78,23 @@ def check_power(power: int, D: int) -> None:
 
 @grouped(_check)
 def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the nearest centroids, overlap |x ∧ c| int32 [N], or None without scores.
+    """The nearest centroid of each row, with its overlap.
 
-    With groups: [G, N, W], [G, K, W] → [G, N], [G, N]. Raises ValueError where shapes, dtypes or devices do not match.
-    On CUDA by `assign_b1` where that runs, else by `assign_triton`, with one warning that says why.
+    Args:
+        rows: packed patterns, uint8 [N, W] or [G, N, W].
+        centroids: uint8 [K, W] or [G, K, W].
+        scores: whether to return the overlaps.
+
+    Returns:
+        ids int64 [N], and the overlaps |x ∧ c| int32 [N] or None; with a leading G if the rows have one.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match.
+
+    On CUDA this is `assign_b1` where that runs, else `assign_triton` with one warning that gives the reason.
     """
     if on_cpu(rows):
-        from apc.ops.assign_cpu import assign_cpu  # which imports numba
+        from apc.ops.assign_cpu import assign_cpu  # imports numba, so only where it is needed
 
         return assign_cpu(rows, centroids, scores)
     if reason := assign_cuda.unavailable(rows.device.index):
@@ -100,7 +110,7 @@ def _warn_once(message: str) -> None:
 
 @grouped(_check)
 def assign_b1(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """`assign` on the b1 tensor cores of one CUDA device. Raises `nvrtc.Unavailable`, saying why, where it has none that can be used."""
+    """`assign` on the b1 tensor cores of a CUDA device. Raises `nvrtc.Unavailable` with the reason if it has none."""
     return assign_cuda.assign_b1(rows, centroids, scores)
 
 
@@ -108,23 +118,35 @@ def assign_b1(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[
 def assign_weighted(
     importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, captured int32 [N], that sum, or None without scores.
+    """The centroid that captures the most importance of each row, with the sum it captures.
 
-    power: 1 (importance) or 2 (energy, its square). With groups: [G, N, D], [G, K, W] → [G, N], [G, N].
-    Raises ValueError where shapes, dtypes or devices do not match, and where 255^power·D reaches 2³¹.
-    On CUDA by Hopper's uint8 tensor cores where they can be used (and, for energies, K is worth it), else in Triton.
+    Args:
+        importance: uint8 [N, D] or [G, N, D].
+        centroids: uint8 [K, W] or [G, K, W].
+        power: 1 (importance) or 2 (energy, its square).
+        scores: whether to return the captured sums.
+
+    Returns:
+        ids int64 [N] with the largest Σ_{i∈c} importance_i^power, and that sum, int32 [N], or None; with a leading G if
+        importance has one.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match, and if 255^power·D reaches 2³¹.
+
+    On CUDA this runs on Hopper's uint8 tensor cores where they are available (for energies only if K is large enough),
+    else in Triton.
     """
     if on_cpu(importance):
         from apc.ops.assign_cpu import assign_weighted_cpu
 
         return assign_weighted_cpu(importance, centroids, power, scores)
-    fits = assign_cuda.holds(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
+    fits = assign_cuda.score_fits(255 * importance.shape[-1]) if power == 1 else centroids.shape[-2] >= _SQUARES_LEAST_K
     reason = assign_cuda.unavailable(importance.device.index, "u8") if fits else None
     if reason:
         _warn_once(f"importances are assigned by the Triton kernel, slower than uint8 tensor cores: {reason}")
     if reason or not fits:
         return assign_weighted_triton(importance, centroids, power, scores=scores)
-    importance = whole_lines(importance)
+    importance = align_rows(importance)
     planes = _expand(centroids, importance.shape[-1])
     return (
         assign_cuda.assign_u8(importance, planes, scores) if power == 1 else _assign_squares(importance, planes, scores)
@@ -132,25 +154,27 @@ def assign_weighted(
 
 
 def _assign_squares(importance: Tensor, planes: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """`tensor_cores.assign_u8` of the importances' squares, which are made a piece at a time. uint8 [G, N, D], uint8 [G, K, D], D a multiple of 16."""
+    """`assign_cuda.assign_u8` of the squared importances, computed piece by piece.
+
+    importance: uint8 [G, N, D]; planes: uint8 [G, K, D]; D is a multiple of 16.
+    """
     G, N, D = importance.shape
-    ids, captured = outputs(importance, scores)
+    ids, captured = empty_results(importance, scores)
     rows_at_once = max(1, _SQUARES_BYTES // (2 * D))
     groups_at_once = max(1, rows_at_once // max(N, 1))
     for g in range(0, G, groups_at_once):
         for n in range(0, N, rows_at_once):
             piece = slice(g, g + groups_at_once), slice(n, n + rows_at_once)
-            found = assign_cuda.assign_u8(_squares(importance[piece]), planes[piece[0]], scores)
-            ids[piece] = found[0]
-            if captured is not None:
-                captured[piece] = found[1]
+            ids[piece], piece_sums = assign_cuda.assign_u8(_squares(importance[piece]), planes[piece[0]], scores)
+            if captured is not None and piece_sums is not None:
+                captured[piece] = piece_sums
     return ids, captured
 
 
 @triton.jit
 def _squares_kernel(
     importance_ptr,  # uint8 [G, N, D], strides 16 · stride_g, 16 · stride_n, 1
-    squares_ptr,  # uint8 [2, G, N, D], out, rows `pitch` apart: high bytes, then low bytes
+    squares_ptr,  # uint8 [2, G, N, D], out, rows `pitch` apart: the high bytes, then the low bytes
     N,
     quads,  # D/16
     stride_g,
@@ -170,9 +194,9 @@ def _squares_kernel(
 
 
 def _squares(importance: Tensor) -> Tensor:
-    """uint8 [G, N, D] in `whole_lines` → uint8 [2 · G, N, D]: the high bytes of the squares, then the low ones."""
+    """The high bytes, then the low bytes of the squares: aligned uint8 [G, N, D] → uint8 [2 · G, N, D]."""
     G, N, D = importance.shape
-    squares = empty_lines(2 * G, N, D, importance.device)
+    squares = empty_aligned(2 * G, N, D, importance.device)
     if squares.numel():
         tile = dict(_SQUARES_TILE)
         grid = (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(D, tile["BLOCK_D"]), G)
@@ -185,7 +209,7 @@ def _squares(importance: Tensor) -> Tensor:
 @triton.jit
 def _expand_kernel(
     centroids_ptr,  # uint8 [R, W]
-    words_ptr,  # uint64 [R, words], out, rows `pitch` apart: byte w of a row, each bit as a byte
+    words_ptr,  # uint64 [R, words], out, rows `pitch` apart: word w is byte w of a row, one byte per bit
     R,
     W,
     words,
@@ -197,15 +221,15 @@ def _expand_kernel(
     w = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     inside = (r < R) & (w < words)
     c = tl.load(centroids_ptr + r * W + w, mask=inside, other=0).to(tl.uint64)
-    # All bytes get the eight bits, byte j keeps bit j, and 127 more carry it to the byte's top.
+    # Copy the eight bits to all bytes, keep bit j in byte j, and add 127 to carry it to the byte's top bit.
     word = ((c * 0x0101010101010101) & 0x8040201008040201) + 0x7F7F7F7F7F7F7F7F
     tl.store(words_ptr + r * pitch + w, (word >> 7) & 0x0101010101010101, mask=inside)
 
 
 def _expand(centroids: Tensor, D: int) -> Tensor:
-    """uint8 [G, K, W] → uint8 [G, K, D], D a multiple of 16: each neuron's bit as a byte."""
+    """Each neuron's bit as a byte: uint8 [G, K, W] → uint8 [G, K, D]; D is a multiple of 16."""
     (G, K, W), centroids = centroids.shape, centroids.contiguous()
-    planes = empty_lines(G, K, D, centroids.device)
+    planes = empty_aligned(G, K, D, centroids.device)
     if G:
         words = planes.view(torch.uint64)
         grid = (triton.cdiv(G * K, _EXPAND_TILE["BLOCK_R"]), triton.cdiv(D // 8, _EXPAND_TILE["BLOCK_W"]))
@@ -233,7 +257,11 @@ def _expand_by_bit_kernel(
 
 
 def _expand_by_bit(centroids: Tensor) -> Tensor:
-    """uint8 [G, K, W] → int8 [G, K, 8 · W], bit 0 of all bytes first; bit j as what makes −128 of bit j of a byte, −2^(7−j), or 1 for j = 7."""
+    """The factors for bits in `_assign_kernel`: uint8 [G, K, W] → int8 [G, K, 8 · W], bit 0 of all bytes first.
+
+    A set bit j becomes −2^(7−j), or 1 for j = 7: times bit j of a byte, which counts 2^j (−128 for j = 7),
+    that is −128.
+    """
     (G, K, W), centroids = centroids.shape, centroids.contiguous()
     planes = torch.empty((G, K, 8 * W), dtype=torch.int8, device=centroids.device)
     if G:
@@ -244,12 +272,12 @@ def _expand_by_bit(centroids: Tensor) -> Tensor:
 
 
 def _tile_for(tile: dict[str, int], K: int) -> dict[str, int]:
-    """The tile, with no more clusters than K fills."""
+    """The tile, made narrower if K does not fill it."""
     return tile | {"BLOCK_K": max(_LEAST_K, min(tile["BLOCK_K"], triton.next_power_of_2(K)))}
 
 
-def _lines(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
-    """The copy engine's view of [G, N, length in all]: blocks of rows × length; what lies outside reads as zero."""
+def _descriptor(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
+    """A TMA descriptor of [G, N, total length] for blocks of rows × length; elements outside read as zero."""
     return TensorDescriptor.from_tensor(tensor, [1, rows, length])
 
 
@@ -257,7 +285,7 @@ def _lines(tensor: Tensor, rows: int, length: int) -> TensorDescriptor:
 def _assign_kernel(
     rows,  # descriptor of int8 [G, N, W], blocks [1, BLOCK_N, BLOCK_W]
     planes,  # descriptor of int8 [G, K, 8 · W], blocks [1, BLOCK_K, BLOCK_W]: see _expand_by_bit
-    bits_ptr,  # int8 [8], bit j alone
+    bits_ptr,  # int8 [8], only bit j set
     ids_ptr,  # int64 [G, N], out
     overlap_ptr,  # int32 [G, N], out, or None
     N,
@@ -267,9 +295,10 @@ def _assign_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # Bit j of a byte is taken out in its place, as 2^j (−128 for j = 7), and the centroid's bit as what makes −128 of it: one operation
-    # for the four neurons of a register. Where a block of planes reaches into the next bit's, the rows read as zero. The bit is loaded since
-    # the compiler then takes rows from shared memory as the product wants them; a computed one has them go there and back again.
+    # Bit j of a byte is masked in place, so it counts 2^j (−128 for j = 7), and the centroid's plane has the
+    # factor that makes it −128: one operation for the four neurons of a register. Where a block of planes
+    # reaches into the next bit's plane, the rows read as zero. The bit masks are loaded, not computed: with
+    # computed ones the compiler moves the rows from shared memory to registers and back.
     g = tl.program_id(1)
     n0 = tl.program_id(0) * BLOCK_N
     column = BLOCK_K - 1 - tl.arange(0, BLOCK_K)
@@ -283,11 +312,11 @@ def _assign_kernel(
                 c = planes.load([g, k0, j * W + w0]).reshape(BLOCK_K, BLOCK_W)
                 bit = tl.load(bits_ptr + j + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :])
                 sums = tl.dot(x & bit, c.T, sums, out_dtype=tl.int32)
-        # The key orders by overlap, then by the lower column. Clusters past K overlap nothing and have the highest ids: they never win.
+        # The key orders by overlap, then by the lower column. Clusters past K have overlap 0 and the highest
+        # ids, so they never win.
         top = tl.max((sums >> 7) * -BLOCK_K + column[None, :], axis=1)
-        better = (top | (BLOCK_K - 1)) > (
-            best | (BLOCK_K - 1)
-        )  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
+        # Strictly greater: on a tie the earlier tile keeps the row, as its ids are lower.
+        better = (top | (BLOCK_K - 1)) > (best | (BLOCK_K - 1))
         best = tl.where(better, top, best)
         best_tile = tl.where(better, k0, best_tile)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -300,16 +329,16 @@ def _assign_kernel(
 @grouped(_check)
 def assign_triton(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
     """`assign` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    rows = whole_lines(rows)
+    rows = align_rows(rows)
     (G, N, W), K = rows.shape, centroids.shape[1]
-    ids, overlap = outputs(rows, scores)
+    ids, overlap = empty_results(rows, scores)
     if N and G:
         tile = _tile_for(_TILE, K)
-        lines = _lines(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
-        planes = _lines(_expand_by_bit(centroids), tile["BLOCK_K"], tile["BLOCK_W"])
+        row_blocks = _descriptor(rows.view(torch.int8), tile["BLOCK_N"], tile["BLOCK_W"])
+        planes = _descriptor(_expand_by_bit(centroids), tile["BLOCK_K"], tile["BLOCK_W"])
         with torch.cuda.device_of(rows):
             _assign_kernel[(triton.cdiv(N, tile["BLOCK_N"]), G)](
-                lines, planes, _bits(rows.device), ids, overlap, N, K, W, **tile
+                row_blocks, planes, _bits(rows.device), ids, overlap, N, K, W, **tile
             )
     return ids, overlap
 
@@ -324,7 +353,7 @@ def _bits(device: torch.device) -> Tensor:
 def _assign_weighted_kernel(
     importance,  # descriptor of uint8 [G, N, D], blocks [1, BLOCK_N, BLOCK_D]
     planes,  # descriptor of int8 [G, K, D], blocks [1, BLOCK_K, BLOCK_D]: the centroids' bits
-    ones_ptr,  # int32 [G, K], how many of them are set
+    ones_ptr,  # int32 [G, K], number of set bits
     ids_ptr,  # int64 [G, N], out
     captured_ptr,  # int32 [G, N], out, or None
     N,
@@ -335,7 +364,8 @@ def _assign_weighted_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # int8 holds -128 … 127: an importance, or either byte of its square, goes in less 128, and 128 per set bit is added back.
+    # int8 has −128 … 127, so 128 is subtracted from an importance, or from either byte of its square.
+    # Afterwards 128 per set bit of the centroid is added back.
     g = tl.program_id(1)
     n0 = tl.program_id(0) * BLOCK_N
     best = tl.full([BLOCK_N], -1, tl.int32)
@@ -357,9 +387,10 @@ def _assign_weighted_kernel(
         captured = low + 128 * ones
         if POWER == 2:
             captured += 256 * (high + 128 * ones)
-        tile_best = tl.max(captured, axis=1)  # clusters past K capture nothing and have the highest ids: they never win
+        # Clusters past K capture nothing and have the highest ids, so they never win.
+        tile_best = tl.max(captured, axis=1)
         tile_id = tl.min(tl.where(captured == tile_best[:, None], k[None, :], k0 + BLOCK_K), axis=1)
-        better = tile_best > best  # strictly: on a tie the earlier tile, whose ids are lower, keeps the row
+        better = tile_best > best  # strictly greater: on a tie the earlier tile keeps the row, as its ids are lower
         best = tl.where(better, tile_best, best)
         best_id = tl.where(better, tile_id, best_id)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -374,16 +405,16 @@ def assign_weighted_triton(
     importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`assign_weighted` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    importance = whole_lines(importance)
+    importance = align_rows(importance)
     (G, N, D), K = importance.shape, centroids.shape[1]
-    ids, captured = outputs(importance, scores)
+    ids, captured = empty_results(importance, scores)
     if N and G:
         tile = _tile_for(_WEIGHTED_TILES[power], K)
-        lines = _lines(importance, tile["BLOCK_N"], tile["BLOCK_D"])
-        planes = _lines(_expand(centroids, D).view(torch.int8), tile["BLOCK_K"], tile["BLOCK_D"])
+        row_blocks = _descriptor(importance, tile["BLOCK_N"], tile["BLOCK_D"])
+        planes = _descriptor(_expand(centroids, D).view(torch.int8), tile["BLOCK_K"], tile["BLOCK_D"])
         with torch.cuda.device_of(importance):
             grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
             _assign_weighted_kernel[grid](
-                lines, planes, popcount(centroids), ids, captured, N, K, D, POWER=power, **tile
+                row_blocks, planes, popcount(centroids), ids, captured, N, K, D, POWER=power, **tile
             )
     return ids, captured

@@ -1,6 +1,6 @@
-"""Assignment with a capacity, as the APC paper fills its clusters: in the order of their ids, each with the nearest rows that are left.
+"""Assignment with a capacity, as in the APC paper: in the order of ids, each cluster takes its nearest free rows.
 
-Shape letters: see `bits.py`.
+Shape letters: see `apc.ops`.
 """
 
 import math
@@ -8,31 +8,35 @@ import math
 import torch
 from torch import Tensor
 
-from apc.ops.bits import describe, on_cpu, popcount, require, unpack
+from apc.ops.bits import check_tensor, describe, on_cpu, popcount, unpack
 
-_CANDIDATES = 8192  # rows that a batch of clusters chooses from, for each of them, at most
-_ENTRIES = 1 << 20  # of those, for all clusters of a batch
-_ROUNDS = 4  # of a matching between two looks at whether it is done, each of which waits for the device
-_TAKEN = torch.iinfo(torch.int64).max
+_CANDIDATES = 8192  # candidate rows per cluster of a batch, at most
+_ENTRIES = 1 << 20  # candidate rows of all clusters of a batch together, at most
+_ROUNDS = 4  # rounds of a matching between two checks whether it has converged; a check waits for the device
+_TAKEN = torch.iinfo(torch.int64).max  # the key of a row that already has a cluster
 
 
 def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N]: each cluster's `capacity` rows, −1 for the N − K·capacity rows that none takes.
+    """The cluster of each row: uint8 [N, W], uint8 [K, W] → ids int64 [N]; −1 for the N − K·capacity rows without one.
 
-    Cluster 0 takes the rows that are nearest to it by the masked distance |x ∧ ¬c|, ties to the lowest row; then cluster 1 of the others, and
-    so on (Dhar et al., 2025). Raises ValueError where shapes, dtypes or devices do not match, and unless 1 ≤ capacity ≤ N / K.
+    Cluster 0 takes the `capacity` rows nearest to it by the masked distance |x ∧ ¬c|, ties to the lowest row.
+    Then cluster 1 takes its nearest of the remaining rows, and so on (Dhar et al., 2025). Raises ValueError
+    for shapes, dtypes or devices that do not match, and unless 1 ≤ capacity ≤ N / K.
 
-    That is the one stable matching where every row likes a cluster with a lower id better (Gale and Shapley, 1962), so clusters may ask all at
-    the same time: each row goes to the lowest of those that ask, and the others ask for their next. Clusters are matched in batches, and one
-    of B needs to look at no more than its B · capacity nearest rows, since the others of the batch take fewer.
+    The result is the unique stable matching in which every row prefers lower cluster ids (Gale and Shapley,
+    1962). So all clusters can propose at the same time: each row accepts the lowest proposing cluster, and
+    the others propose to their next rows. Clusters are matched in batches. In a batch of B clusters, each
+    needs only its B · capacity nearest rows as candidates, since the other clusters of the batch take fewer
+    than that.
     """
     if rows.dtype != torch.uint8 or rows.dim() != 2:
         raise ValueError(f"rows {describe(rows)} must be uint8 [N, W], to go with centroids {describe(centroids)}")
-    require(centroids, "centroids", torch.uint8, (None, rows.shape[1]), rows, "rows")
+    check_tensor(centroids, "centroids", torch.uint8, (None, rows.shape[1]), rows, "rows")
     N, K = len(rows), len(centroids)
     if not (K and 1 <= capacity <= N // K):
         raise ValueError(
-            f"capacity must be from 1 to N / K for rows {describe(rows)} and centroids {describe(centroids)}, got {capacity}"
+            f"capacity must be from 1 to N / K for rows {describe(rows)} and centroids {describe(centroids)}, "
+            f"got {capacity}"
         )
     batch = max(1, min(_CANDIDATES // capacity, math.isqrt(_ENTRIES // capacity)))
     planes, ones, number = _planes(rows), popcount(rows).long(), torch.arange(N, device=rows.device)
@@ -48,11 +52,11 @@ def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tens
 
 
 def _match(nearest: Tensor, capacity: int, N: int) -> Tensor:
-    """int64 [B, C], each cluster's candidates, nearest first → int64 [N]: which of the B takes each row, B where none does."""
+    """The cluster that takes each row: candidates int64 [B, C], nearest first → int64 [N]; B for a free row."""
     B = len(nearest)
     cluster = torch.arange(B, device=nearest.device).unsqueeze(1)
     owner = torch.full((N,), B, dtype=torch.int64, device=nearest.device)
-    while True:  # after t rounds the first t clusters have their rows
+    while True:  # after t rounds the first t clusters have their final rows
         for _ in range(_ROUNDS):
             before, free = owner, owner[nearest] >= cluster
             asked = free & (free.cumsum(1) <= capacity)
@@ -63,7 +67,10 @@ def _match(nearest: Tensor, capacity: int, N: int) -> Tensor:
 
 
 def _planes(packed: Tensor) -> Tensor:
-    """uint8 [n, W] → each bit as a number that `_overlaps` multiplies exactly: float32 [n, 8W] on a CPU, int8 on a GPU, n there a multiple of 32."""
+    """Each bit as a number that `_overlaps` multiplies exactly: uint8 [n, W] → float32 [n, 8W] on a CPU.
+
+    On a GPU int8 [n rounded up to a multiple of 32, 8W].
+    """
     bits = unpack(packed, 8 * packed.shape[1])
     if on_cpu(packed):
         return bits.float()
@@ -71,8 +78,8 @@ def _planes(packed: Tensor) -> Tensor:
 
 
 def _overlaps(centroids: Tensor, planes: Tensor) -> Tensor:
-    """uint8 [B, W], planes of n rows → int64 [B, n]: |x ∧ c|."""
+    """The overlaps |x ∧ c|: uint8 [B, W] and the planes of n rows → int64 [B, n]."""
     own = _planes(centroids)
     if on_cpu(centroids):
-        return (own @ planes.T).long()  # float32 holds sums of ones below 2²⁴
+        return (own @ planes.T).long()  # exact: float32 represents every count below 2²⁴
     return torch._int_mm(own, planes.T)[: len(centroids)].long()

@@ -1,13 +1,16 @@
-"""Assignment on the CPU, exact, by looking sums up in tables instead of multiplying (the "Method of Four Russians"), in numba.
+"""Exact assignment on the CPU with lookup tables instead of products (the "Method of Four Russians"), in numba.
 
-A table holds, for each of the 2⁵ patterns that five neurons can have, what they add to many sums that lie side by side in a vector: one load
-and one addition then do five neurons for all of these sums. `assign_cpu` makes tables out of 64 centroids (sums of bytes) and looks rows
-up; `assign_weighted_cpu` makes them out of 16 rows' importances (sums of 32 bits) and looks centroids up. Tables take time to make: for
-few rows, or few centroids, `assign_cpu` counts the bits of x ∧ c.
+A table has one entry for each of the 2⁵ patterns of five neurons. An entry is a vector: what that pattern adds to many
+sums. So one load and one addition handle five neurons for all of these sums. `assign_cpu` builds tables from
+64 centroids (sums of 8 bits) and looks up rows. `assign_weighted_cpu` builds tables from the importances of
+16 rows (sums of 32 bits) and looks up centroids. Building a table takes time, so for few rows or few
+centroids `assign_cpu` counts the bits of x ∧ c instead.
 
-The vectors are LLVM's, which become the instructions of any CPU. Functions are compiled at their first call (1 to 2 s in a process) and
-not kept on disk: a cache would have to be written beside the package, and would be shared by ranks and by machines of different CPUs.
-Importing this module imports numba, so import it where it is needed. Shape letters: see `bits.py`; addresses and strides are in bytes.
+Vectors are LLVM vectors, which compile to the instructions of any CPU. Functions are compiled at their first call (1 to
+2 s in a process) and not cached on disk: such a cache is written beside the package, where ranks and machines with
+different CPUs would share it. Importing this module imports numba, so import it only where it is needed.
+
+Shape letters: see `apc.ops`. Addresses and strides are in bytes.
 """
 
 import ctypes
@@ -15,46 +18,50 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
-from numba.extending import intrinsic
+from numba import cfunc, extending, njit, types
 from torch import Tensor
 
-from apc.ops.bits import outputs
+from apc.ops.bits import empty_results
 
-_BITS = 5  # neurons looked up at a time
+# numba's stub asks the caller for the typing context, too.
+intrinsic = cast(Callable[[Callable], Callable], extending.intrinsic)
+
+_BITS = 5  # neurons per lookup
 _ENTRY = 64  # bytes of a table's entry: one cache line
-_TABLES = 8  # tables in use at a time: 16 KB, half of a usual L1 cache; the other half is for what passes through
+_TABLES = 8  # tables in use at a time: 16 KB, half of a usual L1 cache; the other half is for streamed data
 _TABLE = _ENTRY << _BITS  # bytes of a table
-_SPAN = _TABLES * _BITS  # neurons of a span, what the tables in use cover
+_SPAN = _TABLES * _BITS  # neurons of a span: those that the tables in use cover
 _SPAN_BYTES = _SPAN // 8
-_SPANS_IN_BYTE = 255 // _SPAN  # a sum of one byte holds so many spans
+_SPANS_IN_BYTE = 255 // _SPAN  # spans whose sum fits one byte
 _CENTROIDS = _ENTRY  # centroids in an entry of one-byte sums
 _WEIGHTED_ROWS = _ENTRY // 4  # rows in an entry of 32-bit sums
 
-_ROWS = 1024  # rows that use a set of tables before the next: making it costs as much as 64 rows; their sums, 192 KB, stay in L2
-_CLUSTERS = 4096  # clusters that use a set of tables, in the same way
-_WORTH_TABLES = 64  # rows whose look-ups take as long as making the tables
-_WORTH_CLUSTERS = 64  # clusters whose look-ups take as long as making the tables out of importances
-_TABLES_GAIN = 2  # counting takes twice as long as looking up
-_LONG = 2**16 // 8  # bytes of a row whose overlap might not go into 16 bits: such rows are counted
-_COUNTED = 2**17  # bytes of centroids counted against all rows before the next ones: they stay in L2
-_FEW = 2**24  # pairs of bits, some 50 µs: not worth a thread
-_LAST_ID = 2**32 - 1  # a key holds the overlap above the 32 bits of _LAST_ID − id
-_ARGUMENTS = 10  # of every function that runs as tasks, before the scratch memory
+_ROWS = 1024  # rows per set of tables. Building a set costs as much as 64 rows; the rows' sums, 192 KB, stay in L2
+_CLUSTERS = 4096  # clusters per set of tables, likewise
+_WORTH_TABLES = 64  # rows whose lookups take as long as building the tables
+_WORTH_CLUSTERS = 64  # clusters whose lookups take as long as building the tables from importances
+_TABLES_GAIN = 2  # counting takes twice as long as lookups
+_LONG = 2**16 // 8  # bytes of a row whose overlap may not fit 16 bits: such rows are counted
+_COUNTED = 2**17  # bytes of centroids counted against all rows before the next centroids: they stay in L2
+_FEW = 2**24  # pairs of bits, some 50 µs: too little work for a thread
+_LAST_ID = 2**32 - 1  # a key is the overlap, and below it the 32 bits of _LAST_ID − id
+_ARGUMENTS = 10  # arguments of every function that runs as tasks, not counting the scratch memory
 
-# Scratch memory of a task, by offset.
-_PLANES_AT = _TABLES * _TABLE  # 40 entries, for one neuron each
-_COLUMNS_AT = _PLANES_AT + _SPAN * _ENTRY  # the 5 bytes of each centroid; the best sums and ids of the weighted rows
+# Offsets into the scratch memory of a task.
+_PLANES_AT = _TABLES * _TABLE  # 40 entries, one per neuron
+_COLUMNS_AT = _PLANES_AT + _SPAN * _ENTRY  # the 5 bytes of each centroid; or the best sums and ids of weighted rows
 _SUMS_AT = _COLUMNS_AT + _SPAN_BYTES * _ENTRY
 
 
 def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """uint8 [G, N, W], uint8 [G, K, W] → ids int64 [G, N], overlap int32 [G, N], or None without scores.
+    """The nearest centroid of each row, and their overlap.
 
+    uint8 [G, N, W], uint8 [G, K, W] → ids int64 [G, N], overlaps int32 [G, N] or None.
     The caller has checked shapes, dtypes and W % 16 == 0.
     """
     rows, centroids = _dense(rows), centroids.contiguous()
@@ -64,7 +71,7 @@ def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Te
     row_parts, cluster_parts = _parts(G, N, blocks, least_rows=512 if by_tables else 64, work=G * N * K * 8 * W)
     keys = torch.empty((cluster_parts, G, N), dtype=torch.int64)
     tile, spans = min(N, _ROWS), -(-W // _SPAN_BYTES)
-    tasks = []
+    tasks: list[tuple[int, ...]] = []
     for group in range(G):
         row_at, stride, centroids_at = rows[group].data_ptr(), rows.stride(1), centroids[group].data_ptr()
         for part in range(cluster_parts):
@@ -88,13 +95,14 @@ def assign_cpu(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Te
 def assign_weighted_cpu(
     importance: Tensor, centroids: Tensor, power: int, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured int32 [G, N], or None without scores.
+    """The centroid that captures most of each row, and the sum it captures.
 
-    The caller has checked shapes and dtypes, and that 255^power·D is below 2³¹.
+    uint8 [G, N, D], uint8 [G, K, W], power 1 or 2 → ids int64 [G, N], captured sums int32 [G, N] or None. The
+    caller has checked shapes and dtypes, and that 255^power·D is below 2³¹.
     """
     importance, centroids = _dense(importance), centroids.contiguous()
     (G, N, D), (K, W) = importance.shape, centroids.shape[1:]
-    ids, captured = outputs(importance, scores)
+    ids, captured = empty_results(importance, scores)
     row_parts, _ = _parts(1, N, 1, least_rows=_WEIGHTED_ROWS, work=N * (K + _WORTH_CLUSTERS) * D)
     spans, stride = -(-D // _SPAN), importance.stride(1)
     patterns = torch.empty((spans, K), dtype=torch.int64)
@@ -102,34 +110,24 @@ def assign_weighted_cpu(
         patterns_at, centroids_at, rows_at, ids_at = (
             tensor.data_ptr() for tensor in (patterns, centroids[group], importance[group], ids[group])
         )
-        captured_at = captured[group].data_ptr() if scores else 0
+        captured_at = 0 if captured is None else captured[group].data_ptr()
         _patterns_of(centroids_at, W, K, W, spans, patterns_at)
-        tasks = [
-            (
-                rows_at + n * stride,
-                stride,
-                count,
-                D,
-                patterns_at,
-                K,
-                spans,
-                power,
-                ids_at + 8 * n,
-                captured_at + 4 * n if scores else 0,
-            )
-            for n, count in _spans(N, row_parts)
-        ]
+        clusters = patterns_at, K, spans, power
+        tasks: list[tuple[int, ...]] = []
+        for n, count in _spans(N, row_parts):
+            results = ids_at + 8 * n, captured_at + 4 * n if scores else 0
+            tasks.append((rows_at + n * stride, stride, count, D, *clusters, *results))
         _run(_assign_weighted, tasks, _SUMS_AT + min(K, _CLUSTERS) * _ENTRY)
     return ids, captured
 
 
 def _dense(rows: Tensor) -> Tensor:
-    """The functions take any stride between rows, but the bytes of a row side by side."""
+    """Rows whose bytes are contiguous; rows may be any stride apart."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _parts(G: int, N: int, blocks: int, least_rows: int, work: int) -> tuple[int, int]:
-    """(of rows, of blocks of clusters) in how many parts each of G groups goes, so that every thread has as much to do.
+    """The number of parts of a group's rows, and of its blocks of clusters, that give every thread equal work.
 
     work: pairs of bits in all groups.
     """
@@ -143,16 +141,17 @@ def _parts(G: int, N: int, blocks: int, least_rows: int, work: int) -> tuple[int
 
 
 def _spans(N: int, parts: int) -> list[tuple[int, int]]:
-    """(first row, rows) of each part of N rows that has any."""
+    """(first row, number of rows) of each part of N rows that is not empty."""
     edges = [N * part // parts for part in range(parts + 1)]
     return [(first, last - first) for first, last in zip(edges, edges[1:], strict=False) if first < last]
 
 
 def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> None:
-    """function(*task, address of so many bytes of scratch memory) for all tasks, on as many threads as torch has.
+    """Call function(*task, address of `scratch` bytes of memory) for all tasks, on as many threads as torch uses.
 
-    They are torch's own, through the runtime of OpenMP that torch has loaded: for some milliseconds after an operation these spin
-    on their cores, and threads of ours beside them made the whole slower than one thread alone. Without OpenMP: a pool of threads.
+    These are torch's own threads, through the OpenMP runtime that torch has loaded. After an operation they
+    spin on their cores for some milliseconds, so a second set of threads ran slower than a single thread.
+    Without OpenMP: a thread pool.
     """
     if not tasks:
         return
@@ -165,20 +164,23 @@ def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> 
     if threads == 1:
         worker.ctypes(state.ctypes.data)
     elif hasattr(_process, "GOMP_parallel"):
-        # Always all of torch's threads: a team of another size would be taken down and set up again.
+        # Always use all of torch's threads: OpenMP rebuilds its team for another number.
         _process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(worker.ctypes, state.ctypes.data) for _ in range(threads)]:
-                done.result()
+            for future in [pool.submit(worker.ctypes, state.ctypes.data) for _ in range(threads)]:
+                future.result()
 
 
-_process = ctypes.CDLL(None)  # whatever the process has loaded; ctypes lets go of the GIL while it calls
+_process = ctypes.CDLL(None)  # all libraries that the process has loaded; ctypes releases the GIL during a call
 _own = threading.local()
 
 
 def _memory(size: int) -> np.ndarray:
-    """uint8 [≥ size] of unknown content, the calling thread's own until it asks again: fresh pages would cost a quarter of the time."""
+    """Uninitialised uint8 [≥ size], which the calling thread owns until its next call.
+
+    The memory is reused because page faults on new memory would take a quarter of the time.
+    """
     if not hasattr(_own, "memory") or len(_own.memory) < size:
         _own.memory = np.empty(size, np.uint8)
     return _own.memory
@@ -186,7 +188,7 @@ def _memory(size: int) -> np.ndarray:
 
 @cache
 def _worker(function: Callable):
-    """function as a C function of the state that `_run` lays out, which does tasks until there are none left."""
+    """`function` as a C function of the state that `_run` sets up; it runs tasks until none is left."""
 
     @cfunc(types.void(types.intp))
     def work(state):
@@ -214,7 +216,7 @@ def _worker(function: Callable):
 
 @njit(nogil=True)
 def _key(overlap, cluster):
-    """int64 that orders by overlap, then by the lower cluster."""
+    """An int64 that orders by overlap, then by the lower cluster."""
     return (overlap << 32) | (_LAST_ID - cluster)
 
 
@@ -229,7 +231,10 @@ def _every(lane_bits: int, values: int | list[int], lanes: int = _ENTRY) -> ir.C
 
 
 def _memory_operations(bits: int, numba_type: types.Integer):
-    """(load, store) of an integer of so many bits at any address, the first byte lowest; in numba of the type, zero-extended."""
+    """(load, store) of a little-endian integer of `bits` bits at any address.
+
+    In numba it is zero-extended to numba_type.
+    """
     element = ir.IntType(bits)
 
     @intrinsic
@@ -260,7 +265,7 @@ _load, _store = _memory_operations(64, types.uint64)
 
 @intrinsic
 def _next(context, address):
-    """The int64 at this address, which becomes one more before any other thread can read it."""
+    """The int64 at this address, which is incremented atomically."""
 
     def generate(context, builder, signature, args):
         at = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
@@ -282,12 +287,12 @@ def _clear(context, entry):
 
 @intrinsic
 def _ones(context, word):
-    """How many bits of a uint64 are set, as an int64."""
+    """The number of set bits of a uint64, as an int64."""
     return types.int64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
 
 def _table_operations(lane_bits: int):
-    """(add, look_up) on entries of 64 bytes whose sums have so many bits."""
+    """(add, look_up) on entries of 64 bytes whose sums have `lane_bits` bits."""
     lanes, word = 8 * _ENTRY // lane_bits, ir.IntType(64)
 
     @intrinsic
@@ -303,13 +308,13 @@ def _table_operations(lane_bits: int):
 
     @intrinsic
     def look_up(context, sums, tables, pattern):
-        """Entry at sums += the eight entries that the lowest 40 bits of pattern, five for each table, choose."""
+        """Entry at sums += the eight entries chosen by the lowest 40 bits of pattern, five bits per table."""
 
         def generate(context, builder, signature, args):
-            sums, tables, pattern = _pointer(builder, args[0], lane_bits, lanes), *args[1:]
+            (_, tables, pattern), sums = args, _pointer(builder, args[0], lane_bits, lanes)
             total = builder.load(sums, align=1)
             for i in range(_TABLES):
-                shift = _BITS * i - 6  # pattern >> 5i is the number of an entry, shifted left by 6 its offset
+                shift = _BITS * i - 6  # pattern >> 5i is an entry's number; times 64, its offset
                 moved = builder.lshr(pattern, word(shift)) if shift > 0 else builder.shl(pattern, word(-shift))
                 address = builder.add(builder.add(tables, word(i * _TABLE)), builder.and_(moved, word(_TABLE - _ENTRY)))
                 total = builder.add(total, builder.load(_pointer(builder, address, lane_bits, lanes), align=1))
@@ -343,7 +348,7 @@ def _bit_of_bytes(context, out, source, bit):
 
 @intrinsic
 def _widen(context, totals, sums):
-    """64 uint16 at totals += 64 bytes at sums, which become 0."""
+    """64 uint16 at totals += 64 bytes at sums; the bytes are set to 0."""
 
     def generate(context, builder, signature, args):
         totals, sums = _pointer(builder, args[0], 16), _pointer(builder, args[1], 8)
@@ -357,7 +362,10 @@ def _widen(context, totals, sums):
 
 @intrinsic
 def _take_best(context, totals):
-    """int64, the greatest total · 64 + (63 − lane) of the 64 uint16 at totals, which become 0: on a tie the lowest lane."""
+    """The largest total · 64 + (63 − lane), int64, of the 64 uint16 at totals, so ties go to the lowest lane.
+
+    The totals are set to 0.
+    """
 
     def generate(context, builder, signature, args):
         totals = _pointer(builder, args[0], 16)
@@ -378,7 +386,7 @@ def _take_best(context, totals):
 
 @intrinsic
 def _keep_best(context, best, ids, sums, cluster):
-    """16 int32 at best and at ids: where the sum at sums is greater, that sum and this cluster."""
+    """Update the 16 int32 at best and at ids: where the sum at sums is larger, set that sum and this cluster."""
 
     def generate(context, builder, signature, args):
         best, ids, sums = (_pointer(builder, address, 32, _WEIGHTED_ROWS) for address in args[:3])
@@ -396,14 +404,17 @@ def _keep_best(context, best, ids, sums, cluster):
 
 @njit(nogil=True)
 def _pattern_of(row, span, W):
-    """The 5 bytes of a row from 5·span on, in the lowest 40 bits; what would lie past the row's end is 0 and is not read."""
+    """The 5 bytes of a row from 5·span on, in the lowest 40 bits. Bytes past the row's end are 0 and are not read."""
     past = span * _SPAN_BYTES + 8 - W
     return _load(row + span * _SPAN_BYTES) if past <= 0 else _load(row + W - 8) >> np.uint64(8 * past)
 
 
 @njit(nogil=True)
 def _patterns_of(rows, stride, count, W, spans, patterns):
-    """count rows of W bytes → uint64 [spans, count] at address patterns, eight rows at a time: a column's elements lie far apart."""
+    """The patterns of `count` rows of W bytes, to uint64 [spans, count] at address `patterns`.
+
+    It takes eight rows at a time, since the elements of a column are far apart.
+    """
     for first in range(0, count, 8):
         for span in range(spans):
             for n in range(first, min(first + 8, count)):
@@ -412,16 +423,15 @@ def _patterns_of(rows, stride, count, W, spans, patterns):
 
 @njit(nogil=True)
 def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, spans, scratch):
-    """N rows against clusters first … last-1 → keys int64 [N], the `_key` of each row's best. W < `_LONG`, spans = ⌈W/5⌉.
+    """Write to keys, int64 [N], the `_key` of each row's best cluster of first … last-1. W < `_LONG`, spans = ⌈W/5⌉.
 
-    scratch: the address of `_SUMS_AT` + tile · (192 + 8 · spans) bytes, for tiles of so many rows.
+    tile: rows per set of tables. scratch: the address of `_SUMS_AT` + tile · (192 + 8 · spans) bytes.
     """
     planes, columns, sums = scratch + _PLANES_AT, scratch + _COLUMNS_AT, scratch + _SUMS_AT
     totals = sums + tile * _ENTRY
     patterns = totals + tile * 2 * _ENTRY
-    for at in range(
-        scratch, patterns, _ENTRY
-    ):  # the tables' entries 0 stay so; sums and totals are 0 again after each use
+    # Entry 0 of each table stays 0. Sums and totals are set back to 0 after each use.
+    for at in range(scratch, patterns, _ENTRY):
         _clear(at)
     for n0 in range(0, N, tile):
         count = min(tile, N - n0)
@@ -429,7 +439,7 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
         for k0 in range(first, last, _CENTROIDS):
             for span in range(spans):
                 for lane in range(_CENTROIDS):
-                    # Lanes past the last cluster get zeros, which never win a tie against the lower lanes.
+                    # Lanes past the last cluster are zero, so they never win a tie against the lower lanes.
                     pattern = _pattern_of(centroids + (k0 + lane) * W, span, W) if k0 + lane < last else np.uint64(0)
                     for j in range(_SPAN_BYTES):
                         _store_byte(columns + j * _CENTROIDS + lane, np.int64(pattern >> np.uint64(8 * j)))
@@ -453,7 +463,10 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
 
 @njit(nogil=True)
 def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, spans, scratch):
-    """As `_assign_by_tables`, for rows of any length: counts the ones of x ∧ c, of four rows for each load of c. Ignores the last three."""
+    """As `_assign_by_tables`, but count the ones of x ∧ c, for rows of any length: four rows per load of c.
+
+    It ignores tile, spans and scratch.
+    """
     clusters = max(1, _COUNTED // W)
     fours = N - N % 4
     for n in range(N):
@@ -490,13 +503,15 @@ def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, 
 
 @njit(nogil=True)
 def _raise(at, key):
-    """The int64 at this address = the greater of itself and key."""
+    """The int64 at this address = the larger of itself and key."""
     _store_int(at, max(_load_int(at), key))
 
 
 @njit(nogil=True)
 def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, captured, scratch):
-    """N rows of D bytes against the clusters' patterns, uint64 [spans, K], spans = ⌈D/40⌉ → ids int64 [N], captured int32 [N] unless 0.
+    """Write the best cluster of N rows of D bytes to ids, int64 [N], and its sum to captured, int32 [N] (0: nowhere).
+
+    patterns: the clusters' `_patterns_of`, uint64 [spans, K], spans = ⌈D/40⌉.
 
     scratch: the address of `_SUMS_AT` + 64 · min(K, _CLUSTERS) bytes.
     """
@@ -507,7 +522,7 @@ def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, c
         scratch + _SUMS_AT,
     )
     for table in range(_TABLES):
-        _clear(scratch + table * _TABLE)  # entry 0, which stays so
+        _clear(scratch + table * _TABLE)  # entry 0, which stays 0
     for n0 in range(0, N, _WEIGHTED_ROWS):
         rows = min(_WEIGHTED_ROWS, N - n0)
         for lane in range(_WEIGHTED_ROWS):

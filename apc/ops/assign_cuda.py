@@ -1,6 +1,6 @@
-"""Assignment by CUDA C++ kernels on tensor cores: packed bits by AND-POPC on the b1 units (Ampere up), uint8 importance on Hopper's.
+"""Assignment by CUDA C++ kernels on tensor cores: packed bits by AND-POPC (b1, Ampere to Hopper), or uint8 (Hopper).
 
-See `nvrtc.py` for how they come to run. Shape letters: see `bits.py`.
+`nvrtc.py` compiles and launches the kernels. Shape letters: see `apc.ops`.
 """
 
 import ctypes
@@ -12,39 +12,42 @@ import torch
 from torch import Tensor
 
 from apc.ops import nvrtc
-from apc.ops.alignment import empty_lines, whole_lines
-from apc.ops.bits import outputs
-from apc.ops.nvrtc import Program, Unavailable, architecture, launch, pointer
+from apc.ops.alignment import align_rows, empty_aligned
+from apc.ops.bits import empty_results
+from apc.ops.nvrtc import Function, Program, Unavailable, architecture, launch, pointer
 
-# The Hopper kernel's shape: 2 consumer warpgroups of 64 rows × 256 clusters hold 128 sums a thread; two blocks share their centroids;
-# four stages of 48 KB fill the shared memory.
+# The Hopper kernel: 2 consumer warpgroups of 64 rows × 256 clusters, so 128 sums per thread. The two blocks
+# of a cluster share their centroids. Four stages of 48 KB fill the shared memory.
 HOPPER = {"CONSUMERS": 2, "STAGES": 4, "CLUSTER": 2}
 AMPERE = {"STAGES": 3}
-_STEP = 128  # bytes of a row in a stage, of both kernels
-_TILES_K = (64, 128, 256)  # the clusters that the Hopper kernel can take at a time
-_TILE_COST = 32  # what a tile of clusters costs besides its products, in clusters
-_ITEM_COST = 64  # what a piece of work costs besides its tiles, in clusters
-_SECTOR = 32  # bytes that the L2 cache reads at least: centroids that start within one cost a seventh of the time …
-_COPY_LEAST_N = 8192  # … and a copy that does not pays from so many rows on
-_CUT_COST = 2**26  # what cutting along K costs once, for a second kernel and its keys, in bytes of rows × clusters
-_MOST_SCORE = 2**25  # the Hopper kernel's keys, score · 64 + column, are int32; the Ampere kernel's hold more
-_L2_MOST = 32 * 2**20  # bytes of rows at work at a time that stay in an H100's L2, beside the centroids …
-_L2_SHARE = (
-    16 * 2**20
-)  # … and how many, once row tiles are cut along K at all, so that the parts' centroids stay there too
+_TILE_N = 64 * HOPPER["CONSUMERS"]  # rows of a Hopper block
+_STEP = 128  # bytes of a row per stage, in both kernels
+_TILES_K = (64, 128, 256)  # clusters that the Hopper kernel can process at a time
+
+# Costs and limits of `schedule`.
+_TILE_COST = 32  # overhead of a tile of clusters, in clusters
+_ITEM_COST = 64  # overhead of a work item, in clusters
+_CUT_COST = 2**26  # one-time overhead of cutting along K (a second kernel and its keys), in bytes of rows × clusters
+_L2_MOST = 32 * 2**20  # bytes of rows in progress that stay in an H100's L2 cache beside the centroids
+_L2_SHARE = 16 * 2**20  # the same where row tiles are cut along K, so that the centroids of all parts stay in L2 too
+
+_SECTOR = 32  # bytes of an L2 sector. Centroids that are not aligned to it cost a seventh of the time …
+_COPY_LEAST_N = 8192  # … so from this many rows on, copying them to aligned memory pays
+_MOST_SCORE = 2**25  # the Hopper kernel's int32 keys are score · 64 + column; the Ampere kernel's keys have more room
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel to compile: `b1` or `u8` products for sm_90a, or `b1` for any other architecture from sm_80 (its tile is fixed)."""
+    """A kernel to compile: `b1` or `u8` products for sm_90a; only `b1` from sm_80 on, where the tile is fixed."""
 
     arch: str
     kind: str = "b1"
     tile_k: int = 256  # clusters at a time
     tail: int = 4  # products of 32 bytes in a row's last step
-    passes: int = 1  # rows of bytes for each row: 2, high bytes before low ones, for numbers of 16 bits
+    passes: int = 1  # 2 for 16-bit numbers: a row of high bytes, then a row of low bytes
 
     def program(self) -> Program:
+        """The source and constants to compile."""
         if self.arch != "sm_90a":
             return Program("assign_sm80.cu", self.arch, tuple(AMPERE.items()))
         constants = HOPPER | {"TILE_K": self.tile_k, "TAIL": self.tail, "PASSES": self.passes}
@@ -56,12 +59,16 @@ class Variant:
             "barriers_sm90.cuh",
         )
 
-    def function(self, device_index: int, name: str = "assign"):
+    def function(self, device_index: int, name: str = "assign") -> Function:
+        """The compiled kernel `name` on this device. Raises as `nvrtc.function`."""
         return nvrtc.function(self.program(), name, device_index, _shared_bytes(self) if name == "assign" else 0)
 
 
 def warpgroup_mma(kind: str, tile_k: int) -> str:
-    """`mma`: sums [64, tile_k] = or += 64 rows · tile_k centroids over 32 bytes, both in shared memory (PTX ISA, `wgmma.mma_async`)."""
+    """CUDA source of `mma`: sums [64, tile_k] = or += 64 rows · tile_k centroids over 32 bytes, both in shared memory.
+
+    PTX ISA, `wgmma.mma_async`.
+    """
     instruction = {"b1": f"m64n{tile_k}k256.s32.b1.b1.and.popc", "u8": f"m64n{tile_k}k32.s32.u8.u8"}[kind]
     n = tile_k // 2
     registers = ", ".join(f"%{i}" for i in range(n))
@@ -78,7 +85,7 @@ __device__ __forceinline__ void mma(int (&sums)[{n}], u64 rows, u64 centroids, i
 
 @functools.cache
 def unavailable(device_index: int, kind: str = "b1") -> str | None:
-    """Why the kernels of this kind cannot run on this CUDA device, or None where they can: they were compiled and loaded."""
+    """Why kernels of this kind cannot run on this CUDA device, or None. It compiles and loads one to find out."""
     device = torch.device("cuda", device_index)
     try:
         arch = architecture(device)
@@ -92,27 +99,26 @@ def unavailable(device_index: int, kind: str = "b1") -> str | None:
 
 def _shared_bytes(variant: Variant) -> int:
     if variant.arch == "sm_90a":
-        return (
-            HOPPER["STAGES"] * _STEP * (64 * HOPPER["CONSUMERS"] + variant.tile_k) + 1024
-        )  # stages start on 1,024 bytes
+        return HOPPER["STAGES"] * _STEP * (_TILE_N + variant.tile_k) + 1024  # stages are aligned to 1,024 bytes
     return AMPERE["STAGES"] * (128 + 256) * (_STEP + 16)
 
 
 def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """uint8 [G, N, W], uint8 [G, K, W] on one CUDA device → ids int64 [G, N] of the greatest |x ∧ c|, that overlap int32 [G, N], or None.
+    """The centroid with the largest overlap |x ∧ c| for each row, and that overlap.
 
-    Raises Unavailable, saying why, where the kernel cannot run.
+    uint8 [G, N, W], uint8 [G, K, W] on one CUDA device → ids int64 [G, N], overlaps int32 [G, N] or None. Raises
+    Unavailable with the reason if the kernel cannot run.
     """
     if reason := unavailable(rows.device.index):
         raise Unavailable(reason)
     arch = architecture(rows.device)
     if arch == "sm_90a":
         return _assign_hopper("b1", rows, centroids, scores)
-    rows, centroids = whole_lines(rows), centroids.contiguous()  # one after the other, as the kernel takes centroids
+    rows, centroids = align_rows(rows), centroids.contiguous()  # the kernel needs contiguous centroids
     if centroids.data_ptr() % 16:
         centroids = centroids.clone()
     (G, N, W), K = rows.shape, centroids.shape[1]
-    ids, overlap = outputs(rows, scores)
+    ids, overlap = empty_results(rows, scores)
     if G and N:
         variant = Variant(arch)
         numbers = (ctypes.c_longlong(rows.stride(0)), ctypes.c_longlong(rows.stride(1)), *map(ctypes.c_int, (N, K, W)))
@@ -124,38 +130,40 @@ def assign_b1(rows: Tensor, centroids: Tensor, scores: bool = True) -> tuple[Ten
 
 
 def assign_u8(importance: Tensor, planes: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """uint8 [G, N, D], uint8 [G, K, D] → ids int64 [G, N] of the greatest Σ_i importance_i · plane_i, that sum int32 [G, N].
+    """The plane with the largest Σ_i importance_i · plane_i for each row, and that sum.
 
-    Or numbers of 16 bits, as uint8 [2 · G, N, D]: first all groups' high bytes, then the low ones. Sums must be below 2²⁵, then 2³¹: see `holds`.
-    Raises Unavailable where the kernel cannot run.
+    importance: uint8 [G, N, D]; or 16-bit numbers as uint8 [2 · G, N, D], the high bytes of all groups, then the low
+    bytes. Sums must be below 2²⁵ (see `score_fits`), or below 2³¹ with 16-bit numbers. planes: uint8 [G, K, D]. → ids
+    int64 [G, N], sums int32 [G, N] or None. Raises Unavailable if the kernel cannot run.
     """
     if reason := unavailable(importance.device.index, "u8"):
         raise Unavailable(reason)
     return _assign_hopper("u8", importance, planes, scores)
 
 
-def holds(score: int) -> bool:
-    """Whether the Hopper kernel's keys, which go with numbers of 8 bits, hold a score as large."""
+def score_fits(score: int) -> bool:
+    """Whether a score fits the Hopper kernel's keys for 8-bit numbers."""
     return score < _MOST_SCORE
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How row tiles × cluster tiles are dealt out to clusters of blocks: `whole` row tiles one by one, the other `cut` in `splits` along K."""
+    """How row tiles × cluster tiles are distributed over the workers, which are clusters of thread blocks."""
 
     tile_k: int  # clusters in a tile
     k_tiles: int
     tiles_in_group: int
-    whole: int
-    cut: int
-    splits: int
+    whole: int  # row tiles that are one work item each
+    cut: int  # row tiles that are cut along K into several work items …
+    splits: int  # … of which each has this many
 
     @property
     def items(self) -> int:
+        """The number of work items."""
         return self.whole + self.cut * self.splits
 
     def cost(self, workers: int, tile_bytes: int) -> float:
-        """The time of the worker with the most to do, in clusters × row tiles, which are of so many bytes."""
+        """The time of the busiest worker, in clusters × row tiles. tile_bytes: bytes of a row tile."""
         tile = self.tile_k + _TILE_COST
         part = math.ceil(self.k_tiles / self.splits) * tile + _ITEM_COST
         last_rounds = math.ceil((self.whole % workers + self.cut * self.splits) / workers)
@@ -167,19 +175,19 @@ class Schedule:
 
 
 def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Schedule:
-    """The cheapest schedule. tile_n: rows that a worker takes at a time.
+    """The cheapest schedule. tile_n: rows of a worker's row tile.
 
-    The last round of row tiles, if it does not fill all workers, is cut along K, so that all end together. Where the rows that all
-    workers have in hand would not stay in the L2 cache from one tile of clusters to the next, all row tiles are cut, and the parts of
-    one follow each other, so that they are worked on at the same time.
+    If the last round of row tiles does not fill all workers, its tiles are cut along K, so that all workers finish
+    together. If the rows in progress do not fit the L2 cache from one tile of clusters to the next, all row
+    tiles are cut, and the parts of a tile are adjacent items, so that they run at the same time.
     """
     tiles_in_group = math.ceil(N / tile_n)
     tiles = G * tiles_in_group
     plans = []
     for tile_k in _TILES_K:
         k_tiles = math.ceil(K / tile_k)
-        in_hand = workers * tile_n * W
-        least = min(k_tiles, workers, math.ceil(in_hand / _L2_SHARE)) if in_hand > _L2_MOST else 1
+        in_progress = workers * tile_n * W
+        least = min(k_tiles, workers, math.ceil(in_progress / _L2_SHARE)) if in_progress > _L2_MOST else 1
         cut = tiles if least > 1 else tiles % workers
         plans += [
             Schedule(tile_k, k_tiles, tiles_in_group, tiles - cut, cut, splits)
@@ -192,17 +200,14 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
 
 @dataclass(frozen=True)
 class _Launch:
-    """What a call of the Hopper kernels needs that depends on sizes alone."""
+    """Everything for a call of the Hopper kernels that depends on sizes alone."""
 
-    functions: dict[str, object]
+    functions: dict[str, Function]
     plan: Schedule
     grid: tuple[int, int]
     shared: int
-    numbers: tuple[ctypes.c_int, ...]  # of `assign`
-    cut_numbers: tuple[ctypes.c_int, ...]  # of `take_keys`
-
-
-_TILE_N = 64 * HOPPER["CONSUMERS"]  # rows of a block
+    numbers: tuple[ctypes.c_int, ...]  # the integer arguments of `assign`
+    cut_numbers: tuple[ctypes.c_int, ...]  # the integer arguments of `take_keys`
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,56 +231,38 @@ def _prepare(kind: str, passes: int, G: int, N: int, K: int, W: int, device_inde
 
 
 def _assign_hopper(kind: str, rows: Tensor, centroids: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows and centroids of W bytes each, uint8 [passes · G, N, W] and [G, K, W]: see cuda/assign_sm90.cu."""
-    rows, centroids = whole_lines(rows), whole_lines(centroids)
+    """`assign_b1` or `assign_u8` by `cuda/assign_sm90.cu`: rows uint8 [passes · G, N, W], centroids uint8 [G, K, W]."""
+    rows, centroids = align_rows(rows), align_rows(centroids)
     (_, N, W), (G, K, _) = rows.shape, centroids.shape
     if (centroids.stride(1) % _SECTOR or centroids.data_ptr() % _SECTOR) and N >= _COPY_LEAST_N:
-        centroids = empty_lines(G, K, W, centroids.device).copy_(centroids)
-    ids, best = outputs(rows[:G], scores)
+        centroids = empty_aligned(G, K, W, centroids.device).copy_(centroids)
+    ids, best = empty_results(rows[:G], scores)
     if not (G and N):
         return ids, best
     call, cluster = _prepare(kind, len(rows) // G, G, N, K, W, rows.device.index), HOPPER["CLUSTER"]
-    keys = (
-        torch.zeros((call.plan.cut, cluster * _TILE_N), dtype=torch.int64, device=rows.device)
-        if call.plan.cut
-        else None
-    )
+    cut, keys = call.plan.cut, None
+    if cut:
+        keys = torch.zeros((cut, cluster * _TILE_N), dtype=torch.int64, device=rows.device)
     boxes = (rows, _TILE_N), (centroids, call.plan.tile_k // cluster)
     maps = [_tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), box) for tensor, box in boxes]
     tensors = [pointer(tensor) for tensor in (ids, best, keys)]
     with torch.cuda.device_of(rows):
-        launch(
-            call.functions["assign"],
-            call.grid,
-            128 * (HOPPER["CONSUMERS"] + 1),
-            call.shared,
-            *maps,
-            *tensors,
-            *call.numbers,
-        )
-        if keys is not None:
-            launch(
-                call.functions["take_keys"],
-                (call.plan.cut, 1),
-                cluster * _TILE_N,
-                0,
-                tensors[2],
-                *tensors[:2],
-                *call.cut_numbers,
-            )
+        threads = 128 * (HOPPER["CONSUMERS"] + 1)
+        launch(call.functions["assign"], call.grid, threads, call.shared, *maps, *tensors, *call.numbers)
+        if cut:
+            arguments = tensors[2], *tensors[:2], *call.cut_numbers
+            launch(call.functions["take_keys"], (cut, 1), cluster * _TILE_N, 0, *arguments)
     return ids, best
 
 
 @functools.lru_cache(maxsize=256)
-def _tensor_map(
-    address: int, shape: tuple[int, int, int], strides: tuple[int, int, int], box_rows: int
-) -> ctypes.Array:
-    """The copy engine's map of uint8 [G, N, W] at that address: boxes of box_rows rows × 128 bytes, swizzled; zeros beyond the edges."""
+def _tensor_map(address: int, shape: torch.Size, strides: tuple[int, ...], box_rows: int) -> ctypes.Array:
+    """A TMA map of uint8 [G, N, W] at this address: swizzled boxes of box_rows rows × 128 bytes, zeros outside."""
     from cuda.bindings import driver
 
     G, N, W = shape
     steps = strides[1] if N > 1 else W, strides[0] if G > 1 else 16
-    answer = nvrtc.take(
+    tensor_map = nvrtc.check_cuda(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             3,
@@ -290,4 +277,4 @@ def _tensor_map(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-    return (ctypes.c_char * 128).from_buffer_copy(ctypes.string_at(answer.getPtr(), 128))
+    return (ctypes.c_char * 128).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))

@@ -1,12 +1,15 @@
-"""Assignment by the Hamming distance, for centroids of any number of ones, through the kernels of `assign`. Shape letters: see `bits.py`."""
+"""Assignment by the Hamming distance, for centroids of any size, with the kernels of `assign`.
+
+Shape letters: see `apc.ops`.
+"""
 
 import torch
 from torch import Tensor
 
 from apc.ops.assign import assign
-from apc.ops.bits import describe, grouped, pack, popcount, require, row_bytes
+from apc.ops.bits import check_tensor, describe, grouped, pack, popcount, row_bytes
 
-_TILE_BYTES = 2**28  # of lengthened rows made at a time
+_TILE_BYTES = 2**28  # bytes of extended rows allocated at a time
 
 
 def _check(rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True) -> None:
@@ -14,7 +17,7 @@ def _check(rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = 
         raise ValueError(
             f"rows {describe(rows)} must be uint8 [N, W] or [G, N, W], to go with centroids {describe(centroids)}"
         )
-    require(centroids, "centroids", torch.uint8, (*rows.shape[:-2], None, rows.shape[-1]), rows, "rows")
+    check_tensor(centroids, "centroids", torch.uint8, (*rows.shape[:-2], None, rows.shape[-1]), rows, "rows")
     if penalty < 1:
         raise ValueError(f"penalty must be at least 1, got {penalty}")
 
@@ -23,14 +26,24 @@ def _check(rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = 
 def assign_hamming(
     rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least penalty · |x ∧ ¬c| + |¬x ∧ c|, that distance int64 [N], or None without scores.
+    """The centroid at the smallest distance penalty · |x ∧ ¬c| + |¬x ∧ c| from each row, ties to the lowest id.
 
-    penalty: how many times worse a one that the centroid lacks is than a one too many; 1: the Hamming distance. Ties go to the lowest id.
-    With groups: [G, N, W], [G, K, W] → [G, N], [G, N]. Raises ValueError where shapes, dtypes or devices do not match, and for penalty < 1.
+    Args:
+        rows: packed patterns, uint8 [N, W] or [G, N, W].
+        centroids: uint8 [K, W] or [G, K, W].
+        penalty: cost of a one that the centroid misses, relative to a one it has too many; 1: the Hamming distance.
+        scores: whether to return the distances.
 
-    The distance is penalty · |x| + |c| − s |x ∧ c| with s = penalty + 1, so the greatest s |x ∧ c| + q wins, where q is 8W − |c|. `assign` finds
-    the greatest overlap: it gets rows lengthened by ones, and centroids lengthened by ⌊q / s⌋ of them. Overlaps that are then alike differ by
-    q mod s at most, and since `assign` gives ties to the lowest, the centroids are put in descending order of that first.
+    Returns:
+        ids int64 [N], and the distances int64 [N] or None; with a leading G if the rows have one.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not match, and for penalty < 1.
+
+    The distance is penalty · |x| + |c| − s |x ∧ c| with s = penalty + 1. So the largest s |x ∧ c| + q wins, with
+    q = 8W − |c|. `assign` finds the largest overlap, so the rows are extended by ones and each centroid by ⌊q
+    / s⌋ ones. Centroids of equal extended overlap then differ only by q mod s. `assign` gives ties to the
+    lowest id, so the centroids are first sorted by descending q mod s.
     """
     bits, scale = 8 * rows.shape[-1], penalty + 1
     zeros = bits - popcount(centroids).long()
@@ -43,13 +56,13 @@ def assign_hamming(
     ones = torch.full(
         (len(rows), min(tile, rows.shape[1]), row_bytes(most)), 255, dtype=torch.uint8, device=rows.device
     )
-    found = [
+    tiles = [
         assign(torch.cat([part, ones[:, : part.shape[1]]], dim=2), ordered, scores=scores)
         for part in rows.split(tile, dim=1)
     ]
-    places = torch.cat([ids for ids, _ in found], dim=1)
-    ids = order.gather(1, places)
-    if not scores:
+    ids = order.gather(1, torch.cat([tile_ids for tile_ids, _ in tiles], dim=1))
+    overlaps = [overlap for _, overlap in tiles if overlap is not None]
+    if not overlaps:
         return ids, None
-    overlap = torch.cat([overlap for _, overlap in found], dim=1).long()
+    overlap = torch.cat(overlaps, dim=1).long()
     return ids, penalty * popcount(rows).long() + bits - scale * overlap - rest.gather(1, ids)

@@ -1,22 +1,23 @@
-"""Binarising: packed masks of exactly m ones, from sums or from patterns. Shape letters: see `bits.py`."""
+"""Packed masks of exactly m ones, from sums or from patterns. Shape letters: see `apc.ops`."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from apc.ops._triton import tl, triton
 from apc.ops.bits import describe, mask_size, on_cpu, pack, row_bytes
 from apc.ops.topk import LONGEST, largest, top_mask, warps_for
 
-# The kernel holds a row in the registers of one program. Of int64 that is half of a multiprocessor's 256 KB at 16,384 neurons, and all of it at
-# 32,768 (`LONGEST`), where about half spills to the L1 cache; of int32 half as much. Longer rows go through `top_mask`.
-_FREQUENCY_BITS = 31  # room for a count in the key of `cut_or_fill`, below 31 bits of importance and one of activity
+# The kernel keeps a row in the registers of one program. A row of 16,384 int64 takes half of a
+# multiprocessor's 256 KB. One of 32,768 (`LONGEST`) takes all of it, and about half spills to the L1 cache.
+# int32 takes half as much. Longer rows go through `top_mask`.
+
+_FREQUENCY_BITS = 31  # bits of the count in `cut_or_fill`'s keys, below 31 bits of importance and one of activity
 
 
 def binarize(sums: Tensor, density: float) -> Tensor:
-    """int64 or int32 [K, D] → uint8 [K, W], with any leading dimensions: each row's m = mask_size(D, density) neurons with the largest sum.
+    """The mask of the m = mask_size(D, density) neurons with the largest sums in each row, ties to the lowest index.
 
-    Ties go to the lowest index. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
+    int64 or int32 [..., D] → uint8 [..., W]. Raises ValueError for another dtype, and unless 0 < density ≤ 1.
     """
     return _pack_top(sums, _check(sums, density))
 
@@ -28,7 +29,7 @@ def _pack_top(values: Tensor, m: int) -> Tensor:
 
 
 def _check(sums: Tensor, density: float) -> int:
-    """m, the ones of each row."""
+    """Check the arguments of `binarize`, and return m, the ones of each row."""
     if sums.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"binarize wants sums as int64 or int32 [K, D], got {describe(sums)}")
     return mask_size(sums.shape[-1], density)
@@ -41,15 +42,15 @@ def _binarize_kernel(
     m,
     D,
     W,
-    LARGEST: tl.constexpr,  # of the type of sums
-    HEIGHT: tl.constexpr,  # that type without a sign
+    LARGEST: tl.constexpr,  # the largest number of the sums' type
+    HEIGHT: tl.constexpr,  # the unsigned type of the same size
     BLOCK_D: tl.constexpr,
 ):
     k = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     sums = tl.load(sums_ptr + k * D + d, mask=d < D, other=LARGEST)
     least = tl.min(sums, axis=0)
-    # What a sum is above the row's least, so 0 or more for any integer once it has no sign; 0 also past D, where a tie comes after all others.
+    # The height of a sum above the row's least: at least 0 as an unsigned number. It is 0 past D, where ties come last.
     height = tl.where(d < D, sums - least, 0).to(HEIGHT, bitcast=True)
     mask = largest(height, m)
     bits = tl.reshape(mask.to(tl.int32), [BLOCK_D // 8, 8]) << tl.arange(0, 8)[None, :]
@@ -58,7 +59,7 @@ def _binarize_kernel(
 
 
 def binarize_triton(sums: Tensor, density: float) -> Tensor:
-    """`binarize` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; rows of up to 32,768 neurons."""
+    """`binarize` of up to 32,768 neurons by its Triton kernel: for CUDA, or for the CPU under TRITON_INTERPRET=1."""
     return _pack_top_triton(sums, _check(sums, density))
 
 
@@ -80,11 +81,19 @@ def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
 
 
 def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
-    """bool [..., D] → uint8 [..., W]: patterns cut or filled to exactly m ones.
+    """Packed patterns cut or filled to exactly m ones: bool [..., D] → uint8 [..., W].
 
-    Active neurons go before inactive ones; within each, the more important first, then the more frequent, then the lower index.
-    importance: uint8 or float (up to 32 bits) [..., D], not negative. frequency: integers [D], or any shape that broadcasts to active's;
-    counts above 2³¹ − 1 rank as 2³¹ − 1. Raises ValueError for other shapes or dtypes, and for negative or NaN importance.
+    Active neurons come before inactive ones. Within both groups the more important neuron comes first, then the more
+    frequent, then the lower index.
+
+    Args:
+        active: bool [..., D].
+        m: ones of each mask.
+        importance: uint8 or float of up to 32 bits [..., D], not negative.
+        frequency: integers [D], or any shape that broadcasts to active's; counts above 2³¹ − 1 rank as 2³¹ − 1.
+
+    Raises:
+        ValueError: for other shapes or dtypes, and for negative or NaN importance.
     """
     if active.dtype != torch.bool:
         raise ValueError(f"cut_or_fill wants active as bool [..., D], got {describe(active)}")
@@ -103,7 +112,7 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
 
 
 def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
-    """importance → int32 of the same order: the bits of an IEEE float32 that is not negative rise with its value."""
+    """Importance as int32 of the same order: the bits of a non-negative IEEE float32 increase with its value."""
     if (
         importance.dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
         or importance.shape != active.shape
@@ -112,8 +121,8 @@ def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
             f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}"
         )
     if not (importance >= 0).all():
-        raise ValueError(f"importance {describe(importance)} holds negative values or NaN")
-    return importance.float().abs().contiguous().view(torch.int32)  # abs: -0.0 has its sign bit set
+        raise ValueError(f"importance {describe(importance)} has negative values or NaN")
+    return importance.float().abs().contiguous().view(torch.int32)  # abs clears the sign bit of -0.0
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:

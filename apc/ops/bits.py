@@ -1,7 +1,6 @@
-"""Bit-packed patterns: packing, counting, and masks of exactly m ones. Also what `assign` and `update` share.
+"""Bit-packed patterns: pack, unpack and count bits. Also the argument checks that all operations share.
 
-Shape letters (all of `apc.ops`): G groups (layers), N patterns, K clusters, D neurons, W bytes of a packed row: ⌈D/8⌉ rounded up to a
-multiple of 16. Bit j of byte w is neuron 8w + j; padding bits are zero.
+Bit j of byte w is neuron 8w + j; padding bits are zero. Shape letters: see `apc.ops`.
 """
 
 import functools
@@ -10,38 +9,36 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from apc.ops.alignment import ROW_ALIGN, row_words
+from apc.ops._triton import tl, triton
+from apc.ops.alignment import ROW_ALIGN, aligned_words
 
-# Kernel tile, rows × 32-bit words: 8 KB in flight from each program, in whole sectors of short rows too.
+# Kernel tile, rows × 32-bit words: each program has 8 KB in flight. Short rows are read in full 32-byte sectors too.
 _POPCOUNT_TILE = {"BLOCK_N": 32, "BLOCK_W": 64, "num_warps": 4}
 
 
 def row_bytes(D: int) -> int:
-    """W: the bytes that D neurons take in a packed row."""
+    """W, the bytes of a packed row of D neurons."""
     return (D + 8 * ROW_ALIGN - 1) // (8 * ROW_ALIGN) * ROW_ALIGN
 
 
 def pack(active: Tensor) -> Tensor:
-    """bool [..., D] → uint8 [..., W]. Raises ValueError for another dtype."""
+    """Packed rows of `active`: bool [..., D] → uint8 [..., W]. Raises ValueError for another dtype."""
     if active.dtype != torch.bool:
         raise ValueError(f"pack wants bool [..., D], got {describe(active)}")
     if not on_cpu(active):
         return pack_triton(active)
     D = active.shape[-1]
-    rows = torch.zeros(
-        (*active.shape[:-1], row_bytes(D)), dtype=torch.uint8
-    )  # numpy packs 8,192 × 1,536 bits in 1 ms, shifts in torch in 14 ms
+    rows = torch.zeros((*active.shape[:-1], row_bytes(D)), dtype=torch.uint8)
+    # numpy packs 8,192 × 1,536 bits in 1 ms; shifts in torch take 14 ms.
     rows[..., : (D + 7) // 8] = torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
     return rows
 
 
 @triton.jit
 def _pack_kernel(
-    active_ptr,  # uint8 [N, D], 0 and 1, rows `stride` apart
+    active_ptr,  # uint8 [N, D] of 0 and 1, rows `stride` apart
     rows_ptr,  # uint8 [N, W], out
     D,
     W,
@@ -72,7 +69,7 @@ def pack_triton(active: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor, D: int) -> Tensor:
-    """uint8 [..., W] → bool [..., D]. Raises ValueError unless W is `row_bytes(D)`."""
+    """The bits of packed rows: uint8 [..., W] → bool [..., D]. Raises ValueError unless W is `row_bytes(D)`."""
     if rows.dtype != torch.uint8 or rows.shape[-1] != row_bytes(D):
         raise ValueError(f"unpack wants uint8 [..., {row_bytes(D)}] for D = {D}, got {describe(rows)}")
     if rows.device.type == "cpu":
@@ -82,7 +79,7 @@ def unpack(rows: Tensor, D: int) -> Tensor:
 
 
 def popcount(rows: Tensor) -> Tensor:
-    """uint8 [..., W] → int32 [...]: the ones of each row (Warren, Hacker's Delight, figure 5-2, on bytes)."""
+    """The number of ones in each row: uint8 [..., W] → int32 [...] (Warren, Hacker's Delight, figure 5-2, on bytes)."""
     _check_popcount(rows)
     if not on_cpu(rows):
         return popcount_triton(rows)
@@ -94,6 +91,16 @@ def popcount(rows: Tensor) -> Tensor:
 def _check_popcount(rows: Tensor) -> None:
     if rows.dtype != torch.uint8:
         raise ValueError(f"popcount wants uint8 [..., W], got {describe(rows)}")
+
+
+@triton.jit
+def popcount_words(x):
+    """The number of ones in each word, int32: x is uint32 (Warren, Hacker's Delight, figure 5-2)."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit
@@ -116,11 +123,7 @@ def _popcount_kernel(
         x = tl.load(row_ptrs + w0, mask=(n < N)[:, None] & (w0 + w < quads * 4)[None, :], other=0).to(
             tl.uint32, bitcast=True
         )
-        x = x - ((x >> 1) & 0x55555555)
-        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-        x = (x + (x >> 4)) & 0x0F0F0F0F
-        x = x + (x >> 8)
-        counts += ((x + (x >> 16)) & 0x3F).to(tl.int32)
+        counts += popcount_words(x)
     tl.store(counts_ptr + g * N + n, tl.sum(counts, axis=1), mask=n < N)
 
 
@@ -132,7 +135,7 @@ def popcount_triton(rows: Tensor) -> Tensor:
     if not rows.numel():
         return counts.zero_()
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0) if rows.dim() == 2 else rows.reshape(1, -1, rows.shape[-1])
-    words, strides = row_words(rows)
+    words, strides = aligned_words(rows)
     G, N, W = words.shape
     tile = dict(_POPCOUNT_TILE)
     grid = (triton.cdiv(N, tile["BLOCK_N"]), G)
@@ -142,19 +145,22 @@ def popcount_triton(rows: Tensor) -> Tensor:
 
 
 def mask_size(D: int, density: float) -> int:
-    """m: the ones of every centroid, max(1, ⌊density·D + ½⌋). Raises ValueError unless 0 < density ≤ 1."""
+    """m, the ones of every centroid: max(1, ⌊density·D + ½⌋). Raises ValueError unless 0 < density ≤ 1."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     return max(1, math.floor(density * D + 0.5))
 
 
 def describe(tensor: Tensor) -> str:
-    """A tensor as an error message names it: dtype and shape."""
+    """The dtype and shape of a tensor, for error messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: Tensor, other_name: str) -> None:
-    """Raises ValueError, stating both shapes, unless `tensor` has this dtype and shape (None: any size) and lies where `other` does."""
+def check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: Tensor, other_name: str) -> None:
+    """Check that `tensor` has this dtype and shape (None: any size) and is on the device of `other`.
+
+    Raises ValueError that states both shapes.
+    """
     fits = tensor.dim() == len(shape) and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -170,18 +176,18 @@ def require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple, other: 
         )
 
 
-def outputs(rows: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """[G, N, ...] → ids int64 [G, N] and, if wanted, scores int32 [G, N], of unknown content, where the rows lie."""
+def empty_results(rows: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised results for rows [G, N, ...], on their device: ids int64 [G, N]; scores int32 [G, N] or None."""
     lead, device = rows.shape[:2], rows.device
-    return torch.empty(lead, dtype=torch.int64, device=device), torch.empty(
-        lead, dtype=torch.int32, device=device
-    ) if scores else None
+    ids = torch.empty(lead, dtype=torch.int64, device=device)
+    return ids, torch.empty(lead, dtype=torch.int32, device=device) if scores else None
 
 
 def grouped(check: Callable) -> Callable:
-    """Decorator of a function of tensors [G, ...]: calls `check` with its arguments, and takes the tensors without G too.
+    """Decorator that lets a function of tensors [G, ...] also take tensors without the group dimension G.
 
-    A keyword `out`, a tuple of tensors that the function writes to, is what the caller gets back.
+    It first calls `check` with the same arguments. Where the caller passes `out`, a tuple of tensors that the function
+    writes to, the caller gets that tuple back.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -200,19 +206,21 @@ def grouped(check: Callable) -> Callable:
 
 
 def _lift(value):
+    """The value with a group dimension of 1 added to every tensor in it."""
     if isinstance(value, tuple):
         return tuple(map(_lift, value))
     return value.unsqueeze(0) if isinstance(value, Tensor) else value
 
 
 def _drop(value):
+    """The value with the group dimension removed from every tensor in it."""
     if isinstance(value, tuple):
         return tuple(map(_drop, value))
     return value.squeeze(0) if isinstance(value, Tensor) else value
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """True for a CPU tensor, False for a CUDA one. Raises ValueError for any other device: nothing here runs there."""
+    """True for a CPU tensor, False for a CUDA one. Raises ValueError for any other device: no operation runs there."""
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(f"apc.ops run on cpu and cuda, got {describe(tensor)} on {tensor.device}")
     return tensor.device.type == "cpu"

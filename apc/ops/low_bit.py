@@ -1,41 +1,42 @@
-"""Scores of neurons by a copy of their weights at a few bits each, for a few tokens, and the masks of those above a threshold.
+"""Scores of neurons from a low-bit copy of their weights, for a few tokens, and the masks of scores above a threshold.
 
-Where there are b1 tensor cores, bits are multiplied with bits of the input (`low_bit_sm80.py`). Elsewhere Triton's kernel multiplies them on tensor cores
-without unpacking them: bit j < 8 of a 16-bit word, the others masked off, is as a float16 the number 2^(j − 24)
-(a subnormal, which tensor cores take exactly), and the input is scaled by 2^(8 − j) against it. Shape letters: n tokens, E hidden size, D neurons,
-P projections, b bits, W bytes of a packed row of E weights, V bytes of a packed mask of D neurons.
+On b1 tensor cores, bits of weights are multiplied with bits of the input (`low_bit_sm80.py`). Elsewhere the
+Triton kernel here multiplies the bits on tensor cores without unpacking them: bit j < 8 of a 16-bit word,
+with the other bits masked off, is the float16 number 2^(j − 24). That is a subnormal, which tensor cores
+multiply exactly. The input is scaled by 2^(8 − j) to compensate.
+
+A weight of b bits has the levels −(2^b − 1)/2 … (2^b − 1)/2. Shape letters: see `apc.ops`.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from apc.ops import low_bit_sm80
+from apc.ops._triton import tl, triton
 from apc.ops.bits import describe, on_cpu, pack, row_bytes, unpack
-from apc.ops.predict import MAX_TOKENS
-from apc.ops.score_curve import score_curve
+from apc.ops.ffn_arguments import MAX_TOKENS
+from apc.ops.score_curve import ScoreCurve, score_curve
 
-_COLUMNS = 16  # the least that a product on tensor cores takes; those past the tokens are zero
+_COLUMNS = 16  # the fewest columns of a tensor-core product; those past the tokens are zero
 _TILE = {"BLOCK_D": 128, "num_warps": 4}
-_WORDS = 64  # 16-bit words of a row in a step, for all planes of all projections together
+_WORDS = 64  # 16-bit words of a row per step, for all planes of all projections together
 
 
 @triton.jit
 def _low_bit_kernel(
     hidden_ptr,  # float [n, E]
     planes_ptr,  # int16 [b, P, D, words]
-    scale_ptr,  # float32 [P, D], as slope and power
-    slope_ptr,
-    power_ptr,
+    scale_ptr,  # float32 [P, D]
+    slope_ptr,  # float32 [P, D]
+    power_ptr,  # float32 [P, D]
     bias_ptr,  # float32 [D]
-    threshold_ptr,  # float32 [], where masks are made
-    output_ptr,  # float32 [n, D], scores, or uint8 [n, V], masks, out
+    threshold_ptr,  # float32 [], read for masks
+    output_ptr,  # out: scores float32 [n, D], or masks uint8 [n, W]
     tokens,
     E,
     D,
-    V,
-    words,
+    W,
+    words,  # 16-bit words of a packed row of E weights
     BITS: tl.constexpr,
     P: tl.constexpr,
     MASKS: tl.constexpr,
@@ -73,9 +74,9 @@ def _low_bit_kernel(
                 )
                 for j in tl.static_range(16):
                     at = 16 * word + j
-                    given = (at < E)[:, None] & (n < tokens)[None, :]
+                    inside = (at < E)[:, None] & (n < tokens)[None, :]
                     x = (
-                        tl.load(hidden_ptr + n[None, :] * E + at[:, None], mask=given, other=0.0).to(tl.float32)
+                        tl.load(hidden_ptr + n[None, :] * E + at[:, None], mask=inside, other=0.0).to(tl.float32)
                         / largest[None, :]
                     )
                     scaled = (x * (2.0 ** (8 - j % 8 + i))).to(tl.float16)
@@ -94,9 +95,9 @@ def _low_bit_kernel(
     if MASKS:
         kept = ((score >= tl.load(threshold_ptr)) & (d < D)[:, None]).to(tl.int32)
         kept = tl.reshape(kept, [BLOCK_D // 8, 8, COLUMNS]) << tl.arange(0, 8)[None, :, None]
-        v = tl.program_id(0) * (BLOCK_D // 8) + tl.arange(0, BLOCK_D // 8)
-        store = (v < V)[:, None] & (n < tokens)[None, :]
-        tl.store(output_ptr + n[None, :] * V + v[:, None], tl.sum(kept, axis=1).to(tl.uint8), mask=store)
+        w = tl.program_id(0) * (BLOCK_D // 8) + tl.arange(0, BLOCK_D // 8)
+        store = (w < W)[:, None] & (n < tokens)[None, :]
+        tl.store(output_ptr + n[None, :] * W + w[:, None], tl.sum(kept, axis=1).to(tl.uint8), mask=store)
     else:
         tl.store(output_ptr + n[None, :] * D + d[:, None], score, mask=(d < D)[:, None] & (n < tokens)[None, :])
 
@@ -104,58 +105,62 @@ def _low_bit_kernel(
 def low_bit_scores(
     hidden: Tensor,
     planes: Tensor,
-    scale: Tensor,
-    slope: Tensor,
-    power: Tensor,
-    bias: Tensor,
+    curve: ScoreCurve,
     threshold: Tensor | None = None,
     by_triton: bool | None = None,
 ) -> Tensor:
-    """FFN inputs float [n, E] → scores float32 [n, D]; with a threshold, a float32 number on the device, masks uint8 [n, V] of the neurons that reach it.
+    """The scores float32 [n, D] of all neurons; with a threshold, the masks uint8 [n, W] of scores that reach it.
 
-    planes: uint8 [b, P, D, W], plane i holds bit i of each weight's level, levels −(2^b − 1)/2 … (2^b − 1)/2; scale, slope, power: float32 [P, D];
-    bias: float32 [D]. A score is that of `score_curve` for the products of levels and input. by_triton: by the kernel, which takes up to `MAX_TOKENS`
-    tokens and two projections, and the input at float16's precision relative to its largest number, or at 24 bits of that (None: on a GPU).
-    Raises ValueError for other shapes.
+    Args:
+        hidden: FFN inputs, float [n, E].
+        planes: bit planes of the weights, uint8 [b, P, D, row_bytes(E)]; plane i has bit i of each weight's level.
+        curve: parameters [P, D] and [D]: a score is the `score_curve` of the products of levels and input.
+        threshold: float32 [] on the same device.
+        by_triton: use the kernels, which take up to `MAX_TOKENS` tokens and two projections (None: on a GPU). The
+            Triton kernel reads the input at float16's precision relative to its largest number, the b1 kernel at 24
+            bits of that number.
+
+    Raises:
+        ValueError: for other shapes.
     """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
-    P, D = scale.shape if scale.dim() == 2 else (0, 0)
+    P, D = curve.scale.shape if curve.scale.dim() == 2 else (0, 0)
     if (
         hidden.dim() != 2
         or planes.dtype != torch.uint8
         or planes.shape[1:] != (P, D, row_bytes(hidden.shape[-1]))
-        or slope.shape != (P, D)
+        or curve.slope.shape != (P, D)
     ):
         raise ValueError(
-            f"planes {describe(planes)} must be uint8 [b, P, D, W] for hidden {describe(hidden)} and scale {describe(scale)}"
+            f"planes {describe(planes)} must be uint8 [b, P, D, row_bytes(E)] for hidden {describe(hidden)} "
+            f"and scale {describe(curve.scale)}"
         )
-    if power.shape != (P, D) or bias.shape != (D,):
-        raise ValueError(f"power {describe(power)} and bias {describe(bias)} must be [{P}, {D}] and [{D}]")
+    if curve.power.shape != (P, D) or curve.bias.shape != (D,):
+        raise ValueError(f"power {describe(curve.power)} and bias {describe(curve.bias)} must be [{P}, {D}] and [{D}]")
     if by_triton and (len(hidden) > MAX_TOKENS or P > 2):
         raise ValueError(
-            f"the kernel takes up to {MAX_TOKENS} tokens and 2 projections, got hidden {describe(hidden)} and planes {describe(planes)}"
+            f"the kernel takes up to {MAX_TOKENS} tokens and 2 projections, "
+            f"got hidden {describe(hidden)} and planes {describe(planes)}"
         )
-    return torch.ops.apc.low_bit_scores(hidden, planes, scale, slope, power, bias, threshold, by_triton)
+    return torch.ops.apc.low_bit_scores(hidden, planes, *curve, threshold, by_triton)
 
 
-def low_bit_scores_triton(
-    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def low_bit_scores_triton(hidden: Tensor, planes: Tensor, curve: ScoreCurve, threshold: Tensor | None = None) -> Tensor:
     """`low_bit_scores` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    (n, E), (bits, P, D, W) = hidden.shape, planes.shape
+    (n, E), (bits, P, D, weight_bytes) = hidden.shape, planes.shape
     hidden, planes = hidden.contiguous(), planes.contiguous()
-    V = row_bytes(D)
-    output = (
-        hidden.new_empty((n, D), dtype=torch.float32)
-        if threshold is None
-        else hidden.new_zeros((n, V), dtype=torch.uint8)
-    )
-    block = max(16, triton.next_power_of_2(_WORDS // (bits * P)))
+    W, masks = row_bytes(D), threshold is not None
+    output = hidden.new_zeros((n, W), dtype=torch.uint8) if masks else hidden.new_empty((n, D), dtype=torch.float32)
+    blocks = {
+        "BLOCK_E": min(1024, triton.next_power_of_2(E)),
+        "BLOCK_K": max(16, triton.next_power_of_2(_WORDS // (bits * P))),
+    }
+    tensors = hidden, planes.view(torch.int16), *curve, threshold if masks else curve.bias, output
+    sizes = n, E, D, W, weight_bytes // 2
     with torch.cuda.device_of(hidden):
         _low_bit_kernel[(triton.cdiv(D, _TILE["BLOCK_D"]),)](
-            hidden, planes.view(torch.int16), scale, slope, power, bias, bias if threshold is None else threshold, output, n, E, D, V, W // 2,
-            BITS=bits, P=P, MASKS=threshold is not None, COLUMNS=_COLUMNS, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_K=block, **_TILE,
-        )  # fmt: skip
+            *tensors, *sizes, BITS=bits, P=P, MASKS=masks, COLUMNS=_COLUMNS, **blocks, **_TILE
+        )
     return output
 
 
@@ -170,17 +175,15 @@ def _low_bit_scores(
     threshold: Tensor | None,
     by_triton: bool,
 ) -> Tensor:
+    curve = ScoreCurve(scale, slope, power, bias)
     if by_triton:
-        way = (
-            low_bit_sm80.low_bit_scores_b1
-            if low_bit_sm80.is_supported(hidden, planes, threshold is not None)
-            else low_bit_scores_triton
-        )
-        return way(hidden, planes, scale, slope, power, bias, threshold)
+        b1 = low_bit_sm80.is_supported(hidden, planes, threshold is not None)
+        kernel = low_bit_sm80.low_bit_scores_b1 if b1 else low_bit_scores_triton
+        return kernel(hidden, planes, curve, threshold)
     E = hidden.shape[-1]
     levels = sum(unpack(plane, E) * 2.0**place for place, plane in enumerate(planes)) + (0.5 - 2 ** (len(planes) - 1))
     products = (hidden.float() @ levels.flatten(0, 1).T).unflatten(-1, scale.shape)
-    scores = score_curve(*(value.unsqueeze(0) for value in (products, scale, slope, power, bias))).squeeze(0)
+    scores = score_curve(products.unsqueeze(0), *(value.unsqueeze(0) for value in curve)).squeeze(0)
     return scores if threshold is None else pack(scores >= threshold)
 
 
@@ -196,8 +199,6 @@ def _(
     by_triton: bool,
 ) -> Tensor:
     n, D = len(hidden), len(bias)
-    return (
-        hidden.new_empty((n, D), dtype=torch.float32)
-        if threshold is None
-        else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
-    )
+    if threshold is None:
+        return hidden.new_empty((n, D), dtype=torch.float32)
+    return hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)

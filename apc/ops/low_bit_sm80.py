@@ -1,117 +1,133 @@
-"""Low-bit scores on b1 tensor cores, by CUDA C++: see `cuda/low_bit_sm80.cu`, and `nvrtc.py` for how it comes to run."""
+"""Low-bit scores on b1 tensor cores, by the CUDA C++ kernel `cuda/low_bit_sm80.cu`. Shape letters: see `apc.ops`.
+
+`nvrtc.py` compiles and launches the kernel.
+"""
 
 import ctypes
 import functools
 import math
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from apc.ops import nvrtc
+from apc.ops._triton import triton
 from apc.ops.bits import row_bytes
-from apc.ops.nvrtc import Program, Unavailable, architecture, pointer
+from apc.ops.nvrtc import Function, Program, Unavailable, architecture, pointer
+from apc.ops.score_curve import ScoreCurve
 
-_PLANES = 24
-_MOST_WARPS = 8  # of a block, of 16 neurons each
-_HIDDEN = (torch.bfloat16, torch.float16, torch.float32)
+_PLANES = 24  # bits of the input
+_MOST_WARPS = 8  # warps of a block, at most; each takes 16 neurons
+_INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # the kernel knows them by these indices
 
 
-def program(
-    tokens: int, E: int, D: int, bits: int, projections: int, masks: bool, dtype: torch.dtype, arch: str, warps: int
-) -> tuple[Program, int]:
-    """The kernel for so many tokens, and the bytes of shared memory of a block."""
-    N, steps = triton.next_power_of_2(tokens), math.ceil(row_bytes(E) / 64)
-    constants = dict(
-        WARPS=warps,
-        N=N,
-        E=E,
-        D=D,
-        BITS=bits,
-        PROJECTIONS=projections,
-        MASKS=int(masks),
-        HIDDEN=_HIDDEN.index(dtype),
-        EARLY=int(arch == "sm_90a"),
-    )
-    return Program("low_bit_sm80.cu", arch, tuple(constants.items())), N * (
-        _PLANES * 16 * (steps | 1) * 4 + E * dtype.itemsize
-    )
+class Sizes(NamedTuple):
+    """What the kernel is compiled for."""
+
+    tokens: int
+    E: int
+    D: int
+    bits: int
+    projections: int
+    masks: bool  # whether it writes masks, not scores
+    dtype: torch.dtype  # of the input
+
+    def program(self, arch: str, warps: int) -> tuple[Program, int]:
+        """The kernel with this many warps in a block, and the bytes of shared memory of a block."""
+        N, steps = triton.next_power_of_2(self.tokens), math.ceil(row_bytes(self.E) / 64)
+        constants = dict(
+            WARPS=warps,
+            N=N,
+            E=self.E,
+            D=self.D,
+            BITS=self.bits,
+            PROJECTIONS=self.projections,
+            MASKS=int(self.masks),
+            HIDDEN=_INPUT_TYPES.index(self.dtype),
+            EARLY=int(arch == "sm_90a"),
+        )
+        shared = N * (_PLANES * 16 * (steps | 1) * 4 + self.E * self.dtype.itemsize)
+        return Program("low_bit_sm80.cu", arch, tuple(constants.items())), shared
+
+
+class _Kernel(NamedTuple):
+    function: Function
+    shared: int  # bytes of shared memory of a block
+    warps: int  # of a block
+    early: bool  # whether it uses programmatic dependent launch
 
 
 @functools.cache
 def unavailable(device_index: int) -> str | None:
-    """Why the kernel cannot run on this CUDA device, or None where it can: it was compiled and loaded."""
+    """Why the kernel cannot run on this CUDA device, or None. It compiles and loads one to find out."""
     try:
-        _prepare(1, 128, 128, 1, 1, True, torch.bfloat16, device_index)
+        _prepare(Sizes(1, 128, 128, 1, 1, True, torch.bfloat16), device_index)
     except (ImportError, RuntimeError, OSError) as error:
         return nvrtc.reason(error)
     return None
 
 
 @functools.lru_cache(maxsize=256)
-def _prepare(
-    tokens: int, E: int, D: int, bits: int, projections: int, masks: bool, dtype: torch.dtype, device_index: int
-) -> tuple[object, int, int, bool]:
+def _prepare(sizes: Sizes, device_index: int) -> _Kernel:
     arch, properties = architecture(torch.device("cuda", device_index)), torch.cuda.get_device_properties(device_index)
-    warps = min(
-        _MOST_WARPS, math.ceil(D / 16 / properties.multi_processor_count)
-    )  # so that no multiprocessor has more to do than others
-    found, shared = program(tokens, E, D, bits, projections, masks, dtype, arch, warps)
-    if shared + 1024 > properties.shared_memory_per_block_optin:
+    # As few warps as give every multiprocessor a block, so that their work is equal.
+    warps = min(_MOST_WARPS, math.ceil(sizes.D / 16 / properties.multi_processor_count))
+    program, shared = sizes.program(arch, warps)
+    if shared + 1024 > properties.shared_memory_per_block_optin:  # type: ignore[attr-defined]
         raise Unavailable(
-            f"hidden size {E} and {tokens} tokens need {shared:,} bytes of shared memory, {properties.name} has fewer"
+            f"hidden size {sizes.E} and {sizes.tokens} tokens need {shared:,} bytes of shared memory, "
+            f"{properties.name} has fewer"
         )
-    return nvrtc.function(found, "low_bit", device_index, shared), shared, warps, arch == "sm_90a"
+    return _Kernel(nvrtc.function(program, "low_bit", device_index, shared), shared, warps, arch == "sm_90a")
 
 
 def is_supported(hidden: Tensor, planes: Tensor, masks: bool) -> bool:
-    """Whether the kernel can run for these, [n, E] and [b, P, D, W], on their device."""
+    """Whether the kernel can run for hidden [n, E] and planes [b, P, D, row_bytes(E)] on their device."""
     if not hidden.is_cuda or unavailable(hidden.device.index):
         return False
     try:
-        _prepare(*_sizes(hidden, planes, masks), hidden.device.index)
+        _prepare(_sizes(hidden, planes, masks), hidden.device.index)
     except Unavailable:
         return False
     return True
 
 
-def _sizes(hidden: Tensor, planes: Tensor, masks: bool) -> tuple:
+def _sizes(hidden: Tensor, planes: Tensor, masks: bool) -> Sizes:
     (n, E), (bits, P, D, _) = hidden.shape, planes.shape
-    return n, E, D, bits, P, masks, hidden.dtype if hidden.dtype in _HIDDEN else torch.float32
+    return Sizes(n, E, D, bits, P, masks, hidden.dtype if hidden.dtype in _INPUT_TYPES else torch.float32)
 
 
-def low_bit_scores_b1(
-    hidden: Tensor, planes: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor, threshold: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """`low_bit_scores` on b1 tensor cores: the input is cut to 24 bits of its largest number, all else is exact up to the sums of a projection.
+def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, threshold: Tensor | None = None) -> Tensor:
+    """`low_bit_scores` on b1 tensor cores.
 
-    Raises `nvrtc.Unavailable`, saying why, where the kernel cannot run.
+    The input is rounded to 24 bits of its largest number. Everything else is exact up to the sum of each projection.
+    Raises `nvrtc.Unavailable` with the reason if the kernel cannot run.
     """
     if reason := unavailable(hidden.device.index):
         raise Unavailable(reason)
-    n, D = len(hidden), planes.shape[2]
-    hidden = hidden if hidden.dtype in _HIDDEN else hidden.float()
-    function, shared, warps, early = _prepare(*_sizes(hidden, planes, threshold is not None), hidden.device.index)
-    hidden, held = hidden.contiguous(), planes.contiguous()
-    hidden, held = (
-        value.clone() if value.data_ptr() % 16 else value for value in (hidden, held)
-    )  # they are read 16 bytes at a time
-    early = early and held is planes  # which is read before the kernel before this one has ended
+    n, D, masks = len(hidden), planes.shape[2], threshold is not None
+    hidden = hidden if hidden.dtype in _INPUT_TYPES else hidden.float()
+    kernel = _prepare(_sizes(hidden, planes, masks), hidden.device.index)
+    hidden, own_planes = (_aligned(value) for value in (hidden, planes))
+    # With early launch the kernel reads the planes before the previous kernel has ended, so that must not be
+    # their copy.
+    early = kernel.early and own_planes is planes
     output = (
-        hidden.new_empty((n, D), dtype=torch.float32)
-        if threshold is None
-        else hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
+        hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)
+        if masks
+        else hidden.new_empty((n, D), dtype=torch.float32)
     )
-    curve = (value.float().contiguous() for value in (scale, slope, power, bias))
-    tensors = hidden, held, *curve, threshold, *((output, None) if threshold is None else (None, output))
+    parameters = (value.float().contiguous() for value in curve)
+    tensors = hidden, own_planes, *parameters, threshold, *((None, output) if masks else (output, None))
+    grid = math.ceil(row_bytes(D) / (2 * kernel.warps)), 1
     with torch.cuda.device_of(hidden):
-        nvrtc.launch(
-            function,
-            (math.ceil(row_bytes(D) / (2 * warps)), 1),
-            32 * warps,
-            shared,
-            *map(pointer, tensors),
-            ctypes.c_int(n),
-            early=early,
-        )
+        arguments = *map(pointer, tensors), ctypes.c_int(n)
+        nvrtc.launch(kernel.function, grid, 32 * kernel.warps, kernel.shared, *arguments, early=early)
     return output
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that is contiguous and starts on 16 bytes, since the kernel reads 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -1,6 +1,6 @@
-"""CUDA C++ of `cuda/`, compiled for the GPU at hand when it is first used: no build step, no compiler at install.
+"""Compiles the CUDA C++ sources in `cuda/` for the current GPU at their first use, so installing needs no compiler.
 
-NVRTC takes a second or two a source; then Triton's cache has it.
+NVRTC takes a second or two for a source; afterwards the binary comes from Triton's cache.
 """
 
 import ctypes
@@ -8,23 +8,29 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import driver as triton_driver
-from triton.runtime.cache import get_cache_manager
+
+from apc.ops._triton import get_cache_manager, triton_driver
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
 _OPTIONS = [b"--std=c++17", b"--device-as-default-execution-space"]
 
+Function = Any  # a kernel on a device: cuda.bindings has no type stubs for its CUfunction
+
 
 class Unavailable(RuntimeError):
-    """Why CUDA C++ kernels cannot run here, in one line."""
+    """A CUDA C++ kernel cannot run on this machine. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A file of `cuda/` for an architecture, with what is put before it: integer constants, another file, and text."""
+    """A file of `cuda/` to compile for an architecture.
+
+    Integer constants, `text` and the file `header` are placed before it.
+    """
 
     file: str
     arch: str
@@ -33,6 +39,7 @@ class Program:
     header: str | None = None
 
     def source(self) -> str:
+        """The source text that NVRTC compiles."""
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
         header = (SOURCES / self.header).read_text() if self.header else ""
         return (
@@ -45,33 +52,32 @@ class Program:
 
 
 def compile_program(program: Program) -> bytes:
-    """Its cubin, by NVRTC; needs no GPU. Raises RuntimeError with the compiler's words."""
+    """The cubin of a program, by NVRTC, without a GPU. Raises RuntimeError with the compiler's log."""
     from cuda.bindings import nvrtc
 
-    made = take(nvrtc.nvrtcCreateProgram(program.source().encode(), program.file.encode(), 0, [], []))
+    handle = check_cuda(nvrtc.nvrtcCreateProgram(program.source().encode(), program.file.encode(), 0, [], []))
     options = [f"--gpu-architecture={program.arch}".encode(), *_OPTIONS]
-    status = nvrtc.nvrtcCompileProgram(made, len(options), options)[0]
+    status = nvrtc.nvrtcCompileProgram(handle, len(options), options)[0]
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(take(nvrtc.nvrtcGetProgramLogSize(made)))
-        take(nvrtc.nvrtcGetProgramLog(made, log))
+        log = bytearray(check_cuda(nvrtc.nvrtcGetProgramLogSize(handle)))
+        check_cuda(nvrtc.nvrtcGetProgramLog(handle, log))
         raise RuntimeError(
-            f"NVRTC, {program.file} {dict(program.constants)}, {program.arch}: {status.name}\n{log.rstrip(bytes(1)).decode()}"
+            f"NVRTC, {program.file} {dict(program.constants)}, {program.arch}: {status.name}\n"
+            f"{log.rstrip(bytes(1)).decode()}"
         )
-    cubin = bytearray(take(nvrtc.nvrtcGetCUBINSize(made)))
-    take(nvrtc.nvrtcGetCUBIN(made, cubin))
-    take(nvrtc.nvrtcDestroyProgram(made))
+    cubin = bytearray(check_cuda(nvrtc.nvrtcGetCUBINSize(handle)))
+    check_cuda(nvrtc.nvrtcGetCUBIN(handle, cubin))
+    check_cuda(nvrtc.nvrtcDestroyProgram(handle))
     return bytes(cubin)
 
 
 def _cubin(program: Program) -> bytes:
-    """`compile_program`, or what an earlier process left of it in Triton's cache of kernels."""
+    """The cubin from Triton's kernel cache, or else from `compile_program`."""
     from cuda.bindings import nvrtc
 
-    made_of = f"{program.source()} {program.arch} {_OPTIONS} {take(nvrtc.nvrtcVersion())}"
-    cache, name = (
-        get_cache_manager(hashlib.sha256(made_of.encode()).hexdigest()),
-        Path(program.file).with_suffix(".cubin").name,
-    )
+    key = f"{program.source()} {program.arch} {_OPTIONS} {check_cuda(nvrtc.nvrtcVersion())}"
+    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    name = Path(program.file).with_suffix(".cubin").name
     if path := cache.get_file(name):
         return Path(path).read_bytes()
     cubin = compile_program(program)
@@ -79,77 +85,92 @@ def _cubin(program: Program) -> bytes:
     return cubin
 
 
-def take(answer: tuple):
-    """What a call of `cuda.bindings` returns after its status. Raises RuntimeError on any status but success."""
-    status, *values = answer
+def check_cuda(results: tuple) -> Any:
+    """The values that a `cuda.bindings` call returns after its status. Raises RuntimeError unless it succeeded."""
+    status, *values = results
     if status.value != 0:
         raise RuntimeError(f"CUDA: {status.name}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
 @functools.cache
-def function(program: Program, name: str, device_index: int, shared: int = 0):
-    """A function of a program in the device's primary context, which blocks of so many bytes of dynamic shared memory may call."""
+def function(program: Program, name: str, device_index: int, shared: int = 0) -> Function:
+    """The kernel `name` of a program, loaded in the device's primary context.
+
+    shared: bytes of dynamic shared memory of its blocks. Raises ImportError without cuda-bindings, and RuntimeError if
+    compiling or loading fails.
+    """
     from cuda.bindings import driver
 
     with torch.cuda.device(device_index):
-        found = take(driver.cuModuleGetFunction(_module(program, device_index), name.encode()))
+        kernel = check_cuda(driver.cuModuleGetFunction(_module(program, device_index), name.encode()))
         if shared:
-            take(
-                driver.cuFuncSetAttribute(
-                    found, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared
-                )
-            )
-    return found
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check_cuda(driver.cuFuncSetAttribute(kernel, attribute, shared))
+    return kernel
 
 
 @functools.cache
-def _module(program: Program, device_index: int):
+def _module(program: Program, device_index: int) -> Any:
     from cuda.bindings import driver
 
     with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # which makes torch's context current
-        return take(driver.cuModuleLoadData(_cubin(program)))
+        torch.cuda.current_stream().synchronize()  # makes torch's context current
+        return check_cuda(driver.cuModuleLoadData(_cubin(program)))
 
 
-def reason(problem: Exception) -> str:
-    """One line about what compiling or loading raised."""
-    return (
-        f"the package cuda-bindings cannot be imported: {problem}" if isinstance(problem, ImportError) else str(problem)
-    )
+def reason(error: Exception) -> str:
+    """The reason why compiling or loading failed, for a message."""
+    return f"the package cuda-bindings cannot be imported: {error}" if isinstance(error, ImportError) else str(error)
 
 
-def launch(function, grid: tuple[int, int], block: int, shared: int, *values, early: bool = False) -> None:
-    """Launches on torch's current stream. values: ctypes scalars or buffers, in the kernel's order; early: it may begin before the kernel before it
-    has ended, and waits for that itself (`griddepcontrol.wait`)."""
+def launch(
+    function: Function, grid: tuple[int, int], block: int, shared: int, *arguments: Any, early: bool = False
+) -> None:
+    """Launch a kernel on torch's current stream.
+
+    Args:
+        function: the kernel, from `function`.
+        grid: blocks in x and y.
+        block: threads of a block.
+        shared: bytes of dynamic shared memory of a block.
+        arguments: ctypes scalars or buffers, in the kernel's order.
+        early: programmatic dependent launch: the kernel may start before the previous kernel has ended, and must wait
+            for that one itself (`griddepcontrol.wait`).
+    """
     from cuda.bindings import driver
 
-    parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    stream = triton_driver.active.get_current_stream(
-        torch.cuda.current_device()
-    )  # a number; torch makes an object of it, in ten times as long
+    parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    # Triton returns the stream as a number. torch builds an object, which takes ten times as long.
+    stream = triton_driver.active.get_current_stream(torch.cuda.current_device())
     if not early:
-        take(driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0))
+        results = driver.cuLaunchKernel(
+            function, *grid, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
+        )
+        check_cuda(results)
         return
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
-    how = driver.CUlaunchConfig()
-    how.gridDimX, how.gridDimY, how.gridDimZ = *grid, 1
-    how.blockDimX, how.blockDimY, how.blockDimZ = block, 1, 1
-    how.sharedMemBytes, how.hStream, how.attrs, how.numAttrs = shared, driver.CUstream(stream), [attribute], 1
-    take(driver.cuLaunchKernelEx(how, function, ctypes.addressof(parameters), 0))
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.hStream = shared, driver.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    check_cuda(driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor as a kernel argument; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def architecture(device: torch.device) -> str:
-    """What to compile for: sm_90a on Hopper, else the device's own among sm_8x. Raises Unavailable for others."""
+    """The architecture to compile for: sm_90a on Hopper, sm_8x on its predecessors. Raises Unavailable for others."""
     major, minor = torch.cuda.get_device_capability(device)
-    if major not in (8, 9):  # before, there is no AND-POPC; after, it is no instruction of the tensor cores any more
+    if major not in (8, 9):  # only these have AND-POPC as a tensor-core instruction
         raise Unavailable(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; b1 tensor cores are in 8.x and 9.0"
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
+            "b1 tensor cores are in 8.x and 9.0"
         )
     return "sm_90a" if major == 9 else f"sm_{major}{minor}"

@@ -1,25 +1,21 @@
-"""Which cluster a token is of, before its FFN runs: a bottleneck, and the largest of the clusters' logits, for a few tokens.
+"""Predicts each token's cluster before its FFN runs: a bottleneck, then the clusters' logits, for a few tokens.
 
-`reduce` makes the bottleneck, `score` the logits, of which each program keeps the best of its clusters: whoever wants the cluster finds the best of those.
-
-Shape letters: n tokens, E hidden size, H bottleneck, K clusters, C candidates.
+The `reduce` kernel computes the bottleneck. In the `score` kernel each program writes the best of its own
+clusters, and the consumer takes the best of these candidates. Shape letters: see `apc.ops`.
 """
 
 import functools
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from apc.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
 from apc.ops.bits import describe, on_cpu
-from apc.ops.sparse_ffn_sm90 import EPSILON
+from apc.ops.ffn_arguments import EPSILON, MAX_TOKENS, Candidates, Prediction, PredictorWeights
 
-MAX_TOKENS = 4  # in a call of the kernels, whose registers hold the sums of all
-_REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # weights of the bottleneck, and of clusters, whose rows a program reads
-SCORE_TILE = {"ROWS": 16, "num_warps": 8}
+_REDUCE_TILE = {"ROWS": 4, "num_warps": 8}  # ROWS: rows of the bottleneck's weights per program
+SCORE_TILE = {"ROWS": 16, "num_warps": 8}  # ROWS: clusters per program
 
 
 @triton.jit
@@ -55,9 +51,9 @@ def _reduce_kernel(
 
 @triton.jit
 def store_best(weights, bias, inner, k, values_ptr, ids_ptr):
-    """Of clusters k the largest logit and whose it is, to this program's place."""
+    """Write the largest logit of clusters k, and its cluster, to this program's element of [programs]."""
     logits = tl.sum(weights * inner[None, :], axis=1) + bias
-    logits = tl.where(logits == logits, logits, float("-inf"))  # of an input that is no number any cluster will do
+    logits = tl.where(logits == logits, logits, float("-inf"))  # NaN input: any cluster is acceptable
     best = tl.max(logits, axis=0)
     tl.store(values_ptr + tl.program_id(0), best)
     tl.store(ids_ptr + tl.program_id(0), tl.min(tl.where(logits == best, k, 0x7FFFFFFF), axis=0))
@@ -68,8 +64,8 @@ def _score_kernel(
     inner_ptr,  # float32 [n, H]
     weights_ptr,  # float [K, H]
     bias_ptr,  # float32 [K]
-    values_ptr,  # float32 [n, P], out: the largest logit of each program's clusters
-    ids_ptr,  # int32 [n, P], out: whose it is
+    values_ptr,  # float32 [n, C], out: the largest logit of each program's clusters
+    ids_ptr,  # int32 [n, C], out: the cluster of that logit
     H,
     K,
     EARLY: tl.constexpr,
@@ -92,51 +88,45 @@ def _score_kernel(
         store_best(weights, bias, inner, k, values_ptr + n * tl.num_programs(0), ids_ptr + n * tl.num_programs(0))
 
 
-def predict_clusters(
-    hidden: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    by_triton: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FFN inputs float [n, E] → the bottleneck float32 [n, H], and candidates for each token's cluster: logits float32 [n, C] and clusters int32 [n, C].
+def predict_clusters(hidden: Tensor, predictor: PredictorWeights, by_triton: bool | None = None) -> Prediction:
+    """The bottleneck and the candidates for each token's cluster, from FFN inputs float [n, E].
 
-    The token's cluster is the candidate of the largest logit, of equal ones the lowest: SiLU(rms_norm(x) · reduceᵀ + bias) · expandᵀ + bias. reduce
-    [H, E] and expand [K, H] of any float type, biases float32 [H], [K]. by_triton: by the kernels, which take up to `MAX_TOKENS` tokens (None: on a
-    GPU). Raises ValueError for other shapes.
+    by_triton: use the kernels, which take up to `MAX_TOKENS` tokens (None: on a GPU). Raises ValueError for
+    other shapes.
     """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
     n, E = check_hidden(hidden, by_triton)
+    reduce, reduce_bias, expand, expand_bias = predictor
     H, K = len(reduce), len(expand)
     if reduce.shape != (H, E) or expand.shape != (K, H) or reduce_bias.shape != (H,) or expand_bias.shape != (K,):
-        given = ", ".join(describe(value) for value in (reduce, reduce_bias, expand, expand_bias))
+        shapes = ", ".join(describe(value) for value in predictor)
         raise ValueError(
-            f"predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] for hidden {describe(hidden)}, got {given}"
+            "predict_clusters wants reduce [H, E], its bias [H], expand [K, H] and its bias [K] "
+            f"for hidden {describe(hidden)}, got {shapes}"
         )
-    return torch.ops.apc.predict_clusters(hidden, reduce, reduce_bias, expand, expand_bias, by_triton)
+    inner, logits, clusters = torch.ops.apc.predict_clusters(hidden, *predictor, by_triton)
+    return Prediction(inner, Candidates(logits, clusters))
 
 
-def predict_clusters_triton(
-    hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def predict_clusters_triton(hidden: Tensor, predictor: PredictorWeights) -> Prediction:
     """`predict_clusters` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    (inner, values, ids), early = (
-        like_predictions(hidden, reduce, expand, SCORE_TILE["ROWS"]),
-        launch_early(hidden.device),
-    )
-    reduce_hidden(hidden, reduce, reduce_bias, inner, early)
-    score_clusters(inner, expand, expand_bias, values, ids, early, **SCORE_TILE)
-    return inner, values, ids
+    prediction = empty_prediction(hidden, predictor.reduce, predictor.expand, SCORE_TILE["ROWS"])
+    options = pdl_options(hidden.device)
+    reduce_hidden(hidden, predictor.reduce, predictor.reduce_bias, prediction.bottleneck, options)
+    score_clusters(prediction, predictor.expand, predictor.expand_bias, options, SCORE_TILE["ROWS"])
+    return prediction
 
 
 def score_clusters(
-    inner: Tensor, expand: Tensor, bias: Tensor, values: Tensor, ids: Tensor, how: dict[str, bool], **tile: int
+    prediction: Prediction, expand: Tensor, bias: Tensor, options: dict[str, bool], clusters_each: int
 ) -> None:
+    """Write the candidates of a prediction from its bottleneck. clusters_each: clusters per program."""
+    inner, (logits, clusters) = prediction
     (n, H), K = inner.shape, len(expand)
+    tile = SCORE_TILE | {"ROWS": clusters_each}
     with torch.cuda.device_of(inner):
-        _score_kernel[(values.shape[1],)](
-            inner, expand, bias, values, ids, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **how, **tile
+        _score_kernel[(logits.shape[1],)](
+            inner, expand, bias, logits, clusters, H, K, N=n, BLOCK_H=triton.next_power_of_2(H), **options, **tile
         )
 
 
@@ -145,28 +135,32 @@ def _predict_clusters(
     hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if by_triton:
-        return predict_clusters_triton(hidden, reduce, reduce_bias, expand, expand_bias)
+        prediction = predict_clusters_triton(hidden, PredictorWeights(reduce, reduce_bias, expand, expand_bias))
+        return prediction.bottleneck, *prediction.candidates
     inner = _bottleneck(hidden, reduce, reduce_bias, False)
     logits = inner @ expand.float().T + expand_bias
-    values, ids = logits.masked_fill(logits.isnan(), -torch.inf).max(-1, keepdim=True)
-    return inner, values, ids.int()
+    best, clusters = logits.masked_fill(logits.isnan(), -torch.inf).max(-1, keepdim=True)
+    return inner, best, clusters.int()
 
 
 @_predict_clusters.register_fake
 def _(
     hidden: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor, by_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return like_predictions(hidden, reduce, expand, SCORE_TILE["ROWS"] if by_triton else len(expand))
+    inner, candidates = empty_prediction(hidden, reduce, expand, SCORE_TILE["ROWS"] if by_triton else len(expand))
+    return inner, *candidates
 
 
-def like_predictions(hidden: Tensor, reduce: Tensor, expand: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for what `predict_clusters` gives, of so many clusters a candidate."""
-    n, count = len(hidden), triton.cdiv(len(expand), rows)
+def empty_prediction(hidden: Tensor, reduce: Tensor, expand: Tensor, clusters_each: int) -> Prediction:
+    """An uninitialised prediction for FFN inputs [n, E], with one candidate per `clusters_each` clusters."""
+    n, count = len(hidden), triton.cdiv(len(expand), clusters_each)
     floats = functools.partial(hidden.new_empty, dtype=torch.float32)
-    return floats((n, len(reduce))), floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32)
+    candidates = Candidates(floats((n, count)), hidden.new_empty((n, count), dtype=torch.int32))
+    return Prediction(floats((n, len(reduce))), candidates)
 
 
 def check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
+    """The shape of FFN inputs. Raises ValueError unless they are float [n, E], and few enough for the kernels."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be float [n, E], got {describe(hidden)}")
     if by_triton and len(hidden) > MAX_TOKENS:
@@ -175,7 +169,10 @@ def check_hidden(hidden: Tensor, by_triton: bool) -> torch.Size:
 
 
 def bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool | None = None) -> Tensor:
-    """hidden float [n, E], reduce [H, E], bias float32 [H] → SiLU(rms_norm(x) · reduceᵀ + bias), float32 [n, H]; by_triton as for `predict_clusters`."""
+    """SiLU(rms_norm(x) · reduceᵀ + bias), float32 [n, H]; hidden float [n, E], reduce [H, E], bias float32 [H].
+
+    by_triton: as for `predict_clusters`. Raises ValueError for other shapes.
+    """
     by_triton = not on_cpu(hidden) if by_triton is None else by_triton
     n, E = check_hidden(hidden, by_triton)
     if reduce.dim() != 2 or reduce.shape[1] != E or bias.shape != reduce.shape[:1]:
@@ -188,7 +185,7 @@ def _bottleneck(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -
     if not by_triton:
         return F.silu(F.rms_norm(hidden.float(), hidden.shape[-1:]) @ reduce.float().T + bias)
     inner = hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
-    reduce_hidden(hidden, reduce, bias, inner, launch_early(hidden.device))
+    reduce_hidden(hidden, reduce, bias, inner, pdl_options(hidden.device))
     return inner
 
 
@@ -197,17 +194,21 @@ def _(hidden: Tensor, reduce: Tensor, bias: Tensor, by_triton: bool) -> Tensor:
     return hidden.new_empty((len(hidden), len(reduce)), dtype=torch.float32)
 
 
-def reduce_hidden(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, how: dict[str, bool]) -> None:
+def reduce_hidden(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, options: dict[str, bool]) -> None:
+    """Write the `bottleneck` to inner, float32 [n, H], by the Triton kernel."""
     (n, E), H = hidden.shape, len(reduce)
     with torch.cuda.device_of(hidden):
         grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
         _reduce_kernel[grid](
-            hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **how, **_REDUCE_TILE
+            hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **options, **_REDUCE_TILE
         )
 
 
 @functools.cache
-def launch_early(device: torch.device) -> dict[str, bool]:
-    """How a kernel is launched that waits by itself for the one before it."""
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel: programmatic dependent launch (EARLY) on GPUs that have it, from Hopper on.
+
+    Such a kernel may start before the previous one has ended, and waits for it itself (`gdc_wait`).
+    """
     early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

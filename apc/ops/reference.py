@@ -1,6 +1,6 @@
-"""What every operation of `apc.ops` means, in plain torch: same names, same signatures, no cleverness.
+"""The definition of every exact operation of `apc.ops` in plain torch, with the same names and signatures.
 
-The tests compare the fast ones with these, exactly. Shape letters are those of `bits.py`; a leading group dimension G may come on top.
+The tests require the fast implementations to agree exactly. Shape letters: see `apc.ops`; a leading G is allowed.
 """
 
 import torch
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def pack(active: Tensor) -> Tensor:
-    """bool [..., D] → uint8 [..., W]: bit j of byte w is neuron 8w + j."""
+    """Packed rows: bool [..., D] → uint8 [..., W]; bit j of byte w is neuron 8w + j."""
     D = active.shape[-1]
     padded = torch.zeros((*active.shape[:-1], 8 * row_bytes(D)), dtype=torch.int64, device=active.device)
     padded[..., :D] = active
@@ -38,26 +38,26 @@ def pack(active: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor, D: int) -> Tensor:
-    """uint8 [..., W] → bool [..., D]."""
+    """The bits of packed rows: uint8 [..., W] → bool [..., D]."""
     place = 2 ** torch.arange(8, device=rows.device)
     return (rows.unsqueeze(-1).to(torch.int64) // place % 2).flatten(-2)[..., :D] == 1
 
 
 def popcount(rows: Tensor) -> Tensor:
-    """uint8 [..., W] → int32 [...]."""
+    """The number of ones in each row: uint8 [..., W] → int32 [...]."""
     return unpack(rows, 8 * rows.shape[-1]).sum(-1).to(torch.int32)
 
 
 def top_mask(values: Tensor, m: int) -> Tensor:
-    """[..., D] → bool [..., D]: the m largest, ties to the lowest index."""
+    """The mask of the m largest, ties to the lowest index: [..., D] → bool [..., D]."""
     order = values.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order[..., :m], True)
 
 
 def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
-    """bool [..., D] → uint8 [..., W]: the first m neurons by active, then importance, then frequency, then index."""
+    """The first m neurons by active, then importance, then frequency, then index: bool [..., D] → uint8 [..., W]."""
     order = torch.arange(active.shape[-1], device=active.device).expand(active.shape)
-    for key in (frequency, importance, active.to(torch.uint8)):  # stable sorts, the least significant key first
+    for key in (frequency, importance, active.to(torch.uint8)):  # stable sorts, least significant key first
         if key is not None:
             in_order = key.expand(active.shape).gather(-1, order)
             order = order.gather(-1, in_order.sort(dim=-1, descending=True, stable=True).indices)
@@ -65,7 +65,10 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
 
 
 def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least |x ∧ ¬c|, overlap |x ∧ c| int32 [N], or None. Ties to the lowest id."""
+    """The centroid at the smallest |x ∧ ¬c| from each row, ties to the lowest id, and the overlap |x ∧ c|.
+
+    uint8 [N, W], uint8 [K, W] → ids int64 [N], overlaps int32 [N] or None.
+    """
     bits = 8 * rows.shape[-1]
     return _best(unpack(rows, bits).double() @ unpack(centroids, bits).double().mT, scores)
 
@@ -73,14 +76,20 @@ def assign(rows: Tensor, centroids: Tensor, *, scores: bool = True) -> tuple[Ten
 def assign_weighted(
     importance: Tensor, centroids: Tensor, power: int = 1, *, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, D], uint8 [K, W] → ids int64 [N] of the most Σ_{i∈c} importance_i^power, that sum int32 [N], or None. Ties to the lowest id."""
+    """The centroid with the largest Σ_{i∈c} importance_i^power for each row, ties to the lowest id, and that sum.
+
+    uint8 [N, D], uint8 [K, W] → ids int64 [N], sums int32 [N] or None.
+    """
     return _best(importance.double() ** power @ unpack(centroids, importance.shape[-1]).double().mT, scores)
 
 
 def assign_hamming(
     rows: Tensor, centroids: Tensor, penalty: int = 1, *, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N] of the least penalty·|x ∧ ¬c| + |¬x ∧ c|, that distance int64 [N], or None. Ties to the lowest id."""
+    """The centroid at the smallest distance penalty · |x ∧ ¬c| + |¬x ∧ c|, ties to the lowest id, and that distance.
+
+    uint8 [N, W], uint8 [K, W] → ids int64 [N], distances int64 [N] or None.
+    """
     x, c = unpack(rows, 8 * rows.shape[-1]).double(), unpack(centroids, 8 * rows.shape[-1]).double().mT
     distance = penalty * x @ (1 - c) + (1 - x) @ c
     ids = _best(-distance, False)[0]
@@ -88,7 +97,7 @@ def assign_hamming(
 
 
 def _best(products: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
-    """[..., N, K] → the lowest id of each row's greatest product, and that product if scores are wanted."""
+    """The id of each row's largest product, ties to the lowest, and that product or None; from [..., N, K]."""
     K = products.shape[-1]
     best = products.amax(-1, keepdim=True)
     ids = torch.where(products == best, torch.arange(K, device=products.device), K).amin(-1)
@@ -98,17 +107,20 @@ def _best(products: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
 def accumulate(
     rows: Tensor, ids: Tensor, K: int, D: int, *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """uint8 [N, W], int64 [N] → sums int64 [K, D]: how often neuron i is active in cluster k's rows; sizes int64 [K]. Added to out, if any."""
+    """How often each neuron is active in each cluster's rows, and each cluster's number of rows.
+
+    uint8 [N, W], int64 [N] → sums int64 [K, D], sizes int64 [K], added to `out` if there is one.
+    """
     return _added(out, _sum_by_id(unpack(rows, D).to(torch.int64), ids, K))
 
 
 def row_totals(importance: Tensor, power: int = 1) -> Tensor:
-    """uint8 [N, D] → int64 [N]: Σ_i importance_i^power."""
+    """The total of each row, Σ_i importance_i^power: uint8 [N, D] → int64 [N]."""
     return (importance.to(torch.int64) ** power).sum(-1)
 
 
 def row_scales(importance: Tensor, power: int = 1) -> Tensor:
-    """uint8 [N, D] → int64 [N]: 2³⁶ / Σ_i importance_i^power, rounded half up; 0 for an all-zero row."""
+    """The scale 2³⁶ / total of each row, rounded half up, 0 for an all-zero row: uint8 [N, D] → int64 [N]."""
     totals = row_totals(importance, power)
     scales = [(2 * 2**36 + total) // (2 * total) if total else 0 for total in totals.flatten().tolist()]
     return torch.tensor(scales, dtype=torch.int64, device=importance.device).view(totals.shape)
@@ -117,35 +129,41 @@ def row_scales(importance: Tensor, power: int = 1) -> Tensor:
 def accumulate_weighted(
     importance: Tensor, ids: Tensor, scales: Tensor, K: int, power: int = 1, *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D] of scales[n]·importance[n, i]^power over cluster k's rows; sizes int64 [K]."""
+    """The sums of scales[n] · importance[n, i]^power over each cluster's rows, and each cluster's number of rows.
+
+    uint8 [N, D], int64 [N], int64 [N] → sums int64 [K, D], sizes int64 [K], added to `out` if there is one.
+    """
     return _added(out, _sum_by_id(scales.unsqueeze(-1) * importance.to(torch.int64) ** power, ids, K))
 
 
 def _added(out: tuple[Tensor, Tensor] | None, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """out, with results added in place; or results."""
+    """`out` after the results are added in place; the results if `out` is None."""
     return results if out is None else (out[0].add_(results[0]), out[1].add_(results[1]))
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """int64 [..., N, D], int64 [..., N] → int64 [..., K, D], int64 [..., K]."""
+    """The sums by id and the number of rows of each id: int64 [..., N, D], [..., N] → int64 [..., K, D], [..., K]."""
     if values.dim() == 3:
-        sums, sizes = zip(*(_sum_by_id(*group, K) for group in zip(values, ids, strict=True)), strict=True)
-        return torch.stack(sums), torch.stack(sizes)
+        groups = [_sum_by_id(*group, K) for group in zip(values, ids, strict=True)]
+        return torch.stack([sums for sums, _ in groups]), torch.stack([sizes for _, sizes in groups])
     sums = torch.zeros((K, values.shape[1]), dtype=torch.int64, device=values.device).index_add(0, ids, values)
     return sums, torch.zeros(K, dtype=torch.int64, device=values.device).index_add(0, ids, torch.ones_like(ids))
 
 
 def binarize(sums: Tensor, density: float) -> Tensor:
-    """int64 [K, D] → uint8 [K, W]: each centroid is the mask_size(D, density) neurons with the largest sum, ties to the lowest."""
+    """The mask of the mask_size(D, density) largest sums, ties to the lowest neuron: int64 [K, D] → uint8 [K, W]."""
     return pack(top_mask(sums, mask_size(sums.shape[-1], density)))
 
 
 def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
-    """uint8 [N, W], uint8 [K, W] → ids int64 [N], −1: none. One cluster after the other takes its nearest rows of those that are left."""
+    """The cluster of each row if one cluster after the other takes its `capacity` nearest free rows.
+
+    uint8 [N, W], uint8 [K, W] → ids int64 [N]; −1 for a row without a cluster.
+    """
     ids = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
     for k, centroid in enumerate(centroids):
         distance = popcount(rows & ~centroid)
-        left = (ids < 0).nonzero().flatten()
-        order = distance[left].sort(stable=True).indices
-        ids[left[order[:capacity]]] = k
+        free = (ids < 0).nonzero().flatten()
+        order = distance[free].sort(stable=True).indices
+        ids[free[order[:capacity]]] = k
     return ids

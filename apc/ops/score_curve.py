@@ -1,22 +1,32 @@
-"""Scores of neurons from what a low-bit copy of their weights makes of an input. Shape letters: G layers, n tokens, P projections, D neurons."""
+"""Scores of neurons from the products of their low-bit weights with an input. Shape letters: see `apc.ops`."""
+
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from apc.ops._triton import tl, triton
 from apc.ops.bits import describe, on_cpu
 
 _TILE = {"BLOCK_N": 16, "BLOCK_D": 128}
-_SLAB = 128  # tokens whose gradients one program adds up: sums are added in the same order each time
+_SLAB = 128  # tokens whose gradients one program adds up; the order of additions is fixed
+
+
+class ScoreCurve(NamedTuple):
+    """The parameters of the score curve of one layer (`score_curve` takes those of G layers)."""
+
+    scale: Tensor  # float32 [P, D]
+    slope: Tensor  # float32 [P, D]
+    power: Tensor  # float32 [P, D]
+    bias: Tensor  # float32 [D]
 
 
 @triton.jit
 def _curve_kernel(
     products_ptr,  # float [G, n, P, D]
-    scale_ptr,  # float32 [G, P, D], as slope and power
-    slope_ptr,
-    power_ptr,
+    scale_ptr,  # float32 [G, P, D]
+    slope_ptr,  # float32 [G, P, D]
+    power_ptr,  # float32 [G, P, D]
     bias_ptr,  # float32 [G, D]
     scores_ptr,  # float32 [G, n, D], out
     N,
@@ -42,13 +52,13 @@ def _curve_kernel(
 
 @triton.jit
 def _curve_gradient_kernel(
-    gradient_ptr,  # float32 [G, n, D], of the scores
-    products_ptr,
-    scale_ptr,
-    slope_ptr,
-    power_ptr,
-    out_ptr,  # [G, n, P, D], out: the gradient of the products
-    sums_ptr,  # float32 [slabs, G, 3P + 1, D], out: those of scale, slope and power for each projection, then of bias
+    gradient_ptr,  # float32 [G, n, D]: the gradient of the scores
+    products_ptr,  # float [G, n, P, D]
+    scale_ptr,  # float32 [G, P, D]
+    slope_ptr,  # float32 [G, P, D]
+    power_ptr,  # float32 [G, P, D]
+    out_ptr,  # float [G, n, P, D], out: the gradient of the products
+    sums_ptr,  # float32 [slabs, G, 3P + 1, D], out: gradients of scale, slope, power per projection, then of bias
     N,
     D,
     groups,
@@ -118,9 +128,10 @@ class _Curve(torch.autograd.Function):
 
 
 def score_curve(products: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor) -> Tensor:
-    """bias + Σ over projections of slope · z + power · ln(1 + z²), where z = scale · product.
+    """The scores bias + Σ_p (slope_p · z_p + power_p · ln(1 + z_p²)) with z_p = scale_p · product_p, float32 [G, n, D].
 
-    products: float [G, n, P, D]; scale, slope, power: float32 [G, P, D]; bias: float32 [G, D] → float32 [G, n, D]. Raises ValueError for other shapes.
+    products: float [G, n, P, D]; scale, slope, power: float32 [G, P, D]; bias: float32 [G, D]. Raises
+    ValueError for other shapes.
     """
     if not on_cpu(products):
         return score_curve_triton(products, scale, slope, power, bias)
@@ -140,7 +151,8 @@ def _check(products: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: 
     if any(
         value.shape != (G, P, D) or value.dtype != torch.float32 for value in (scale, slope, power)
     ) or bias.shape != (G, D):
-        given = ", ".join(describe(value) for value in (scale, slope, power, bias))
+        shapes = ", ".join(describe(value) for value in (scale, slope, power, bias))
         raise ValueError(
-            f"score_curve wants products [G, n, P, D] with float32 [G, P, D] three times and [G, D], got {describe(products)} with {given}"
+            f"score_curve wants products [G, n, P, D], scale, slope and power float32 [G, P, D] and bias [G, D], "
+            f"got {describe(products)} with {shapes}"
         )

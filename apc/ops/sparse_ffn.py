@@ -1,71 +1,70 @@
-"""A gated FFN over the neurons that masks keep, for a few tokens: it reads their rows of gate, up and the transposed down projection, and no others.
+"""A gated FFN that reads only the weights of the neurons its masks keep, for a few tokens.
 
-At one token an FFN's time is that of reading its weights, so half the rows take half the time, if nothing waits in between. The kernels follow each
-other without the host: those of `predict.py` say which cluster a token is of, as the best of each program's clusters; every program of `rows` finds
-the best of those, is_supported its share of the neurons kept, and adds up their part of the output; `finish` adds the parts, in the same order each time.
-On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and each kernel is on its multiprocessors before the one before it has ended (EARLY), with
-what it reads of weights, and waits there. Predicted a layer ahead, an FFN's neurons are found by a kernel of its own beside attention.
+At one token an FFN's time is the time to read its weights, so half the rows take half the time if nothing
+waits in between. The kernels run one after the other without the host. Those of `predict.py` write candidates
+for each token's cluster. Each program of `rows` picks the best candidate, takes its share of the active
+neurons, and adds up their part of the output. `finish` adds the parts in a fixed order.
 
-Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters, W bytes of a packed mask (see `bits.py`), P programs.
+On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and every kernel uses programmatic dependent launch
+(EARLY): it starts before the previous kernel has ended, loads its weights, and then waits. If the cluster is
+predicted a layer ahead, a separate kernel lists an FFN's active neurons while attention runs.
+
+Shape letters: see `apc.ops`.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apc.ops.bits import describe, on_cpu, row_bytes, unpack
+from apc.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
+from apc.ops.bits import describe, on_cpu, popcount_words, row_bytes, unpack
+from apc.ops.ffn_arguments import (
+    ACTIVATIONS,
+    ActiveNeurons,
+    Candidates,
+    FFNWeights,
+    NextLayer,
+    OutputDelta,
+    Prediction,
+    PredictorWeights,
+)
 from apc.ops.predict import (
-    SCORE_TILE,
     check_hidden,
-    launch_early,
-    like_predictions,
+    empty_prediction,
+    pdl_options,
     predict_clusters,
     reduce_hidden,
     score_clusters,
     store_best,
 )
-from apc.ops.sparse_ffn_sm90 import aligned, find_hopper, is_supported, like_active_list, rows_hopper
+from apc.ops.sparse_ffn_sm90 import aligned, empty_active_list, find_hopper, is_supported, rows_hopper
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-MAX_HIDDEN = 2**14  # hidden size that a program's sums can have
-_ROWS_TILE = {
-    "ROWS": 2,
-    "STAGES": 3,
-    "num_warps": 4,
-}  # neurons whose rows a program reads at a time, and how often ahead of their use
-_PROGRAMS = 1  # of `rows` on each multiprocessor
+MAX_HIDDEN = 2**14  # the largest hidden size whose sums fit a program
+# ROWS: neurons that a program reads at a time; STAGES: how many of these reads are in flight.
+_ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}
+_PROGRAMS = 1  # programs of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
-_PARTS = 256  # of the output that are added at a time, at most
-_AHEAD = 8  # clusters of a later layer that a program of `finish` scores: with more its registers leave no room for two beside a block of `rows`
-_SCORED = 1024  # size of a bottleneck with which it does, at most
-
-
-@triton.jit
-def _popcount(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+_PARTS = 256  # parts of the output added at a time, at most
+# Clusters of a later layer that a program of `finish` scores. With more, its registers leave no room for two programs
+# beside a block of `rows`.
+_AHEAD = 8
+_MAX_SCORED = 1024  # the largest bottleneck with which `finish` scores clusters
+_NO_DELTA = OutputDelta()
 
 
 @triton.jit
 def _place(word, rank):
-    """Of each uint32 the place of its set bit number `rank`, from 0."""
+    """The position of set bit number `rank`, from 0, in each uint32 word."""
     place = tl.zeros_like(rank)
     for step in tl.static_range(5):
         width = 16 >> step
         low = (word >> place.to(tl.uint32)) & ((1 << width) - 1)
-        ones = _popcount(low)
+        ones = popcount_words(low)
         further = rank >= ones
         rank = tl.where(further, rank - ones, rank)
         place = tl.where(further, place + width, place)
@@ -74,7 +73,7 @@ def _place(word, rank):
 
 @triton.jit
 def _best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
-    """The id of the largest value, of equal ones the lowest."""
+    """The id of the largest value, ties to the lowest id."""
     i = tl.arange(0, BLOCK)
     values = tl.load(values_ptr + i, mask=i < count, other=float("-inf"), cache_modifier=".cg")
     ids = tl.load(ids_ptr + i, mask=i < count, other=0x7FFFFFFF, cache_modifier=".cg")
@@ -96,13 +95,13 @@ def _activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rows_kernel(
     hidden_ptr,  # float [n, E]
-    gate_ptr,  # float [D, E], rows `gate_stride` apart, as up and down (transposed)
-    up_ptr,
-    down_ptr,
+    gate_ptr,  # float [D, E], rows `gate_stride` apart
+    up_ptr,  # float [D, E], rows `up_stride` apart
+    down_ptr,  # float [D, E], transposed, rows `down_stride` apart
     masks_ptr,  # uint32 [K or n, words]
-    values_ptr,  # float32 [n, candidates], where masks are clusters'
-    ids_ptr,  # int32 [n, candidates]
-    partial_ptr,  # float32 [P, n, E], out
+    values_ptr,  # float32 [n, candidates], read if BY_CLUSTER
+    ids_ptr,  # int32 [n, candidates], read if BY_CLUSTER
+    partial_ptr,  # float32 [programs, n, E], out
     tokens,
     E,
     words,
@@ -122,7 +121,7 @@ def _rows_kernel(
     e = tl.arange(0, BLOCK_E)
     w = tl.arange(0, BLOCK_W)
     n = tl.arange(0, N)
-    mask_of = n  # the row of each token's mask
+    mask_of = n  # row of each token's mask
     union = tl.zeros([BLOCK_W], tl.int32)
     for token in tl.static_range(N):
         row = token
@@ -136,14 +135,14 @@ def _rows_kernel(
             row = tl.where(token < tokens, row, 0)
             mask_of = tl.where(n == token, row, mask_of)
         union |= tl.load(masks_ptr + row * words + w, mask=(w < words) & (token < tokens), other=0)
-    counts = _popcount(union.to(tl.uint32, bitcast=True))
+    counts = popcount_words(union.to(tl.uint32, bitcast=True))
     ends = tl.cumsum(counts, axis=0)
     total = tl.sum(counts, axis=0)
     first = (tl.program_id(0) * total) // tl.num_programs(0)
     last = ((tl.program_id(0) + 1) * total) // tl.num_programs(0)
 
-    given = (n < tokens)[:, None] & (e < E)[None, :]
-    hidden = tl.load(hidden_ptr + n[:, None] * E + e[None, :], mask=given, other=0.0).to(tl.float32)
+    inside_input = (n < tokens)[:, None] & (e < E)[None, :]
+    hidden = tl.load(hidden_ptr + n[:, None] * E + e[None, :], mask=inside_input, other=0.0).to(tl.float32)
     sums = tl.zeros([N, ROWS, BLOCK_E], tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         rank = start + tl.arange(0, ROWS)
@@ -160,34 +159,34 @@ def _rows_kernel(
         x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION) * tl.sum(
             up[None, :, :] * hidden[:, None, :], axis=2
         )
-        if N > 1:  # another token's mask alone may keep a neuron
+        if N > 1:  # a neuron may be kept by another token's mask only
             own = tl.load(
                 masks_ptr + mask_of[:, None] * words + word_at[None, :],
                 mask=(n < tokens)[:, None] & inside[None, :],
                 other=0,
             )
             x = tl.where((own >> place[None, :]) & 1 != 0, x, 0.0)
-        x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # rounded where a model rounds it
+        x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
         sums += x[:, :, None] * down[None, :, :]
     at = (tl.program_id(0) * tokens + n)[:, None] * E + e[None, :]
-    tl.store(partial_ptr + at, tl.sum(sums, axis=1), mask=given)
+    tl.store(partial_ptr + at, tl.sum(sums, axis=1), mask=inside_input)
 
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr,  # float32 [P, n, E]
+    partial_ptr,  # float32 [programs, n, E]
     output_ptr,  # float [n, E], out
-    inner_ptr,  # float32 [n, H], where there is a correction
-    correct_ptr,  # float [H, E]
-    correct_bias_ptr,  # float32 [E]
-    offsets_ptr,  # float [K, E], where clusters have offsets
-    values_ptr,  # float32 [n, candidates]
-    ids_ptr,  # int32 [n, candidates]
-    later_inner_ptr,  # float32 [n, later_H], where a later layer's cluster is predicted: what `_score_kernel` is_supported and gives
-    expand_ptr,  # float [later_K, later_H]
-    expand_bias_ptr,  # float32 [later_K]
-    later_values_ptr,  # float32 [n, groups], out
-    later_ids_ptr,  # int32 [n, groups], out
+    inner_ptr,  # float32 [n, H], read if CORRECTS
+    correct_ptr,  # float [H, E], read if CORRECTS
+    correct_bias_ptr,  # float32 [E], read if CORRECTS
+    offsets_ptr,  # float [K, E], read if OFFSETS
+    values_ptr,  # float32 [n, candidates], read if OFFSETS
+    ids_ptr,  # int32 [n, candidates], read if OFFSETS
+    later_inner_ptr,  # float32 [n, later_H], read if SCORES, for a later layer's clusters
+    expand_ptr,  # float [later_K, later_H], read if SCORES
+    expand_bias_ptr,  # float32 [later_K], read if SCORES
+    later_values_ptr,  # float32 [n, groups], out if SCORES, as `_score_kernel` writes it
+    later_ids_ptr,  # int32 [n, groups], out if SCORES
     tokens,
     programs,
     E,
@@ -203,7 +202,7 @@ def _finish_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SCORES: tl.constexpr,  # clusters that a program scores, 0: none
+    SCORES: tl.constexpr,  # clusters that a program scores; 0: none
     BLOCK_LATER: tl.constexpr,
 ):
     if EARLY:
@@ -228,7 +227,7 @@ def _finish_kernel(
     if OFFSETS:
         row = _best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
         output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
-    if EARLY:  # what comes from before `rows` was there when that began
+    if EARLY:  # only the outputs of `rows` need this wait: earlier kernels had ended when `rows` began
         gdc_wait()
     if SCORES > 0:
         later_inner = tl.load(
@@ -241,7 +240,7 @@ def _finish_kernel(
             tl.load(partial_ptr + (p[:, None] * tokens + n) * E + e[None, :], mask=read, other=0.0), axis=0
         )
     tl.store(output_ptr + n * E + e, output.to(output_ptr.dtype.element_ty), mask=e < E)
-    if SCORES > 0:  # noqa: SIM102 (without it there is nothing to look at)
+    if SCORES > 0:  # noqa: SIM102 (a constexpr: without scores Triton must not compile the condition below)
         if tl.program_id(0) < groups:
             store_best(
                 expand.to(tl.float32),
@@ -254,108 +253,144 @@ def _finish_kernel(
 
 
 def sparse_ffn(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, by_triton: bool | None = None, active_list: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """hidden float [n, E] → [n, E], of its type: Σ over each token's neurons i of act(x · gate_i) · (x · up_i) · down_i, and what is added to it.
+    hidden: Tensor,
+    weights: FFNWeights,
+    active: ActiveNeurons,
+    delta: OutputDelta = _NO_DELTA,
+    by_triton: bool | None = None,
+) -> Tensor:
+    """The FFN's output over each token's active neurons i: Σ_i act(x · gate_i) · (x · up_i) · down_i, plus `delta`.
 
     Args:
-        gate, up, down: [D, E] of hidden's type; down is the transposed down projection. Rows may be further apart than E.
-        masks: uint8 [n, W], of each token; or [K, W], of clusters, where there are candidates.
-        activation: silu, gelu, gelu_tanh or relu.
-        candidates: as `predict_clusters` gives them, float32 [n, C] and int32 [n, C].
-        correction: bottleneck float32 [n, H], weights [H, E], bias float32 [E]: their product is added.
-        offsets: [K, E], of which the token's cluster's row is added; needs candidates.
-        by_triton: by the kernels, which take up to `MAX_TOKENS` tokens and a hidden size of up to 16,384. None: on a GPU.
-        active_list: which neurons each program is_supported, as `sparse_ffn_ahead` gives it for as many tokens and the same masks and candidates.
+        hidden: FFN inputs x, float [n, E].
+        weights: matrices [D, E] of hidden's type.
+        active: masks per token; or masks per cluster, with the candidates for each token's cluster.
+        delta: terms to add to the output.
+        by_triton: use the kernels, which take up to `MAX_TOKENS` tokens and a hidden size of up to 16,384. None: on a
+            GPU with such a hidden size.
 
-    The kernels' sums are float32, added in the same order each time; the product of gate and up is rounded to hidden's type, as a model does. Raises
-    ValueError for other shapes, types or an unknown activation.
+    Returns:
+        float [n, E] of hidden's type. The kernels add in float32, in the same order each time, and round the product of
+        gate and up to hidden's type, as a model does.
+
+    Raises:
+        ValueError: for other shapes or types, or an unknown activation.
     """
-    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN if by_triton is None else by_triton
+    by_triton = _use_kernels(hidden) if by_triton is None else by_triton
     n, E = check_hidden(hidden, by_triton)
-    D = len(gate)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation}: choose {', '.join(ACTIVATIONS)}")
-    for name, weights in (("gate", gate), ("up", up), ("down", down)):
-        if weights.shape != (D, E) or weights.dtype != hidden.dtype or weights.stride(-1) != 1:
-            raise ValueError(
-                f"{name} {describe(weights)} must be {describe(hidden.new_empty(0)).split()[0]} [{D}, {E}], rows in one piece"
-            )
-    rows = "K" if candidates else n
-    if (
-        masks.dtype != torch.uint8
-        or masks.dim() != 2
-        or masks.shape[1] != row_bytes(D)
-        or (candidates is None and len(masks) != n)
-    ):
+    D = len(weights.gate)
+    if weights.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {weights.activation}: choose {', '.join(ACTIVATIONS)}")
+    for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+        if matrix.shape != (D, E) or matrix.dtype != hidden.dtype or matrix.stride(-1) != 1:
+            dtype = describe(hidden.new_empty(0)).split()[0]
+            raise ValueError(f"{name} {describe(matrix)} must be {dtype} [{D}, {E}], its rows contiguous")
+    masks, candidates, W = active.masks, active.candidates, row_bytes(D)
+    fits = masks.dtype == torch.uint8 and masks.dim() == 2 and masks.shape[1] == W
+    if not fits or (candidates is None and len(masks) != n):
         raise ValueError(
-            f"masks {describe(masks)} must be uint8 [{rows}, {row_bytes(D)}] to go with hidden {describe(hidden)} and gate {describe(gate)}"
+            f"masks {describe(masks)} must be uint8 [{'K' if candidates else n}, {W}] "
+            f"to go with hidden {describe(hidden)} and gate {describe(weights.gate)}"
         )
-    if offsets is not None and (candidates is None or offsets.shape != (len(masks), E)):
-        raise ValueError(f"offsets {describe(offsets)} must be [{len(masks)}, {E}], and need candidates")
-    given = *(candidates or (None, None)), *(correction or (None, None, None))
-    return torch.ops.apc.sparse_ffn(hidden, gate, up, down, masks, activation, *given, offsets, by_triton, active_list)[
-        0
-    ]
+    if delta.offsets is not None and (candidates is None or delta.offsets.shape != (len(masks), E)):
+        raise ValueError(f"offsets {describe(delta.offsets)} must be [{len(masks)}, {E}], and need candidates")
+    return torch.ops.apc.sparse_ffn(hidden, *_flat(weights, active, delta), by_triton, active.active_list)[0]
+
+
+def _use_kernels(hidden: Tensor) -> bool:
+    return not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN
+
+
+def _flat(weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta) -> tuple:
+    """These arguments in the order of the custom operation, which takes plain tensors."""
+    gate, up, down, activation = weights
+    return gate, up, down, active.masks, activation, *(active.candidates or (None, None)), *delta
 
 
 def sparse_ffn_triton(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; hidden sizes of up to 16,384."""
+    hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta = _NO_DELTA
+) -> Tensor:
+    """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1.
+
+    Raises ValueError for a hidden size above 16,384.
+    """
     if hidden.shape[1] > MAX_HIDDEN:
-        raise ValueError(
-            f"sparse_ffn_triton is_supported hidden sizes of up to {MAX_HIDDEN}, got hidden {describe(hidden)}"
-        )
-    partial = _rows(hidden.contiguous(), gate, up, down, masks, activation, candidates)
-    return _finish(partial, hidden, candidates, correction, offsets, {"EARLY": False})
+        raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {MAX_HIDDEN}, got hidden {describe(hidden)}")
+    partial = _rows(hidden.contiguous(), weights, active)
+    return _finish(partial, hidden, active.candidates, delta, {"EARLY": False})
 
 
 def sparse_ffn_hopper(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str = "silu", candidates: tuple[Tensor, Tensor] | None = None,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None, active_list: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`sparse_ffn` with its rows by the CUDA C++ kernel, for what `sparse_ffn_sm90.is_supported` is_supported."""
-    partial = rows_hopper(aligned(hidden), gate, up, down, masks, activation, candidates, None, active_list)
-    return _finish(partial, hidden, candidates, correction, offsets, launch_early(hidden.device))
+    hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta = _NO_DELTA
+) -> Tensor:
+    """`sparse_ffn` with the CUDA C++ kernel for its rows, for weights that `sparse_ffn_sm90.is_supported` accepts."""
+    partial = rows_hopper(aligned(hidden), weights, active)
+    return _finish(partial, hidden, active.candidates, delta, pdl_options(hidden.device))
 
 
-def _rows(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None
-) -> Tensor:  # fmt: skip
-    """The programs' parts of the output, float32 [P, n, E]."""
-    (n, E), words, programs = hidden.shape, masks.shape[1] // 4, _PROGRAMS * _multiprocessors(hidden.device)
+def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons) -> Tensor:
+    """Each program's part of the output, float32 [programs, n, E]."""
+    (n, E), words, programs = hidden.shape, active.masks.shape[1] // 4, _PROGRAMS * _multiprocessors(hidden.device)
+    gate, up, down, activation = weights
     partial = hidden.new_empty((programs, n, E), dtype=torch.float32)
-    values, ids = candidates or (partial, partial)  # what is not there is not read
-    count = values.shape[1] if candidates else 0
+    values, ids = active.candidates or (partial, partial)  # without candidates the kernel does not read them
+    count = values.shape[1] if active.candidates else 0
+    tensors = hidden, gate, up, down, active.masks.view(torch.int32), values, ids, partial
+    numbers = n, E, words, count, gate.stride(0), up.stride(0), down.stride(0)
+    blocks = {
+        "N": triton.next_power_of_2(n),
+        "BLOCK_E": triton.next_power_of_2(E),
+        "BLOCK_W": triton.next_power_of_2(words),
+        "BLOCK_C": triton.next_power_of_2(max(count, 1)),
+    }
+    by_cluster = active.candidates is not None
     with torch.cuda.device_of(hidden):
         _rows_kernel[(programs,)](
-            hidden, gate, up, down, masks.view(torch.int32), values, ids, partial, n, E, words, count, gate.stride(0), up.stride(0), down.stride(0),
-            BY_CLUSTER=candidates is not None, ACTIVATION=activation, N=triton.next_power_of_2(n), BLOCK_E=triton.next_power_of_2(E),
-            BLOCK_W=triton.next_power_of_2(words), BLOCK_C=triton.next_power_of_2(max(count, 1)), **_ROWS_TILE,
-        )  # fmt: skip
+            *tensors, *numbers, BY_CLUSTER=by_cluster, ACTIVATION=activation, **blocks, **_ROWS_TILE
+        )
     return partial
 
 
 def _finish(
-    partial: Tensor, hidden: Tensor, candidates: tuple[Tensor, Tensor] | None, correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
-    how: dict[str, bool], later: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """how: of the launch, as `launch_early` has it; later: a later layer's bottleneck, expand and bias, and what becomes its candidates."""
+    partial: Tensor,
+    hidden: Tensor,
+    candidates: Candidates | None,
+    delta: OutputDelta,
+    options: dict[str, bool],
+    later: PredictorWeights | None = None,
+    prediction: Prediction | None = None,
+) -> Tensor:
+    """The output: the sum of the programs' parts, plus `delta`.
+
+    options: of the launch, from `pdl_options`. later: a later layer's predictor, whose candidates the kernel writes to
+    `prediction`, from the bottleneck in it.
+    """
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
-    values, ids = candidates or (partial, partial)  # what is not there is not read
+    # The kernel does not read the placeholders.
+    values, ids = candidates or (partial, partial)
     count = values.shape[1] if candidates else 0
-    inner, correct, bias = correction or (partial, partial, partial)
-    scores = later or (partial,) * 5
+    corrects, scores = delta.bottleneck is not None, later is not None and prediction is not None
+    inner, correct, bias, offsets = (partial if value is None else value for value in delta)
+    later_inner = expand = expand_bias = later_values = later_ids = partial
+    if later is not None and prediction is not None:
+        expand, expand_bias = later.expand, later.expand_bias
+        later_inner, (later_values, later_ids) = prediction
+    tensors = partial, output, inner, correct, bias, offsets, values, ids
+    later_tensors = later_inner, expand, expand_bias, later_values, later_ids
+    later_numbers = later_inner.shape[1], len(expand), later_values.shape[1]
+    constants = {
+        "CORRECTS": corrects,
+        "OFFSETS": delta.offsets is not None,
+        "SCORES": _AHEAD if scores else 0,
+        "BLOCK_C": triton.next_power_of_2(max(count, 1)),
+        "BLOCK_P": min(_PARTS, triton.next_power_of_2(programs)),
+        "BLOCK_LATER": triton.next_power_of_2(later_inner.shape[1]),
+    }
     with torch.cuda.device_of(hidden):
+        numbers = n, programs, E, inner.shape[1], count, *later_numbers
         _finish_kernel[(_finish_programs(E), n)](
-            partial, output, inner, correct, bias, partial if offsets is None else offsets, values, ids, *scores, n, programs, E, inner.shape[1], count,
-            scores[0].shape[1], len(scores[1]), scores[3].shape[1], CORRECTS=correction is not None, OFFSETS=offsets is not None,
-            BLOCK_C=triton.next_power_of_2(max(count, 1)), BLOCK_P=min(_PARTS, triton.next_power_of_2(programs)),
-            SCORES=_AHEAD if later else 0, BLOCK_LATER=triton.next_power_of_2(scores[0].shape[1]), **how, **_FINISH_TILE,
-        )  # fmt: skip
+            *tensors, *later_tensors, *numbers, **constants, **options, **_FINISH_TILE
+        )
     return output
 
 
@@ -369,168 +404,220 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def act(x: Tensor, activation: str) -> Tensor:
-    """An activation function of `ACTIVATIONS` by its name."""
-    return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[
-        activation
-    ](x)
-
-
-class NextLayer(NamedTuple):
-    """An FFN whose neurons are to be found: how many it has, its clusters' masks, and its candidates where they were predicted before."""
-
-    neurons: int
-    masks: Tensor
-    candidates: tuple[Tensor, Tensor] | None = None
+    """The activation function of this name, one of `ACTIVATIONS`, applied to x."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    }
+    return functions[activation](x)
 
 
 def sparse_ffn_ahead(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor],
-    later: tuple[Tensor, Tensor, Tensor, Tensor], correction: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
-    active_list: Tensor | None = None, following: NextLayer | None = None, by_triton: bool | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
-    """`sparse_ffn` by clusters, and `predict_clusters` of the same tokens for a later layer, whose reduce, bias, expand and bias are `later`.
+    hidden: Tensor,
+    weights: FFNWeights,
+    active: ActiveNeurons,
+    later: PredictorWeights,
+    delta: OutputDelta = _NO_DELTA,
+    next_layer: NextLayer | None = None,
+    by_triton: bool | None = None,
+) -> tuple[Tensor, Prediction, Tensor | None]:
+    """`sparse_ffn` by clusters, and in the same call `predict_clusters` of these tokens for a later layer.
 
-    On Hopper the same kernels do both, so the prediction is_supported the time of its bytes and no more. active_list: as for `sparse_ffn`. following: the next
-    layer's FFN, which `can_find` is_supported: its `active_list` comes back too, found by its candidates, or by those just predicted. Raises as those two do.
+    On Hopper the same kernels do both, so the prediction only costs the time to read its weights.
+
+    Args:
+        hidden, weights, active, delta, by_triton: as for `sparse_ffn`; `active` must have candidates.
+        later: the later layer's predictor.
+        next_layer: the next FFN, if `can_prefetch` accepts it: its active neurons are listed.
+
+    Returns:
+        The output, the prediction, and the next layer's active list for its `ActiveNeurons`, or None.
+
+    Without kernels it raises ValueError as `sparse_ffn` and `predict_clusters` do.
     """
-    by_triton = not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN if by_triton is None else by_triton
+    by_triton = _use_kernels(hidden) if by_triton is None else by_triton
     if not by_triton:
-        output = sparse_ffn(hidden, gate, up, down, masks, activation, candidates, correction, offsets, by_triton)
-        return output, predict_clusters(hidden, *later, by_triton), None
-    neurons, next_masks, next_candidates = following or (0, None, None)
-    output, *found, next_listed = torch.ops.apc.sparse_ffn(
-        hidden, gate, up, down, masks, activation, *candidates, *(correction or (None, None, None)), offsets, True, active_list, *later, neurons, next_masks,
+        output = sparse_ffn(hidden, weights, active, delta, by_triton)
+        return output, predict_clusters(hidden, later, by_triton), None
+    neurons, next_masks, next_candidates = next_layer or (0, None, None)
+    output, inner, logits, clusters, next_list = torch.ops.apc.sparse_ffn(
+        hidden,
+        *_flat(weights, active, delta),
+        True,
+        active.active_list,
+        *later,
+        neurons,
+        next_masks,
         *(next_candidates or (None, None)),
-    )  # fmt: skip
-    return output, tuple(found), None if following is None else next_listed
+    )
+    prediction = Prediction(inner, Candidates(logits, clusters))
+    return output, prediction, None if next_layer is None else next_list
 
 
 @torch.library.custom_op("apc::sparse_ffn", mutates_args=())
 def _sparse_ffn(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, values: Tensor | None, ids: Tensor | None,
-    inner: Tensor | None, correct: Tensor | None, bias: Tensor | None, offsets: Tensor | None, by_triton: bool, active_list: Tensor | None,
-    reduce: Tensor | None = None, reduce_bias: Tensor | None = None, expand: Tensor | None = None, expand_bias: Tensor | None = None,
-    neurons: int = 0, next_masks: Tensor | None = None, next_values: Tensor | None = None, next_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, what is predicted for a later layer, and what is found of the next; empty where that was not asked for.
+    hidden: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    masks: Tensor,
+    activation: str,
+    values: Tensor | None,
+    ids: Tensor | None,
+    inner: Tensor | None,
+    correct: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    by_triton: bool,
+    active_list: Tensor | None,
+    reduce: Tensor | None = None,
+    reduce_bias: Tensor | None = None,
+    expand: Tensor | None = None,
+    expand_bias: Tensor | None = None,
+    neurons: int = 0,
+    next_masks: Tensor | None = None,
+    next_values: Tensor | None = None,
+    next_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, the prediction (bottleneck, logits, clusters) and the next layer's active list, or empty tensors.
 
-    One operation of both functions: as torch.compile first meets one, Inductor (up to torch 2.11) writes out what its arguments were made of. That is_supported
-    minutes where a model's last layer is the first to call it.
+    Both public functions are one operation, because Inductor (up to torch 2.11) writes out how the arguments
+    were computed when torch.compile first meets an operation. With two operations this takes minutes if a
+    model's last layer is the first to call the second one.
     """
     _wait_for(active_list)
-    candidates, correction = (
-        None if values is None else (values, ids),
-        None if inner is None else (inner, correct, bias),
-    )
+    weights, delta = FFNWeights(gate, up, down, activation), OutputDelta(inner, correct, bias, offsets)
+    active = ActiveNeurons(masks, _candidates(values, ids), active_list)
     if not by_triton:
-        return _by_torch(hidden, gate, up, down, masks, activation, candidates, correction, offsets), *_empty(hidden)
-    if reduce is None:
-        if is_supported(gate, up, down):
-            output = sparse_ffn_hopper(
-                hidden, gate, up, down, masks, activation, candidates, correction, offsets, active_list
-            )
-        else:
-            output = sparse_ffn_triton(hidden, gate, up, down, masks, activation, candidates, correction, offsets)
-        return output, *_empty(hidden)
-    hidden = aligned(hidden)
-    later_inner, *later = found = like_predictions(hidden, reduce, expand, _AHEAD)
-    if is_supported(gate, up, down, reduce) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
-        how = launch_early(hidden.device)
-        partial = rows_hopper(
-            hidden, gate, up, down, masks, activation, candidates, (reduce, reduce_bias, later_inner), active_list
-        )
-    else:
-        how = {"EARLY": False}
-        partial = _rows(hidden, gate, up, down, masks, activation, candidates)
-        reduce_hidden(hidden, reduce, reduce_bias, later_inner, how)
-    together = later[0].shape[1] <= _finish_programs(hidden.shape[1]) and len(reduce) <= _SCORED
-    output = _finish(
-        partial,
-        hidden,
-        candidates,
-        correction,
-        offsets,
-        how,
-        (later_inner, expand, expand_bias, *later) if together else None,
+        return _by_torch(hidden, weights, active, delta), *_empty(hidden)
+    if reduce is None or reduce_bias is None or expand is None or expand_bias is None:
+        kernels = sparse_ffn_hopper if is_supported(gate, up, down) else sparse_ffn_triton
+        return kernels(hidden, weights, active, delta), *_empty(hidden)
+    output, prediction = _with_prediction(
+        hidden, weights, active, delta, PredictorWeights(reduce, reduce_bias, expand, expand_bias)
     )
-    if not together:
-        score_clusters(later_inner, expand, expand_bias, *later, how, **(SCORE_TILE | {"ROWS": _AHEAD}))
     if next_masks is None:
-        return output, *found, _empty(hidden)[-1]
-    next_listed, next_candidates = (
-        like_active_list(hidden, neurons),
-        later if next_values is None else (next_values, next_ids),
-    )
+        return output, prediction.bottleneck, *prediction.candidates, _empty(hidden)[-1]
+    next_list = empty_active_list(hidden, neurons)
+    next_candidates = _candidates(next_values, next_ids) or prediction.candidates
     with _beside(hidden.device):
-        find_hopper(hidden, neurons, next_masks, next_candidates, next_listed, early=not _WHOLE.get())
-    return output, *found, next_listed
+        find_hopper(hidden, NextLayer(neurons, next_masks, next_candidates), next_list, early=not _SIDE_STREAM.get())
+    return output, prediction.bottleneck, *prediction.candidates, next_list
 
 
 @_sparse_ffn.register_fake
 def _(
-    hidden: Tensor, gate, up, down, masks, activation, values, ids, inner, correct, bias, offsets, by_triton, active_list, reduce: Tensor | None = None,
-    reduce_bias=None, expand: Tensor | None = None, expand_bias=None, neurons: int = 0, next_masks: Tensor | None = None, *_,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *found, next_listed = _empty(hidden)
-    if reduce is not None:
-        found = like_predictions(hidden, reduce, expand, _AHEAD)
-    return (
-        hidden.new_empty(hidden.shape),
-        *found,
-        next_listed if next_masks is None else like_active_list(hidden, neurons),
-    )
+    hidden: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    masks: Tensor,
+    activation: str,
+    values: Tensor | None,
+    ids: Tensor | None,
+    inner: Tensor | None,
+    correct: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    by_triton: bool,
+    active_list: Tensor | None,
+    reduce: Tensor | None = None,
+    reduce_bias: Tensor | None = None,
+    expand: Tensor | None = None,
+    expand_bias: Tensor | None = None,
+    neurons: int = 0,
+    next_masks: Tensor | None = None,
+    *_: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    output, (no_bottleneck, no_logits, no_clusters, no_list) = hidden.new_empty(hidden.shape), _empty(hidden)
+    next_list = no_list if next_masks is None else empty_active_list(hidden, neurons)
+    if reduce is None or expand is None:
+        return output, no_bottleneck, no_logits, no_clusters, next_list
+    prediction = empty_prediction(hidden, reduce, expand, _AHEAD)
+    return output, prediction.bottleneck, *prediction.candidates, next_list
+
+
+def _candidates(values: Tensor | None, ids: Tensor | None) -> Candidates | None:
+    return None if values is None or ids is None else Candidates(values, ids)
 
 
 def _empty(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the types of bottleneck, candidates and list."""
-    return tuple(hidden.new_empty(0, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.int32, torch.int32))
+    """Empty tensors in place of a bottleneck, logits, clusters and an active list."""
+    floats, ints = (functools.partial(hidden.new_empty, 0, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    return floats(), floats(), ints(), ints()
 
 
-def _by_torch(
-    hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, masks: Tensor, activation: str, candidates: tuple[Tensor, Tensor] | None,
-    correction: tuple[Tensor, Tensor, Tensor] | None, offsets: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _with_prediction(
+    hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta, later: PredictorWeights
+) -> tuple[Tensor, Prediction]:
+    """`sparse_ffn_ahead` by kernels: the output, and the prediction for a later layer."""
+    hidden = aligned(hidden)
+    reduce, reduce_bias, expand, expand_bias = later
+    prediction = empty_prediction(hidden, reduce, expand, _AHEAD)
+    matrices = weights.gate, weights.up, weights.down, reduce
+    if is_supported(*matrices) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
+        options = pdl_options(hidden.device)
+        partial = rows_hopper(hidden, weights, active, (reduce, reduce_bias, prediction.bottleneck))
+    else:
+        options = {"EARLY": False}
+        partial = _rows(hidden, weights, active)
+        reduce_hidden(hidden, reduce, reduce_bias, prediction.bottleneck, options)
+    groups = prediction.candidates.logits.shape[1]
+    if groups <= _finish_programs(hidden.shape[1]) and len(reduce) <= _MAX_SCORED:
+        return _finish(partial, hidden, active.candidates, delta, options, later, prediction), prediction
+    output = _finish(partial, hidden, active.candidates, delta, options)
+    score_clusters(prediction, expand, expand_bias, options, _AHEAD)
+    return output, prediction
+
+
+def _by_torch(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta) -> Tensor:
+    """`sparse_ffn` in plain torch."""
+    gate, up, down, activation = weights
     chosen = None
-    if candidates is not None:
-        values, ids = candidates
+    if active.candidates is not None:
+        values, ids = active.candidates
         chosen = torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
-    kept = unpack(masks if chosen is None else masks[chosen], len(gate))
+    kept = unpack(active.masks if chosen is None else active.masks[chosen], len(gate))
     neurons = kept.any(0).nonzero().squeeze(1)
     x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
     output = (x @ down[neurons]).float()
-    if correction is not None:
-        inner, correct, bias = correction
+    inner, correct, bias, offsets = delta
+    if inner is not None and correct is not None and bias is not None:
         output = output + inner @ correct.float() + bias
     if offsets is not None:
         output = output + offsets[chosen].float()
     return output.to(hidden.dtype)
 
 
-def can_find(gate: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether an FFN's neurons can be found ahead: where its rows are for the kernel for Hopper."""
-    return is_supported(gate, up, down)
+def can_prefetch(weights: FFNWeights) -> bool:
+    """Whether an FFN's active neurons can be listed ahead: if the Hopper kernel takes its matrices."""
+    return is_supported(weights.gate, weights.up, weights.down)
 
 
-_WHOLE: ContextVar[bool] = ContextVar("whole passes", default=False)
+_SIDE_STREAM: ContextVar[bool] = ContextVar("side stream", default=False)
 
 
 @contextlib.contextmanager
-def whole_passes() -> Iterator[None]:
-    """Within it layers are called in whole passes through a model, eagerly or in one CUDA graph: a stream that forks off in an FFN is joined in the next.
+def use_side_stream() -> Iterator[None]:
+    """Within it, `sparse_ffn_ahead` lists the next layer's active neurons on a side stream, while attention runs.
 
-    So `sparse_ffn_ahead` finds the next layer's neurons beside attention. Elsewhere it does so before that: what is captured might end in between.
+    The caller must run whole forward passes within it, eagerly or captured in one CUDA graph: the side stream
+    forks in an FFN and joins in the next FFN. Elsewhere the list is made before attention, since a capture
+    could end in between.
     """
-    before = _WHOLE.set(True)
+    before = _SIDE_STREAM.set(True)
     try:
         yield
     finally:
-        _WHOLE.reset(before)
+        _SIDE_STREAM.reset(before)
 
 
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """On a stream that forks off here, in whole passes."""
-    if not _WHOLE.get():
+    """Within it, kernels go to the side stream, which forks off here, if `use_side_stream` is on."""
+    if not _SIDE_STREAM.get():
         yield
         return
     _side_stream(device).wait_stream(torch.cuda.current_stream(device))
@@ -544,6 +631,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _wait_for(active_list: Tensor | None) -> None:
-    """The current stream waits until it is complete."""
-    if active_list is not None and _WHOLE.get():
+    """Let the current stream wait until the active list is complete."""
+    if active_list is not None and _SIDE_STREAM.get():
         torch.cuda.current_stream(active_list.device).wait_stream(_side_stream(active_list.device))

@@ -1,30 +1,28 @@
-"""Masks of the m largest numbers of each row, hard or with a gradient. Shape letters: see `bits.py`."""
+"""Masks of the m largest numbers of each row, without or with a gradient. Shape letters: see `apc.ops`; n rows."""
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from apc.ops._triton import tl, triton
 from apc.ops.bits import describe, on_cpu
 
-LONGEST = 2**15  # numbers that one program holds in registers; longer rows go by torch.topk
-NUMBERS_PER_THREAD = 16
+LONGEST = 2**15  # numbers that one program can keep in registers; longer rows use torch.topk
+_NUMBERS_PER_THREAD = 16
 
 
 @triton.jit
 def largest(height, m):
-    """Unsigned integers [BLOCK] → bool [BLOCK]: exactly m of them, the largest, ties to the lowest place."""
-    # The m-th largest lies from `low` to `high`: at least m are `low` or more, fewer than m above `high`.
+    """The mask bool [BLOCK] of exactly the m largest of unsigned integers [BLOCK], ties to the lowest index."""
+    # Bisection: the m-th largest is from `low` to `high`, as at least m are ≥ low and fewer than m are > high.
     low = tl.min(height, axis=0)
     high = tl.max(height, axis=0)
     while low < high:
         middle = high - ((high - low) >> 1)
         count = tl.sum((height >= middle).to(tl.int32), axis=0)
         low = tl.where(count >= m, middle, low)
-        high = tl.where(
-            count > m, high, tl.where(count == m, middle, middle - 1)
-        )  # exactly m: no need to know the m-th itself
+        # With exactly m numbers ≥ middle the bisection ends: the m-th largest itself is not needed.
+        high = tl.where(count > m, high, tl.where(count == m, middle, middle - 1))
     mask = height >= low
     if tl.sum(mask.to(tl.int32), axis=0) > m:
         above = height > low
@@ -41,21 +39,18 @@ def _top_kernel(
     least_ptr,  # float32 [n], out: the m-th largest
     m,
     D,
-    stride,  # from row to row of values
-    SPREAD_NAN: tl.constexpr,  # whether the mask of a row that holds NaN is NaN
+    stride,  # between rows of values
+    SPREAD_NAN: tl.constexpr,  # whether the mask of a row with a NaN is NaN
     BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    values = (
-        tl.load(values_ptr + n * stride + d, mask=d < D, other=float("-inf")).to(tl.float32) + 0.0
-    )  # + 0.0: there is but one zero
+    values = tl.load(values_ptr + n * stride + d, mask=d < D, other=float("-inf")).to(tl.float32) + 0.0  # -0.0 → 0.0
     nan = values != values
     values = tl.where(nan, float("-inf"), values)
     bits = values.to(tl.uint32, bitcast=True)
-    height = tl.where(
-        d < D, bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000), 0
-    )  # of a number rises with it; 0 is below −∞
+    # Unsigned integers in the order of the floats; 0 is below −∞.
+    height = tl.where(d < D, bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000), 0)
     mask = largest(height, m)
     tl.store(least_ptr + n, tl.min(tl.where(mask, values, float("inf")), axis=0))
     kept = mask.to(tl.float32)
@@ -65,10 +60,12 @@ def _top_kernel(
 
 
 def warps_for(block: int) -> int:
-    return min(max(block // (32 * NUMBERS_PER_THREAD), 1), 32)
+    """The warps of a program that keeps `block` numbers in registers."""
+    return min(max(block // (32 * _NUMBERS_PER_THREAD), 1), 32)
 
 
 def _top_triton(values: Tensor, m: int, dtype: torch.dtype, spread_nan: bool = False) -> tuple[Tensor, Tensor]:
+    """The mask of `dtype` [..., D] and the m-th largest float32 [..., 1]."""
     D = values.shape[-1]
     rows = values.reshape(-1, D) if values.stride(-1) == 1 else values.contiguous().view(-1, D)
     mask = torch.empty(values.shape, dtype=dtype, device=values.device)
@@ -90,13 +87,14 @@ def _check(values: Tensor, m: int) -> None:
 
 def _check_nan(values: Tensor) -> None:
     if values.is_floating_point() and values.isnan().any():
-        raise ValueError(f"values {describe(values)} hold NaN")
+        raise ValueError(f"values {describe(values)} contain NaN")
 
 
 def top_mask(values: Tensor, m: int, check: bool = True) -> Tensor:
-    """numbers [..., D] → bool [..., D]: exactly the m largest of the last dimension, ties to the lowest index.
+    """The mask of exactly the m largest numbers of each row, ties to the lowest index: [..., D] → bool [..., D].
 
-    Raises ValueError unless 1 ≤ m ≤ D, and for NaN, which has no rank; with check=False NaN counts as −∞, and on a GPU the host waits for nothing.
+    Raises ValueError unless 1 ≤ m ≤ D, and for NaN. With check=False NaN counts as −∞, and on a GPU the host
+    does not wait for the device.
     """
     _check(values, m)
     if check:
@@ -114,7 +112,10 @@ def top_mask(values: Tensor, m: int, check: bool = True) -> Tensor:
 
 
 def top_mask_triton(values: Tensor, m: int) -> Tensor:
-    """`top_mask` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; floats of at most 32 bits, rows of up to 32,768."""
+    """`top_mask` by its Triton kernel: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1.
+
+    It takes floats of at most 32 bits and rows of up to 32,768.
+    """
     _check(values, m)
     _check_nan(values)
     if not values.is_floating_point() or values.dtype == torch.float64 or values.shape[-1] > LONGEST:
@@ -125,9 +126,10 @@ def top_mask_triton(values: Tensor, m: int) -> Tensor:
 
 
 def _top_torch(values: Tensor, m: int) -> Tensor:
+    """`top_mask` of values without NaN."""
     least = _mth_largest(values, m)
     mask = values >= least
-    if (mask.sum(-1) == m).all():  # no tie reaches past m; the usual case for floats, and a cumulative sum saved
+    if (mask.sum(-1) == m).all():  # no ties at the m-th: usual for floats, and it saves a cumulative sum
         return mask
     above = values > least
     ties = mask & ~above
@@ -136,16 +138,16 @@ def _top_torch(values: Tensor, m: int) -> Tensor:
 
 
 def _mth_largest(values: Tensor, m: int) -> Tensor:
-    """[..., D] → [..., 1]. On a CPU numpy's partition, five times as fast as torch.topk at D = 1,536, m = 768."""
+    """The m-th largest of each row: [..., D] → [..., 1].
+
+    On a CPU numpy's partition is five times as fast as torch.topk at D = 1,536, m = 768.
+    """
     if values.device.type == "cpu":
         ranked = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
         position = values.shape[-1] - m
         least = np.partition(ranked.detach().numpy(), position, axis=-1)[..., position : position + 1]
         return torch.from_numpy(least).to(values.dtype)
     return values.topk(m, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-
-
-# ---- with a gradient
 
 
 @triton.jit
@@ -198,9 +200,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(scores: Tensor, m: int, temperature: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """float32 [..., D] → `dtype` [..., D]: the mask of each row's m largest as 0 and 1, whose gradient is that of σ((score − the m-th) / temperature).
+    """The mask of each row's m largest scores as 0 and 1, with a straight-through gradient.
 
-    The estimator is Bengio et al.'s (2013). The mask of a row that holds NaN is NaN: nothing waits for the device. Raises ValueError unless 1 ≤ m ≤ D.
+    float32 [..., D] → `dtype` [..., D]. The gradient is that of σ((score − m-th largest) / temperature), the
+    estimator of Bengio et al. (2013). A row with a NaN gets a mask of NaN, so nothing waits for the device.
+    Raises ValueError unless 1 ≤ m ≤ D and the scores are float32.
     """
     return _straight_through(scores, m, temperature, dtype, not on_cpu(scores) and scores.shape[-1] <= LONGEST)
 

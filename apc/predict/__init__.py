@@ -1,1 +1,1 @@
-"""Predictors: from an FFN's input to its cluster, or its neurons."""
+"""Predictors: from an FFN's input to a token's cluster, or to its neurons."""

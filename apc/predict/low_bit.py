@@ -1,9 +1,11 @@
-"""Scores neurons with a copy of the FFN's own gate and up projections at a few bits a weight.
+"""Scores neurons with a low-bit copy of the FFN's own gate and up projections.
 
-What a neuron will do is cheaper to find by a bad copy of its own weights than by a good small network: at one bit a weight the gate is 2.1 % of an
-FFN's bytes, and all of its rank is kept. The idea is SparseInfer's (Shin et al., 2024), which predicts the sign of a ReLU's input from signs of
-weights and inputs; here codes, scales and what a neuron makes of them are trained, and the neurons ranked. Shape letters: L layers, P projections,
-D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of E weights.
+A coarse copy of an FFN's weights predicts its neurons at less cost than a small network of the same quality. At one bit
+a weight, a copied gate takes 2.1 % of the FFN's bytes, and it stays full-rank. The idea is SparseInfer's (Shin et al.,
+2024), which predicts the sign of a ReLU's input from the signs of weights and inputs. Here the levels, their scales and
+the curve that turns a product into a score are trained, and neurons are ranked by their scores.
+
+Shape letters: L layers, P projections, D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of E bits.
 """
 
 from dataclasses import dataclass
@@ -18,15 +20,20 @@ from apc.data.ffn import GatedFFN
 # minimum distortion", 1960).
 SPACING = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 
+Curve = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, slope, power [..., P, D] and bias [..., D]
+
 
 def quantised(weights: Tensor, bits: int) -> Tensor:
-    """The nearest of the levels −(2^b − 1)/2, …, −½, ½, …, (2^b − 1)/2 to each weight, in the weights' shape and dtype."""
+    """Each weight's nearest level out of −(2^b − 1)/2, …, −½, ½, …, (2^b − 1)/2, in the weights' shape and dtype."""
     half = 2 ** (bits - 1)
     return weights.floor().clamp(-half, half - 1) + 0.5
 
 
 class _Quantise(torch.autograd.Function):
-    """`quantised`, whose gradient is 1 within the levels' range and 0 outside it (Hubara et al., Binarized neural networks, 2016)."""
+    """`quantised` with a straight-through gradient (Hubara et al., Binarized neural networks, 2016).
+
+    The gradient is 1 within the range of the levels and 0 outside it.
+    """
 
     @staticmethod
     def forward(ctx, weights: Tensor, bits: int) -> Tensor:
@@ -41,109 +48,127 @@ class _Quantise(torch.autograd.Function):
 
 
 class LowBitScores(nn.Module):
-    """A neuron's score: bias + Σ over projections of slope · z + power · log(1 + z²), where z = scale · (levels of the neuron's row) · (FFN input).
+    """Scores each neuron by bias + Σ over projections of slope · z + power · log(1 + z²).
 
-    About the logarithm of the energy that the neuron will have: for a large z it is 2 log |z|, and where z is near 0 its own noise. In training the levels are
-    those nearest to `weights` float32 [L, P, D, E], in units of their spacing; `frozen` leaves only the levels, as `planes` uint8 [b, L, P, D, W]: plane i
-    holds bit i of each level's index. scale, slope and power: float32 [L, P, D]; bias [L, D].
+    z is scale · (levels of the neuron's row) · (FFN input). A score estimates the logarithm of the neuron's energy: the
+    logarithm is about 2 log |z| for a large z, and the 1 stands for the noise of z near 0.
+
+    While it trains, `weights` float32 [L, P, D, E] are in units of the levels' spacing, and each weight counts as its
+    nearest level. A frozen copy stores only the levels, as `planes` uint8 [b, L, P, D, W]: plane i holds bit i of each
+    level's index. scale, slope, power: float32 [L, P, D]; bias: float32 [L, D].
     """
+
+    weights: nn.Parameter | None
+    planes: Tensor | None
 
     def __init__(
         self, layers: int, hidden_size: int, neurons: int, projections: list[str], bits: int, frozen: bool = False
     ):
         super().__init__()
-        self.hidden_size, self.neurons, self.projections, self.bits, self.frozen = (
-            hidden_size,
-            neurons,
-            list(projections),
-            bits,
-            frozen,
-        )
+        self.hidden_size, self.neurons, self.projections = hidden_size, neurons, list(projections)
+        self.bits, self.frozen = bits, frozen
         shape = (layers, len(projections), neurons)
+        planes_shape = (bits, *shape, ops.row_bytes(hidden_size))
         self.weights = None if frozen else nn.Parameter(torch.zeros(*shape, hidden_size))
-        self.register_buffer(
-            "planes", torch.zeros(bits, *shape, ops.row_bytes(hidden_size), dtype=torch.uint8) if frozen else None
-        )
-        self.scale, self.power, self.slope = (
-            nn.Parameter(torch.ones(shape)),
-            nn.Parameter(torch.ones(shape)),
-            nn.Parameter(torch.zeros(shape)),
-        )
+        self.register_buffer("planes", torch.zeros(planes_shape, dtype=torch.uint8) if frozen else None)
+        self.scale, self.power = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+        self.slope = nn.Parameter(torch.zeros(shape))
         self.bias = nn.Parameter(torch.zeros(layers, neurons))
 
+    @property
+    def curve(self) -> Curve:
+        """scale, slope, power [L, P, D] and bias [L, D]."""
+        return self.scale, self.slope, self.power, self.bias
+
     @torch.no_grad()
-    def start(self, ffns: list[GatedFFN], static_energy: Tensor) -> None:
-        """From the model's own weights, and how much energy each neuron of a layer has on the fit text, [L, D] (in any unit)."""
+    def copy_ffns(self, ffns: list[GatedFFN], static_energy: Tensor) -> None:
+        """Copies the model's own weights.
+
+        static_energy [L, D]: each neuron's energy over the fit text, in any unit; the bias starts as its logarithm.
+        """
+        weights = self._stored()
         for layer, ffn in enumerate(ffns):
-            for place, name in enumerate(self.projections):
+            for index, name in enumerate(self.projections):
                 rows = ffn.projection(name).float()
                 spacing = (rows.std(-1) * SPACING[self.bits]).clamp_min(torch.finfo(torch.float32).tiny)
-                self.weights[layer, place] = rows / spacing.unsqueeze(-1)
-                self.scale[layer, place] = spacing
+                weights[layer, index] = rows / spacing.unsqueeze(-1)
+                self.scale[layer, index] = spacing
         self.bias.copy_(static_energy.clamp_min(1e-6 * static_energy.mean()).log())
 
     def levels(self, layer: slice | int) -> Tensor:
-        """float32 [..., P, D, E] of a layer, or several."""
-        return self._levels(self.planes[:, layer] if self.frozen else self.weights[layer])
+        """Levels of one layer or several, float32 [..., P, D, E]."""
+        return self._levels(self._stored()[layer])
 
-    def _levels(self, held: Tensor) -> Tensor:
+    def _stored(self) -> Tensor:
+        """A view of planes [L, b, P, D, W] if frozen, of weights [L, P, D, E] if not."""
+        if self.planes is not None:
+            return self.planes.transpose(0, 1)
+        assert self.weights is not None
+        return self.weights
+
+    def _levels(self, stored: Tensor) -> Tensor:
+        """Planes [..., b, P, D, W] if frozen, weights [..., P, D, E] if not → levels float32 [..., P, D, E]."""
         if not self.frozen:
-            return _Quantise.apply(held, self.bits)
-        found = torch.full((), 0.5 - 2 ** (self.bits - 1), device=held.device)
-        for place, plane in enumerate(held):
-            found = found + ops.unpack(plane, self.hidden_size) * 2.0**place
-        return found
+            return _Quantise.apply(stored, self.bits)
+        levels = torch.full((), 0.5 - 2 ** (self.bits - 1), device=stored.device)
+        for bit, plane in enumerate(stored.unbind(-4)):
+            levels = levels + ops.unpack(plane, self.hidden_size) * 2.0**bit
+        return levels
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [L, n, E], the FFN inputs → scores float32 [L, n, D]"""
-        return self._scores(hidden, self.levels(slice(None)), self.scale, self.slope, self.power, self.bias)
+        """FFN inputs [L, n, E] → scores float32 [L, n, D]."""
+        return self._scores(hidden, self.levels(slice(None)), self.curve)
 
     def layer(self, layer: int) -> "LayerScores":
-        """One layer's part, which looks at this one's parameters."""
-        held = self.planes[:, layer] if self.frozen else self.weights[layer]
-        return LayerScores(self, held, *(value[layer] for value in (self.scale, self.slope, self.power, self.bias)))
+        """One layer's part, a view of these parameters."""
+        scale, slope, power, bias = self.curve
+        return LayerScores(self, self._stored()[layer], (scale[layer], slope[layer], power[layer], bias[layer]))
 
     def unbind(self) -> list["LayerScores"]:
-        """`layer` of all layers at once: their gradients become one tensor, where each of `layer`'s is a tensor of all layers."""
-        held = self.planes.unbind(1) if self.frozen else self.weights.unbind()
-        curves = (value.unbind() for value in (self.scale, self.slope, self.power, self.bias))
-        return [LayerScores(self, *parts) for parts in zip(held, *curves, strict=True)]
+        """`layer` of all layers at once.
 
-    def _scores(
-        self, hidden: Tensor, levels: Tensor, scale: Tensor, slope: Tensor, power: Tensor, bias: Tensor
-    ) -> Tensor:
-        """hidden [G, n, E], levels [G, P, D, E], scale, slope and power [G, P, D], bias [G, D] → float32 [G, n, D]"""
+        All layers then share one gradient tensor. With `layer` each layer's gradient would be a tensor of all layers.
+        """
+        curves = zip(*(value.unbind() for value in self.curve), strict=True)
+        return [LayerScores(self, *parts) for parts in zip(self._stored().unbind(), curves, strict=True)]
+
+    def _scores(self, hidden: Tensor, levels: Tensor, curve: Curve) -> Tensor:
+        """hidden [G, n, E], levels [G, P, D, E], curve [G, P, D] and [G, D] → float32 [G, n, D]."""
         products = hidden @ levels.flatten(1, 2).transpose(1, 2).to(hidden.dtype)
-        return ops.score_curve(products.unflatten(-1, (len(self.projections), self.neurons)), scale, slope, power, bias)
+        return ops.score_curve(products.unflatten(-1, (len(self.projections), self.neurons)), *curve)
 
     @torch.no_grad()
     def freeze(self) -> "LowBitScores":
-        """A copy that holds the levels as bits; itself if it already does."""
-        return self if self.frozen else self._copy(frozen=True)
+        """A copy that stores the levels as bits; itself if it already does."""
+        if self.frozen:
+            return self
+        copy = self._empty_copy(frozen=True)
+        planes = copy._stored()
+        for layer in range(len(planes)):  # one at a time: the levels of all layers as floats would take gigabytes
+            index = (self.levels(layer) + (2 ** (self.bits - 1) - 0.5)).to(torch.uint8)
+            for bit in range(self.bits):
+                planes[layer, bit] = ops.pack((index >> bit & 1).bool())
+        return copy
 
     @torch.no_grad()
     def thaw(self) -> "LowBitScores":
-        """A copy that can be trained; its weights are the levels themselves where it was frozen."""
-        return self._copy(frozen=False)
+        """A copy that can be trained. The copy of a frozen one starts from the levels."""
+        copy = self._empty_copy(frozen=False)
+        weights = copy._stored()
+        for layer, stored in enumerate(self._stored()):
+            weights[layer] = self._levels(stored) if self.frozen else stored
+        return copy
 
-    def _copy(self, frozen: bool) -> "LowBitScores":
-        layers = len(self.bias)
-        made = LowBitScores(layers, self.hidden_size, self.neurons, self.projections, self.bits, frozen).to(
-            self.bias.device
-        )
-        for name in ("scale", "slope", "power", "bias"):
-            getattr(made, name).copy_(getattr(self, name))
-        for layer in range(layers):  # the levels of all layers as floats would be gigabytes
-            if not frozen:
-                made.weights[layer] = self.levels(layer) if self.frozen else self.weights[layer]
-                continue
-            index = (self.levels(layer) + (2 ** (self.bits - 1) - 0.5)).to(torch.uint8)
-            for place in range(self.bits):
-                made.planes[place, layer] = ops.pack((index >> place & 1).bool())
-        return made
+    def _empty_copy(self, frozen: bool) -> "LowBitScores":
+        """A copy with the same curve, whose weights or planes are zeros."""
+        arguments = (len(self.bias), self.hidden_size, self.neurons, self.projections, self.bits, frozen)
+        copy = LowBitScores(*arguments).to(self.bias.device)
+        for target, value in zip(copy.curve, self.curve, strict=True):
+            target.copy_(value)
+        return copy
 
     def parameters_read(self) -> float:
-        """Parameters of 16 bits that one layer projections for one token."""
+        """Parameters of 16 bits that one layer reads for one token."""
         return len(self.projections) * self.neurons * (self.hidden_size * self.bits / 16 + 3) + self.neurons
 
     def multiplications(self) -> int:
@@ -153,18 +178,18 @@ class LowBitScores(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    """One layer of `LowBitScores`. held: its weights [P, D, E], or its planes [b, P, D, W]; scale, slope, power [P, D]; bias [D]."""
+    """One layer of `LowBitScores`.
 
-    of: LowBitScores
-    held: Tensor
-    scale: Tensor
-    slope: Tensor
-    power: Tensor
-    bias: Tensor
+    stored: its planes [b, P, D, W] if frozen, else its weights [P, D, E]; curve: scale, slope, power [P, D], bias [D].
+    """
+
+    module: LowBitScores
+    stored: Tensor
+    curve: Curve
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [n, E] → scores float32 [n, D]"""
-        parts = (self.of._levels(self.held), self.scale, self.slope, self.power, self.bias)
-        return self.of._scores(hidden.to(self.bias.dtype).unsqueeze(0), *(part.unsqueeze(0) for part in parts)).squeeze(
-            0
-        )
+        """FFN inputs [n, E] → scores float32 [n, D]."""
+        scale, slope, power, bias = (value.unsqueeze(0) for value in self.curve)
+        levels = self.module._levels(self.stored).unsqueeze(0)
+        scores = self.module._scores(hidden.to(bias.dtype).unsqueeze(0), levels, (scale, slope, power, bias))
+        return scores.squeeze(0)

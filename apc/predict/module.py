@@ -1,9 +1,10 @@
-"""Trains a predictor: a LightningModule over blocks of FFN inputs, all layers at once.
+"""Trains a predictor on blocks of FFN inputs, all layers at once.
 
 Shape letters: L layers, E hidden size, K clusters, D neurons, n tokens, T tokens of the fit text.
 """
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,14 @@ from apc.collect.loader import BlockLoader
 from apc.collect.patterns import Block, PatternInfo
 from apc.config.schema import PredictorConfig
 from apc.data.ffn import GatedFFN
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import Predictor, PredictorHeader
 from apc.utils.errors import UserError
 
 WEIGHT_DECAY = 0.01
 
 
 def label_rows(loader: BlockLoader, codebook: Codebook, device: torch.device) -> dict[str, Tensor]:
-    """The nearest cluster of every row this rank owns, int32 [L, T] per site on the device (other rows: 0)."""
+    """The nearest cluster of each row that this rank owns, int32 [L, T] per site, on the device; other rows are 0."""
     info = loader.source.info
     labels = {site: torch.zeros(info.layers, info.tokens, dtype=torch.int32, device=device) for site in info.widths}
     for block in loader.whole_blocks(block_fields(codebook, info)):
@@ -35,12 +36,12 @@ def label_rows(loader: BlockLoader, codebook: Codebook, device: torch.device) ->
 
 
 def block_fields(codebook: Codebook, info: PatternInfo) -> list[str]:
-    """The fields that `nearest_clusters` needs."""
+    """The names of the block fields that `nearest_clusters` reads."""
     return [f"{'importance' if codebook.power else 'patterns'}.{site}" for site in info.widths]
 
 
 def nearest_clusters(codebook: Codebook, block: Block) -> dict[str, Tensor]:
-    """int64 [L, n] per site: the cluster that each row is nearest to."""
+    """The nearest cluster of each row of a block, int64 [L, n] per site."""
     ids = {}
     for site, book in codebook.sites.items():
         rows = block.importance[site] if codebook.power else block.patterns[site]
@@ -52,23 +53,36 @@ def nearest_clusters(codebook: Codebook, block: Block) -> dict[str, Tensor]:
 
 
 def mixed_profiles(codebook: Codebook, site: str, probabilities: Tensor) -> Tensor:
-    """Σ_k p_k · profile_k: probabilities [L, n, K] → expected pattern [L, n, D] (mean 1 over the neurons)."""
+    """The expected pattern Σ_k p_k · profile_k, [L, n, D] with a mean of 1 over neurons; probabilities: [L, n, K]."""
     profiles = codebook.sites[site].profiles.to(probabilities.dtype)
-    return probabilities @ profiles  # [G, K, D] with G = 1 is shared by all layers
+    return probabilities @ profiles  # profiles [G, K, D]: with G = 1 all layers share them
 
 
 class PredictorModule(LightningModule):
-    """Trains a `Predictor` on blocks with FFN inputs; cluster ids come from the codebook, computed once.
+    """Trains a `Predictor`. The codebook labels each row with its nearest cluster, once before training.
 
-    monitor: a block of held-out rows, on which every epoch's figures are measured (top-1, top-5, captured importance and
-    energy of the hard and the soft mask, each per layer and over all).
+    Args:
+        cfg: the configuration's `predictor` part.
+        codebook: the clusters to predict.
+        info: the shapes of the blocks.
+        monitor: a block of held-out rows; `predictor_figures` measures it after each epoch.
+        seed: of the initial weights.
+        log_every: steps between two logged losses.
+        ffns: the model's FFNs, which the low-bit form copies at first; without them it starts from zeros.
     """
 
+    in_order = False  # blocks come in random order
+
     def __init__(
-        self, cfg: PredictorConfig, codebook: Codebook, info: PatternInfo, monitor: Block | None = None, seed: int = 0, log_every: int = 20,
+        self,
+        cfg: PredictorConfig,
+        codebook: Codebook,
+        info: PatternInfo,
+        monitor: Block | None = None,
+        seed: int = 0,
+        log_every: int = 20,
         ffns: list[GatedFFN] | None = None,
-    ):  # fmt: skip
-        """ffns: the model's, which the low-bit form begins as a copy of; without them it begins as zeros."""
+    ):
         super().__init__()
         if cfg.loss != "ce" and not info.with_importance:
             raise UserError(
@@ -79,41 +93,50 @@ class PredictorModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.predictor = Predictor(
-                info.layers,
-                info.hidden_size,
-                cfg.bottleneck,
-                outputs,
-                cfg.form,
-                cfg.lookahead,
-                bits=cfg.bits,
-                low_bit_projections=cfg.low_bit_projections,
+                PredictorHeader(
+                    layers=info.layers,
+                    hidden_size=info.hidden_size,
+                    bottleneck=cfg.bottleneck,
+                    outputs=outputs,
+                    form=cfg.form,
+                    lookahead=cfg.lookahead,
+                    bits=cfg.bits,
+                    low_bit_projections=list(cfg.low_bit_projections),
+                )
             )
-        if cfg.form == "low-bit" and ffns is not None:
+        if self.predictor.low_bit is not None and ffns is not None:
             book = codebook.sites["neuron"]
             energy = torch.linalg.vecdot(book.sizes.float().unsqueeze(1), book.profiles.float().transpose(1, 2))
-            self.predictor.low_bit.start(ffns, energy.expand(info.layers, -1))
+            self.predictor.low_bit.copy_ffns(ffns, energy.expand(info.layers, -1))
         self.labels: dict[str, Tensor] = {}
         self.history: list[dict] = []
         self.figures: dict = {}
 
-    in_order = False  # blocks come shuffled
+    @property
+    def _loader(self) -> BlockLoader:
+        return self.trainer.datamodule.loader  # type: ignore[attr-defined]  # Lightning sets it without declaring it
 
     def get_extra_state(self) -> dict:
+        """The logged history and the monitor's figures, for a checkpoint."""
         return {"history": self.history, "figures": self.figures}
 
     def set_extra_state(self, state: dict) -> None:
+        """Restores what `get_extra_state` returned."""
         self.history, self.figures = state["history"], state["figures"]
 
     def fields(self) -> list[str]:
-        """The fields of a block that a step reads."""
+        """The names of the block fields that a step reads."""
         sites, cfg = list(self.info.widths), self.cfg
         active = [f"patterns.{site}" for site in sites] if cfg.form != "cluster" and cfg.loss != "listwise" else []
         importance = [f"importance.{site}" for site in sites] if cfg.loss != "ce" else []
         return ["hidden", *active, *importance]
 
     def working_bytes(self) -> int:
-        """About what training holds on the device besides its batch: weights, gradients and two moments; the codebook and its profiles as
-        floats; labels; scores of a step, and shares and weights of every neuron where the loss needs them."""
+        """About how many bytes training takes on the device, besides its batch.
+
+        These are weights, gradients and two moments; the codebook, and its profiles as floats; labels; the scores of a
+        step; and each neuron's share and weight if the loss needs them.
+        """
         neurons = sum(self.info.widths.values()) if self.cfg.loss != "ce" else 0
         step = 8 * 4 * self.info.layers * self.cfg.batch_tokens * (sum(self.predictor.outputs.values()) + neurons)
         books = sum(6 * book.profiles.numel() + book.centroids.numel() for book in self.codebook.sites.values())
@@ -121,25 +144,28 @@ class PredictorModule(LightningModule):
         return 16 * sum(value.numel() for value in self.parameters()) + step + books + labels
 
     def on_fit_start(self) -> None:
+        """Moves codebook and monitor to the device, and labels the rows."""
         self.codebook = self.codebook.to(self.device)
         if self.cfg.form == "cluster":
-            self.labels = label_rows(self.trainer.datamodule.loader, self.codebook, self.device)
+            self.labels = label_rows(self._loader, self.codebook, self.device)
         if self.monitor is not None:
             self.monitor = self.monitor.to(self.device)
 
     def configure_optimizers(self):
+        """AdamW with a one-cycle learning rate."""
         groups = self.predictor.param_groups(self.cfg.lr)
-        decay = 0.0 if self.cfg.form == "low-bit" else WEIGHT_DECAY  # towards 0 a level has no meaning
+        decay = 0.0 if self.cfg.form == "low-bit" else WEIGHT_DECAY  # its weights stand for levels
         optimizer = torch.optim.AdamW(groups, lr=self.cfg.lr, weight_decay=decay)
-        steps = len(self.trainer.datamodule.loader) * self.cfg.max_epochs
+        steps = len(self._loader) * self.cfg.max_epochs
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in groups], total_steps=max(2, steps), pct_start=0.1
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, block: Block, batch_index: int) -> Tensor:
-        logits = self.predictor(block.hidden)
-        loss = sum(self._loss(site, scores, block) for site, scores in logits.items()) / len(logits)
+        """The loss of a block, averaged over its sites. Raises UserError if it is not finite."""
+        losses = [self._loss(site, scores, block) for site, scores in self.predictor(block.hidden).items()]
+        loss = sum(losses[1:], start=losses[0]) / len(losses)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the predictor's loss is not finite at step {self.global_step}; lower predictor.lr (now {self.cfg.lr})"
@@ -151,17 +177,17 @@ class PredictorModule(LightningModule):
                 {
                     "predictor/step": step,
                     "predictor/loss": loss.item(),
-                    "predictor/lr": self.lr_schedulers().get_last_lr()[0],
+                    "predictor/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
                 }
             )
         return loss
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log(self, metrics: dict[str, Any]) -> None:
         for logger in self.loggers:
             logger.log_metrics(metrics)
 
     def _loss(self, site: str, scores: Tensor, block: Block) -> Tensor:
-        """Mean over layers and tokens; scores [L, n, K or D]."""
+        """A site's loss, the mean over layers and tokens; scores: [L, n, K or D]."""
         cfg, terms = self.cfg, []
         if cfg.loss in ("ce", "mix"):
             if cfg.form == "cluster":
@@ -174,41 +200,45 @@ class PredictorModule(LightningModule):
             weights = block.importance[site].to(scores.dtype).pow(max(self.codebook.power, 1))
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
             terms.append(-(weights * self._log_shares(site, scores)).sum(-1).mean())
-        return sum(terms)
+        return sum(terms[1:], start=terms[0])
 
     def _log_shares(self, site: str, scores: Tensor) -> Tensor:
-        """log of each neuron's predicted share of the token's weight, [L, n, D] (ListNet's top-one probabilities, Cao et al., 2007)."""
+        """Logarithm of each neuron's predicted share of the token's weight, [L, n, D].
+
+        These are ListNet's top-one probabilities (Cao et al., 2007).
+        """
         if self.cfg.form != "cluster":
             return scores.log_softmax(-1)
         shares = mixed_profiles(self.codebook, site, scores.softmax(-1)) / self.info.widths[site]
         return shares.clamp_min(1e-12).log()
 
     def on_train_epoch_end(self) -> None:
+        """Measures and logs the figures of the held-out rows."""
         if self.monitor is not None and self.monitor.tokens:
             self.figures = predictor_figures(self.predictor, self.codebook, self.monitor)
             overall = {f"predictor/{name}": sum(values) / len(values) for name, values in self.figures.items()}
-            layers = {
-                f"predictor_layers/{name}_{i:02d}": value
-                for name, values in self.figures.items()
-                for i, value in enumerate(values)
-            }
+            layers = {f"predictor_layers/{name}": values for name, values in self.figures.items()}
             self._log({"predictor/step": self.global_step} | overall | layers)
 
     def trained(self, provenance: dict) -> Predictor:
-        """The predictor as it stands, on the host."""
+        """The predictor as trained so far, on the host, with this provenance and the configuration."""
         self.predictor.provenance = provenance | {"config": asdict(self.cfg)}
         return self.predictor.cpu().requires_grad_(False).eval().rounded()
 
 
 def _top_masks(scores: Tensor, sizes: list[int]) -> Tensor:
-    """bool [L, n, D]: of scores [L, n, D] each layer's so many largest of every token."""
+    """Masks bool [L, n, D] of each token's largest scores; scores: [L, n, D], sizes: how many in each layer."""
     return torch.stack([ops.top_mask(layer, m) for layer, m in zip(scores, sizes, strict=True)])
 
 
 @torch.inference_mode()
 def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) -> dict[str, list[float]]:
-    """Per layer, over the block's rows: top-1 and top-5 share (cluster form), and the importance and energy that the predicted
-    masks capture, where the block has importances: of the likeliest cluster (`hard`) and of the mixed profiles (`soft`)."""
+    """Figures of a predictor on the rows of a block, by name, each a list by layer.
+
+    In the cluster form these are the top-1 and top-5 accuracy. If the block has importances, they include the shares of
+    importance and energy that predicted masks capture: the centroid of the likeliest cluster (`hard`), and in the
+    cluster form the mixed profiles (`soft`).
+    """
     figures: dict[str, Tensor] = {}
     ids = nearest_clusters(codebook, block) if predictor.form == "cluster" else {}
     for site, scores in predictor(block.hidden).items():
@@ -218,10 +248,8 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
         if predictor.form == "cluster":
             best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices
             hits = best == ids[site].unsqueeze(-1)
-            figures[f"top1_{site}"], figures[f"top5_{site}"] = (
-                hits[..., 0].double().mean(1),
-                hits.any(-1).double().mean(1),
-            )
+            figures[f"top1_{site}"] = hits[..., 0].double().mean(1)
+            figures[f"top5_{site}"] = hits.any(-1).double().mean(1)
             layers = torch.arange(len(scores), device=scores.device).unsqueeze(1)
             groups = torch.zeros_like(layers) if codebook.scope == "pooled" else layers
             masks["hard"] = ops.unpack(codebook.sites[site].centroids[groups, best[..., 0]], D)

@@ -1,9 +1,11 @@
-"""What goes along with a training: its end at a SIGTERM, checkpoints to go on from, figures on held-out text, and the way of its metrics to `Tracking`."""
+"""Lightning callbacks of a training: ending at a SIGTERM, checkpoints, held-out figures, progress, and logging."""
 
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
@@ -15,6 +17,7 @@ from apc.evaluate.evaluator import Evaluator
 from apc.run.tracking import Tracking
 from apc.utils import distributed, signals
 from apc.utils.files import replacing
+from apc.utils.progress import progress
 from apc.utils.tensor_files import digest_of
 
 CHECKSUM = "sha256"  # of a checkpoint
@@ -23,75 +26,87 @@ MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 
 
 class CheckedCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints with a checksum of all that they hold, which a training that is gone on with looks at."""
+    """Lightning's checkpoints plus a checksum of their content, which `checksum_problem` compares."""
 
-    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
+        """Writes the checkpoint with its checksum."""
         super().save_checkpoint(checkpoint | {CHECKSUM: digest_of(checkpoint)}, path, storage_options)
 
 
 def checksum_problem(checkpoint: dict) -> str | None:
-    """What is wrong with a checkpoint that was read; None if it is what was saved."""
-    said = checkpoint.get(CHECKSUM)
-    same = said == digest_of({name: value for name, value in checkpoint.items() if name != CHECKSUM})
-    return None if same else "it has no checksum" if said is None else "it does not hold what its checksum says"
+    """Why a checkpoint is not as it was saved; None if it is."""
+    saved = checkpoint.get(CHECKSUM)
+    if saved is None:
+        return "it has no checksum"
+    content = {name: value for name, value in checkpoint.items() if name != CHECKSUM}
+    return None if saved == digest_of(content) else "checksum mismatch"
 
 
 class EndTogether(Callback):
-    """Ends a training that a SIGTERM asks to, after a step: with several processes all after the same, whichever was asked.
+    """Ends a training after the current step if a SIGTERM asks for it; all ranks end after the same step.
 
-    In place of what Lightning does with several: it goes by the first one alone, and waits for the GPU in each step to learn of it.
+    It replaces Lightning's way for several ranks, which ignores a SIGTERM to any rank but the first and waits for the
+    GPU in every step. Here the ranks agree through a gloo all-reduce each step.
     """
 
     def __init__(self) -> None:
         self._vote: distributed.Vote | None = None
-        self._noted = False  # by this process, of several
+        self._signalled = False  # this rank, one of several
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Replaces Lightning's handler and its broadcast."""
         if trainer.world_size > 1:
-            trainer._signal_connector._sigterm_notifier_fn = self._note
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            # Lightning has no public hook for either.
+            trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[assignment,method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
             self._vote = distributed.Vote()
 
     def _note(self, signum: int, frame: object) -> None:
-        self._noted = True
+        self._signalled = True
 
     @property
     def _asked(self) -> bool:
-        return self._noted or signals.asked()
+        return self._signalled or signals.asked()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if (
-            self._vote.close(self._asked) if self._vote else self._asked
-        ):  # before Lightning listens, which it does only when all is set up
+        """Ends at once if a SIGTERM came during the setup, when Lightning does not listen yet."""
+        if self._vote.close(self._asked) if self._vote else self._asked:
             raise SIGTERMException
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_index: int
+    ) -> None:
+        """Tells Lightning to stop if any rank was asked to."""
         if self._vote and self._vote.say(self._asked):
-            trainer._signal_connector.received_sigterm = True  # by which Lightning ends its loops
+            trainer._signal_connector.received_sigterm = True  # Lightning's loops check this
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._vote and self._vote.close(self._asked):  # in the last step, or in what came after it
+        """Raises SIGTERMException if the SIGTERM came in the last step or after it."""
+        if self._vote and self._vote.close(self._asked):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Makes later SIGTERMs harmless: the launcher sends one to every rank as soon as the first has ended."""
         if isinstance(exception, SIGTERMException):
-            signals.ask()  # that another SIGTERM, as the launcher sends to all when one has left, ends nothing half-way
+            signals.ask()
 
 
 class ResumePoint(Checkpoint):
-    """Keeps one checkpoint, `path`, whole at every moment: after each epoch and every `every_n_steps` steps within one, but for those that
-    come so soon after the last that writing would take more than a tenth of the time. Also when a SIGTERM ends the training (see `EndTogether`).
+    """Keeps one checkpoint file, `path`, complete at every moment.
 
-    It runs after all other hooks of an epoch's end, so that it holds what they changed.
+    It is written after each epoch, every `every_n_steps` steps within one, and when a SIGTERM ends the training.
+    Writing takes at most a tenth of the time: checkpoints that come too soon after the last one are skipped. Lightning
+    calls it after all other hooks of an epoch's end, so their changes are in the checkpoint.
     """
 
-    def __init__(self, path: Path, every_n_steps: int):
+    def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
         self._due = time.monotonic()
 
     def _save(self, trainer: Trainer, in_time: bool = True) -> None:
+        """in_time: whether to skip a checkpoint that comes too soon."""
         start = time.monotonic()
-        if in_time and trainer.strategy.broadcast(start < self._due):  # one rank's clock for all
+        if in_time and trainer.strategy.broadcast(start < self._due):  # the first rank's clock decides for all
             return
         if distributed.is_main():
             with replacing(self.path) as temporary:
@@ -99,27 +114,37 @@ class ResumePoint(Checkpoint):
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
         else:
-            trainer.save_checkpoint(self.path)  # in which the others have their part, and write nothing
+            trainer.save_checkpoint(self.path)  # takes part in the exchange and writes nothing
         end = time.monotonic()
         self._due = end + 9 * (end - start)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_index: int
+    ) -> None:
+        """Saves every `every_n_steps` steps, but not after an epoch's last, when `on_train_epoch_end` does."""
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Saves after an epoch."""
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Saves when a SIGTERM ends the training."""
         if isinstance(exception, SIGTERMException):
             self._save(trainer, in_time=False)
-            distributed.barrier()  # the launcher ends the others when one has ended
+            distributed.barrier()  # the launcher kills the others once one rank has ended
 
 
 class MonitorPolicies(Callback):
-    """During a training: perplexity and figures of some policies on the monitored windows, every few epochs and at the end.
+    """Logs perplexity and mask figures of some policies on the held-out windows, every few epochs and at the end.
 
-    evaluator_of: makes an `Evaluator` over the monitored windows from the module as it stands; stage: the metrics' prefix.
+    Args:
+        stage: the metrics' prefix.
+        policies: their names.
+        evaluator_of: makes an `Evaluator` on the held-out windows from the module as it stands.
+        every: epochs between measurements.
+        last: number of the last epoch.
     """
 
     def __init__(
@@ -129,66 +154,100 @@ class MonitorPolicies(Callback):
         evaluator_of: Callable[[LightningModule], Evaluator],
         every: int,
         last: int,
-    ):
-        self._stage, self._policies, self._evaluator_of, self._every, self._last = (
-            stage,
-            policies,
-            evaluator_of,
-            every,
-            last,
-        )
+    ) -> None:
+        self._stage, self._policies, self._evaluator_of = stage, policies, evaluator_of
+        self._every, self._last = every, last
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measures the policies if it is time."""
         epoch = trainer.current_epoch + 1
         if epoch % self._every and epoch != self._last and not trainer.should_stop:
             return
-        trainer.datamodule.loader.release()  # the model's pass needs the memory, and no source may run the model meanwhile
-        shown: dict[str, float] = (
+        # The evaluation needs the device memory, and no other source may run the model meanwhile.
+        trainer.datamodule.loader.release()  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        row: dict[str, Any] = (
             {"cluster/epoch": epoch} if self._stage == "cluster" else {f"{self._stage}/step": trainer.global_step}
         )
         training = module.training
         for record in self._evaluator_of(module.eval()).policies(self._policies, progress=False):
             prefix = f"monitor_{record['policy']}_"
-            shown |= {
-                f"{self._stage}/{prefix}{name}": record[name] for name in MONITORED if record.get(name) is not None
-            }
-            for name in LAYER_MONITORED:
-                layers = enumerate(record["per_layer"][name])
-                shown |= {
-                    f"{self._stage}_layers/{prefix}{name}_{layer:02d}": value
-                    for layer, value in layers
-                    if value is not None
-                }
+            row |= {f"{self._stage}/{prefix}{name}": record[name] for name in MONITORED if record.get(name) is not None}
+            row |= {f"{self._stage}_layers/{prefix}{name}": record["per_layer"][name] for name in LAYER_MONITORED}
         module.train(training)
         for logger in trainer.loggers:
-            logger.log_metrics(shown)
+            logger.log_metrics(row)
+
+
+# The figure beside each training's bar, from the module's latest history record.
+_FIGURES: dict[str, Callable[[dict], str]] = {
+    "cluster": lambda record: f"captured {100 * record['captured']:.2f} %",
+    "predict": lambda record: f"loss {record['loss']:.4f}",
+    "tune": lambda record: f"divergence {record['divergence']:.4f} nats",
+}
+
+
+class TrainingProgress(Callback):
+    """One bar for a whole training: its pass, and captured importance, loss or divergence."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._open = ExitStack()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Opens the bar at the step where the training resumes."""
+        steps = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+        steps = min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+        self._bar = self._open.enter_context(progress(steps, self._stage))
+        self._bar.update(trainer.global_step, self._figure(trainer, module))
+
+    def _figure(self, trainer: Trainer, module: LightningModule) -> str:
+        history: list[dict] = module.history  # type: ignore[assignment]  # each of our modules has one
+        shown = f", {_FIGURES[self._stage](history[-1])}" if history else ""
+        return f"pass {trainer.current_epoch + 1} of {trainer.max_epochs}{shown}"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_index: int
+    ) -> None:
+        """Advances the bar."""
+        self._bar.update(1, self._figure(trainer, module))
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Closes the bar."""
+        self._open.close()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Closes the bar."""
+        self._open.close()
 
 
 class TrackingLogger(Logger):
-    """Forwards what a LightningModule logs to `Tracking.log`."""
+    """Forwards a LightningModule's metrics to `Tracking.log`."""
 
     def __init__(self, tracking: Tracking) -> None:
         super().__init__()
         self._tracking = tracking
 
-    # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints: with both empty, that is the run's own folder.
+    # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints, so empty strings keep the run's folder.
     @property
     def name(self) -> str:
+        """Empty."""
         return ""
 
     @property
     def version(self) -> str:
+        """Empty."""
         return ""
 
     @property
     def save_dir(self) -> str:
+        """The run's folder."""
         return str(self._tracking.folder)
 
     def log_hyperparams(self, *args: object, **kwargs: object) -> None:
-        """Nothing: the whole config was recorded when the run began."""
+        """Does nothing: the run's start recorded the whole configuration."""
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Logs one row. Lightning's bare `epoch` and step become the family's own step metric where the module logged none."""
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Logs one row. Lightning's `epoch` and `step` become the family's step metric if the module logged none."""
         row = dict(metrics)
         epoch = row.pop("epoch", None)
         if not row:
@@ -198,5 +257,5 @@ class TrackingLogger(Logger):
             if value is not None and any(key.startswith(family) for key in row):
                 row.setdefault(step_metric, int(value))
         if epoch is not None and not any("/" in key for key in row):
-            row["epoch"] = int(epoch)  # a callback's bare key (`lr-AdamW`) has no other axis
+            row["epoch"] = int(epoch)  # a callback's own key, e.g. `lr-AdamW`, has no other axis
         self._tracking.log(row)

@@ -1,4 +1,4 @@
-"""What `train.py` and `evaluate.py` share: words of the command line, ranks, and how errors end a run."""
+"""The command line that `train` and `evaluate` share: arguments, ranks, and how errors end a run."""
 
 import argparse
 import ctypes
@@ -14,19 +14,27 @@ from apc.config.schema import Config
 from apc.utils import signals
 from apc.utils.errors import UserError
 from apc.utils.exits import GO_ON, nobody_reads, one_line_errors
+from apc.utils.packages import require_extra
+from apc.utils.progress import hide_library_bars
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main(
     description: str,
-    run: Callable[[Config], dict],
+    run: Callable[[Config, bool], dict],
     defaults: Callable[[str | None, list[str]], Config] = load_config,
     dry_run: Callable[[Config], str] | None = None,
 ) -> None:
-    """Reads the command line, starts the ranks where there are several, and calls `run(config)`.
+    """Reads the command line, starts the ranks if there are several, and calls `run(config, wide)`.
 
-    dry_run: what `--dry-run` prints instead; None: there is no such flag. Errors end as in `one_line_errors`.
+    Args:
+        description: the top of `--help`.
+        run: the program; wide: whether its tables show all columns (`--wide`).
+        defaults: makes the configuration from a file and overrides.
+        dry_run: makes the text that `--dry-run` prints; None: there is no such flag.
+
+    Errors end the process as in `one_line_errors`.
     """
     with one_line_errors(GO_ON):
         options = _parse(description, dry_run is not None)
@@ -36,34 +44,42 @@ def main(
         if options.print_config:
             print(to_yaml(cfg), end="")
             return
+        require_extra("train")
+        quiet_libraries(cfg.trainer.progress)
         if dry_run is not None and options.dry_run:
-            quiet_libraries()
             print(dry_run(cfg))
             return
-        from apc.run.folder import new_name
-        from apc.run.launch import check_launched, launch
-
-        quiet_libraries()
         _keep_freed_memory()
         signal.signal(signal.SIGTERM, signals.terminate)
-        if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", cfg.trainer.devices * cfg.trainer.num_nodes)) > 1:
-            raise UserError(
-                f"model.device_map={cfg.model.device_map}: spreads one process over all GPUs; set trainer.devices=1, or leave it out"
-            )
-        if "WORLD_SIZE" in os.environ:
-            check_launched(cfg)
-        elif cfg.trainer.devices * cfg.trainer.num_nodes > 1:
-            sys.exit(launch(cfg))
-        if cfg.run.name is None:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
-            cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
+        named = _start_ranks(cfg)
         try:
-            run(cfg)
+            run(named, options.wide)
         except BrokenPipeError:
             if nobody_reads():
-                print(f"stdout: what read it has gone; {GO_ON}", file=sys.stderr)
+                print(f"stdout was closed by its reader; {GO_ON}", file=sys.stderr)
             raise
+
+
+def _start_ranks(cfg: Config) -> Config:
+    """The configuration with the run's name. Where several ranks are to be started, starts them and exits instead."""
+    from apc.run.folder import new_name
+    from apc.run.launch import check_launched, launch
+
+    processes = cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", processes)) > 1:
+        raise UserError(
+            f"model.device_map={cfg.model.device_map}: spreads one process over all GPUs; set trainer.devices=1, "
+            "or leave it out"
+        )
+    if "WORLD_SIZE" in os.environ:
+        check_launched(cfg)
+    elif processes > 1:
+        sys.exit(launch(cfg))
+    if cfg.run.name is not None:
+        return cfg
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
+    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
 
 
 def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:
@@ -73,25 +89,32 @@ def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:
     parser.add_argument(
         "words", nargs="*", metavar="file.yaml | key=value | group=name", help="a YAML file first, then overrides"
     )
+    parser.add_argument("--wide", action="store_true", help="print tables with all columns, in lines of any length")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     if with_dry_run:
         parser.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="print what the run would take (disk, memory, seconds, estimated) and stop",
+            "--dry-run", action="store_true", help="estimate the run's disk space, memory and seconds, and stop"
         )
     return parser.parse_intermixed_args()
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks: each step allocates the same large tensors anew, and fresh pages cost a tenth of a CPU run."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    """Tells glibc to keep freed blocks.
+
+    Each step allocates the same large tensors again, and fresh pages take a tenth of a run on the CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def quiet_libraries() -> None:
-    """Leaves warnings and errors of the libraries, not their greetings. Lightning's import takes that back."""
+def quiet_libraries(bars: bool = True) -> None:
+    """Silences the libraries' greetings, not their warnings, and their bars unless `bars` and stderr is a terminal.
+
+    Importing Lightning undoes the first part, so call this again afterwards.
+    """
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "datasets", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not (bars and sys.stderr.isatty()):
+        hide_library_bars()

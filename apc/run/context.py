@@ -21,7 +21,7 @@ from apc.run.tracking import Tracking
 class RunContext:
     """One run: its configuration, model, folder, metrics and clock.
 
-    run: the folder that holds its trainings; an evaluation of it writes to a folder of its own.
+    run: the folder with the run's trainings. An evaluation reads it and writes to a folder of its own.
     """
 
     cfg: Config
@@ -35,7 +35,10 @@ class RunContext:
 
 @dataclass(frozen=True)
 class HeldOutMonitor:
-    """Held-out windows, int64 [n, seq_len], that trainings are measured on, and how to run the model on them. n may be 0."""
+    """Held-out windows that trainings are measured on, and how to run the model on them.
+
+    windows: int64 [n, seq_len]; n may be 0.
+    """
 
     windows: Tensor
     collector: Collector
@@ -43,6 +46,7 @@ class HeldOutMonitor:
     seed: int
 
     def evaluator(self, codebook: Codebook, predictor: Predictor | None = None) -> Evaluator:
+        """An evaluator of this codebook and predictor on the held-out windows."""
         collector = self.collector
         return Evaluator(
             collector.model, codebook, predictor, self.windows, collector.device, collector.batch_windows, self.seed

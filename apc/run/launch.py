@@ -1,4 +1,4 @@
-"""Starts one process per device, and checks what a launcher started."""
+"""Starts one process per device, and checks the processes that another launcher started."""
 
 import os
 import secrets
@@ -13,61 +13,67 @@ from apc.utils.exits import GO_ON
 
 
 def check_launched(cfg: Config) -> None:
-    """Raises UserError where the launcher started another number of processes than the configuration names."""
+    """Raises UserError if the launcher started another number of processes than the configuration names."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     started = {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+    options = {"devices": "--nproc-per-node", "num_nodes": "--nnodes"}
     for key, count in started.items():
-        if getattr(cfg.trainer, key) not in (1, count):
-            option = {"devices": "--nproc-per-node", "num_nodes": "--nnodes"}[key]
+        wanted = getattr(cfg.trainer, key)
+        if wanted not in (1, count):
             raise UserError(
-                f"trainer.{key}={getattr(cfg.trainer, key)}: torchrun started {count}; give it {option}={getattr(cfg.trainer, key)}, or leave the key out"
+                f"trainer.{key}={wanted}: torchrun started {count}; give it {options[key]}={wanted}, "
+                "or leave the key out"
             )
 
 
 def launch(cfg: Config) -> int:
-    """Runs this very command line once for each device, as torchrun does, and returns the exit code."""
+    """Runs this command line once per device, as torchrun does, and returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    devices = cfg.trainer.devices
     if cfg.trainer.num_nodes > 1:
         raise UserError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes}: start this through torchrun on every machine, with run.name=NAME"
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start this through torchrun on every machine, "
+            "with run.name=NAME"
         )
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1:
         raise UserError(
-            f"trainer.devices={cfg.trainer.devices}: srun started {os.environ['SLURM_STEP_NUM_TASKS']} of these, and each would start as many; "
-            "start one, srun --ntasks=1, or one torchrun on every machine, srun --ntasks-per-node=1 torchrun …"
+            f"trainer.devices={devices}: srun started {tasks} of these, and each would start as many; start one, "
+            "srun --ntasks=1, or one torchrun on every machine, srun --ntasks-per-node=1 torchrun …"
         )
-    for local_rank in range(cfg.trainer.devices):
+    for local_rank in range(devices):
         resolve_device(cfg.model.device, local_rank)
     name = [] if cfg.run.name else [f"run.name={new_name()}"]  # one folder for all ranks
     settings = LaunchConfig(
-        1,
-        1,
-        cfg.trainer.devices,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=secrets.token_hex(4),
         max_restarts=0,
     )
-    if "OMP_NUM_THREADS" not in os.environ:  # ranks whose threads wait for each other's cores are ten times slower
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks are ten times slower when their threads compete for cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // devices))
     try:
         elastic_launch(settings, sys.executable)(*_program(), *sys.argv[1:], *name)
-    except SignalException as error:  # after it has ended the ranks
+    except SignalException as error:  # the ranks have ended by then
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:
-                cause = (
-                    f"{failure.signal_name()}{', as for want of memory' if failure.exitcode == -signal.SIGKILL else ''}"
+                hint = ", perhaps out of memory" if failure.exitcode == -signal.SIGKILL else ""
+                print(
+                    f"error: rank {rank} was killed ({failure.signal_name()}{hint}), and all others with it; {GO_ON}",
+                    file=sys.stderr,
                 )
-                print(f"error: rank {rank} was killed ({cause}), and all others with it; {GO_ON}", file=sys.stderr)
         return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
     return 0
 
 
 def _program() -> list[str]:
-    """What Python runs: a script, or `-m apc COMMAND` where the command `apc` was called."""
+    """The words after `python`: a script, or `-m apc COMMAND` for the command `apc`."""
     return [sys.argv[0]] if os.path.isfile(sys.argv[0]) else ["-m", *sys.argv[0].split()]

@@ -1,4 +1,4 @@
-"""The last stage: policies on scored text, written and logged as table, figures and results.json."""
+"""The last stage: scores the policies and writes the table's figures to results.json, plots and W&B."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from apc.cluster.codebook import Codebook
 from apc.data.models import batch_windows, model_name
 from apc.data.text import Windows
-from apc.evaluate import figures
+from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
 from apc.predict.predictor import Predictor
 from apc.run.context import RunContext
@@ -16,7 +16,7 @@ from apc.run.tracking import Tracking
 from apc.sparse.policies import choose_policies, default_policies
 from apc.utils import distributed
 
-SHOWN = (
+TABLE_FIGURES = (
     "perplexity",
     "ratio",
     "density",
@@ -28,10 +28,13 @@ SHOWN = (
     "bytes_share",
     "flops_share",
 )
+SUMMARY_FIGURES = ("perplexity", "ratio", "bytes_share")  # W&B's columns of runs; the table has all of them
+LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
+SPEED_FIGURES = ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")
 
 
 def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, folder: Path) -> dict:
-    """Evaluates the policies, and writes `folder`/results.json and figures/. Returns the results (docs/files.md)."""
+    """Scores the policies, writes `folder`/results.json and figures/, and returns the results (docs/files.md)."""
     cfg, device, watch = context.cfg, context.device, context.watch
     names, left_out = choose_policies(cfg.policies, codebook, predictor)
     missing = [{"policy": name, "missing": reason} for name, reason in left_out.items()]
@@ -39,7 +42,8 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
         context.model, codebook, predictor, scored.tokens, device, batch_windows(cfg, device), cfg.seed
     )
     order = cfg.policies or default_policies()
-    records = sorted(evaluator.policies(names) + missing, key=lambda record: order.index(record["policy"]))
+    measured = evaluator.policies(names, cfg.trainer.progress, _print_row)
+    records = sorted(measured + missing, key=lambda record: order.index(record["policy"]))
     watch.lap("evaluate")
     results = {
         "conditions": conditions(context, codebook, predictor, scored),
@@ -62,8 +66,14 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     return results
 
 
+def _print_row(record: dict) -> None:
+    """Prints a policy's row of the table as soon as the policy is done."""
+    if distributed.is_main():
+        print(tables.policy_row(record), flush=True)
+
+
 def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows) -> dict:
-    """What the figures hold for. No table or figure goes without it."""
+    """The conditions of the figures: model, texts, settings, hardware. Every table and plot states them."""
     cfg, device, model = context.cfg, context.device, context.model
     made = codebook.provenance
     tuned = made.get("tune")
@@ -99,7 +109,7 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
 
 
 def tuned_policy(tuned: dict) -> str:
-    """The policy that a codebook's provenance says it was tuned for. Files of version 0.1 call it the arm."""
+    """The policy that a codebook was tuned for, from its provenance. Version 0.1 called it the arm."""
     return tuned["policy"] if "policy" in tuned else tuned["arm"]
 
 
@@ -113,36 +123,31 @@ def _described(predictor: Predictor) -> str:
 
 
 def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
-    """Figures beside the results, and everything to the run's record."""
-    ran = [record for record in results["policies"] if not record["missing"]]
+    """Plots beside the results; summary, tables and plots to the run's record."""
+    measured = [record for record in results["policies"] if not record["missing"]]
     tracking.summary(
         {
             f"eval/{record['policy']}/{name}": record[name]
-            for record in ran
-            for name in SHOWN
+            for record in measured
+            for name in SUMMARY_FIGURES
             if record[name] is not None
         }
     )
     for record in (results.get("speed") or {}).get("policies", []):
-        tracking.summary(
-            {
-                f"speed/{record['policy']}/{name}": record[name]
-                for name in ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")
-            }
-        )
-    columns = ["policy", *SHOWN]
-    tracking.table("eval/policies", columns, [[record["policy"], *(record[name] for name in SHOWN)] for record in ran])
-    layer_rows = [
-        [
-            record["policy"],
-            layer,
-            *(record["per_layer"][name][layer] for name in ("density", "coverage", "precision", "captured_importance")),
-        ]
-        for record in ran
-        for layer in range(len(record["per_layer"]["density"]))
-    ]
+        tracking.summary({f"speed/{record['policy']}/{name}": record[name] for name in SPEED_FIGURES})
     tracking.table(
-        "eval/layers", ["policy", "layer", "density", "coverage", "precision", "captured_importance"], layer_rows
+        "eval/policies",
+        ["policy", *TABLE_FIGURES],
+        [[record["policy"], *(record[name] for name in TABLE_FIGURES)] for record in measured],
+    )
+    tracking.table(
+        "eval/layers",
+        ["policy", "layer", *LAYER_FIGURES],
+        [
+            [record["policy"], layer, *(record["per_layer"][name][layer] for name in LAYER_FIGURES)]
+            for record in measured
+            for layer in range(len(record["per_layer"]["density"]))
+        ],
     )
     for key, path in figures.save_figures(results, folder / "figures").items():
         tracking.figure(f"figures/{key}", path)

@@ -1,10 +1,11 @@
-"""The trainings of a run: clustering to a codebook, the predictor, tuning. Each goes on from where it was left."""
+"""The trainings of a run: clustering to a codebook, the predictor, tuning. Each resumes from its checkpoint."""
 
 import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -33,14 +34,13 @@ from apc.tune.thresholds import find_thresholds
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
-BUDGET_WINDOWS = 16  # windows of the fit text that the cost of dropping neurons is measured on
+BUDGET_WINDOWS = 16  # windows of the fit text for measuring the cost of dropping neurons
 
 
 def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutMonitor, facts: dict) -> Codebook:
-    """The run's codebook: read if it is there, else clustered and saved.
+    """The run's codebook: loaded if the file exists, else clustered and saved.
 
-    facts: what its provenance says of model and text. Raises UserError if the codebook there was made from other
-    patterns.
+    facts: model and text, for the codebook's provenance. Raises UserError if the file was made from other patterns.
     """
     cfg, run = context.cfg, context.run
     if run.codebook.is_file():
@@ -49,7 +49,7 @@ def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutM
         return codebook
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
     codebook, history = _cluster(context, source, monitor, made)
-    gc.collect()  # trainer and module refer to each other, and the module holds gigabytes of sums on the device
+    gc.collect()  # trainer and module refer to each other, and the module has gigabytes of sums on the device
     if distributed.is_main():
         sizes = {site: book.sizes.tolist() for site, book in codebook.sites.items()}
         write_json(run.history("cluster"), {"history": history, "sizes": sizes})
@@ -63,15 +63,17 @@ def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutM
 def _cluster(
     context: RunContext, source: PatternSource, monitor: HeldOutMonitor, made: dict
 ) -> tuple[Codebook, list[dict]]:
-    """The codebook with the provenance `made`, and the module's history."""
+    """The codebook with the provenance `made`, and the clustering's history."""
     cfg, device = context.cfg, context.device
-    with device:  # gigabytes of buffers are allocated where they are used
+    with device:  # allocates the gigabytes of buffers where they are used
         module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
-    callbacks = _callbacks(
-        context, "cluster", ["oracle"], monitor, lambda module: monitor.evaluator(module.codebook({}))
-    )
+
+    def evaluator_of(module: LightningModule) -> Evaluator:
+        return monitor.evaluator(cast(ClusteringModule, module).codebook({}))
+
+    callbacks = _callbacks(context, "cluster", ["oracle"], monitor, evaluator_of)
     strategy = SumsOnDevices() if distributed.world_size() > 1 else SumsOnDevice(device)
-    trainer = make_trainer(context, cfg.cluster.max_epochs, callbacks, strategy=strategy)
+    trainer = make_trainer(context, "cluster", cfg.cluster.max_epochs, callbacks, strategy=strategy)
     _fit_on_blocks(context, trainer, module, source, "cluster")
     return module.codebook(made), module.history
 
@@ -83,13 +85,17 @@ def _callbacks(
     monitor: HeldOutMonitor,
     evaluator_of: Callable[[LightningModule], Evaluator],
 ) -> list[Callback]:
-    """The checkpoint to resume from, and the policies to measure on held-out text during the training."""
+    """The checkpoint, and the measurement of policies on held-out text if there is any."""
     cfg = context.cfg
-    found: list[Callback] = [ResumePoint(context.run.checkpoint(stage), cfg.trainer.checkpoint_every_n_steps)]
+    callbacks: list[Callback] = [ResumePoint(context.run.checkpoint(stage), cfg.trainer.checkpoint_every_n_steps)]
     if len(monitor.windows):
-        last = {"cluster": cfg.cluster, "predictor": cfg.predictor, "tune": cfg.tune}[stage].max_epochs
-        found.append(MonitorPolicies(stage, policies, evaluator_of, cfg.monitor.every, last))
-    return found
+        epochs = {
+            "cluster": cfg.cluster.max_epochs,
+            "predictor": cfg.predictor.max_epochs,
+            "tune": cfg.tune.max_epochs,
+        }
+        callbacks.append(MonitorPolicies(stage, policies, evaluator_of, cfg.monitor.every, last=epochs[stage]))
+    return callbacks
 
 
 def _fit_on_blocks(
@@ -112,20 +118,21 @@ def _fit_on_blocks(
 
 
 def _drop_checkpoint(context: RunContext, stage: str) -> None:
-    """Deletes the checkpoint of a training whose result is saved, unless it is to be kept."""
+    """Deletes the checkpoint of a finished training, unless trainer.keep_checkpoints is set."""
     if not context.cfg.trainer.keep_checkpoints:
         context.run.checkpoint(stage).unlink(missing_ok=True)
 
 
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
-    """Raises UserError if a codebook was made from patterns of another identity."""
+    """Raises UserError if the codebook was made from patterns of another identity."""
     made_from = codebook.provenance.get("patterns", {})
     differing = [key for key in identity if made_from.get(key) != identity[key]]
     if differing:
         meaning = {"weights": "model weights", "text": "fit text or windows"}
         names = ", ".join(meaning.get(key, key) for key in differing)
         raise UserError(
-            f"{path}: made from other patterns ({names} differ); choose another run.name, or give what it was made from"
+            f"{path}: made from other patterns ({names} differ); choose another run.name, "
+            "or use the model and text that it was made from"
         )
 
 
@@ -136,7 +143,7 @@ def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
     """
     path = load_run(checkpoint).folder.codebook
     if not path.is_file():
-        raise UserError(f"checkpoint={checkpoint}: holds no codebook; run stage=cluster there first")
+        raise UserError(f"checkpoint={checkpoint}: has no codebook; run stage=cluster there first")
     codebook = Codebook.load(path)
     check_patterns(path, codebook, identity)
     if distributed.is_main() and not run.codebook.is_file():
@@ -147,7 +154,7 @@ def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
 def train_predictor(
     context: RunContext, source: PatternSource, codebook: Codebook, windows: Tensor, monitor: HeldOutMonitor
 ) -> Predictor:
-    """The run's predictor: read if it is there, else trained and saved.
+    """The run's predictor: loaded if the file exists, else trained and saved.
 
     source: with FFN inputs; windows: of the fit text, int64 [n, seq_len].
     """
@@ -164,11 +171,13 @@ def train_predictor(
         monitor.collector.ffns,
     )
     policies = [name for name, policy in POLICIES.items() if policy.monitored and cfg.predictor.form in policy.forms]
-    callbacks = _callbacks(
-        context, "predictor", policies, monitor, lambda module: monitor.evaluator(codebook, module.predictor)
-    )
-    options = {"strategy": _gradient_strategy(), "precision": cfg.trainer.precision}
-    trainer = make_trainer(context, cfg.predictor.max_epochs, callbacks, **options)
+
+    def evaluator_of(module: LightningModule) -> Evaluator:
+        return monitor.evaluator(codebook, cast(PredictorModule, module).predictor)
+
+    callbacks = _callbacks(context, "predictor", policies, monitor, evaluator_of)
+    options: dict[str, Any] = {"strategy": _gradient_strategy(), "precision": cfg.trainer.precision}
+    trainer = make_trainer(context, "predict", cfg.predictor.max_epochs, callbacks, **options)
     with deterministic(device):
         _fit_on_blocks(context, trainer, module, source, "predictor", cfg.predictor.batch_tokens)
     trained = module.trained(provenance() | {"codebook": codebook.provenance})
@@ -189,7 +198,7 @@ def _gradient_strategy() -> DDPStrategy | str:
 def _with_thresholds(
     cfg: Config, codebook: Codebook, predictor: Predictor, windows: Tensor, monitor: HeldOutMonitor
 ) -> Predictor:
-    """The predictor itself, on the host; with thresholds if it scores neuron by neuron."""
+    """The predictor on the host, with thresholds if it scores single neurons and masks have a fixed size."""
     if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
         sample = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)]
         collector = monitor.collector
@@ -202,23 +211,25 @@ def _with_thresholds(
 def tune(
     context: RunContext, codebook: Codebook, predictor: Predictor | None, windows: Tensor, monitor: HeldOutMonitor
 ) -> tuple[Codebook, Predictor | None]:
-    """The run's tuned codebook and predictor: read if they are there, else tuned and saved.
+    """The run's tuned codebook and predictor: loaded if the files exist, else tuned and saved.
 
-    windows: of the fit text, int64 [n, seq_len]. A predictor that the tuned policy does not use is returned as None: it
+    windows: of the fit text, int64 [n, seq_len]. The predictor is None if the tuned policy does not use it: the old one
     belongs to the codebook before tuning.
     """
     cfg, run, device = context.cfg, context.run, context.device
     if run.tuned("codebook").is_file():
-        found = load_run(run.path)
-        return found.codebook, found.predictor
+        path = run.tuned("predictor")
+        return Codebook.load(run.tuned("codebook")), Predictor.load(path) if path.is_file() else None
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
     module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
-    callbacks = _callbacks(
-        context, "tune", [cfg.tune.policy], monitor, lambda module: monitor.evaluator(*module.tuned({}))
-    )
+
+    def evaluator_of(module: LightningModule) -> Evaluator:
+        return monitor.evaluator(*cast(TuningModule, module).tuned({}))
+
+    callbacks = _callbacks(context, "tune", [cfg.tune.policy], monitor, evaluator_of)
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
-    options = {"strategy": _gradient_strategy(), "precision": precision, "gradient_clip_val": 1.0}
-    trainer = make_trainer(context, cfg.tune.max_epochs, callbacks, **options)
+    options: dict[str, Any] = {"strategy": _gradient_strategy(), "precision": precision, "gradient_clip_val": 1.0}
+    trainer = make_trainer(context, "tune", cfg.tune.max_epochs, callbacks, **options)
     data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed))
     with deterministic(device):
         fit(trainer, module, data, run.checkpoint("tune"))

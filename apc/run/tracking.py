@@ -1,7 +1,7 @@
-"""One run's record: every metric goes to `metrics.jsonl` in the run's folder, and the same numbers to W&B.
+"""One run's metrics: every number goes to `metrics.jsonl` in the run's folder, and the same numbers to W&B.
 
-The file is the record and W&B its mirror: a run without W&B, offline, or cut off from the server in mid-run loses nothing.
-`Tracking.log` is the one place where metrics go; Lightning reaches it through `callbacks.TrackingLogger`.
+The file is the record and W&B its mirror. A run without W&B, offline, or cut off from the server loses nothing.
+`Tracking.log` is the one place that metrics go to; Lightning reaches it through `callbacks.TrackingLogger`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 from urllib.parse import urlsplit
 
 from apc.config.schema import TrackingConfig
@@ -26,39 +27,55 @@ from apc.utils.errors import UserError
 
 if TYPE_CHECKING:
     import wandb
+
+    Mode = Literal["online", "offline", "disabled"]
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "wandb-run-id"
 
-# What each family of metrics is plotted against in W&B.
-STEP_METRICS = {
-    "cluster": "cluster/epoch",
-    "cluster_layers": "cluster/epoch",
-    "predictor": "predictor/step",
-    "predictor_layers": "predictor/step",
-    "tune": "tune/step",
-    "tune_layers": "tune/step",
-}
+# The x axis of each family of metrics in W&B.
+STEP_METRICS = {"cluster": "cluster/epoch", "predictor": "predictor/step", "tune": "tune/step"}
 
-# A server that hangs must not stop the run: so long for the first contact, then offline ...
+# The metrics that W&B plots by default, about a dozen in a run. The others are in its history, to be plotted by hand.
+PANELS = (
+    "cluster/captured",
+    "cluster/changed",
+    "cluster/empty",
+    "predictor/loss",
+    "predictor/top1_*",
+    "predictor/captured_energy_hard_*",
+    "tune/divergence",
+    "*/monitor_*_perplexity",
+)
+
+# A server that hangs must not stop the run. After this long without a first contact the run goes offline.
 INIT_TIMEOUT_S = 20
-# ... and so long for the last uploads. What is left stays on disk, for `wandb sync`.
+# The wait for the last uploads. The rest stays on disk, for `wandb sync`.
 FINISH_TIMEOUT_S = 120
 
 # WANDB_MODE has older names for two of the modes.
-_WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+_WANDB_MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 
 
 class Tracking:
     """Opens a run's record on rank 0, continues it where the folder already has one, and closes it.
 
-    As a context manager it finishes the run, as failed where the block raised.
+    As a context manager it finishes the run, as failed if the block raised.
 
     Args:
         cfg: the `tracking.*` keys.
-        folder: the run's folder, made if missing. Gets `metrics.jsonl` and `wandb/`.
-        name: what W&B shows the run as.
-        config: the resolved config, nested, for W&B's config tab.
-        enabled: false on ranks other than 0, where every method then does nothing.
+        folder: the run's folder, created if missing. Gets `metrics.jsonl` and `wandb/`.
+        name: the run's name in W&B.
+        config: the resolved configuration, nested, for W&B's config tab.
+        enabled: false on ranks other than 0, where every method does nothing.
+
+    A resumed run is one run in W&B too, also offline. W&B then has a folder for each part, all with one run id, and
+    `wandb sync FOLDER/wandb` (W&B 0.31 or later) uploads them in order, each after the last step of the one before.
 
     Raises:
         UserError: the folder can't be written.
@@ -67,32 +84,51 @@ class Tracking:
     def __init__(self, cfg: TrackingConfig, folder: Path, name: str, config: dict, enabled: bool = True) -> None:
         self.folder = Path(folder)
         self.name = name
-        self._mode = "disabled"
+        self._mode: Mode = "disabled"
         self._file: TextIO | None = None
         self._run: wandb.Run | None = None
-        # Made here, so that a failed start online and the offline run after it are one run to `wandb sync`.
+        self._known_keys: set[str] = set(STEP_METRICS.values())
+        self._per_layer: dict[str, dict[str, list]] = {}  # the latest values, by stage and metric
+        # Chosen here, so that a failed start online and the offline run after it have one id for `wandb sync`.
         self._new_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         if not enabled:
             return
         self._file, before_s = _open_metrics(self.folder)
         self._start = time.monotonic() - before_s
-        self._mode = _wandb_mode(cfg.wandb)
+        self._mode = choose_mode(cfg.wandb)
         self._run = self._start_wandb(cfg, config)
 
     @property
     def wandb_mode(self) -> str:
-        """`online`, `offline` or `disabled`: what W&B really does in this run."""
+        """W&B's mode in this run: `online`, `offline` or `disabled`."""
         return self._mode
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Writes one line of metrics to `metrics.jsonl` and one history row to W&B. Takes numbers, and scalar tensors and arrays."""
-        numbers = {key: _number(value) for key, value in metrics.items()}
-        self._write(numbers)
-        self._send(lambda run: run.log(numbers))
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Writes one line to `metrics.jsonl` and one history row to W&B.
+
+        Args:
+            metrics: numbers, scalar tensors or arrays, by name; or, in a family like `cluster_layers/`, a list with a
+                value per layer. W&B gets the latest lists as one table per stage when the run ends, because a scalar
+                per layer would make hundreds of panels.
+        """
+        row = {key: _plain(value) for key, value in metrics.items()}
+        self._write(row)
+        for key in [key for key, value in row.items() if isinstance(value, list)]:
+            family, _, name = key.partition("/")
+            self._per_layer.setdefault(family.removesuffix("_layers"), {})[name] = row.pop(key)
+        self._send(lambda run: self._log_scalars(run, row))
+
+    def _log_scalars(self, run: wandb.Run, row: dict[str, Any]) -> None:
+        for key in row.keys() - self._known_keys:
+            step = STEP_METRICS.get(key.partition("/")[0])
+            if step and not any(fnmatch(key, panel) for panel in PANELS):
+                run.define_metric(key, step_metric=step, hidden=True, summary="none")
+        self._known_keys |= row.keys()
+        run.log(row)
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Sets the run's final figures: W&B's summary, and a line `{"summary": values}` in `metrics.jsonl`."""
-        plain = {key: _number(value) for key, value in values.items()}
+        plain = {key: _plain(value) for key, value in values.items()}
         self._write({"summary": plain})
         self._send(lambda run: run.summary.update(plain))
 
@@ -107,19 +143,19 @@ class Tracking:
         self._send(send)
 
     def artifact(self, name: str, type: str, path: Path) -> None:
-        """Keeps a file, or a folder's files, as a W&B artifact. Offline, W&B copies it aside until `wandb sync`."""
+        """Keeps a file, or a folder's files, as a W&B artifact. Offline, W&B keeps a copy until `wandb sync`."""
 
         def send(run: wandb.Run) -> None:
             import wandb
 
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type)  # W&B refuses other letters
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type)  # W&B refuses other characters
             (artifact.add_dir if Path(path).is_dir() else artifact.add_file)(str(path))
             run.log_artifact(artifact)
 
         self._send(send)
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Shows a table in W&B. A column may mix numbers with words such as a dash."""
+        """Shows a table in W&B. A column may mix numbers with words, such as a dash."""
 
         def send(run: wandb.Run) -> None:
             import wandb
@@ -133,6 +169,14 @@ class Tracking:
         if self._file is not None:
             self._file.close()
             self._file = None
+        for stage, values in self._per_layer.items():
+            layers = range(max(map(len, values.values())))
+            self.table(
+                f"layers/{stage}",
+                ["layer", *values],
+                [[layer, *(v[layer] for v in values.values())] for layer in layers],
+            )
+        self._per_layer.clear()
         self._send(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -140,7 +184,7 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # SystemExit(0) and SystemExit(None) end a program that did well.
+        # SystemExit(0) and SystemExit(None) are successful ends.
         failed = kind is not None and not (isinstance(error, SystemExit) and not error.code)
         self.finish(exit_code=int(failed))
 
@@ -152,7 +196,7 @@ class Tracking:
         self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def _send(self, send: Callable[[wandb.Run], object]) -> None:
-        """Hands something to W&B; where W&B itself has failed, says so once and goes on without it."""
+        """Calls `send` with the W&B run. If W&B fails, prints that once; the run continues without it."""
         if self._run is None:
             return
         try:
@@ -161,8 +205,9 @@ class Tracking:
             if not _is_wandb_failure(error):
                 raise
             self._run, self._mode = None, "disabled"
-            _say(
-                f"W&B stopped ({_one_line(error)}); metrics go on in {self.folder / METRICS_FILE}, and `wandb sync` can upload the rest"
+            _warn(
+                f"W&B stopped ({_one_line(error)}); metrics go on in {self.folder / METRICS_FILE}, "
+                "and `wandb sync` can upload the rest"
             )
 
     def _start_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run | None:
@@ -175,24 +220,25 @@ class Tracking:
                 self._fall_back(error)
             else:
                 if self._mode == "online":
-                    _say(f"W&B run at {run.url}")
+                    _warn(f"W&B run at {run.url}")
                 return run
         return None
 
     def _fall_back(self, error: Exception) -> None:
-        """Goes from online to offline, and from offline to no W&B at all, and says so."""
+        """Changes the mode from online to offline, or from offline to disabled, and prints that."""
         import wandb
 
         if self._mode == "online":
             self._mode = "offline"
             with contextlib.suppress(ConnectionError):
-                wandb.teardown()  # or its service holds on to the run id of the attempt
-            _say(
-                f"W&B could not go online ({_one_line(error)}); offline in {self.folder / 'wandb'}, upload later with `wandb sync`"
+                wandb.teardown()  # otherwise its service keeps the run id of the failed start
+            _warn(
+                f"W&B could not go online ({_one_line(error)}); offline in {self.folder / 'wandb'}, "
+                "upload later with `wandb sync`"
             )
         else:
             self._mode = "disabled"
-            _say(f"W&B could not start ({_one_line(error)}); metrics go to {self.folder / METRICS_FILE} only")
+            _warn(f"W&B could not start ({_one_line(error)}); metrics go to {self.folder / METRICS_FILE} only")
 
     def _init_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run:
         import wandb
@@ -209,11 +255,11 @@ class Tracking:
             dir=str(self.folder.resolve()),
             config=config,
             id=known_id or self._new_id,
-            resume="allow" if known_id and self._mode == "online" else None,  # offline, W&B can't know the earlier run
-            reinit="create_new",  # leaves alone whatever run the calling program has open
+            resume="allow" if known_id else None,  # offline it is for `wandb sync`, which then appends
+            reinit="create_new",  # leaves a run of the calling program alone
             settings=_settings(),
         )
-        id_file.write_text(run.id + "\n")  # in a sweep the agent's id, whatever was asked for
+        id_file.write_text(run.id + "\n")  # in a sweep it is the agent's id
         for family, step in STEP_METRICS.items():
             run.define_metric(step, hidden=True)
             run.define_metric(f"{family}/*", step_metric=step)
@@ -222,9 +268,9 @@ class Tracking:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Reads a run's `metrics.jsonl` back, oldest line first. Not-finite numbers are the strings "nan", "inf" and "-inf".
+    """The lines of a run's `metrics.jsonl`, oldest first. Not-finite numbers are the strings "nan", "inf" and "-inf".
 
-    A last line without its newline is what a killed run leaves, and is ignored if it can't be read.
+    A killed run may leave a last line without its newline. It is ignored if it can't be read.
 
     Raises:
         UserError: there is no such file, or a line before the last can't be read.
@@ -233,7 +279,7 @@ def read_metrics(folder: Path) -> list[dict]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a run's folder, one that train.py made") from None
+        raise UserError(f"{path} does not exist: name the folder of a run of train.py") from None
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
@@ -253,13 +299,13 @@ def _parse(line: bytes) -> dict | None:
 
 
 def _open_metrics(folder: Path) -> tuple[TextIO, float]:
-    """Opens `metrics.jsonl` to append; returns the file and the seconds that its last line had reached."""
+    """Opens `metrics.jsonl` to append; also returns the elapsed seconds of its last line."""
     path = folder / METRICS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before_s = 0.0
         if path.exists():
-            _mend(path)
+            _repair_last_line(path)
             last = _parse(path.read_bytes().rstrip(b"\n").rpartition(b"\n")[2]) or {}
             before_s = float(last.get("elapsed_s", 0.0))
         return path.open("a", buffering=1, encoding="utf-8"), before_s
@@ -267,13 +313,13 @@ def _open_metrics(folder: Path) -> tuple[TextIO, float]:
         raise UserError(f"{path} can't be written ({error.strerror}): choose another run.dir") from None
 
 
-def _mend(path: Path) -> None:
-    """Ends the file with a whole line, or a line that a killed run left torn would come to stand in the middle."""
+def _repair_last_line(path: Path) -> None:
+    """Completes the last line or cuts it off: a killed run may have written a part of it."""
     content = path.read_bytes()
     head, newline, tail = content.rpartition(b"\n")
     if not tail:
         return
-    with path.open("r+b") as file:  # in its place: what is before the last line is never at risk
+    with path.open("r+b") as file:  # in place: the lines before are never at risk
         if _parse(tail) is not None:
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
@@ -281,33 +327,32 @@ def _mend(path: Path) -> None:
             file.truncate(len(head + newline))
 
 
-def _wandb_mode(wanted: str) -> str:
-    """Decides between `online`, `offline` and `disabled`, without a prompt and without the network.
+def choose_mode(wanted: str) -> Mode:
+    """The mode for a value of `tracking.wandb`, decided without a prompt and without the network.
 
-    `auto` follows WANDB_MODE (or what `wandb offline` has set), and goes online only where a login is found.
+    `auto` follows WANDB_MODE or the user's `wandb offline`, and is online only if there is a login.
     """
-    if wanted == "auto":
-        wanted = _WANDB_MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
-    if wanted in ("offline", "disabled"):
-        return wanted
+    mode = _WANDB_MODES.get(os.environ.get("WANDB_MODE", "") if wanted == "auto" else wanted)  # None: auto
+    if mode in ("offline", "disabled"):
+        return mode
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if wanted == "auto" and settings.mode in ("offline", "disabled"):
-        return settings.mode
+    if mode is None and settings.mode in ("offline", "disabled"):
+        return _WANDB_MODES[settings.mode]
     if _logged_in(settings):
         return "online"
-    if wanted == "online":
-        _say("W&B is to be online, but no login was found: offline instead; run `wandb login` first")
+    if mode == "online":
+        _warn("tracking.wandb=online, but there is no W&B login: offline instead; run `wandb login` first")
     return "offline"
 
 
 def _logged_in(settings: wandb.Settings) -> bool:
-    """Whether W&B would find a key, as it looks for one itself: environment, settings, netrc. Never asks, never connects."""
+    """Whether W&B would find a key in the environment, its settings or netrc. Never prompts, never connects."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.base_url).netloc
-    # W&B 0.31 reaches its cloud under a second name, and takes the first one's login for it.
+    # W&B 0.31 uses a second host name for its cloud, and accepts the first one's login there.
     hosts = {host, "api.wandb.ai"} if host.endswith("forge.coreweave.com") else {host}
     path = os.environ.get("NETRC") or next(
         (p for p in ("~/.netrc", "~/_netrc") if os.path.exists(os.path.expanduser(p))), "~/.netrc"
@@ -320,7 +365,7 @@ def _logged_in(settings: wandb.Settings) -> bool:
 
 
 def _settings() -> wandb.Settings:
-    """Quiet, never a prompt, nothing about the user's code or repository, and an end to every wait."""
+    """Settings without output, prompts, the user's code or repository, and with a limit on every wait."""
     import wandb
 
     return wandb.Settings(
@@ -337,13 +382,13 @@ def _settings() -> wandb.Settings:
     )
 
 
-def _number(value: object) -> object:
-    """A plain number for a scalar tensor or array; anything else as it is."""
-    return value.item() if hasattr(value, "item") else value
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as numbers or lists; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _finite(value: object) -> object:
-    """Not-finite floats, which JSON can't hold, as the strings "nan", "inf" and "-inf"."""
+    """Not-finite floats, which JSON does not have, as the strings "nan", "inf" and "-inf"."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -354,7 +399,7 @@ def _finite(value: object) -> object:
 
 
 def _is_wandb_failure(error: Exception) -> bool:
-    """Whether W&B or the way to its service failed, not the caller: much of what it raises is no `wandb.Error`."""
+    """Whether W&B or its service failed, and not the caller. Many of its errors are no `wandb.Error`."""
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("wandb.")
 
 
@@ -362,5 +407,5 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"tracking: {line}", file=sys.stderr)

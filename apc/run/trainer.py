@@ -1,4 +1,4 @@
-"""The Lightning Trainer of each stage: strategy, checkpoints, determinism."""
+"""The Lightning Trainer of each training: strategy, checkpoints, determinism."""
 
 import os
 import warnings
@@ -6,25 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-import torch.utils.deterministic
+import torch.utils.deterministic as torch_deterministic
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc.collect.loader import ResumedDataModule
-from apc.run.callbacks import CheckedCheckpoints, EndTogether, TrackingLogger, checksum_problem
+from apc.run.callbacks import CheckedCheckpoints, EndTogether, TrackingLogger, TrainingProgress, checksum_problem
 from apc.run.context import RunContext
 from apc.utils import distributed, signals
-from apc.utils.errors import Terminated, UserError
+from apc.utils.errors import Terminated, UserError, first_line
 
 
-class _StaysOnDevice:
-    """Of a strategy: after the training the module stays where it is, and its gigabytes of sums do not move to the host: a codebook is made of
-    them on the device."""
+class _StaysOnDevice(Strategy):
+    """A mixin that leaves the module on its device after the training.
+
+    The codebook is made of the module's gigabytes of sums, which would otherwise be copied to the host.
+    """
 
     def teardown(self) -> None:
         module, self._lightning_module = self._lightning_module, None
@@ -35,31 +38,40 @@ class _StaysOnDevice:
 
 
 class SumsOnDevice(_StaysOnDevice, SingleDeviceStrategy):
-    """For clustering in one process."""
+    """The strategy of clustering in one process."""
 
 
 class SumsOnDevices(_StaysOnDevice, DDPStrategy):
-    """For clustering in several: a module without trainable parameters, which DistributedDataParallel refuses to wrap; it exchanges its sums itself."""
+    """The strategy of clustering in several processes.
+
+    The module has no trainable parameters, so DistributedDataParallel refuses to wrap it. It exchanges its sums itself.
+    """
 
     def configure_ddp(self) -> None:
-        pass
+        """Wraps nothing."""
 
 
-def make_trainer(context: RunContext, max_epochs: int, callbacks: list[Callback], **options) -> Trainer:
-    """A Lightning Trainer as all trainings of a run use it."""
+def make_trainer(
+    context: RunContext, stage: str, max_epochs: int, callbacks: list[Callback], **options: Any
+) -> Trainer:
+    """A Lightning Trainer with the settings that all trainings of a run share.
+
+    stage: names the progress bar. options: further arguments of the Trainer.
+    """
     cfg, device = context.cfg, context.device
     world = distributed.world_size()
-    shown = [TQDMProgressBar(refresh_rate=10)] if cfg.trainer.progress else []
+    bar = [TrainingProgress(stage)] if cfg.trainer.progress else []
+    own_device = device.type == "cuda" and world == 1
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" and world == 1 else distributed.local_world_size(),
+        devices=[device.index or 0] if own_device else distributed.local_world_size(),
         num_nodes=world // distributed.local_world_size(),
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
         logger=[TrackingLogger(context.tracking)],
-        callbacks=[EndTogether(), *callbacks, *shown],
-        enable_progress_bar=cfg.trainer.progress,
+        callbacks=[EndTogether(), *callbacks, *bar],
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=context.run.path,
@@ -69,13 +81,13 @@ def make_trainer(context: RunContext, max_epochs: int, callbacks: list[Callback]
 
 
 def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, checkpoint: Path) -> None:
-    """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be taken up."""
-    # The loader is resumable: the data module keeps its place (see there why).
+    """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be used."""
+    # The loader is resumable: the data module keeps its position (see its comment).
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on all ranks
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # all ranks log the same numbers
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     if checkpoint.is_file():
-        check_checkpoint(checkpoint, module, max(2, len(data.loader) * trainer.max_epochs))
+        check_checkpoint(checkpoint, module, max(2, len(data.loader) * (trainer.max_epochs or 1)))
     try:
         with signals.training():
             trainer.fit(
@@ -83,7 +95,7 @@ def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, chec
             )
     except SIGTERMException as error:
         raise Terminated from error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:  # Lightning turns Ctrl-C into this
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from error
         raise
@@ -92,43 +104,51 @@ def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, chec
 
 
 def check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
-    """Raises UserError unless the file is a checkpoint of a module with these shapes, and of a training of so many steps, if a schedule goes by them."""
+    """Raises UserError unless the file is a whole checkpoint of a module with these shapes.
+
+    steps: the length of the learning rate's schedule, if there is one; another length is an error too.
+    """
+    start_again = "delete it to train from the start"
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged or no checkpoint ({reason}); delete it to train from the start") from error
-    state = held.get("state_dict") if isinstance(held, dict) and "pytorch-lightning_version" in held else None
-    expected = {name: value.shape for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    if (
-        state is None
-        or {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)} != expected
-    ):
-        raise UserError(f"{path}: not a checkpoint of this training; delete it to train from the start")
-    if problem := checksum_problem(held):
-        raise UserError(f"{path}: damaged ({problem}); delete it to train from the start")
-    for schedule in held.get("lr_schedulers", []):
+        raise UserError(f"{path}: damaged or no checkpoint ({first_line(error)}); {start_again}") from error
+    is_checkpoint = isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint
+    state = checkpoint.get("state_dict") if is_checkpoint else None
+    if state is None or _shapes(state) != _shapes(module.state_dict()):
+        raise UserError(f"{path}: not a checkpoint of this training; {start_again}")
+    if problem := checksum_problem(checkpoint):
+        raise UserError(f"{path}: damaged ({problem}); {start_again}")
+    for schedule in checkpoint.get("lr_schedulers", []):
         if schedule["total_steps"] != steps:
             raise UserError(
-                f"{path}: of a training of {schedule['total_steps']:,} steps, which has {steps:,} with this many processes; start as many as it began with, "
-                "or delete it to train from the start"
+                f"{path}: of a training of {schedule['total_steps']:,} steps, which has {steps:,} with this many "
+                f"processes; start as many as it began with, or {start_again}"
             )
+
+
+def _shapes(state: dict) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Within it a gradient is the same to the bit each time, on one GPU and in one process; an operation that can't be is an error."""
+    """Makes gradients bit-exact from run to run, on one GPU in one process.
+
+    An operation that can't be deterministic raises an error.
+    """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS for it
-    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(
-        True
-    )  # with warnings in place of errors, attention's gradient would not be deterministic
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it for a deterministic cuBLAS
+    # torch declares this setting in a way that mypy does not see.
+    settings: Any = torch_deterministic
+    before, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    # With warnings in place of errors, the gradient of attention would not be deterministic.
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills

@@ -1,24 +1,33 @@
-"""Greedy decoding without the host in between: a step is one CUDA graph."""
+"""Greedy decoding without waiting for the host: each step is one CUDA graph.
+
+Shape letters: B sequences, n tokens, S room for tokens in the cache, d size of an attention head.
+"""
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from apc import ops
 from apc.sparse.timing import graph_time
-from apc.utils.errors import UserError
+from apc.utils.errors import UserError, first_line
 
 _ATTENTION = "apc-sdpa"
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """What its forward calls the cache: `cache` since transformers 5.2x, `past_key_values` before."""
+    """The name of a model's cache argument: `cache` since transformers 5.2x, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def config_of(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of a Hugging Face model."""
+    return cast(PreTrainedConfig, model.config)
 
 
 def attend(
@@ -29,82 +38,87 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **others,
-):
-    """transformers' `sdpa`, but for one token: its heads that share a key head are queries of that, in plain products, which torch.compile makes fast.
-    `sdpa` writes keys and values again for each of them, and its kernels are for many tokens.
+) -> tuple[Tensor, None]:
+    """Attention as in transformers' `sdpa`, but faster for one token.
 
-    query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added, or None → [B, n, heads, d], None
+    For one token, the query heads that share a key head become rows of plain matrix products, which torch.compile makes
+    fast. `sdpa` repeats keys and values for each query head, and its kernels are made for many tokens.
+
+    query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added to the
+    scores, or None. Returns [B, n, heads, d] and None, as transformers expects.
     """
-    shared = key.shape[1]
-    plain = (
+    is_plain = (
         others.get("softcap") is None
         and others.get("position_bias") is None
         and (attention_mask is None or attention_mask.shape[1] == 1)
     )
-    if query.shape[2] > 1 or not plain:
+    if query.shape[2] > 1 or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    packed = query.reshape(len(query), shared, -1, query.shape[3])
-    scores = (packed @ key.mT).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = (
-            scores.masked_fill(~attention_mask, -torch.inf)
-            if attention_mask.dtype == torch.bool
-            else scores + attention_mask
-        )
+    key_heads, d = key.shape[1], query.shape[3]
+    grouped = query.reshape(len(query), key_heads, -1, d)
+    scores = (grouped @ key.mT).float() * (d**-0.5 if scaling is None else scaling)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     output = scores.softmax(-1).to(value.dtype) @ value
     return output.reshape(query.shape).transpose(1, 2), None
 
 
 @contextlib.contextmanager
-def _shared_heads(model: nn.Module) -> Iterator[None]:
-    """The model's attention by `attend`, where it is `sdpa`."""
-    before = model.config._attn_implementation
+def _grouped_attention(model: nn.Module) -> Iterator[None]:
+    """Replaces the model's attention with `attend` in the block, if it is `sdpa`."""
+    config = config_of(model)
+    before = config._attn_implementation
     if before == "sdpa":
         AttentionInterface.register(_ATTENTION, attend)
         AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
-        model.config._attn_implementation = _ATTENTION
+        config._attn_implementation = _ATTENTION
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 @contextlib.contextmanager
 def _tuning_by_graphs() -> Iterator[None]:
-    """torch.compile's tuning times candidates in CUDA graphs of the current stream, which the step will be one of too. Launched one by one from
-    Python, kernels of a few µs take as long as their launches, and chance chooses among them.
+    """In the block, torch.compile's tuning times its candidates in CUDA graphs of the current stream.
+
+    A decoding step runs as such a graph too. Launched one by one from Python, kernels of a few µs take as long as their
+    launches, and the choice among them would be random.
     """
     import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # of this one object; its class keeps its own
+    benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # type: ignore[method-assign]  # this object only
     try:
-        with torch.compiler.config.patch(
-            cache_key_tag="timed in graphs"
-        ):  # what was chosen otherwise lies in Inductor's caches beside it
+        # The tag separates these choices from others in Inductor's caches.
+        with torch.compiler.config.patch(cache_key_tag="timed in graphs"):  # type: ignore[attr-defined]
             yield
     finally:
         del benchmarker.benchmark_gpu
 
 
 class GreedyDecoder:
-    """Decodes greedily with a cache of fixed size; on a GPU a step is one CUDA graph, of the model as torch.compile makes it.
+    """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
 
-    model: a Hugging Face causal language model, sparse or not; batch, length: sequences, and the most tokens of each (more are a ValueError); mode:
-    torch.compile's, without CUDA graphs of its own; None: not compiled; early: whether torch.compile's kernels may be on the GPU before the ones before
-    them have ended, and wait there, on Hopper (an experiment of torch's: `triton.enable_pdl`).
+    Args:
+        model: a Hugging Face causal language model, sparse or not.
+        batch: number of sequences.
+        length: most tokens of a sequence; more raise ValueError.
+        mode: torch.compile's, one without CUDA graphs of its own; None compiles nothing.
+        early: whether, on Hopper, a compiled kernel may start before the kernel before it has ended, and wait on the
+            GPU (torch's experimental option `triton.enable_pdl`).
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
         self.model, self.device = model, next(model.parameters()).device
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache = StaticCache(config=config_of(model), max_cache_len=length)
         self._keyword = cache_keyword(model)
-        self._call = (
-            torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
-            if mode and self.device.type == "cuda"
-            else model.forward
-        )
-        self._length, self._held = length, 0  # tokens that the cache has room for, and holds
+        self._call = model.forward
+        if mode and self.device.type == "cuda":
+            self._call = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
+        self._length, self._cached = length, 0  # tokens that fit into the cache, and tokens in it
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -112,53 +126,51 @@ class GreedyDecoder:
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> None:
-        """Starts anew after tokens int64 [batch, n]; the next token of each is what follows greedily."""
-        self._reserve(tokens.shape[1], anew=True)
+        """Starts a new text with tokens int64 [batch, n], and sets `token` to each sequence's likeliest next token."""
+        self._reserve(tokens.shape[1], reset=True)
         self.cache.reset()
-        logits = self.model(input_ids=tokens.to(self.device), use_cache=True, **{self._keyword: self.cache}).logits[
-            :, -1
-        ]
+        logits = self._last_logits(self.model, tokens.to(self.device))
         self.token.copy_(logits.argmax(-1, keepdim=True))
 
-    def _reserve(self, count: int, anew: bool = False) -> None:
-        """Room for so many tokens. Without it a GPU would write past the cache, which ends the process."""
-        held = count if anew else self._held + count
-        if held > self._length:
+    def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
+        """The logits [batch, vocabulary] after tokens int64 [batch, n], which go into the cache."""
+        return call(input_ids=tokens, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+
+    def _reserve(self, count: int, reset: bool = False) -> None:
+        """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""
+        cached = count if reset else self._cached + count
+        if cached > self._length:
             raise ValueError(
-                f"{held} tokens are more than the decoder's length of {self._length}; make it with a larger one"
+                f"{cached} tokens are more than the decoder's length of {self._length}; make it with a larger one"
             )
-        self._held = held
+        self._cached = cached
 
     def _step(self) -> None:
-        """Raises UserError where torch.compile cannot trace the model whole."""
+        """A step without a graph. Raises UserError if torch.compile cannot trace the whole model."""
         try:
-            with _shared_heads(self.model):
-                self.logits = self._call(input_ids=self.token, use_cache=True, **{self._keyword: self.cache}).logits[
-                    :, -1
-                ]
+            with _grouped_attention(self.model):
+                self.logits = self._last_logits(self._call, self.token)
         except torch._dynamo.exc.Unsupported as error:
-            why = str(error).splitlines()[0]
             raise UserError(
-                f"{type(self.model).__name__}: torch.compile cannot trace a decoding step whole ({why}); leave out speed=true for it"
+                f"{type(self.model).__name__}: torch.compile cannot trace a whole decoding step "
+                f"({first_line(error)}); leave out speed=true for this model"
             ) from error
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.no_grad()
     def record(self, tokens: Tensor) -> None:
-        """Records a step's CUDA graph, after tokens as in `prefill`, which has to come again after it."""
+        """Records the CUDA graph of a step that follows tokens int64 [batch, n]; call `prefill` again afterwards."""
         if self.device.type != "cuda":
             return
         import torch._inductor.config
 
-        with (
-            torch.cuda.device(self.device),
-            torch._inductor.config.patch({"triton.enable_pdl": self._early}),
-        ):  # a graph is of the device at hand
+        # A graph belongs to the current device.
+        with torch.cuda.device(self.device), torch._inductor.config.patch({"triton.enable_pdl": self._early}):
             self.prefill(tokens)
             self._reserve(4)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with ops.whole_passes():
+            with ops.use_side_stream():
                 with torch.cuda.stream(stream), _tuning_by_graphs():
                     for _ in range(3):
                         self._step()
@@ -168,20 +180,25 @@ class GreedyDecoder:
                     self._step()
 
     @torch.no_grad()
-    def step(self) -> None:
-        """From `token` and the cache to the next `token` and its `logits`; nothing waits for the device."""
+    def step(self) -> Tensor:
+        """Computes the next `token` from `token` and the cache, without waiting for the device.
+
+        Returns `logits` [batch, vocabulary], which the next step overwrites.
+        """
         self._reserve(1)
         if self._graph is not None:
             with torch.cuda.device(self.device):
                 self._graph.replay()
         else:
             self._step()
+        assert self.logits is not None
+        return self.logits
 
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        """int64 [batch, n] → the `steps` tokens that follow, int64 [batch, steps]"""
+        """The next `steps` tokens int64 [batch, steps] after tokens int64 [batch, n]."""
         self.prefill(tokens)
-        found = [self.token.clone()]
+        decoded = [self.token.clone()]
         for _ in range(steps - 1):
             self.step()
-            found.append(self.token.clone())
-        return torch.cat(found, dim=1)
+            decoded.append(self.token.clone())
+        return torch.cat(decoded, dim=1)

@@ -1,6 +1,11 @@
-"""Forward passes under masks that multiply what was computed."""
+"""Dense forward passes whose activations are masked: they show a policy's quality, not its speed.
 
+Shape letters: n tokens, E hidden size, D neurons at a site.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +16,24 @@ from apc.data.ffn import FFNHooks, GatedFFN
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
 
 
+class Meter(Protocol):
+    """Measures masks, as `apc.evaluate.metrics.MaskMeter` does."""
+
+    def add(self, inputs: MaskInputs, mask: Tensor) -> None:
+        """Adds the masks of some tokens, bool [n, D] or [1, D]."""
+
+
+def activation_function(ffn: GatedFFN) -> Callable[[Tensor], Tensor]:
+    """The activation function between an FFN's gate and its product with up."""
+    return getattr(ffn.module, "act_fn" if hasattr(ffn.module, "act_fn") else "activation_fn")
+
+
 @dataclass
 class ForwardReader:
-    """An `FFNVisitor` that gathers what policies look at; subclasses decide in `see` what to do with it. changes_output: whether a choice may add to FFN outputs
-    (at the site neuron only)."""
+    """An `FFNVisitor` that collects what policies read during a forward pass; subclasses decide in `see` what to mask.
+
+    changes_output: whether a decision may have an output delta (at the site `neuron` only).
+    """
 
     ffns: list[GatedFFN]
     codebook: Codebook
@@ -29,11 +48,12 @@ class ForwardReader:
         self._measure = Importance(self.ffns)
 
     def hook(self) -> FFNHooks:
-        return FFNHooks(
-            self.ffns, list(self.codebook.sites) + ["gate"] * self.reads_gate + ["down"] * self.changes_output, self
-        )
+        """Hooks that run it in the model's forward passes until they are removed."""
+        sites = list(self.codebook.sites) + ["gate"] * self.reads_gate + ["down"] * self.changes_output
+        return FFNHooks(self.ffns, sites, self)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
+        """Keeps the FFN input [..., E] for this layer and those that look back to it."""
         if layer == 0:
             self._inputs.clear()
         self._inputs[layer] = hidden.flatten(0, -2)
@@ -41,43 +61,38 @@ class ForwardReader:
             self._inputs.pop(layer - self.lookahead - 1, None)
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        """Masks values [..., D] at a site, or adds the output delta at down; None leaves them as they are."""
         flat = values.flatten(0, -2)
         if site == "gate" and self.reads_gate:
-            module = self.ffns[layer].module
-            self._gate = getattr(module, "act_fn", None) or module.activation_fn
-            self._gate = self._gate(flat)
+            self._gate = activation_function(self.ffns[layer])(flat)
             return None
         if site == "down" and self.changes_output:
             return None if self._delta is None else (flat + self._delta.to(flat.dtype)).view_as(values)
-        choice = self.see(MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
-        if choice is None:
+        decision = self.see(MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
+        if decision is None:
             return None
-        self._delta = choice.output_delta
-        return self.apply(flat, choice.mask).view_as(values)
+        self._delta = decision.output_delta
+        return self.apply(flat, decision.mask).view_as(values)
 
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
-        """values [n, D] where mask, bool [n, D] or [1, D], is True, else 0, even in place of NaN."""
+        """values [n, D] with zeros, also for NaN, where the mask bool [n, D] or [1, D] is False."""
         return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     def see(self, tokens: MaskInputs) -> MaskDecision | None:
-        raise NotImplementedError  # every reader gives its own
+        """The decision for some tokens, or None to leave their activations as they are."""
+        raise NotImplementedError
 
 
 class MaskedForward(ForwardReader):
-    """Applies a policy's masks; a meter, if given, gets every mask with what it was measured against."""
+    """Applies a policy's masks; a meter, if given, measures them."""
 
-    def __init__(self, ffns: list[GatedFFN], policy: MaskPolicy, meter=None):
-        super().__init__(
-            ffns,
-            policy.codebook,
-            policy.predictor.lookahead if policy.predictor else 0,
-            policy.reads_gate,
-            policy.changes_output,
-        )
+    def __init__(self, ffns: list[GatedFFN], policy: MaskPolicy, meter: Meter | None = None):
+        super().__init__(ffns, policy.codebook, policy.lookahead, policy.reads_gate, policy.changes_output)
         self.policy, self.meter = policy, meter
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
-        choice = self.policy.decide(tokens)
+        """The policy's decision."""
+        decision = self.policy.decide(tokens)
         if self.meter is not None:
-            self.meter.add(tokens, choice.mask)
-        return choice
+            self.meter.add(tokens, decision.mask)
+        return decision

@@ -1,7 +1,7 @@
 """Makes a Hugging Face model run its FFNs under a policy's masks: `sparsify` and `restore`.
 
-A mask multiplies what was computed, which is what a policy costs in quality, or says what is computed at all (`sparse_ffns.py`). Shape letters: n tokens,
-E hidden size, D neurons at a site.
+Without a kernel the model runs dense and its activations are masked (`masked_forward.py`), which shows a policy's
+quality. With a kernel FFNs compute only the neurons that the mask keeps (`sparse_ffn.py`), which shows its speed.
 """
 
 import weakref
@@ -16,78 +16,101 @@ from apc.sparse.policies import make_policy
 from apc.sparse.sparse_ffn import SparseFFNs
 from apc.utils.errors import UserError
 
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, FFNHooks | SparseFFNs] = weakref.WeakKeyDictionary()
+Handle = FFNHooks | SparseFFNs  # what `sparsify` puts into a model; `remove()` takes it out
+_HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
 def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | None) -> None:
-    """Raises UserError unless codebook and predictor have the model's shapes."""
-    have = dict(layers=len(ffns), hidden_size=ffns[0].hidden_size)
-    for what, thing in (("codebook", codebook), ("predictor", predictor)):
-        for name, value in have.items() if thing is not None else ():
-            if getattr(thing, name) != value:
+    """Raises UserError unless codebook and predictor belong together and have the model's shapes."""
+    shape = dict(layers=len(ffns), hidden_size=ffns[0].hidden_size)
+    for kind, part in (("codebook", codebook), ("predictor", predictor)):
+        for name, value in shape.items() if part is not None else ():
+            if getattr(part, name) != value:
                 raise UserError(
-                    f"the {what} is of another model: {name} {getattr(thing, name)}, the model's is {value}; give the one made for it"
+                    f"the {kind} belongs to another model: it has {name}={getattr(part, name)}, the model {value}; "
+                    f"use the {kind} made for this model"
                 )
     for site, D in codebook.widths.items():
         if ffns[0].site_width(site) != D:
             raise UserError(
-                f"the codebook is of another model: {D} neurons at {site}, the model has {ffns[0].site_width(site)}; give the one made for it"
+                f"the codebook belongs to another model: it has {D} neurons at {site}, "
+                f"the model has {ffns[0].site_width(site)}; use the codebook made for this model"
             )
-    if predictor is not None:
-        made_for = predictor.provenance.get("codebook")
-        if made_for and codebook.provenance and made_for != codebook.provenance:
-            raise UserError("the predictor is of another codebook (its provenance says so); give the one made for it")
-        expected = {site: codebook.k if predictor.form == "cluster" else D for site, D in codebook.widths.items()}
-        if predictor.outputs != expected:
-            raise UserError(
-                f"the predictor is of another codebook: it has {predictor.outputs} outputs, the codebook {expected}; give the one made for it"
-            )
+    if predictor is None:
+        return
+    advice = "use the predictor made for this codebook"
+    trained_for = predictor.provenance.get("codebook")
+    if trained_for and codebook.provenance and trained_for != codebook.provenance:
+        raise UserError(f"the predictor belongs to another codebook, by its provenance; {advice}")
+    expected = {site: codebook.k if predictor.form == "cluster" else D for site, D in codebook.widths.items()}
+    if predictor.outputs != expected:
+        raise UserError(
+            f"the predictor belongs to another codebook: it has {predictor.outputs} outputs, "
+            f"this codebook needs {expected}; {advice}"
+        )
 
 
 def sparsify(
-    model: nn.Module, codebook: Codebook, predictor: Predictor | None = None, policy: str = "oracle", seed: int = 0, kernel: str | None = None,
+    model: nn.Module,
+    codebook: Codebook,
+    predictor: Predictor | None = None,
+    policy: str = "oracle",
+    seed: int = 0,
+    kernel: str | None = None,
     max_sparse_tokens: float | None = None,
-) -> nn.Module:  # fmt: skip
-    """The model, changed in place so that its FFNs run under the policy's masks; `restore` takes that back.
+) -> nn.Module:
+    """The model itself, changed so that its FFNs run under the policy's masks.
+
+    `restore(model)` undoes the change, and so does the next call. `handle_of(model)` returns the handle of the change.
 
     Args:
-        codebook, predictor: as `Codebook.load` and `Predictor.load` give them; moved to the model's device.
-        policy: dense, exact, static, random, oracle, thresholded-oracle, predicted, soft, gate, neuron-predictor or neuron-threshold.
-        seed: what the policy `random` draws its masks from.
-        kernel: None: masks multiply what was computed, which shows quality. Else FFNs read only what is kept: by Triton kernels (`triton`), by `torch`,
-            or `auto`, by kernels where the model is on an NVIDIA GPU. For policies that know their masks before the FFN runs.
-        max_sparse_tokens: with a kernel, how many tokens in a call run sparse at most; FFNs of more run dense, as in prefill. None: with `auto` on a GPU what
-            is measured there (0 if sparse is never faster, as in small models), else what the kernels take at once, with `torch` 1. math.inf: all run sparse.
+        model: a Hugging Face causal language model with gated FFNs.
+        codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
+        policy: a name in `apc.sparse.policies.POLICIES`.
+        seed: of the masks of the policy `random`.
+        kernel: None masks the activations of a dense forward pass, which shows quality. With a kernel FFNs compute only
+            the neurons that the mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if
+            the model is on an NVIDIA GPU. Kernels need a policy that knows its masks before the FFN runs.
+        max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` on a GPU measures
+            the crossover (0 if sparse is never faster, as in small models), `triton` takes the kernels' limit, `torch`
+            1. math.inf: all calls run sparse.
 
     Raises:
-        UserError: the shapes are another model's, the policy is unknown, its predictor is missing, or no kernel takes it.
+        UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, or
+            no kernel supports it.
     """
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
     device = first_device(ffns)
     if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
         raise UserError(
-            f"kernel={kernel}: the model's layers lie on several devices, which kernels do not take; leave kernel out"
+            f"kernel={kernel}: the model's layers are on several devices, which no kernel supports; use kernel=None"
         )
-    chosen = None if policy == "dense" else make_policy(policy, codebook, predictor, seed)
-    if chosen is not None and (kernel is None or chosen.kernel == "masks"):
-        chosen = chosen.to(device)  # the other kernels take along what they need, and no profiles
+    if policy == "dense":
+        return restore(model)
+    decider = make_policy(policy, codebook, predictor, seed)
+    if kernel is None or decider.kernel == "masks":
+        decider = decider.to(device)  # the other kernels copy the tensors they need, and no profiles
     restore(model)
-    if chosen is not None and kernel is None:
-        _HANDLES[model] = MaskedForward(ffns, chosen).hook()
-    elif chosen is not None:
-        _HANDLES[model] = SparseFFNs(ffns, chosen, kernel, max_sparse_tokens).install()
+    if kernel is None:
+        _HANDLES[model] = MaskedForward(ffns, decider).hook()
+    else:
+        _HANDLES[model] = SparseFFNs(ffns, decider, kernel, max_sparse_tokens).install()
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """The model as it was before `sparsify`; does nothing to one that wasn't changed."""
+    """The model itself, dense as before `sparsify`; a model that was not changed stays as it is."""
     handle = _HANDLES.pop(model, None)
     if handle is not None:
         handle.remove()
     return model
 
 
-def handle_of(model: nn.Module) -> FFNHooks | SparseFFNs | None:
-    """What `sparsify` put into the model; its `remove()` takes it out. None for a model that is as it was."""
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of the change that `sparsify` made to a model; None for a model that is dense.
+
+    `SparseFFNs` if it was called with a kernel: `max_sparse_tokens` may be changed between calls. Else `FFNHooks`. Both
+    have `remove()`, which makes the model dense and may be called again; `restore` calls it.
+    """
     return _HANDLES.get(model)

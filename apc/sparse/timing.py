@@ -1,4 +1,4 @@
-"""Times work on the GPU in a CUDA graph."""
+"""Times GPU work inside a CUDA graph."""
 
 import contextlib
 from collections.abc import Callable
@@ -7,10 +7,10 @@ import torch
 
 
 def graph_time(call: Callable[[], object], repeats: int = 10, flush_cache: bool = True) -> float:
-    """The shortest time that the GPU takes for `call` within a CUDA graph, in ms.
+    """The shortest GPU time in ms of `call` inside a CUDA graph.
 
-    flush_cache: whether the L2 cache is overwritten before each repeat. Captures on the current stream, or on one of its
-    own where that is the default stream, which can't be captured.
+    flush_cache: whether to overwrite the L2 cache before each repeat. The capture runs on the current stream, or on a
+    new one in place of the default stream, which can't be captured.
     """
     current = torch.cuda.current_stream()
     if current == torch.cuda.default_stream():
@@ -34,7 +34,7 @@ def graph_time(call: Callable[[], object], repeats: int = 10, flush_cache: bool 
             call()
             after.record()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # ending a broken capture raises too, and would hide the cause
+        with contextlib.suppress(RuntimeError):  # ending a broken capture raises too, which would hide the cause
             graph.capture_end()
         raise
     graph.capture_end()

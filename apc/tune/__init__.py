@@ -1,1 +1,1 @@
-"""Tuning of masks and predictors through the model."""
+"""Tuning: masks, offsets and predictors trained through the model."""

@@ -1,1 +1,1 @@
-"""Files, errors, signals, ranks: what every other folder may use."""
+"""Files, errors, signals and ranks: helpers for every other folder."""

@@ -1,15 +1,21 @@
-"""The one error that a user can cause: bad input, a missing file, a machine that lacks something."""
+"""Errors that end a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, where, and what to do about it.
+    """Bad input, a missing file, or a machine that lacks something.
 
-    Entry points print it after `error:` and exit with code 2; a traceback would only hide it.
+    The message is one line: what is wrong, where, and what to do. Entry points print it after `error:` and exit with
+    code 2.
     """
 
 
 class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM, as SLURM sends before it takes a machine back), and what it had is kept. Exit code 143."""
+    """SIGTERM asked the process to end, as SLURM does before it takes a machine back. Exit code 143."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(143)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

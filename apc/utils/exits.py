@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from apc.utils.errors import Terminated, UserError
+from apc.utils.errors import Terminated, UserError, first_line
 from apc.utils.files import FULL
 
 GO_ON = "the same command with this run.name goes on from here"
@@ -15,8 +15,11 @@ GO_ON = "the same command with this run.name goes on from here"
 
 @contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
-    """A UserError, a full disk and want of memory become one line on stderr and exit code 2; Ctrl-C says what comes after it and exits with 130,
-    SIGTERM with 143; with 141 where stdout's reader has gone, as of `… | head`."""
+    """Turns expected errors into one line on stderr and an exit code.
+
+    2: UserError, a full disk, or no memory left; 130: Ctrl-C; 141: the reader of stdout is gone, as with `… | head`;
+    143: SIGTERM. after_interrupt: what the user can do next, the end of the line.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -27,41 +30,38 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     except BrokenPipeError:
         if not nobody_reads():
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # where what is left to be written goes, which would fail once more
+        # Python flushes stdout once more on exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in FULL:
             raise
-        print(
-            f"error: {error.filename or 'a file'}: can't be written ({error.strerror}); make room, and {after_interrupt}",
-            file=sys.stderr,
-        )
+        name = error.filename or "a file"
+        print(f"error: {name}: can't be written ({error.strerror}); make room, and {after_interrupt}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # torch's own: of a GPU a class, of the host a text
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for a GPU without memory, but only a message for the host.
         torch = sys.modules.get("torch")
-        of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, RuntimeError) and not of_gpu and "DefaultCPUAllocator" not in str(error):
+        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError) and not on_gpu and "DefaultCPUAllocator" not in str(error):
             raise
-        where = "the GPU" if of_gpu else "this machine"
-        said = (str(error).splitlines() or ["no more is known"])[0]
+        where = "the GPU" if on_gpu else "this machine"
         advice = (
             "lower trainer.batch_windows, collect.batch_tokens or predictor.batch_tokens, or set collect.storage=disk"
         )
-        print(f"error: {where} has no memory left ({said}); {advice}; {after_interrupt}", file=sys.stderr)
+        print(f"error: {where} has no memory left ({first_line(error)}); {advice}; {after_interrupt}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
     except Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only end this with less said
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the message short
         print(f"terminated; {after_interrupt}", file=sys.stderr)
         raise
 
 
 def nobody_reads() -> bool:
-    """Whether stdout is a pipe whose other end is closed."""
+    """Whether stdout is a pipe whose reader closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

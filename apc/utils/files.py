@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and our own kind: safetensors whose metadata carries a JSON header, checked when read."""
+"""Files that are written whole or not at all, and locks between processes."""
 
 import errno
 import os
@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from apc.utils.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a disk that is full
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name, flushed to the disk, then renamed. When it returns, no crash takes the file back.
+    """Writes a file whole or not at all. Once it returns, the file survives a crash.
 
-    Raises UserError, naming the file, where the disk is full.
+    Raises UserError, naming the file, if the disk is full.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -24,8 +26,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Within it a new file is written whole, and flushed, under the name that it gives; then it takes `path`'s place. Raises UserError, naming the file,
-    where the disk is full; then the old one stands and nothing is left of the new."""
+    """Yields a temporary path. The block writes a file there and flushes it to the disk; it then replaces `path`.
+
+    Raises UserError, naming the file, if the disk is full; the old file then stays and the temporary one is deleted.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -40,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
-    """Gives a file (or folder) that is on the disk its name, and waits until the name is there too."""
+    """Renames a file or folder that is on the disk already, and waits until the new name is on the disk too."""
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -52,3 +56,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive_lock(path: Path, message: str) -> Iterator[None]:
+    """Locks the file `path` during the block. The lock ends with the process, however that ends; the file stays.
+
+    Raises UserError(message) at once if another process has the lock, and OSError if the file can't be written.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,17 +4,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-# ---- the Hugging Face hub
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face hub answers within `timeout` seconds; False at once when HF_HUB_OFFLINE is set."""
+    """Whether the Hugging Face hub answers within `timeout` seconds; False at once if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, timeout)
@@ -22,19 +15,19 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 @cache
 def _answers(endpoint: str, timeout: float) -> bool:
-    """Asks once a run: model and text together must not wait twice."""
+    """Asks once per run, so that model and text do not both wait."""
     from huggingface_hub import get_session
 
     answers = []
 
     def ask() -> None:
-        # Any failure means no: the session's exceptions differ between versions of the hub client, which changed its HTTP library.
+        # Any failure means no: the hub client changed its HTTP library, so the exceptions differ between versions.
         try:
             answers.append(get_session().head(endpoint, timeout=timeout).status_code < 500)
         except Exception:
             answers.append(False)
 
-    # In a thread, because the timeout of a socket does not bound the look-up of the host's name.
+    # In a thread, because a socket's timeout does not cover looking up the host's name.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -43,7 +36,7 @@ def _answers(endpoint: str, timeout: float) -> bool:
 
 @contextmanager
 def hub_offline(offline: bool) -> Iterator[None]:
-    """With `offline`, `datasets` looks in its cache only; otherwise it would retry an unreachable hub for 23 s."""
+    """With `offline`, `datasets` looks only in its cache; without it, it retries an unreachable hub for 23 s."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,7 @@
-"""Ends a process that is asked to (SIGTERM, which SLURM sends before it takes a machine back): a training after its step, all else at once."""
+"""Handles SIGTERM, which SLURM sends before it takes a machine back.
+
+A training ends after its step, everything else at once.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,26 +12,29 @@ _state = {"training": False, "asked": False}
 
 
 def terminate(signum: int, frame: object) -> None:
-    """The handler of SIGTERM. A training ends after its step (see `apc.callbacks.EndTogether`), and then the process, undisturbed by another. Raises
-    Terminated elsewhere."""
+    """Handles SIGTERM.
+
+    A training ends after its step (see `apc.run.callbacks.EndTogether`), and the process after that; a second SIGTERM
+    changes nothing. Raises Terminated if no training runs.
+    """
     if not (_state["training"] or _state["asked"]):
         raise Terminated
     _state["asked"] = True
 
 
 def ask() -> None:
-    """As if the training at hand were asked to end: another of its processes was."""
+    """Asks the current training to end, because another of its ranks was asked to."""
     _state["asked"] = True
 
 
 def asked() -> bool:
-    """Whether the training at hand was asked to end."""
+    """Whether the current training was asked to end."""
     return _state["training"] and _state["asked"]
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Around a training. Raises Terminated after it where a SIGTERM came too late to end it."""
+    """Marks the block as a training. Raises Terminated after it if a SIGTERM came too late to end the training."""
     _state.update(training=True, asked=False)
     try:
         yield

@@ -1,14 +1,14 @@
-// Nearest centroids on the b1 tensor cores of Ampere and its like: AND-POPC `mma` on packed bits, arg-max in registers.
+// Nearest centroids on b1 tensor cores (Ampere, Ada): AND-POPC `mma` on packed bits, arg-max in registers.
 //
-// A block of 8 warps takes 128 rows, walks the clusters 256 at a time and the row 128 bytes at a time through a ring of STAGES in
-// shared memory, each warp 64 rows × 64 clusters. Rows in shared memory are 16 bytes longer than a step, so that the 8 × 4 words
-// of a fragment fall into 32 different banks.
+// A block of 8 warps takes 128 rows. It loops over 256 clusters and 128 bytes of a row at a time, through a
+// ring of STAGES in shared memory; each warp multiplies 64 rows × 64 clusters. Rows in shared memory are
+// padded by 16 bytes, so that the 8 × 4 words of a fragment fall into 32 different banks.
 //
-// Put before it: STAGES. Rows start on 16 bytes.
+// Defined before this file: STAGES. Rows must start on 16 bytes.
 
 constexpr int ROWS = 128, TILE_K = 256, STEP = 128, PITCH = STEP + 16;
 constexpr int STAGE = (ROWS + TILE_K) * PITCH;
-constexpr int COLUMNS = 16;  // scores that one thread holds of each of its rows
+constexpr int COLUMNS = 16;  // scores per row in one thread's registers
 
 __device__ __forceinline__ void copy(unsigned char* to, const unsigned char* from, bool there) {
     const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
@@ -91,7 +91,7 @@ assign(const unsigned char* __restrict__ rows,       // uint8 [G, N, W], strides
         }
         if (turn % steps == steps - 1) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) {  // rows 16 · (i / 2) + 8 · (i % 2) + lane / 4 of the warp
+            for (int i = 0; i < 8; i++) {  // the warp's row 16 · (i / 2) + 8 · (i % 2) + lane / 4
                 int top = -1;
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) top = max(top, sums[i / 2][j / 2][i % 2 * 2 + j % 2] * COLUMNS + (COLUMNS - 1 - j));
@@ -101,7 +101,7 @@ assign(const unsigned char* __restrict__ rows,       // uint8 [G, N, W], strides
     }
 
     __syncthreads();
-    u64* keys = reinterpret_cast<u64*>(ring);  // [ROWS, 4], the best of each warp's columns
+    u64* keys = reinterpret_cast<u64*>(ring);  // [ROWS, 4], the best key among each warp's columns
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int column = COLUMNS - 1 - best[i] % COLUMNS;

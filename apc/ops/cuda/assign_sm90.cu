@@ -1,17 +1,22 @@
-// Nearest centroids on Hopper's tensor cores: scores row · centroid by asynchronous warpgroup products, arg-max in registers.
+// Nearest centroids on Hopper's tensor cores: scores row · centroid by asynchronous warpgroup products
+// (wgmma), arg-max in registers.
 //
-// One source for two products, chosen by the `mma` that is put before it: AND-POPC of packed bits (`b1`), where a step of 32
-// bytes is 256 neurons, and uint8 × uint8 (importance × the centroids' bits as bytes), where it is 32 neurons. Either way rows and
-// centroids are rows of `W` bytes. With two PASSES a row comes as two rows of bytes, its high bytes in group g and its low bytes in group
-// G + g: the sums over the first are taken times 256 before the second is added. A block is one producer warp, which has the copy engine fill
-// a ring of stages, and CONSUMERS warpgroups of 64 rows each; the two blocks of a cluster share their centroids: each fetches half of a tile for both.
+// The `mma` defined before this file selects one of two products: AND-POPC of packed bits (`b1`), where a
+// step of 32 bytes is 256 neurons, or uint8 × uint8 (importance × the centroids' bits as bytes), where it is
+// 32 neurons. Rows and centroids have W bytes in both cases. With two PASSES a row is two rows of bytes: its
+// high bytes in group g, its low bytes in group G + g. The sums over the high bytes are multiplied by 256
+// before the low bytes are added.
 //
-// Put before it: CONSUMERS, TILE_K clusters at a time, STAGES, CLUSTER blocks, TAIL products of 32 bytes in a row's
-// last step, PASSES, and `mma(int (&sums)[TILE_K / 2], u64 rows, u64 centroids, int add)`.
+// A block has one producer warp, which fills a ring of stages by TMA, and CONSUMERS warpgroups of 64 rows each. The two
+// blocks of a cluster share their centroids: each fetches half of a tile for both.
+//
+// Defined before this file: CONSUMERS; TILE_K, clusters at a time; STAGES; CLUSTER, blocks of a cluster;
+// TAIL, products of 32 bytes in a row's last step; PASSES; and `mma(int (&sums)[TILE_K / 2], u64 rows, u64
+// centroids, int add)`.
 
 constexpr int STEP = 128;                // bytes of a row in a stage: the width of the 128-byte swizzle
 constexpr int ROWS = 64 * CONSUMERS;     // rows of a block
-constexpr int COLUMNS = TILE_K / 4;      // scores that one thread holds of each of its two rows
+constexpr int COLUMNS = TILE_K / 4;      // scores per row in one thread's registers; a thread has two rows
 constexpr int ROW_STAGE = ROWS * STEP;
 constexpr int CENTROID_STAGE = TILE_K * STEP;
 constexpr int SHARE = TILE_K / CLUSTER;  // centroids of a tile that each block fetches
@@ -25,8 +30,9 @@ struct alignas(64) TensorMap {
     unsigned char opaque[128];
 };
 
-// Arrives at the barrier of block `block` of the cluster that lies where `barrier` lies in this one. What it releases was read by
-// products that were waited for, so it needs no order of the cluster's memory: `.release.cluster` here costs 900 clocks a stage.
+// Arrives at the barrier of block `block` of the cluster, at the same address as `barrier` in this block. The
+// products that read the released stage have completed, so no cluster-wide memory order is needed;
+// `.release.cluster` here would cost 900 clocks per stage.
 __device__ __forceinline__ void arrive_at(u64* barrier, int block) {
     asm volatile(
         "{ .reg .b32 there;\n"
@@ -49,7 +55,8 @@ __device__ __forceinline__ void fetch_for_cluster(u32 to, const TensorMap& map, 
         : "memory");
 }
 
-// The matrix descriptor of a stage: rows of 128 bytes, swizzled, in groups of 8 that lie 1,024 bytes apart (PTX ISA, "Matrix descriptor").
+// The matrix descriptor of a stage: swizzled rows of 128 bytes, in groups of 8 rows that are 1,024 bytes
+// apart (PTX ISA, "Matrix descriptor").
 __device__ __forceinline__ u64 describe(u32 address) {
     return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
@@ -58,8 +65,9 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// What a cluster of blocks works on: `tile` rows and clusters k_first … k_last-1, in tiles. The last tiles, fewer than there are
-// clusters of blocks, are cut along K, so that all blocks end together; their parts meet in `keys`.
+// The work item of a cluster of blocks: a row tile, and the tiles of clusters k_first … k_last-1. Row tiles
+// from `whole` on are cut along K into `splits` items; the results of these items meet in row `slot` of
+// `keys` (-1: the tile is not cut).
 struct Item {
     int group, first_row, k_first, k_last, slot;
 };
@@ -86,7 +94,7 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
        const __grid_constant__ TensorMap centroids,  // uint8 [G, K, W]
        long long* __restrict__ ids,                  // [G, N], out
        int* __restrict__ scores,                     // [G, N], out, or null
-       u64* __restrict__ keys,                       // [cut tiles, CLUSTER * ROWS], zero at first: score << 32 | ~id
+       u64* __restrict__ keys,                       // [cut tiles, CLUSTER * ROWS], initially zero: score << 32 | ~id
        int N, int G, int steps, int k_tiles, int tiles_in_group, int items, int whole, int splits) {
     extern __shared__ unsigned char dynamic[];
     __shared__ u64 full[STAGES], empty[STAGES];
@@ -136,7 +144,7 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
         u32 parity = 0;
         const bool signals = threadIdx.x % 128 < CLUSTER;
 
-        // Starts the products of the stage at hand, PARTS times 32 bytes.
+        // Starts the products of the current stage, `parts` times 32 bytes.
         auto multiply = [&](auto parts, int add) {
             barrier_wait(&full[stage], parity);
             const u64 a = describe(ring + stage * ROW_STAGE + consumer * 64 * STEP);
@@ -176,21 +184,21 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
                         for (int i = 0; i < TILE_K / 2; i++) sums[i] *= 256;
                     }
                 }
-                // A thread's scores: rows lane / 4 and 8 more, columns 8 · (j / 2) + 2 · (lane % 4) + j % 2.
+                // A thread's scores: rows lane / 4 and lane / 4 + 8, columns 8 · (j / 2) + 2 · (lane % 4) + j % 2.
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     int score = -1, column = 0;
-                    if (PASSES == 1) {  // a key orders by score, then by the lower column, and its maximum is one instruction for two scores
+                    if (PASSES == 1) {  // keys order by score, then by the lower column; one max instruction takes two
                         int top = -1;
 #pragma unroll
                         for (int j = 0; j < COLUMNS; j++) top = max(top, sums[j / 2 * 4 + 2 * half + j % 2] * COLUMNS + (COLUMNS - 1 - j));
                         score = top / COLUMNS, column = COLUMNS - 1 - top % COLUMNS;
-                    } else {  // scores that leave a key no room
+                    } else {  // scores too large for a key
 #pragma unroll
                         for (int j = 0; j < COLUMNS; j++)
                             if (sums[j / 2 * 4 + 2 * half + j % 2] > score) score = sums[j / 2 * 4 + 2 * half + j % 2], column = j;
                     }
-                    if (score > best[half]) {  // strictly: on a tie the earlier tile's ids are lower
+                    if (score > best[half]) {  // strictly greater: on a tie the earlier tile's ids are lower
                         best[half] = score;
                         best_id[half] = k * TILE_K + column / 2 * 8 + lane % 4 * 2 + column % 2;
                     }
@@ -204,7 +212,7 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
                     const int other_score = __shfl_xor_sync(~0u, score, distance), other_id = __shfl_xor_sync(~0u, id, distance);
                     if (other_score > score || (other_score == score && other_id < id)) score = other_score, id = other_id;
                 }
-                // Clusters past K score nothing and have the highest ids, so they never win.
+                // Clusters past K have score 0 and the highest ids, so they never win.
                 const int row_in_block = consumer * 64 + warp * 16 + lane / 4 + half * 8, row = item.first_row + row_in_block;
                 if (lane % 4 == 0 && row < N) {
                     if (item.slot < 0) {
@@ -218,9 +226,10 @@ assign(const __grid_constant__ TensorMap rows,       // uint8 [PASSES * G, N, W]
             }
         }
     }
-    if (CLUSTER > 1) cluster_sync();  // no block leaves while the other may still arrive at its barriers
+    if (CLUSTER > 1) cluster_sync();  // no block exits while the other may still arrive at its barriers
 }
 
+// Writes the ids and scores of the row tiles that were cut along K, from their keys.
 extern "C" __global__ void take_keys(const u64* __restrict__ keys,   // [cut tiles, CLUSTER * ROWS]
                                      long long* __restrict__ ids,    // [G, N], out
                                      int* __restrict__ scores,       // [G, N], out, or null

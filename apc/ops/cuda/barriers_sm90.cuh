@@ -1,4 +1,5 @@
-// Barriers in shared memory that the copy engine arrives at with bytes (PTX ISA, `mbarrier`); put before the kernels for Hopper.
+// Barriers in shared memory that count the bytes of bulk copies (PTX ISA, `mbarrier`); included before the
+// Hopper kernels.
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

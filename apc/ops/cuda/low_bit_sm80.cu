@@ -1,17 +1,19 @@
-// Scores of neurons by a copy of their weights at a few bits each, on the b1 tensor cores (Ampere to Hopper): AND-POPC of bits of weights and bits of
-// the input, which is cut to whole numbers of 24 bits for it. A warp takes 16 neurons, and each of its products 24 = 3 · 8 columns of a token's bits.
+// Scores of neurons from a low-bit copy of their weights, on b1 tensor cores (Ampere to Hopper): AND-POPC of
+// the weights' bits and the input's bits. The input is rounded to integers of 24 bits. A warp takes 16
+// neurons, and its products cover the 24 = 3 · 8 bits of a token as columns.
 //
-// Put before it: WARPS of a block, N tokens (a power of two), E, D, BITS and PROJECTIONS of the copy, MASKS (else scores), HIDDEN (0 bfloat16, 1 float16, 2 float32),
-// EARLY (begins before the kernel before it has ended: Hopper).
+// Defined before this file: WARPS of a block; N tokens (a power of two); E; D; BITS and PROJECTIONS of the copy; MASKS
+// (else scores); HIDDEN (0 bfloat16, 1 float16, 2 float32); EARLY (programmatic dependent launch, on Hopper).
 
 constexpr int PLANES = 24;
-constexpr int ROW_WORDS = (E + 127) / 128 * 4;  // of a packed row of E weights
-constexpr int STEPS = (ROW_WORDS + 15) / 16;    // pieces of 64 bytes of it
-constexpr int PLANE_WORDS = 16 * (STEPS | 1);   // of a bit of the input, in shared memory, so that neighbours lie in different banks
-constexpr int AHEAD = STEPS < 8 ? STEPS : 8;    // pieces that are loaded at a time
-constexpr bool BOTH = BITS * PROJECTIONS == 2 && AHEAD == STEPS;  // whether all that a warp reads is on its way at once
+constexpr int ROW_WORDS = (E + 127) / 128 * 4;  // words of a packed row of E weights
+constexpr int STEPS = (ROW_WORDS + 15) / 16;    // pieces of 64 bytes of a row
+// Words of one bit of the input in shared memory; odd multiples of 16, so that neighbours are in different banks.
+constexpr int PLANE_WORDS = 16 * (STEPS | 1);
+constexpr int AHEAD = STEPS < 8 ? STEPS : 8;  // pieces loaded at a time
+constexpr bool BOTH = BITS * PROJECTIONS == 2 && AHEAD == STEPS;  // whether a warp's weights are all loaded at once
 constexpr int MASK_BYTES = (D + 127) / 128 * 16;
-constexpr float LARGEST = 8388600.0f;  // of the whole numbers, less what the quotient's rounding may add
+constexpr float LARGEST = 8388600.0f;  // the largest integer, below 2²³ by more than the quotient's rounding can add
 constexpr int SIZE = HIDDEN == 2 ? 4 : 2;
 
 __device__ __forceinline__ float number(const unsigned char* given, int at) {
@@ -23,7 +25,7 @@ __device__ __forceinline__ float number(const unsigned char* given, int at) {
     return result;
 }
 
-// The lanes' words as a matrix of bits, the other way round.
+// The transpose of the bit matrix whose rows are the lanes' words.
 __device__ __forceinline__ u32 transpose(u32 x, int lane) {
     u32 low = 0x0000FFFF;
 #pragma unroll
@@ -42,17 +44,18 @@ __device__ __forceinline__ void multiply(int (&sums)[4], u32 a0, u32 a1, u32 a2,
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-low_bit(const unsigned char* hidden,               // [tokens, E], which the kernel before this one may have written
+low_bit(const unsigned char* hidden,               // [tokens, E]; the previous kernel may have written it
         const uint4* __restrict__ planes,    // [BITS, PROJECTIONS, D, ROW_WORDS / 4]
-        const float* __restrict__ scale,     // [PROJECTIONS, D], as slope and power
+        const float* __restrict__ scale,     // [PROJECTIONS, D]; slope and power likewise
         const float* __restrict__ slope, const float* __restrict__ power,
         const float* __restrict__ bias,      // [D]
-        const float* __restrict__ threshold, // one number, for masks
-        float* __restrict__ scores,          // [tokens, D], out, or
-        unsigned short* __restrict__ masks,  // [tokens, MASK_BYTES / 2], out
+        const float* __restrict__ threshold, // one number, read for masks
+        float* __restrict__ scores,          // [tokens, D], out unless MASKS
+        unsigned short* __restrict__ masks,  // [tokens, MASK_BYTES / 2], out if MASKS
         int tokens) {
     extern __shared__ __align__(16) u32 bits[];  // [N, PLANES, PLANE_WORDS]
-    unsigned char* const given = reinterpret_cast<unsigned char*>(bits + N * PLANES * PLANE_WORDS);  // [N, E], the input
+    // [N, E], the input
+    unsigned char* const given = reinterpret_cast<unsigned char*>(bits + N * PLANES * PLANE_WORDS);
     __shared__ float largest_of[N][WARPS];
     __shared__ long long total_of[N][WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4, row = lane / 4;
@@ -60,7 +63,7 @@ low_bit(const unsigned char* hidden,               // [tokens, E], which the ker
     const int neurons[2] = {first + row, first + row + 8};
 
     uint4 held[BOTH ? 2 : 1][2][AHEAD];
-    auto load = [&](uint4 (&held)[2][AHEAD], int plane, int step) {  // the pieces of both rows from that step on
+    auto load = [&](uint4 (&held)[2][AHEAD], int plane, int step) {  // AHEAD pieces of both rows, from `step` on
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int at = 4 * (step + i) + quarter;
@@ -162,7 +165,8 @@ low_bit(const unsigned char* hidden,               // [tokens, E], which the ker
             for (int n = 0; n < N; n++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    long long sum = 0;  // of the columns' counts times 2^column; the highest bit of a negative number counts against the others
+                    // The columns' counts times 2^column. The highest bit counts negative (two's complement).
+                    long long sum = 0;
 #pragma unroll
                     for (int tile = 0; tile < PLANES / 8; tile++) {
 #pragma unroll
@@ -186,7 +190,7 @@ low_bit(const unsigned char* hidden,               // [tokens, E], which the ker
                 long long sum = level_sums[n][half];
 #pragma unroll
                 for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-                if (neurons[half] < D) {  // levels are (2 · bits − 2^BITS + 1) / 2
+                if (neurons[half] < D) {  // a level is (2 · bits − 2^BITS + 1) / 2
                     const float* const of = curve[projection][half];
                     const float product = static_cast<float>(2 * sum - ((1 << BITS) - 1) * total) * (0.5f * largest[n] / LARGEST);
                     const float z = of[0] * product;

@@ -1,34 +1,37 @@
-// A gated FFN over the neurons that masks keep, on Hopper: one block on each multiprocessor, whose share of the neurons' rows the copy engine
-// fetches into a ring in shared memory while eight warps multiply what is there.
+// A gated FFN over the neurons that masks keep, on Hopper. There is one block per multiprocessor. Bulk copies fetch the
+// rows of its share of the neurons into a ring in shared memory, while eight warps multiply the stages that
+// have arrived.
 //
-// A stage is ROWS neurons: their rows of gate, up and down (transposed). Each warp takes part of one product of a row and the input; then every thread
-// knows the neurons' values and adds their rows of down to its own columns of the output. Sums are float32 and their order is fixed.
+// A stage is ROWS neurons: their rows of gate, up and down (transposed). Each warp computes part of the
+// product of one row and the input. Then every thread knows the neurons' values, and adds their rows of down
+// to its own columns of the output. Sums are float32 and their order is fixed.
 //
-// The bottleneck by which a later layer's clusters are predicted rides along: its rows are the first in the ring, 2 · ROWS of them in a stage. They
-// need no mask, so the memory is busy while the neurons are found.
+// The kernel also computes the bottleneck that predicts a later layer's clusters. Its rows come first in the
+// ring, 2 · ROWS in a stage. They need no mask, so memory is busy while the block finds its neurons.
 //
-// Put before it: N tokens (a power of two), E, ROWS, STAGES, MOST neurons of a block, WORDS of a mask, CANDIDATES (0: a mask for each token),
-// ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu), BFLOAT (else float16), LATER rows of the later bottleneck (0: none), FOUND (1: `find` said which
-// neurons, before the kernel before this one began, so they are fetched while that one runs).
+// Defined before this file: N tokens (a power of two); E; ROWS; STAGES; MOST, the most neurons of a block;
+// WORDS of a mask; CANDIDATES (0: a mask per token); ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu); BFLOAT
+// (else float16); LATER, rows of the later bottleneck (0: none); FOUND (1: `find` listed the neurons before
+// the previous kernel began, so this kernel fetches their rows while the previous kernel runs).
 
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
-constexpr int CHUNKS = E / 8;  // pieces of 16 bytes of a row
-constexpr int OWN = (CHUNKS + CONSUMERS - 1) / CONSUMERS;  // of which a thread holds the sums
-constexpr int PARTS = WARPS / (2 * ROWS);  // warps for a product
-constexpr int EACH = (CHUNKS + 32 * PARTS - 1) / (32 * PARTS);  // pieces of a row that a thread multiplies
-constexpr int KEPT = N == 1 && EACH <= 16 ? EACH : 0;           // of the input in registers
+constexpr int CHUNKS = E / 8;  // chunks of 16 bytes of a row
+constexpr int OWN = (CHUNKS + CONSUMERS - 1) / CONSUMERS;  // chunks whose sums a thread keeps
+constexpr int PARTS = WARPS / (2 * ROWS);  // warps per product
+constexpr int EACH = (CHUNKS + 32 * PARTS - 1) / (32 * PARTS);  // chunks of a row that a thread multiplies
+constexpr int KEPT = N == 1 && EACH <= 16 ? EACH : 0;           // chunks of the input in a thread's registers
 constexpr int ROW_BYTES = 2 * E, STAGE_BYTES = 3 * ROWS * ROW_BYTES;
 constexpr int WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
 constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
 constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
-constexpr int PRODUCTS = 2 * ROWS;  // at a time
+constexpr int PRODUCTS = 2 * ROWS;  // products at a time
 static_assert(PARTS * PRODUCTS == WARPS && E % 8 == 0, "warps are dealt out to products evenly, rows are copied in pieces of 16 bytes");
 
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Weights are read once a step: they make room in the L2 cache for others.
+// Copies weights. They are read once per decoding step, so the L2 cache may evict them first.
 __device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
     asm volatile("{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
                  " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once; }" ::"r"(to),
@@ -36,7 +39,7 @@ __device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* 
                  : "memory");
 }
 
-// The two numbers of a word, the lower half first.
+// The two numbers of a word as floats, the lower half first.
 __device__ __forceinline__ float2 widen(u32 pair) {
     float2 result;
     if (BFLOAT) {
@@ -49,7 +52,7 @@ __device__ __forceinline__ float2 widen(u32 pair) {
     return result;
 }
 
-// To the weights' type and back: where a model rounds, too.
+// Rounds to the weights' type, where a model rounds too.
 __device__ __forceinline__ float round_half(float x) {
     float result;
     if (BFLOAT) {
@@ -75,15 +78,16 @@ __device__ __forceinline__ float activate(float x) {
     return x / (1.0f + expf(-y));
 }
 
-// Neurons that any token keeps are dealt out to blocks in order; a block's own go to its shared memory, neuron | which tokens keep it << 24.
+// Writes this block's share of the neurons that any token keeps to `list` in shared memory, in order, and returns their
+// number. An entry is neuron | tokens that keep it << 24.
 __device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens, u32* list) {
     __shared__ u32 words[N][WORDS];
-    __shared__ int ends[WORDS];  // bits up to and with each word
+    __shared__ int ends[WORDS];  // number of set bits up to and including each word
     __shared__ int mask_of[N], sums_of_warps[WARPS + 1];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     if (CANDIDATES == 0) {
         if (thread < N) mask_of[thread] = thread;
-    } else if (warp < tokens) {  // the id of the largest value, of equal ones the lowest
+    } else if (warp < tokens) {  // the id of the largest value, ties to the lowest id
         float best = -__int_as_float(0x7F800000);
         int id = 0x7FFFFFFF;
         for (int i = lane; i < CANDIDATES; i += 32) {
@@ -101,7 +105,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
     }
     __syncthreads();
 
-    // Each thread counts the bits of a few words, then finds the place of one bit.
+    // Each thread counts the bits of a few words, then locates single bits.
     int counts[WORDS_EACH], count = 0;
 #pragma unroll
     for (int i = 0; i < WORDS_EACH; i++) {
@@ -140,7 +144,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
     const int first = static_cast<int>(blockIdx.x * static_cast<u32>(total) / gridDim.x);  // neurons × blocks < 2³²
     const int last = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(total) / gridDim.x);
     for (int rank = first + thread; rank < last; rank += THREADS) {
-        int word = 0, beyond = WORDS - 1;  // the first word whose bits end after this one
+        int word = 0, beyond = WORDS - 1;  // search for the first word whose bits end after this one
 #pragma unroll
         for (int step = 0; step < SEARCH; step++) {
             const int middle = (word + beyond) / 2;
@@ -167,7 +171,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
     return last - first;
 }
 
-// Which neurons each block of `rows` takes, so that it need not look: to listed, [blocks, 1 + MOST], how many and then which.
+// Writes the neurons of each block of `rows` to listed, [blocks, 1 + MOST]: how many, then which.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) find(const u32* masks, const float* values, const int* ids, int* listed, int tokens) {
     __shared__ u32 list[MOST];
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -175,27 +179,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) find(const u32* masks, 
     int* const own = listed + blockIdx.x * (1 + MOST);
     if (threadIdx.x == 0) own[0] = neurons;
     for (int i = threadIdx.x; i < neurons; i += THREADS) own[1 + i] = list[i];
-    __threadfence();  // `rows` looks at it before it waits, and may begin as soon as this ends
+    __threadfence();  // `rows` reads it before it waits, and may begin as soon as this kernel ends
 }
 
+// The FFN. Pointers that earlier kernels write to are not `__restrict__`, since the compiler must not move
+// their reads before the wait.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-rows(const uint4* hidden,                      // [tokens, E]; what kernels before this one wrote is not `__restrict__`: it must not be read early
-     const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart, as up and down
-     const unsigned char* __restrict__ up,
-     const unsigned char* __restrict__ down,
+rows(const uint4* hidden,                      // [tokens, E]
+     const unsigned char* __restrict__ gate,   // [D, E], rows `gate_bytes` apart
+     const unsigned char* __restrict__ up,     // [D, E], rows `up_bytes` apart
+     const unsigned char* __restrict__ down,   // [D, E], transposed, rows `down_bytes` apart
      const u32* masks,                         // [K or tokens, WORDS]
      const float* values,                      // [tokens, CANDIDATES]
      const int* ids,                           // [tokens, CANDIDATES]
-     const int* listed,                        // as `find` writes it
+     const int* listed,                        // as `find` writes it, read if FOUND
      float4* partial,                          // [blocks, tokens, E], out
      int tokens, long long gate_bytes, long long up_bytes, long long down_bytes,
-     const unsigned char* __restrict__ later,  // [LATER, E], in one piece
+     const unsigned char* __restrict__ later,  // [LATER, E], contiguous
      const float* __restrict__ later_bias,     // [LATER]
      float* later_inner,                       // [tokens, LATER], out: SiLU(rms_norm(hidden) · laterᵀ + bias)
      float epsilon) {
     extern __shared__ __align__(128) unsigned char ring[];
     uint4* const given = reinterpret_cast<uint4*>(ring + STAGES * STAGE_BYTES);  // [N, CHUNKS], the input
-    u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);                // [MOST], neuron | which tokens keep it << 24
+    // [MOST], neuron | tokens that keep it << 24
+    u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);
     __shared__ u64 full[STAGES], empty[STAGES], arrived;
     __shared__ float products[2][ROWS][2][PARTS][N];
     __shared__ float squares[WARPS][N];
@@ -204,7 +211,7 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
     const int later_rows = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(LATER) / gridDim.x) - later_first;
     const int later_stages = (later_rows + PRODUCTS - 1) / PRODUCTS;
 
-    // Its stage of the ring must be free.
+    // Fetches rows of the later bottleneck into their stage of the ring, which must be free.
     auto fetch_later = [&](int index) {
         const int stage = index % STAGES, rows = min(PRODUCTS, later_rows - index * PRODUCTS);
         expect_bytes(&full[stage], rows * ROW_BYTES);
@@ -224,13 +231,14 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         }
         barrier_init(&arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // this thread hands them to the copy engine right away
+        // This thread uses the barriers in bulk copies right away.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         for (int index = 0; index < min(later_stages, STAGES); index++) fetch_later(index);
     }
     if (!FOUND) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        if (thread == 0) fetch_hidden();  // the input arrives while the neurons are found
+        if (thread == 0) fetch_hidden();  // the input arrives while the block finds its neurons
     }
     for (int i = tokens * CHUNKS + thread; i < N * CHUNKS; i += THREADS) given[i] = uint4{0, 0, 0, 0};
     int neurons;
@@ -274,13 +282,13 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
     barrier_wait(&arrived, 0);
     float sums[N][OWN][8] = {};
     const int product = warp / PARTS, part = warp % PARTS, product_row = product / 2, which = product % 2;
-    uint4 mine[KEPT > 0 ? KEPT : 1];  // the input's pieces that this thread multiplies, if it keeps them
+    uint4 mine[KEPT > 0 ? KEPT : 1];  // the chunks of the input that this thread multiplies, if it keeps them
 #pragma unroll
     for (int j = 0; j < KEPT; j++) {
         const int chunk = part * 32 + lane + j * 32 * PARTS;
         mine[j] = chunk < CHUNKS ? given[chunk] : uint4{0, 0, 0, 0};
     }
-    // This warp's part of the product of its row in a stage and each token's input, to `products`.
+    // Writes this warp's part of the product of its row in a stage and each token's input to `products`.
     auto multiply = [&](const unsigned char* held, int buffer) {
         const uint4* const row = reinterpret_cast<const uint4*>(held + (3 * product_row + which) * ROW_BYTES);
         float2 found[N] = {};
@@ -318,7 +326,7 @@ rows(const uint4* hidden,                      // [tokens, E]; what kernels befo
         if (lane == 0) barrier_arrive(&empty[stage]);
     };
 
-    if (LATER > 0) {  // the mean square of each input, which the first stage's barrier makes known to all
+    if (LATER > 0) {  // the mean square of each input; the first stage's barrier makes it visible to all warps
 #pragma unroll
         for (int n = 0; n < N; n++) {
             float square = 0.0f;

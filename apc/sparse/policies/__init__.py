@@ -1,4 +1,4 @@
-"""The mask policies by name. A new one is a class in a file of its own and a line in `POLICIES`."""
+"""The mask policies by name. A new policy is a class in its own file and an entry in `POLICIES`."""
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
@@ -37,6 +37,7 @@ __all__ = [
     "choose_policies",
     "default_policies",
     "facts",
+    "kernel_policies",
     "make_policy",
     "trains_predictor",
     "tuned_forms",
@@ -44,12 +45,12 @@ __all__ = [
 
 
 def facts(name: str) -> type[MaskPolicy]:
-    """The class of a policy; `MaskPolicy` itself, with neutral facts, for a name that is not registered here."""
+    """The class of a policy; `MaskPolicy`, whose facts are neutral, for a name that is not in `POLICIES`."""
     return POLICIES.get(name, MaskPolicy)
 
 
 def make_policy(name: str, codebook: Codebook, predictor: Predictor | None, seed: int = 0) -> MaskPolicy:
-    """Raises UserError for an unknown policy, or one whose inputs are missing."""
+    """The policy of this name. Raises UserError if it is unknown, or can't run with this codebook and predictor."""
     if name not in POLICIES:
         raise UserError(f"policy {name}: unknown; choose {', '.join(POLICIES)}")
     problem = POLICIES[name].missing(codebook, predictor)
@@ -59,14 +60,22 @@ def make_policy(name: str, codebook: Codebook, predictor: Predictor | None, seed
 
 
 def default_policies() -> list[str]:
-    """Those that are evaluated where `policies` is not given."""
+    """The policies that are evaluated if `policies` is not given."""
     return [name for name, policy in POLICIES.items() if policy.by_default]
+
+
+def kernel_policies() -> list[str]:
+    """The policies that can skip neurons: their masks are known before the FFN runs."""
+    return [name for name, policy in POLICIES.items() if policy.known_before_ffn() and name != "dense"]
 
 
 def choose_policies(
     asked: list[str] | None, codebook: Codebook, predictor: Predictor | None
 ) -> tuple[list[str], dict[str, str]]:
-    """The policies to run, and why each default that can't run is left out. Raises UserError for one asked for by name."""
+    """The policies to run, and the reason for each default policy that can't run.
+
+    Raises UserError if a policy that was asked for by name can't run.
+    """
     names = asked or default_policies()
     reasons = {name: POLICIES[name].missing(codebook, predictor) for name in names}
     left_out = {name: reason for name, reason in reasons.items() if reason}
@@ -76,19 +85,19 @@ def choose_policies(
 
 
 def tuned_forms(cfg: Config) -> tuple[str, ...]:
-    """The forms of predictor that the tuned policy can use; none: it needs no predictor."""
+    """The forms of predictor that the tuned policy can use; empty if it needs no predictor."""
     return POLICIES[cfg.tune.policy].forms
 
 
 def trains_predictor(cfg: Config) -> bool:
-    """Whether a run trains a predictor: where `stage=predict` asks, or a policy that it tunes or evaluates needs one."""
+    """Whether a run trains a predictor: `stage=predict` asks for it, or a tuned or evaluated policy needs one."""
     if cfg.tune.max_epochs and cfg.stage != "predict":
         return bool(tuned_forms(cfg))
     return cfg.stage == "predict" or any(POLICIES[name].forms for name in cfg.policies or default_policies())
 
 
 def check_policies(cfg: Config) -> None:
-    """Raises UserError where `policies` or `tune.policy` names one that is unknown, or can't run in this configuration."""
+    """Raises UserError if a policy in `policies` or `tune.policy` is unknown or can't run in this configuration."""
     for name in cfg.policies or ():
         if name not in POLICIES:
             raise UserError(f"policies: {name} is unknown; choose from {', '.join(POLICIES)}")
@@ -111,9 +120,9 @@ def check_policies(cfg: Config) -> None:
             f"tune.policy={cfg.tune.policy} needs predictor.form={' or '.join(forms)}, "
             f"this run has predictor.form={cfg.predictor.form}"
         )
-    wanting = [name for name in cfg.policies or () if POLICIES[name].forms]
-    if wanting and not forms:
+    need_predictor = [name for name in cfg.policies or () if POLICIES[name].forms]
+    if need_predictor and not forms:
         raise UserError(
-            f"policies: {', '.join(wanting)}: no predictor is left where tune.policy={cfg.tune.policy}; "
-            "choose other policies or tune another"
+            f"policies: {', '.join(need_predictor)} need a predictor, but tune.policy={cfg.tune.policy} trains none; "
+            "leave them out or tune another policy"
         )

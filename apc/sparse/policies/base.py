@@ -1,7 +1,9 @@
-"""What a mask policy is: it decides which neurons of an FFN each token keeps, and states what that costs.
+"""The base class of mask policies. A policy decides which neurons of an FFN each token keeps, and states the cost.
 
-A policy is one class. It owns every fact about itself: what it needs, what it reads and computes, which kernel runs it,
-and how it looks in a figure. Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
+A policy is one class that owns every fact about itself: what it needs, what it reads and computes, which kernel runs
+it, and how figures draw it.
+
+Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
 """
 
 import math
@@ -20,10 +22,10 @@ from apc.predict.predictor import Predictor
 
 @dataclass
 class MaskInputs:
-    """What a policy may look at for some tokens at one site of one layer.
+    """What a policy may read to choose the masks of n tokens at one site of one layer.
 
-    values [n, D] at the site; inputs: FFN inputs [n, E] of this layer and those before it, by layer; gate: act(gate)
-    [n, D] for a policy with `reads_gate`.
+    values: activations at the site, [n, D]; inputs: FFN inputs [n, E] by layer, of this layer and as many before it as
+    the predictor looks ahead; measure: computes importances; gate: act(gate) [n, D] for a policy with `reads_gate`.
     """
 
     layer: int
@@ -36,21 +38,24 @@ class MaskInputs:
 
     @cached_property
     def importance(self) -> Tensor:
-        """float32 [n, D]. NaN counts as 0, so that a forward pass that breaks down ends with a loss that says so."""
+        """Each neuron's importance, float32 [n, D]; NaN counts as 0, so that the broken pass ends with a NaN loss."""
         return self.measure(self.layer, self.site, self.values).nan_to_num_(nan=0.0)
 
     @cached_property
     def active(self) -> Tensor:
-        """bool [n, D]"""
+        """Which neurons are active, bool [n, D]."""
         return self.codebook.rule.active(self.layer, self.site, self.importance)
 
     @cached_property
     def energy(self) -> Tensor:
-        """float32 [n, D], the square of the importance."""
+        """Each neuron's energy, the square of its importance, float32 [n, D]."""
         return self.importance.square()
 
     def captured(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of each token's importance and energy that a mask keeps, float32 [n] each; kept: float32 [n, D]."""
+        """The shares of each token's importance and energy that a mask captures, float32 [n] each.
+
+        kept: the mask as numbers, float32 [n, D].
+        """
         tiny = torch.finfo(torch.float32).tiny
         importance, energy = (
             torch.linalg.vecdot(weights, kept) / weights.sum(-1).clamp_min(tiny)
@@ -61,10 +66,10 @@ class MaskInputs:
 
 @dataclass(frozen=True)
 class MaskDecision:
-    """What a policy does with some tokens.
+    """A policy's decision for n tokens.
 
-    mask: bool [n, D], or [1, D] for all tokens; True keeps a neuron. output_delta: added to the FFN's output, [n, E], [E]
-    or None.
+    mask: bool [n, D], or [1, D] for all tokens; True keeps a neuron.
+    output_delta: added to the FFN's output, [n, E], [E] or None.
     """
 
     mask: Tensor
@@ -75,8 +80,8 @@ class MaskDecision:
 class PolicyCost:
     """Cost of one token in one FFN, averaged over layers.
 
-    bits: information in the choice of a mask; bytes_share, flops_share: what is read and computed, as shares of the
-    dense FFN's.
+    bits: information in the choice of the mask; bytes_share, flops_share: bytes read and multiplications, as fractions
+    of the dense FFN's.
     """
 
     bits: float
@@ -85,76 +90,88 @@ class PolicyCost:
 
 
 class MaskPolicy:
-    """Decides masks. A subclass gives its facts as class attributes and overrides `decide`, or `mask` alone."""
+    """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`.
 
-    name: ClassVar[str] = ""  # in `policies=[…]`, tables and results.json
-    by_default: ClassVar[bool] = False  # evaluated where `policies` is not given
-    is_bound: ClassVar[bool] = False  # needs the token's own activations: a bound, not a method
-    reads_gate: ClassVar[bool] = False  # needs the whole gate projection first
-    uses_codebook: ClassVar[bool] = True  # its figures depend on the codebook
-    over_clusters: ClassVar[bool] = False  # its masks come from clusters
-    by_cluster: ClassVar[bool] = False  # its mask is one cluster's centroid, chosen by log₂ K bits
-    same_for_all: ClassVar[bool] = False  # one mask for all tokens
-    forms: ClassVar[tuple[str, ...]] = ()  # forms of predictor that it can use; none: it needs no predictor
-    sites: ClassVar[tuple[str, ...]] = ()  # the only sites that it works at; none: any
+    codebook, predictor: as `Codebook.load` and `Predictor.load` return them; seed: of masks that are drawn at random.
+    """
+
+    name: ClassVar[str] = ""  # its name in `policies=[…]`, tables and results.json
+    by_default: ClassVar[bool] = False  # it is evaluated if `policies` is not given
+    is_bound: ClassVar[bool] = False  # it reads the token's own activations: a bound, not a method to use
+    reads_gate: ClassVar[bool] = False  # it reads the gate projection of all neurons first
+    uses_codebook: ClassVar[bool] = True  # its results depend on the codebook
+    over_clusters: ClassVar[bool] = False  # its masks are made from clusters, so K matters
+    by_cluster: ClassVar[bool] = False  # its mask is the centroid of one cluster, a choice of log₂ K bits
+    same_for_all: ClassVar[bool] = False  # it has one mask for all tokens
+    forms: ClassVar[tuple[str, ...]] = ()  # the forms of predictor that it can use; empty: it needs no predictor
+    sites: ClassVar[tuple[str, ...]] = ()  # the only sites where it works; empty: it works at any site
     tunable: ClassVar[bool] = False  # `tune.policy` may name it
-    tuned_as: ClassVar[str | None] = None  # uses what is tuned for this other policy
-    monitored: ClassVar[bool] = False  # measured on held-out text while its predictor trains
-    gap_to: ClassVar[str | None] = None  # tables show how much worse it is than this one, in nats
-    color: ClassVar[str] = "#332288"  # in figures
-    marker: ClassVar[str] = "p"
-    wide_line: ClassVar[bool] = False  # drawn as a wide pale line, under another that it coincides with
+    tuned_as: ClassVar[str | None] = None  # the policy whose tuning it uses, if not its own
+    monitored: ClassVar[bool] = False  # it is measured on held-out text while its predictor trains
+    gap_to: ClassVar[str | None] = None  # the policy that tables compare it with: the gap is in nats per token
+    color: ClassVar[str] = "#332288"  # its colour in figures
+    marker: ClassVar[str] = "p"  # its marker in figures
+    wide_line: ClassVar[bool] = False  # figures draw it as a wide pale line below a line that coincides with it
 
     def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
         self.codebook, self.predictor, self.seed = codebook, predictor, seed
 
     @classmethod
     def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
-        """Why the policy can't run with these; None if it can."""
+        """Why the policy can't run with this codebook and predictor; None if it can."""
         if cls.sites and not set(codebook.sites) <= set(cls.sites):
             return f"needs the site {' or '.join(cls.sites)}"
-        if cls.forms and predictor is None:
+        if not cls.forms:
+            return None
+        if predictor is None:
             return "no predictor was given"
-        if cls.forms and predictor.form not in cls.forms:
+        if predictor.form not in cls.forms:
             return f"needs a predictor of form {' or '.join(cls.forms)}, this one's is {predictor.form}"
         return None
 
     @classmethod
     def known_before_ffn(cls) -> bool:
-        """Whether the mask is known before the FFN runs, so that a kernel can skip what it drops."""
+        """Whether the mask is known before the FFN runs: only then can a kernel skip neurons."""
         return not cls.is_bound and not cls.reads_gate
 
     @property
     def kernel(self) -> str | None:
-        """Which FFN runs it (see `apc.sparse.sparse_ffn`): cluster, low-bit or masks; None: none can."""
+        """The kind of sparse FFN that runs it: cluster, low-bit or masks (see `apc.sparse.sparse_ffn`); None: none."""
         return "masks" if self.known_before_ffn() else None
 
     @property
     def changes_output(self) -> bool:
-        """Whether its decisions add to FFN outputs."""
+        """Whether its decisions may have an output delta."""
         return False
 
+    @property
+    def lookahead(self) -> int:
+        """How many layers ahead its predictor looks; 0 without a predictor."""
+        return 0 if self.predictor is None else self.predictor.lookahead
+
     def to(self, device: torch.device) -> "MaskPolicy":
-        """Itself, with codebook and predictor on the device."""
+        """Itself, with codebook and predictor moved to the device."""
         self.codebook = self.codebook.to(device)
         self.predictor = self.predictor if self.predictor is None else self.predictor.to(device)
         return self
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The decision for some tokens; by default `mask`, and nothing added to the output."""
         return MaskDecision(self.mask(inputs))
 
     def mask(self, inputs: MaskInputs) -> Tensor:
-        """bool [n, D], or [1, D] for all tokens."""
+        """The neurons to keep, bool [n, D], or [1, D] for all tokens."""
         raise NotImplementedError
 
     def size(self, inputs: MaskInputs) -> int:
-        """Neurons in a mask of fixed density."""
+        """How many neurons a mask of fixed size keeps in this layer."""
         return self.codebook.size(inputs.site, inputs.layer)
 
-    # What one token costs. Each policy states what it reads and computes beside the FFN rows that it keeps.
-
     def choice_bits(self, site: str, densities: list[float]) -> float:
-        """Information in the choice of a mask at a site, per token and layer; densities: of its masks, by layer."""
+        """Information in the choice of a mask at a site, in bits per token, averaged over layers.
+
+        densities: the fraction of neurons that the masks of each layer keep.
+        """
         if self.by_cluster:
             return math.log2(self.codebook.k)
         if self.same_for_all:
@@ -163,18 +180,19 @@ class MaskPolicy:
         return sum(_log2_masks(D, density) for density in densities) / len(densities)
 
     def parameters_read(self, site: str) -> float:
-        """Parameters of 16 bits that one layer reads to find the mask, and to add to the output."""
-        return self.predictor.parameters_read(site) if self.forms else 0.0
+        """Parameters of 16 bits that one layer reads for one token, beside the FFN rows that the mask keeps."""
+        return 0.0
 
     def multiplications(self, site: str) -> float:
-        """Products that one layer computes for the same."""
-        return self.predictor.multiplications(site) if self.forms else 0.0
+        """Multiplications that one layer computes for one token, beside those with the FFN rows that the mask keeps."""
+        return 0.0
 
     def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
-        """Cost of masks with these densities, at each site of each layer.
+        """Cost of masks that keep these fractions of the neurons, by site and layer.
 
-        Read are the FFN rows kept and `parameters_read`, at 16 bits a parameter, over the dense FFN's 3·E·D. At `neuron`
-        one mask saves rows of all three projections; at gate, up and down each mask saves its own.
+        bytes_share counts the kept FFN rows and `parameters_read`, flops_share the kept rows and `multiplications`,
+        both over the dense FFN's 3·E·D parameters. A mask at `neuron` saves rows of all three projections; a mask at
+        gate, up or down saves rows of that projection.
         """
         book = self.codebook
         dense = 3 * book.hidden_size * book.ffn_width
@@ -190,28 +208,30 @@ class MaskPolicy:
 
 
 def _log2_masks(D: int, density: float) -> float:
-    """log₂ of the number of masks of this density over D neurons."""
+    """log₂ of the number of masks that keep this fraction of D neurons."""
     m = min(D, max(0, round(density * D)))
     return (math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)) / math.log(2)
 
 
 class ClusterPolicy(MaskPolicy):
-    """A policy that chooses a cluster and takes its centroid for the mask."""
+    """A policy that chooses a cluster for each token and takes the cluster's centroid as the mask."""
 
     over_clusters = True
     by_cluster = True
 
     @property
     def changes_output(self) -> bool:
+        """Whether the clusters have offsets."""
         return any(book.offsets is not None for book in self.codebook.sites.values())
 
     def from_clusters(self, inputs: MaskInputs, ids: Tensor) -> MaskDecision:
-        """The decision of clusters int64 [n]."""
+        """The decision for tokens of these clusters, int64 [n]."""
         book, group = self.codebook.sites[inputs.site], self.codebook.group(inputs.layer)
         mask = ops.unpack(book.centroids[group, ids], inputs.values.shape[-1])
         return MaskDecision(mask, None if book.offsets is None else book.offsets[group, ids])
 
     def parameters_read(self, site: str) -> float:
+        """The centroid, at one bit a neuron, and the offset."""
         centroid = self.codebook.widths[site] / 16
         offset = self.codebook.hidden_size if self.codebook.sites[site].offsets is not None else 0
         return centroid + offset + super().parameters_read(site)
@@ -220,20 +240,30 @@ class ClusterPolicy(MaskPolicy):
 class PredictorPolicy(MaskPolicy):
     """A policy that asks a predictor before the FFN runs."""
 
-    forms = ("cluster",)
+    forms: ClassVar[tuple[str, ...]] = ("cluster",)
+    predictor: Predictor
 
     @property
     def changes_output(self) -> bool:
+        """Whether the predictor corrects outputs, or the clusters have offsets."""
         return self.predictor.corrects or super().changes_output
 
     def outputs(self, inputs: MaskInputs) -> tuple[Tensor, Tensor | None]:
-        """Logits float32 [n, K or D], and the predictor's correction of the FFN's output, [n, E] or None."""
+        """The predictor's logits float32 [n, K or D], and its correction of the FFN's output, [n, E] or None."""
         hidden = inputs.inputs[self.predictor.source_layer(inputs.layer)].nan_to_num(nan=0.0)
         logits, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)
         return logits.float(), correction
 
+    def parameters_read(self, site: str) -> float:
+        """The predictor's parameters, and a chosen cluster's."""
+        return self.predictor.parameters_read(site) + super().parameters_read(site)
+
+    def multiplications(self, site: str) -> float:
+        """The predictor's multiplications."""
+        return self.predictor.multiplications(site) + super().multiplications(site)
+
 
 def add_deltas(*parts: Tensor | None) -> Tensor | None:
-    """The sum of those that are not None; None if all are."""
-    found = [part for part in parts if part is not None]
-    return sum(found[1:], start=found[0]) if found else None
+    """The sum of the parts that are not None; None if all are None."""
+    deltas = [part for part in parts if part is not None]
+    return sum(deltas[1:], start=deltas[0]) if deltas else None

@@ -1,6 +1,7 @@
-"""Policies that read the token's own activations: bounds for the methods, and the dense FFN."""
+"""The dense FFN, and policies that read the token's own activations: upper bounds for the others."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, Ma
 
 
 class Dense(MaskPolicy):
-    """Every neuron: the model as it is."""
+    """Keeps every neuron: the model as it is."""
 
     name = "dense"
     by_default = True
@@ -19,14 +20,16 @@ class Dense(MaskPolicy):
     color, marker = "#4D4D4D", "o"
 
     def mask(self, inputs: MaskInputs) -> Tensor:
+        """All neurons."""
         return torch.ones(1, inputs.values.shape[-1], dtype=torch.bool, device=inputs.values.device)
 
     def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
+        """No choice, everything read and computed; the densities are not looked at."""
         return PolicyCost(0.0, 1.0, 1.0)
 
 
 class Exact(MaskPolicy):
-    """The token's own active neurons."""
+    """Keeps the token's own active neurons."""
 
     name = "exact"
     by_default = True
@@ -35,36 +38,39 @@ class Exact(MaskPolicy):
     color, marker = "#0072B2", "s"
 
     def mask(self, inputs: MaskInputs) -> Tensor:
+        """The active neurons."""
         return inputs.active
 
 
 class Oracle(ClusterPolicy):
-    """The nearest centroid, found from the token's own activations."""
+    """Takes the centroid that is nearest to the token's own pattern."""
 
     name = "oracle"
     by_default = True
     is_bound = True
     tunable = True
-    gap_to = "exact"
+    gap_to: ClassVar[str | None] = "exact"
     color, marker = "#009E73", "D"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The nearest centroid."""
         centroids = self.codebook.sites[inputs.site].centroids[self.codebook.group(inputs.layer)]
         rows = quantise(inputs.importance)[0] if self.codebook.power else ops.pack(inputs.active)
         return self.from_clusters(inputs, self.codebook.nearest(rows, centroids))
 
 
 class ThresholdedOracle(Oracle):
-    """The token's own active neurons that its nearest centroid keeps too: how the paper scores."""
+    """Keeps the active neurons that the nearest centroid keeps too: the paper's way to score a codebook."""
 
     name = "thresholded-oracle"
     by_default = False
-    by_cluster = False  # the choice is of a mask again, not of a cluster
+    by_cluster = False  # its mask is not a centroid
     tunable = False
     gap_to = None
     color, marker = "#117733", "h"
-    wide_line = True  # it covers the same neurons as the oracle
+    wide_line = True  # it captures as much as the oracle
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The nearest centroid, without the neurons that are not active."""
         nearest = super().decide(inputs)
         return replace(nearest, mask=nearest.mask & inputs.active)

@@ -1,16 +1,16 @@
 """Policies whose mask is the same for every token."""
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from apc import ops
+from apc.cluster.codebook import Codebook
+from apc.predict.predictor import Predictor
 from apc.sparse.policies.base import MaskInputs, MaskPolicy
 
 
 class Static(MaskPolicy):
-    """One mask for each layer: the neurons that captured most over the fit text."""
+    """Keeps the neurons of each layer that captured most over the fit text."""
 
     name = "static"
     by_default = True
@@ -18,27 +18,29 @@ class Static(MaskPolicy):
     color, marker = "#E69F00", "^"
 
     def mask(self, inputs: MaskInputs) -> Tensor:
+        """The layer's static mask."""
         static = self.codebook.sites[inputs.site].static[inputs.layer : inputs.layer + 1]
         return ops.unpack(static, inputs.values.shape[-1])
 
 
 class Random(MaskPolicy):
-    """One mask for each layer and site, drawn from the seed."""
+    """Keeps a random set of neurons at each site of each layer, drawn from the seed."""
 
     name = "random"
     by_default = True
     same_for_all = True
     color, marker = "#8C8C8C", "v"
 
-    def mask(self, inputs: MaskInputs) -> Tensor:
-        key = inputs.layer, inputs.site, inputs.values.device
-        if key not in self._drawn:  # once: a CUDA graph can't copy it from the host each time
-            self._drawn[key] = self._draw(inputs)
-        return self._drawn[key]
+    def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
+        super().__init__(codebook, predictor, seed)
+        self._masks: dict[tuple[int, str, torch.device], Tensor] = {}
 
-    @cached_property
-    def _drawn(self) -> dict[tuple, Tensor]:
-        return {}
+    def mask(self, inputs: MaskInputs) -> Tensor:
+        """The layer's random mask."""
+        key = inputs.layer, inputs.site, inputs.values.device
+        if key not in self._masks:  # drawn once: a CUDA graph can't copy the mask from the host at each replay
+            self._masks[key] = self._draw(inputs)
+        return self._masks[key]
 
     def _draw(self, inputs: MaskInputs) -> Tensor:
         D, sites = inputs.values.shape[-1], list(self.codebook.sites)

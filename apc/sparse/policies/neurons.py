@@ -1,5 +1,7 @@
 """Policies that decide neuron by neuron."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from apc import ops
@@ -9,7 +11,10 @@ from apc.sparse.policies.base import MaskDecision, MaskInputs, MaskPolicy, Predi
 
 
 class Gate(MaskPolicy):
-    """The top share by |act(gate)|, the rule of CATS (Lee et al., 2024): gate runs in full, up and down are masked."""
+    """Keeps the neurons with the largest |act(gate)|, the rule of CATS (Lee et al., 2024).
+
+    The gate projection runs in full; up and down are masked.
+    """
 
     name = "gate"
     reads_gate = True
@@ -17,11 +22,13 @@ class Gate(MaskPolicy):
     color, marker = "#56B4E9", "X"
 
     def mask(self, inputs: MaskInputs) -> Tensor:
+        """The neurons with the largest gate activations."""
+        assert inputs.gate is not None  # `reads_gate` asks for it
         return ops.top_mask(inputs.gate.float().abs(), self.size(inputs), check=False)
 
 
 class NeuronPredictor(PredictorPolicy):
-    """The top share of scores predicted neuron by neuron.
+    """Keeps the neurons with the highest predicted scores.
 
     The scores come from a bottleneck (the form of Deja Vu, Liu et al., 2023) or from a low-bit copy of gate and up.
     """
@@ -30,38 +37,44 @@ class NeuronPredictor(PredictorPolicy):
     forms = ("neuron", "low-bit")
     tunable = True
     monitored = True
-    by_threshold = False
+    by_threshold: ClassVar[bool] = False  # it keeps the scores above a threshold, not a fixed number of them
     color, marker = "#882255", "*"
 
     @property
     def kernel(self) -> str:
+        """low-bit for a low-bit predictor, else masks."""
         return "masks" if self.predictor.low_bit is None else "low-bit"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The highest scores, as many as a mask of fixed size keeps."""
         scores, correction = self.outputs(inputs)
         return MaskDecision(ops.top_mask(scores, self.size(inputs), check=False), correction)
 
 
 class NeuronThreshold(NeuronPredictor):
-    """The neurons whose score reaches their layer's threshold.
+    """Keeps the neurons whose score reaches their layer's threshold.
 
-    Tokens keep as many as they need: on average over the fit text, as many as a mask of fixed size.
+    Each token keeps as many as it needs. On average over the fit text that is as many as a mask of fixed size keeps.
     """
 
     name = "neuron-threshold"
     tunable = False
     tuned_as = "neuron-predictor"
-    monitored = False  # thresholds are found after the training
+    monitored = False  # thresholds are computed after the training
     by_threshold = True
     color, marker = "#44AA99", "<"
 
     @classmethod
     def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
-        found = super().missing(codebook, predictor)
-        return found or (
-            None if predictor.thresholds is not None else "the predictor has no thresholds; train it again"
-        )
+        """Why the policy can't run with this codebook and predictor; None if it can."""
+        if reason := super().missing(codebook, predictor):
+            return reason
+        if predictor is None or predictor.thresholds is None:
+            return "the predictor has no thresholds; train it again"
+        return None
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The scores that reach the threshold."""
+        assert self.predictor.thresholds is not None  # `missing` checks it
         scores, correction = self.outputs(inputs)
         return MaskDecision(scores >= self.predictor.thresholds[inputs.layer], correction)

@@ -1,4 +1,4 @@
-"""Policies that predict a cluster, or mix clusters by their predicted probabilities."""
+"""Policies that predict a token's cluster, or mix clusters by their predicted probabilities."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, Pr
 
 
 class Predicted(PredictorPolicy, ClusterPolicy):
-    """The centroid of the likeliest cluster."""
+    """Takes the centroid of the likeliest cluster."""
 
     name = "predicted"
     by_default = True
@@ -18,13 +18,14 @@ class Predicted(PredictorPolicy, ClusterPolicy):
     color, marker = "#D55E00", "o"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The likeliest cluster's centroid; its offset and the correction are added to the output."""
         logits, correction = self.outputs(inputs)
         chosen = self.from_clusters(inputs, logits.argmax(-1))
         return replace(chosen, output_delta=add_deltas(chosen.output_delta, correction))
 
 
 class Soft(PredictorPolicy, ClusterPolicy):
-    """The top share of the profiles, mixed by the predicted probabilities."""
+    """Keeps the largest entries of the cluster profiles, mixed by the predicted probabilities."""
 
     name = "soft"
     by_default = True
@@ -33,21 +34,23 @@ class Soft(PredictorPolicy, ClusterPolicy):
     color, marker = "#CC79A7", "P"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The largest entries of the mixed profile; the mixed offset and the correction are added to the output."""
         book, group = self.codebook.sites[inputs.site], self.codebook.group(inputs.layer)
         logits, correction = self.outputs(inputs)
-        shares = logits.softmax(-1)
-        mask = ops.top_mask(shares @ book.profiles[group].float(), self.size(inputs), check=False)
-        return MaskDecision(
-            mask, add_deltas(correction, None if book.offsets is None else shares @ book.offsets[group])
-        )
+        probabilities = logits.softmax(-1)
+        mask = ops.top_mask(probabilities @ book.profiles[group].float(), self.size(inputs), check=False)
+        offset = None if book.offsets is None else probabilities @ book.offsets[group]
+        return MaskDecision(mask, add_deltas(correction, offset))
 
     def parameters_read(self, site: str) -> float:
-        return self._of_all_clusters(site) + self.predictor.parameters_read(site)
+        """The predictor's parameters, and all clusters' profiles and offsets."""
+        return self._mixture_parameters(site) + self.predictor.parameters_read(site)
 
     def multiplications(self, site: str) -> float:
-        return self._of_all_clusters(site) + self.predictor.multiplications(site)
+        """As many as parameters of the mixture, and the predictor's."""
+        return self._mixture_parameters(site) + self.predictor.multiplications(site)
 
-    def _of_all_clusters(self, site: str) -> int:
-        """Profiles and offsets of every cluster are read, and multiplied."""
+    def _mixture_parameters(self, site: str) -> int:
+        """Parameters in the profiles and offsets of all clusters."""
         offsets = self.codebook.hidden_size if self.codebook.sites[site].offsets is not None else 0
         return self.codebook.k * (self.codebook.widths[site] + offsets)

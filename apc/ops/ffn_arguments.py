@@ -1,0 +1,70 @@
+"""Arguments of the sparse FFN's operations that travel together. Shape letters: see `apc.ops`.
+
+They are named tuples, which torch.compile traces as it does plain tuples.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # the CUDA kernel knows them by these indices
+MAX_TOKENS = 4  # tokens per call of the kernels, which keep the sums of all tokens in registers
+EPSILON = torch.finfo(torch.float32).eps  # what torch's rms_norm adds to the mean square of a float32 input
+
+
+class FFNWeights(NamedTuple):
+    """The matrices of a gated FFN. All have hidden's type; their rows may be further apart than E."""
+
+    gate: Tensor  # float [D, E]
+    up: Tensor  # float [D, E]
+    down: Tensor  # float [D, E], the transposed down projection
+    activation: str = "silu"  # one of `ACTIVATIONS`
+
+
+class PredictorWeights(NamedTuple):
+    """The weights that predict a token's cluster: SiLU(rms_norm(x) · reduceᵀ + reduce_bias) · expandᵀ + expand_bias."""
+
+    reduce: Tensor  # float [H, E]
+    reduce_bias: Tensor  # float32 [H]
+    expand: Tensor  # float [K, H]
+    expand_bias: Tensor  # float32 [K]
+
+
+class Candidates(NamedTuple):
+    """Candidates for each token's cluster. The largest logit wins, ties to the lowest cluster."""
+
+    logits: Tensor  # float32 [n, C]
+    clusters: Tensor  # int32 [n, C]
+
+
+class Prediction(NamedTuple):
+    """The result of a predictor."""
+
+    bottleneck: Tensor  # float32 [n, H], SiLU(rms_norm(x) · reduceᵀ + reduce_bias)
+    candidates: Candidates
+
+
+class ActiveNeurons(NamedTuple):
+    """The neurons that each token keeps."""
+
+    masks: Tensor  # uint8 [n, W], one per token; with candidates uint8 [K, W], one per cluster
+    candidates: Candidates | None = None
+    active_list: Tensor | None = None  # the same neurons listed per thread block, from `sparse_ffn_ahead`
+
+
+class OutputDelta(NamedTuple):
+    """Terms added to an FFN's output: bottleneck · correct + correct_bias, and the offset of each token's cluster."""
+
+    bottleneck: Tensor | None = None  # float32 [n, H]
+    correct: Tensor | None = None  # float [H, E]
+    correct_bias: Tensor | None = None  # float32 [E]
+    offsets: Tensor | None = None  # float [K, E]; needs candidates
+
+
+class NextLayer(NamedTuple):
+    """The next FFN, whose active neurons are to be listed."""
+
+    neurons: int
+    masks: Tensor  # uint8 [K, W]
+    candidates: Candidates | None = None  # None: those that the same call predicts

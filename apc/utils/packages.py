@@ -1,0 +1,41 @@
+"""The packages that this project asks for, and which of them are missing."""
+
+import importlib.metadata
+
+from packaging.requirements import Requirement
+
+from apc.utils.errors import UserError
+
+DISTRIBUTION = "apc-llm"
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """The packages of an extra, e.g. `train`; without one, the core dependencies. Other platforms' are left out.
+
+    Empty where `apc` itself is not installed, but runs from a checkout on the path: nothing then lists them.
+    """
+    if installed_version(DISTRIBUTION) is None:
+        return []
+    chosen = []
+    for line in importlib.metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        core = marker is None or marker.evaluate({"extra": ""})
+        if (not core and marker is not None and marker.evaluate({"extra": extra})) if extra else core:
+            chosen.append(requirement)
+    return chosen
+
+
+def installed_version(name: str) -> str | None:
+    """A package's version; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_extra(extra: str) -> None:
+    """Raises UserError if a package of an extra is missing."""
+    missing = [requirement.name for requirement in requirements(extra) if installed_version(requirement.name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not installed; run pip install '{DISTRIBUTION}[{extra}]'")
