@@ -109,7 +109,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match="broken.yaml: not readable as YAML"):
         load_config(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 3\n")
-    with pytest.raises(UserError, match="list.yaml: holds no keys"):
+    with pytest.raises(UserError, match="list.yaml: contains no keys"):
         load_config(tmp_path / "list.yaml")
 
 

@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
+import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
-from apc.evaluate.metrics import BATCHES, MaskMeter, _shuffled, mask_figures, perplexity_ratio
+from apc.evaluate.metrics import (
+    BATCHES,
+    MaskMeter,
+    _shuffled,
+    mask_figures,
+    perplexity,
+    perplexity_ratio,
+    window_losses,
+)
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.policies import POLICIES, make_policy
 
@@ -103,3 +112,17 @@ def test_the_confidence_interval_is_students():
     half = 4.302652729911275 * math.sqrt(0.07 / 3)
     assert (ratio, low, high) == pytest.approx((math.exp(0.3), math.exp(0.3 - half), math.exp(0.3 + half)))
     assert perplexity_ratio(dense[:1], dense[:1]) == (1.0, None, None)
+
+
+def test_perplexity_scores_every_token_but_a_windows_first():
+    """Against one forward pass for each prefix of each window."""
+    model, windows = tiny.make_model(), torch.randint(tiny.VOCABULARY, (3, 7))
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            for at in range(1, len(window)):
+                logits = model(window[:at][None]).logits[0, -1].double()
+                losses.append(-logits.log_softmax(-1)[window[at]])
+        found = window_losses(model, windows)
+    assert len(losses) == 3 * 6 and found.shape == (3,)
+    assert perplexity(found) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)

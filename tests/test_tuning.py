@@ -203,7 +203,7 @@ def test_ranks_share_the_windows(workplace):
         ({"tune.policy": "soft"}, "tune.policy=soft: choose oracle, predicted, neuron-predictor"),
         ({"tune.batch_windows": 0}, "tune.batch_windows must be at least 1"),
         ({"tune.lr": 0}, "tune.lr must be above 0"),
-        ({"tune.temperature": 1}, "tune.temperature: no longer a key"),
+        ({"tune.temperature": 1}, "tune.temperature: this key was removed"),
         ({"tune.precision": "64"}, "tune.precision=64"),
         ({"tune.policy": "neuron-predictor"}, "needs predictor.form=neuron"),
         (

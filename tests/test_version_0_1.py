@@ -9,7 +9,7 @@ import apc
 import evaluate
 import tiny
 from apc.compare import finished, tables
-from apc.config.load import load_config
+from apc.config.load import load_config, load_saved
 from apc.utils.errors import UserError
 
 RUNS = sorted((Path(__file__).parent / "data" / "v0.1").iterdir())
@@ -48,7 +48,7 @@ def test_finished_runs_of_the_documentation_are_compared():
     [
         ("arms=[oracle]", "arms: renamed; write policies"),
         ("predictor.hidden=8", "predictor.hidden: renamed; write predictor.bottleneck"),
-        ("tune.temperature=0.5", "tune.temperature: no longer a key .* leave it out"),
+        ("tune.temperature=0.5", "tune.temperature: this key was removed .* leave it out"),
     ],
 )
 def test_an_error_for_an_old_key_names_the_new_one(tmp_path, word, line):
@@ -64,3 +64,13 @@ def test_an_error_for_an_old_key_names_the_new_one(tmp_path, word, line):
 def test_an_error_for_an_old_experiment_names_the_new_one():
     with pytest.raises(UserError, match="experiment=cluster-5: renamed; write experiment=cluster-k512"):
         load_config(None, ["experiment=cluster-5"])
+
+
+def test_a_value_that_is_fixed_now_is_noted(tmp_path, capsys):
+    saved = (RUNS[0] / "config.yaml").read_text().replace("temperature: 0.5", "temperature: 2.0")
+    (tmp_path / "config.yaml").write_text(saved.replace("precision: 32-true", "precision: 64-true"))
+    assert load_saved(tmp_path / "config.yaml").trainer.precision == "32-true"
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert "made with tune.temperature=2.0, which is now 0.5" in notes[0]
+    assert "made with trainer.precision=64-true, which is now 32-true" in notes[1]

@@ -1,10 +1,11 @@
 """The clustering of the APC paper (Dhar et al., Euro-Par 2025): clusters of equal size, updated after every window.
 
 A chunk is the patterns of one window. It fills the clusters in the order of their ids: each takes the ⌊n / K⌋ nearest
-of the remaining patterns, by the masked distance. Patterns left over are not used in the update. A centroid becomes
-the weighted mean of itself, with the weight of all earlier chunks, and the mean of its patterns, cut to its largest
-neurons. The paper cuts at a quantile; here ties go to the lowest neuron, so every centroid has exactly its share of
-ones. With several ranks each takes a chunk, and their centroids are averaged.
+of the remaining patterns, by the masked distance. Patterns left over are not used in the update. The update
+averages the centroid (weighted by all earlier chunks) with the mean of its new patterns, and keeps the neurons
+with the largest values. The paper keeps neurons above a quantile. Here ties go to the lowest neuron, so every
+centroid has exactly the configured number of ones. With several ranks each takes a chunk, and their centroids are
+averaged.
 
 Shape letters as in `apc.cluster.lloyd`.
 """
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from apc import ops
 from apc.cluster.lloyd import ClusteringModule
-from apc.cluster.seeding import RowReader
 from apc.collect.patterns import Block, PatternInfo
 from apc.config.schema import ClusterConfig
 from apc.utils import distributed
@@ -39,7 +39,7 @@ class PaperClustering(ClusteringModule):
     gathered_buffers = ()
     reduced_buffers = (*ClusteringModule.reduced_buffers, "cluster_of")
     usable_means = "with some ones and no more than a centroid has"
-    needs_usable = True
+    needs_usable = raw_seeds = True
 
     moved: Tensor
 
@@ -79,10 +79,6 @@ class PaperClustering(ClusteringModule):
             )
         super().on_fit_start()
 
-    def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
-        """The patterns at pairs (group, row number), unchanged, uint8 [n, W]."""
-        return reader.read("patterns", group, row)
-
     def usable(self, site: str, patterns: Tensor) -> Tensor:
         """Which patterns uint8 [n, W] have some ones and no more than a centroid, bool [n]."""
         ones = ops.popcount(patterns)
@@ -90,10 +86,6 @@ class PaperClustering(ClusteringModule):
 
     def _reset_pass(self, site: str) -> None:
         super()._reset_pass(site)
-        self.moved.zero_()
-
-    def _begin_pass(self) -> None:
-        super()._begin_pass()
         self.moved.zero_()
 
     @property

@@ -3,8 +3,9 @@
 Shape letters: L layers, G groups (L, or 1 if pooled), K clusters, D neurons at a site, W bytes of a packed row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_origin
 
 import torch
 from torch import Tensor
@@ -24,10 +25,9 @@ class SiteCodebook:
     """One site's clusters.
 
     centroids: uint8 [G, K, W], packed masks with exactly m ones each, or any number if the codebook's centroid_size is
-    free;
+    free; sizes: int64 [G, K], rows in each cluster;
     profiles: float16 [G, K, D], each cluster's mean pattern under the codebook's weighting, scaled to a mean of 1 over
     the neurons; an empty cluster has its centroid instead;
-    sizes: int64 [G, K], rows in each cluster;
     static: uint8 [L, W], the best single mask of m ones for each layer;
     thresholds: float32 [L], zero if the rule is `top`;
     offsets: float32 [G, K, E], added to the FFN's output in place of the neurons that a cluster's mask drops, or None.
@@ -52,10 +52,10 @@ class Codebook:
     widths: neurons at each site; provenance: model, text, configuration, versions and commit;
     density: share m / D of ones in masks of fixed size: static, random and soft masks, and centroids if centroid_size
     is fixed;
-    centroid_size: fixed or free. A free centroid has as many ones as its cluster gives it. It may have none; the FFN
-    then adds nothing for the token;
-    penalty: cost of a one that a free centroid lacks, in the distance for assigning patterns;
-    budget: ones in the masks of each layer if layers differ, else empty. Static masks always have m.
+    centroid_size: fixed or free. A free centroid has any number of ones, as its cluster's patterns decide. With no
+    ones, the FFN's output is zero; penalty: cost of a one that a free centroid lacks, in the distance for
+    assigning patterns; budget: ones in the masks of each layer if layers differ, else empty. Static masks always
+    have m.
     """
 
     sites: dict[str, SiteCodebook]
@@ -115,14 +115,13 @@ class Codebook:
             site: SiteCodebook(**{name: value.to(device) for name, value in book.tensors().items()})
             for site, book in self.sites.items()
         }
-        return Codebook(**{**vars(self), "sites": moved})
+        return replace(self, sites=moved)
 
     def save(self, path: str | Path) -> None:
         """Writes the codebook to a file."""
         header = {name: value for name, value in vars(self).items() if name != "sites"}
-        tensors = {
-            f"{name}.{site}": value for site, book in self.sites.items() for name, value in book.tensors().items()
-        }
+        books = self.sites.items()
+        tensors = {f"{name}.{site}": value for site, book in books for name, value in book.tensors().items()}
         save_tensors(Path(path), KIND, VERSION, header, tensors)
 
     @classmethod
@@ -133,13 +132,11 @@ class Codebook:
         try:
             if wrong := wrong_field(header, _HEADER):
                 raise ValueError(wrong)
-            sites = {
-                site: SiteCodebook(
-                    **{name.removesuffix(f".{site}"): tensors[name] for name in tensors if name.endswith(f".{site}")}
-                )
+            of_site = {
+                site: {name.removesuffix(f".{site}"): tensors[name] for name in tensors if name.endswith(f".{site}")}
                 for site in header["widths"]
             }
-            book = cls(sites=sites, **header)
+            book = cls({site: SiteCodebook(**named) for site, named in of_site.items()}, **header)
             problem = book.problem()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             reason = first_line(error)
@@ -150,37 +147,25 @@ class Codebook:
 
     def problem(self) -> str | None:
         """The first inconsistency in the codebook; None if there is none."""
-        sizes = min(self.layers, self.hidden_size, self.ffn_width, *self.widths.values())
-        if not self.sites or sizes < 1 or not 0 < self.density < 1 or not 0 < self.sparsity < 1:
-            return (
-                f"{self.layers} layers, hidden size {self.hidden_size}, widths {self.widths}, "
-                f"density {self.density} or sparsity {self.sparsity}"
-            )
-        known = (
-            self.weighting in WEIGHTINGS and self.scope in ("layer", "pooled") and self.active in ("threshold", "top")
-        )
-        if not known:
+        smallest = min(self.layers, self.hidden_size, self.ffn_width, *self.widths.values())
+        if not self.sites or smallest < 1 or not 0 < self.density < 1 or not 0 < self.sparsity < 1:
+            sizes = f"{self.layers} layers, hidden size {self.hidden_size}, widths {self.widths}"
+            return f"{sizes}, density {self.density} or sparsity {self.sparsity}"
+        known = self.weighting in WEIGHTINGS and self.scope in ("layer", "pooled")
+        if not known or self.active not in ("threshold", "top"):
             return f"unknown weighting {self.weighting}, scope {self.scope} or active rule {self.active}"
         weighted_and_free = self.centroid_size == "free" and self.power
         if self.centroid_size not in ("fixed", "free") or self.penalty < 1 or weighted_and_free:
-            return (
-                f"centroid size {self.centroid_size}, penalty {self.penalty} and weighting {self.weighting} "
-                "do not go together"
-            )
+            settings = f"centroid size {self.centroid_size}, penalty {self.penalty} and weighting {self.weighting}"
+            return f"{settings} do not go together"
         return next(filter(None, (self._site_problem(site, book) for site, book in self.sites.items())), None)
 
     def _site_problem(self, site: str, book: SiteCodebook) -> str | None:
         """The first inconsistency in a site's shapes or masks; None if there is none."""
         G, L, D = 1 if self.scope == "pooled" else self.layers, self.layers, self.widths[site]
         K, W = book.centroids.shape[-2] if book.centroids.dim() == 3 else 0, ops.row_bytes(D)
-        shapes = dict(
-            centroids=(G, K, W),
-            profiles=(G, K, D),
-            sizes=(G, K),
-            static=(L, W),
-            thresholds=(L,),
-            offsets=(G, K, self.hidden_size),
-        )
+        shapes = dict(centroids=(G, K, W), profiles=(G, K, D), sizes=(G, K), static=(L, W), thresholds=(L,))
+        shapes["offsets"] = G, K, self.hidden_size
         for name, value in book.tensors().items():
             if tuple(value.shape) != shapes[name]:
                 return f"{name} of site {site} is {tuple(value.shape)}, expected {shapes[name]}"
@@ -198,18 +183,5 @@ class Codebook:
         return None
 
 
-_HEADER: dict[str, type | tuple[type, ...]] = dict(
-    widths=dict,
-    layers=int,
-    hidden_size=int,
-    ffn_width=int,
-    scope=str,
-    weighting=str,
-    density=float,
-    active=str,
-    sparsity=float,
-    provenance=dict,
-    centroid_size=str,
-    penalty=int,
-    budget=(list, type(None)),
-)
+_HEADER: dict = {each.name: get_origin(each.type) or each.type for each in fields(Codebook) if each.name != "sites"}
+_HEADER["budget"] = list, type(None)

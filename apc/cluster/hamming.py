@@ -1,9 +1,9 @@
 """The baselines of the APC paper: k-means on binary patterns, by the Hamming distance or by the Euclidean distance.
 
-The number of ones in a centroid is free. For masks of one size m it would make no difference: the Hamming distance is
-then |x| + m − 2 |x ∧ c|, with the same nearest centroid as the masked distance. A centroid has no ones if its patterns
-share no neuron; it then attracts patterns with few ones, and as a mask keeps no neuron. First centroids and re-seeded
-ones are unchanged patterns; first ones are not empty.
+The number of ones in a centroid is free. With centroids of one size m the two distances agree on the nearest
+centroid, since the Hamming distance is then |x| + m − 2 |x ∧ c|. If no neuron is active in most of a cluster's
+patterns, its centroid has no ones: it attracts patterns with few ones, and its mask keeps nothing. First and
+re-seeded centroids are patterns, not cut or filled to a size; first centroids are not empty.
 
 `captured` of the base class is here the agreement: the largest possible distance minus the distance to the centroid.
 With `init` k-means++, which draws by this distance, `k-majority` is constrained binary matrix factorisation with one
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from apc import ops
-from apc.cluster.lloyd import SHARE_BITS, ClusteringModule
-from apc.cluster.seeding import RowReader
+from apc.cluster.lloyd import SHARE_BITS, ClusteringModule, Index
 from apc.collect.patterns import Block
 from apc.utils.errors import UserError
 
@@ -34,6 +33,7 @@ class KMajority(ClusteringModule):
     """
 
     centroid_size = "free"
+    raw_seeds = True
 
     def _check(self) -> None:
         super()._check()
@@ -45,17 +45,13 @@ class KMajority(ClusteringModule):
             )
 
     def limits(self, site: str, totals: Tensor) -> Tensor:
-        """The largest possible distance per pattern, which is to its complement, int64 [..., n]."""
+        """The largest possible distance of each pattern (to its complement), int64 [..., n]."""
         return self.info.widths[site] + (self.cfg.penalty - 1) * totals
 
     def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest centroid and agreement of each pattern, int64 [..., n] each."""
         ids, distance = ops.assign_hamming(rows, centroids, self.cfg.penalty)
         return ids, limits - distance
-
-    def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
-        """The patterns at pairs (group, row number), unchanged, uint8 [n, W]."""
-        return reader.read("patterns", group, row)
 
     def _binarize(self, sums: Tensor, sizes: Tensor) -> Tensor:
         return ops.pack((self.cfg.penalty + 1) * sums.long() > sizes.unsqueeze(1))
@@ -67,14 +63,14 @@ class KMajority(ClusteringModule):
 class BRBKMeans(KMajority):
     """BRB-KMeans, binary → real → binary: k-means by the Euclidean distance, with means cut to masks at the end.
 
-    A mean is cut at 0.5, ties to zero. The paper's artifact cuts the means after every update, which would give
-    `KMajority`: between binary points the two distances agree.
+    A mean is cut at 0.5, ties to zero. The paper's code cuts the means after every update. That would equal
+    `KMajority`, because on binary vectors the squared Euclidean distance is the Hamming distance.
 
-    Only the means are rounded, to multiples of 2^−b with b from `_fraction_bits` (12 at 14,336 neurons, 13 at 1,536),
-    which changes a distance about as much as a product in float32 would. Everything else on that grid is exact in
-    float64, sums of products too. So assignment, ties (to the lowest id) and sums are the same on any device and number
-    of ranks. The grid point next to a mean is the best for its cluster, so the sum of squared distances never rises.
-    The product runs in float64, which is slow on GPUs made for graphics.
+    Means are rounded to multiples of 2^−b, with b from `_fraction_bits` (12 at 14,336 neurons, 13 at 1,536); the
+    error is about that of a float32 product. All other arithmetic is exact in float64, sums of products included.
+    So assignment, ties (to the lowest id) and sums are the same on any device and number of ranks. The grid point
+    next to a mean is the best for its cluster, so the sum of squared distances never rises. The product runs in
+    float64, which is slow on GPUs made for graphics.
 
     Further buffers, one set per site: means int32 [G, K, D], in units of 2^−b. `centroids` are the means cut to masks.
     """
@@ -88,14 +84,10 @@ class BRBKMeans(KMajority):
     def _fraction_bits(self, D: int) -> int:
         """The number of fraction bits b of a mean.
 
-        Distances, in units of 2^−2b, must fit 62 bits when summed over a group's rows or shifted by SHARE_BITS. Then
-        each of them is exact in float64.
+        b is chosen so that distances, in units of 2^−2b, fit 62 bits when summed over a group's rows or shifted by
+        SHARE_BITS. A single distance is then exact in float64.
         """
         return (62 - D.bit_length() - max(SHARE_BITS, self.group_rows.bit_length())) // 2
-
-    def _set_first_centroids(self, site: str, centroids: Tensor) -> None:
-        super()._set_first_centroids(site, centroids)
-        self._set("means", site, self._as_means(site, centroids))
 
     def _as_means(self, site: str, masks: Tensor) -> Tensor:
         D = self.info.widths[site]
@@ -125,17 +117,13 @@ class BRBKMeans(KMajority):
     def _update(self, site: str) -> Tensor:
         """Sets new means and masks from the sums. Returns how many entries of means changed, int64."""
         super()._update(site)
-        old = self._by_cluster("means", site)
-        new = self._recompute("means", site, self._mean)
-        changed = (new != old).sum()
-        old.copy_(new)
-        return changed
+        return (self._recompute("means", site, self._mean) != 0).sum()
 
     def _mean(self, sums: Tensor, sizes: Tensor) -> Tensor:
         """Means int32 [n, D], rounded half up, from sums int32 or int64 [n, D] and sizes int64 [n]."""
         count = sizes.clamp_min(1).unsqueeze(1)
         return (((sums.long() << self._fraction_bits(sums.shape[1]) + 1) + count) // (2 * count)).int()
 
-    def _set_centroids(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
+    def _set_centroids(self, site: str, group: Index, cluster: Index, seeds: Tensor) -> int:
         self.get("means", site)[group, cluster] = self._as_means(site, seeds)
         return super()._set_centroids(site, group, cluster, seeds)

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from pytorch_lightning import LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.cluster.seeding import CentroidInit, RowReader
-from apc.collect.loader import BlockLoader, PatternDataModule
-from apc.collect.patterns import Block, PatternInfo, PatternSource
-from apc.config.schema import WEIGHTINGS, ClusterConfig
+from apc.collect.loader import BlockLoader
+from apc.collect.patterns import Block, PatternInfo
+from apc.config.schema import ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
@@ -30,21 +29,21 @@ ROWS_LIMIT = 1 << 26  # rows of a group whose weighted sums (at most 2**36 per r
 # Bits of a key in the buffer `worst`: the captured share above, the row number below.
 SHARE_BITS, ROW_BITS = 24, 38
 NO_ROW = torch.iinfo(torch.int64).max
+Index = Tensor | slice
 
 
-class ClusteringModule(LightningModule):
+class ClusteringModule(CentroidInit):
     """Lloyd's algorithm for all layers and sites of a run, and the base class of the other algorithms.
 
     The buffers are the whole state of a run. One set per site:
 
     centroids: uint8 [G, K, W];
-    sums: [G, K, D] of `sum_type`, of the current pass; between passes those of the last one, from which the centroids
-    were made (with several ranks, each then has only its own clusters' sums until `gather_sums`);
-    sizes: int64 [G, K], rows in each cluster, as for sums;
-    layer_sums: int64 [L, D], sums over all rows of the first pass;
-    captured, weight: int64 [G], the objective and its upper bound;
-    worst: int64 [G, K], the rows with the smallest captured share, smallest first. A key is the share in 24 bits,
-    rounded down, then the row number, so among equal shares the lowest row is first.
+    sums: [G, K, D] of `sum_type`, over the current pass. Between passes: the sums of the last pass, from which the
+    centroids were computed; with several ranks, each rank then holds only its own clusters' sums until
+    `gather_sums`; sizes: int64 [G, K], rows in each cluster, as for sums; layer_sums: int64 [L, D], sums over all
+    rows of the first pass; captured, weight: int64 [G], the objective and its upper bound; worst: int64 [G, K],
+    keys of the K rows with the smallest captured share, ascending. The upper bits of a key are the share (24 bits,
+    rounded down), the lower bits the row number, so ties go to the lowest row.
     """
 
     in_order = False  # whether blocks must come in the order of the text
@@ -53,30 +52,23 @@ class ClusteringModule(LightningModule):
     centroid_size = "fixed"
     gathered_buffers: tuple[str, ...] = ("centroids",)  # sharded over the ranks in an update, then gathered
     reduced_buffers: tuple[str, ...] = ("captured", "weight", "sizes", "layer_sums")  # all-reduced at the end of a pass
-    usable_means = "that are not empty"  # completes "patterns …": which may start a cluster
-    needs_usable = False  # whether fewer usable patterns than clusters are an error
 
     passes: Tensor
     started: Tensor
     converged: Tensor
-    changed: Tensor
+    changed: Tensor  # bits of centroids, in this pass so far
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
-        super().__init__()
-        self.cfg, self.info, self.seed = cfg, info, seed
+        super().__init__(cfg, info, seed)
         self.automatic_optimization = False
-        self.power = WEIGHTINGS[cfg.weighting]
-        self.pooled = cfg.scope == "pooled"
-        self.groups = 1 if self.pooled else info.layers
-        self.group_rows = info.tokens * (info.layers if self.pooled else 1)
         self._check()
         self.history: list[dict] = []
         self._sums_sharded = False  # whether each rank has only its own clusters' sums
         self._within_pass = False  # whether each rank has only the sums of rows it has seen
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("converged", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("changed", torch.zeros((), dtype=torch.int64))  # bits of centroids, in this pass so far
+        for name, dtype in dict(
+            passes=torch.int64, started=torch.bool, converged=torch.bool, changed=torch.int64
+        ).items():
+            self.register_buffer(name, torch.zeros((), dtype=dtype))
         for site, D in info.widths.items():
             self._register_site(site, D)
         self._pass_began = time.perf_counter()
@@ -102,7 +94,7 @@ class ClusteringModule(LightningModule):
             )
         if self.group_rows >> ROW_BITS:
             raise UserError(
-                f"{self.group_rows:,} patterns in one group: row numbers hold {1 << ROW_BITS:,}; lower data.fit_windows"
+                f"{self.group_rows:,} patterns in one group, the limit is {1 << ROW_BITS:,}; lower data.fit_windows"
             )
         if self.power and self.group_rows > ROWS_LIMIT:
             raise UserError(
@@ -113,8 +105,7 @@ class ClusteringModule(LightningModule):
     def _register_site(self, site: str, D: int) -> None:
         G, K, L = self.groups, self.cfg.k, self.info.layers
         self.register_buffer(f"sums_{site}", torch.zeros(G, K, D, dtype=self.sum_type))
-        shapes = dict(sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,))
-        for name, shape in shapes.items():
+        for name, shape in dict(sizes=(G, K), layer_sums=(L, D), captured=(G,), weight=(G,)).items():
             self.register_buffer(f"{name}_{site}", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer(f"centroids_{site}", torch.zeros(G, K, ops.row_bytes(D), dtype=torch.uint8))
         self.register_buffer(f"worst_{site}", torch.full((G, K), NO_ROW))
@@ -131,19 +122,18 @@ class ClusteringModule(LightningModule):
         return self.get(name, site).flatten(0, 1)
 
     @property
-    def _data(self) -> PatternDataModule:
-        return self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
-
-    @property
     def _loader(self) -> BlockLoader:
-        return cast(BlockLoader, self._data.loader)
+        return self.trainer.datamodule.loader  # type: ignore[attr-defined]  # set by Trainer.fit
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer without parameters: its steps advance global_step, which max_steps and checkpoints count."""
+        """An optimizer without parameters.
+
+        Its steps advance Lightning's global_step, which max_steps and checkpoints use.
+        """
         return torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
 
     def state_dict(self, *args, **kwargs) -> dict:  # type: ignore[override]  # torch declares overloads
-        """The buffers, with the sums of all clusters and of all rows that any rank has seen. Call on all ranks."""
+        """The buffers, with sums of all clusters over the rows of all ranks. Call on all ranks."""
         if self._within_pass:
             self._reduce_to_rank0()
         self.gather_sums()
@@ -171,7 +161,7 @@ class ClusteringModule(LightningModule):
 
     @property
     def sum_type(self) -> torch.dtype:
-        """A type that the sums of a pass fit. int32, if it is enough, halves the bytes to read, write and exchange."""
+        """The smallest type that can hold a pass's sums. int32 halves the bytes to read, write and exchange."""
         counts = not self.power and self.cfg.schedule == "epoch"  # the sums of schedule `step` include earlier passes
         return torch.int32 if counts and self.group_rows < 2**31 else torch.int64
 
@@ -179,18 +169,11 @@ class ClusteringModule(LightningModule):
         """Sets the first centroids, unless a checkpoint was loaded."""
         if not self.started:
             for site in self.info.sites:
-                reader = self._reader(self._data.source, site)
-                generator = torch.Generator().manual_seed(self.seed)
-                init = CentroidInit(self, reader, self.cfg.k, self.cfg.init, self.groups, self.group_rows, generator)
-                self._set_first_centroids(site, init.centroids())
+                self._set_centroids(site, slice(None), slice(None), self.first_centroids(self._reader(site)))
             self.started.fill_(True)
 
-    def _set_first_centroids(self, site: str, centroids: Tensor) -> None:
-        """Sets the first centroids, uint8 [G, K, W]."""
-        self._set("centroids", site, centroids)
-
-    def _reader(self, source: PatternSource, site: str) -> RowReader:
-        return RowReader(source, self.info, site, self.pooled, self._loader.owned, self.device)
+    def _reader(self, site: str) -> RowReader:
+        return RowReader(self._loader.source, site, self.pooled, self._loader.owned, self.device)
 
     def on_train_start(self) -> None:
         """Resumes within a pass if the checkpoint is from within one; ends the training if no pass is left."""
@@ -219,15 +202,10 @@ class ClusteringModule(LightningModule):
         self._sums_sharded, self._within_pass = False, True
         self.changed.zero_()
         for site in self.info.sites:
-            if self.cfg.schedule == "epoch":
-                self.get("sums", site).zero_()
-                self.get("sizes", site).zero_()
-            else:  # earlier passes count half: an exact integer step
-                self._set("sums", site, self.get("sums", site) >> 1)
-                self._set("sizes", site, self.get("sizes", site) >> 1)
-            for name in ("captured", "weight"):
-                self.get(name, site).zero_()
-            self.get("worst", site).fill_(NO_ROW)
+            if self.cfg.schedule == "step":  # earlier passes count half: an exact integer step
+                for name in ("sums", "sizes"):
+                    self._set(name, site, self.get(name, site) >> 1)
+            self._reset_pass(site)
 
     def _pass_sums(self, site: str) -> list[Tensor]:
         """The buffers that sum over the rows this rank has seen in the current pass; `worst` is extra."""
@@ -235,13 +213,12 @@ class ClusteringModule(LightningModule):
         return [self.get(name, site) for name in names + (() if self.history else ("layer_sums",))]
 
     def _reset_pass(self, site: str) -> None:
-        """Drops the rows that this rank has seen in the current pass."""
         for value in self._pass_sums(site):
             value.zero_()
         self.get("worst", site).fill_(NO_ROW)
 
     def _reduce_to_rank0(self) -> None:
-        """Within a pass: rank 0 gets the sums over the rows of all ranks; the other ranks drop theirs."""
+        """Reduces the sums of an unfinished pass to rank 0, and resets them on the other ranks."""
         for site in self.info.sites:
             for value in self._pass_sums(site):
                 distributed.sum_at_first(value)
@@ -270,22 +247,27 @@ class ClusteringModule(LightningModule):
 
     def _add_rows(self, site: str, block: Block) -> None:
         """Assigns a block's rows, adds them to their clusters' sums, and updates `captured`, `weight` and `worst`."""
-        K, D = self.cfg.k, self.info.widths[site]
         rows = self._grouped(block.importance[site] if self.power else block.patterns[site])
         limits = self._limits(site, block, rows)
         ids, captured = self._assign(site, rows, limits)
-        if self.power:
-            scales = ops.scales_of(limits)
-            self._accumulate(site, lambda **out: ops.accumulate_weighted(rows, ids, scales, K, self.power, **out))
-            self.get("captured", site).add_((captured * scales).sum(1))
-            self.get("weight", site).add_((limits * scales).sum(1))
+        scales = self._scales(limits)
+        sums, sizes = self.get("sums", site), self.get("sizes", site)
+        if self.cfg.schedule == "epoch":
+            self._accumulate(site, rows, ids, scales, self.cfg.k, (sums, sizes))
         else:
-            self._accumulate(site, lambda **out: ops.accumulate(rows, ids, K, D, **out))
-            self.get("captured", site).add_(captured.sum(1))
-            self.get("weight", site).add_(limits.sum(1))
+            added, counts = self._accumulate(site, rows, ids, scales, self.cfg.k)
+            sums.add_(distributed.all_sum(added))
+            sizes.add_(distributed.all_sum(counts))
+        self.get("captured", site).add_((captured * scales).sum(1))
+        self.get("weight", site).add_((limits * scales).sum(1))
         if self._layers_apart and not self.history:
             self._add_layer_sums(site, block)
-        self._note_worst(site, captured, limits, self._row_numbers(block))
+        keys = ((captured.long() << SHARE_BITS) // limits.clamp_min(1) << ROW_BITS) + self._row_numbers(block)
+        self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))  # without empty rows
+
+    def _scales(self, limits: Tensor) -> Tensor:
+        """Factor of each row in sums: for importances that of `ops.scales_of`, for binary patterns 1."""
+        return ops.scales_of(limits) if self.power else torch.ones_like(limits)
 
     def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:
         """`limits` of a block's rows. Their totals never change, so the first pass stores them in `block.derived`."""
@@ -294,88 +276,47 @@ class ClusteringModule(LightningModule):
             block.derived[name] = self.totals(rows).int()
         return self.limits(site, block.derived[name].long())
 
-    def totals(self, rows: Tensor) -> Tensor:
-        """Sum of each row, int64 [..., n], below 2³¹.
-
-        rows: patterns [..., n, W], whose ones are counted, or importances [..., n, D], raised to the weighting's power.
-        """
-        return ops.row_totals(rows, self.power) if self.power else ops.popcount(rows).long()
-
-    def limits(self, site: str, totals: Tensor) -> Tensor:
-        """Upper bound on the captured sum per row, int64 [..., n], from the rows' totals."""
-        return totals
-
     def _assign(self, site: str, rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """`nearest` of a block's rows [G, n, ...] among the current centroids."""
         return self.nearest(site, rows, self.get("centroids", site), limits)
 
-    def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest centroid and captured sum of each row, int64 [..., n] each.
-
-        rows: [..., n, W or D]; centroids: uint8 [..., K, W]; limits: of the rows, int64 [..., n].
-        """
-        return ops.assign_weighted(rows, centroids, self.power) if self.power else ops.assign(rows, centroids)
-
-    def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
-        """Centroids uint8 [n, W] made from the rows at pairs (group, row number)."""
-        return reader.masks(group, row, self.cfg.density)
-
-    def usable(self, site: str, patterns: Tensor) -> Tensor:
-        """Which patterns uint8 [n, W] may start a cluster, bool [n]."""
-        return ops.popcount(patterns) > 0
-
-    def _accumulate(self, site: str, accumulate: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """Adds a block's sums [G, K, D] and sizes [G, K] to the pass; with schedule `step`, those of all ranks."""
-        out = self.get("sums", site), self.get("sizes", site)
-        if self.cfg.schedule == "epoch":
-            accumulate(out=out)
-        else:
-            for value, added in zip(out, accumulate(), strict=True):
-                value.add_(distributed.all_sum(added))
+    def _accumulate(
+        self, site: str, rows: Tensor, ids: Tensor, scales: Tensor, K: int, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.power:
+            return ops.accumulate_weighted(rows, ids, scales, K, self.power, out=out)
+        return ops.accumulate(rows, ids, K, self.info.widths[site], out=out)
 
     @property
     def _layers_apart(self) -> bool:
-        """Whether `layer_sums` must be summed separately, because the sums of clusters don't give them."""
+        """Whether `layer_sums` must be summed separately, because they can't be computed from the clusters' sums."""
         return self.pooled
 
     def _add_layer_sums(self, site: str, block: Block) -> None:
         L, n = block.patterns[site].shape[:2]
         layer_ids = torch.zeros(L, n, dtype=torch.int64, device=self.device)
         out = self.get("layer_sums", site).unsqueeze(1), torch.zeros(L, 1, dtype=torch.int64, device=self.device)
-        if self.power:
-            importance = block.importance[site]
-            scales = ops.row_scales(importance, self.power)
-            ops.accumulate_weighted(importance, layer_ids, scales, 1, self.power, out=out)
-        else:
-            ops.accumulate(block.patterns[site], layer_ids, 1, self.info.widths[site], out=out)
-
-    def _note_worst(self, site: str, captured: Tensor, limits: Tensor, rows: Tensor) -> None:
-        """Merges a block into the K rows with the smallest captured share, without empty rows. rows: their numbers."""
-        keys = ((captured.long() << SHARE_BITS) // limits.clamp_min(1) << ROW_BITS) + rows
-        self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))
+        rows = block.importance[site] if self.power else block.patterns[site]
+        scales = self._scales(self._limits(site, block, rows).view(L, n))
+        self._accumulate(site, rows, layer_ids, scales, 1, out)
 
     def _merge_worst(self, site: str, keys: Tensor) -> None:
         keys = torch.cat([self.get("worst", site), keys], dim=1)
         self._set("worst", site, keys.topk(self.cfg.k, dim=1, largest=False, sorted=True).values)
 
     def _share_worst(self, site: str) -> None:
-        """Merges `worst` over all ranks."""
         keys = distributed.all_concat(self.get("worst", site), dim=1).clone()
         self.get("worst", site).fill_(NO_ROW)
         self._merge_worst(site, keys)
 
     def _update(self, site: str) -> Tensor:
         """Sets new centroids from the sums. Returns how many bits changed, int64."""
-        old = self._by_cluster("centroids", site)
-        new = self._recompute("centroids", site, self._binarize)
-        changed = ops.popcount(new ^ old).long().sum()
-        old.copy_(new)
-        return changed
+        return ops.popcount(self._recompute("centroids", site, self._binarize)).long().sum()
 
     def _recompute(self, name: str, site: str, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """New values [G·K, …] of the buffer `name`, from `formula` of the clusters' sums [n, D] and sizes int64 [n].
+        """Sets the buffer `name` [G·K, …] to `formula` of the clusters' sums [n, D] and sizes int64 [n].
 
-        An empty cluster keeps its value. If the sums are sharded, each rank computes its own clusters and all gather.
+        Returns old XOR new values. An empty cluster keeps its value. If the sums are sharded, each rank computes its
+        own clusters and all gather.
         """
         sums, sizes, old = (self._by_cluster(each, site) for each in ("sums", "sizes", name))
         new = torch.empty_like(old)
@@ -383,23 +324,25 @@ class ClusteringModule(LightningModule):
             new[rows] = torch.where((sizes[rows] > 0).unsqueeze(1), formula(sums[rows], sizes[rows]), old[rows])
         if self._sums_sharded:
             distributed.gather_rows(new)
-        return new
+        changes = new ^ old
+        old.copy_(new)
+        return changes
 
     def _binarize(self, sums: Tensor, sizes: Tensor) -> Tensor:
         """Centroids uint8 [n, W] from sums int32 or int64 [n, D] and sizes int64 [n]."""
         return ops.binarize(sums, self.cfg.density)
 
     def _changeable(self, D: int) -> int:
-        """The most bits of a centroid that an update can change: all its ones, and as many zeros."""
+        """The largest number of bits that an update can change in a centroid: all its ones and as many zeros."""
         return 2 * ops.mask_size(D, self.cfg.density)
 
     def _end_pass(self) -> None:
         """Exchanges sums between the ranks, updates and re-seeds centroids, and checks for convergence."""
-        empty, shares = 0, []
+        empty, shares, changeable = 0, [], 0
         figures: dict[str, float | list[float]] = {}
         self._within_pass = False
         self._sums_sharded = self.cfg.schedule == "epoch"
-        for site in self.info.sites:
+        for site, D in self.info.widths.items():
             self._exchange(site)
             empty += self._update_centroids(site)
             captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
@@ -407,44 +350,10 @@ class ClusteringModule(LightningModule):
             figures[f"cluster/captured_{site}"] = shares[-1]
             if not self.pooled:
                 figures[f"cluster_layers/captured_{site}"] = captured.tolist()
+            changeable += self.groups * self.cfg.k * self._changeable(D)
         self.passes += 1
-        self._report(sum(shares) / len(shares), empty, figures)
-
-    def _exchange(self, site: str) -> None:
-        """Sums the pass over the ranks. Each rank gets the large `sums` of its own clusters only."""
-        layers = self.get("layer_sums", site)
-        if not (self._layers_apart or self.history):
-            layers.copy_(self.get("sums", site).sum(1))
-        reduced = [self.get(name, site) for name in ("captured", "weight")]
-        if self._sums_sharded:
-            reduced.append(self.get("sizes", site))
-            distributed.sum_own_rows(self._by_cluster("sums", site))
-        if not self.history and (self._layers_apart or self._sums_sharded):
-            reduced.append(layers)
-        for value in reduced:
-            distributed.all_sum(value)
-
-    def _update_centroids(self, site: str) -> int:
-        """Sets new centroids at the end of a pass, and re-seeds empty clusters. Returns how many there were."""
-        if self.cfg.schedule == "epoch":
-            self.changed += self._update(site)
-        empties = self.get("sizes", site) == 0
-        self.changed += self._reseed(site, empties)
-        return int(empties.sum())
-
-    def _report(self, captured: float, empty: int, figures: dict[str, float | list[float]]) -> None:
-        """Adds the pass to the history and the logs, and stops the training if it was the last.
-
-        captured: captured share, mean over the sites; empty: how many clusters were empty; figures: to log besides.
-        """
-        changeable = sum(self.groups * self.cfg.k * self._changeable(D) for D in self.info.widths.values())
-        record = dict(
-            epoch=int(self.passes),
-            captured=captured,
-            empty=empty,
-            changed=int(self.changed) / changeable,
-            seconds=time.perf_counter() - self._pass_began,
-        )
+        record = dict(epoch=int(self.passes), captured=sum(shares) / len(shares), empty=empty)
+        record |= dict(changed=int(self.changed) / changeable, seconds=time.perf_counter() - self._pass_began)
         record |= self._extra_figures()
         if self._is_converged(record):
             self.converged.fill_(True)
@@ -455,6 +364,30 @@ class ClusteringModule(LightningModule):
             logger.log_metrics(row)  # type: ignore[arg-type]  # the run's logger takes lists too
         if self.converged or self.passes >= self.cfg.max_epochs:
             self.trainer.should_stop = True
+
+    def _exchange(self, site: str) -> None:
+        """Sums the pass over the ranks. Each rank gets the large `sums` of its own clusters only."""
+        reduced = ["captured", "weight"]
+        if not (self._layers_apart or self.history):
+            self._set("layer_sums", site, self.get("sums", site).sum(1))
+        if self._sums_sharded:
+            reduced.append("sizes")
+            distributed.sum_own_rows(self._by_cluster("sums", site))
+        if not self.history and (self._layers_apart or self._sums_sharded):
+            reduced.append("layer_sums")
+        for name in reduced:
+            distributed.all_sum(self.get(name, site))
+
+    def _update_centroids(self, site: str) -> int:
+        """Sets new centroids at the end of a pass, and re-seeds empty clusters.
+
+        Returns the number of empty clusters.
+        """
+        if self.cfg.schedule == "epoch":
+            self.changed += self._update(site)
+        empties = self.get("sizes", site) == 0
+        self.changed += self._reseed(site, empties)
+        return int(empties.sum())
 
     def _extra_figures(self) -> dict[str, float]:
         """Figures of the algorithm's own, for the record of a pass."""
@@ -470,22 +403,21 @@ class ClusteringModule(LightningModule):
         return record["captured"] - before < self.cfg.tolerance * before
 
     def _reseed(self, site: str, empties: Tensor) -> int:
-        """Sets the j-th empty cluster of each group to the row with the j-th smallest captured share.
-
-        Returns how many bits of centroids changed.
-        """
+        """Sets each group's j-th empty cluster to the row of j-th smallest share. Returns how many bits changed."""
         if not empties.any():
             return 0
         self._share_worst(site)
         group, cluster = empties.nonzero(as_tuple=True)
-        index_in_group = (empties.cumsum(1) - 1)[group, cluster]
-        worst = self.get("worst", site)[group, index_in_group]
+        worst = self.get("worst", site)[group, (empties.cumsum(1) - 1)[group, cluster]]
         has_row = worst < NO_ROW
         group, cluster, row = group[has_row], cluster[has_row], worst[has_row] & ((1 << ROW_BITS) - 1)
-        return self._set_centroids(site, group, cluster, self.seeds(self._reader(self._data.source, site), group, row))
+        return self._set_centroids(site, group, cluster, self.seeds(self._reader(site), group, row))
 
-    def _set_centroids(self, site: str, group: Tensor, cluster: Tensor, seeds: Tensor) -> int:
-        """Sets the centroids at pairs (group, cluster) to seeds uint8 [n, W]. Returns how many bits changed."""
+    def _set_centroids(self, site: str, group: Index, cluster: Index, seeds: Tensor) -> int:
+        """Sets the centroids at pairs (group, cluster) to seeds uint8 [n, W].
+
+        With two full slices, seeds [G, K, W] set all. Returns how many bits changed.
+        """
         centroids = self.get("centroids", site)
         changed = int(ops.popcount(seeds ^ centroids[group, cluster]).sum())
         centroids[group, cluster] = seeds
@@ -532,10 +464,7 @@ def _profiles(sums: Tensor, sizes: Tensor, centroids: Tensor) -> Tensor:
     for group in range(len(sums)):
         for first in range(0, sums.shape[1], _CLUSTERS_AT_ONCE):
             piece = group, slice(first, first + _CLUSTERS_AT_ONCE)
-            mean = torch.where(
-                (sizes[piece] > 0).unsqueeze(1),
-                sums[piece].double(),
-                ops.unpack(centroids[piece], sums.shape[2]).double(),
-            )
+            masks = ops.unpack(centroids[piece], sums.shape[2])
+            mean = torch.where((sizes[piece] > 0).unsqueeze(1), sums[piece].double(), masks.double())
             result[piece] = (mean / mean.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).half()
     return result

@@ -1,15 +1,19 @@
-"""First centroids: rows drawn at random or by k-means++. Shape letters as in `apc.cluster.lloyd`."""
+"""The masked distance, and first centroids: rows drawn at random or by k-means++.
+
+Shape letters as in `apc.cluster.lloyd`.
+"""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from apc import ops
 from apc.collect.patterns import PatternInfo, PatternSource
+from apc.config.schema import WEIGHTINGS, ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
@@ -20,26 +24,18 @@ _DRAWS = 16  # rows sampled per row wanted, because some may not be usable
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads rows of one site by group and number. Each rank contributes the rows it owns, and every rank gets all.
-
-    source: the patterns; pooled: whether one group holds all layers; owned: int64 [n] tokens → bool [n], whether this
-    rank holds them; device: where rows are returned.
-    """
+    """Reads rows of one site by group and number. Each rank contributes the rows it owns, and every rank gets all."""
 
     source: PatternSource
-    info: PatternInfo
     site: str
-    pooled: bool
-    owned: Callable[[Tensor], Tensor]
-    device: torch.device
-
-    def _layers_tokens(self, group: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        L = self.info.layers
-        return (row % L, row // L) if self.pooled else (group, row)
+    pooled: bool  # whether one group holds all layers
+    owned: Callable[[Tensor], Tensor]  # int64 [n] tokens → bool [n], whether this rank holds them
+    device: torch.device  # where rows are returned
 
     def read(self, name: str, group: Tensor, row: Tensor) -> Tensor:
         """Rows [n, ...] of the field `name` at pairs (group, row number), int64 [n] each."""
-        layers, tokens = self._layers_tokens(group.cpu(), row.cpu())
+        L, group, row = self.source.info.layers, group.cpu(), row.cpu()
+        layers, tokens = (row % L, row // L) if self.pooled else (group, row)
         owned = self.owned(tokens).nonzero().flatten()
         rows = self.source.rows(f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.device)
         result = torch.zeros(len(tokens), *rows.shape[1:], dtype=rows.dtype, device=self.device)
@@ -48,82 +44,86 @@ class RowReader:
 
     def masks(self, group: Tensor, row: Tensor, density: float) -> Tensor:
         """Patterns of rows at pairs (group, row number), cut or filled to the size of a centroid, uint8 [n, W]."""
-        D = self.info.widths[self.site]
+        info, D = self.source.info, self.source.info.widths[self.site]
         active = ops.unpack(self.read("patterns", group, row), D)
-        importance = self.read("importance", group, row) if self.info.with_importance else None
-        layers = self._layers_tokens(group.cpu(), row.cpu())[0]
-        counts = self.info.activity[self.site]
-        frequency = counts.sum(0).to(self.device) if self.pooled else counts.to(self.device)[layers.to(self.device)]
+        importance = self.read("importance", group, row) if info.with_importance else None
+        counts = info.activity[self.site].to(self.device)
+        frequency = counts.sum(0) if self.pooled else counts[group.to(self.device)]
         return ops.cut_or_fill(active, ops.mask_size(D, density), importance, frequency)
 
 
-class SeedingRules(Protocol):
-    """The part of a clustering algorithm that seeding needs; see `ClusteringModule`."""
+class CentroidInit(LightningModule):
+    """What a clustering algorithm measures rows by, and the first centroids that it draws.
 
-    power: int
-    usable_means: str
-    needs_usable: bool
+    Draws at random without replacement, or by k-means++ from a random sample. Unusable rows are drawn only if there are
+    not enough usable ones.
+    """
 
-    def usable(self, site: str, patterns: Tensor) -> Tensor:
-        """Which patterns uint8 [n, W] may start a cluster, bool [n]."""
+    usable_means = "that are not empty"  # completes "patterns …": which may start a cluster
+    needs_usable = False  # whether fewer usable patterns than clusters are an error
+    raw_seeds = False  # whether first and re-seeded centroids are unchanged patterns, else cut or filled to their size
+
+    def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
+        super().__init__()
+        self.cfg, self.info, self.seed = cfg, info, seed
+        self.power = WEIGHTINGS[cfg.weighting]
+        self.pooled = cfg.scope == "pooled"
+        self.groups = 1 if self.pooled else info.layers
+        self.group_rows = info.tokens * (info.layers if self.pooled else 1)
+
+    def totals(self, rows: Tensor) -> Tensor:
+        """Sum of each row, int64 [..., n], below 2³¹.
+
+        rows: patterns [..., n, W], whose ones are counted, or importances [..., n, D], raised to the weighting's power.
+        """
+        return ops.row_totals(rows, self.power) if self.power else ops.popcount(rows).long()
+
+    def limits(self, site: str, totals: Tensor) -> Tensor:
+        """Upper bound on the captured sum per row, int64 [..., n], from the rows' totals."""
+        return totals
+
+    def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest centroid and captured sum of each row, int64 [..., n] each.
+
+        rows: [..., n, W or D]; centroids: uint8 [..., K, W]; limits: of the rows, int64 [..., n].
+        """
+        return ops.assign_weighted(rows, centroids, self.power) if self.power else ops.assign(rows, centroids)
 
     def seeds(self, reader: RowReader, group: Tensor, row: Tensor) -> Tensor:
         """Centroids uint8 [n, W] made from the rows at pairs (group, row number)."""
+        return reader.read("patterns", group, row) if self.raw_seeds else reader.masks(group, row, self.cfg.density)
 
-    def totals(self, rows: Tensor) -> Tensor:
-        """int64 [n]: the sum of each row."""
+    def usable(self, site: str, patterns: Tensor) -> Tensor:
+        """Which patterns uint8 [n, W] may start a cluster, bool [n]."""
+        return ops.popcount(patterns) > 0
 
-    def limits(self, site: str, totals: Tensor) -> Tensor:
-        """int64 [n]: upper bound on the captured sum per row."""
+    def first_centroids(self, reader: RowReader) -> Tensor:
+        """First centroids of a site, uint8 [G, K, W]. Raises UserError if too few rows are usable for the algorithm."""
+        generator = torch.Generator().manual_seed(self.seed)
+        spread = self.cfg.init == "k-means++"
+        wanted = max(self.cfg.k, INIT_SAMPLE) if spread else self.cfg.k
+        order = random_rows(self.group_rows, wanted, generator)
+        chosen = [self._draw(reader, group, order, wanted) for group in range(self.groups)]
+        if spread:
+            chosen = [self._spread(reader, group, rows, generator) for group, rows in enumerate(chosen)]
+        return torch.stack([self.seeds(reader, torch.full_like(rows, g), rows) for g, rows in enumerate(chosen)])
 
-    def nearest(self, site: str, rows: Tensor, centroids: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest centroid and captured sum of each row, int64 [n] each."""
-
-
-@dataclass
-class CentroidInit:
-    """Draws the first centroids of one site, at random without replacement or by k-means++ from a random sample.
-
-    Unusable rows are drawn only if there are not enough usable ones. k: clusters; method: `random` or `k-means++`;
-    groups, group_rows: how many groups, and rows in each.
-    """
-
-    rules: SeedingRules
-    reader: RowReader
-    k: int
-    method: str
-    groups: int
-    group_rows: int
-    generator: torch.Generator
-
-    def centroids(self) -> Tensor:
-        """The centroids, uint8 [G, K, W]. Raises UserError if the algorithm needs more usable rows than there are."""
-        wanted = self.k if self.method == "random" else max(self.k, INIT_SAMPLE)
-        order = random_rows(self.group_rows, wanted, self.generator)
-        chosen = [self._draw(group, order, wanted) for group in range(self.groups)]
-        if self.method == "k-means++":
-            chosen = [self._spread(group, rows) for group, rows in enumerate(chosen)]
-        return torch.stack(
-            [self.rules.seeds(self.reader, torch.full_like(rows, group), rows) for group, rows in enumerate(chosen)]
-        )
-
-    def _draw(self, group: int, order: Tensor, wanted: int) -> Tensor:
-        """The first `wanted` usable rows in `order`. If they are fewer than K, unusable ones fill up to K."""
-        K, site = self.k, self.reader.site
-        usable, others = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
+    def _draw(self, reader: RowReader, group: int, order: Tensor, wanted: int) -> Tensor:
+        """The first `wanted` usable rows in `order`. If there are fewer than K, unusable rows fill the rest."""
+        K = self.cfg.k
+        usable = others = order[:0]
         for rows in order.split(wanted):
-            patterns = self.reader.read("patterns", torch.full_like(rows, group), rows)
-            mask = self.rules.usable(site, patterns).cpu()
+            mask = self.usable(reader.site, reader.read("patterns", torch.full_like(rows, group), rows)).cpu()
             usable = torch.cat([usable, rows[mask]])[:wanted]
             others = torch.cat([others, rows[~mask]])[:K]
             if len(usable) == wanted:
                 return usable
         if len(usable) >= K:
             return usable
-        where = f"site {site}, {'all layers' if self.reader.pooled else f'layer {group}'}"
-        if self.rules.needs_usable:
+        where = f"site {reader.site}, {'all layers' if self.pooled else f'layer {group}'}"
+        if self.needs_usable:
             raise UserError(
-                f"cluster.k={K} is more than the {len(usable)} patterns {self.rules.usable_means} ({where}); "
+                f"cluster.k={K} is more than the {len(usable)} patterns {self.usable_means} ({where}); "
                 "lower it or raise data.fit_windows"
             )
         if distributed.is_main():
@@ -134,26 +134,25 @@ class CentroidInit:
             )
         return torch.cat([usable, others])[:K]
 
-    def _spread(self, group: int, rows: Tensor) -> Tensor:
+    def _spread(self, reader: RowReader, group: int, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Chooses K of `rows` by k-means++ (Arthur and Vassilvitskii, 2007).
 
         The distance is the limit of a row's captured sum minus that sum.
         """
-        rules = self.rules
         groups = torch.full_like(rows, group)
-        masks = rules.seeds(self.reader, groups, rows)
-        sample = self.reader.read("importance" if rules.power else "patterns", groups, rows)
-        missed = limits = rules.limits(self.reader.site, rules.totals(sample))
-        scales = ops.scales_of(limits) if rules.power else None
+        masks = self.seeds(reader, groups, rows)
+        sample = reader.read("importance" if self.power else "patterns", groups, rows)
+        missed = limits = self.limits(reader.site, self.totals(sample))
+        scales = ops.scales_of(limits) if self.power else None
         picked: list[int] = []
-        for _ in range(self.k):
-            chances = (missed * scales >> 16 if scales is not None else missed).cumsum(0)
-            draw = int(torch.randint(max(int(chances[-1]), 1), (1,), generator=self.generator))
+        for _ in range(self.cfg.k):
+            chances = (missed if scales is None else missed * scales >> 16).cumsum(0)
+            draw = int(torch.randint(max(int(chances[-1]), 1), (1,), generator=generator))
             pick = int(torch.searchsorted(chances, draw, right=True).clamp(max=len(rows) - 1))
             if picked and int(missed[pick]) == 0:  # every row is fully captured: take any that is not picked yet
                 pick = next(index for index in range(len(rows)) if index not in set(picked))
             picked.append(pick)
-            _, captured = rules.nearest(self.reader.site, sample, masks[pick : pick + 1], limits)
+            _, captured = self.nearest(reader.site, sample, masks[pick : pick + 1], limits)
             missed = torch.minimum(missed, limits - captured)
         return rows[torch.tensor(picked)]
 
@@ -161,7 +160,8 @@ class CentroidInit:
 def random_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     """Row numbers from 0 to count − 1 in random order, without repeats, int64 on the host.
 
-    Up to 2²⁴ rows: all of them. Beyond: 16 for each one wanted, so that memory does not grow with `count`.
+    For up to 2²⁴ rows it returns all. Beyond that it returns 16 per wanted row, so that memory does not grow with
+    `count`.
     """
     if count <= _PERMUTED:
         return torch.randperm(count, generator=generator)

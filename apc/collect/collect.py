@@ -1,15 +1,14 @@
 """From a model and token windows to a source of patterns: read from the store if they are there, else collected."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from apc.collect.collector import Collector
-from apc.collect.memory import ResidentPatterns
+from apc.collect.memory import ResidentPatterns, windows_in_block
 from apc.collect.patterns import ActiveRule, Block, PatternInfo, PatternSource, activity
 from apc.collect.sharding import block_ranges, rank_range
 from apc.collect.store import PatternStore, StoreWriter, collecting, find_store, store_folder
@@ -26,15 +25,8 @@ def pattern_identity(
 
     weights, text: digests. No paths, so a model keeps its identity when its folder moves.
     """
-    identity = dict(
-        format=1,
-        weights=weights,
-        text=text,
-        sites=sites,
-        active=active,
-        sparsity=sparsity,
-        calibration_windows=cfg.calibration_windows,
-    )
+    identity: dict = dict(format=1, weights=weights, text=text, sites=sites, active=active, sparsity=sparsity)
+    identity["calibration_windows"] = cfg.calibration_windows
     return identity if cfg.forward == "dense" else identity | {"forward": cfg.forward}
 
 
@@ -72,30 +64,26 @@ def collect(
         with_hidden=with_hidden,
         identity=identity,
     )
+    if cfg.storage == "disk":
+        return _stored(store_folder(cfg), info) or _to_disk(cfg, info, collector, windows)
+    return _to_memory(cfg, info, collector, windows)
+
+
+def _announce(cfg: CollectConfig, info: PatternInfo, collector: Collector) -> None:
     size = info.bytes_per_token() * info.tokens / 2**30
     where = {"disk": store_folder(cfg), "memory": "host memory", "device": collector.device}[cfg.storage]
-    notice = f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size:.2f} GiB into {where}"
+    _tell(f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size:.2f} GiB into {where}")
 
-    def calibrate() -> dict[str, Tensor]:
-        if active != "threshold":
-            return {}
-        chosen = calibration_windows(info.windows, cfg.calibration_windows)
-        return collector.calibrate(windows.tokens, chosen, sparsity)
 
-    def read(rule: ActiveRule, indices: Sequence[int], padded: bool = False) -> Block:
-        return collector.block(windows.tokens, indices, rule, info.with_importance, info.with_hidden, padded)
-
-    if cfg.storage == "disk":
-        folder = store_folder(cfg)
-        source = {"model": collector.name, "text": windows.source}
-        return _stored(folder, info) or _to_disk(folder, info, calibrate, read, collector, notice, source)
-    _tell(notice)
-    info = replace(info, rule=ActiveRule(active, sparsity, calibrate()))
-    return _to_memory(cfg, info, partial(read, info.rule, padded=True), collector)
+def _calibrated(cfg: CollectConfig, info: PatternInfo, collector: Collector, windows: Windows) -> dict[str, Tensor]:
+    """The thresholds per site; none if the rule is not `threshold`."""
+    if info.rule.kind != "threshold":
+        return {}
+    chosen = calibration_windows(info.windows, cfg.calibration_windows)
+    return collector.calibrate(windows.tokens, chosen, info.rule.sparsity)
 
 
 def _stored(folder: Path, info: PatternInfo) -> PatternStore | None:
-    """The store of these patterns; None if there is none."""
     path = find_store(folder, info)
     if path is None:
         return None
@@ -107,96 +95,82 @@ def _stored(folder: Path, info: PatternInfo) -> PatternStore | None:
 
 
 def _tell(line: str) -> None:
-    """Prints a line on rank 0."""
     if distributed.is_main():
         print(line, flush=True)
 
 
-def _to_disk(
-    folder: Path,
-    info: PatternInfo,
-    calibrate: Callable[[], dict[str, Tensor]],
-    read: Callable[[ActiveRule, Sequence[int]], Block],
-    collector: Collector,
-    notice: str,
-    source: dict[str, str],
-) -> PatternStore:
-    """Collects the shards that are missing, shared out over the ranks.
-
-    notice: line to print before that; source: names of model and text, for listings.
-    """
+def _to_disk(cfg: CollectConfig, info: PatternInfo, collector: Collector, windows: Windows) -> PatternStore:
+    """Collects the shards that are missing, shared out over the ranks."""
+    folder = store_folder(cfg)
     with collecting(folder, info):
         distributed.barrier()  # until rank 0 has the lock
         store = _stored(folder, info)  # another process may have collected it before we got the lock
         distributed.barrier()  # until all ranks have looked
         if store is not None:
             return store
-        _tell(notice)
+        _announce(cfg, info, collector)
         writer = StoreWriter(folder, info)
         if distributed.is_main():
             writer.prepare()
         distributed.barrier()
-        rule = ActiveRule(info.rule.kind, info.rule.sparsity, writer.thresholds(calibrate))
-        writer.info = replace(info, rule=rule)
+        thresholds = writer.thresholds(lambda: _calibrated(cfg, info, collector, windows))
+        writer.info = replace(info, rule=replace(info.rule, thresholds=thresholds))
         missing = writer.missing()
         distributed.barrier()  # until all ranks have looked, before any of them writes
         mine = missing[distributed.rank() :: distributed.world_size()]
         tokens = sum(last - first for first, last in mine) * info.seq_len
         with progress(tokens, "collect", unit="tokens", enabled=collector.progress) as bar:
             for first, last in mine:
-                batches = _read_batches(partial(read, rule), range(first, last), collector.batch_windows, bar)
+                batches = _read_batches(writer.info, collector, windows, range(first, last), bar)
                 parts = [batch.to("cpu").tensors() for batch in batches]
                 named = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
                 writer.add(Block.of_windows(named, range(first, last), info.seq_len))
         distributed.barrier()
         if distributed.is_main():
-            writer.finish(source)
+            writer.finish({"model": collector.name, "text": windows.source})
         distributed.barrier()
     # Shards of an earlier process were not checked yet.
     return PatternStore(writer.path, verify=len(missing) < len(writer.shards))
 
 
 def _read_batches(
-    read: Callable[[Sequence[int]], Block], windows: Sequence[int], batch_windows: int, bar: Bar
+    info: PatternInfo, collector: Collector, windows: Windows, indices: Sequence[int], bar: Bar, padded: bool = False
 ) -> Iterator[Block]:
-    """Blocks of `batch_windows` windows each, so that the bar moves."""
-    for begin in range(0, len(windows), batch_windows):
-        block = read(windows[begin : begin + batch_windows])
+    """Reads windows in batches of `batch_windows`, so that the progress bar moves."""
+    for begin in range(0, len(indices), collector.batch_windows):
+        batch = indices[begin : begin + collector.batch_windows]
+        block = collector.block(windows.tokens, batch, info.rule, info.with_importance, info.with_hidden, padded)
         yield block
         bar.update(block.tokens)
 
 
-def _to_memory(
-    cfg: CollectConfig, info: PatternInfo, read: Callable[[Sequence[int]], Block], collector: Collector
-) -> ResidentPatterns:
+def _to_memory(cfg: CollectConfig, info: PatternInfo, collector: Collector, windows: Windows) -> ResidentPatterns:
     """Collects this rank's windows into host or device memory.
 
-    Batches cross the borders of blocks, and `read` pads a rank's last one. So all batches have the same size, however
+    Batches cross the borders of blocks, and a rank's last one is padded. So all batches have the same size, however
     many ranks there are.
     """
-    block_windows = max(1, cfg.batch_tokens // info.seq_len)
-    owned = [window for block in block_ranges(info.windows, block_windows) for window in range(*rank_range(*block))]
+    _announce(cfg, info, collector)
+    info = replace(info, rule=replace(info.rule, thresholds=_calibrated(cfg, info, collector, windows)))
+    blocks = block_ranges(info.windows, windows_in_block(cfg, info))
+    owned = [window for block in blocks for window in range(*rank_range(*block))]
     device = collector.device if cfg.storage == "device" else torch.device("cpu")
     source = ResidentPatterns(info, owned, device, locked=device != collector.device)
-    counts = {
-        site: torch.zeros(info.layers, D, dtype=torch.int64, device=collector.device) for site, D in info.widths.items()
-    }
+    counts: dict[str, Tensor] = {}
     with progress(len(owned) * info.seq_len, "collect", unit="tokens", enabled=collector.progress) as bar:
-        for block in _read_batches(read, owned, collector.batch_windows, bar):
+        for block in _read_batches(info, collector, windows, owned, bar, padded=True):
             source.add(block)
-            for site, block_counts in activity(block, info.widths).items():
-                counts[site] += block_counts
+            for site, added in activity(block, info.widths).items():
+                counts[site] = counts.get(site, 0) + added
     source.info = replace(info, activity={site: distributed.all_sum(value).cpu() for site, value in counts.items()})
     return source
 
 
-class StreamedHidden:
+class StreamedHidden(PatternSource):
     """A source that computes FFN inputs by running the model again, instead of reading them from a store.
 
     Each rank runs its share of a block in one batch, whose size depends on the number of ranks.
     """
-
-    resident = None
 
     def __init__(self, source: PatternSource, collector: Collector, windows: Windows):
         self.info = replace(source.info, with_hidden=True)

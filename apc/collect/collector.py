@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apc import ops
 from apc.collect.patterns import ActiveRule, Block, Importance, quantise
-from apc.data.ffn import FFNHooks, GatedFFN, find_ffns
+from apc.data.ffn import FFNHooks, FFNVisitor, find_ffns
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
@@ -23,14 +23,9 @@ HISTOGRAM_BINS = 1 << (31 - HISTOGRAM_SHIFT)
 class Collector:
     """Reads the patterns of token windows from a model.
 
-    Args:
-        model: a causal language model with gated FFNs.
-        sites: where patterns are read.
-        device: where the model is.
-        batch_windows: windows in one forward pass.
-        thresholded: whether the forward pass that blocks are read from sets inactive values to zero, as in the paper.
-        name: the model's name in listings of stores.
-        progress: whether collecting shows a bar.
+    model: a causal language model with gated FFNs, on `device`; sites: where patterns are read; batch_windows: windows
+    in one forward pass; thresholded: whether the forward pass that blocks are read from sets inactive values to zero,
+    as in the paper; name: the model's name in listings of stores; progress: whether collecting shows a bar.
     """
 
     def __init__(
@@ -49,12 +44,14 @@ class Collector:
         self.importance = Importance(self.ffns)
 
     def calibrate(self, text: Tensor, windows: Sequence[int], sparsity: float) -> dict[str, Tensor]:
-        """Thresholds float32 [L] per site: the first bin edge with at least a share `sparsity` of importances below.
+        """Thresholds float32 [L] per site.
+
+        The lowest bin edge that has at least a share `sparsity` of importances below it.
 
         Importances are counted in logarithmic bins (relative width 2**-10). So memory does not grow with the text, and
         sums over ranks are exact. text: int64 [N, seq_len]; windows: indices into it, shared out over the ranks.
         """
-        counter = _Histograms(len(self.ffns), self.sites, self.importance, self.device)
+        counter = _Histograms(self)
         first, last = distributed.share(len(windows))
         self._forward(text, windows[first:last], counter, self.sites, padded=True)
         return {site: _quantile(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
@@ -71,17 +68,16 @@ class Collector:
         """The patterns of some windows of a text.
 
         text: int64 [N, seq_len]; windows: indices into it; padded: whether to pad a short batch to `batch_windows`.
-        Rounding on a GPU depends on the batch size, so without padding the patterns would depend on where batches are
-        short. Raises UserError at NaN or infinity.
+        On a GPU rounding depends on the batch size. Padding gives all batches one size, so patterns do not depend
+        on how the text is split. Raises UserError at NaN or infinity.
         """
-        reader = _PatternReader(self.ffns, self.importance, rule, with_importance, with_hidden, self.thresholded)
+        reader = _PatternReader(self, rule, with_importance, with_hidden)
         self._forward(text, windows, reader, self.sites, padded)
         return reader.block(windows, text.shape[1])
 
     def hidden(self, text: Tensor, windows: Sequence[int]) -> Tensor:
         """Every FFN's input, bfloat16 [L, n·seq_len, E], for n windows of a text int64 [N, seq_len]."""
-        rule = ActiveRule("top", 0.5)  # unused: no site is visited
-        reader = _PatternReader(self.ffns, self.importance, rule, with_importance=False, with_hidden=True)
+        reader = _PatternReader(self, ActiveRule("top", 0.5), False, True)  # the rule is unused: no site is visited
         self._forward(text, windows, reader, sites=[])
         return reader.block(windows, text.shape[1]).tensors()["hidden"]
 
@@ -96,61 +92,48 @@ class Collector:
                 visitor.tokens = len(batch) * text.shape[1]
                 padding = batch[-1:] * (self.batch_windows - len(batch)) if padded else []
                 self.model.base_model(input_ids=text[batch + padding].to(self.device), use_cache=False)
-                self._check_finite(visitor, batch)
+                for layer, site in visitor.nonfinite():
+                    raise UserError(
+                        f"NaN or infinite activations in layer {layer} ({self.ffns[layer].name}), site {site}, "
+                        f"window{'s' * (len(batch) > 1)} {', '.join(map(str, batch))}: "
+                        "try model.dtype=float32 or bfloat16, or check the weights"
+                    )
         finally:
             hooks.remove()
 
-    def _check_finite(self, visitor: "_Visitor", windows: list[int]) -> None:
-        bad = visitor.pop_nonfinite()
-        if bad is not None:
-            layer, site = bad
-            where = f"window {windows[0]}" if len(windows) == 1 else f"windows {', '.join(map(str, windows))}"
-            raise UserError(
-                f"NaN or infinite activations in layer {layer} ({self.ffns[layer].name}), site {site}, {where}: "
-                "try model.dtype=float32 or bfloat16, or check the weights"
-            )
 
-
-class _Visitor:
+class _Visitor(FFNVisitor):
     """Records the largest importance of each layer and site, to find NaN and infinity after the pass.
 
-    Checking at once would wait for the device in mid-pass. tokens: those of the current pass without its padding, which
-    comes last.
+    Checking at once would make the host wait for the device in mid-pass. tokens: number of tokens in the current
+    pass, without the padding at the end.
     """
 
-    def __init__(self, importance: Importance):
-        self._importance = importance
+    def __init__(self, collector: Collector):
+        self._collector = collector
         self.tokens = 0
-        self._largest: list[tuple[int, str, Tensor]] = []
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Ignores the FFN's input."""
-
-    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
-        """See `FFNVisitor.visit`."""
-        raise NotImplementedError
+        self._largest: dict[tuple[int, str], Tensor] = {}
 
     def measure(self, layer: int, site: str, values: Tensor) -> Tensor:
         """Importance float32 [n, D] of the values, with NaN as 0."""
-        importance = self._importance(layer, site, values.flatten(0, -2))
-        self._largest.append((layer, site, importance.amax()))
+        importance = self._collector.importance(layer, site, values.flatten(0, -2))
+        self._largest[layer, site] = importance.amax()
         return importance.nan_to_num_(nan=0.0)  # the pass goes on; the layer is reported after it
 
-    def pop_nonfinite(self) -> tuple[int, str] | None:
-        """The first layer and site with NaN or infinity since the last call; None if there is none."""
-        records, self._largest = self._largest, []
-        if not records:
-            return None
-        finite = torch.stack([largest for *_, largest in records]).isfinite().tolist()
-        return next(((layer, site) for (layer, site, _), ok in zip(records, finite, strict=True) if not ok), None)
+    def nonfinite(self) -> list[tuple[int, str]]:
+        """Layers and sites with NaN or infinity in the current pass, in its order."""
+        largest = list(self._largest.values())
+        finite = torch.stack(largest).isfinite().tolist() if largest else []
+        return [place for place, ok in zip(self._largest, finite, strict=True) if not ok]
 
 
 class _Histograms(_Visitor):
     """Counts importances in logarithmic bins. counts: int64 [L, bins] per site."""
 
-    def __init__(self, layers: int, sites: list[str], importance: Importance, device: torch.device):
-        super().__init__(importance)
-        self.counts = {site: torch.zeros(layers, HISTOGRAM_BINS, dtype=torch.int64, device=device) for site in sites}
+    def __init__(self, collector: Collector):
+        super().__init__(collector)
+        zeros = torch.zeros(len(collector.ffns), HISTOGRAM_BINS, dtype=torch.int64, device=collector.device)
+        self.counts = {site: zeros.clone() for site in collector.sites}
 
     def visit(self, layer: int, site: str, values: Tensor) -> None:
         bins = self.measure(layer, site, values)[: self.tokens].view(torch.int32).flatten() >> HISTOGRAM_SHIFT
@@ -170,22 +153,13 @@ def _quantile(counts: Tensor, share: float) -> Tensor:
 class _PatternReader(_Visitor):
     """Gathers patterns, and if wanted importances and FFN inputs, of one or more forward passes."""
 
-    def __init__(
-        self,
-        ffns: list[GatedFFN],
-        importance: Importance,
-        rule: ActiveRule,
-        with_importance: bool,
-        with_hidden: bool,
-        thresholded: bool = False,
-    ):
-        super().__init__(importance)
-        self._layers, self._rule, self._thresholded = len(ffns), rule, thresholded
-        self._with_importance, self._with_hidden = with_importance, with_hidden
+    def __init__(self, collector: Collector, rule: ActiveRule, with_importance: bool, with_hidden: bool):
+        super().__init__(collector)
+        self._rule, self._with_importance, self._with_hidden = rule, with_importance, with_hidden
         self._parts: dict[str, list[list[Tensor]]] = {}
 
     def _keep(self, name: str, layer: int, value: Tensor) -> None:
-        self._parts.setdefault(name, [[] for _ in range(self._layers)])[layer].append(value)
+        self._parts.setdefault(name, [[] for _ in self._collector.ffns])[layer].append(value)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if self._with_hidden:
@@ -199,7 +173,7 @@ class _PatternReader(_Visitor):
             quantised, scale = quantise(importance[: self.tokens])
             self._keep(f"importance.{site}", layer, quantised)
             self._keep(f"scale.{site}", layer, scale)
-        return values.masked_fill(~active.view(values.shape), 0) if self._thresholded else None
+        return values.masked_fill(~active.view(values.shape), 0) if self._collector.thresholded else None
 
     def block(self, windows: Sequence[int], seq_len: int) -> Block:
         """The block of all passes so far, which were over these windows."""

@@ -5,7 +5,6 @@ Each rank gets its own share of every block.
 
 import math
 from collections.abc import Iterator
-from typing import NotRequired, TypedDict, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -18,30 +17,21 @@ from apc.utils import distributed
 from apc.utils.errors import UserError
 
 
-class Progress(TypedDict):
-    """A loader's place, as a checkpoint stores it.
-
-    position: batches of the epoch that were yielded; blocks: how many blocks there are, and the windows of the first.
-    """
-
-    epoch: int
-    position: int
-    blocks: NotRequired[list[int]]
+def _generator(seed: int, *keys: int) -> torch.Generator:
+    for key in keys:
+        seed = (seed * 1_000_003 + key) % (1 << 62)
+    return torch.Generator().manual_seed(seed)
 
 
 class BlockLoader:
     """Yields every block once per epoch, whole or in mini-batches of shuffled tokens.
 
-    Iterating yields this rank's share of each block as a `Block`, equally often on all ranks. After `resume` iteration
-    continues behind `progress`, so a resumed run sees each row exactly once.
+    Iterating yields this rank's share of each block as a `Block`, equally often on all ranks. After `resume`,
+    iteration continues after `progress`, so a resumed run sees each row exactly once per epoch.
 
-    Args:
-        source, fields, device, keep_bytes: as for `BlockStream`.
-        block_windows: windows in a block, over all ranks.
-        seed: of the order of blocks and tokens.
-        batch_tokens: tokens in a mini-batch, over all ranks; None: whole blocks.
-        in_order: whether blocks come in the order of the text instead of shuffled.
-
+    source, fields, device, keep_bytes: as for `BlockStream`; block_windows: windows in a block, over all ranks;
+    seed: of the order of blocks and tokens; batch_tokens: tokens in a mini-batch, over all ranks, or None for whole
+    blocks; in_order: whether blocks come in the order of the text instead of shuffled.
     Raises UserError if there are fewer windows, or fewer tokens in a mini-batch, than ranks.
     """
 
@@ -57,9 +47,10 @@ class BlockLoader:
         in_order: bool = False,
     ):
         self.source, self.seed, self.batch_tokens, self.in_order = source, seed, batch_tokens, in_order
-        if batch_tokens is not None and batch_tokens < distributed.world_size():
+        ranks = distributed.world_size()
+        if batch_tokens is not None and batch_tokens < ranks:
             raise UserError(
-                f"predictor.batch_tokens={batch_tokens} tokens for {distributed.world_size()} processes; "
+                f"predictor.batch_tokens={batch_tokens} is less than one token for each of {ranks} processes;  "
                 "raise it, or lower trainer.devices"
             )
         self._stream = BlockStream(source, fields, device, keep_bytes)
@@ -75,15 +66,19 @@ class BlockLoader:
         first, last = self.blocks[block]
         return math.ceil((last - first) * self.source.info.seq_len / self.batch_tokens)
 
-    def progress(self) -> Progress:
-        """The loader's place. After an epoch it is the start of the next, for any number of ranks."""
+    def progress(self) -> dict:
+        """The loader's place, as a checkpoint stores it: epoch, batches of it that were yielded, and `_layout`.
+
+        After an epoch it is the start of the next, for any number of ranks.
+        """
         ended = self.position >= len(self)
         return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, "blocks": self._layout}
 
-    def resume(self, progress: Progress) -> None:
-        """Moves to the place of `progress`.
+    def resume(self, progress: dict) -> None:
+        """Moves to the position `progress`.
 
-        Raises UserError for a place inside an epoch over other blocks than these: it can't tell which rows were seen.
+        Raises UserError for a position within an epoch over different blocks, because then it is unknown which
+        rows were seen.
         """
         if progress["position"] and progress.get("blocks") != self._layout:
             raise UserError(
@@ -105,37 +100,29 @@ class BlockLoader:
     def whole_blocks(self, fields: list[str]) -> Iterator[Block]:
         """This rank's share of every block, in order and with other fields. Does not move the loader's position."""
         stream = BlockStream(self.source, fields, self._stream.device)
-        yield from stream.blocks([rank_range(*block) for block in self.blocks])
+        return stream.blocks([rank_range(*block) for block in self.blocks])
 
     def owned(self, tokens: Tensor) -> Tensor:
         """Which tokens (int64 [n], on the host) belong to this rank, bool [n]."""
-        windows = tokens // self.source.info.seq_len
         mine = torch.zeros(self.source.info.windows, dtype=torch.bool)
         for block in self.blocks:
             first, last = rank_range(*block)
             mine[first:last] = True
-        return mine[windows]
-
-    def _generator(self, *keys: int) -> torch.Generator:
-        seed = self.seed
-        for key in keys:
-            seed = (seed * 1_000_003 + key) % (1 << 62)
-        return torch.Generator().manual_seed(seed)
+        return mine[tokens // self.source.info.seq_len]
 
     def _split(self, block: int, data: Block, skip: int) -> Iterator[Block]:
         if self.batch_tokens is None:
             yield data
             return
-        order = torch.randperm(data.tokens, generator=self._generator(self.epoch, block, distributed.rank()))
+        order = torch.randperm(data.tokens, generator=_generator(self.seed, self.epoch, block, distributed.rank()))
         for index in order.tensor_split(self._batches(block))[skip:]:
             yield data.select(index)
 
     def __iter__(self) -> Iterator[Block]:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        order = list(range(len(self.blocks)))
-        if not self.in_order:
-            order = torch.randperm(len(self.blocks), generator=self._generator(self.epoch)).tolist()
+        shuffled = torch.randperm(len(self.blocks), generator=_generator(self.seed, self.epoch)).tolist()
+        order = list(range(len(self.blocks))) if self.in_order else shuffled
         skip = self.position
         while order and skip >= self._batches(order[0]):
             skip -= self._batches(order.pop(0))
@@ -150,15 +137,11 @@ class BlockLoader:
 class WindowLoader:
     """Yields windows of a text, int64 [n, S], in mini-batches shared out over the ranks.
 
-    Each epoch cuts the text from another first token and shuffles the windows. `progress` and `resume` work as in
-    `BlockLoader`.
+    Each epoch cuts the text into windows at a different offset and shuffles them. `progress` and `resume` work as
+    in `BlockLoader`.
 
-    Args:
-        windows: int64 [N, S], adjacent in the text.
-        step_windows: windows in a step, over all ranks.
-        seed: of the first tokens and the orders.
-
-    Raises UserError if a step has fewer windows than there are ranks.
+    windows: int64 [N, S], adjacent in the text; step_windows: windows in a step, over all ranks; seed: of the first
+    tokens and the orders. Raises UserError if a step has fewer windows than there are ranks.
     """
 
     def __init__(self, windows: Tensor, step_windows: int, seed: int):
@@ -177,11 +160,11 @@ class WindowLoader:
     def __len__(self) -> int:
         return self._usable // self.step_windows
 
-    def progress(self) -> Progress:
+    def progress(self) -> dict:
         """The loader's place."""
         return {"epoch": self.epoch, "position": self.position}
 
-    def resume(self, progress: Progress) -> None:
+    def resume(self, progress: dict) -> None:
         """Moves to the place of `progress`."""
         self.epoch, self.position = progress["epoch"], progress["position"]
 
@@ -191,7 +174,7 @@ class WindowLoader:
     def __iter__(self) -> Iterator[Tensor]:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 62))
+        generator = _generator(self.seed, self.epoch)
         S = self.windows.shape[1]
         shift = int(torch.randint(S, (1,), generator=generator)) if len(self.windows) > 1 else 0
         text = self.windows.flatten()[shift : shift + self._usable * S].view(self._usable, S)
@@ -215,13 +198,13 @@ class ResumedDataModule(LightningDataModule):
 
     # The place is stored here and not in the loader's own state_dict: Lightning 2.6 drops that one from checkpoints at
     # the end of an epoch, and ignores it if the loader was set up before the checkpoint was read.
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict:
         """The loader's place."""
-        return {**self.loader.progress()}
+        return self.loader.progress()
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict) -> None:
         """Moves the loader to the place of a checkpoint."""
-        self.loader.resume(cast(Progress, state_dict))
+        self.loader.resume(state_dict)
 
 
 class PatternDataModule(ResumedDataModule):

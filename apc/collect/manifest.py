@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from apc.config.schema import SITES
 from apc.utils.errors import UserError, first_line
 
 FORMAT = 2
+COUNTS = "layers", "hidden_size", "ffn_width", "windows", "seq_len"  # entries that are whole numbers
 DTYPES = {"uint8": np.uint8, "int32": np.int32, "int64": np.int64, "float32": np.float32, "bfloat16": np.int16}
 
 
@@ -34,12 +34,10 @@ def read_manifest(path: Path) -> dict:
         raise UserError(
             f"{path / 'manifest.json'}: can't be read ({error.strerror}); check the disk, then run this again"
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != "apc-patterns":
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or manifest.get("format") != "apc-patterns":
         raise Damaged(f"not a pattern store of format {FORMAT}")
-    version = manifest.get("version")
     if version != FORMAT:
-        if not isinstance(version, int):
-            raise Damaged(f"not a pattern store of format {FORMAT}")
         raise UserError(
             f"{path}: a store of format {version}, this program reads {FORMAT}; "
             f"`apc cache prune {path.name}` deletes it"
@@ -63,7 +61,7 @@ def _is_count(value: object, least: int = 1) -> bool:
 
 def _manifest_problem(manifest: dict) -> str | None:
     """The first entry that is missing or inconsistent; None if there is none."""
-    for key in ("layers", "hidden_size", "ffn_width", "windows", "seq_len"):
+    for key in COUNTS:
         if not _is_count(manifest.get(key)):
             return f"{key} is {manifest.get(key)!r}"
     widths, thresholds, fields, shards = (manifest.get(key) for key in ("widths", "thresholds", "fields", "shards"))
@@ -93,7 +91,11 @@ def _shards_problem(shards: object, names: list[str], windows: int) -> str | Non
     begin = 0
     for index, shard in enumerate(shards):
         bounds, files = (shard.get("windows"), shard.get("files")) if isinstance(shard, dict) else (None, None)
-        if not _is_range(bounds, begin) or not isinstance(files, dict):
+        if (
+            not (isinstance(bounds, list) and len(bounds) == 2 and isinstance(files, dict))
+            or bounds[0] != begin
+            or not _is_count(bounds[1], begin + 1)
+        ):
             return f"shard {index} has windows {bounds!r}"
         begin = bounds[1]
         if set(files) != {f"{index:05d}-{name}.npy" for name in names}:
@@ -102,11 +104,6 @@ def _shards_problem(shards: object, names: list[str], windows: int) -> str | Non
             if not _is_file_entry(entry):
                 return f"the entry of {name} is {entry!r}"[:200]
     return None if begin == windows else f"{windows} windows, shards for {begin}"
-
-
-def _is_range(bounds: object, begin: int) -> TypeGuard[list[int]]:
-    """Whether `bounds` is a range [begin, end] that is not empty."""
-    return isinstance(bounds, list) and len(bounds) == 2 and bounds[0] == begin and _is_count(bounds[1], begin + 1)
 
 
 def _is_file_entry(entry: object) -> bool:

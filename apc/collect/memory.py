@@ -1,6 +1,5 @@
 """Patterns in memory, and how much device memory blocks of them may take."""
 
-import math
 import weakref
 
 import torch
@@ -38,21 +37,18 @@ def unlock_pages(pointers: list[int]) -> None:
 
 
 class ResidentPatterns:
-    """Patterns as whole tensors [L, n, ...] in host or device memory, for the windows that this rank owns."""
+    """Patterns as whole tensors [L, n, ...] in host or device memory, for the windows that this rank owns.
+
+    owned: ascending indices of the windows that will be added, in this order; locked: whether to use host memory that a
+    GPU can copy from directly. Nothing is reserved before the first `add`.
+    """
 
     def __init__(self, info: PatternInfo, owned: list[int], device: torch.device, locked: bool = False):
-        """Reserves nothing yet.
-
-        owned: ascending indices of the windows that will be added, in this order; locked: whether to use host memory
-        that a GPU can copy from directly.
-        """
         self.info, self.resident = info, device
         self._slots = {window: slot for slot, window in enumerate(owned)}
         self._tensors: dict[str, Tensor] = {}
-        self._locked: list[int] | None = None
-        if locked:
-            self._locked = []
-            weakref.finalize(self, unlock_pages, self._locked).atexit = False
+        self._locked, self._addresses = locked, list[int]()  # of locked tensors
+        weakref.finalize(self, unlock_pages, self._addresses).atexit = False
 
     def add(self, block: Block) -> None:
         """Copies in a block of whole windows, the next ones that this rank owns."""
@@ -68,11 +64,11 @@ class ResidentPatterns:
         """Allocates these fields for all windows; `add` does it with the first block."""
         for name in set(fields) - set(self._tensors):
             shape, dtype = self.info.field(name, len(self._slots) * self.info.seq_len)
-            if self._locked is None:
+            if not self._locked:
                 self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.resident)
             else:
-                self._tensors[name] = page_locked(shape, dtype)
-                self._locked += [self._tensors[name].data_ptr()] if self._tensors[name].nbytes else []
+                value = self._tensors[name] = page_locked(shape, dtype)
+                self._addresses += [value.data_ptr()] if value.nbytes else []
 
     def host_fields(self, fields: list[str]) -> list[str]:
         """See `PatternSource`."""
@@ -89,18 +85,16 @@ class ResidentPatterns:
         """See `PatternSource`."""
         S = self.info.seq_len
         slots = torch.tensor([self._slots[window] * S for window in (tokens // S).tolist()], dtype=torch.int64)
-        local = (slots + tokens.cpu() % S).to(self.resident)
-        return self._tensors[name][layers.to(self.resident), local]
+        return self._tensors[name][layers.to(self.resident), (slots + tokens.cpu() % S).to(self.resident)]
 
 
 def block_bytes(info: PatternInfo, fields: list[str], windows: int) -> int:
     """Bytes on a device of a block of `windows` windows with these fields."""
-    shapes = [info.field(name, windows * info.seq_len) for name in fields]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    return windows * info.seq_len * info.bytes_per_token(fields)
 
 
 def keep_bytes(info: PatternInfo, fields: list[str], block_windows: int, device: torch.device, needed: int) -> int:
-    """Device memory for blocks that stay there between passes: nine tenths of all memory, less what is in use.
+    """Bytes of device memory for blocks kept between passes: nine tenths of the total, less what is in use.
 
     block_windows: windows of this rank in a block; needed: bytes that the training needs for other things.
     """
@@ -114,7 +108,7 @@ def keep_bytes(info: PatternInfo, fields: list[str], block_windows: int, device:
 def room_for_blocks(
     info: PatternInfo, fields: list[str], block_windows: int, free: int, total: int, needed: int
 ) -> int:
-    """Bytes left for blocks that stay, when `free` of the device's `total` bytes are free.
+    """Bytes left for blocks kept between passes, if `free` of the device's `total` bytes are free.
 
     Subtracts the blocks in flight, the bytes `needed` for other things, and a tenth of the total as a reserve.
     """

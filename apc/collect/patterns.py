@@ -3,6 +3,7 @@
 Shape letters: L layers, T tokens, D neurons at a site, E hidden size, W bytes of a packed row, n rows of a block.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,10 +40,7 @@ class ActiveRule:
 
 
 class Importance:
-    """Importance of each neuron.
-
-    |x| at gate, up and down; |act(g)·u| times the norm of the neuron's column of W_down at `neuron`.
-    """
+    """Importance: |x| at gate, up and down; |act(g)·u| times the norm of the neuron's column of W_down at `neuron`."""
 
     def __init__(self, ffns: list[GatedFFN]):
         self._norms = [ffn.output_norms().to(first_device(ffns)) for ffn in ffns]
@@ -56,7 +54,7 @@ class Importance:
 def quantise(importance: Tensor) -> tuple[Tensor, Tensor]:
     """Quantises importances float32 [..., D] to uint8 [..., D], with a scale float32 [...] for each row.
 
-    A row's largest importance becomes 255, so no row rounds to zero.
+    A row's largest importance becomes 255, so that no row becomes all zeros.
     """
     scale = importance.amax(dim=-1) / 255
     return (importance / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().to(torch.uint8), scale
@@ -92,23 +90,17 @@ class Block:
 
     def tensors(self) -> dict[str, Tensor]:
         """All fields by a flat name, e.g. `patterns.neuron`; each is [L, n, ...]."""
-        named = {
-            f"{part}.{site}": value
-            for part in ("patterns", "importance", "scale")
-            for site, value in getattr(self, part).items()
-        }
+        parts = ("patterns", "importance", "scale")
+        named = {f"{part}.{site}": value for part in parts for site, value in getattr(self, part).items()}
         return named if self.hidden is None else {**named, "hidden": self.hidden}
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], positions: Tensor, seq_len: int) -> "Block":
         """The block with fields as `tensors` returns them."""
-        block = cls(positions, seq_len)
-        for name, value in named.items():
-            part, _, site = name.partition(".")
+        block = cls(positions, seq_len, hidden=named.get("hidden"))
+        for part, _, site in (name.partition(".") for name in named):
             if site:
-                getattr(block, part)[site] = value
-            else:
-                block.hidden = value
+                getattr(block, part)[site] = named[f"{part}.{site}"]
         return block
 
     @classmethod
@@ -122,7 +114,11 @@ class Block:
         return Block.from_tensors(named, positions, self.seq_len)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Block":
-        """The block on a device. It shares `derived` with this one, because Lightning copies each batch this way."""
+        """The block on a device.
+
+        The copy shares `derived` with this block, so that values stored in it survive Lightning's copy of each
+        batch.
+        """
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=non_blocking)
@@ -167,21 +163,22 @@ class PatternInfo:
         """The sites where patterns were read."""
         return list(self.widths)
 
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's rows, over all layers and fields."""
-        site_bytes = sum(ops.row_bytes(D) + (D + 4 if self.with_importance else 0) for D in self.widths.values())
-        return self.layers * (site_bytes + (2 * self.hidden_size if self.with_hidden else 0))
+    def bytes_per_token(self, fields: list[str] | None = None) -> int:
+        """Bytes of one token's rows, over all layers and these fields; None: all fields."""
+        shapes = [self.field(name, 1) for name in (self.fields() if fields is None else fields)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def field(self, name: str, tokens: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape [L, tokens, ...] and type of the field `name` in a block of `tokens` tokens."""
         part, _, site = name.partition(".")
-        width, dtype = {
-            "patterns": lambda: ((ops.row_bytes(self.widths[site]),), torch.uint8),
-            "importance": lambda: ((self.widths[site],), torch.uint8),
-            "scale": lambda: ((), torch.float32),
-            "hidden": lambda: ((self.hidden_size,), torch.bfloat16),
-        }[part]()
-        return (self.layers, tokens, *width), dtype
+        D = self.widths.get(site, 0)
+        row, dtype = {
+            "patterns": ([ops.row_bytes(D)], torch.uint8),
+            "importance": ([D], torch.uint8),
+            "scale": ([], torch.float32),
+            "hidden": ([self.hidden_size], torch.bfloat16),
+        }[part]
+        return (self.layers, tokens, *row), dtype
 
     def fields(self) -> list[str]:
         """Names of all fields, as in `Block.tensors`."""
@@ -197,9 +194,11 @@ class PatternSource(Protocol):
     @property
     def resident(self) -> torch.device | None:
         """The device whose memory holds all rows; None if blocks are read from disk or computed."""
+        return None
 
     def host_fields(self, fields: list[str]) -> list[str]:
         """The fields that `block` returns in host memory; the others are on the GPU already."""
+        return fields
 
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         """Windows [first, last) with the named fields. May run on another thread."""

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ BLOCKS_READ = 2  # blocks read into host memory ahead of their use
 class BlockStream:
     """Reads blocks of a source ahead of their use on a thread, and copies them to a GPU on a CUDA stream of its own.
 
-    Args:
-        source: where blocks come from.
-        fields: names of the fields to read, as in `PatternInfo.fields`.
-        device: a GPU to copy blocks to; None or a CPU: they stay where the source has them.
-        keep_bytes: device memory for blocks that stay there for later passes, besides `BLOCKS_IN_FLIGHT` blocks.
+    source: where blocks come from; fields: names of the fields to read, as in `PatternInfo.fields`; device: a GPU to
+    copy blocks to, or None or a CPU: they stay where the source has them; keep_bytes: device memory for blocks that
+    stay there for later passes, besides `BLOCKS_IN_FLIGHT` blocks.
     """
 
     def __init__(
@@ -41,9 +39,9 @@ class BlockStream:
 
         If the source fails to read a block, its error is raised when that block is due.
         """
+        upcoming, pending = deque(ranges), deque[_Pending]()
+        self._pending = pending
         with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming = deque(ranges)
-            pending = self._pending = deque()
             try:
                 while upcoming or pending:
                     while upcoming and sum(block.read is not None for block in pending) < BLOCKS_READ:
@@ -76,19 +74,17 @@ class BlockStream:
             return _Pending(windows, block=self._kept[windows])
         if self.device is None:
             return _Pending(windows, reader.submit(self.source.block, *windows, self.fields))
-        info = self.source.info
-        tokens = (windows[1] - windows[0]) * info.seq_len
-        # Allocated here and not on the thread: the current stream may still use this memory for earlier work.
+        tokens = (windows[1] - windows[0]) * self.source.info.seq_len
         targets = {}
         for name in self.source.host_fields(self.fields):
-            shape, dtype = info.field(name, tokens)
+            shape, dtype = self.source.info.field(name, tokens)
+            # Allocated here and not on the thread: the current stream may still use this memory for earlier work.
             targets[name] = torch.empty(shape, dtype=dtype, device=self.device)
         free = torch.cuda.current_stream(self.device).record_event()
         return _Pending(windows, reader.submit(self._copy, windows, targets, free), targets)
 
     def _finish(self, pending: "_Pending") -> Block:
-        """The block, once it is read. The host does not wait for its copy; only the current CUDA stream does."""
-        windows, seq_len = pending.windows, self.source.info.seq_len
+        """The block. The host waits until it is read; only the current CUDA stream waits for its copy."""
         if pending.block is not None:
             return pending.block
         assert pending.read is not None
@@ -97,11 +93,12 @@ class BlockStream:
         tensors, events = pending.read.result()
         for event in events:
             torch.cuda.current_stream(self.device).wait_event(event)
-        positions = torch.arange(windows[0] * seq_len, windows[1] * seq_len, device=self.device)
-        block = Block.from_tensors(tensors, positions, seq_len)
-        if pending.targets and windows not in self._kept and _size(block) <= self.keep_bytes:
+        seq_len = self.source.info.seq_len
+        first, last = pending.windows
+        block = Block.from_tensors(tensors, torch.arange(first * seq_len, last * seq_len, device=self.device), seq_len)
+        if pending.targets and pending.windows not in self._kept and _size(block) <= self.keep_bytes:
             self.keep_bytes -= _size(block)
-            self._kept[windows] = block
+            self._kept[pending.windows] = block
         return block
 
     def _copy(
@@ -132,14 +129,11 @@ class BlockStream:
 
 @dataclass
 class _Pending:
-    """A block on its way: either a kept `block`, or one that the thread is reading.
-
-    read: the thread's result; targets: the device memory that it copies to.
-    """
+    """A block on its way: either a kept `block`, or one that the thread is reading."""
 
     windows: tuple[int, int]
     read: Future | None = None
-    targets: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] | None = None  # device memory that the thread copies to
     block: Block | None = None
 
 

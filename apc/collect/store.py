@@ -10,18 +10,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apc.collect.manifest import DTYPES, FORMAT, Damaged, file_problem, manifest_checksum, read_manifest
-from apc.collect.patterns import ActiveRule, Block, PatternInfo, activity
+from apc.collect.manifest import COUNTS, DTYPES, FORMAT, Damaged, file_problem, manifest_checksum, read_manifest
+from apc.collect.patterns import ActiveRule, Block, PatternInfo, PatternSource, activity
 from apc.config.schema import CollectConfig
 from apc.utils import distributed, wheels
 from apc.utils.errors import UserError, first_line
@@ -47,8 +47,7 @@ def find_store(folder: Path, info: PatternInfo) -> Path | None:
 
 
 def _field_letters(info: PatternInfo) -> str:
-    """The fields in a store's name: p patterns, i importances, h FFN inputs."""
-    return "p" + "i" * info.with_importance + "h" * info.with_hidden
+    return "p" + "i" * info.with_importance + "h" * info.with_hidden  # patterns, importances, FFN inputs
 
 
 def shard_windows(info: PatternInfo) -> int:
@@ -64,19 +63,17 @@ def store_bytes(info: PatternInfo) -> int:
 
 
 class StoreWriter:
-    """Writes shards into a partial folder, each whole or not at all, and renames the folder after the last one.
-
-    Raises UserError if the disk has too little room, before it writes anything, or if it becomes full later.
-    """
+    """Writes shards into a partial folder, each whole or not at all, and renames the folder after the last one."""
 
     def __init__(self, folder: Path, info: PatternInfo):
         self.info = info
         self.path = folder / f"{store_key(info.identity)}-{_field_letters(info)}"
         self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.shards = _shard_ranges(info.windows, shard_windows(info))
+        self.entries = [self.partial / f"{index:05d}.json" for index in range(len(self.shards))]
 
     def prepare(self) -> None:
-        """Creates the partial folder and checks that the missing shards fit on the disk."""
+        """Creates the partial folder. Raises UserError unless the missing shards fit on the disk."""
         if self.path.exists():
             raise UserError(f"{self.path}: has no manifest; {repair(self.path)}")
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -103,26 +100,21 @@ class StoreWriter:
 
     def missing(self) -> list[tuple[int, int]]:
         """Window ranges of the shards that are not written yet."""
-        return [shard for index, shard in enumerate(self.shards) if not self._entry_path(index).is_file()]
-
-    def _entry_path(self, index: int) -> Path:
-        return self.partial / f"{index:05d}.json"
+        return [shard for shard, entry in zip(self.shards, self.entries, strict=True) if not entry.is_file()]
 
     def add(self, block: Block) -> None:
-        """Writes `block`, the windows of one shard. Its entry is written last, so a shard with an entry is whole."""
+        """Writes `block` as one shard, and its entry last, so that a shard with an entry is complete.
+
+        Raises UserError on a full disk.
+        """
         index = next(i for i, (first, _) in enumerate(self.shards) if first == block.first_window)
-        named = block.tensors() | {
-            f"activity.{site}": counts for site, counts in activity(block, self.info.widths).items()
-        }
+        counts = {f"activity.{site}": value for site, value in activity(block, self.info.widths).items()}
+        named = {f"{index:05d}-{name}.npy": value for name, value in (block.tensors() | counts).items()}
         try:
-            files = {
-                f"{index:05d}-{name}.npy": _write_array(self.partial / f"{index:05d}-{name}.npy", value)
-                for name, value in named.items()
-            }
+            files = {name: _write_array(self.partial / name, value) for name, value in named.items()}
             sync_folder(self.partial)  # no entry without its arrays
-            write_atomic(
-                self._entry_path(index), json.dumps({"windows": list(self.shards[index]), "files": files}).encode()
-            )
+            entry = {"windows": self.shards[index], "files": files}
+            write_atomic(self.entries[index], json.dumps(entry).encode())
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -141,23 +133,18 @@ class StoreWriter:
             "version": FORMAT,
             "identity": info.identity,
             "source": source,
-            "layers": info.layers,
-            "hidden_size": info.hidden_size,
-            "ffn_width": info.ffn_width,
-            "windows": info.windows,
-            "seq_len": info.seq_len,
-            "widths": info.widths,
+            **{key: getattr(info, key) for key in (*COUNTS, "widths")},
             "fields": info.fields(),
             "active": info.rule.kind,
             "sparsity": info.rule.sparsity,
             "thresholds": {site: values.tolist() for site, values in info.rule.thresholds.items()},
-            "shards": [json.loads(self._entry_path(index).read_text()) for index in range(len(self.shards))],
+            "shards": [json.loads(entry.read_text()) for entry in self.entries],
         }
         manifest["checksum"] = manifest_checksum(manifest)
         write_atomic(self.partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         replace_durably(self.partial, self.path)
-        for name in [self._entry_path(index).name for index in range(len(self.shards))] + [THRESHOLDS]:
-            (self.path / name).unlink(missing_ok=True)
+        for entry in [*self.entries, self.partial / THRESHOLDS]:
+            (self.path / entry.name).unlink(missing_ok=True)
         return self.path
 
 
@@ -169,28 +156,22 @@ def _shard_ranges(windows: int, each: int) -> list[tuple[int, int]]:
     return [(first, min(first + each, windows)) for first in range(0, windows, each)]
 
 
-@contextmanager
-def collecting(folder: Path, info: PatternInfo) -> Iterator[None]:
+def collecting(folder: Path, info: PatternInfo) -> AbstractContextManager:
     """Locks one store while it is collected. Raises UserError if another process has the lock."""
-    with ExitStack() as stack:
-        if distributed.is_main():
-            stack.enter_context(_locked(folder, store_key(info.identity)))
-        yield
+    return _lock(folder, store_key(info.identity)) if distributed.is_main() else nullcontext()
 
 
-@contextmanager
-def _locked(folder: Path, key: str) -> Iterator[None]:
-    path = folder / f"{key}.lock"
-    busy = f"{path}: another process is collecting these patterns; wait for it, then run this again"
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive_lock(path, busy))
-        except OSError as error:
-            raise UserError(
-                f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER"
-            ) from error
-        yield
+def _lock(folder: Path, key: str) -> ExitStack:
+    path, lock = folder / f"{key}.lock", ExitStack()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        busy = f"{path}: another process is collecting these patterns; wait for it, then run this again"
+        lock.enter_context(exclusive_lock(path, busy))
+    except OSError as error:
+        raise UserError(
+            f"{path}: can't be written ({error.strerror}); choose another folder with collect.dir=FOLDER"
+        ) from error
+    return lock
 
 
 def repair(path: Path) -> str:
@@ -204,26 +185,23 @@ def repair(path: Path) -> str:
 def reopen(path: Path) -> tuple[list[int], int]:
     """Turns a damaged store into a partial one, so that collecting replaces its damaged shards.
 
-    Returns the indices of the damaged shards, and the number of all shards. Deletes a store with a damaged manifest and
-    returns no shards: nothing tells what its files are. Raises UserError if the store does not exist, is of another
-    format, can't be read, or is being collected.
+    Returns the indices of the damaged shards, and the number of all shards. If the manifest is damaged, the
+    content of the other files is unknown: it deletes the store and returns no shards. Raises UserError if the
+    store does not exist, is of another format, can't be read, or is being collected.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such store; `apc cache` lists them")
-    with _locked(path.parent, path.name.rpartition("-")[0]):
+    with _lock(path.parent, path.name.rpartition("-")[0]):
         try:
             shards = read_manifest(path)["shards"]
         except Damaged:
             shutil.rmtree(path)
             return [], 0
-        damaged = [
-            index
-            for index, shard in enumerate(shards)
-            if any(file_problem(path / name, entry, True) for name, entry in shard["files"].items())
-        ]
+        damaged = []
         for index, shard in enumerate(shards):
             entry = path / f"{index:05d}.json"
-            if index in damaged:
+            if any(file_problem(path / name, file, True) for name, file in shard["files"].items()):
+                damaged.append(index)
                 entry.unlink(missing_ok=True)
             else:
                 write_atomic(entry, json.dumps(shard).encode())
@@ -233,44 +211,28 @@ def reopen(path: Path) -> tuple[list[int], int]:
         return damaged, len(shards)
 
 
-class _HashingFile:
-    """Writes to a file and keeps the sha256 and length of everything written."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.digest, self.length = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.length += len(data)
-        return self._file.write(data)
-
-
 def _write_array(path: Path, value: Tensor) -> dict:
     """Writes a tensor as .npy, whole or not at all. Returns its entry in the manifest."""
     value = value.detach().cpu().contiguous()
     array = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    data = array.reshape(-1).view(np.uint8).data
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(data)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        hashing = _HashingFile(file)
-        np.lib.format.write_array(hashing, array, allow_pickle=False)
+        file.write(header.getvalue())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return {
-        "sha256": hashing.digest.hexdigest(),
-        "bytes": hashing.length,
+        "sha256": digest.hexdigest(),
+        "bytes": header.tell() + array.nbytes,
         "shape": list(value.shape),
         "dtype": str(value.dtype).removeprefix("torch."),
     }
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Windows [first, last); files: entry in the manifest by file name."""
-
-    first: int
-    last: int
-    files: dict
 
 
 @dataclass(frozen=True)
@@ -295,11 +257,6 @@ class _Array:
                 raise ValueError("objects, or Fortran order")
             return cls(path, shape, dtype, file.tell())
 
-    @property
-    def end(self) -> int:
-        """Offset after the last byte."""
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
     def mapped(self) -> np.ndarray:
         """The array, mapped into memory; an empty file can't be mapped."""
         if not math.prod(self.shape):
@@ -307,14 +264,17 @@ class _Array:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
 
-class PatternStore:
+def _tensor(name: str, array: np.ndarray) -> Tensor:
+    value = torch.from_numpy(array)
+    return value.view(torch.bfloat16) if name == "hidden" else value
+
+
+class PatternStore(PatternSource):
     """A complete store.
 
     Opening it checks that every file exists and has the right size and, unless verify=False, the right sha256. Raises
     UserError, naming the file that is wrong.
     """
-
-    resident = None
 
     def __init__(self, path: Path, verify: bool = True):
         self.path = path
@@ -322,43 +282,31 @@ class PatternStore:
             manifest = read_manifest(path)
         except Damaged as error:
             raise UserError(f"{path / 'manifest.json'}: {error}; {repair(path)}") from error
-        self._shards = [
-            _Shard(entry["windows"][0], entry["windows"][1], entry["files"]) for entry in manifest["shards"]
-        ]
+        self._shards: list[dict] = manifest["shards"]
         # Only where arrays are, not maps: one open map for each would exceed a process's limit of open files.
         self._arrays: dict[str, _Array] = {}
         for shard in self._shards:
-            for name, entry in shard.files.items():
-                problem = file_problem(path / name, entry, verify)
-                if problem:
+            for name, entry in shard["files"].items():
+                if problem := file_problem(path / name, entry, verify):
                     raise UserError(f"{path / name}: {problem}; {repair(path)}")
         thresholds = {site: torch.tensor(values) for site, values in manifest["thresholds"].items()}
         self.info = PatternInfo(
-            layers=manifest["layers"],
-            hidden_size=manifest["hidden_size"],
-            ffn_width=manifest["ffn_width"],
-            windows=manifest["windows"],
-            seq_len=manifest["seq_len"],
-            widths=manifest["widths"],
+            **{key: manifest[key] for key in (*COUNTS, "widths", "identity")},
             rule=ActiveRule(manifest["active"], manifest["sparsity"], thresholds),
             with_importance=any(name.startswith("importance") for name in manifest["fields"]),
             with_hidden="hidden" in manifest["fields"],
-            identity=manifest["identity"],
             activity={site: self._activity(site) for site in manifest["widths"]},
         )
 
     def _activity(self, site: str) -> Tensor:
-        """How often each neuron is active, int64 [L, D]."""
-        counts = self._array(0, f"activity.{site}").mapped().copy()
-        for index in range(1, len(self._shards)):
-            counts += self._array(index, f"activity.{site}").mapped()
-        return torch.from_numpy(counts)
+        arrays = (self._array(index, f"activity.{site}").mapped() for index in range(len(self._shards)))
+        return torch.from_numpy(sum(arrays))
 
     def _array(self, index: int, name: str) -> "_Array":
         """Where a shard's field `name` is. Raises UserError if its file is damaged or does not fit the manifest."""
         file = f"{index:05d}-{name}.npy"
         if file not in self._arrays:
-            entry = self._shards[index].files[file]
+            entry = self._shards[index]["files"][file]
             try:
                 array = _Array.of(self.path / file)
             except (ValueError, EOFError) as error:
@@ -367,24 +315,20 @@ class PatternStore:
                 raise UserError(
                     f"{self.path / file}: can't be read ({error.strerror}); check the disk, then run this again"
                 ) from error
-            header = list(array.shape), array.dtype, array.end
-            if header != (entry["shape"], DTYPES[entry["dtype"]], entry["bytes"]):
+            end = array.offset + math.prod(array.shape) * array.dtype.itemsize
+            if (list(array.shape), array.dtype, end) != (entry["shape"], DTYPES[entry["dtype"]], entry["bytes"]):
                 raise UserError(
-                    f"{self.path / file}: an array of {array.dtype} {list(array.shape)} in {array.end} bytes, "
+                    f"{self.path / file}: an array of {array.dtype} {list(array.shape)} in {end} bytes, "
                     f"the manifest says {entry['dtype']} {entry['shape']} in {entry['bytes']}; {repair(self.path)}"
                 )
             self._arrays[file] = array
         return self._arrays[file]
 
-    def _tensor(self, index: int, name: str, array: np.ndarray) -> Tensor:
-        value = torch.from_numpy(array)
-        dtype = self._shards[index].files[f"{index:05d}-{name}.npy"]["dtype"]
-        return value.view(torch.bfloat16) if dtype == "bfloat16" else value
-
     def _read_slice(self, index: int, name: str, begin: int, end: int) -> np.ndarray:
         """Tokens [begin, end) of a shard's array.
 
-        Read and not mapped: mapped pages are loaded one by one and stay in this process's memory.
+        It reads instead of memory-mapping, because mapped pages are loaded one by one and count as this process's
+        memory.
         """
         array = self._array(index, name)
         result = np.empty((array.shape[0], end - begin, *array.shape[2:]), array.dtype)
@@ -397,20 +341,17 @@ class PatternStore:
                     raise UserError(f"{array.path}: truncated since it was opened; {repair(self.path)}")
         return result
 
-    def host_fields(self, fields: list[str]) -> list[str]:
-        """See `PatternSource`."""
-        return fields
-
     def block(self, first: int, last: int, fields: list[str]) -> Block:
         """See `PatternSource`."""
         S = self.info.seq_len
         parts: dict[str, list[Tensor]] = {name: [] for name in fields}
         for index, shard in enumerate(self._shards):
-            begin, end = max(first, shard.first), min(last, shard.last)
+            shard_first, shard_last = shard["windows"]
+            begin, end = max(first, shard_first), min(last, shard_last)
             if begin < end or (first == last and index == 0):
-                rows = ((begin - shard.first) * S, (end - shard.first) * S) if begin < end else (0, 0)
+                rows = (begin - shard_first) * S, (max(begin, end) - shard_first) * S
                 for name in fields:
-                    parts[name].append(self._tensor(index, name, self._read_slice(index, name, *rows)))
+                    parts[name].append(_tensor(name, self._read_slice(index, name, *rows)))
         named = {name: values[0] if len(values) == 1 else torch.cat(values, dim=1) for name, values in parts.items()}
         return Block.of_windows(named, range(first, last), S)
 
@@ -421,11 +362,12 @@ class PatternStore:
         (_, n, *row_shape), dtype = self.info.field(name, len(tokens))
         result = torch.empty(n, *row_shape, dtype=dtype)
         for index, shard in enumerate(self._shards):
-            inside = ((tokens >= shard.first * S) & (tokens < shard.last * S)).nonzero().flatten()
+            first, last = (window * S for window in shard["windows"])
+            inside = ((tokens >= first) & (tokens < last)).nonzero().flatten()
             if len(inside):
                 array = self._array(index, name).mapped()
-                rows = array[layers[inside].numpy(), (tokens[inside] - shard.first * S).numpy()]
-                result[inside] = self._tensor(index, name, rows)
+                rows = array[layers[inside].numpy(), (tokens[inside] - first).numpy()]
+                result[inside] = _tensor(name, rows)
         return result
 
 

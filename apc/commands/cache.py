@@ -35,9 +35,8 @@ def size(path: Path) -> int:
 
 def line(path: Path) -> str:
     """One store in the listing: name, size, time, model, text, tokens and layers."""
-    start = (
-        f"{path.name:<24}{size(path) / 2**20:10.1f} MiB  {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-    )
+    time = datetime.fromtimestamp(path.stat().st_mtime)
+    start = f"{path.name:<24}{size(path) / 2**20:10.1f} MiB  {time:%Y-%m-%d %H:%M}"
     manifest_path = path / "manifest.json"
     if path.suffix == ".partial" or not manifest_path.is_file():
         return f"{start}  interrupted; the same train.py command resumes it"
@@ -53,9 +52,8 @@ def line(path: Path) -> str:
 
 def main(words: list[str] | None = None) -> None:
     """The command `apc cache`. words: its arguments; None: those of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="apc cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="apc cache", description=__doc__, formatter_class=raw)
     parser.add_argument("action", nargs="?", choices=["list", "prune", "repair"], default="list")
     parser.add_argument("names", nargs="*", help="stores to delete or repair")
     parser.add_argument("--partial", action="store_true", help="delete what interrupted runs left")
@@ -75,9 +73,8 @@ def main(words: list[str] | None = None) -> None:
 def _repair(folder: Path, complete: list[str], names: list[str]) -> None:
     """Repairs the stores `names`, which must be among the complete ones."""
     if unknown := sorted(set(names) - set(complete)) or ([] if names else ["repair"]):
-        raise UserError(
-            f"{', '.join(unknown)}: no such store in {folder}, or an interrupted one; `apc cache` lists them"
-        )
+        which = f"no such store in {folder}, or an interrupted one"
+        raise UserError(f"{', '.join(unknown)}: {which}; `apc cache` lists them")
     for name in names:
         damaged, count = reopen(folder / name)
         if not count:

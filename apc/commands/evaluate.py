@@ -1,13 +1,13 @@
-"""Evaluates a finished run: policies, tables, plots and results.json.
+"""Evaluates a finished run, or compares several: tables, figures, results.json.
 
-python evaluate.py checkpoint=runs/x                          the same figures again
-python evaluate.py checkpoint=runs/x policies=[oracle,gate]   other policies
-python evaluate.py checkpoint=runs/x data.score=other.txt     other text
-python evaluate.py compare='runs/paper-*' [out=FOLDER]        finished runs side by side; loads no model
-python evaluate.py compare=[runs/x,runs/y]                    the same for a list of runs
+  python evaluate.py checkpoint=runs/x                         the same figures
+  python evaluate.py checkpoint=runs/x policies=[oracle,gate]  other policies
+  python evaluate.py checkpoint=runs/x data.score=other.txt    another text
+  python evaluate.py compare='runs/paper-*' [out=FOLDER]       runs side by side
+  python evaluate.py compare=[runs/x,runs/y]                   a list of runs
 
-Keys that the run was not fitted with can be overridden. Results go to runs/x/evaluations/NAME, where NAME is run.name,
-or the date and time.
+Keys that the run was not fitted with can be overridden. Results go to
+runs/x/evaluations/NAME, where NAME is run.name, or the date and time.
 """
 
 import dataclasses
@@ -33,10 +33,9 @@ FITTED_DATA = ("fit", "fit_windows", "seq_len")
 def evaluate(cfg: Config, wide: bool = False) -> dict:
     """Evaluates the run `cfg.checkpoint` under cfg, and returns the results. wide: print tables with all columns."""
     from apc.data.ffn import find_ffns
-    from apc.data.models import load_model, resolve_device
-    from apc.data.text import cut_windows, read_texts, split_windows
+    from apc.data.models import resolve_device
     from apc.evaluate import tables
-    from apc.run.context import RunContext
+    from apc.run.context import RunContext, load_inputs
     from apc.run.folder import RunFolder, Stopwatch, load_run, new_name
     from apc.run.score import score
     from apc.run.tracking import Tracking
@@ -56,18 +55,13 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
         print(f"{run.folder.path}: tuning has not finished; this evaluates the run before tuning", flush=True)
     watch = Stopwatch()
 
-    with distributed.main_first():  # rank 0 fetches and unpacks the bundled model and text
-        texts = read_texts(cfg.data)
-        model, tokenizer = load_model(cfg.model, device)
-        windows = cut_windows(cfg.data, *texts, tokenizer)
-    _, _, scored = split_windows(cfg, *windows)
+    model, tokenizer, _, _, scored = load_inputs(cfg, device)
     check_fits(find_ffns(model), run.codebook, run.predictor)
     watch.lap("load")
 
     folder = run.folder.path / "evaluations" / (cfg.run.name or new_name())
-    with Tracking(
-        cfg.tracking, folder, f"{run.folder.path.name}-{folder.name}", to_dict(cfg), enabled=distributed.is_main()
-    ) as tracking:
+    name = f"{run.folder.path.name}-{folder.name}"
+    with Tracking(cfg.tracking, folder, name, to_dict(cfg), enabled=distributed.is_main()) as tracking:
         if distributed.is_main():
             write_atomic(folder / "config.yaml", to_yaml(cfg).encode())
         context = RunContext(cfg, model, tokenizer, device, run.folder, tracking, watch)
@@ -85,7 +79,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
 
 
 def config_of_run(path: str | None, overrides: list[str]) -> Config:
-    """The run's own configuration, with the overrides on top.
+    """The run's own configuration with the overrides on top.
 
     Raises UserError for an override of a key that the run was fitted with.
     """

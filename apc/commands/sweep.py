@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import itertools
-import json
 import os
 import queue
 import re
@@ -28,7 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from apc.config.load import CONFIGS, as_word, load_config, to_dict
+from apc.config.load import CONFIGS, as_word, load_config
 from apc.config.schema import Config
 from apc.run.folder import RunFolder, check_same, check_scored, read_results
 from apc.sparse.policies import check_policies
@@ -43,29 +42,18 @@ _DIES_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
 )
 FIGURES = (
-    "density",
-    "coverage",
-    "precision",
-    "captured_importance",
-    "captured_energy",
-    "perplexity",
-    "ratio",
-    "bits",
-    "bytes_share",
-    "flops_share",
+    *("density", "coverage", "precision", "captured_importance", "captured_energy"),
+    *("perplexity", "ratio", "bits", "bytes_share", "flops_share"),
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of the sweep.
-
-    values: of the parameters with more than one value; words: all arguments of train.py.
-    """
+    """One combination of the sweep."""
 
     name: str
-    values: dict[str, object]
-    words: list[str]
+    values: dict[str, object]  # of the parameters with more than one value
+    words: list[str]  # all arguments of train.py
     config: Config
 
     @property
@@ -82,7 +70,7 @@ class Trial:
     def finished(self) -> bool:
         """Whether the run has results.
 
-        Raises UserError if they are of another configuration, other text or other policies.
+        Raises UserError if they are from another configuration, other text or other policies.
         """
         if not self.folder.results.is_file():
             return False
@@ -92,10 +80,7 @@ class Trial:
 
 
 def read_sweep(path: Path) -> tuple[str, dict[str, list]]:
-    """The program of a sweep file, and the values of each parameter.
-
-    Raises UserError, naming the file, if it can't be read or is no grid.
-    """
+    """A sweep file's program, and each parameter's values. Raises UserError, naming the file, if it is no grid."""
     try:
         sweep = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -127,26 +112,23 @@ def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> lis
     Raises UserError for the first invalid one, for two with the same name, and for an override of a swept key.
     """
     for word in overrides:
-        if word.partition("=")[0] in parameters:
-            raise UserError(f"{word}: the sweep sets {word.partition('=')[0]} itself; change that in its file")
+        if (key := word.partition("=")[0]) in parameters:
+            raise UserError(f"{word}: the sweep sets {key} itself; change that in its file")
     by_name: dict[str, Trial] = {}
     for combination in itertools.product(*parameters.values()):
         chosen = dict(zip(parameters, combination, strict=True))
         values = {key: value for key, value in chosen.items() if len(parameters[key]) > 1}
         parts = [_short(key, value) for key, value in values.items()]
         name = "-".join(parts if parts and re.match(rf"{re.escape(sweep)}(-|$)", parts[0]) else [sweep, *parts])
-        words = [
-            *(f"{key}={as_word(value)}" for key, value in chosen.items()),
-            *overrides,
-            f"run.name={name}",
-            f"tracking.group={sweep}",
-        ]
+        words = [f"{key}={as_word(value)}" for key, value in chosen.items()]
+        words += [*overrides, f"run.name={name}", f"tracking.group={sweep}"]
         if name in by_name:
             raise UserError(
                 f"two combinations of the sweep are both called {name}; give values that differ in letters or digits"
             )
-        by_name[name] = Trial(name, values, words, load_config(None, words))
-        check_policies(by_name[name].config)
+        cfg = load_config(None, words)
+        check_policies(cfg)
+        by_name[name] = Trial(name, values, words, cfg)
     return list(by_name.values())
 
 
@@ -206,16 +188,11 @@ def run(grid: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
 
     # One trial for each set of patterns goes first: the others then find those patterns on the disk.
     shared = [trial for trial in reversed(grid) if trial.config.collect.storage == "disk"]
-    first = {
-        json.dumps([to_dict(trial.config)[key] for key in PATTERN_KEYS], sort_keys=True): trial for trial in shared
-    }.values()
+    first = {str([getattr(trial.config, key) for key in PATTERN_KEYS]): trial for trial in shared}.values()
     before = signal.signal(signal.SIGTERM, ask)
     try:
         with ThreadPoolExecutor(jobs) as workers:
-            lines = [
-                *workers.map(one, list(first)),
-                *workers.map(one, [trial for trial in grid if trial not in first]),
-            ]
+            lines = [*workers.map(one, first), *workers.map(one, [trial for trial in grid if trial not in first])]
     finally:
         signal.signal(signal.SIGTERM, before)
     if asked.is_set():
@@ -225,28 +202,20 @@ def run(grid: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
 
 def summary(grid: list[Trial]) -> str:
     """CSV with a row per policy of each finished run."""
-    keys = list(grid[0].values)
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(["run", *keys, "policy", *FIGURES])
+    table.writerow(["run", *grid[0].values, "policy", *FIGURES])
     for trial in grid:
         for record in (read_results(trial.folder.results) or {}).get("policies", []):
-            table.writerow(
-                [
-                    trial.name,
-                    *(trial.values[key] for key in keys),
-                    record["policy"],
-                    *(record.get(figure) for figure in FIGURES),
-                ]
-            )
+            figures = (record.get(figure) for figure in FIGURES)
+            table.writerow([trial.name, *trial.values.values(), record["policy"], *figures])
     return out.getvalue()
 
 
 def main(words: list[str] | None = None) -> None:
     """The command `apc sweep`. words: its arguments; None: those of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="apc sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="apc sweep", description=__doc__, formatter_class=raw)
     parser.add_argument("file", type=Path, help="a W&B sweep file, method grid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU")

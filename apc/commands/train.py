@@ -1,9 +1,9 @@
-"""From text to a table of mask policies: collects activation patterns, clusters them, trains a predictor, evaluates.
+"""Runs every stage, from text to a table of mask policies.
 
-python train.py                                     everything, on the bundled model and text
-python train.py experiment=wikitext2                a configuration from configs/experiment/
-python train.py my.yaml cluster.k=1024 run.name=a   a file of your own, and overrides
-python train.py experiment=paper --dry-run          estimates disk space, memory and seconds; loads nothing
+python train.py                             all stages, bundled model and text
+python train.py experiment=wikitext2        a file from configs/experiment/
+python train.py my.yaml run.name=a seed=1   a file of your own, and overrides
+python train.py experiment=paper --dry-run  an estimate; loads nothing
 """
 
 import os
@@ -28,11 +28,10 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.collect import collect
     from apc.collect.collector import Collector
     from apc.config.load import to_dict
-    from apc.data.models import batch_windows, load_model, model_name, resolve_device, weights_digest
-    from apc.data.text import cut_windows, read_texts, split_windows
+    from apc.data.models import batch_windows, model_name, resolve_device, weights_digest
     from apc.evaluate import tables
     from apc.run import stages
-    from apc.run.context import HeldOutMonitor, RunContext
+    from apc.run.context import HeldOutMonitor, RunContext, load_inputs
     from apc.run.folder import Stopwatch, open_run
     from apc.run.score import score
     from apc.run.tracking import Tracking
@@ -46,23 +45,14 @@ def train(cfg: Config, wide: bool = False) -> dict:
     seed_everything(cfg.seed, verbose=False)
     watch = Stopwatch()
 
-    with distributed.main_first():  # rank 0 fetches and unpacks the bundled model and text
-        texts = read_texts(cfg.data)
-        model, tokenizer = load_model(cfg.model, device)
-        windows = cut_windows(cfg.data, *texts, tokenizer)
-    fit, monitored, scored = split_windows(cfg, *windows)
+    model, tokenizer, fit, monitored, scored = load_inputs(cfg, device)
     thresholded = cfg.collect.forward == "thresholded"
     name, progress = model_name(cfg.model), cfg.trainer.progress
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
-    facts = {
-        "model": name,
-        "fit": fit.source,
-        "fit_tokens": fit.tokens.numel(),
-        "in_sample": cfg.data.in_sample,
-    }
+    facts = {"model": name, "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}
     watch.lap("load")
 
     with ExitStack() as stack:
@@ -72,18 +62,19 @@ def train(cfg: Config, wide: bool = False) -> dict:
         tracking = stack.enter_context(
             Tracking(cfg.tracking, run.path, run.path.name, to_dict(cfg), enabled=distributed.is_main())
         )
+        so_far = {"run": str(run.path), "seconds": watch.seconds}
         context = RunContext(cfg, model, tokenizer, device, run, tracking, watch)
         stored = trains_predictor(cfg) and cfg.collect.ffn_inputs == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")
         if cfg.stage == "collect":
-            return {"run": str(run.path), "seconds": watch.seconds}
+            return so_far
 
         monitor = HeldOutMonitor(monitored.tokens, collector, patterns.info, cfg.seed)
         codebook = stages.train_codebook(context, patterns, monitor, facts)
         watch.lap("cluster")
         if cfg.stage == "cluster":
-            return {"run": str(run.path), "seconds": watch.seconds}
+            return so_far
 
         predictor = None
         if trains_predictor(cfg):
@@ -91,13 +82,13 @@ def train(cfg: Config, wide: bool = False) -> dict:
             predictor = stages.train_predictor(context, inputs, codebook, fit.tokens, monitor)
             watch.lap("predict")
         if cfg.stage == "predict":
-            return {"run": str(run.path), "seconds": watch.seconds}
+            return so_far
 
         if cfg.tune.max_epochs:
             codebook, predictor = stages.tune(context, codebook, predictor, fit.tokens, monitor)
             watch.lap("tune")
         if cfg.stage == "tune":
-            return {"run": str(run.path), "seconds": watch.seconds}
+            return so_far
 
         results = score(context, codebook, predictor, scored, run.path)
         if distributed.is_main():

@@ -1,7 +1,8 @@
 """Figures of finished runs: over the number of clusters, over bits, over bytes, and over captured shares.
 
-Runs that differ in model, text, split or windows share neither a line nor a panel. The results of the paper (Dhar et
-al., Euro-Par 2025) are drawn only beside runs of its own model, Mistral-7B, scored on the text that was fitted on.
+Runs with a different model, text, split or windows never share a line or a panel. The results of the paper (Dhar
+et al., Euro-Par 2025) are drawn only beside runs of its own model, Mistral-7B, scored on the text that was fitted
+on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,28 +66,16 @@ Value = Callable[[Finished, dict], float | None]
 
 @dataclass(frozen=True)
 class Panel:
-    """What a figure draws over x: a value of each policy, and perhaps reference levels."""
+    """What a figure draws over x: a value of each policy.
+
+    levels: draws the policies without a codebook as levels; paper: results of the paper (value, label, label above?).
+    """
 
     label: str
     value: Value
     logarithmic: bool = False
-    reference: Callable[[Axes, Sequence[Finished]], None] | None = None
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure over the number of clusters or over bits: its panels stand under each other, in a column for each place.
-
-    words: names of the policies in the legend, if not their own.
-    """
-
-    title: str
-    policies: Sequence[str]
-    x: Value
-    xlabel: str
-    panels: Sequence[Panel]
-    words: dict[str, str] | None = None
-    notes: Sequence[str] = ()
+    levels: bool = False
+    paper: Sequence[tuple[float, str, bool]] = ()
 
 
 def lines(runs: Sequence[Finished], policies: Sequence[str], x: Value, y: Value) -> list[Line]:
@@ -96,19 +85,15 @@ def lines(runs: Sequence[Finished], policies: Sequence[str], x: Value, y: Value)
     """
     of_codebook = _short(runs, variants(runs, _codebook_settings))
     of_both = _short(runs, variants(runs, lambda run: _codebook_settings(run) | run.predictor_settings))
-    points: dict[tuple[tuple, str, str, float, float], list[tuple[float, float]]] = {}
+    points: dict[tuple, list[tuple[float, float]]] = {}
     for run in runs:
         for policy in policies:
             record = run.policies.get(policy)
             at, value = (None, None) if record is None else (x(run, record), y(run, record))
             if at and value is not None and math.isfinite(value):
-                variant = (of_both if facts(policy).forms else of_codebook)[str(run.folder)]
-                key = (run.comparison_key, policy, variant, *_column(run))
-                points.setdefault(key, []).append((at, value))
-    return [
-        Line(policy, variant, sparsity, density, sorted(values))
-        for (_, policy, variant, sparsity, density), values in points.items()
-    ]
+                variant = (of_both if facts(policy).forms else of_codebook)[run.folder]
+                points.setdefault((run.comparison_key, policy, variant, *_column(run)), []).append((at, value))
+    return [Line(*key, sorted(values)) for (_, *key), values in points.items()]  # type: ignore[call-arg]
 
 
 def _codebook_settings(run: Finished) -> dict[str, object]:
@@ -121,14 +106,11 @@ def _column(run: Finished) -> tuple[float, float]:
     return run.conditions.get("sparsity", math.nan), run.conditions["density"]
 
 
-def _short(runs: Sequence[Finished], names: dict[str, str]) -> dict[str, str]:
-    """The variants' names; a long name that only one run has becomes the run's name."""
+def _short(runs: Sequence[Finished], names: dict[Path, str]) -> dict[Path, str]:
+    """The variants' names by folder; a long name that only one run has becomes the run's name."""
     count = Counter(names.values())
-    return {
-        folder: run.name if count[name] == 1 and len(name) > _MAX_NAME else name
-        for run in runs
-        for folder, name in [(str(run.folder), names[str(run.folder)])]
-    }
+    long = {name for name in count if count[name] == 1 and len(name) > _MAX_NAME}
+    return names | {run.folder: run.name for run in runs if names[run.folder] in long}
 
 
 def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
@@ -148,55 +130,39 @@ def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
 
 def coverage_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Coverage (the paper's "clustering precision") over clusters, with the density of the same masks below it."""
-
-    def reference(axes: Axes, members: Sequence[Finished]) -> None:
-        if _is_papers(members[0]):
-            _paper_line(axes, 100 * PAPER_COVERAGE, f"paper's best: {100 * PAPER_COVERAGE:.2f}", above=True)
-
-    panels = [Panel("coverage, %", _share("coverage"), reference=reference), Panel("density, %", _share("density"))]
+    best = 100 * PAPER_COVERAGE
+    panels = [
+        Panel("coverage, %", _share("coverage"), paper=[(best, f"paper's best: {best:.2f}", True)]),
+        Panel("density, %", _share("density")),
+    ]
     notes = [
         "coverage: share of the active neurons that a mask keeps, the paper's “clustering precision”",
         "A random mask covers as much as its density, shown below.",
-        *([PAPER_NOTE] if any(map(_is_papers, runs)) else []),
     ]
-    title = "Coverage over the number of clusters"
-    return _draw(runs, path, Chart(title, OVER_CLUSTERS, _clusters, "clusters", panels, notes=notes))
+    return _draw(runs, path, "Coverage over the number of clusters", OVER_CLUSTERS, panels, notes=notes)
 
 
 def perplexity_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Perplexity over clusters, with the levels of the policies without a codebook."""
-
-    def reference(axes: Axes, members: Sequence[Finished]) -> None:
-        for name, value in PAPER_PERPLEXITIES.items() if _is_papers(members[0]) else ():
-            about = "≈ " if name == "dense" else ""
-            _paper_line(axes, value, f"paper, {name}: {about}{value:g}", above=name != "dense")
-        _own_levels(axes, members, _perplexity)
-
-    panels = [Panel("perplexity", _perplexity, logarithmic=True, reference=reference)]
-    notes = [PAPER_NOTE] if any(map(_is_papers, runs)) else []
-    title = "Perplexity over the number of clusters"
-    return _draw(runs, path, Chart(title, OVER_CLUSTERS, _clusters, "clusters", panels, notes=notes))
+    paper = [
+        (value, f"paper, {name}: {'≈ ' if name == 'dense' else ''}{value:g}", name != "dense")
+        for name, value in PAPER_PERPLEXITIES.items()
+    ]
+    panel = Panel("perplexity", _perplexity, logarithmic=True, levels=True, paper=paper)
+    return _draw(runs, path, "Perplexity over the number of clusters", OVER_CLUSTERS, [panel])
 
 
 def captured_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Captured importance over the bits of the choice of a cluster."""
-    value = _share("captured_importance")
-    panel = Panel("captured importance, %", value, reference=lambda axes, members: _own_levels(axes, members, value))
-    return _draw(runs, path, _over_bits("Captured importance over the bits of a mask's choice", panel))
+    panel = Panel("captured importance, %", _share("captured_importance"), levels=True)
+    title = "Captured importance over the bits of a mask's choice"
+    return _draw(runs, path, title, BY_CLUSTER, [panel], over_bits=True)
 
 
 def bits_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Perplexity over the bits of the choice of a cluster."""
-
-    def reference(axes: Axes, members: Sequence[Finished]) -> None:
-        _own_levels(axes, members, _perplexity)
-
-    panel = Panel("perplexity", _perplexity, logarithmic=True, reference=reference)
-    return _draw(runs, path, _over_bits("Perplexity over the bits of a mask's choice", panel))
-
-
-def _over_bits(title: str, panel: Panel) -> Chart:
-    return Chart(title, BY_CLUSTER, lambda run, policy: policy.get("bits"), "bits per token and layer", [panel])
+    panel = Panel("perplexity", _perplexity, logarithmic=True, levels=True)
+    return _draw(runs, path, "Perplexity over the bits of a mask's choice", BY_CLUSTER, [panel], over_bits=True)
 
 
 def gaps_figure(runs: Sequence[Finished], path: Path) -> bool:
@@ -205,13 +171,11 @@ def gaps_figure(runs: Sequence[Finished], path: Path) -> bool:
     words = {name: f"{name} − {facts(name).gap_to}" for name in WITH_GAP}
     panels = [Panel("ln perplexity ratio, nats", lambda run, policy: run.gap(policy["policy"]))]
     title = "What the codebook costs, and what predicting the cluster adds"
-    return _draw(runs, path, Chart(title, WITH_GAP, _clusters, "clusters", panels, words))
+    return _draw(runs, path, title, WITH_GAP, panels, words=words)
 
 
 def map_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Perplexity against dense over captured importance and energy, a point for each policy of each run."""
-    from matplotlib.lines import Line2D
-
     shares = {"captured_importance": "captured importance, %", "captured_energy": "captured energy, %"}
     places = _places(runs)
     points = [
@@ -235,29 +199,19 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
                 if policy.get(key):
                     at = 100 * policy[key], math.log(policy["ratio"])
                     axes.plot(*at, **figures.marker_style(policy))
-                    if tuned:
-                        axes.plot(*at, **_dot(policy))
+                    if tuned:  # a dot in the marker
+                        dot = figures.style(policy["policy"])[0] if policy.get("excludes_finding") else "white"
+                        axes.plot(*at, "o", color=dot, markersize=2.6, markeredgewidth=0, zorder=3)
             figures.plain_axes(axes, label, "ln perplexity over dense, nats (log)" if axes is row[0] else "")
         _place_title(row[0], members[0], places)
-    names = _in_order(policy["policy"] for policy, _ in every)
-    records = {policy["policy"]: policy for policy, _ in every}
-    handles = [Line2D([], [], **figures.marker_style(records[name]), label=name) for name in names]
     meaning = "hollow: bound" + ("; with a dot: tuned" if any(tuned for _, tuned in every) else "")
-    _legend_below(figure, handles, columns=5, title=meaning)
+    _marker_legend(figure, [policy for policy, _ in every], meaning)
     figure.savefig(path)
     return True
 
 
-def _dot(policy: dict) -> dict[str, Any]:
-    """The dot in the marker of a tuned policy: white, or in its colour in a hollow marker."""
-    color = figures.style(policy["policy"])[0] if policy.get("excludes_finding") else "white"
-    return dict(color=color, marker="o", markersize=2.6, markeredgewidth=0, linestyle="none", zorder=3)
-
-
 def bytes_figure(runs: Sequence[Finished], path: Path) -> bool:
     """Perplexity over the bytes that a token reads, a point for each policy of each run, labelled by run."""
-    from matplotlib.lines import Line2D
-
     groups = [(members, _bytes_points(members)) for members in _places(runs)]
     groups = [(members, points) for members, points in groups if points]
     if not groups:
@@ -265,39 +219,30 @@ def bytes_figure(runs: Sequence[Finished], path: Path) -> bool:
     places = [members for members, _ in groups]
     figure = _new_figure("Perplexity over the FFN bytes read per token", places, 0.9 + 4.6 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
-    records = {point.policy["policy"]: point.policy for _, points in groups for point in points}
-    handles = [Line2D([], [], **figures.marker_style(records[name]), label=name) for name in _in_order(records)]
-    _legend_below(figure, handles, columns=5)
+    _marker_legend(figure, [point.policy for _, points in groups for point in points])
     for axes, (members, points) in zip(grid, groups, strict=True):
         _place_title(axes, members[0], places)
         figures.draw_bytes(axes, points, [policy for run in members for policy in run.policies.values()])
     if not all(point.label for _, points in groups for point in points):
-        grid[-1].text(
-            0.99,
-            0.98,
-            "labelled: the lowest perplexity up to their bytes",
-            transform=grid[-1].transAxes,
-            ha="right",
-            va="top",
-            fontsize=9,
-            color=figures.MUTED,
-        )
+        words = "labelled: the lowest perplexity up to their bytes"
+        look: dict[str, Any] = dict(transform=grid[-1].transAxes, fontsize=9, color=figures.MUTED)
+        grid[-1].text(0.99, 0.98, words, ha="right", va="top", **look)
     figure.savefig(path)
     return True
 
 
 def _bytes_points(members: Sequence[Finished]) -> list[figures.BytesPoint]:
-    """All policies but dense; those that no codebook changes once.
+    """All policies except dense.
 
-    Of too many points, only those have a label with the lowest perplexity up to their bytes (whole per cent), bounds
-    aside.
+    A policy whose result does not depend on the codebook appears once. With too many points, only those on the
+    Pareto front (lowest perplexity at their bytes, rounded to whole per cent, or fewer; bounds ignored) get a
+    label.
     """
     prefix = os.path.commonprefix([run.name for run in members]).rfind("-") + 1 if len(members) > 1 else 0
     points = {}
     for run in members:
         for name, policy in run.policies.items():
-            shared = not facts(name).uses_codebook
-            point = figures.BytesPoint(name if shared else run.name[prefix:], policy)
+            point = figures.BytesPoint(run.name[prefix:] if facts(name).uses_codebook else name, policy)
             if name != "dense" and point.is_finite():
                 points[(point.label, name, *(round(value, 2) for value in point.place))] = point
     if len(points) <= _MAX_LABELS:
@@ -313,7 +258,6 @@ def _bytes_points(members: Sequence[Finished]) -> list[figures.BytesPoint]:
 
 
 def _places(runs: Sequence[Finished]) -> list[list[Finished]]:
-    """The runs in groups that can be compared."""
     return [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key)]
 
 
@@ -323,83 +267,79 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return [*(name for name in POLICIES if name in every), *(name for name in every if name not in POLICIES)]
 
 
-def _clusters(run: Finished, policy: dict) -> float:
-    return run.conditions["k"]
-
-
 def _perplexity(run: Finished, policy: dict) -> float | None:
     return policy.get("perplexity")
 
 
 def _share(key: str) -> Value:
-    """A share of the policy's record in per cent."""
     return lambda run, policy: None if policy.get(key) is None else 100 * policy[key]
 
 
 def _is_papers(run: Finished) -> bool:
-    """Whether the paper's results were measured under the same conditions: its model, in-sample."""
     return run.in_sample and str(run.conditions["model"]).lower().startswith(PAPER_MODEL)
 
 
-@dataclass(frozen=True)
-class Column:
-    """The runs of one place, sparsity and density, with the lines of each panel."""
+def _draw(
+    runs: Sequence[Finished],
+    path: Path,
+    title: str,
+    policies: Sequence[str],
+    panels: Sequence[Panel],
+    over_bits: bool = False,
+    words: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> bool:
+    """Draws panels over clusters or bits in a column for each place, sparsity and density. False if there is no line.
 
-    runs: list[Finished]
-    lines: list[list[Line]]
-
-
-def _columns(runs: Sequence[Finished], chart: Chart) -> list[Column]:
-    """The columns of a chart that have a line: one with two different x."""
-    columns = []
-    for members in _places(runs):
-        found = [lines(members, chart.policies, chart.x, panel.value) for panel in chart.panels]
-        for key in sorted({_column(run) for run in members}):
-            own = [
-                [line for line in panel if (line.sparsity, line.density) == key and len(line.middle()) > 1]
-                for panel in found
-            ]
-            if any(own):
-                columns.append(Column([run for run in members if _column(run) == key], own))
-    return columns
-
-
-def _draw(runs: Sequence[Finished], path: Path, chart: Chart) -> bool:
-    """Draws a column of panels for each place, sparsity and density. Returns False if there is no line."""
-    columns = _columns(runs, chart)
+    words: names of the policies in the legend, if not their own.
+    """
+    x: Value = (lambda run, policy: policy.get("bits")) if over_bits else (lambda run, policy: run.conditions["k"])
+    xlabel = "bits per token and layer" if over_bits else "clusters"
+    columns: list[tuple[list[Finished], list[list[Line]]]] = []  # runs, and the lines of each panel
+    for place in _places(runs):
+        every = [lines(place, policies, x, panel.value) for panel in panels]
+        every = [[line for line in found if len(line.middle()) > 1] for found in every]
+        for key in sorted(set(map(_column, place))):
+            own = [[line for line in found if (line.sparsity, line.density) == key] for found in every]
+            columns += [([run for run in place if _column(run) == key], own)] if any(own) else []
     if not columns:
         return False
-    places = _places([column.runs[0] for column in columns])
-    styles = _Styles([line for column in columns for panel in column.lines for line in panel])
-    across, rows = min(_COLUMNS, len(columns)), len(chart.panels)
+    if any(panel.paper for panel in panels) and any(map(_is_papers, runs)):
+        notes = [*notes, PAPER_NOTE]
+    places = _places([members[0] for members, _ in columns])
+    styles = _Styles([line for _, found in columns for panel in found for line in panel])
+    across, rows = min(_COLUMNS, len(columns)), len(panels)
     down = -(-len(columns) // across)
     heights = [3.0, *[1.4] * (rows - 1)] * down
-    figure = _new_figure(chart.title, places, sum(heights) + 0.6 * down + styles.legend_inches, chart.notes)
+    figure = _new_figure(title, places, sum(heights) + 0.6 * down + styles.legend_inches, notes)
     grid = figure.subplots(rows * down, across, squeeze=False, height_ratios=heights, sharey="row")
     blocks = [grid[i // across * rows : i // across * rows + rows, i % across] for i in range(across * down)]
     for axes in (axes for block in blocks[len(columns) :] for axes in block):
         axes.set_axis_off()
-    for index, (column, block) in enumerate(zip(columns, blocks, strict=False)):
-        _place_title(block[0], column.runs[0], places, with_column=len(columns) > len(places))
-        for axes, panel, found in zip(block, chart.panels, column.lines, strict=True):
-            log = " (log scale)" if panel.logarithmic else ""
-            xlabel, ylabel = chart.xlabel if panel is chart.panels[-1] else "", f"{panel.label}{log}"
-            figures.plain_axes(axes, xlabel, ylabel if index % across == 0 else "")
+    for index, ((members, found), block) in enumerate(zip(columns, blocks, strict=False)):
+        _place_title(block[0], members[0], places, with_column=len(columns) > len(places))
+        for axes, panel, drawn in zip(block, panels, found, strict=True):
+            ylabel = panel.label + (" (log scale)" if panel.logarithmic else "")
+            figures.plain_axes(axes, xlabel if panel is panels[-1] else "", ylabel if index % across == 0 else "")
             if panel.logarithmic:
                 figures.log_axis(axes, "y")
-            if chart.x is _clusters:
-                _cluster_axis(axes, column, most=4 if across > 1 else 9)
-            else:
+            if over_bits:
                 figures.integer_ticks(axes)
-            for line in found:
+            else:
+                tried = {at for panel in found for line in panel for at, _ in line.points}
+                _cluster_axis(axes, sorted(tried), _is_papers(members[0]), most=4 if across > 1 else 9)
+            for line in drawn:
                 styles.plot(axes, line)
     # Levels need the range of all columns, which share an axis.
-    for column, block in zip(columns, blocks, strict=False):
-        for axes, panel in zip(block, chart.panels, strict=True):
-            if panel.reference is not None:
-                panel.reference(axes, column.runs)
+    for (members, _), block in zip(columns, blocks, strict=False):
+        for axes, panel in zip(block, panels, strict=True):
+            for value, label, above in panel.paper if _is_papers(members[0]) else ():
+                axes.plot(PAPER_CLUSTERS, [value, value], color="#9A9A9A", linewidth=1.1, zorder=1.5)
+                _level_label(axes, label, (0.99, value), figures.MUTED, above, "right")
+            if panel.levels:
+                _own_levels(axes, members, panel.value)
             figures.finer_ticks(axes)
-    styles.legend(figure, chart.words or {})
+    styles.legend(figure, words or {})
     figure.savefig(path)
     return True
 
@@ -410,13 +350,11 @@ class _Styles:
     def __init__(self, every: Sequence[Line]):
         self.policies = _in_order(line.policy for line in every)
         self.variants = list(dict.fromkeys(line.variant for line in every))
-        self.by_policy = all(
-            len({line.variant for line in every if line.policy == policy}) == 1 for policy in self.policies
-        )
+        # Without repeats, each policy has one variant only.
+        self.by_policy = len({(line.policy, line.variant) for line in every}) == len(self.policies)
 
     @property
     def legend_inches(self) -> float:
-        """The height of the legend."""
         names = [] if self.by_policy else [tables.wrapped(name, 40) for name in self.variants]
         return 0.16 * (2 + sum(name.count("\n") + 1 for name in names) + len(self.policies) / 2)
 
@@ -437,17 +375,14 @@ class _Styles:
         marker = figures.style(line.policy)[1]
         axes.plot(*zip(*line.points, strict=True), color=look["color"], marker=marker, markersize=5.5, linestyle="none")
 
-    def legend(self, figure: Figure, words: dict[str, str]) -> None:
+    def legend(self, figure: Figure, words: Mapping[str, str]) -> None:
         """Names the colours and the dashes below the panels."""
         from matplotlib.lines import Line2D
 
-        handles = []
-        if not self.by_policy:
-            colors = [_COLORS[i % len(_COLORS)] for i in range(len(self.variants))]
-            handles = [
-                Line2D([], [], color=color, linewidth=5, label=tables.wrapped(name, 40))
-                for name, color in zip(self.variants, colors, strict=True)
-            ]
+        handles = [
+            Line2D([], [], color=_COLORS[i % len(_COLORS)], linewidth=5, label=tables.wrapped(name, 40))
+            for i, name in enumerate([] if self.by_policy else self.variants)
+        ]
         handles += [
             Line2D([], [], marker=figures.style(name)[1], label=words.get(name, name), **self._look(name, None))
             for name in self.policies
@@ -456,17 +391,23 @@ class _Styles:
 
 
 def _legend_below(figure: Figure, handles: Sequence[Artist], columns: int, title: str = "") -> None:
-    """A legend below the panels."""
-    look = dict(frameon=False, fontsize=9.5, title_fontsize=9)
+    look: dict[str, Any] = dict(frameon=False, fontsize=9.5, title_fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title, **look)
 
 
+def _marker_legend(figure: Figure, policies: Iterable[dict], title: str = "") -> None:
+    from matplotlib.lines import Line2D
+
+    records = {policy["policy"]: policy for policy in policies}
+    handles = [Line2D([], [], **figures.marker_style(records[name]), label=name) for name in _in_order(records)]
+    _legend_below(figure, handles, columns=5, title=title)
+
+
 def _new_figure(title: str, places: Sequence[Sequence[Finished]], height: float, notes: Sequence[str] = ()) -> Figure:
-    """A figure with the conditions of its only place under the title; those of several stand over the panels."""
-    only = places[0][0] if len(places) == 1 else None
-    conditions = tables.wrapped_items(comparison_items(only), 116) if only else []
-    in_sample = only is not None and only.in_sample
-    return figures.new_figure(title, [*conditions, *notes], figures.WIDTH, height, alarm=in_sample)
+    """A figure. With one place its conditions are under the title; with several, above each column of panels."""
+    first, alone = places[0][0], len(places) == 1
+    conditions = tables.wrapped_items(comparison_items(first), 116) if alone else []
+    return figures.new_figure(title, [*conditions, *notes], figures.WIDTH, height, alarm=alone and first.in_sample)
 
 
 def _place_title(axes: Axes, run: Finished, places: Sequence[Sequence[Finished]], with_column: bool = False) -> None:
@@ -478,23 +419,16 @@ def _place_title(axes: Axes, run: Finished, places: Sequence[Sequence[Finished]]
     axes.set_title("\n".join(tables.wrapped(part, 44) for part in parts), loc="left", fontsize=9, color=color)
 
 
-def _cluster_axis(axes: Axes, column: Column, most: int) -> None:
+def _cluster_axis(axes: Axes, ticks: Sequence[float], beside_paper: bool, most: int) -> None:
     """A logarithmic axis with the numbers of clusters that were tried, or as many of them as have room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    ticks = sorted({x for panel in column.lines for line in panel for x, _ in line.points})
-    ends = [*ticks, *(PAPER_CLUSTERS if _is_papers(column.runs[0]) else ())]
+    ends = [*ticks, *(PAPER_CLUSTERS if beside_paper else ())]
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(ends) / 1.4, max(ends) * 1.4)
     axes.xaxis.set_major_locator(FixedLocator(ticks[::-1][:: -(-len(ticks) // most)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _paper_line(axes: Axes, value: float, label: str, above: bool) -> None:
-    """A result of the paper, over the range of clusters that it tried."""
-    axes.plot(PAPER_CLUSTERS, [value, value], color="#9A9A9A", linewidth=1.1, zorder=1.5)
-    _level_label(axes, label, (0.99, value), figures.MUTED, above, "right")
 
 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value) -> None:
@@ -518,16 +452,7 @@ def _level_label(axes: Axes, text: str, at: tuple[float, float], color: str, abo
     """Small words right above or below a level, with a white rim that keeps them readable over lines."""
     from matplotlib.patheffects import withStroke
 
-    axes.annotate(
-        text,
-        at,
-        (0, 2 if above else -2),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=8.5,
-        color=color,
-        path_effects=[withStroke(linewidth=2.2, foreground="white")],
-        zorder=4,
-        va="bottom" if above else "top",
-        ha=side,
-    )
+    look: dict[str, Any] = dict(fontsize=8.5, color=color, zorder=4, va="bottom" if above else "top", ha=side)
+    rim = [withStroke(linewidth=2.2, foreground="white")]
+    place = at, (0, 2 if above else -2), ("axes fraction", "data"), "offset points"
+    axes.annotate(text, *place, path_effects=rim, **look)

@@ -1,4 +1,4 @@
-"""Finished runs: how they are found, which of them are comparable, and their names side by side. Loads no model."""
+"""Finds finished runs, decides which can be compared, and gives them short names. Loads no model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Finished:
 
     @cached_property
     def conditions(self) -> dict:
-        """What its numbers hold for; see `results.json`."""
+        """The conditions of its numbers; see `results.json`."""
         return self.results["conditions"]
 
     @property
@@ -69,18 +69,14 @@ class Finished:
         cfg = self.config
         cluster = {key: value for key, value in asdict(cfg.cluster).items() if key not in ("k", "density")}
         conditions = {key: self.conditions.get(key) for key in ("sites", "sparsity", "active", "forward")}
-        return cluster | conditions | {"calibration_windows": cfg.collect.calibration_windows, "tuned": self._tuning}
-
-    @property
-    def _tuning(self) -> str | None:
-        """The policy that was tuned, with the settings that differ from the defaults; None without tuning."""
-        defaults = TuneConfig()
+        defaults, tuned = TuneConfig(), self.conditions.get("tuned")
         changed = [
             f"{key} {value}"
-            for key, value in asdict(self.config.tune).items()
+            for key, value in asdict(cfg.tune).items()
             if key not in ("policy", "max_epochs", "batch_windows") and value != getattr(defaults, key)
         ]
-        return self.conditions.get("tuned") and ", ".join([self.conditions["tuned"], *changed])
+        tuned = tuned and ", ".join([tuned, *changed])
+        return cluster | conditions | {"calibration_windows": cfg.collect.calibration_windows, "tuned": tuned}
 
     def is_tuned_for(self, policy: str) -> bool:
         """Whether the run was tuned for this policy, or for the one whose scores it uses."""
@@ -93,19 +89,20 @@ class Finished:
 
     def fewer_predictions(self, policy: str) -> float | None:
         """How many times fewer predictions the policy makes than a predictor of neurons; None if it has no clusters."""
-        layers, hidden_size, width = (self.conditions.get(key) for key in ("layers", "hidden_size", "ffn_width"))
-        if not facts(policy).over_clusters or layers is None or hidden_size is None or width is None:
+        sizes = [self.conditions.get(key) or 0 for key in ("layers", "hidden_size", "ffn_width")]
+        if not facts(policy).over_clusters or 0 in sizes:
             return None
         clusters = self.conditions["k"] * len(self.conditions["sites"])
-        direct, clustered = predictions_needed(3 * hidden_size * width * layers, clusters)
+        direct, clustered = predictions_needed(3 * math.prod(sizes), clusters)
         return direct / clustered
 
     def gap(self, policy: str) -> float | None:
-        """ln of the policy's perplexity over that of its `gap_to`, in nats; None if it has none, or one did not run."""
-        reference = facts(policy).gap_to
-        if reference is None:
-            return None
-        value, other = (tables.to_float(self.policies.get(name, {}).get("perplexity")) for name in (policy, reference))
+        """ln(perplexity / perplexity of the policy named by `gap_to`), in nats.
+
+        None without `gap_to`, or if one of the two did not run.
+        """
+        records = (self.policies.get(name or "", {}) for name in (policy, facts(policy).gap_to))
+        value, other = (tables.to_float(record.get("perplexity")) for record in records)
         return math.log(value / other) if math.isfinite(value) and math.isfinite(other) else None
 
 
@@ -129,13 +126,12 @@ def find_runs(words: str) -> tuple[list[Finished], list[str]]:
             run = RunFolder(folder)
             if run.results.is_file() and run.config.is_file():
                 runs.setdefault(folder.resolve(), read_finished(folder))
-            elif not is_pattern:
-                unfinished = "not finished (no results.json); run it to its end"
-                raise UserError(
-                    f"{folder}: {unfinished if run.config.is_file() else 'not a run folder (no config.yaml)'}"
-                )
-            elif run.config.is_file():
+            elif is_pattern and run.config.is_file():
                 left_out.append(f"{folder}: left out, not finished (no results.json)")
+            elif run.config.is_file():
+                raise UserError(f"{folder}: not finished (no results.json); run it to its end")
+            elif not is_pattern:
+                raise UserError(f"{folder}: not a run folder (no config.yaml)")
     if not runs:
         unfinished = f"; {len(left_out)} are not finished" if left_out else ""
         raise UserError(f"compare={words}: names no finished run{unfinished}")
@@ -154,9 +150,7 @@ def read_finished(folder: Path) -> Finished:
 
 
 def _is_complete(results: object) -> bool:
-    if not isinstance(results, dict):
-        return False
-    policies, conditions = results.get("policies"), results.get("conditions")
+    policies, conditions = map(results.get, ("policies", "conditions")) if isinstance(results, dict) else (None, None)
     return (
         isinstance(conditions, dict)
         and {"model", "split", "k", "density", "sites"} <= conditions.keys()
@@ -169,30 +163,24 @@ def ordered(runs: Iterable[Finished]) -> list[Finished]:
     """Held-out runs first; then by comparison key, settings, density and clusters."""
 
     def key(run: Finished) -> tuple:
-        comparison, size = tuple(map(str, run.comparison_key)), (run.conditions["density"], run.conditions["k"])
-        return run.in_sample, comparison, str(run.settings), *size, run.name
+        comparison = tuple(map(str, run.comparison_key))
+        return run.in_sample, comparison, str(run.settings), run.conditions["density"], run.conditions["k"], run.name
 
     return sorted(runs, key=key)
 
 
-def variants(runs: Sequence[Finished], own: Callable[[Finished], dict] = lambda run: run.settings) -> dict[str, str]:
-    """For each run (by folder) a short name: its algorithm, and the settings in which the runs differ.
-
-    own: the settings to compare.
-    """
+def variants(runs: Sequence[Finished], own: Callable[[Finished], dict] = lambda run: run.settings) -> dict[Path, str]:
+    """For each run (by folder) a short name: its algorithm, and the settings (`own`) in which the runs differ."""
     every = [own(run) for run in runs]
-    keys = dict.fromkeys(key for settings in every for key in settings)
-    differing = [key for key in keys if len({str(settings.get(key)) for settings in every}) > 1]
+    keys = dict.fromkeys(key for settings in every for key in ("algorithm", *settings))
+    shown = [key for key in keys if key == "algorithm" or len({str(settings.get(key)) for settings in every}) > 1]
     return {
-        str(run.folder): ", ".join(
-            _setting(key, settings[key]) for key in dict.fromkeys(["algorithm", *differing]) if key in settings
-        )
+        run.folder: ", ".join(_setting(key, settings[key]) for key in shown if key in settings)
         for run, settings in zip(runs, every, strict=True)
     }
 
 
 def _setting(key: str, value: object) -> str:
-    """A setting in words, for a legend."""
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     if key == "tuned":
         return f"tuned for {text}" if value else "not tuned"

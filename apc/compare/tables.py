@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 from apc.compare.figures import save_figures
@@ -67,7 +68,7 @@ def command(run: Finished) -> str:
     for words in sorted(candidates, key=len):
         if not overrides_between(load_config(None, words), cfg, _IRRELEVANT):
             return shlex.join(["python", "train.py", *words, name])
-    raise AssertionError("an experiment and its differences make the configuration")
+    raise AssertionError("the experiment plus the overrides do not give back the configuration")
 
 
 @cache
@@ -81,34 +82,29 @@ def _experiments() -> list[tuple[list[str], Config]]:
 def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) -> str:
     """Every policy of every run under its conditions, held-out before in-sample.
 
-    Args:
-        runs: ordered.
-        markdown: for a document, with all columns and the commands.
-        wide: for a terminal, with all columns and the commands; else at most 80 characters wide, grouped by run.
+    With `markdown` or `wide` it has all columns and the commands; else it is grouped by run, in at most 80 characters.
     """
     names = variants(runs)
     parts = []
     for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key):
         members = list(group)
-        heading = " · ".join(comparison_items(members[0]))
+        items = comparison_items(members[0])
         records = _shared_records(members)
         records += [
-            _record(run, name, names[str(run.folder)])
+            _record(run, name, names[run.folder])
             for run in members
             for name in run.policies
             if name not in SHARED or len(members) == 1
         ]
         if markdown or wide:
-            grid = tables.record_grid(_COLUMNS, records, markdown, wide)
+            heading = " · ".join(items)
+            parts += [f"**{heading}**" if markdown else heading, tables.record_grid(_COLUMNS, records, markdown, wide)]
         else:
-            grid = _grouped(records)
-            heading = "\n".join(tables.wrapped_items(comparison_items(members[0]), tables.line_width()))
-        parts += [f"**{heading}**" if markdown else heading, grid]
+            parts += ["\n".join(tables.wrapped_items(items, tables.line_width())), _grouped(records)]
     return "\n\n".join([*parts, *_below(runs, markdown, wide)]) + "\n"
 
 
 def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
-    """The notes below the table, and with all columns the command for each run."""
     every = markdown or wide
     notes = [tables.MEANINGS, *tables.footnotes(record for run in runs for record in run.policies.values())]
     notes += [GAPS, PREDICTIONS] if every else [f"{tables.MORE} Commands that make each run again: comparison.md."]
@@ -117,12 +113,11 @@ def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
     if markdown:
         return [*map(tables.escaped, notes), "To run one again:", "\n".join(f"    {line}" for line in commands)]
     width = 160 if wide else tables.line_width()
-    lines = ["To run one again:", *(f"  {line}" for line in commands)] if commands else []
-    return list(filter(None, ["\n".join(tables.wrapped(note, width, indent="  ") for note in notes), "\n".join(lines)]))
+    below = ["\n".join(tables.wrapped(note, width, indent="  ") for note in notes)]
+    return [*below, "\n  ".join(["To run one again:", *commands])] if commands else below
 
 
 def _record(run: Finished, policy: str, codebook: str) -> dict:
-    """A policy's record with the columns that a comparison adds."""
     free = run.conditions.get("centroid_size") == "free"
     density = "any density" if free else f"density {run.conditions['density']:g}"
     return run.policies[policy] | {
@@ -135,16 +130,16 @@ def _record(run: Finished, policy: str, codebook: str) -> dict:
 
 
 def _shared_records(members: Sequence[Finished]) -> list[dict]:
-    """Policies that no codebook changes: one record for each distinct result, with the number of runs that have it.
+    """Policies whose result does not depend on the codebook.
+
+    One record per distinct result, with the number of runs that share it.
 
     Empty for a single run.
     """
     count: Counter[tuple[str, ...]] = Counter()
     records = {}
     for name in SHARED if len(members) > 1 else ():
-        for run in members:
-            if name not in run.policies:
-                continue
+        for run in [run for run in members if name in run.policies]:
             record = _record(run, name, "") | {"run": "", "k": None, "codebook": ""}
             if name == "dense":  # its share of active neurons depends on the run's sparsity
                 record |= {"density": None, "coverage": None, "precision": None, "masked": None}
@@ -160,9 +155,7 @@ def _grouped(records: Sequence[dict]) -> str:
     """The five columns of each record, under a line for each run with its codebook."""
     columns = tables.shown_columns(tables.POLICY_COLUMNS, wide=False)
     groups = []
-    for (run, codebook, k), group in itertools.groupby(
-        records, key=lambda row: (row["run"], row["codebook"], row["k"])
-    ):
+    for (run, codebook, k), group in itertools.groupby(records, key=itemgetter("run", "codebook", "k")):
         words = [codebook, f"K {k:,}" if k is not None else "any codebook"]
         heading = tables.wrapped(f"{run}: {', '.join(filter(None, words))}", tables.line_width(), indent="  ")
         groups.append((f"\n{heading}", [tables.record_cells(columns, record) for record in group]))
@@ -191,7 +184,7 @@ def table_csv(runs: Sequence[Finished]) -> str:
             gaps = [None, gap] if facts(name).forms else [gap, None]
             row = [split, run.name, name, *map(policy.get, _MEASURES), tables.masked_density(policy), *gaps]
             row += [*map(policy.get, _SHARES), policy.get("excludes_finding"), run.fewer_predictions(name)]
-            writer.writerow([*row, names[str(run.folder)], *shown, again])
+            writer.writerow([*row, names[run.folder], *shown, again])
     return out.getvalue()
 
 
@@ -207,14 +200,11 @@ def compare(runs: Sequence[Finished], folder: Path, wide: bool = False) -> str:
         write_atomic(folder / "comparison.md", table(runs, markdown=True).encode())
         paths = save_figures(runs, folder)
     except OSError as error:
-        raise UserError(
-            f"{folder}: can't be written ({error.strerror}); choose another folder with out=FOLDER"
-        ) from error
+        message = f"{folder}: can't be written ({error.strerror}); choose another folder with out=FOLDER"
+        raise UserError(message) from error
     names = ", ".join(path.name for path in paths) or "none (nothing to draw)"
-    written = tables.wrapped(
-        f"written to {folder}: comparison.csv, comparison.md; figures: {names}", tables.line_width(wide), indent="  "
-    )
-    return f"{table(runs, wide=wide)}\n{written}"
+    written = f"written to {folder}: comparison.csv, comparison.md; figures: {names}"
+    return f"{table(runs, wide=wide)}\n{tables.wrapped(written, tables.line_width(wide), indent='  ')}"
 
 
 def main(words: Sequence[str]) -> None:
@@ -227,4 +217,4 @@ def main(words: Sequence[str]) -> None:
     parents = {str(run.folder.resolve().parent) for run in runs}
     folder = Path(given["out"]).expanduser() if given.get("out") else Path(os.path.commonpath(parents)) / "comparison"
     shown = compare(runs, folder, wide="--wide" in words)
-    print("\n".join([*left_out, "", shown] if left_out else [shown]))
+    print(*left_out, *[""] * bool(left_out), shown, sep="\n")

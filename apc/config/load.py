@@ -7,10 +7,12 @@ of the bundled model on the bundled text uses `experiment=demo` unless another e
 
 import inspect
 import re
-from dataclasses import Field, asdict, fields, is_dataclass
+import sys
+import textwrap
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -24,9 +26,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 # The dataclass of each section, by its key.
-SECTIONS: dict[str, type] = {
-    item.name: cast(type, item.default_factory) for item in fields(Config) if is_dataclass(item.default_factory)
-}
+SECTIONS = {item.name: type(item.default) for item in fields(Config) if is_dataclass(item.default)}
 
 # Keys of version 0.1, and their new names or why they are gone.
 RENAMED = {
@@ -40,12 +40,12 @@ RENAMED = {
     "tune.windows": "tune.batch_windows",
 }
 REMOVED = {
-    "cluster.init_sample": "k-means++ always samples 4,096 rows of a group",
-    "predictor.weight_decay": "it is always 0.01, and 0 for the low-bit form",
-    "tune.budget_windows": "the cost of dropping neurons is always measured on 16 windows",
-    "tune.lr_scores": "it is always 20 times tune.lr",
-    "tune.lr_offsets": "it is always twice tune.lr",
-    "tune.temperature": "it is always 0.5",
+    "cluster.init_sample": (4096, "k-means++ always samples 4,096 rows of a group"),
+    "predictor.weight_decay": (0.01, "it is always 0.01, and 0 for the low-bit form"),
+    "tune.budget_windows": (16, "the cost of dropping neurons is always measured on 16 windows"),
+    "tune.lr_scores": (2e-2, "it is always 20 times tune.lr"),
+    "tune.lr_offsets": (2e-3, "it is always twice tune.lr"),
+    "tune.temperature": (0.5, "it is always 0.5"),
 }
 
 RENAMED_EXPERIMENTS = {
@@ -66,23 +66,33 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     Raises UserError for an unknown key (naming the most similar known one), an old key (naming the new one), a wrong
     type, a value out of range, or a missing file.
     """
-    return _merge(_sources(path, overrides or []))
+    names, dotlist = _parse_overrides(overrides or [])
+    experiment = names.pop("experiment", None)
+    if experiment in RENAMED_EXPERIMENTS:
+        raise UserError(f"experiment={experiment}: renamed; write experiment={RENAMED_EXPERIMENTS[experiment]}")
+    files = [Path(path)] if path is not None else []
+    given = [*_read_groups(names), dotlist]
+    if experiment is None and _is_bundled([*_read_files(files), *given]):
+        experiment = "demo"
+    if experiment:
+        files.insert(0, _group_file("experiment", experiment))
+    return _merge([*_read_files(files), *given])
 
 
 def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
-    """A run's saved configuration with key=value overrides on top. Files of earlier versions are read too.
-
-    Raises UserError as `load_config` does.
-    """
+    """A run's saved configuration, also of version 0.1, with overrides on top. Raises as `load_config` does."""
     values = _read_yaml(path)
-    for old, new in RENAMED.items():
-        value = OmegaConf.select(values, old)
-        if _pop(values, old):
-            OmegaConf.update(values, new, value)
-    for old in REMOVED:
-        _pop(values, old)
-    if OmegaConf.select(values, "trainer.precision") in ("16-mixed", "64-true"):  # version 0.1 allowed them
+    for key in (*RENAMED, *REMOVED):
+        if (owner := _owner(values, key)) is not None:
+            value = owner.pop(key.rpartition(".")[2])
+            if key in RENAMED:
+                OmegaConf.update(values, RENAMED[key], value)
+            elif value != REMOVED[key][0]:
+                print(f"note: {path}: was made with {key}={value}, which is now {REMOVED[key][0]}", file=sys.stderr)
+    precision = OmegaConf.select(values, "trainer.precision")
+    if precision in ("16-mixed", "64-true"):  # version 0.1 allowed them
         OmegaConf.update(values, "trainer.precision", "32-true")
+        print(f"note: {path}: was made with trainer.precision={precision}, which is now 32-true", file=sys.stderr)
     names, dotlist = _parse_overrides(overrides or [])
     return _merge([values, *_read_groups(names), dotlist])
 
@@ -104,20 +114,19 @@ def as_word(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def flat(cfg: Config) -> dict[str, object]:
+    """All keys with their values; those in sections are dotted."""
+    values: dict[str, object] = {}
+    for key, value in asdict(cfg).items():
+        values |= {f"{key}.{name}": item for name, item in value.items()} if key in SECTIONS else {key: value}
+    return values
+
+
 def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
     """The key=value words that turn `base` into `cfg`, without the sections and keys in `leave_out`."""
-    words = []
-    for key, value in asdict(cfg).items():
-        other = getattr(base, key)
-        if key in leave_out:
-            continue
-        if key in SECTIONS:
-            changed = {name: item for name, item in value.items() if item != getattr(other, name)}
-            names = [name for name in changed if f"{key}.{name}" not in leave_out]
-            words += [f"{key}.{name}={as_word(changed[name])}" for name in names]
-        elif value != other:
-            words.append(f"{key}={as_word(value)}")
-    return words
+    before, after = flat(base), flat(cfg)
+    changed = [key for key in after if after[key] != before[key] and not {key, key.partition(".")[0]} & {*leave_out}]
+    return [f"{key}={as_word(after[key])}" for key in changed]
 
 
 def _merge(sources: list[DictConfig]) -> Config:
@@ -128,20 +137,6 @@ def _merge(sources: list[DictConfig]) -> Config:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(base, *sources)))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
-
-
-def _sources(path: str | Path | None, overrides: list[str]) -> list[DictConfig]:
-    """In order: group files that files choose, the files' values, the command line's group files, its values."""
-    names, dotlist = _parse_overrides(overrides)
-    experiment = names.pop("experiment", None)
-    given = [Path(path)] if path is not None else []
-    given_by_user = [*_read_groups(names), dotlist]
-    if experiment in RENAMED_EXPERIMENTS:
-        raise UserError(f"experiment={experiment}: renamed; write experiment={RENAMED_EXPERIMENTS[experiment]}")
-    if experiment is None and _is_bundled([*_read_files(given), *given_by_user]):
-        experiment = "demo"
-    files = ([_group_file("experiment", experiment)] if experiment else []) + given
-    return [*_read_files(files), *given_by_user]
 
 
 def _read_files(files: list[Path]) -> list[DictConfig]:
@@ -166,7 +161,10 @@ def _read_groups(names: dict[str, str]) -> list[DictConfig]:
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
-    """(group choices, key=value overrides). Both may name one section: `model=x` and `model.dtype=y`."""
+    """Splits the words into group choices and key=value overrides.
+
+    One section may have both: `model=x` and `model.dtype=y`.
+    """
     names, words = {}, []
     for word in overrides:
         key, equals, value = word.partition("=")
@@ -188,28 +186,26 @@ def _check_old(key: str) -> None:
     if key in RENAMED:
         raise UserError(f"{key}: renamed; write {RENAMED[key]}")
     if key in REMOVED:
-        raise UserError(f"{key}: no longer a key ({REMOVED[key]}); leave it out")
+        raise UserError(f"{key}: this key was removed ({REMOVED[key][1]}); leave it out")
 
 
-def _pop(values: DictConfig, key: str) -> bool:
-    """Removes a dotted key. Returns whether it existed."""
+def _owner(values: DictConfig, key: str) -> DictConfig | None:
+    """The section that has this key, or `values` itself; None if the key is not there."""
     section, _, name = key.rpartition(".")
-    node = OmegaConf.select(values, section) if section else values
-    if not isinstance(node, DictConfig) or name not in node:
-        return False
-    del node[name]
-    return True
+    node = values.get(section) if section else values
+    return node if isinstance(node, DictConfig) and name in node else None
 
 
 def _take_groups(values: DictConfig, chosen: dict[str, str]) -> DictConfig:
-    """Moves sections that are only a name from `values` to `chosen`. Raises UserError for a key of version 0.1."""
+    """Moves sections given as a name (`model.
+
+    Bundled`) from `values` to `chosen`. Raises UserError for a key of version 0.1.
+    """
     for section in SECTIONS:
         if section in values and isinstance(values[section], str):
             chosen[section] = values.pop(section)
     for key in (*RENAMED, *REMOVED):
-        section, _, name = key.rpartition(".")
-        node = values.get(section) if section else values
-        if isinstance(node, DictConfig) and name in node:
+        if _owner(values, key) is not None:
             _check_old(key)
     return values
 
@@ -231,7 +227,7 @@ def _read_yaml(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(values, DictConfig):
-        raise UserError(f"{path}: holds no keys; write KEY: VALUE lines")
+        raise UserError(f"{path}: contains no keys; write lines of the form KEY: VALUE")
     return values
 
 
@@ -240,35 +236,22 @@ def _explain(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None)
     reason = first_line(error).rstrip(".")
     if isinstance(error, ConfigKeyError) and key:
-        like = get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (
-            f"did you mean {like[0]}?" if like else "python train.py --help lists the keys"
-        )
+        like = get_close_matches(key, [*SECTIONS, *flat(Config())], n=1, cutoff=0.5)
+        advice = f"did you mean {like[0]}?" if like else "python train.py --help lists the keys"
+        return f"{key}: unknown key; {advice}"
     return f"{key}: {reason}" if key else f"configuration: {reason}"
-
-
-def _known_keys() -> list[str]:
-    nested = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in _fields(kind)]
-    return [item.name for item in fields(Config)] + nested
-
-
-def _fields(kind: Any) -> tuple[Field, ...]:
-    return fields(kind)
 
 
 def describe() -> str:
     """The text of `--help`: all keys with defaults and meanings, and all group files."""
+    defaults = flat(Config())
     lines = []
-    sections: dict[str, type] = {"": Config, **SECTIONS}
-    for name, kind in sections.items():
-        lines.append(f"\n{name or 'general'}:")
-        comments, defaults = _comments(kind), kind()
-        for item in _fields(kind):
-            if kind is Config and item.name in SECTIONS:
-                continue
-            key = f"{name}.{item.name}" if name else item.name
-            lines.append(f"  {key}={as_word(getattr(defaults, item.name))}")
-            lines += [f"      {line}" for line in comments[item.name]]
+    for section, kind in {"": Config, **SECTIONS}.items():
+        lines.append(f"\n{section or 'general'}:")
+        for name, comment in _comments(kind).items():
+            if name not in SECTIONS:
+                key = f"{section}.{name}".lstrip(".")
+                lines += [f"  {key}={as_word(defaults[key])}", textwrap.indent(textwrap.fill(comment, 74), " " * 6)]
     lines.append("\ngroup files (GROUP=NAME):")
     for folder in sorted(CONFIGS.iterdir()):
         if folder.name in (*SECTIONS, "experiment"):
@@ -276,15 +259,15 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _comments(kind: type) -> dict[str, list[str]]:
-    """The comment lines above each field of a dataclass, which explain it."""
-    comments: dict[str, list[str]] = {}
+def _comments(kind: type) -> dict[str, str]:
+    """The comment above each field of a dataclass, which explains it."""
+    comments: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(kind).splitlines():
         if comment := re.match(r"    # (.*)", line):
             above.append(comment.group(1))
         else:
             if key := re.match(r"    (\w+): ", line):
-                comments[key.group(1)] = above
+                comments[key.group(1)] = " ".join(above)
             above = []
     return comments

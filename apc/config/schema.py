@@ -18,17 +18,21 @@ ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # classes: `apc
 FORMS = ("cluster", "neuron", "low-bit")
 PROJECTIONS = ("gate", "up")  # the low-bit form can copy these
 BITS = (1, 2, 3, 4)  # per weight of such a copy
-WANDB_MODES = ("auto", "online", "offline", "disabled")
+PRECISIONS = ("32-true", "bf16-mixed")  # as Lightning names them
 
 
-def _choose(key: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{key}={value}: choose {', '.join(known[:-1])} or {known[-1]}")
+def _choose(config: object, prefix: str, **choices: tuple[str, ...]) -> None:
+    """Checks that fields have one of their choices. prefix: the section and a dot."""
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            raise UserError(f"{prefix}{name}={value}: choose {', '.join(known[:-1])} or {known[-1]}")
 
 
-def _at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{key} must be at least {least}, got {value}")
+def _at_least(config: object, prefix: str, **limits: int) -> None:
+    for name, least in limits.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"{prefix}{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _choose("model.dtype", self.dtype, ("auto", *DTYPES))
+        _choose(self, "model.", dtype=("auto", *DTYPES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
         if self.device_map not in (None, "auto"):
@@ -95,7 +99,7 @@ class DataConfig:
             windows = getattr(self, f"{role}_windows")
             if windows is not None and windows < 1:
                 raise UserError(f"data.{role}_windows must be at least 1, or null for all, got {windows}")
-        _at_least("data.seq_len", self.seq_len, 2)
+        _at_least(self, "data.", seq_len=2)
 
 
 @dataclass(frozen=True)
@@ -108,26 +112,26 @@ class CollectConfig:
     dir: str | None = None
     # Also keep each neuron's importance (uint8). Weighted clustering and listwise losses need it.
     importance: bool = True
-    # Forward pass that patterns are read from: dense, or thresholded (inactive values are set to zero; the paper's).
+    # Forward pass that patterns are read from: dense, or thresholded (inactive values set to zero, as in the
+    # paper).
     forward: str = "dense"
     # Inputs of the predictor: stored (bfloat16, beside the patterns) or streamed (the model runs again each epoch).
     ffn_inputs: str = "stored"
     # Windows for calibrating the activity thresholds, spread over the fit text.
     calibration_windows: int = 8
-    # Tokens per block of patterns, over all processes: a clustering step's batch. Raise it with their number.
+    # Tokens per block of patterns, i.e. per clustering step, over all processes. Raise it with the number of
+    # processes.
     batch_tokens: int = 16384
 
     def __post_init__(self) -> None:
-        _choose("collect.storage", self.storage, ("disk", "memory", "device"))
-        _choose("collect.ffn_inputs", self.ffn_inputs, ("stored", "streamed"))
-        _choose("collect.forward", self.forward, ("dense", "thresholded"))
+        _choose(self, "collect.", storage=("disk", "memory", "device"), ffn_inputs=("stored", "streamed"))
+        _choose(self, "collect.", forward=("dense", "thresholded"))
         if self.forward == "thresholded" and self.ffn_inputs == "streamed":
             raise UserError(
                 "collect.ffn_inputs=streamed runs the dense forward pass again, not the thresholded one; "
                 "set collect.ffn_inputs=stored"
             )
-        for key in ("calibration_windows", "batch_tokens"):
-            _at_least(f"collect.{key}", getattr(self, key), 1)
+        _at_least(self, "collect.", calibration_windows=1, batch_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ class ClusterConfig:
 
     # Clusters in a codebook.
     k: int = 256
-    # Share of ones in every centroid (with brb-kmeans and k-majority only in static, random and soft masks).
+    # Share of neurons that every centroid keeps. For brb-kmeans and k-majority: only for static, random and soft
+    # masks.
     density: float = 0.5
     # How patterns are weighted: binary (the paper), magnitude or energy.
     weighting: str = "energy"
@@ -144,7 +149,8 @@ class ClusterConfig:
     scope: str = "layer"
     # lloyd; or, for binary patterns, apc-paper (clusters of equal size), brb-kmeans or k-majority (Hamming distance).
     algorithm: str = "lloyd"
-    # k-majority: cost of a one that the centroid lacks, where a surplus one costs 1. 1: the Hamming distance.
+    # k-majority: cost of an active neuron that the centroid lacks; a surplus neuron costs 1. 1: the Hamming
+    # distance.
     penalty: int = 1
     # When centroids are updated: after each full pass (epoch), or after each step from running sums (step).
     schedule: str = "epoch"
@@ -156,13 +162,9 @@ class ClusterConfig:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        _choose("cluster.weighting", self.weighting, tuple(WEIGHTINGS))
-        _choose("cluster.scope", self.scope, ("layer", "pooled"))
-        _choose("cluster.algorithm", self.algorithm, ALGORITHMS)
-        _choose("cluster.schedule", self.schedule, ("epoch", "step"))
-        _choose("cluster.init", self.init, ("random", "k-means++"))
-        for key in ("k", "penalty", "max_epochs"):
-            _at_least(f"cluster.{key}", getattr(self, key), 1)
+        _choose(self, "cluster.", weighting=tuple(WEIGHTINGS), scope=("layer", "pooled"), algorithm=ALGORITHMS)
+        _choose(self, "cluster.", schedule=("epoch", "step"), init=("random", "k-means++"))
+        _at_least(self, "cluster.", k=1, penalty=1, max_epochs=1)
         if not 0 < self.density < 1:
             raise UserError(f"cluster.density must lie between 0 and 1, got {self.density}")
         if self.tolerance < 0:
@@ -185,7 +187,7 @@ class PredictorConfig:
 
     # cluster (logits over clusters), neuron (a score per neuron) or low-bit (scores from a low-bit copy of weights).
     form: str = "cluster"
-    # Width of the bottleneck. In the low-bit form only the correction has one, which tuning trains.
+    # Width of the bottleneck. In the low-bit form: rank of the correction, which only tuning trains.
     bottleneck: int = 256
     # low-bit form: bits per weight of the copy, 1 to 4.
     bits: int = 1
@@ -193,7 +195,8 @@ class PredictorConfig:
     low_bit_projections: list[str] = field(default_factory=lambda: ["gate", "up"])
     # Predict from the FFN input of this many layers earlier. The first layers use the first layer's input.
     lookahead: int = 0
-    # ce (cross-entropy; neuron form: binary, on active), listwise (importance) or mix (their sum).
+    # ce (cross-entropy; in the neuron form binary, with active as the label), listwise (on importances) or mix
+    # (their sum).
     loss: str = "ce"
     # Peak learning rate of a one-cycle schedule.
     lr: float = 2e-3
@@ -203,10 +206,8 @@ class PredictorConfig:
     max_epochs: int = 10
 
     def __post_init__(self) -> None:
-        _choose("predictor.form", self.form, FORMS)
-        _choose("predictor.loss", self.loss, ("ce", "listwise", "mix"))
-        for key, least in dict(bottleneck=1, lookahead=0, batch_tokens=1, max_epochs=1).items():
-            _at_least(f"predictor.{key}", getattr(self, key), least)
+        _choose(self, "predictor.", form=FORMS, loss=("ce", "listwise", "mix"))
+        _at_least(self, "predictor.", bottleneck=1, lookahead=0, batch_tokens=1, max_epochs=1)
         if self.bits not in BITS:
             raise UserError(f"predictor.bits must be from {min(BITS)} to {max(BITS)}, got {self.bits}")
         chosen = list(self.low_bit_projections)
@@ -238,26 +239,24 @@ class TuneConfig:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        for key, least in dict(max_epochs=0, batch_windows=1).items():
-            _at_least(f"tune.{key}", getattr(self, key), least)
+        _at_least(self, "tune.", max_epochs=0, batch_windows=1)
         if self.lr <= 0:
             raise UserError(f"tune.lr must be above 0, got {self.lr}")
         if self.precision is not None:
-            _choose("tune.precision", self.precision, ("32-true", "bf16-mixed"))
+            _choose(self, "tune.", precision=PRECISIONS)
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
     """Measurements on held-out text during trainings."""
 
-    # Windows at the end of the fit text that are held out to measure trainings on. 0: none.
+    # Windows at the end of the fit text held out to measure progress during training. 0: none.
     windows: int = 1
-    # Passes between two measurements.
+    # Epochs between two measurements.
     every: int = 5
 
     def __post_init__(self) -> None:
-        _at_least("monitor.windows", self.windows, 0)
-        _at_least("monitor.every", self.every, 1)
+        _at_least(self, "monitor.", windows=0, every=1)
 
 
 @dataclass(frozen=True)
@@ -284,10 +283,9 @@ class TrainerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _choose("trainer.precision", self.precision, ("32-true", "bf16-mixed"))
-        for key in ("devices", "num_nodes", "batch_windows", "log_every_n_steps", "checkpoint_every_n_steps"):
-            _at_least(f"trainer.{key}", getattr(self, key), 1)
-        _at_least("trainer.max_steps", self.max_steps, -1)
+        _choose(self, "trainer.", precision=PRECISIONS)
+        _at_least(self, "trainer.", devices=1, num_nodes=1, batch_windows=1, log_every_n_steps=1)
+        _at_least(self, "trainer.", checkpoint_every_n_steps=1, max_steps=-1)
         if self.max_steps == 0:
             raise UserError("trainer.max_steps=0 trains nothing; give -1 for no limit")
 
@@ -308,7 +306,7 @@ class TrackingConfig:
     notes: str | None = None
 
     def __post_init__(self) -> None:
-        _choose("tracking.wandb", self.wandb, WANDB_MODES)
+        _choose(self, "tracking.", wandb=("auto", "online", "offline", "disabled"))
 
 
 @dataclass(frozen=True)
@@ -317,7 +315,7 @@ class Config:
 
     # Stop after this stage: collect, cluster, predict or tune. all: run every stage and print the table.
     stage: str = "all"
-    # A run folder. train.py copies its codebook from before tuning; evaluate.py evaluates it.
+    # A run folder. train.py starts from a copy of its untuned codebook; evaluate.py evaluates the run.
     checkpoint: str | None = None
     # Seed of all random numbers.
     seed: int = 0
@@ -329,65 +327,61 @@ class Config:
     active: str = "threshold"
     # Mask policies to evaluate. null: dense, exact, static, random, oracle, predicted, soft.
     policies: list[str] | None = None
-    # Also decode with the policies that know their masks before the FFN runs: tokens per second, perplexity, texts.
+    # Also measure decoding with the policies that know their masks before the FFN runs: tokens per second,
+    # perplexity, continuations.
     speed: bool = False
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    collect: CollectConfig = field(default_factory=CollectConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    tune: TuneConfig = field(default_factory=TuneConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    collect: CollectConfig = CollectConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    predictor: PredictorConfig = PredictorConfig()
+    tune: TuneConfig = TuneConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        _check_sites(self.sites)
-        _choose("stage", self.stage, STAGES)
-        _choose("active", self.active, ("threshold", "top"))
+        sites, epochs = self.sites, self.tune.max_epochs
+        if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+            raise UserError(f"sites={sites}: choose [neuron], or some of [gate, up, down], each once")
+        if "neuron" in sites and len(sites) > 1:
+            raise UserError(
+                f"sites={sites}: `neuron` is one mask for all three projections and stands alone; "
+                "choose [neuron] or [gate,up,down]"
+            )
+        _choose(self, "", stage=STAGES, active=("threshold", "top"))
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
         if self.policies is not None and not self.policies:
             raise UserError("policies=[]: names none; leave it out for the defaults, or choose some")
-        for key, needs_neuron in (("speed=true", self.speed), ("predictor.form=low-bit", self._low_bit)):
-            if needs_neuron and self.sites != ["neuron"]:
-                raise UserError(f"{key} needs sites=[neuron], this run has sites={self.sites}")
-        for key, wanted in (("speed", self.speed), ("tune.max_epochs", self.tune.max_epochs)):
+        low_bit = self.predictor.form == "low-bit"
+        for key, needs_neuron in (("speed=true", self.speed), ("predictor.form=low-bit", low_bit)):
+            if needs_neuron and sites != ["neuron"]:
+                raise UserError(f"{key} needs sites=[neuron], this run has sites={sites}")
+        for key, wanted in (("speed", self.speed), ("tune.max_epochs", epochs)):
             if wanted and self.model.device_map:
                 raise UserError(
                     f"model.device_map={self.model.device_map}: {key}={wanted} needs the model on one device; "
                     "leave one of the two out"
                 )
-        self._check_tuning()
-        if self.cluster.weighting != "binary" and not self.collect.importance:
-            raise UserError(
-                f"cluster.weighting={self.cluster.weighting} needs importances; "
-                "set collect.importance=true or cluster.weighting=binary"
-            )
-        if self.predictor.loss != "ce" and not self.collect.importance:
-            raise UserError(
-                f"predictor.loss={self.predictor.loss} needs importances; "
-                "set collect.importance=true or predictor.loss=ce"
-            )
+        if epochs:
+            self._check_tuning(epochs)
+        elif self.stage == "tune":
+            raise UserError("stage=tune: tune.max_epochs=0 tunes nothing; set tune.max_epochs")
+        weighting, loss = self.cluster.weighting, self.predictor.loss
+        for key, value, plain in (("cluster.weighting", weighting, "binary"), ("predictor.loss", loss, "ce")):
+            if value != plain and not self.collect.importance:
+                raise UserError(f"{key}={value} needs importances; set collect.importance=true or {key}={plain}")
         if self.data.fit_windows is not None and self.monitor.windows >= self.data.fit_windows:
             raise UserError(
                 f"monitor.windows={self.monitor.windows} leaves nothing to fit of "
                 f"data.fit_windows={self.data.fit_windows}; lower it"
             )
 
-    @property
-    def _low_bit(self) -> bool:
-        return self.predictor.form == "low-bit"
-
-    def _check_tuning(self) -> None:
-        epochs = self.tune.max_epochs
-        if not epochs:
-            if self.stage == "tune":
-                raise UserError("stage=tune: tune.max_epochs=0 tunes nothing; set tune.max_epochs")
-            return
+    def _check_tuning(self, epochs: int) -> None:
         if self.sites != ["neuron"] or self.cluster.scope != "layer":
             raise UserError(
                 f"tune.max_epochs={epochs}: tuning needs sites=[neuron] and cluster.scope=layer, "
@@ -403,14 +397,3 @@ class Config:
                 f"tune.batch_windows={self.tune.batch_windows} is less than a window for each of {processes} "
                 "processes; raise it"
             )
-
-
-def _check_sites(sites: list[str]) -> None:
-    """Raises UserError unless `sites` names known sites, each once, and `neuron` alone."""
-    if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
-        raise UserError(f"sites={sites}: choose [neuron], or some of [gate, up, down], each once")
-    if "neuron" in sites and len(sites) > 1:
-        raise UserError(
-            f"sites={sites}: `neuron` is one mask for all three projections and stands alone; "
-            "choose [neuron] or [gate,up,down]"
-        )

@@ -59,7 +59,7 @@ def check_config(config) -> None:
     kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     inner = config.get_text_config()
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    experts = max((getattr(inner, key, None) or 0) for key in keys)
+    experts = max(getattr(inner, key, None) or 0 for key in keys)
     if experts > 1:
         raise UserError(
             f"{kind}: a mixture of experts ({experts} experts) is not supported; "
@@ -122,9 +122,10 @@ class FFNVisitor(Protocol):
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Receives the FFN's input, [..., E]."""
+        return None
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
-        """Receives the values at a site, [..., D]. Returns values to replace them, or None to leave them."""
+        """Receives the values at a site, [..., D]. Returns replacement values, or None to keep them."""
 
 
 class FFNHooks:

@@ -24,14 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Entries of a model's configuration that can differ between copies of the same model.
-_NOT_IDENTITY = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "quantization_config",
-)
+_NOT_IDENTITY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -70,20 +63,16 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
         try:
             check_config(AutoConfig.from_pretrained(source, **options))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", device_map=cfg.device_map, **options
-            )
+            options |= dict(dtype=dtype or "auto", device_map=cfg.device_map)
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = first_line(error)
-            if local_only and source == cfg.path:
-                reason = (
-                    "it is not in the local cache, and the hub can't be reached; "
-                    "give a model folder or a .gguf file: model.path=FOLDER"
-                )
+            missing = "it is not in the local cache, and the hub can't be reached; "
+            missing += "give a model folder or a .gguf file: model.path=FOLDER"
+            reason = missing if local_only and source == cfg.path else first_line(error)
             raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
-    ffns = find_ffns(model)
+    first = first_device(find_ffns(model))
     if cfg.device_map:
-        _check_map(model, first_device(ffns), device)
+        _check_map(model, first, device)
     else:
         nn.Module.to(model, device)
     return model.eval().requires_grad_(False), tokenizer

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,22 +44,18 @@ class Windows:
 
     def split(self, count: int) -> tuple["Windows", "Windows"]:
         """The first `count` windows, and the rest, which may be empty."""
-        return self._part(self.tokens[:count]), self._part(self.tokens[count:])
-
-    def _part(self, tokens: torch.Tensor) -> "Windows":
-        return Windows(tokens, self.source, self.documents, _digest(tokens))
+        parts = self.tokens[:count], self.tokens[count:]
+        first, rest = (replace(self, tokens=tokens, digest=_digest(tokens)) for tokens in parts)
+        return first, rest
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A source that has been read.
+    """A source that has been read."""
 
-    key: the config key that names it; name: for the user, without folders; identity: equal for equal sources.
-    """
-
-    key: str
-    name: str
-    identity: str
+    key: str  # the config key that names it
+    name: str  # for the user, without folders
+    identity: str  # equal for equal sources
     documents: list[str]
 
     @property
@@ -87,8 +83,7 @@ def cut_windows(
     cfg: DataConfig, fit: _Text, score: _Text, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Windows, Windows]:
     """Windows of the two texts from `read_texts`. Raises UserError if a text is too short for the windows wanted."""
-    fit_windows = _windows(fit, cfg.seq_len, cfg.fit_windows, tokenizer)
-    return fit_windows, _windows(score, cfg.seq_len, cfg.score_windows, tokenizer)
+    return _windows(cfg, fit, tokenizer), _windows(cfg, score, tokenizer)
 
 
 def on_hub(cfg: DataConfig, role: str) -> bool:
@@ -98,11 +93,12 @@ def on_hub(cfg: DataConfig, role: str) -> bool:
 
 def count_windows(cfg: DataConfig, role: str, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Number of windows in the `fit` or `score` text. Raises UserError as `cut_windows` does."""
-    return len(_windows(_read_role(cfg, role), cfg.seq_len, getattr(cfg, f"{role}_windows"), tokenizer).tokens)
+    return len(_windows(cfg, _read_role(cfg, role), tokenizer).tokens)
 
 
-def _windows(text: _Text, seq_len: int, limit: int | None, tokenizer: "PreTrainedTokenizerBase") -> Windows:
+def _windows(cfg: DataConfig, text: _Text, tokenizer: "PreTrainedTokenizerBase") -> Windows:
     """Adjacent windows from the start of the text, without a BOS token; drops a tail shorter than a window."""
+    seq_len, limit = cfg.seq_len, getattr(cfg, f"{text.key}_windows".removeprefix("data."))
     # verbose=False: no warning that the text is longer than the model's context, since it is cut into windows.
     ids = torch.tensor(tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // seq_len
@@ -141,10 +137,7 @@ def _check_apart(fit: _Text, score: _Text) -> None:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text with at least PARAGRAPH_CHARS.
-
-    A paragraph is a line; in text wrapped at short lines, it is a block between blank lines.
-    """
+    """Paragraphs of at least PARAGRAPH_CHARS: lines, or in text wrapped at short lines blocks between blank lines."""
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.split("\n")]
         long = [line for line in lines if len(line) >= PARAGRAPH_CHARS]
@@ -164,19 +157,15 @@ def _read_role(cfg: DataConfig, role: str) -> _Text:
     texts = [_read(source, role) for source in _sources(cfg, role)]
     if len(texts) == 1:
         return texts[0]
-    return _Text(
-        texts[0].key,
-        " + ".join(text.name for text in texts),
-        ",".join(text.identity for text in texts),
-        [document for text in texts for document in text.documents],
-    )
+    name, identity = " + ".join(text.name for text in texts), ",".join(text.identity for text in texts)
+    return _Text(texts[0].key, name, identity, [document for text in texts for document in text.documents])
 
 
 def _read(source: str, role: str) -> _Text:
-    """One source of `data.fit` or `data.score`; `role` is `fit` or `score`."""
     key = f"data.{role}"
-    if source.partition(":")[0] == "bundled":
-        part = source.partition(":")[2] or role
+    name, _, part = source.partition(":")
+    if name == "bundled":
+        part = part or role
         if part not in ("fit", "score"):
             raise UserError(f"{key}: no bundled text `{part}`: use `bundled`, `bundled:fit` or `bundled:score`")
         return _Text(key, f"bundled:{part}", f"bundled:{part}", _bundled(part))
@@ -187,16 +176,13 @@ def _read(source: str, role: str) -> _Text:
 
 
 def _bundled(part: str) -> list[str]:
-    return [
-        text for i, text in enumerate(bundled_documents()) if (i % SCORE_EVERY == SCORE_EVERY - 1) == (part == "score")
-    ]
+    documents = bundled_documents()
+    score = documents[SCORE_EVERY - 1 :: SCORE_EVERY]
+    return score if part == "score" else [text for i, text in enumerate(documents, 1) if i % SCORE_EVERY]
 
 
 def _looks_like_path(source: str) -> bool:
-    """Whether a source is a path and not a hub id, which is `name` or `org/name`.
-
-    A path exists, ends like a text file, starts like a path, has more parts, or its folder exists.
-    """
+    """Whether a source is a path and not a hub id, which is `name` or `org/name`."""
     path = Path(source).expanduser()
     return (
         path.exists()
@@ -211,12 +197,8 @@ def _looks_like_path(source: str) -> bool:
 def _read_file(path: Path, key: str) -> list[str]:
     """The documents of a local file: the whole file if it is plain text, else one per row. Raises UserError."""
     if not path.is_file():
-        problem = (
-            "is a folder: name a file in it"
-            if path.is_dir()
-            else "does not exist: give an existing file, `bundled`, or a hub id"
-        )
-        raise UserError(f"{key}: file {path} {problem}")
+        missing = "does not exist: give an existing file, `bundled`, or a hub id"
+        raise UserError(f"{key}: file {path} {'is a folder: name a file in it' if path.is_dir() else missing}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{key}: file {path} has an unknown ending: use one of {' '.join(SUFFIXES)}")
@@ -237,9 +219,8 @@ def _read_parquet(path: Path, key: str) -> list[str]:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
         raise UserError(f"{key}: {path} is not a parquet file: give another file") from error
-    strings = [
-        field.name for field in file.schema_arrow if types.is_string(field.type) or types.is_large_string(field.type)
-    ]
+    columns = file.schema_arrow
+    strings = [each.name for each in columns if types.is_string(each.type) or types.is_large_string(each.type)]
     column = _text_column(strings, path.name, key)
     return [row for row in file.read([column])[column].to_pylist() if row is not None]
 
@@ -250,14 +231,13 @@ def _read_jsonl(path: Path, key: str) -> list[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"{key}: {path} line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{key}: {path} line {number} is not JSON ({error.msg}): fix it or give another file"
-                ) from error
+                raise UserError(f"{where} is not JSON ({error.msg}): fix it or give another file") from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"{key}: {path} line {number} has no string `text`: every line needs one")
+                raise UserError(f"{where} has no string `text`: every line needs one")
             documents.append(row["text"])
     return documents
 
@@ -274,12 +254,8 @@ def _text_column(strings: list[str], name: str, key: str) -> str:
 
 
 def _read_hub(source: str, role: str) -> _Text:
-    """A dataset of the hub, or its copy in the local cache if the hub can't be reached.
-
-    Raises UserError if it can't be loaded; within 5 s if offline.
-    """
-    key = f"data.{role}"
-    parts = source.split(":")
+    """A dataset of the hub or in its cache. Raises UserError if it can't be loaded; within 5 s if offline."""
+    key, parts = f"data.{role}", source.split(":")
     if len(parts) > 3:
         raise UserError(f"{key}: `{source}` has too many parts: a hub id is `name[:config[:split]]`")
     name, config, split = parts + [""] * (3 - len(parts))
@@ -296,11 +272,8 @@ def _read_hub(source: str, role: str) -> _Text:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{key}: can't load `{source}` from the hub: {reason}: correct the id, {remedy}") from error
         raise UserError(f"{key}: can't reach the hub, and `{source}` is not in its cache: connect, {remedy}") from error
-    strings = [
-        column
-        for column, feature in rows.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
+    types = {column: getattr(feature, "dtype", None) for column, feature in rows.features.items()}
+    strings = [column for column, dtype in types.items() if dtype in ("string", "large_string")]
     documents = [row for row in rows[_text_column(strings, source, key)] if row is not None]
     full_name = f"{name}:{config}:{split}"
     return _Text(key, full_name, full_name, documents)

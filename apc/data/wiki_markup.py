@@ -6,62 +6,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mwparserfromhell.wikicode import Wikicode
 
-DROPPED_TAGS = {
-    "ref",
-    "references",
-    "table",
-    "gallery",
-    "imagemap",
-    "timeline",
-    "score",
-    "source",
-    "syntaxhighlight",
-    "hr",
-}
-DROPPED_LINKS = {"file", "image", "category", "media"}
-DROPPED_SECTIONS = {
-    "references",
-    "external links",
-    "see also",
-    "further reading",
-    "notes",
-    "bibliography",
-    "footnotes",
-    "citations",
-    "sources",
-    "notes and references",
-    "references and notes",
-    "works cited",
-}
+DROPPED_TAGS = re.compile("ref|references|table|gallery|imagemap|timeline|score|source|syntaxhighlight|hr")
+DROPPED_LINKS = re.compile("file|image|category|media")
+DROPPED_SECTIONS = re.compile(
+    "references|external links|see also|further reading|notes|bibliography|footnotes|citations|sources|"
+    "notes and references|references and notes|works cited"
+)
 # Templates that are words of a sentence, by the positional argument that has the words. All others are dropped.
-SPOKEN_TEMPLATES = {
-    "lang": 1,
-    "transl": -1,
-    "nowrap": 0,
-    "small": 0,
-    "smaller": 0,
-    "nihongo": 0,
-    "quote": 0,
-    "angbr": 0,
-    "vanchor": 0,
-    "keypress": 0,
-    "val": 0,
-    "nts": 0,
-    "abbr": 0,
-    "sub": 0,
-    "sup": 0,
-}
-TEMPLATE_SIGNS = {
-    "nbsp": " ",
-    "'s": "'s",
-    "·": "·",
-    "'": "'",
-    "spaced ndash": " – ",
-    "snd": " – ",
-    "ndash": "–",
-    "mdash": "—",
-    "pi": "π",
-}
+SPOKEN_FIRST = re.compile(
+    "lang-.*|nowrap|small|smaller|nihongo|quote|angbr|vanchor|keypress|val|nts|abbr|sub|sup", re.DOTALL
+)
+SPOKEN_TEMPLATES = {"lang": 1, "transl": -1}
+TEMPLATE_SIGNS = {"nbsp": " ", "'s": "'s", "·": "·", "'": "'", "pi": "π"}
+TEMPLATE_SIGNS |= {"spaced ndash": " – ", "snd": " – ", "ndash": "–", "mdash": "—"}
 
 
 def plain_text(markup: str) -> str:
@@ -81,7 +38,7 @@ def plain_text(markup: str) -> str:
             title = _tidy(_render(heading.title))
             if dropped_level and heading.level > dropped_level:
                 continue  # a subsection of a dropped section
-            dropped_level = heading.level if title.lower() in DROPPED_SECTIONS else 0
+            dropped_level = heading.level if DROPPED_SECTIONS.fullmatch(title.lower()) else 0
             if dropped_level:
                 continue
         body = _tidy("".join(_render_node(node) for node in section.nodes if node is not heading))
@@ -107,20 +64,17 @@ def _render_node(node) -> str:
         case nodes.Tag():
             return _render_tag(node)
         case nodes.Wikilink():
-            return "" if _namespace(node) in DROPPED_LINKS else _render(node.text or node.title).removeprefix(":")
+            namespace = str(node.title).partition(":")[0].strip().lower()
+            return "" if DROPPED_LINKS.fullmatch(namespace) else _render(node.text or node.title).removeprefix(":")
         case nodes.ExternalLink():
             return _render(node.title)
         case _:
             return ""  # comments, and template arguments, which are not expanded
 
 
-def _namespace(link) -> str:
-    return str(link.title).partition(":")[0].strip().lower()
-
-
 def _render_tag(tag) -> str:
     name = str(tag.tag).strip().lower()
-    if name in DROPPED_TAGS:
+    if DROPPED_TAGS.fullmatch(name):
         return ""
     if name == "br":
         return "\n"
@@ -145,7 +99,7 @@ def _render_template(template) -> str:
         return "/".join(args if len(args) > 1 else ["1", *args])
     if name == "chem":
         return "".join(args).replace("''", "")
-    index = 0 if name.startswith("lang-") else SPOKEN_TEMPLATES.get(name)
+    index = 0 if SPOKEN_FIRST.fullmatch(name) else SPOKEN_TEMPLATES.get(name)
     return args[index] if index is not None and len(args) > max(index, 0) else ""
 
 

@@ -1,9 +1,9 @@
 """Estimates a run before anything is loaded: patterns, bytes on disk, GPU and host, bytes exchanged, seconds per stage.
 
 Bytes come from the run's own classes, created on torch's meta device, which allocates nothing. Seconds are rough. For
-clustering they are the kernels' work divided by the rates of an H100 in `benchmarks/results.csv`. The other stages are
-scaled from one measured run (`apc/estimate/estimate.yaml`), once by FLOPs and once by the values that a stage reads;
-the two results are the ends of a range. Nothing here is a measurement.
+clustering they are the kernels' work divided by the rates of an H100 in `benchmarks/results.csv`. The other stages
+are scaled from one measured run (`apc/estimate/estimate.yaml`) in two ways, by FLOPs and by the number of values
+read; the two results bound the range. Nothing here is a measurement.
 
 Shape letters: L layers, D neurons of a site, K clusters, G groups clustered apart (L, or 1), S tokens per window.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -52,57 +52,49 @@ ALL_ROWS = 1 << 62  # more bytes than any set of patterns has
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model without its weights.
-
-    parameters: of the whole model; body: of its layers, without embeddings and head; widths: neurons at each of the
-    run's sites; origin: the source of these numbers, for the table.
-    """
+    """A model without its weights."""
 
     layers: int
     hidden_size: int
     ffn_width: int
     vocabulary: int
     parameters: int
-    body: int
+    body: int  # parameters without embeddings and head
     dtype: torch.dtype
-    widths: dict[str, int]
-    origin: str
+    widths: dict[str, int]  # neurons at each of the run's sites
+    origin: str  # the source of these numbers, for the table
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A run's model, and its numbers of fit and score windows. counted: the source of both numbers, by role."""
+    """A run's model, and its numbers of fit and score windows."""
 
     shape: ModelShape
     fit_windows: int
     score_windows: int
-    counted: dict[str, str]
+    counted: dict[str, str]  # the source of both numbers, by role
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds from `low` to `high`. basis: how they were estimated."""
+    """Seconds from `low` to `high`."""
 
     low: float
     high: float
-    basis: str
+    basis: str  # how they were estimated
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate for a run on `ranks` GPUs, one process each. All are bytes by purpose, except `seconds`.
-
-    disk: files; gpu: memory on each GPU; peak: the largest memory on a GPU at once, by stage; host: memory of all
-    processes; exchange: sent by each GPU in one pass of clustering; seconds: by stage.
-    """
+    """The estimate for a run on `ranks` GPUs, one process each. All are bytes by purpose, except `seconds`."""
 
     ranks: int
     disk: dict[str, int]
-    gpu: dict[str, int]
-    peak: dict[str, int]
-    host: dict[str, int]
-    exchange: dict[str, int]
-    seconds: dict[str, Seconds]
+    gpu: dict[str, int]  # on each
+    peak: dict[str, int]  # the most on a GPU at once, by stage
+    host: dict[str, int]  # of all processes
+    exchange: dict[str, int]  # sent by each GPU in one pass of clustering
+    seconds: dict[str, Seconds]  # by stage
 
 
 @cache
@@ -111,7 +103,7 @@ def known() -> dict:
     return yaml.safe_load(KNOWN.read_text())
 
 
-def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, Union["PreTrainedTokenizerBase", str]]:
+def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, "PreTrainedTokenizerBase | str"]:
     """The model's shape from its configuration, and its tokenizer, or as a string why there is none.
 
     Raises UserError if the configuration can't be read and `estimate.yaml` does not have the shape.
@@ -160,12 +152,9 @@ def _shape(
     ffns = find_ffns(model)
     inner = config.get_text_config()
     own = stored or (getattr(torch, inner.dtype) if isinstance(inner.dtype, str) else inner.dtype) or torch.float32
-    embeddings = {
-        id(layer.weight): layer.weight.numel()
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-        if layer is not None
-    }
     parameters = sum(value.numel() for value in model.parameters())
+    ends = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    embeddings = {id(layer.weight): layer.weight.numel() for layer in ends}  # one weight may be both
     return ModelShape(
         layers=len(ffns),
         hidden_size=ffns[0].hidden_size,
@@ -191,7 +180,7 @@ def read_workload(cfg: Config) -> Workload:
     return Workload(shape, left, score, {"fit": fit_source, "score": score_source})
 
 
-def _windows(cfg: Config, role: str, tokenizer: Union["PreTrainedTokenizerBase", str]) -> tuple[int, str]:
+def _windows(cfg: Config, role: str, tokenizer: "PreTrainedTokenizerBase | str") -> tuple[int, str]:
     """The number of windows of the `fit` or `score` text, and the source of this number."""
     wanted, source = getattr(cfg.data, f"{role}_windows"), getattr(cfg.data, role)
     if not on_hub(cfg.data, role) and not isinstance(tokenizer, str):
@@ -200,11 +189,9 @@ def _windows(cfg: Config, role: str, tokenizer: Union["PreTrainedTokenizerBase",
         return wanted, f"as data.{role}_windows says"
     text = known()["texts"].get(source, {}).get(cfg.model.path)
     if text is None:
-        missing = (
-            "it lies on the hub"
-            if on_hub(cfg.data, role)
-            else f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
-        )
+        missing = f"the model's tokenizer, which would count them, can't be loaded ({tokenizer})"
+        if on_hub(cfg.data, role):
+            missing = "it lies on the hub"
         raise UserError(
             f"data.{role}={source}: how many tokens it has is not known: {missing}; set data.{role}_windows=N"
         )
@@ -292,10 +279,8 @@ def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: in
 
     if module.cfg.schedule == "step":
         at_end = total("captured", "weight", *(["layer_sums"] if module._layers_apart else []))
-        return {
-            "sums and sizes, each step": Exchange(reduced=len(blocks) * total("sums", "sizes")),
-            "at a pass's end": Exchange(reduced=at_end),
-        }
+        steps = Exchange(reduced=len(blocks) * total("sums", "sizes"))
+        return {"sums and sizes, each step": steps, "at a pass's end": Exchange(reduced=at_end)}
     parts = {"sums, reduce-scattered": Exchange(scattered=total("sums"))}
     if module.updates_per_window:
         windows = sum(math.ceil((last - first) / ranks) for first, last in blocks)
@@ -308,28 +293,28 @@ def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: in
 
 def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
     """The estimate for `ranks` GPUs. Raises UserError where the run itself would, for the same numbers."""
-    info = pattern_info(cfg, work.shape, work.fit_windows)
+    shape = work.shape
+    info = pattern_info(cfg, shape, work.fit_windows)
     module = clustering_module(cfg, info)
     blocks = block_ranges(info.windows, windows_in_block(cfg.collect, info), ranks)
     predictor = predictor_module(cfg, info) if trains_predictor(cfg) else None
     book = empty_codebook(cfg, info)
     book_bytes = _nbytes(value for site in book.sites.values() for value in vars(site).values())
-    weights = work.shape.parameters * work.shape.dtype.itemsize
+    weights = shape.parameters * shape.dtype.itemsize
     rank_windows = math.ceil(max(last - first for first, last in blocks) / ranks)
 
-    clustering, kept = _clustering_bytes(cfg, info, module, ranks, rank_windows, weights)
+    clustering, kept = _clustering_bytes(cfg, module, ranks, rank_windows, weights)
     training = {} if predictor is None else {"training of the predictor, about": predictor.working_bytes()}
-    tuned = 0
-    if cfg.tune.max_epochs:
-        tuned = _nbytes(value for value in tuning_module(cfg, info).parameters() if value.requires_grad)
+    learned = tuning_module(cfg, info).parameters() if cfg.tune.max_epochs else ()
+    tuned = _nbytes(value for value in learned if value.requires_grad)
     tuning = {"tuned parameters, gradients, Adam's moments": 4 * tuned} if tuned else {}
     batch = cfg.trainer.batch_windows or DEFAULT_BATCH_WINDOWS
-    logits = batch * cfg.data.seq_len * work.shape.vocabulary * work.shape.dtype.itemsize
+    logits = batch * cfg.data.seq_len * shape.vocabulary * shape.dtype.itemsize
     scoring = {"logits of a forward pass": logits, "codebook": book_bytes}
     stored = kept if cfg.collect.storage == "device" else 0
-    peak = {"clustering": weights + sum(clustering.values()), "scoring": weights + sum(scoring.values()) + stored}
-    peak |= {"predictor": weights + sum(training.values()) + stored} if predictor is not None else {}
-    peak |= {"tuning, without activations": weights + sum(tuning.values()) + stored} if tuned else {}
+    others = {"scoring": scoring, "predictor": training, "tuning, without activations": tuning}
+    peak = {"clustering": weights + sum(clustering.values())}
+    peak |= {stage: weights + sum(parts.values()) + stored for stage, parts in others.items() if parts}
 
     disk = {}
     if cfg.collect.storage == "disk":
@@ -348,42 +333,31 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
         host["patterns read ahead"] = ranks * BLOCKS_READ * block_bytes(info, module.fields(), rank_windows)
     host["codebook"] = ranks * book_bytes
     exchange = exchanged(module, blocks, ranks) if ranks > 1 else {}
-    exchange_seconds = sum(part.seconds(ranks) for part in exchange.values())
-    return Estimate(
-        ranks=ranks,
-        disk=disk,
-        gpu={"model": weights, **clustering, **training, **tuning, **scoring},
-        peak=peak,
-        host=host,
-        exchange={name: round(part.sent(ranks)) for name, part in exchange.items()},
-        seconds=_seconds(cfg, work, module, ranks, kept, exchange_seconds),
-    )
+    seconds = _seconds(cfg, work, module, ranks, kept, sum(part.seconds(ranks) for part in exchange.values()))
+    gpu = {"model": weights, **clustering, **training, **tuning, **scoring}
+    sent = {name: round(part.sent(ranks)) for name, part in exchange.items()}
+    return Estimate(ranks, disk, gpu, peak, host, sent, seconds)
 
 
 def _clustering_bytes(
-    cfg: Config, info: PatternInfo, module: ClusteringModule, ranks: int, rank_windows: int, weights: int
+    cfg: Config, module: ClusteringModule, ranks: int, rank_windows: int, weights: int
 ) -> tuple[dict[str, int], int]:
     """A GPU's memory for clustering, by purpose, and the bytes of patterns that stay on it.
 
     rank_windows: the most windows of a block on one rank; weights: bytes of the model.
     """
-    buffers = _nbytes(module.buffers())
+    info = module.info
+    buffers, fields = _nbytes(module.buffers()), module.fields()
     parts = {"buffers of the clustering": buffers, "workspace of the clustering, about": module.working_bytes()}
     if cfg.collect.storage == "device":
         kept = math.ceil(info.bytes_per_token() * info.tokens / ranks)
         return parts | {"patterns": kept}, kept
-    readable = math.ceil(block_bytes(info, module.fields(), info.windows) / ranks)
+    readable = math.ceil(block_bytes(info, fields, info.windows) / ranks)
     total = int(known()["data_sheet"]["gpu_bytes"])
-    room = room_for_blocks(
-        info,
-        module.fields(),
-        math.ceil(windows_in_block(cfg.collect, info) / ranks),
-        total - weights - buffers,
-        total,
-        module.working_bytes(),
-    )
+    own = math.ceil(windows_in_block(cfg.collect, info) / ranks)
+    room = room_for_blocks(info, fields, own, total - weights - buffers, total, module.working_bytes())
     kept = min(room, readable)
-    in_flight = BLOCKS_IN_FLIGHT * block_bytes(info, module.fields(), rank_windows)
+    in_flight = BLOCKS_IN_FLIGHT * block_bytes(info, fields, rank_windows)
     return parts | {"patterns being copied": in_flight, "patterns kept, as far as they fit": kept}, kept
 
 
@@ -404,11 +378,9 @@ def stage_work(cfg: Config, work: Workload) -> dict[str, dict[str, float]]:
     if trains_predictor(cfg):
         module = predictor_module(cfg, pattern_info(cfg, shape, work.fit_windows))
         epochs, again = cfg.predictor.max_epochs, 2 * shape.body if cfg.collect.ffn_inputs == "streamed" else 0
-        parameters = sum(value.numel() for value in module.parameters())
-        amounts["predict"] = {
-            "FLOPs": (6 * parameters + again) * fit * epochs,
-            "reads": shape.layers * shape.hidden_size * fit * epochs,
-        }
+        flops = 6 * sum(value.numel() for value in module.parameters()) + again
+        reads = shape.layers * shape.hidden_size
+        amounts["predict"] = {"FLOPs": flops * fit * epochs, "reads": reads * fit * epochs}
     return amounts
 
 
@@ -423,29 +395,23 @@ def _reference() -> tuple[Config, Workload]:
 
 
 def pass_seconds(module: ClusteringModule, share: float, kept: int, slow: bool = False) -> float:
-    """Seconds of one pass after the first, on one GPU.
+    """Seconds of one pass after the first, on one GPU that has this share of the rows.
 
-    Args:
-        module: the clustering module.
-        share: the GPU's share of the rows.
-        kept: bytes of rows that stay on the GPU.
-        slow: for clusters filled in order, use the slower of two measured rates if none has the right size.
+    kept: bytes of rows that stay on the GPU; slow: for clusters filled in order, if no measured rate has the right
+    size, use the slower of the two nearest.
     """
     info, K, power = module.info, module.cfg.k, module.power
     rows = share * info.layers * info.tokens
     compute = 0.0
     for D in info.widths.values():
         pairs, packed = rows * K * D, rows * ops.row_bytes(D)
+        accumulate = rate("accumulate, random ids", "apc", K, D)
         if module.updates_per_window:
             cut = share * info.windows * module.groups * K * D * 8  # bytes of sums that are cut after each window
             fill = rates("assign_with_capacity", "apc", K, D)[0 if slow else 1]
-            compute += (
-                pairs / fill
-                + packed / rate("accumulate, random ids", "apc", K, D)
-                + cut / rate("binarize", "apc", K, D)
-            )
+            compute += pairs / fill + packed / accumulate + cut / rate("binarize", "apc", K, D)
         elif power == 0:
-            compute += pairs / rate("assign", "apc b1", K, D) + packed / rate("accumulate, random ids", "apc", K, D)
+            compute += pairs / rate("assign", "apc b1", K, D) + packed / accumulate
         else:
             read = rows * D / rate("accumulate_weighted, power 2, random ids", "apc", K, D)
             compute += pairs / rate(f"assign_weighted, power {power}", "apc", K, D) + read
@@ -457,20 +423,25 @@ def _seconds(
     cfg: Config, work: Workload, module: ClusteringModule, ranks: int, kept: int, exchange: float
 ) -> dict[str, Seconds]:
     """Seconds by stage, in order. exchange: seconds of communication in one pass of clustering."""
-    reference_cfg, reference = _reference()
-    measured, reference_work = known()["stages"]["seconds"], stage_work(reference_cfg, reference)
+    measured, reference = known()["stages"]["seconds"], stage_work(*_reference())
     seconds = {}
     for stage, amounts in stage_work(cfg, work).items():
         windows = work.score_windows if stage == "evaluate" else work.fit_windows
         share = _collect_share(cfg, windows, ranks) if stage == "collect" else math.ceil(windows / ranks) / windows
-        scaled = [measured[stage] * amount / reference_work[stage][unit] * share for unit, amount in amounts.items()]
+        scaled = [measured[stage] * amount / reference[stage][unit] * share for unit, amount in amounts.items()]
         seconds[stage] = Seconds(min(scaled), max(scaled), "scaled from a measured run, by FLOPs and by values read")
     seconds["cluster"] = _cluster_seconds(cfg, module, ranks, kept, exchange)
     if cfg.tune.max_epochs:
-        seconds["tune"] = _tune_seconds(cfg, work, ranks)
+        tuned = known()["tuning"]
+        share = math.ceil(work.fit_windows / ranks) / work.fit_windows
+        amount = work.shape.parameters * work.fit_windows * cfg.data.seq_len * cfg.tune.max_epochs
+        own = _known_shape(ModelConfig(), ["neuron"]).parameters * tuned["tokens"] * tuned["passes"]
+        value = tuned["seconds"] * amount / own * share
+        basis = f"scaled from a measured tuning ({tuned['from']}), by parameters and tokens"
+        seconds["tune"] = Seconds(value, value, basis)
     order = ["collect", "cluster", "predict", "tune", "evaluate"]
-    last = {"all": "evaluate"}.get(cfg.stage, cfg.stage)
-    return {stage: seconds[stage] for stage in order[: order.index(last) + 1] if stage in seconds}
+    last = len(order) if cfg.stage == "all" else order.index(cfg.stage) + 1
+    return {stage: seconds[stage] for stage in order[:last] if stage in seconds}
 
 
 def _collect_share(cfg: Config, windows: int, ranks: int) -> float:
@@ -490,7 +461,10 @@ def _collect_share(cfg: Config, windows: int, ranks: int) -> float:
 
 
 def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchange: float) -> Seconds:
-    """From the kernels' seconds to these plus the measured run's seconds outside its kernels."""
+    """A range.
+
+    From the kernels' seconds alone, to these plus the seconds that the measured run spent outside its kernels.
+    """
     share = math.ceil(module.info.windows / ranks) / module.info.windows
     passes = cfg.cluster.max_epochs
     kernels = passes * (pass_seconds(module, share, kept) + exchange)
@@ -502,13 +476,3 @@ def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: in
     own = clustering_module(reference_cfg, pattern_info(reference_cfg, reference.shape, reference.fit_windows))
     in_kernels = reference_cfg.cluster.max_epochs * pass_seconds(own, 1.0, ALL_ROWS)
     return Seconds(kernels, slow + max(0.0, known()["stages"]["seconds"]["cluster"] - in_kernels), basis)
-
-
-def _tune_seconds(cfg: Config, work: Workload, ranks: int) -> Seconds:
-    """Scaled from a measured tuning by parameters and by tokens of all passes."""
-    measured = known()["tuning"]
-    share = math.ceil(work.fit_windows / ranks) / work.fit_windows
-    amount = work.shape.parameters * work.fit_windows * cfg.data.seq_len * cfg.tune.max_epochs
-    own = _known_shape(ModelConfig(), ["neuron"]).parameters * measured["tokens"] * measured["passes"]
-    seconds = measured["seconds"] * amount / own * share
-    return Seconds(seconds, seconds, f"scaled from a measured tuning ({measured['from']}), by parameters and tokens")

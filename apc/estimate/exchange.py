@@ -20,7 +20,7 @@ class Links:
     def bandwidth(self, ranks: int) -> float:
         """Bytes/s of one rank in rings over `ranks` GPUs.
 
-        Between hosts there is a ring for each adapter of a host, and each ring crosses through another adapter.
+        Between hosts there is one ring per network adapter, and each ring uses a different adapter.
         """
         return self.within if ranks <= GPUS_PER_HOST else min(self.within, self.between * GPUS_PER_HOST)
 
@@ -30,7 +30,10 @@ H100 = Links()
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes of a rank's tensors in one pass: reduce-scattered, all-gathered (the size of the result), all-reduced."""
+    """Bytes of tensors that a rank exchanges in one pass, by operation.
+
+    Reduce-scatter, all-gather (bytes of the result), all-reduce.
+    """
 
     scattered: int = 0
     gathered: int = 0

@@ -32,12 +32,9 @@ def rates(operation: str, implementation: str, K: int, D: int) -> list[float]:
 
 
 def _rows(operation: str, implementation: str, note: str = "") -> list[dict[str, str]]:
+    wanted = (operation, implementation)
     with RESULTS.open(newline="") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["operation"], row["implementation"]) == (operation, implementation)
-        ]
+        rows = [row for row in csv.DictReader(file) if (row["operation"], row["implementation"]) == wanted]
     rows = [row for row in rows if "H100" in row["device"] and row["note"].startswith(note)]
     if not rows:
         raise UserError(f"{RESULTS}: has no row for {operation}, {implementation} on an H100; run `make bench` on one")
@@ -49,6 +46,6 @@ def _apart(measured: str, size: int) -> float:
 
 
 def _nearest(rows: list[dict[str, str]], distance: Callable[[dict[str, str]], tuple[float, ...]]) -> float:
-    """The rate of the row with the least distance, among equals the last one."""
+    """The rate of the nearest row; of equally near rows, the last."""
     least = min(map(distance, rows))
     return float([row for row in rows if distance(row) == least][-1]["rate"])

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-import textwrap
+from textwrap import TextWrapper
 
 from apc import ops
 from apc.collect.patterns import PatternInfo
@@ -19,22 +19,16 @@ WIDTH = 110  # characters per line
 
 
 def describe(cfg: Config) -> str:
-    """The estimate as text, with columns for 1 and 8 GPUs and for trainer.devices.
-
-    Raises UserError as `read_workload` and `estimate` do.
-    """
+    """The estimate as text, with columns for 1 and 8 GPUs and for trainer.devices. May raise UserError."""
     work = read_workload(cfg)
     asked = cfg.trainer.devices * cfg.trainer.num_nodes
     counts = sorted({count for count in (*RANKS, asked) if count <= work.fit_windows} | {asked})
     estimates = [estimate(cfg, work, count) for count in counts]
     info = pattern_info(cfg, work.shape, work.fit_windows)
-    heading = [
-        textwrap.fill(line, WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False) for line in _heading(cfg, work)
-    ]
-    notes = [
-        textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False) for line in _notes(cfg, estimates)
-    ]
-    return "\n".join([*heading, "", _patterns_table(cfg, info), "", _costs_table(estimates), "", *notes])
+    heading = TextWrapper(WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False)
+    notes = TextWrapper(WIDTH, break_on_hyphens=False, break_long_words=False)
+    tops, ends = map(heading.fill, _heading(cfg, work)), map(notes.fill, _notes(cfg, estimates))
+    return "\n".join([*tops, "", _patterns_table(cfg, info), "", _costs_table(estimates), "", *ends])
 
 
 def _heading(cfg: Config, work: Workload) -> list[str]:
@@ -59,56 +53,41 @@ def _heading(cfg: Config, work: Workload) -> list[str]:
 
 def _patterns_table(cfg: Config, info: PatternInfo) -> str:
     each = "shared by all layers" if cfg.cluster.scope == "pooled" else f"for each of {info.layers} layers"
-    rows = [
-        [
-            site,
-            f"{info.layers * info.tokens:,}",
-            f"{D:,}",
-            f"{ops.row_bytes(D):,}",
-            f"{cfg.cluster.k:,}",
-            f"{ops.mask_size(D, cfg.cluster.density):,}",
-        ]
-        for site, D in info.widths.items()
-    ]
+    rows = []
+    for site, D in info.widths.items():
+        ones = ops.mask_size(D, cfg.cluster.density)
+        numbers = (info.layers * info.tokens, D, ops.row_bytes(D), cfg.cluster.k, ones)
+        rows.append([site, *(f"{number:,}" for number in numbers)])
     title = (
         f"{cfg.cluster.algorithm}, {cfg.cluster.weighting}, density {cfg.cluster.density:g}, "
         f"at most {cfg.cluster.max_epochs} passes; clusters {each}"
     )
-    header = [
-        ("", "site"),
-        ("", "patterns"),
-        ("", "neurons"),
-        ("bytes", "a row"),
-        ("", "clusters"),
-        ("ones in", "a centroid"),
-    ]
+    names = ("site", "patterns", "neurons", "a row", "clusters", "a centroid")
+    header = list(zip(("", "", "", "bytes", "", "ones in"), names, strict=True))
     return f"{title}\n\n{tables.text_grid(header, rows)}"
 
 
 def _costs_table(estimates: list[Estimate]) -> str:
-    rows: list[list[str]] = []
-
-    def section(title: str, columns: list[dict[str, int]], total: str | None) -> None:
+    rows, blank = [], [""] * len(estimates)
+    for title, field, total in (
+        ("on disk", "disk", "together"),
+        ("on each GPU", "gpu", ""),
+        ("on each GPU, at once", "peak", ""),
+        ("on the host, all processes", "host", ""),
+        ("sent in a pass, by each GPU", "exchange", "together"),
+    ):
+        columns: list[dict[str, int]] = [getattr(each, field) for each in estimates]
         names = list(dict.fromkeys(name for column in columns for name in column))
-        if names:
-            rows.append([title] + [""] * len(estimates))
-            rows.extend(
-                [f"  {name}"] + [_bytes(column[name]) if name in column else tables.DASH for column in columns]
-                for name in names
+        rows += [[title, *blank]] if names else []
+        for name in names:
+            rows.append([f"  {name}", *(_bytes(column[name]) if name in column else tables.DASH for column in columns)])
+        if total and len(names) > 1:
+            rows.append(
+                [f"  {total}", *(_bytes(sum(column.values())) if column else tables.DASH for column in columns)]
             )
-            if total and len(names) > 1:
-                rows.append(
-                    [f"  {total}"] + [_bytes(sum(column.values())) if column else tables.DASH for column in columns]
-                )
-
-    section("on disk", [each.disk for each in estimates], "together")
-    section("on each GPU", [each.gpu for each in estimates], None)
-    section("on each GPU, at once", [each.peak for each in estimates], None)
-    section("on the host, all processes", [each.host for each in estimates], None)
-    section("sent in a pass, by each GPU", [each.exchange for each in estimates], "together")
-    rows.append(["seconds, on H100s"] + [""] * len(estimates))
+    rows.append(["seconds, on H100s", *blank])
     for stage in estimates[0].seconds:
-        rows.append([f"  {stage}"] + [_range(each.seconds[stage]) for each in estimates])
+        rows.append([f"  {stage}", *(_range(each.seconds[stage]) for each in estimates)])
     return tables.text_grid([("", ""), *(("", _gpus(each.ranks)) for each in estimates)], rows)
 
 
@@ -118,10 +97,9 @@ def _gpus(count: int) -> str:
 
 def _notes(cfg: Config, estimates: list[Estimate]) -> list[str]:
     stages, limit = known()["stages"], known()["data_sheet"]["gpu_bytes"]
-    bases = {
-        value.basis: [stage for stage, other in estimates[0].seconds.items() if other.basis == value.basis]
-        for value in estimates[0].seconds.values()
-    }
+    bases: dict[str, list[str]] = {}
+    for stage, value in estimates[0].seconds.items():
+        bases.setdefault(value.basis, []).append(stage)
     notes = [f"{', '.join(names)}: {basis}." for basis, names in bases.items()]
     notes += [
         f"The measured run: on an {stages['device']} ({stages['from']}). Rates of the kernels: benchmarks/results.csv, "
@@ -130,26 +108,21 @@ def _notes(cfg: Config, estimates: list[Estimate]) -> list[str]:
         f"Exchange: rings at data-sheet speed, NVLink 4 up to {GPUS_PER_HOST} GPUs, 400 Gbit/s per GPU between hosts.",
     ]
     for each in estimates:
-        over = [stage for stage, value in each.peak.items() if value > limit]
+        over = [stage for stage, size in each.peak.items() if size > limit]
         if over:
             notes.append(f"{_gpus(each.ranks)}: {' and '.join(over)} would not fit an 80 GB card.")
     if cfg.collect.storage == "disk":
         folder = store_folder(cfg.collect)
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         needed, free = next(iter(estimates[0].disk.values())), shutil.disk_usage(place).free
-        notes.append(
-            f"Patterns go to {folder}, where {_bytes(free)} are free" + (": TOO LITTLE." if needed > free else ".")
-        )
+        ending = ": TOO LITTLE." if needed > free else "."
+        notes.append(f"Patterns go to {folder}, where {_bytes(free)} are free{ending}")
     return notes
 
 
-def _two(value: float) -> float:
-    """Rounded to two significant digits."""
-    return 0.0 if value == 0 else round(value, 1 - math.floor(math.log10(abs(value))))
-
-
 def _number(value: float) -> str:
-    value = _two(value)
+    """Two significant digits, or all digits before the point."""
+    value = round(value, 1 - math.floor(math.log10(abs(value)))) if value else 0.0
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 

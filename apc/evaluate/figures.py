@@ -7,7 +7,7 @@ hollow marker is a bound: a policy that reads the token's own activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ import numpy as np
 from apc.evaluate.tables import (
     DASH,
     best_policy,
+    condition_items,
     is_in_sample,
     layered,
     percent,
     shown_perplexity,
     shown_ratio,
     to_float,
-    wrapped_conditions,
+    wrapped_items,
 )
 from apc.sparse.policies import facts
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
 DPI = 160
 WIDTH = 8.0  # inches; a README shows 1,280 pixels at about 800, so that 9 points become 12 pixels
-_DASHES = (0, (4, 3))
+_REFERENCE: dict[str, Any] = dict(color=INK, linewidth=1, linestyle=(0, (4, 3)))
 _LOG_FROM = 5.0  # an axis is logarithmic if its largest value is this many times the smallest
 _OUTLIER = 30.0  # the largest value is clipped at the edge if it is this many times the next
 _MAX_SITES = 4  # more groups of clusters than this share one panel
@@ -57,7 +58,7 @@ def marker_style(policy: dict) -> dict[str, Any]:
 
 def save_figures(results: dict, folder: Path) -> dict[str, Path]:
     """Draws every figure that the results have data for; returns name → PNG."""
-    draw: dict[str, Callable[[dict, Path], bool]] = {
+    draw = {
         "perplexity": perplexity_figure,
         "perplexity_over_bytes": bytes_figure,
         "speed": speed_figure,
@@ -69,7 +70,7 @@ def save_figures(results: dict, folder: Path) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.png" for name in draw}
-    return {name: paths[name] for name, figure in draw.items() if figure(results, paths[name])}
+    return {name: path for name, path in paths.items() if draw[name](results, path)}
 
 
 def perplexity_figure(results: dict, path: Path) -> bool:
@@ -79,20 +80,42 @@ def perplexity_figure(results: dict, path: Path) -> bool:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return False
-    figure = _figure(results, _perplexity_title(policies), 0.75 + 0.34 * len(policies))
+    best, title = best_policy(policies), "Perplexity of each policy"
+    if best and best.get("ratio") is not None:
+        title = f"Best usable policy: {best['policy']}, {best['ratio']:.3g} × dense perplexity"
+    figure = _figure(results, title, 0.75 + 0.34 * len(policies))
     axes, numbers = figure.subplots(1, 2, width_ratios=[2.1, 1], sharey=True)
     limit = outlier_limit(finite)
+    clipped = math.isfinite(limit)
     shown = [value for value in finite if value <= limit]
+    ends = [end for policy, value in zip(policies, values, strict=True) if value <= limit for end in _interval(policy)]
     logarithmic = max(shown) / min(shown) > _LOG_FROM
     if logarithmic:
         log_axis(axes, "x")
-    edge = _right_edge(axes, [*shown, *_whiskers(policies, limit)], limit, logarithmic)
+        start, edge = _limits([*shown, *ends], True, 0.06, 0.18 if clipped else 0.09)
+    else:
+        start, edge = _limits([*shown, *ends], False, 0.08, 0.3 if clipped else 0.12)
+    axes.set_xlim(start, edge)
     for y, (policy, value) in enumerate(zip(policies, values, strict=True)):
-        _perplexity_dot(axes, y, policy, value, edge)
-        if math.isfinite(value):
-            numbers.text(0.34, y, shown_perplexity(value), ha="right", va="center", fontsize=9.5)
-            numbers.text(1, y, shown_ratio(policy), ha="right", va="center", fontsize=9.5)
-    _dense_line(axes, policies, axes.axvline)
+        if not math.isfinite(value):
+            reason = policy.get("missing") or ("not finite" if policy.get("perplexity") is not None else "not measured")
+            place = (0, y), (6, 0), axes.get_yaxis_transform(), "offset points"
+            axes.annotate(f"{DASH} {reason}", *place, va="center", fontsize=9, color=MUTED)
+            continue
+        for x, text in ((0.34, shown_perplexity(value)), (1, shown_ratio(policy))):
+            numbers.text(x, y, text, ha="right", va="center", fontsize=9.5)
+        look = marker_style(policy)
+        if value > edge:
+            look = look | {"marker": ">", "clip_on": False}
+            axes.annotate(
+                "off the scale", (edge, y), (-9, 0), "data", "offset points", ha="right", va="center", fontsize=9
+            )
+        else:
+            ends = [min(edge, end) for end in _interval(policy)]
+            axes.plot(ends, [y] * len(ends), color=look["color"], linewidth=1.3, marker="|", markersize=8, zorder=2.4)
+        axes.plot(min(value, edge), y, **look, zorder=3)
+    for value in _dense(policies):
+        axes.axvline(value, **_REFERENCE, zorder=1.5)
     axes.set_yticks(range(len(policies)), [policy["policy"] for policy in policies])
     axes.set_ylim(len(policies) - 0.5, -0.5)
     log = " (log scale)" if logarithmic else ""
@@ -105,71 +128,37 @@ def perplexity_figure(results: dict, path: Path) -> bool:
     return _save(figure, path)
 
 
-def _perplexity_title(policies: Sequence[dict]) -> str:
-    best = best_policy(policies)
-    if best is None or best.get("ratio") is None:
-        return "Perplexity of each policy"
-    return f"Best usable policy: {best['policy']}, {best['ratio']:.3g} × dense perplexity"
+def _interval(policy: dict) -> list[float]:
+    """The ends of the 95 % interval against dense, as perplexities; empty without one."""
+    keys = ("perplexity", "ratio", "ratio_low", "ratio_high")
+    value, ratio, low, high = (to_float(policy.get(key)) for key in keys)
+    return [value * low / ratio, value * high / ratio] if math.isfinite(low + high + ratio) and high > low else []
 
 
-def _whiskers(policies: Iterable[dict], limit: float) -> list[float]:
-    """The ends of the 95 % intervals, as perplexities, of values below the limit."""
-    ends = []
-    for policy in policies:
-        value, ratio, *interval = (
-            to_float(policy.get(key)) for key in ("perplexity", "ratio", "ratio_low", "ratio_high")
-        )
-        ends += [value * bound / ratio for bound in interval if value <= limit and ratio]
-    return [end for end in ends if math.isfinite(end)]
+def _dense(policies: Iterable[dict]) -> list[float]:
+    """The perplexity of the dense model, if the policies have it."""
+    values = [to_float(policy.get("perplexity")) for policy in policies if policy["policy"] == "dense"]
+    return [value for value in values if math.isfinite(value)][:1]
 
 
-def _right_edge(axes: Axes, shown: Sequence[float], limit: float, logarithmic: bool) -> float:
-    """Sets the x axis around the values, with room for a clipped one; returns its end."""
-    low, high = min(shown), max(shown)
+def _limits(values: Sequence[float], logarithmic: bool, before: float, after: float) -> tuple[float, float]:
+    """The ends of an axis around the values, with room before and after them as shares of their range."""
+    low, high = min(values), max(values)
     if logarithmic:
-        room = (high / low) ** 0.06
-        end = high * room ** (3 if math.isfinite(limit) else 1.5)
-        axes.set_xlim(low / room, end)
-    else:
-        room = max(high - low, 0.02 * high)
-        end = high + (0.3 if math.isfinite(limit) else 0.12) * room
-        axes.set_xlim(low - 0.08 * room, end)
-    return end
-
-
-def _perplexity_dot(axes: Axes, y: int, policy: dict, value: float, edge: float) -> None:
-    """One policy's dot with its whisker; a value beyond the edge is an arrow with its value."""
-    beside = axes.get_yaxis_transform()
-    if not math.isfinite(value):
-        reason = policy.get("missing") or ("not finite" if policy.get("perplexity") is not None else "not measured")
-        axes.annotate(f"{DASH} {reason}", (0, y), (6, 0), beside, "offset points", va="center", fontsize=9, color=MUTED)
-        return
-    ratio, low, high = (to_float(policy.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
-    look = marker_style(policy)
-    if value > edge:
-        axes.plot(edge, y, **(look | {"marker": ">"}), clip_on=False, zorder=3)
-        axes.annotate(
-            "off the scale", (edge, y), (-9, 0), textcoords="offset points", ha="right", va="center", fontsize=9
-        )
-    else:
-        if math.isfinite(low + high + ratio) and high > low:
-            ends = [value * low / ratio, min(edge, value * high / ratio)]
-            axes.plot(ends, [y, y], color=look["color"], linewidth=1.3, marker="|", markersize=8, zorder=2.4)
-        axes.plot(value, y, **look, zorder=3)
+        return low / (high / low) ** before, high * (high / low) ** after
+    span = max(high - low, 0.02 * high)
+    return low - before * span, high + after * span
 
 
 def bytes_figure(results: dict, path: Path) -> bool:
     """Perplexity over the bytes that a token reads, one labelled point for each policy."""
-    points = [
-        BytesPoint(policy["policy"], policy)
-        for policy in results.get("policies") or []
-        if policy["policy"] != "dense" and not policy.get("missing")
-    ]
-    points = [point for point in points if point.is_finite()]
+    policies = results.get("policies") or []
+    points = [BytesPoint(policy["policy"], policy) for policy in policies if policy["policy"] != "dense"]
+    points = list(filter(BytesPoint.is_finite, points))
     if not points:
         return False
     figure = _figure(results, "Perplexity over the FFN bytes read per token", 4.2)
-    draw_bytes(figure.subplots(), points, results.get("policies") or [])
+    draw_bytes(figure.subplots(), points, policies)
     return _save(figure, path)
 
 
@@ -195,20 +184,17 @@ def draw_bytes(axes: Axes, points: Sequence[BytesPoint], policies: Iterable[dict
 
     points: all but dense; those with an empty label have none. policies: records, of which dense is taken.
     """
-    dense = [to_float(policy.get("perplexity")) for policy in policies if policy["policy"] == "dense"]
-    dense = [value for value in dense if math.isfinite(value)][:1]
+    dense = _dense(policies)
     x, y = (np.array(values) for values in zip(*(point.place for point in points), strict=True))
     x_limit, y_limit = (outlier_limit(values) for values in ([100.0, *x], [*dense, *y]))
     x_limit = min(x_limit, 125.0)  # more bytes than dense are of little use: clipped too
-    levels = [value for value in [*dense, *y] if value <= y_limit]
+    levels, clipped = [value for value in [*dense, *y] if value <= y_limit], math.isfinite(y_limit)
     logarithmic = max(levels) / min(levels) > 2
     if logarithmic:
         log_axis(axes, "y")
-        room = (max(levels) / min(levels)) ** 0.08
-        bottom, top = min(levels) / room, max(levels) * room ** (2 if math.isfinite(y_limit) else 1)
+        bottom, top = _limits(levels, True, 0.08, 0.16 if clipped else 0.08)
     else:
-        room = max(max(levels) - min(levels), 0.02 * max(levels))
-        bottom, top = min(levels) - 0.1 * room, max(levels) + (0.25 if math.isfinite(y_limit) else 0.1) * room
+        bottom, top = _limits(levels, False, 0.1, 0.25 if clipped else 0.1)
     axes.set_ylim(bottom, top)
     inside = x[x <= x_limit]
     left = min(inside, default=100.0)
@@ -227,17 +213,9 @@ def draw_bytes(axes: Axes, points: Sequence[BytesPoint], policies: Iterable[dict
         words = " ".join(filter(None, [point.label, f"({', '.join(beyond)})" if beyond else ""]))
         labels.append(Label(*at, words, look["color"]))
     for value in dense:
-        axes.axhline(value, color=INK, linewidth=1, linestyle=_DASHES, zorder=1.5)
-        axes.annotate(
-            f"dense {shown_perplexity(value)}",
-            (1, value),
-            (-2, -3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=9,
-            ha="right",
-            va="top",
-        )
+        axes.axhline(value, **_REFERENCE, zorder=1.5)
+        place = (1, value), (-2, -3), ("axes fraction", "data"), "offset points"
+        axes.annotate(f"dense {shown_perplexity(value)}", *place, fontsize=9, ha="right", va="top")
     finer_ticks(axes)
     log = " (log scale)" if logarithmic else ""
     plain_axes(axes, xlabel="FFN bytes read per token, % of dense; hollow: bound", ylabel=f"perplexity{log}")
@@ -255,10 +233,9 @@ def speed_figure(results: dict, path: Path) -> bool:
     for policy in policies:
         color, marker = style(policy["policy"])
         rate = 1 / policy["seconds_per_token"]
-        look: dict[str, Any] = dict(color=color, marker=marker, markersize=8, linestyle="none")
-        axes.plot(rate, policy["perplexity"], **look)
+        axes.plot(rate, policy["perplexity"], marker, color=color, markersize=8)
         if policy["policy"] != "dense":
-            axes.plot(rate, policy["perplexity_masked"], **look, markerfacecolor="white")
+            axes.plot(rate, policy["perplexity_masked"], marker, color=color, markersize=8, markerfacecolor="white")
         labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
     values = [policy[key] for policy in policies for key in ("perplexity", "perplexity_masked")]
     if max(values) / min(values) > _LOG_FROM:
@@ -277,17 +254,15 @@ def captured_figure(results: dict, path: Path) -> bool:
         return False
     figure = _figure(results, "Importance that the masks keep, layer by layer", 4.2)
     axes = figure.subplots()
-    lowest = 100.0
-    ends = []
+    lowest, ends = 100.0, []
     for policy in policies:
         shares = 100 * np.array([to_float(value) for value in policy["per_layer"]["captured_importance"]])
         color, marker = style(policy["policy"])
         marker = marker if len(shares) <= _MAX_MARKERS else ""
         axes.plot(shares, color=color, marker=marker, markersize=4, linewidth=1.5, clip_on=False)
         lowest = float(np.nanmin([lowest, *shares]))
-        finite = np.flatnonzero(np.isfinite(shares))
         text = f"{policy['policy']} {percent(policy.get('captured_importance'))}"
-        ends += [Label(float(finite[-1]), float(shares[finite[-1]]), text, color)] if len(finite) else []
+        ends += [Label(last, shares[last], text, color) for last in np.flatnonzero(np.isfinite(shares))[-1:]]
     axes.set_ylim(min(90.0, 10 * math.floor(lowest / 10)), 100)
     integer_ticks(axes)
     plain_axes(axes, xlabel="layer; at the right: over all layers", ylabel="captured importance, %")
@@ -315,12 +290,12 @@ def union_figure(results: dict, path: Path) -> bool:
         axes.plot(sizes, 100 * np.array(shares), label=policy["policy"], clip_on=False, **look)
     density = to_float((results.get("conditions") or {}).get("density"))
     independent = 100 * (1 - (1 - density) ** sizes)
-    axes.plot(sizes, independent, color=INK, linewidth=1, linestyle=_DASHES, label="if masks were independent")
+    axes.plot(sizes, independent, **_REFERENCE, label="if masks were independent")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_ylim(top=100)
     xlabel = "tokens in a batch, drawn at random from windows that ran together"
-    plain_axes(axes, xlabel=xlabel, ylabel="neurons that some token keeps, %")
+    plain_axes(axes, xlabel, "neurons that some token keeps, %")
     axes.legend(loc="lower right", frameon=False, fontsize=10, title="hollow: bound", title_fontsize=9)
     return _save(figure, path)
 
@@ -329,14 +304,15 @@ def usage_figure(results: dict, path: Path) -> bool:
     """How evenly tokens spread over the clusters: median and range over layers of each layer's sorted shares."""
     sizes = (results.get("cluster") or {}).get("sizes") or {}
     groups = {
-        site: [np.sort(np.asarray(layer, dtype=float))[::-1] for layer in layers] for site, layers in sizes.items()
+        site: [np.sort(np.asarray(layer, dtype=float))[::-1] for layer in layers]
+        for site, layers in sizes.items()
+        if max(map(len, layers), default=0) > 1
     }
-    groups = {site: layers for site, layers in groups.items() if max(map(len, layers), default=0) > 1}
-    if not groups:
+    every = [layer for layers in groups.values() for layer in layers]
+    if not every:
         return False
     if len(groups) > _MAX_SITES:
-        groups = {"": [layer for layers in groups.values() for layer in layers]}
-    every = [layer for layers in groups.values() for layer in layers]
+        groups = {"": every}
     empty, total = sum(int((layer == 0).sum()) for layer in every), sum(map(len, every))
     note = f"{empty:,} of {total:,} clusters are empty." if empty else "No cluster is empty."
     figure = _figure(results, "How evenly tokens spread over the clusters", 3.4, note=note)
@@ -360,23 +336,22 @@ def _usage_curves(axes: Axes, layers: Sequence[np.ndarray]) -> list[float]:
 
     layers: sizes, largest first. Empty clusters are not drawn.
     """
-    most = max(len(layer) for layer in layers)
-    shares = np.zeros((len(layers), most))
-    for row, layer in zip(shares, layers, strict=True):
-        row[: len(layer)] = 100 * layer / max(1.0, layer.sum())
+    most = max(map(len, layers))
+    shares = np.array([np.pad(100 * layer / max(1.0, layer.sum()), (0, most - len(layer))) for layer in layers])
     ranks = np.arange(1, most + 1)
     if most > _MAX_POINTS:
         ranks = np.unique(np.geomspace(1, most, _MAX_POINTS).round().astype(int))
     levels = [100 / most, *shares[shares > 0]]
     low, middle, high = (np.quantile(shares[:, ranks - 1], level, axis=0) for level in (0, 0.5, 1))
-    several = len(layers) > 1
-    if several:
+    label = "clusters"
+    if len(layers) > 1:
+        label = "median layer"
         low[low == 0] = min(levels)
-        where = high > 0
-        axes.fill_between(ranks, low, high, where=where, color="#0072B2", alpha=0.2, linewidth=0, label="all layers")
+        look: dict[str, Any] = dict(color="#0072B2", alpha=0.2, linewidth=0)
+        axes.fill_between(ranks, low, high, where=high > 0, label="all layers", **look)
     middle[middle == 0] = math.nan
-    axes.plot(ranks, middle, color="#0072B2", linewidth=2, label="median layer" if several else "clusters")
-    axes.axhline(100 / most, color=INK, linewidth=1, linestyle=_DASHES, label="all equal")
+    axes.plot(ranks, middle, color="#0072B2", linewidth=2, label=label)
+    axes.axhline(100 / most, **_REFERENCE, label="all equal")
     if most > _MAX_LINEAR_RANKS:
         log_axis(axes, "x")
     return [min(levels), max(levels)]
@@ -384,12 +359,11 @@ def _usage_curves(axes: Axes, layers: Sequence[np.ndarray]) -> list[float]:
 
 def convergence_figure(results: dict, path: Path) -> bool:
     """The clustering over its epochs, and the losses of predictor and tuning over their steps."""
-    cluster = (results.get("cluster") or {}).get("history") or []
-    predictor = (results.get("predictor") or {}).get("history") or []
-    tuning = (results.get("tune") or {}).get("history") or []
-    free = (results.get("conditions") or {}).get("centroid_size") == "free"
-    captured = "agreement with the centroids, %" if free else "captured by the centroids, %"
-    changed = "change of the centroids, %" if free else "centroid bits that changed, %"
+    stages = ("cluster", "predictor", "tune")
+    cluster, predictor, tuning = ((results.get(stage) or {}).get("history") or [] for stage in stages)
+    captured, changed = "captured by the centroids, %", "centroid bits that changed, %"
+    if (results.get("conditions") or {}).get("centroid_size") == "free":
+        captured, changed = "agreement with the centroids, %", "change of the centroids, %"
     panels = [
         (captured, cluster, "epoch", "captured", 100.0, "#009E73"),
         (changed, cluster, "epoch", "changed", 100.0, "#0072B2"),
@@ -397,12 +371,16 @@ def convergence_figure(results: dict, path: Path) -> bool:
         ("loss of the predictor", predictor, "step", "loss", 1.0, "#D55E00"),
         ("tuning: divergence, nats", tuning, "step", "divergence", 1.0, "#CC79A7"),
     ]
-    panels = [panel for panel in panels if any(math.isfinite(to_float(row.get(panel[3]))) for row in panel[1])]
     never_empty = bool(cluster) and not any(to_float(row.get("empty")) > 0 for row in cluster)
-    panels = [panel for panel in panels if not (panel[3] == "empty" and never_empty)]
+    panels = [
+        panel
+        for panel in panels
+        if any(math.isfinite(to_float(row.get(panel[3]))) for row in panel[1])
+        and not (panel[3] == "empty" and never_empty)
+    ]
     if not panels:
         return False
-    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     note = "No cluster was empty in any epoch." if never_empty else ""
     figure = _figure(results, "Training: clusters by epoch, losses by step", 0.2 + 2.5 * rows, note=note)
@@ -410,10 +388,11 @@ def convergence_figure(results: dict, path: Path) -> bool:
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, history, x, y, scale, color) in zip(places, panels, strict=False):
-        points = [to_float(row.get(x)) for row in history]
-        values = [scale * to_float(row.get(y)) for row in history]
+        points, values = ([to_float(row.get(key)) for row in history] for key in (x, y))
         marker = "o" if len(points) <= _MAX_MARKERS else ""
-        axes.plot(points, values, color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False)
+        axes.plot(
+            points, scale * np.array(values), color=color, marker=marker, markersize=4, linewidth=1.7, clip_on=False
+        )
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         if y in ("empty", "changed"):
             axes.set_ylim(bottom=0)
@@ -446,16 +425,8 @@ def end_labels(axes: Axes, labels: Sequence[Label]) -> None:
     moved = isotonic_regression(heights - steps).x + steps
     right = max(label.x for label in labels)
     for label, height, target in zip(labels, heights, moved, strict=True):
-        axes.annotate(
-            label.text,
-            (right, label.y),
-            (10, target - height),
-            textcoords="offset points",
-            color=label.color,
-            fontsize=10,
-            va="center",
-            annotation_clip=False,
-        )
+        at, look = (right, label.y), dict(color=label.color, fontsize=10, va="center")
+        axes.annotate(label.text, at, (10, target - height), "data", "offset points", None, False, **look)
 
 
 def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
@@ -501,30 +472,20 @@ def _laid_out(axes: Axes) -> Figure:
 
 
 def outlier_limit(values: Sequence[float]) -> float:
-    """The value beyond which an axis clips: the second largest, if the largest is far above it; else infinity."""
+    """The value at which an axis is clipped: the second largest, if the largest is far above it; else infinity."""
     ordered = sorted(values)
     return ordered[-2] if len(ordered) > 2 and ordered[-1] > _OUTLIER * ordered[-2] else math.inf
 
 
-def _dense_line(axes: Axes, policies: Iterable[dict], draw: Callable[..., object]) -> None:
-    for policy in policies:
-        value = to_float(policy.get("perplexity"))
-        if policy["policy"] == "dense" and math.isfinite(value):
-            draw(value, color=INK, linewidth=1, linestyle=_DASHES, zorder=1.5)
-
-
 def _figure(results: dict, title: str, height: float, note: str = "") -> Figure:
     """A figure `height` inches high under title, conditions and a note."""
-    subtitle = [*wrapped_conditions(results, 116), *([note] if note else [])]
+    subtitle = list(filter(None, [*wrapped_items(condition_items(results), 116), note]))
     return new_figure(title, subtitle, WIDTH, height, alarm=is_in_sample(results))
 
 
 def new_figure(title: str, subtitle: Sequence[str], width: float, height: float, alarm: bool = False) -> Figure:
-    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`.
-
-    It is made without pyplot, which would keep it in global state.
-    """
-    from matplotlib.figure import Figure
+    """A figure of `width` × `height` inches under a title and the lines of a subtitle, in red with `alarm`."""
+    from matplotlib.figure import Figure  # without pyplot, which would keep the figure in global state
 
     heading = 0.52 + 0.165 * len(subtitle)
     total = height + heading
@@ -553,12 +514,10 @@ def log_axis(axes: Axes, which: str) -> None:
 
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(_plain_number))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value == round(value) else f"{value:,g}")
+    )
     axis.set_minor_formatter(NullFormatter())
-
-
-def _plain_number(value: float, _: object) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,g}"
 
 
 def finer_ticks(axes: Axes, which: str = "y") -> None:

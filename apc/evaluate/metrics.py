@@ -30,12 +30,14 @@ _RATIOS = {
     "captured_importance_first": ("importance_first", "rows_first"),
     "captured_energy_first": ("energy_first", "rows_first"),
 }
+_UNIONS = {str(batch): (f"union_{batch}", f"neurons_{batch}") for batch in BATCHES}
 
 
 class MaskMeter:
     """Sums figures of masks over tokens, for each site and layer.
 
-    first: bool [n], which tokens of the next forward pass begin a window; they are summed apart. Set it before `add`.
+    first: bool [n], which tokens of the next forward pass begin a window; these are summed separately. Set it
+    before `add`.
     """
 
     first: Tensor
@@ -47,8 +49,7 @@ class MaskMeter:
     def add(self, tokens: MaskInputs, mask: Tensor) -> None:
         """Adds the masks of n tokens, bool [n, D] or [1, D]."""
         n, D = tokens.values.shape
-        kept = mask.to(torch.float32).expand(n, D)
-        active = tokens.active.to(torch.float32)
+        kept, active = mask.float().expand(n, D), tokens.active.float()
         importance, energy = (share.double() for share in tokens.captured(kept))
         first = self.first.double()
         rest = 1 - first
@@ -88,37 +89,28 @@ def _unions(kept: Tensor) -> list[Tensor]:
 def mask_figures(totals: Tensor) -> dict[str, float | None | dict[str, float | None]]:
     """Density, coverage, precision, and captured importance and energy of masks, from sums [..., fields].
 
-    The first tokens of windows count in the figures with `_first`, and in density, coverage and precision.
-    `union_density` is, by batch size, the density of the union of the masks in a batch of tokens, which are drawn from
-    windows of one forward pass. A figure without data is None.
+    First tokens of windows count in the `_first` figures and in density, coverage and precision, but not in the
+    other captured shares. `union_density` is, by batch size, the density of the union of the masks in a batch of
+    tokens, which are drawn from windows of one forward pass. A figure without data is None.
     """
-    sums = _total_sums(totals)
-    unions = {str(batch): _ratio(sums, f"union_{batch}", f"neurons_{batch}") for batch in BATCHES}
-    return {**_shares(totals), "union_density": unions}
+    return {**_ratios(totals), "union_density": _ratios(totals, _UNIONS)}
 
 
 def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
     """`mask_figures` of each layer, over its sites, without unions; totals: [sites, L, fields]."""
-    layers = [_shares(totals[:, layer]) for layer in range(totals.shape[1])]
-    return {name: [shares[name] for shares in layers] for name in _RATIOS}
+    layers = [_ratios(layer) for layer in totals.unbind(1)]
+    return {name: [layer[name] for layer in layers] for name in _RATIOS}
 
 
 def site_densities(totals: Tensor, sites: list[str]) -> dict[str, list[float]]:
     """The density of the masks at each site of each layer; totals: [sites, L, fields]."""
-    return {site: [_shares(layer)["density"] or 0.0 for layer in totals[index]] for index, site in enumerate(sites)}
+    return {site: [_ratios(layer)["density"] or 0.0 for layer in of] for site, of in zip(sites, totals, strict=True)}
 
 
-def _shares(totals: Tensor) -> dict[str, float | None]:
-    sums = _total_sums(totals)
-    return {name: _ratio(sums, *pair) for name, pair in _RATIOS.items()}
-
-
-def _total_sums(totals: Tensor) -> dict[str, float]:
-    return dict(zip(_FIELDS, totals.reshape(-1, len(_FIELDS)).sum(0).tolist(), strict=True))
-
-
-def _ratio(sums: dict[str, float], top: str, bottom: str) -> float | None:
-    return sums[top] / sums[bottom] if sums[bottom] else None
+def _ratios(totals: Tensor, pairs: dict[str, tuple[str, str]] = _RATIOS) -> dict[str, float | None]:
+    """For each pair of fields the quotient of their sums; None without data."""
+    sums = dict(zip(_FIELDS, totals.reshape(-1, len(_FIELDS)).sum(0).tolist(), strict=True))
+    return {name: sums[top] / sums[bottom] if sums[bottom] else None for name, (top, bottom) in pairs.items()}
 
 
 def window_losses(model: nn.Module, windows: Tensor) -> Tensor:

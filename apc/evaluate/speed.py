@@ -11,7 +11,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,19 +34,6 @@ NEW_TOKENS = 64  # of each continuation
 TIMED_STEPS = 32
 
 
-@dataclass(frozen=True)
-class _SecondHalves:
-    """Scores of the windows' second halves under one policy.
-
-    losses: float64 [n]; divergence: from the dense model, in nats per token; agreement: the share of tokens after which
-    both models predict the same token. Divergence and agreement are None for the dense model.
-    """
-
-    losses: Tensor
-    divergence: float | None
-    agreement: float | None
-
-
 @torch.no_grad()
 def measure(
     model: nn.Module,
@@ -67,25 +53,21 @@ def measure(
     """
     names = [name for name in policies if name in kernel_policies()]
     left_out = [name for name in policies if name != "dense" and name not in names]
+    problem = f"none of policies=[{','.join(policies)}] knows its mask before the FFN runs"
     if not names:
-        raise UserError(
-            f"speed=true: none of policies=[{','.join(policies)}] knows its mask before the FFN runs; "
-            f"add one of {', '.join(kernel_policies())}"
-        )
+        raise UserError(f"speed=true: {problem}; add one of {', '.join(kernel_policies())}")
+    problem = f"windows of {windows.shape[1]} tokens are too short for a prompt and a continuation"
     if windows.shape[1] < 4:
-        raise UserError(
-            f"speed=true: windows of {windows.shape[1]} tokens are too short for a prompt and a continuation; "
-            "raise data.seq_len"
-        )
+        raise UserError(f"speed=true: {problem}; raise data.seq_len")
     windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
     half = windows.shape[1] // 2
+    prompts = windows[:CONTINUED, :half]
     restore(model)
-    records = []
     with progress_bar(len(windows) * (1 + 2 * len(names)), "speed", enabled=progress) as bar:
         bar.update(0, "dense")
         scorer, decoder = _Scorer(model, windows, half, bar), _recorded(model, windows, half)
-        reference = scorer.score(decoder, None, dense_prefill=True)
-        records.append(_record("dense", reference, reference, reference) | _decode(decoder, tokenizer, windows, half))
+        dense, difference = scorer.score(decoder, None, dense_prefill=True)
+        records = [_record("dense", dense, dense, dense) | difference | _decode(decoder, tokenizer, prompts)]
         for name in names:
             bar.update(0, name)
             bytes_before = _gpu_bytes(model)
@@ -94,39 +76,30 @@ def measure(
             bytes_held = _gpu_bytes(model) - bytes_before
             crossover, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
             decoder = _recorded(model, windows, half)
-            dense_prefill = scorer.score(decoder, ffns, dense_prefill=True)
-            all_sparse = scorer.score(decoder, ffns, dense_prefill=False)
-            record = _record(name, reference, dense_prefill, all_sparse) | _decode(decoder, tokenizer, windows, half)
+            losses, difference = scorer.score(decoder, ffns, dense_prefill=True)
+            all_sparse, _ = scorer.score(decoder, ffns, dense_prefill=False)
+            record = _record(name, dense, losses, all_sparse) | difference | _decode(decoder, tokenizer, prompts)
             record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
             record["bytes_held"] = bytes_held if scorer.device.type == "cuda" else None
             record["pays_up_to"] = crossover if ffns.by_triton else None
             records.append(record)
             restore(model)
-    step = records[0]["seconds_per_token"]
     for record in records:
-        record["times_dense"] = step / record["seconds_per_token"]
+        record["times_dense"] = records[0]["seconds_per_token"] / record["seconds_per_token"]
     return {
         "windows": len(windows),
         "prompt": half,
         "policies": records,
         "left_out": left_out,
-        "prompts": _texts(tokenizer, windows[:CONTINUED, :half]),
+        "prompts": _texts(tokenizer, prompts),
     }
 
 
-def _record(name: str, dense: _SecondHalves, dense_prefill: _SecondHalves, all_sparse: _SecondHalves) -> dict:
-    """A policy's record; its figures are those after a dense prefill, but for `perplexity_masked`."""
-    ratio, low, high = perplexity_ratio(dense_prefill.losses, dense.losses)
-    return {
-        "policy": name,
-        "perplexity": perplexity(dense_prefill.losses),
-        "ratio": ratio,
-        "ratio_low": low,
-        "ratio_high": high,
-        "perplexity_masked": perplexity(all_sparse.losses),
-        "divergence": dense_prefill.divergence,
-        "agreement": dense_prefill.agreement,
-    }
+def _record(name: str, dense: Tensor, losses: Tensor, all_sparse: Tensor) -> dict:
+    """A policy's perplexities after a dense prefill and sparse throughout, and the dense model's, from their losses."""
+    ratios = zip(("ratio", "ratio_low", "ratio_high"), perplexity_ratio(losses, dense), strict=True)
+    record = {"policy": name, "perplexity": perplexity(losses), **dict(ratios)}
+    return record | {"perplexity_masked": perplexity(all_sparse)}
 
 
 class _Scorer:
@@ -141,9 +114,12 @@ class _Scorer:
         self.keyword = cache_keyword(model)
         self.teacher: list[Tensor] = []
 
-    def score(self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool) -> _SecondHalves:
-        """Scores the model with its present FFNs.
+    def score(
+        self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool
+    ) -> tuple[Tensor, dict[str, float | None]]:
+        """The losses of the model with its present FFNs, float64 [n], and its difference from the dense model.
 
+        divergence: in nats per token; agreement: the share of tokens after which both models predict the same token.
         decoder: of that model; ffns: its sparse FFNs, or None for the dense model, whose logits become the teacher.
         """
         losses, divergence, agreement = [], 0.0, 0.0
@@ -161,14 +137,13 @@ class _Scorer:
                 divergence += ops.divergence(logits.float(), dense.float()).mean().item()
                 agreement += (logits.bfloat16().argmax(-1) == dense.argmax(-1)).double().mean().item()
             self.bar.update()
-        stacked, count = torch.stack(losses).cpu(), len(self.windows)
-        if ffns is None:
-            return _SecondHalves(stacked, None, None)
-        return _SecondHalves(stacked, divergence / count, agreement / count)
+        means = {"divergence": divergence, "agreement": agreement}
+        difference = {key: None if ffns is None else value / len(self.windows) for key, value in means.items()}
+        return torch.stack(losses).cpu(), difference
 
     def _steps(self, decoder: GreedyDecoder, window: Tensor, ffns: SparseFFNs | None, dense_prefill: bool) -> Tensor:
         """The logits of a window's second half [S/2, V], each token a decoding step."""
-        with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
+        with _all_sparse(None if dense_prefill else ffns):
             decoder.prefill(window[:, : self.half])
         logits = []
         for at in range(self.half, window.shape[1]):
@@ -181,7 +156,7 @@ class _Scorer:
         from transformers import DynamicCache
 
         cache = {self.keyword: DynamicCache(config=config_of(self.model))}
-        with contextlib.nullcontext() if dense_prefill else _all_sparse(ffns):
+        with _all_sparse(None if dense_prefill else ffns):
             self.model(input_ids=window[:, : self.half], use_cache=True, **cache)
         with _all_sparse(ffns):
             return self.model(input_ids=window[:, self.half :], use_cache=True, **cache).logits[0]
@@ -189,7 +164,7 @@ class _Scorer:
 
 @contextlib.contextmanager
 def _all_sparse(ffns: SparseFFNs | None) -> Iterator[None]:
-    """In the block, calls of any number of tokens run sparse; a dense model (None) stays dense."""
+    """In the block, calls of any number of tokens run sparse; None changes nothing."""
     if ffns is None:
         yield
         return
@@ -208,9 +183,9 @@ def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
     return decoder
 
 
-def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> dict:
-    """Seconds per decoded token after a prompt, at batch 1, and greedy continuations of the first windows' prompts."""
-    decoder.prefill(windows[:1, :half])
+def _decode(decoder: GreedyDecoder, tokenizer, prompts: Tensor) -> dict:
+    """Seconds per decoded token after a prompt, at batch 1, and greedy continuations of all prompts."""
+    decoder.prefill(prompts[:1])
     seconds = []
     for _ in range(4):
         decoder.step()
@@ -220,7 +195,7 @@ def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> di
         decoder.step()
         _wait(decoder.device)
         seconds.append(time.perf_counter() - start)
-    continued = torch.cat([decoder.decode(window[None, :half], NEW_TOKENS) for window in windows[:CONTINUED]]).cpu()
+    continued = torch.cat([decoder.decode(prompt, NEW_TOKENS) for prompt in prompts.split(1)]).cpu()
     return {
         "seconds_per_token": statistics.median(seconds),
         "continued": continued.tolist(),
@@ -230,9 +205,8 @@ def _decode(decoder: GreedyDecoder, tokenizer, windows: Tensor, half: int) -> di
 
 def _mean_agreement(dense: list[list[int]], sparse: list[list[int]]) -> float:
     """Tokens before a continuation first differs from the dense model's, averaged over continuations."""
-    pairs = list(zip(dense, sparse, strict=True))
-    counts = [next((at for at, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0])) for pair in pairs]
-    return sum(counts) / len(counts)
+    same = torch.tensor(dense) == torch.tensor(sparse)
+    return same.long().cumprod(1).sum(1).double().mean().item()
 
 
 def _texts(tokenizer, tokens: Tensor) -> list[str]:
@@ -246,6 +220,5 @@ def _gpu_bytes(model: nn.Module) -> int:
 
 
 def _wait(device: torch.device) -> None:
-    """Waits until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

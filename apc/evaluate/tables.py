@@ -6,8 +6,8 @@ fits a terminal of 80 columns; `wide` shows all columns. Markdown always has all
 
 from __future__ import annotations
 
-import io
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -16,10 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 DASH = "–"
 WIDTH = 80  # characters in a line, unless `wide`
@@ -34,6 +30,10 @@ MEANINGS = (
     "captured energy: the mask's share of the squared importance. against dense: perplexity ratio ± half its 95 % "
     "interval. bytes: FFN weights read per token, against the dense FFN."
 )
+FIRST_TOKEN = (
+    "first token: captured of the first token of each window. "
+    "masked: measured while the policy's own masks are on in all layers."
+)
 MORE = "--wide shows all columns."
 
 
@@ -46,13 +46,14 @@ def condition_items(results: dict) -> list[str]:
         return None if any(value is None for value in values) else template.format(*values)
 
     free = " (centroids of any size)" if conditions.get("centroid_size") == "free" else ""
-    per_layer = conditions.get("scope") == "layer"
-    fit = " ".join(filter(None, [known("fit {}", "fit"), known("({:,} tokens)", "fit_tokens")]))
-    score = " ".join(filter(None, [known("score {}", "score"), known("({:,} tokens)", "score_tokens")]))
+    texts = [
+        " ".join(filter(None, [known(f"{text} {{}}", text), known("({:,} tokens)", f"{text}_tokens")]))
+        for text in ("fit", "score")
+    ]
     items = [
         "IN-SAMPLE" if is_in_sample(results) else None,
         known("{}", "model"),
-        " → ".join(filter(None, [fit, score])),
+        " → ".join(filter(None, texts)),
         None if is_in_sample(results) else known("{}", "split"),
         known("windows of {:,}", "seq_len"),
         known("sparsity {:g}", "sparsity"),
@@ -63,21 +64,16 @@ def condition_items(results: dict) -> list[str]:
         known("{} weighting", "weighting"),
         known("{}", "algorithm"),
         known("{} forward", "forward"),
-        "one codebook per layer" if per_layer else known("{} codebook", "scope"),
+        "one codebook per layer" if conditions.get("scope") == "layer" else known("{} codebook", "scope"),
         known("predictor {}", "predictor"),
         known("tuned for {}", "tuned"),
     ]
-    return [item for item in items if item]
+    return list(filter(None, items))
 
 
 def conditions_text(results: dict) -> str:
     """The conditions in one line."""
     return " · ".join(condition_items(results))
-
-
-def wrapped_conditions(results: dict, width: int) -> list[str]:
-    """The conditions in lines of at most `width` characters."""
-    return wrapped_items(condition_items(results), width)
 
 
 def wrapped_items(items: Iterable[str], width: int) -> list[str]:
@@ -97,7 +93,7 @@ def wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def is_in_sample(results: dict) -> bool:
-    """Whether the score text is part of the fit text. Tables and figures then say so."""
+    """Whether the score text is part of the fit text."""
     return (results.get("conditions") or {}).get("split") == "in-sample"
 
 
@@ -149,20 +145,15 @@ def shown_density(policy: dict) -> str:
 
 def masked_density(policy: dict) -> float | None:
     """The share of neurons kept while the policy's own masks are on; None where that was not measured."""
-    return _masked(policy, "density")
-
-
-def _masked(policy: dict, key: str) -> float | None:
-    return (policy.get("masked") or {}).get(key)
+    return (policy.get("masked") or {}).get("density")
 
 
 def _density_moves(policy: dict) -> bool:
-    kept, masked = policy.get("density"), masked_density(policy)
-    return kept is not None and masked is not None and abs(to_float(masked) - to_float(kept)) >= 0.005
+    return abs(to_float(masked_density(policy)) - to_float(policy.get("density"))) >= 0.005
 
 
 def star(policy: dict) -> str:
-    """The mark of a bound, for figures that leave out the cost of finding the mask."""
+    """An asterisk for a bound, whose cost does not include finding the mask; else empty."""
     return "*" if policy.get("excludes_finding") and not policy.get("missing") else ""
 
 
@@ -202,7 +193,7 @@ def _share_column(top: str, bottom: str, key: str, wide: bool = False) -> Column
 
 
 def _masked_column(bottom: str, key: str, wide: bool = False) -> Column:
-    return Column("masked", bottom, lambda record: percent(_masked(record, key)), wide)
+    return Column("masked", bottom, lambda record: percent((record.get("masked") or {}).get(key)), wide)
 
 
 POLICY = Column("", "policy", lambda record: record["policy"])
@@ -222,7 +213,8 @@ POLICY_COLUMNS = (
     Column("bytes", "%", lambda record: percent(record.get("bytes_share")) + star(record)),
     Column("FLOPs", "%", lambda record: percent(record.get("flops_share")) + star(record), wide=True),
 )
-_ROW_WIDTHS = (18, 11, 8, 10, 15, 7)  # of the policy's name and the five columns in `policy_row`
+_ROW = "{:18}  {:>11}  {:>8}  {:>10}  {:>15}  {:>7}"
+ROW_HEADER = _ROW.format("policy", "density %", "energy %", "perplexity", "against dense ×", "bytes % ").rstrip()
 
 _DETAIL_COLUMNS = (
     POLICY,
@@ -247,21 +239,16 @@ _SPEED_COLUMNS = (
     Column("same", "next token %", lambda record: percent(record["agreement"]), wide=True),
     Column("same", "first tokens", lambda record: format_fixed(record.get("agrees_for"), 1), wide=True),
     Column("sparse up", "to tokens", lambda record: format_fixed(record.get("pays_up_to"), 0), wide=True),
-    Column("extra", "MB", lambda record: _megabytes(record.get("bytes_held")), wide=True),
+    Column(
+        "extra", "MB", lambda record: format_fixed(record.get("bytes_held") and record["bytes_held"] / 1e6, 1), True
+    ),
 )
-
-
-def _megabytes(count: float | None) -> str:
-    return DASH if count is None else format_fixed(count / 1e6, 1)
 
 
 def policies_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
     """The main table: one row per policy, under the conditions; footnotes and the seconds of each stage follow.
 
-    Args:
-        results: see `results.json`. A policy with `missing` is a row of dashes, with the reason below.
-        markdown: for a document; else aligned for a terminal.
-        wide: all columns, in lines of any length.
+    results: see `results.json`. A policy with `missing` is a row of dashes, with the reason below.
     """
     policies = results.get("policies") or []
     notes = [MEANINGS, *footnotes(policies)]
@@ -275,28 +262,22 @@ def policies_table(results: dict, markdown: bool = False, wide: bool = False) ->
 def footnotes(policies: Iterable[dict]) -> list[str]:
     """The explanations of the asterisk and of the arrow, each where one of the policies has it."""
     policies = list(policies)
-    notes = [BOUND] if any(map(star, policies)) else []
-    return notes + ([MOVED] if any(map(_density_moves, policies)) else [])
+    return [note for note, has in ((BOUND, star), (MOVED, _density_moves)) if any(map(has, policies))]
 
 
 def policy_row(record: dict) -> str:
-    """One policy in one aligned line: density, captured energy, perplexity, against dense, bytes."""
+    """One policy in one line, aligned under `ROW_HEADER`."""
     if record.get("missing"):
-        return f"{record['policy']:{_ROW_WIDTHS[0]}}  {DASH} {record['missing']}"
-    name, *cells = (column.cell(record) for column in shown_columns(POLICY_COLUMNS, wide=False))
-    cells[-1] += "" if star(record) else " "
-    rest = [f"{cell:>{width}}" for cell, width in zip(cells, _ROW_WIDTHS[1:], strict=True)]
-    return "  ".join([f"{name:{_ROW_WIDTHS[0]}}", *rest]).rstrip()
+        return f"{record['policy']:18}  {DASH} {record['missing']}"
+    *cells, last = (column.cell(record) for column in shown_columns(POLICY_COLUMNS, wide=False))
+    return _ROW.format(*cells, last if star(record) else f"{last} ").rstrip()
 
 
 def detail_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
     """What the masks capture of each window's first token, and of all tokens while the policy's own masks are on."""
     policies = [policy for policy in results.get("policies") or [] if not policy.get("missing")]
-    notes = [
-        "first token: captured of the first token of each window. "
-        "masked: measured while the policy's own masks are on in all layers."
-    ]
-    return _document(results, [record_grid(_DETAIL_COLUMNS, policies, markdown, wide)], notes, markdown, wide)
+    grid = record_grid(_DETAIL_COLUMNS, policies, markdown, wide)
+    return _document(results, [grid], [FIRST_TOKEN], markdown, wide)
 
 
 def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> list[str]:
@@ -304,12 +285,11 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     speed = results.get("speed")
     if not speed:
         return []
-    conditions = results.get("conditions") or {}
-    device = f"{conditions.get('device', 'an unnamed device')}, {conditions.get('dtype', '')}"
+    conditions = {"device": "an unnamed device", "dtype": ""} | (results.get("conditions") or {})
     notes = [
-        f"One sequence on {device}, after a prompt of {speed['prompt']:,} tokens. Perplexity: second halves of "
-        f"{speed['windows']:,} score windows, given their first halves. Divergence: KL(dense ‖ policy) per token after "
-        "a dense prefill."
+        f"One sequence on {conditions['device']}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
+        f"Perplexity: second halves of {speed['windows']:,} score windows, given their first halves. "
+        "Divergence: KL(dense ‖ policy) per token after a dense prefill."
     ]
     if markdown or wide:
         notes.append(
@@ -318,9 +298,8 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
             "always ran sparse. extra: memory beside the model."
         )
     if speed["left_out"]:
-        notes.append(
-            f"{DASH} {', '.join(speed['left_out'])}: known only after the FFN has run, so nothing can be skipped"
-        )
+        names = ", ".join(speed["left_out"])
+        notes.append(f"{DASH} {names}: known only after the FFN has run, so nothing can be skipped")
     texts = []
     for index, prompt in enumerate(speed["prompts"]):
         lines = [f"… {' '.join(prompt.split())[-200:].lstrip()}"]
@@ -334,29 +313,17 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     return [_document(results, [grid], notes, markdown, wide), "\n\n".join(texts)]
 
 
-def layer_table(
-    results: dict,
-    measures: Sequence[str] = ("density", "captured_importance"),
-    markdown: bool = False,
-    wide: bool = False,
-) -> str:
-    """Each measure by layer, policies side by side, with a last row over all layers; then the predictor's accuracy.
-
-    Args:
-        results: see `results.json`.
-        measures: keys of a policy's `per_layer`; each is a block.
-        markdown: for a document; else aligned for a terminal.
-        wide: blocks of any width; else policies that do not fit go to a block below.
-    """
+def layer_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
+    """Each measure by layer, policies side by side, with a last row over all layers; then the predictor's accuracy."""
     grids = []
-    for measure in measures:
+    for measure in ("density", "captured_importance"):
         policies = layered(results, measure)
         columns = {policy["policy"]: policy["per_layer"][measure] for policy in policies}
         overall = {policy["policy"]: policy.get(measure) for policy in policies}
         grids += _layer_grids(measure.replace("_", " "), columns, overall, markdown, wide)
     predictor = (results.get("predictor") or {}).get("per_layer") or {}
     accuracy = {key: predictor[key] for key in ("top1", "top5") if predictor.get(key)}
-    means = {key: float(np.mean([to_float(value) for value in values])) for key, values in accuracy.items()}
+    means = {key: float(np.mean(list(map(to_float, values)))) for key, values in accuracy.items()}
     grids += _layer_grids("predictor's accuracy", accuracy, means, markdown, wide)
     return _document(results, grids, [], markdown, wide, more=False)
 
@@ -385,14 +352,15 @@ def next_steps(run_folder: Path | str, results: dict) -> str:
     """The commands that come after a run, ready to paste: use it in Python, evaluate, compare, upload to W&B."""
     folder = Path(run_folder)
     best = best_policy(results.get("policies") or [])
+    names = ["dense", *([best["policy"]] if best else [])]
     lines = ["Next:"]
-    if best is not None:
+    if best:
         lines += [
             f'  run = apc.load_run("{folder}")  # in Python, with the model loaded',
             f'  apc.sparsify(model, run.codebook, run.predictor, policy="{best["policy"]}")',
         ]
     lines += [
-        f"  python evaluate.py checkpoint={folder} policies=[dense{',' + best['policy'] if best else ''}]",
+        f"  python evaluate.py checkpoint={folder} policies=[{','.join(names)}]",
         f"  python evaluate.py checkpoint={folder} data.score=other.txt",
         f"  python evaluate.py compare='{folder.parent}/*'",
     ]
@@ -421,13 +389,7 @@ def record_grid(columns: Sequence[Column], records: Sequence[dict], markdown: bo
 
 
 def text_grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """A table with its first column to the left and the others to the right.
-
-    Args:
-        header: two lines for each column.
-        rows: the cells.
-        markdown: for a document; else aligned for a terminal.
-    """
+    """A table with its first column to the left and the others to the right. header: two lines for each column."""
     if markdown:
         lines = [[" ".join(filter(None, pair)) for pair in header], ["---"] + ["---:"] * (len(header) - 1), *rows]
         return "\n".join(
@@ -438,36 +400,24 @@ def text_grid(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], 
 
 def grouped_grid(header: Sequence[tuple[str, str]], groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
     """A table for a terminal with its rows in groups, each under a heading; columns are aligned throughout."""
-    columns = list(zip(*(row for _, rows in groups for row in rows), strict=True)) or [()] * len(header)
-    starred = [any(cell.endswith("*") for cell in column) for column in columns]
     heads = [pair if any(top for top, _ in header) else pair[1:] for pair in header]
-    widths = [
-        max(map(len, [*head, *(cell.rstrip("*") for cell in column)]))
-        for head, column in zip(heads, columns, strict=True)
-    ]
+    columns = list(zip(heads, *(row for _, rows in groups for row in rows), strict=True))
+    starred = [any(cell.endswith("*") for cell in column) for _, *column in columns]
+    widths = [max(map(len, [*head, *(cell.rstrip("*") for cell in column)])) for head, *column in columns]
+    rooms = [width + star for width, star in zip(widths, starred, strict=True)]
 
-    def justified(cell: str, column: int) -> str:
-        """To the right, but for the first column; an asterisk hangs over, so that digits stay under each other."""
-        if column == 0:
-            return cell
-        return cell.rjust(widths[column] + cell.endswith("*")) + " " * (starred[column] and not cell.endswith("*"))
+    def line(cells: Sequence[str]) -> str:
+        """The first cell to the left, the others to the right; asterisks hang over, so that digits stay aligned."""
+        rest = zip(cells[1:], starred[1:], rooms[1:], strict=True)
+        shown = [(cell if cell.endswith("*") else cell + " " * star).rjust(room) for cell, star, room in rest]
+        return "  ".join([cells[0].ljust(rooms[0]), *shown]).rstrip()
 
-    parts = []
-    for index, (heading, rows) in enumerate(groups):
-        table = Table(
-            box=box.SIMPLE_HEAD, show_header=index == 0, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1)
-        )
-        for i, head in enumerate(heads):
-            text = "\n".join(justified(line, i) for line in head)
-            table.add_column(Text(text, style="bold"), vertical="bottom", min_width=widths[i] + starred[i])
-        if index == 0 and heading:  # the header stands above the first group's heading
-            parts.append(_rendered(table))
-            table.show_header = False
-        for row in rows:
-            table.add_row(*(Text(justified(cell, i)) for i, cell in enumerate(row)))
-        parts += [heading] if heading else []
-        parts.append(_rendered(table))
-    return "\n".join(parts)
+    bold = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    titles = [f"\x1b[1m{line(cells)}\x1b[0m" if bold else line(cells) for cells in zip(*heads, strict=True)]
+    lines = [*titles, "─" * (sum(rooms) + 2 * len(rooms) - 2)]
+    for heading, rows in groups:
+        lines += [*filter(None, [heading]), *map(line, rows)]
+    return "\n".join(lines)
 
 
 def line_width(wide: bool = False) -> int:
@@ -475,24 +425,16 @@ def line_width(wide: bool = False) -> int:
     return _UNLIMITED if wide else min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
-def _rendered(table: Table) -> str:
-    """The table as text: bold headers in a terminal, plain in a file. No cell is cut, even in a narrow terminal."""
-    file = io.StringIO()
-    Console(file=file, width=_UNLIMITED, force_terminal=sys.stdout.isatty(), highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
-
-
 def _document(
     results: dict, grids: Sequence[str], notes: Sequence[str], markdown: bool, wide: bool, more: bool = True
 ) -> str:
     """Conditions, grids and notes under each other. more: whether `--wide` would show more."""
-    notes = [*notes, *([] if markdown or wide or not more else [MORE])]
-    notes += [IN_SAMPLE] if is_in_sample(results) else []
+    notes = [*notes, *[MORE] * (more and not markdown and not wide), *[IN_SAMPLE] * is_in_sample(results)]
     if markdown:
         return "\n\n".join([f"**{conditions_text(results)}**", *grids, *map(escaped, notes)]) + "\n"
     width = max([100, *(len(line) for grid in grids for line in grid.splitlines())]) if wide else line_width()
     below = "\n".join(wrapped(note, width, indent="  ") for note in notes)
-    return "\n\n".join(filter(None, ["\n".join(wrapped_conditions(results, width)), *grids, below])) + "\n"
+    return "\n\n".join(filter(None, ["\n".join(wrapped_items(condition_items(results), width)), *grids, below])) + "\n"
 
 
 def escaped(note: str) -> str:

@@ -177,10 +177,10 @@ def scales_of(totals: Tensor) -> Tensor:
     """The scale 2³⁶ / total of each row, rounded half up: int64 [...] `row_totals` → int64 [...]; 0 for total 0.
 
     scale · importance^power is the row in integers, normalised to a sum of about 2³⁶. The relative error is at most
-    total / 2³⁷, less than 2 % while total < 2³¹. A factor on a row does not change which centroid captures
-    most of it, so `assign_weighted` needs no scales, and assignment and update increase the same integer
-    objective Σ_n scale_n · captured_n. A sum over 10⁸ rows (nearly 2²⁷) fits int64, even if one neuron has
-    the total of every row.
+    total / 2³⁷, less than 2 % while total < 2³¹. Scaling a row does not change its best centroid, so
+    `assign_weighted` needs no scales. Assignment and update therefore both increase one integer objective, Σ_n
+    scale_n · captured_n. A sum over 10⁸ rows (nearly 2²⁷) fits int64, even if one neuron has the total of every
+    row.
     """
     scales = (2 * ROW_UNIT + totals) // (2 * totals).clamp_min(1)
     return scales.masked_fill_(totals == 0, 0)
@@ -333,8 +333,9 @@ def _zero_kernel(
 def _plan(starts: Tensor, rows: int, piece: int, out: Sums | None, shape: tuple[int, int, int]) -> tuple[Tensor, Sums]:
     """The plan int64 [pieces, 4] of `_plan_kernel`, and the (sums, sizes) that the accumulate kernel writes to.
 
-    The sums are those of `out`. Without `out` they are a new int64 tensor of `shape` [G, K, D], zero for each
-    cluster of several pieces and uninitialised elsewhere. The sizes are final.
+    With `out`, the sums are its own. Without `out` they are a new int64 tensor of `shape` [G, K, D]: zero for
+    clusters with several pieces, uninitialised for the others, which the kernel overwrites. The sizes are already
+    complete.
     """
     G, K, D = shape
     step = starts.stride(0)
@@ -481,7 +482,7 @@ def _scaled_sums(
     UNROLL: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """The sums of importance^POWER times one half of each row's scale, and all high halves or-ed, uint32.
+    """The sums of importance^POWER times one half of each row's scale; also the bitwise OR of all high halves, uint32.
 
     HALF: 0 for the low 32 bits of a scale, 1 for the high ones. The sums are four uint64 [BLOCK_W], one for
     each byte of a word.

@@ -64,7 +64,7 @@ def empty_aligned(G: int, N: int, length: int, device: torch.device) -> Tensor:
 
 
 def align_rows(rows: Tensor) -> Tensor:
-    """Rows that TMA can read: `rows`, uint8 [G, N, D], where they are aligned, else an aligned copy.
+    """Rows that TMA can read: `rows` itself, uint8 [G, N, D], if aligned, else an aligned copy.
 
     Aligned means: D, both strides and the address are multiples of 16, the bytes of a row are contiguous, and no two
     rows share memory. The copy is [G, N, D rounded up to 16] with zeros at the end. A Triton kernel makes it: for CUDA

@@ -1,9 +1,9 @@
 """The nearest centroid of every pattern, and the sum it captures, without an N × K matrix.
 
-Nearest means the smallest masked distance |x ∧ ¬c| = |x| − |x ∧ c|, so the largest overlap |x ∧ c|; with
-importances, the largest Σ_{i∈c} importance_i^power. Every sum is an exact integer and ties go to the lowest
-cluster id, so all implementations agree with `reference.py`: lookup tables on the CPU (`assign_cpu.py`), CUDA
-C++ on tensor cores that have the instructions (`assign_cuda.py`), and Triton on any other GPU (here). Shape
+Nearest means the smallest masked distance |x ∧ ¬c| = |x| − |x ∧ c|, that is, the largest overlap |x ∧ c|. With
+importances it means the largest Σ_{i∈c} importance_i^power. Every sum is an exact integer and ties go to the
+lowest cluster id, so all implementations agree with `reference.py`: lookup tables on the CPU (`assign_cpu.py`),
+CUDA C++ on tensor cores that have the instructions (`assign_cuda.py`), and Triton on any other GPU (here). Shape
 letters: see `apc.ops`.
 """
 
@@ -259,8 +259,8 @@ def _expand_by_bit_kernel(
 def _expand_by_bit(centroids: Tensor) -> Tensor:
     """The factors for bits in `_assign_kernel`: uint8 [G, K, W] → int8 [G, K, 8 · W], bit 0 of all bytes first.
 
-    A set bit j becomes −2^(7−j), or 1 for j = 7: times bit j of a byte, which counts 2^j (−128 for j = 7),
-    that is −128.
+    A set bit j becomes −2^(7−j), or 1 for j = 7. Times the same bit of an int8 row byte, worth 2^j (−128 for j =
+    7), this is always −128.
     """
     (G, K, W), centroids = centroids.shape, centroids.contiguous()
     planes = torch.empty((G, K, 8 * W), dtype=torch.int8, device=centroids.device)

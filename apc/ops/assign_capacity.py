@@ -17,7 +17,7 @@ _TAKEN = torch.iinfo(torch.int64).max  # the key of a row that already has a clu
 
 
 def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
-    """The cluster of each row: uint8 [N, W], uint8 [K, W] → ids int64 [N]; −1 for the N − K·capacity rows without one.
+    """The cluster of each row: uint8 [N, W], uint8 [K, W] → ids int64 [N]. The N − K·capacity rows left over get −1.
 
     Cluster 0 takes the `capacity` rows nearest to it by the masked distance |x ∧ ¬c|, ties to the lowest row.
     Then cluster 1 takes its nearest of the remaining rows, and so on (Dhar et al., 2025). Raises ValueError

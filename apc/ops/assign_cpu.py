@@ -6,9 +6,9 @@ sums. So one load and one addition handle five neurons for all of these sums. `a
 16 rows (sums of 32 bits) and looks up centroids. Building a table takes time, so for few rows or few
 centroids `assign_cpu` counts the bits of x ∧ c instead.
 
-Vectors are LLVM vectors, which compile to the instructions of any CPU. Functions are compiled at their first call (1 to
-2 s in a process) and not cached on disk: such a cache is written beside the package, where ranks and machines with
-different CPUs would share it. Importing this module imports numba, so import it only where it is needed.
+Vectors are LLVM vectors, which compile to the instructions of any CPU. Functions are compiled at their first call
+(1 to 2 s per process). numba's disk cache is not used: it would lie beside the package, shared by ranks and by
+machines with different CPUs. Importing this module imports numba, so import it only where it is needed.
 
 Shape letters: see `apc.ops`. Addresses and strides are in bytes.
 """
@@ -127,7 +127,7 @@ def _dense(rows: Tensor) -> Tensor:
 
 
 def _parts(G: int, N: int, blocks: int, least_rows: int, work: int) -> tuple[int, int]:
-    """The number of parts of a group's rows, and of its blocks of clusters, that give every thread equal work.
+    """How many parts to cut a group's rows into, and its blocks of clusters, so that all threads get equal work.
 
     work: pairs of bits in all groups.
     """
@@ -177,7 +177,7 @@ _own = threading.local()
 
 
 def _memory(size: int) -> np.ndarray:
-    """Uninitialised uint8 [≥ size], which the calling thread owns until its next call.
+    """Uninitialised uint8 [≥ size]. The calling thread may use it until its next call.
 
     The memory is reused because page faults on new memory would take a quarter of the time.
     """
@@ -188,7 +188,7 @@ def _memory(size: int) -> np.ndarray:
 
 @cache
 def _worker(function: Callable):
-    """`function` as a C function of the state that `_run` sets up; it runs tasks until none is left."""
+    """Compiles `function` to a C function that takes tasks from the state that `_run` sets up, until none is left."""
 
     @cfunc(types.void(types.intp))
     def work(state):
@@ -362,7 +362,7 @@ def _widen(context, totals, sums):
 
 @intrinsic
 def _take_best(context, totals):
-    """The largest total · 64 + (63 − lane), int64, of the 64 uint16 at totals, so ties go to the lowest lane.
+    """The largest key total · 64 + (63 − lane), int64, over the 64 uint16 at totals; ties go to the lowest lane.
 
     The totals are set to 0.
     """
@@ -509,7 +509,9 @@ def _raise(at, key):
 
 @njit(nogil=True)
 def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, captured, scratch):
-    """Write the best cluster of N rows of D bytes to ids, int64 [N], and its sum to captured, int32 [N] (0: nowhere).
+    """Writes each row's best cluster to ids, int64 [N], and its sum to captured, int32 [N] (address 0.
+
+    Not written). Rows have D bytes.
 
     patterns: the clusters' `_patterns_of`, uint64 [spans, K], spans = ⌈D/40⌉.
 

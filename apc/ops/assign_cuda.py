@@ -38,7 +38,10 @@ _MOST_SCORE = 2**25  # the Hopper kernel's int32 keys are score · 64 + column; 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel to compile: `b1` or `u8` products for sm_90a; only `b1` from sm_80 on, where the tile is fixed."""
+    """A kernel to compile.
+
+    `b1` or `u8` products for sm_90a; for earlier GPUs from sm_80 on only `b1`, with a fixed tile.
+    """
 
     arch: str
     kind: str = "b1"
@@ -65,7 +68,10 @@ class Variant:
 
 
 def warpgroup_mma(kind: str, tile_k: int) -> str:
-    """CUDA source of `mma`: sums [64, tile_k] = or += 64 rows · tile_k centroids over 32 bytes, both in shared memory.
+    """CUDA source of `mma`.
+
+    Sets or adds to sums [64, tile_k] the products of 64 rows and tile_k centroids over 32 bytes, all in shared
+    memory.
 
     PTX ISA, `wgmma.mma_async`.
     """
@@ -178,8 +184,8 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
     """The cheapest schedule. tile_n: rows of a worker's row tile.
 
     If the last round of row tiles does not fill all workers, its tiles are cut along K, so that all workers finish
-    together. If the rows in progress do not fit the L2 cache from one tile of clusters to the next, all row
-    tiles are cut, and the parts of a tile are adjacent items, so that they run at the same time.
+    together. If the rows in progress do not stay in the L2 cache between two tiles of clusters, all row tiles are
+    cut; the parts of a tile are adjacent items, so that they run at the same time.
     """
     tiles_in_group = math.ceil(N / tile_n)
     tiles = G * tiles_in_group

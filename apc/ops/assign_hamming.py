@@ -31,7 +31,7 @@ def assign_hamming(
     Args:
         rows: packed patterns, uint8 [N, W] or [G, N, W].
         centroids: uint8 [K, W] or [G, K, W].
-        penalty: cost of a one that the centroid misses, relative to a one it has too many; 1: the Hamming distance.
+        penalty: cost of a one that the centroid lacks; a surplus one costs 1. 1 gives the Hamming distance.
         scores: whether to return the distances.
 
     Returns:
@@ -40,10 +40,10 @@ def assign_hamming(
     Raises:
         ValueError: for shapes, dtypes or devices that do not match, and for penalty < 1.
 
-    The distance is penalty · |x| + |c| − s |x ∧ c| with s = penalty + 1. So the largest s |x ∧ c| + q wins, with
-    q = 8W − |c|. `assign` finds the largest overlap, so the rows are extended by ones and each centroid by ⌊q
-    / s⌋ ones. Centroids of equal extended overlap then differ only by q mod s. `assign` gives ties to the
-    lowest id, so the centroids are first sorted by descending q mod s.
+    The distance is penalty · |x| + |c| − s |x ∧ c| with s = penalty + 1. So the nearest centroid has the largest s
+    |x ∧ c| + q, with q = 8W − |c|. To let `assign` find it, rows are extended by ones, and each centroid by ⌊q /
+    s⌋ ones, which adds ⌊q / s⌋ to the overlap. Centroids with equal extended overlap then differ only by q mod s.
+    As `assign` gives ties to the lowest id, centroids are first sorted by descending q mod s.
     """
     bits, scale = 8 * rows.shape[-1], penalty + 1
     zeros = bits - popcount(centroids).long()

@@ -83,8 +83,8 @@ def _pack_top_triton(sums: Tensor, m: int) -> Tensor:
 def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, frequency: Tensor | None = None) -> Tensor:
     """Packed patterns cut or filled to exactly m ones: bool [..., D] → uint8 [..., W].
 
-    Active neurons come before inactive ones. Within both groups the more important neuron comes first, then the more
-    frequent, then the lower index.
+    Keeps the first m neurons in this order: active before inactive, then higher importance, then higher frequency,
+    then lower index.
 
     Args:
         active: bool [..., D].

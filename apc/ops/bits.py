@@ -184,10 +184,10 @@ def empty_results(rows: Tensor, scores: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def grouped(check: Callable) -> Callable:
-    """Decorator that lets a function of tensors [G, ...] also take tensors without the group dimension G.
+    """Decorator that lets a function of tensors [G, ...] also take tensors without G.
 
-    It first calls `check` with the same arguments. Where the caller passes `out`, a tuple of tensors that the function
-    writes to, the caller gets that tuple back.
+    It first calls `check` with the same arguments. If the caller passes `out`, a tuple of tensors to write to,
+    that same tuple is returned.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -14,7 +14,7 @@ EPSILON = torch.finfo(torch.float32).eps  # what torch's rms_norm adds to the me
 
 
 class FFNWeights(NamedTuple):
-    """The matrices of a gated FFN. All have hidden's type; their rows may be further apart than E."""
+    """The matrices of a gated FFN. All have hidden's dtype. The row stride may exceed E."""
 
     gate: Tensor  # float [D, E]
     up: Tensor  # float [D, E]

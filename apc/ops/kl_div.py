@@ -116,7 +116,7 @@ def _parts(n: int) -> list[slice]:
 def divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """KL(dense ‖ logits) of each row in nats, computed in float32: logits float [n, V] → float32 [n].
 
-    The gradient goes to `logits` alone. Memory beside the logits: two numbers per row. Raises ValueError if shapes or
+    The gradient goes to `logits` alone. Extra memory: two numbers per row. Raises ValueError if shapes or
     devices differ.
     """
     return _divergence(logits, dense, not on_cpu(logits))

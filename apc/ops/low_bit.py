@@ -117,8 +117,8 @@ def low_bit_scores(
         curve: parameters [P, D] and [D]: a score is the `score_curve` of the products of levels and input.
         threshold: float32 [] on the same device.
         by_triton: use the kernels, which take up to `MAX_TOKENS` tokens and two projections (None: on a GPU). The
-            Triton kernel reads the input at float16's precision relative to its largest number, the b1 kernel at 24
-            bits of that number.
+        Triton kernel rounds the input to float16 after scaling it by its largest value; the b1 kernel rounds it to
+        24 bits relative to that value.
 
     Raises:
         ValueError: for other shapes.

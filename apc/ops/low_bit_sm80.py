@@ -101,7 +101,7 @@ def _sizes(hidden: Tensor, planes: Tensor, masks: bool) -> Sizes:
 def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, threshold: Tensor | None = None) -> Tensor:
     """`low_bit_scores` on b1 tensor cores.
 
-    The input is rounded to 24 bits of its largest number. Everything else is exact up to the sum of each projection.
+    The input is rounded to 24 bits relative to its largest value. After that, each projection's sum is exact.
     Raises `nvrtc.Unavailable` with the reason if the kernel cannot run.
     """
     if reason := unavailable(hidden.device.index):

@@ -86,7 +86,7 @@ def _cubin(program: Program) -> bytes:
 
 
 def check_cuda(results: tuple) -> Any:
-    """The values that a `cuda.bindings` call returns after its status. Raises RuntimeError unless it succeeded."""
+    """The return values of a `cuda.bindings` call, without its status. Raises RuntimeError if the call failed."""
     status, *values = results
     if status.value != 0:
         raise RuntimeError(f"CUDA: {status.name}")
@@ -135,8 +135,8 @@ def launch(
         block: threads of a block.
         shared: bytes of dynamic shared memory of a block.
         arguments: ctypes scalars or buffers, in the kernel's order.
-        early: programmatic dependent launch: the kernel may start before the previous kernel has ended, and must wait
-            for that one itself (`griddepcontrol.wait`).
+        early: use programmatic dependent launch. The kernel may start before the previous one ends, and must
+        itself wait for its results (`griddepcontrol.wait`).
     """
     from cuda.bindings import driver
 
@@ -171,6 +171,6 @@ def architecture(device: torch.device) -> str:
     if major not in (8, 9):  # only these have AND-POPC as a tensor-core instruction
         raise Unavailable(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
-            "b1 tensor cores are in 8.x and 9.0"
+            "b1 tensor cores need 8.x or 9.0"
         )
     return "sm_90a" if major == 9 else f"sm_{major}{minor}"

@@ -1,9 +1,9 @@
 """A gated FFN that reads only the weights of the neurons its masks keep, for a few tokens.
 
-At one token an FFN's time is the time to read its weights, so half the rows take half the time if nothing
-waits in between. The kernels run one after the other without the host. Those of `predict.py` write candidates
-for each token's cluster. Each program of `rows` picks the best candidate, takes its share of the active
-neurons, and adds up their part of the output. `finish` adds the parts in a fixed order.
+With one token, an FFN is bound by reading its weights, so half the rows take half the time if kernels never wait
+for the host. The kernels run one after the other without the host. Those of `predict.py` write candidates for each
+token's cluster. Each program of `rows` picks the best candidate, takes its share of the active neurons, and adds
+up their part of the output. `finish` adds the parts in a fixed order.
 
 On Hopper `rows` is CUDA C++ (`sparse_ffn_sm90.py`), and every kernel uses programmatic dependent launch
 (EARLY): it starts before the previous kernel has ended, loads its weights, and then waits. If the cluster is
@@ -362,8 +362,8 @@ def _finish(
 ) -> Tensor:
     """The output: the sum of the programs' parts, plus `delta`.
 
-    options: of the launch, from `pdl_options`. later: a later layer's predictor, whose candidates the kernel writes to
-    `prediction`, from the bottleneck in it.
+    options: of the launch, from `pdl_options`. later: a later layer's predictor. From the bottleneck in
+    `prediction`, the kernel computes its candidates and writes them there.
     """
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
     # The kernel does not read the placeholders.
@@ -425,7 +425,7 @@ def sparse_ffn_ahead(
 ) -> tuple[Tensor, Prediction, Tensor | None]:
     """`sparse_ffn` by clusters, and in the same call `predict_clusters` of these tokens for a later layer.
 
-    On Hopper the same kernels do both, so the prediction only costs the time to read its weights.
+    On Hopper the same kernels do both, so the prediction costs only the time to read the predictor's weights.
 
     Args:
         hidden, weights, active, delta, by_triton: as for `sparse_ffn`; `active` must have candidates.
@@ -433,7 +433,8 @@ def sparse_ffn_ahead(
         next_layer: the next FFN, if `can_prefetch` accepts it: its active neurons are listed.
 
     Returns:
-        The output, the prediction, and the next layer's active list for its `ActiveNeurons`, or None.
+        The output; the prediction; the next layer's active list (for its `ActiveNeurons`), or None if it can't be
+        listed.
 
     Without kernels it raises ValueError as `sparse_ffn` and `predict_clusters` do.
     """
@@ -604,8 +605,8 @@ def use_side_stream() -> Iterator[None]:
     """Within it, `sparse_ffn_ahead` lists the next layer's active neurons on a side stream, while attention runs.
 
     The caller must run whole forward passes within it, eagerly or captured in one CUDA graph: the side stream
-    forks in an FFN and joins in the next FFN. Elsewhere the list is made before attention, since a capture
-    could end in between.
+    forks in an FFN and joins in the next FFN. Otherwise the neurons are listed before attention on the main
+    stream, because a graph capture could end between the fork and the join.
     """
     before = _SIDE_STREAM.set(True)
     try:
@@ -616,7 +617,7 @@ def use_side_stream() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """Within it, kernels go to the side stream, which forks off here, if `use_side_stream` is on."""
+    """Within this context, kernels run on the side stream, which forks here, if `use_side_stream` is on."""
     if not _SIDE_STREAM.get():
         yield
         return

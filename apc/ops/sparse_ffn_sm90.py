@@ -80,7 +80,7 @@ def _blocks(device: torch.device) -> int:
 
 
 def _most(D: int, blocks: int) -> int:
-    """The most active neurons of a block."""
+    """The largest number of active neurons that a block can have."""
     return math.ceil(D / blocks) + 1
 
 
@@ -119,7 +119,8 @@ def empty_active_list(hidden: Tensor, D: int) -> Tensor:
 def find_hopper(hidden: Tensor, layer: NextLayer, active_list: Tensor, early: bool) -> None:
     """Write the active neurons of each block of `rows_hopper` to `active_list`: how many, then which.
 
-    hidden: any input of as many tokens, of the same type and size. layer: has candidates. early: as for `nvrtc.launch`.
+    hidden: any tensor with the shape and type of the layer's input; its values are not read. layer: must have
+    candidates. early: as for `nvrtc.launch`.
     """
     (n, E), device = hidden.shape, hidden.device
     assert layer.candidates is not None

@@ -93,8 +93,8 @@ def _check_nan(values: Tensor) -> None:
 def top_mask(values: Tensor, m: int, check: bool = True) -> Tensor:
     """The mask of exactly the m largest numbers of each row, ties to the lowest index: [..., D] → bool [..., D].
 
-    Raises ValueError unless 1 ≤ m ≤ D, and for NaN. With check=False NaN counts as −∞, and on a GPU the host
-    does not wait for the device.
+    Raises ValueError unless 1 ≤ m ≤ D, and for NaN. check=False skips the check for NaN, so that the host does not
+    wait for the GPU; NaN then counts as −∞.
     """
     _check(values, m)
     if check:
@@ -203,8 +203,8 @@ def straight_through(scores: Tensor, m: int, temperature: float, dtype: torch.dt
     """The mask of each row's m largest scores as 0 and 1, with a straight-through gradient.
 
     float32 [..., D] → `dtype` [..., D]. The gradient is that of σ((score − m-th largest) / temperature), the
-    estimator of Bengio et al. (2013). A row with a NaN gets a mask of NaN, so nothing waits for the device.
-    Raises ValueError unless 1 ≤ m ≤ D and the scores are float32.
+    estimator of Bengio et al. (2013). A row with NaN gets a mask of NaN, in place of an error that would make the
+    host wait for the device. Raises ValueError unless 1 ≤ m ≤ D and the scores are float32.
     """
     return _straight_through(scores, m, temperature, dtype, not on_cpu(scores) and scores.shape[-1] <= LONGEST)
 

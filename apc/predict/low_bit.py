@@ -1,9 +1,8 @@
 """Scores neurons with a low-bit copy of the FFN's own gate and up projections.
 
-A coarse copy of an FFN's weights predicts its neurons at less cost than a small network of the same quality. At one bit
-a weight, a copied gate takes 2.1 % of the FFN's bytes, and it stays full-rank. The idea is SparseInfer's (Shin et al.,
-2024), which predicts the sign of a ReLU's input from the signs of weights and inputs. Here the levels, their scales and
-the curve that turns a product into a score are trained, and neurons are ranked by their scores.
+At one bit a weight, a copied gate takes 2.1 % of the FFN's bytes, stays full-rank, and costs less than a small network
+of the same quality. The idea is SparseInfer's (Shin et al., 2024), which predicts the sign of a ReLU's input from the
+signs of weights and inputs. Here the levels, their scales and the curve from products to scores are trained.
 
 Shape letters: L layers, P projections, D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of E bits.
 """
@@ -20,7 +19,7 @@ from apc.data.ffn import GatedFFN
 # minimum distortion", 1960).
 SPACING = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 
-Curve = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, slope, power [..., P, D] and bias [..., D]
+Curve = tuple[Tensor, ...]  # scale, slope, power [..., P, D] and bias [..., D]
 
 
 def quantised(weights: Tensor, bits: int) -> Tensor:
@@ -30,10 +29,7 @@ def quantised(weights: Tensor, bits: int) -> Tensor:
 
 
 class _Quantise(torch.autograd.Function):
-    """`quantised` with a straight-through gradient (Hubara et al., Binarized neural networks, 2016).
-
-    The gradient is 1 within the range of the levels and 0 outside it.
-    """
+    """`quantised` with a straight-through gradient within the range of the levels (Hubara et al., 2016), 0 outside."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, bits: int) -> Tensor:
@@ -50,12 +46,12 @@ class _Quantise(torch.autograd.Function):
 class LowBitScores(nn.Module):
     """Scores each neuron by bias + Σ over projections of slope · z + power · log(1 + z²).
 
-    z is scale · (levels of the neuron's row) · (FFN input). A score estimates the logarithm of the neuron's energy: the
-    logarithm is about 2 log |z| for a large z, and the 1 stands for the noise of z near 0.
+    z is scale · (levels of the neuron's row) · (FFN input). A score estimates the logarithm of the neuron's
+    energy. For large |z| that is about 2 log |z|; the 1 accounts for the noise of z near 0.
 
-    While it trains, `weights` float32 [L, P, D, E] are in units of the levels' spacing, and each weight counts as its
-    nearest level. A frozen copy stores only the levels, as `planes` uint8 [b, L, P, D, W]: plane i holds bit i of each
-    level's index. scale, slope, power: float32 [L, P, D]; bias: float32 [L, D].
+    During training, `weights` float32 [L, P, D, E] are in units of the level spacing, and the forward pass rounds
+    each weight to its nearest level. A frozen copy stores only the levels, as `planes` uint8 [b, L, P, D, W]:
+    plane i holds bit i of each level's index. scale, slope, power: float32 [L, P, D]; bias: float32 [L, D].
     """
 
     weights: nn.Parameter | None
@@ -77,15 +73,12 @@ class LowBitScores(nn.Module):
 
     @property
     def curve(self) -> Curve:
-        """scale, slope, power [L, P, D] and bias [L, D]."""
+        """The parameters of the curve, of all layers."""
         return self.scale, self.slope, self.power, self.bias
 
     @torch.no_grad()
     def copy_ffns(self, ffns: list[GatedFFN], static_energy: Tensor) -> None:
-        """Copies the model's own weights.
-
-        static_energy [L, D]: each neuron's energy over the fit text, in any unit; the bias starts as its logarithm.
-        """
+        """Copies the model's own weights; the bias starts as the logarithm of static_energy [L, D], in any unit."""
         weights = self._stored()
         for layer, ffn in enumerate(ffns):
             for index, name in enumerate(self.projections):
@@ -101,10 +94,7 @@ class LowBitScores(nn.Module):
 
     def _stored(self) -> Tensor:
         """A view of planes [L, b, P, D, W] if frozen, of weights [L, P, D, E] if not."""
-        if self.planes is not None:
-            return self.planes.transpose(0, 1)
-        assert self.weights is not None
-        return self.weights
+        return self.weights if self.planes is None else self.planes.transpose(0, 1)  # type: ignore[return-value]
 
     def _levels(self, stored: Tensor) -> Tensor:
         """Planes [..., b, P, D, W] if frozen, weights [..., P, D, E] if not → levels float32 [..., P, D, E]."""
@@ -121,13 +111,12 @@ class LowBitScores(nn.Module):
 
     def layer(self, layer: int) -> "LayerScores":
         """One layer's part, a view of these parameters."""
-        scale, slope, power, bias = self.curve
-        return LayerScores(self, self._stored()[layer], (scale[layer], slope[layer], power[layer], bias[layer]))
+        return LayerScores(self, self._stored()[layer], tuple(value[layer] for value in self.curve))
 
     def unbind(self) -> list["LayerScores"]:
-        """`layer` of all layers at once.
+        """`layer` of all layers at once, sharing one gradient tensor.
 
-        All layers then share one gradient tensor. With `layer` each layer's gradient would be a tensor of all layers.
+        Separate calls of `layer` would each allocate one the size of all layers.
         """
         curves = zip(*(value.unbind() for value in self.curve), strict=True)
         return [LayerScores(self, *parts) for parts in zip(self._stored().unbind(), curves, strict=True)]
@@ -161,8 +150,8 @@ class LowBitScores(nn.Module):
 
     def _empty_copy(self, frozen: bool) -> "LowBitScores":
         """A copy with the same curve, whose weights or planes are zeros."""
-        arguments = (len(self.bias), self.hidden_size, self.neurons, self.projections, self.bits, frozen)
-        copy = LowBitScores(*arguments).to(self.bias.device)
+        shape = (len(self.bias), self.hidden_size, self.neurons)
+        copy = LowBitScores(*shape, self.projections, self.bits, frozen).to(self.bias.device)
         for target, value in zip(copy.curve, self.curve, strict=True):
             target.copy_(value)
         return copy
@@ -178,18 +167,14 @@ class LowBitScores(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    """One layer of `LowBitScores`.
-
-    stored: its planes [b, P, D, W] if frozen, else its weights [P, D, E]; curve: scale, slope, power [P, D], bias [D].
-    """
+    """One layer of `LowBitScores`."""
 
     module: LowBitScores
-    stored: Tensor
+    stored: Tensor  # planes [b, P, D, W] if frozen, else weights [P, D, E]
     curve: Curve
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """FFN inputs [n, E] → scores float32 [n, D]."""
-        scale, slope, power, bias = (value.unsqueeze(0) for value in self.curve)
+        curve = tuple(value.unsqueeze(0) for value in self.curve)
         levels = self.module._levels(self.stored).unsqueeze(0)
-        scores = self.module._scores(hidden.to(bias.dtype).unsqueeze(0), levels, (scale, slope, power, bias))
-        return scores.squeeze(0)
+        return self.module._scores(hidden.to(curve[-1].dtype).unsqueeze(0), levels, curve).squeeze(0)

@@ -58,17 +58,17 @@ class PredictorHeader:
             raise UserError(f"predictor.form=low-bit needs sites=[neuron], got {list(self.outputs)}")
 
 
-_HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
-    "provenance": dict,
-    **{name: get_origin(kind) or kind for name, kind in get_type_hints(PredictorHeader).items()},
+_HEADER_TYPES = {"provenance": dict} | {
+    name: get_origin(kind) or kind for name, kind in get_type_hints(PredictorHeader).items()
 }
 
 
 class Predictor(nn.Module):
     """A bottleneck MLP for each layer, E → H → K (or D) at each site; all layers run as one batched product.
 
-    The low-bit form scores neurons with `low_bit` instead. A predictor that corrects also maps the bottleneck back to
-    the hidden size, H → E. This correction is added to the FFN's output; it starts at zero, and `apc.tune` trains it.
+    The low-bit form scores neurons with `low_bit` instead. A predictor with a correction also maps the bottleneck
+    back to the hidden size, H → E, and adds the result to the FFN's output. The map starts at zero and is trained
+    by `apc.tune`.
 
     thresholds: float32 [L], the least score with which a layer keeps a neuron (see `apc.tune.thresholds`), or None.
     """
@@ -89,22 +89,18 @@ class Predictor(nn.Module):
             D = self.outputs["neuron"]
             self.low_bit = LowBitScores(L, E, D, self.low_bit_projections, self.bits, header.frozen)
         has_bottleneck = self.low_bit is None or self.corrects
-        self.reduce = nn.Parameter(torch.empty(L, E, H)) if has_bottleneck else None
+        self.reduce = nn.Parameter(nn.init.normal_(torch.empty(L, E, H), std=E**-0.5)) if has_bottleneck else None
         self.reduce_bias = nn.Parameter(torch.zeros(L, H)) if has_bottleneck else None
         self.expand, self.expand_bias = nn.ParameterDict(), nn.ParameterDict()
         for site, count in self.outputs.items() if self.low_bit is None else ():
-            self.expand[site] = nn.Parameter(torch.empty(L, H, count))
+            self.expand[site] = nn.Parameter(nn.init.normal_(torch.empty(L, H, count), std=H**-0.5))
             self.expand_bias[site] = nn.Parameter(torch.zeros(L, count))
         self.correct = nn.Parameter(torch.zeros(L, H, E)) if self.corrects else None
         self.correct_bias = nn.Parameter(torch.zeros(L, E)) if self.corrects else None
-        if self.reduce is not None:
-            nn.init.normal_(self.reduce, std=E**-0.5)
-        for weight in self.expand.values():
-            nn.init.normal_(weight, std=H**-0.5)
 
     @property
     def header(self) -> PredictorHeader:
-        """Its header as of now: it may have been frozen, or given thresholds."""
+        """The header that matches its present state (frozen or not, with thresholds or not)."""
         frozen = self.low_bit is not None and self.low_bit.frozen
         return replace(self._header, frozen=frozen, with_thresholds=self.thresholds is not None)
 
@@ -120,10 +116,8 @@ class Predictor(nn.Module):
         assert self.reduce is not None and self.reduce_bias is not None
         normalised = _normalise(hidden[sources], self.reduce.dtype)
         inner = F.silu(torch.baddbmm(self.reduce_bias.unsqueeze(1), normalised, self.reduce))
-        return {
-            site: torch.baddbmm(self.expand_bias[site].unsqueeze(1), inner, weight)
-            for site, weight in self.expand.items()
-        }
+        biases = {site: bias.unsqueeze(1) for site, bias in self.expand_bias.items()}
+        return {site: torch.baddbmm(biases[site], inner, weight) for site, weight in self.expand.items()}
 
     def layer(self, layer: int) -> "LayerPredictor":
         """One layer's part, a view of these parameters."""
@@ -131,22 +125,19 @@ class Predictor(nn.Module):
         return LayerPredictor(weights, None if self.low_bit is None else self.low_bit.layer(layer))
 
     def layer_outputs(self, layer: int, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One layer's logits [n, K or D], and its correction [n, E] or None.
-
-        hidden [n, E]: the FFN input of `source_layer(layer)`.
-        """
+        """One layer's logits [n, K or D] and correction [n, E] or None, from its source layer's FFN input [n, E]."""
         return self.layer(layer)(site, hidden)
 
     def unbind(self) -> list["LayerPredictor"]:
-        """`layer` of all layers at once.
+        """`layer` of all layers at once, sharing one gradient tensor.
 
-        All layers then share one gradient tensor. With `layer` each layer's gradient would be a tensor of all layers.
+        Separate calls of `layer` would each allocate one the size of all layers.
         """
         parts = {name: value.unbind() for name, value in self._bottleneck().items()}
         scores = [None] * self.layers if self.low_bit is None else self.low_bit.unbind()
         return [
-            LayerPredictor({name: values[layer] for name, values in parts.items()}, scores[layer])
-            for layer in range(self.layers)
+            LayerPredictor({name: values[layer] for name, values in parts.items()}, layer_scores)
+            for layer, layer_scores in enumerate(scores)
         ]
 
     def _bottleneck(self) -> dict[str, Tensor]:
@@ -154,10 +145,7 @@ class Predictor(nn.Module):
         return {name: value for name, value in self.named_parameters() if not name.startswith("low_bit.")}
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
-        """A copy that can be trained, without thresholds.
-
-        provenance: of the copy, this one's by default; corrects: whether the copy corrects even if this one does not.
-        """
+        """A copy that can be trained, without thresholds; it corrects if this one does or `corrects` is set."""
         header = replace(self.header, corrects=corrects or self.corrects, frozen=False, with_thresholds=False)
         copy = Predictor(header, provenance or self.provenance)
         if self.low_bit is not None:
@@ -166,10 +154,9 @@ class Predictor(nn.Module):
         return copy
 
     def param_groups(self, lr: float) -> list[dict]:
-        """Its parameters as an optimizer's groups.
+        """Its parameters as an optimizer's groups; the curve of low-bit scores learns ten times as fast as the rest.
 
-        The curve of the low-bit scores learns ten times as fast as the weights: its few values and the many weights are
-        all of the order of 1.
+        The curve's few values and the many weights are all of the order of 1.
         """
         curve = [] if self.low_bit is None else list(self.low_bit.curve)
         others = [value for value in self.parameters() if not any(value is one for one in curve)]
@@ -178,7 +165,7 @@ class Predictor(nn.Module):
     def parameters_read(self, site: str) -> float:
         """Parameters of 16 bits that one layer reads for one token at `site`.
 
-        The reduction to the bottleneck and the correction count at the first site only.
+        Parameters shared by several sites count at the first only.
         """
         return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read())
 
@@ -231,19 +218,19 @@ def _normalise(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)  # compared by identity: torch.compile compares callables
 class LayerPredictor:
-    """One layer of a `Predictor`. weights: the bottleneck's, by name; scores: the low-bit copy's, or None."""
+    """One layer of a `Predictor`."""
 
-    weights: dict[str, Tensor]
-    scores: LayerScores | None
+    weights: dict[str, Tensor]  # the bottleneck's, by name
+    scores: LayerScores | None  # the low-bit copy's
 
     def __call__(self, site: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """FFN inputs [n, E] → logits [n, K or D], and the correction [n, E] or None."""
-        weights = self.weights
-        if self.scores is not None and "reduce" not in weights:
-            return self.scores(hidden), None
-        normalised = _normalise(hidden, weights["reduce"].dtype)
-        inner = F.silu(torch.addmm(weights["reduce_bias"], normalised, weights["reduce"]))
-        correction = torch.addmm(weights["correct_bias"], inner, weights["correct"]) if "correct" in weights else None
+        weights, correction = self.weights, None
+        if "reduce" in weights:
+            normalised = _normalise(hidden, weights["reduce"].dtype)
+            inner = F.silu(torch.addmm(weights["reduce_bias"], normalised, weights["reduce"]))
+        if "correct" in weights:
+            correction = torch.addmm(weights["correct_bias"], inner, weights["correct"])
         if self.scores is not None:
             return self.scores(hidden), correction
         return torch.addmm(weights[f"expand_bias.{site}"], inner, weights[f"expand.{site}"]), correction

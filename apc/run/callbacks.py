@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc.evaluate.evaluator import Evaluator
-from apc.run.tracking import Tracking
+from apc.run.tracking import STEP_METRICS, Tracking
 from apc.utils import distributed, signals
 from apc.utils.files import replacing
 from apc.utils.progress import progress
@@ -73,9 +74,7 @@ class EndTogether(Callback):
         if self._vote.close(self._asked) if self._vote else self._asked:
             raise SIGTERMException
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Tells Lightning to stop if any rank was asked to."""
         if self._vote and self._vote.say(self._asked):
             trainer._signal_connector.received_sigterm = True  # Lightning's loops check this
@@ -86,7 +85,7 @@ class EndTogether(Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Makes later SIGTERMs harmless: the launcher sends one to every rank as soon as the first has ended."""
+        """Ignores further SIGTERMs: the launcher sends one to every rank as soon as the first rank has ended."""
         if isinstance(exception, SIGTERMException):
             signals.ask()
 
@@ -95,8 +94,8 @@ class ResumePoint(Checkpoint):
     """Keeps one checkpoint file, `path`, complete at every moment.
 
     It is written after each epoch, every `every_n_steps` steps within one, and when a SIGTERM ends the training.
-    Writing takes at most a tenth of the time: checkpoints that come too soon after the last one are skipped. Lightning
-    calls it after all other hooks of an epoch's end, so their changes are in the checkpoint.
+    At most a tenth of the time goes to writing: a checkpoint is skipped if it comes too soon after the last one.
+    Lightning calls it after all other hooks of an epoch's end, so their changes are in the checkpoint.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
@@ -125,7 +124,7 @@ class ResumePoint(Checkpoint):
         if trainer.global_step % self.every_n_steps == 0 and batch_index + 1 < trainer.num_training_batches:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
         """Saves after an epoch."""
         self._save(trainer)
 
@@ -136,53 +135,41 @@ class ResumePoint(Checkpoint):
             distributed.barrier()  # the launcher kills the others once one rank has ended
 
 
+@dataclass(eq=False)
 class MonitorPolicies(Callback):
-    """Logs perplexity and mask figures of some policies on the held-out windows, every few epochs and at the end.
+    """Logs perplexity and mask figures of some policies on the held-out windows, every few epochs and at the end."""
 
-    Args:
-        stage: the metrics' prefix.
-        policies: their names.
-        evaluator_of: makes an `Evaluator` on the held-out windows from the module as it stands.
-        every: epochs between measurements.
-        last: number of the last epoch.
-    """
-
-    def __init__(
-        self,
-        stage: str,
-        policies: list[str],
-        evaluator_of: Callable[[LightningModule], Evaluator],
-        every: int,
-        last: int,
-    ) -> None:
-        self._stage, self._policies, self._evaluator_of = stage, policies, evaluator_of
-        self._every, self._last = every, last
+    stage: str  # the metrics' prefix
+    policies: list[str]
+    evaluator: Callable[[], Evaluator]  # on the held-out windows, of the module as it stands
+    every: int  # epochs between measurements
+    last: int  # number of the last epoch
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures the policies if it is time."""
         epoch = trainer.current_epoch + 1
-        if epoch % self._every and epoch != self._last and not trainer.should_stop:
+        if epoch % self.every and epoch != self.last and not trainer.should_stop:
             return
         # The evaluation needs the device memory, and no other source may run the model meanwhile.
         trainer.datamodule.loader.release()  # type: ignore[attr-defined]  # Lightning sets it without declaring it
-        row: dict[str, Any] = (
-            {"cluster/epoch": epoch} if self._stage == "cluster" else {f"{self._stage}/step": trainer.global_step}
-        )
+        step = epoch if self.stage == "cluster" else trainer.global_step
+        row: dict[str, Any] = {STEP_METRICS[self.stage]: step}
         training = module.training
-        for record in self._evaluator_of(module.eval()).policies(self._policies, progress=False):
+        module.eval()
+        for record in self.evaluator().policies(self.policies, progress=False):
             prefix = f"monitor_{record['policy']}_"
-            row |= {f"{self._stage}/{prefix}{name}": record[name] for name in MONITORED if record.get(name) is not None}
-            row |= {f"{self._stage}_layers/{prefix}{name}": record["per_layer"][name] for name in LAYER_MONITORED}
+            row |= {f"{self.stage}/{prefix}{name}": record[name] for name in MONITORED if record.get(name) is not None}
+            row |= {f"{self.stage}_layers/{prefix}{name}": record["per_layer"][name] for name in LAYER_MONITORED}
         module.train(training)
         for logger in trainer.loggers:
             logger.log_metrics(row)
 
 
-# The figure beside each training's bar, from the module's latest history record.
-_FIGURES: dict[str, Callable[[dict], str]] = {
-    "cluster": lambda record: f"captured {100 * record['captured']:.2f} %",
-    "predict": lambda record: f"loss {record['loss']:.4f}",
-    "tune": lambda record: f"divergence {record['divergence']:.4f} nats",
+# The name of each training's bar, and the figure beside it from the module's latest history record.
+_BARS: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "cluster": ("cluster", lambda record: f"captured {100 * record['captured']:.2f} %"),
+    "predictor": ("predict", lambda record: f"loss {record['loss']:.4f}"),
+    "tune": ("tune", lambda record: f"divergence {record['divergence']:.4f} nats"),
 }
 
 
@@ -190,32 +177,30 @@ class TrainingProgress(Callback):
     """One bar for a whole training: its pass, and captured importance, loss or divergence."""
 
     def __init__(self, stage: str) -> None:
-        self._stage = stage
+        self._name, self._shown = _BARS[stage]
         self._open = ExitStack()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Opens the bar at the step where the training resumes."""
         steps = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
         steps = min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
-        self._bar = self._open.enter_context(progress(steps, self._stage))
+        self._bar = self._open.enter_context(progress(steps, self._name))
         self._bar.update(trainer.global_step, self._figure(trainer, module))
 
     def _figure(self, trainer: Trainer, module: LightningModule) -> str:
         history: list[dict] = module.history  # type: ignore[assignment]  # each of our modules has one
-        shown = f", {_FIGURES[self._stage](history[-1])}" if history else ""
+        shown = f", {self._shown(history[-1])}" if history else ""
         return f"pass {trainer.current_epoch + 1} of {trainer.max_epochs}{shown}"
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         """Advances the bar."""
         self._bar.update(1, self._figure(trainer, module))
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, *_: object) -> None:
         """Closes the bar."""
         self._open.close()
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: object) -> None:
         """Closes the bar."""
         self._open.close()
 
@@ -228,15 +213,7 @@ class TrackingLogger(Logger):
         self._tracking = tracking
 
     # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints, so empty strings keep the run's folder.
-    @property
-    def name(self) -> str:
-        """Empty."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Empty."""
-        return ""
+    name = version = ""  # type: ignore[assignment]
 
     @property
     def save_dir(self) -> str:

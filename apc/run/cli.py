@@ -28,16 +28,22 @@ def main(
 ) -> None:
     """Reads the command line, starts the ranks if there are several, and calls `run(config, wide)`.
 
-    Args:
-        description: the top of `--help`.
-        run: the program; wide: whether its tables show all columns (`--wide`).
-        defaults: makes the configuration from a file and overrides.
-        dry_run: makes the text that `--dry-run` prints; None: there is no such flag.
-
+    description: the top of `--help`; wide: whether tables show all columns; defaults: makes the configuration from a
+    file and overrides; dry_run: makes the text that `--dry-run` prints, without it there is no such flag.
     Errors end the process as in `one_line_errors`.
     """
     with one_line_errors(GO_ON):
-        options = _parse(description, dry_run is not None)
+        raw = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=description, formatter_class=raw, epilog=describe())
+        metavar, what = "file.yaml | key=value | group=name", "a YAML file first, then overrides"
+        parser.add_argument("words", nargs="*", metavar=metavar, help=what)
+        what = "print tables with all columns, in lines of any length"
+        parser.add_argument("--wide", action="store_true", help=what)
+        parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        what = "estimate the run's disk space, memory and seconds, and stop"
+        if dry_run is not None:
+            parser.add_argument("--dry-run", action="store_true", help=what)
+        options = parser.parse_intermixed_args()
         words = options.words
         path = words.pop(0) if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")) else None
         cfg = defaults(path, words)
@@ -51,9 +57,9 @@ def main(
             return
         _keep_freed_memory()
         signal.signal(signal.SIGTERM, signals.terminate)
-        named = _start_ranks(cfg)
+        cfg = _start_ranks(cfg)
         try:
-            run(named, options.wide)
+            run(cfg, options.wide)
         except BrokenPipeError:
             if nobody_reads():
                 print(f"stdout was closed by its reader; {GO_ON}", file=sys.stderr)
@@ -65,43 +71,27 @@ def _start_ranks(cfg: Config) -> Config:
     from apc.run.folder import new_name
     from apc.run.launch import check_launched, launch
 
-    processes = cfg.trainer.devices * cfg.trainer.num_nodes
-    if cfg.model.device_map and int(os.environ.get("WORLD_SIZE", processes)) > 1:
+    ranks = int(os.environ.get("WORLD_SIZE", cfg.trainer.devices * cfg.trainer.num_nodes))
+    if cfg.model.device_map and ranks > 1:
         raise UserError(
             f"model.device_map={cfg.model.device_map}: spreads one process over all GPUs; set trainer.devices=1, "
             "or leave it out"
         )
     if "WORLD_SIZE" in os.environ:
         check_launched(cfg)
-    elif processes > 1:
+    elif ranks > 1:
         sys.exit(launch(cfg))
     if cfg.run.name is not None:
         return cfg
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if ranks > 1:
         raise UserError("run.name: not given; several processes need the same one, write run.name=NAME")
     return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=new_name()))
-
-
-def _parse(description: str, with_dry_run: bool) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=describe()
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="file.yaml | key=value | group=name", help="a YAML file first, then overrides"
-    )
-    parser.add_argument("--wide", action="store_true", help="print tables with all columns, in lines of any length")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    if with_dry_run:
-        parser.add_argument(
-            "--dry-run", action="store_true", help="estimate the run's disk space, memory and seconds, and stop"
-        )
-    return parser.parse_intermixed_args()
 
 
 def _keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks.
 
-    Each step allocates the same large tensors again, and fresh pages take a tenth of a run on the CPU.
+    Each step allocates the same sizes again, and fresh pages take a tenth of a run's time on the CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:

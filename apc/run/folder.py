@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apc.cluster.codebook import Codebook
-from apc.config.load import load_saved, to_dict, to_yaml
+from apc.config.load import flat, load_saved, to_yaml
 from apc.config.schema import Config
 from apc.predict.predictor import Predictor
 from apc.utils import distributed
@@ -25,72 +25,28 @@ from apc.utils.files import exclusive_lock, write_atomic
 from apc.utils.packages import installed_version
 
 # The keys that decide a stage's outcome. A run resumes a folder only if it agrees on those of the stages in the folder.
+# A section stands for all of its keys but FREE_KEYS, which say where a run works or what it scores.
 CLUSTER_KEYS = (
-    "checkpoint",
-    "seed",
-    "sites",
-    "sparsity",
-    "active",
-    "model",
-    "data",
-    "collect",
-    "cluster",
-    "monitor",
-    "trainer",
+    *("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor"),
+    "trainer.max_steps",
 )
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
 TUNE_KEYS = (*PREDICT_KEYS, "tune")
-# Exceptions among those, by section: they say where a run works or what it scores, and may differ.
-FREE_KEYS = {
-    "collect": ("dir", "storage", "ffn_inputs"),
-    "model": ("device",),
-    "data": ("score", "score_windows", "in_sample"),
-    "trainer": (
-        "devices",
-        "num_nodes",
-        "precision",
-        "batch_windows",
-        "log_every_n_steps",
-        "checkpoint_every_n_steps",
-        "progress",
-    ),
-}
+SCORE_KEYS = ("data.score", "data.score_windows", "data.in_sample")
+FREE_KEYS = ("collect.dir", "collect.storage", "collect.ffn_inputs", "model.device", *SCORE_KEYS)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Names of the files in a run's folder."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The run's configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def codebook(self) -> Path:
-        """The codebook before tuning."""
-        return self.path / "codebook.safetensors"
-
-    @property
-    def predictor(self) -> Path:
-        """The predictor before tuning."""
-        return self.path / "predictor.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path, self.figures = path, path / "figures"
+        self.config, self.results = path / "config.yaml", path / "results.json"
+        self.codebook, self.predictor = path / "codebook.safetensors", path / "predictor.safetensors"  # before tuning
 
     def tuned(self, name: str) -> Path:
         """The codebook or the predictor (`name`) after tuning."""
         return self.path / f"tuned-{name}.safetensors"
-
-    @property
-    def results(self) -> Path:
-        """The evaluation's figures."""
-        return self.path / "results.json"
-
-    @property
-    def figures(self) -> Path:
-        """The folder with plots."""
-        return self.path / "figures"
 
     def checkpoint(self, stage: str) -> Path:
         """Where a training of this stage resumes from."""
@@ -103,7 +59,10 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's codebook, predictor and results: the tuned ones if it was tuned, None for what it has not made yet."""
+    """A run's codebook, predictor and results.
+
+    The tuned ones if the run was tuned, None for those that do not exist yet.
+    """
 
     folder: RunFolder
     config: Config
@@ -113,21 +72,21 @@ class LoadedRun:
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """Everything in a run's folder.
-
-    Raises UserError, naming the file, if the folder is no run or a file in it is damaged.
-    """
+    """Everything in a run's folder. Raises UserError, naming the file, if it is no run or a file is damaged."""
     run = RunFolder(Path(folder))
     if not run.config.is_file():
         raise UserError(
             f"{run.path}: not a run folder (no config.yaml); give one that train.py wrote, e.g. checkpoint=runs/NAME"
         )
-    codebook_path, predictor_path = run.codebook, run.predictor
-    if run.tuned("codebook").is_file():
-        codebook_path, predictor_path = run.tuned("codebook"), run.tuned("predictor")
-    codebook = Codebook.load(codebook_path) if codebook_path.is_file() else None
-    predictor = Predictor.load(predictor_path) if predictor_path.is_file() else None
-    return LoadedRun(run, load_saved(run.config), codebook, predictor, read_results(run.results))
+    tuned = run.tuned("codebook").is_file()
+    codebook, predictor = (run.tuned("codebook"), run.tuned("predictor")) if tuned else (run.codebook, run.predictor)
+    return LoadedRun(
+        run,
+        load_saved(run.config),
+        Codebook.load(codebook) if codebook.is_file() else None,
+        Predictor.load(predictor) if predictor.is_file() else None,
+        read_results(run.results),
+    )
 
 
 def read_json(path: Path) -> dict | None:
@@ -139,10 +98,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_results(path: Path) -> dict | None:
-    """A run's results.json in today's names, also from version 0.1; None if there is no file.
-
-    Raises UserError if it can't be read.
-    """
+    """A run's results.json in today's names, also from version 0.1; None if there is none. May raise UserError."""
     return _with_new_names(read_json(path))
 
 
@@ -196,48 +152,31 @@ def new_name() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _without_free_keys(values: dict, keys: tuple[str, ...]) -> dict:
-    chosen = {key: values.get(key) for key in keys}
-    return {
-        key: {name: item for name, item in value.items() if name not in FREE_KEYS.get(key, ())}
-        if isinstance(value, dict)
-        else value
-        for key, value in chosen.items()
-    }
-
-
 def check_same(run: RunFolder, cfg: Config) -> None:
     """Raises UserError, naming the first difference, if the folder's stages ran under another configuration."""
-    old = to_dict(load_saved(run.config))
-    clustered = any(path.exists() for path in (run.codebook, run.checkpoint("cluster")))
-    predicted = any(path.exists() for path in (run.predictor, run.checkpoint("predictor")))
-    tuned = any(path.exists() for path in (run.tuned("codebook"), run.checkpoint("tune")))
-    keys = TUNE_KEYS if tuned else PREDICT_KEYS if predicted else CLUSTER_KEYS if clustered else ()
-    before, after = _without_free_keys(old, keys), _without_free_keys(to_dict(cfg), keys)
-    for key in keys:
-        if before[key] != after[key]:
-            if isinstance(after[key], dict) and isinstance(before[key], dict):
-                name = next(name for name in after[key] if before[key][name] != after[key][name])
-                key, one, other = f"{key}.{name}", before[key][name], after[key][name]
-            else:
-                one, other = before[key], after[key]
-            raise UserError(
-                f"{run.path}: holds a run with {key}={one}, this one has {key}={other}; choose another run.name"
-            )
+    stages = (
+        (run.tuned("codebook"), run.checkpoint("tune"), TUNE_KEYS),
+        (run.predictor, run.checkpoint("predictor"), PREDICT_KEYS),
+        (run.codebook, run.checkpoint("cluster"), CLUSTER_KEYS),
+    )
+    keys: tuple[str, ...] = next((keys for *paths, keys in stages if any(path.exists() for path in paths)), ())
+    fixed = [name for name in flat(cfg) if name not in FREE_KEYS]
+    names = [name for key in keys for name in fixed if key in (name, name.partition(".")[0])]
+    _check_equal(run, cfg, names, "a run")
 
 
 def check_scored(run: RunFolder, cfg: Config) -> None:
     """Raises UserError, naming the first difference, if the folder's results are of other policies or another text."""
-    old = load_saved(run.config)
-    pairs = [(key, getattr(old, key), getattr(cfg, key)) for key in ("policies", "speed")]
-    pairs += [
-        (f"data.{key}", getattr(old.data, key), getattr(cfg.data, key))
-        for key in ("score", "score_windows", "in_sample")
-    ]
-    for key, one, other in pairs:
-        if one != other:
+    _check_equal(run, cfg, ["policies", "speed", *SCORE_KEYS], "results")
+
+
+def _check_equal(run: RunFolder, cfg: Config, keys: list[str], held: str) -> None:
+    old, new = flat(load_saved(run.config)), flat(cfg)
+    for key in keys:
+        if old[key] != new[key]:
             raise UserError(
-                f"{run.path}: holds results with {key}={one}, this one has {key}={other}; choose another run.name"
+                f"{run.path}: holds {held} with {key}={old[key]}, this one has {key}={new[key]}; "
+                "choose another run.name"
             )
 
 

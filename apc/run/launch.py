@@ -15,14 +15,12 @@ from apc.utils.exits import GO_ON
 def check_launched(cfg: Config) -> None:
     """Raises UserError if the launcher started another number of processes than the configuration names."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    started = {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
-    options = {"devices": "--nproc-per-node", "num_nodes": "--nnodes"}
-    for key, count in started.items():
+    nodes = int(os.environ["WORLD_SIZE"]) // local
+    for key, option, count in (("devices", "--nproc-per-node", local), ("num_nodes", "--nnodes", nodes)):
         wanted = getattr(cfg.trainer, key)
         if wanted not in (1, count):
             raise UserError(
-                f"trainer.{key}={wanted}: torchrun started {count}; give it {options[key]}={wanted}, "
-                "or leave the key out"
+                f"trainer.{key}={wanted}: torchrun started {count}; give it {option}={wanted}, or leave the key out"
             )
 
 
@@ -47,33 +45,23 @@ def launch(cfg: Config) -> int:
     for local_rank in range(devices):
         resolve_device(cfg.model.device, local_rank)
     name = [] if cfg.run.name else [f"run.name={new_name()}"]  # one folder for all ranks
+    run_id = secrets.token_hex(4)
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=secrets.token_hex(4),
-        max_restarts=0,
+        1, 1, devices, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     if "OMP_NUM_THREADS" not in os.environ:  # ranks are ten times slower when their threads compete for cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // devices))
+    script = sys.argv[0]
+    program = [script] if os.path.isfile(script) else ["-m", *script.split()]  # the command `apc` runs `-m apc COMMAND`
     try:
-        elastic_launch(settings, sys.executable)(*_program(), *sys.argv[1:], *name)
+        elastic_launch(settings, sys.executable)(*program, *sys.argv[1:], *name)
     except SignalException as error:  # the ranks have ended by then
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:
                 hint = ", perhaps out of memory" if failure.exitcode == -signal.SIGKILL else ""
-                print(
-                    f"error: rank {rank} was killed ({failure.signal_name()}{hint}), and all others with it; {GO_ON}",
-                    file=sys.stderr,
-                )
+                killed = f"rank {rank} was killed ({failure.signal_name()}{hint}), and all others with it"
+                print(f"error: {killed}; {GO_ON}", file=sys.stderr)
         return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
     return 0
-
-
-def _program() -> list[str]:
-    """The words after `python`: a script, or `-m apc COMMAND` for the command `apc`."""
-    return [sys.argv[0]] if os.path.isfile(sys.argv[0]) else ["-m", *sys.argv[0].split()]

@@ -16,20 +16,9 @@ from apc.run.tracking import Tracking
 from apc.sparse.policies import choose_policies, default_policies
 from apc.utils import distributed
 
-TABLE_FIGURES = (
-    "perplexity",
-    "ratio",
-    "density",
-    "coverage",
-    "precision",
-    "captured_importance",
-    "captured_energy",
-    "bits",
-    "bytes_share",
-    "flops_share",
-)
-SUMMARY_FIGURES = ("perplexity", "ratio", "bytes_share")  # W&B's columns of runs; the table has all of them
 LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
+TABLE_FIGURES = ("perplexity", "ratio", *LAYER_FIGURES, "captured_energy", "bits", "bytes_share", "flops_share")
+SUMMARY_FIGURES = ("perplexity", "ratio", "bytes_share")  # W&B's columns of runs; the table has all of them
 SPEED_FIGURES = ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")
 
 
@@ -38,10 +27,11 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     cfg, device, watch = context.cfg, context.device, context.watch
     names, left_out = choose_policies(cfg.policies, codebook, predictor)
     missing = [{"policy": name, "missing": reason} for name, reason in left_out.items()]
-    evaluator = Evaluator(
-        context.model, codebook, predictor, scored.tokens, device, batch_windows(cfg, device), cfg.seed
-    )
+    batch = batch_windows(cfg, device)
+    evaluator = Evaluator(context.model, codebook, predictor, scored.tokens, device, batch, cfg.seed)
     order = cfg.policies or default_policies()
+    if distributed.is_main():
+        print(tables.ROW_HEADER, flush=True)
     measured = evaluator.policies(names, cfg.trainer.progress, _print_row)
     records = sorted(measured + missing, key=lambda record: order.index(record["policy"]))
     watch.lap("evaluate")
@@ -49,7 +39,7 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
         "conditions": conditions(context, codebook, predictor, scored),
         "policies": records,
         **stage_records(context.run),
-        "seconds": watch.seconds,
+        "seconds": watch.seconds,  # laps add to it
     }
     if cfg.speed and distributed.is_main():
         from apc.evaluate import speed  # imports transformers' attention, which takes seconds
@@ -58,7 +48,6 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
             context.model, context.tokenizer, codebook, predictor, scored.tokens, names, cfg.seed, cfg.trainer.progress
         )
         watch.lap("speed")
-        results["seconds"] = watch.seconds
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, context.tracking)
@@ -77,6 +66,9 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
     cfg, device, model = context.cfg, context.device, context.model
     made = codebook.provenance
     tuned = made.get("tune")
+    if tuned:
+        policy = tuned.get("policy") or tuned["arm"]  # version 0.1 called it the arm
+        tuned = f"{policy}, {tuned['steps']:,} steps of {tuned['step_windows']} windows"
     algorithm = made.get("cluster", {}).get("algorithm", "lloyd")
     algorithm += f" with penalty {codebook.penalty}" if codebook.penalty > 1 else ""
     return {
@@ -88,29 +80,19 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
         "score_tokens": scored.tokens.numel(),
         "seq_len": cfg.data.seq_len,
         "sites": list(codebook.sites),
-        "sparsity": codebook.sparsity,
-        "active": codebook.active,
-        "k": codebook.k,
-        "density": codebook.density,
-        "centroid_size": codebook.centroid_size,
-        "weighting": codebook.weighting,
-        "scope": codebook.scope,
+        **{
+            name: getattr(codebook, name)
+            for name in ("sparsity", "active", "k", "density", "centroid_size", "weighting", "scope")
+        },
         "algorithm": None if algorithm == "lloyd" else algorithm,
         "forward": made.get("patterns", {}).get("forward"),
         "predictor": predictor and _described(predictor),
-        "tuned": tuned and f"{tuned_policy(tuned)}, {tuned['steps']:,} steps of {tuned['step_windows']} windows",
-        "layers": codebook.layers,
-        "hidden_size": codebook.hidden_size,
-        "ffn_width": codebook.ffn_width,
+        "tuned": tuned,
+        **{name: getattr(codebook, name) for name in ("layers", "hidden_size", "ffn_width")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "commit": commit(),
     }
-
-
-def tuned_policy(tuned: dict) -> str:
-    """The policy that a codebook was tuned for, from its provenance. Version 0.1 called it the arm."""
-    return tuned["policy"] if "policy" in tuned else tuned["arm"]
 
 
 def _described(predictor: Predictor) -> str:
@@ -125,29 +107,17 @@ def _described(predictor: Predictor) -> str:
 def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
     """Plots beside the results; summary, tables and plots to the run's record."""
     measured = [record for record in results["policies"] if not record["missing"]]
-    tracking.summary(
-        {
-            f"eval/{record['policy']}/{name}": record[name]
-            for record in measured
-            for name in SUMMARY_FIGURES
-            if record[name] is not None
-        }
-    )
+    shown = [(record, name) for record in measured for name in SUMMARY_FIGURES if record[name] is not None]
+    tracking.summary({f"eval/{record['policy']}/{name}": record[name] for record, name in shown})
     for record in (results.get("speed") or {}).get("policies", []):
         tracking.summary({f"speed/{record['policy']}/{name}": record[name] for name in SPEED_FIGURES})
-    tracking.table(
-        "eval/policies",
-        ["policy", *TABLE_FIGURES],
-        [[record["policy"], *(record[name] for name in TABLE_FIGURES)] for record in measured],
-    )
-    tracking.table(
-        "eval/layers",
-        ["policy", "layer", *LAYER_FIGURES],
-        [
-            [record["policy"], layer, *(record["per_layer"][name][layer] for name in LAYER_FIGURES)]
-            for record in measured
-            for layer in range(len(record["per_layer"]["density"]))
-        ],
-    )
+    rows = [[record["policy"], *(record[name] for name in TABLE_FIGURES)] for record in measured]
+    tracking.table("eval/policies", ["policy", *TABLE_FIGURES], rows)
+    rows = [
+        [record["policy"], layer, *(record["per_layer"][name][layer] for name in LAYER_FIGURES)]
+        for record in measured
+        for layer in range(len(record["per_layer"]["density"]))
+    ]
+    tracking.table("eval/layers", ["policy", "layer", *LAYER_FIGURES], rows)
     for key, path in figures.save_figures(results, folder / "figures").items():
         tracking.figure(f"figures/{key}", path)

@@ -2,15 +2,11 @@
 
 import gc
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from apc.cluster.algorithms import ALGORITHMS
@@ -21,10 +17,8 @@ from apc.collect.loader import BlockLoader, PatternDataModule, ResumedDataModule
 from apc.collect.memory import keep_bytes, windows_in_block
 from apc.collect.patterns import PatternSource
 from apc.config.schema import Config
-from apc.evaluate.evaluator import Evaluator
 from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
-from apc.run.callbacks import MonitorPolicies, ResumePoint
 from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
 from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, fit, make_trainer
@@ -50,13 +44,9 @@ def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutM
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
     codebook, history = _cluster(context, source, monitor, made)
     gc.collect()  # trainer and module refer to each other, and the module has gigabytes of sums on the device
-    if distributed.is_main():
-        sizes = {site: book.sizes.tolist() for site, book in codebook.sites.items()}
-        write_json(run.history("cluster"), {"history": history, "sizes": sizes})
-        codebook.save(run.codebook)
-        context.tracking.artifact("codebook", "codebook", run.codebook)
-        _drop_checkpoint(context, "cluster")
-    distributed.barrier()
+    sizes = {site: book.sizes.tolist() for site, book in codebook.sites.items()}
+    record = {"history": history, "sizes": sizes}
+    _save(context, "cluster", record, {run.codebook: codebook}, "codebook", "codebook")
     return codebook
 
 
@@ -67,35 +57,11 @@ def _cluster(
     cfg, device = context.cfg, context.device
     with device:  # allocates the gigabytes of buffers where they are used
         module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
-
-    def evaluator_of(module: LightningModule) -> Evaluator:
-        return monitor.evaluator(cast(ClusteringModule, module).codebook({}))
-
-    callbacks = _callbacks(context, "cluster", ["oracle"], monitor, evaluator_of)
     strategy = SumsOnDevices() if distributed.world_size() > 1 else SumsOnDevice(device)
-    trainer = make_trainer(context, "cluster", cfg.cluster.max_epochs, callbacks, strategy=strategy)
+    evaluator = lambda: monitor.evaluator(module.codebook({}))
+    trainer = make_trainer(context, "cluster", monitor, ["oracle"], evaluator, strategy)
     _fit_on_blocks(context, trainer, module, source, "cluster")
     return module.codebook(made), module.history
-
-
-def _callbacks(
-    context: RunContext,
-    stage: str,
-    policies: list[str],
-    monitor: HeldOutMonitor,
-    evaluator_of: Callable[[LightningModule], Evaluator],
-) -> list[Callback]:
-    """The checkpoint, and the measurement of policies on held-out text if there is any."""
-    cfg = context.cfg
-    callbacks: list[Callback] = [ResumePoint(context.run.checkpoint(stage), cfg.trainer.checkpoint_every_n_steps)]
-    if len(monitor.windows):
-        epochs = {
-            "cluster": cfg.cluster.max_epochs,
-            "predictor": cfg.predictor.max_epochs,
-            "tune": cfg.tune.max_epochs,
-        }
-        callbacks.append(MonitorPolicies(stage, policies, evaluator_of, cfg.monitor.every, last=epochs[stage]))
-    return callbacks
 
 
 def _fit_on_blocks(
@@ -111,16 +77,26 @@ def _fit_on_blocks(
     block_windows = windows_in_block(cfg.collect, info)
     rank_windows = math.ceil(block_windows / distributed.world_size())
     kept = keep_bytes(info, fields, rank_windows, context.device, module.working_bytes())
-    loader = BlockLoader(
-        source, fields, block_windows, cfg.seed, batch_tokens, context.device, kept, in_order=module.in_order
-    )
+    in_order, device = module.in_order, context.device
+    loader = BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=in_order)
     fit(trainer, module, PatternDataModule(source, loader), context.run.checkpoint(stage))
 
 
-def _drop_checkpoint(context: RunContext, stage: str) -> None:
-    """Deletes the checkpoint of a finished training, unless trainer.keep_checkpoints is set."""
-    if not context.cfg.trainer.keep_checkpoints:
-        context.run.checkpoint(stage).unlink(missing_ok=True)
+def _save(
+    context: RunContext, stage: str, record: dict, files: dict[Path, Codebook | Predictor], name: str, kind: str
+) -> None:
+    """On rank 0, saves a finished training and deletes its checkpoint, unless trainer.keep_checkpoints is set.
+
+    record: for the stage's JSON file; name, kind: of the W&B artifact with the last of `files`.
+    """
+    if distributed.is_main():
+        write_json(context.run.history(stage), record)
+        for path, made in files.items():
+            made.save(path)
+        context.tracking.artifact(name, kind, list(files)[-1])
+        if not context.cfg.trainer.keep_checkpoints:
+            context.run.checkpoint(stage).unlink(missing_ok=True)
+    distributed.barrier()
 
 
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
@@ -139,7 +115,7 @@ def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
 def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
     """Copies another run's codebook into this run's folder.
 
-    Raises UserError if there is none, or it was made from other patterns.
+    Raises UserError if that run has no codebook, or one made from other patterns.
     """
     path = load_run(checkpoint).folder.codebook
     if not path.is_file():
@@ -161,38 +137,19 @@ def train_predictor(
     cfg, run, device = context.cfg, context.run, context.device
     if run.predictor.is_file():
         return Predictor.load(run.predictor)
-    module = PredictorModule(
-        cfg.predictor,
-        codebook,
-        source.info,
-        monitor.rows,
-        cfg.seed,
-        cfg.trainer.log_every_n_steps,
-        monitor.collector.ffns,
-    )
+    every, ffns = cfg.trainer.log_every_n_steps, monitor.collector.ffns
+    module = PredictorModule(cfg.predictor, codebook, source.info, monitor.rows, cfg.seed, every, ffns)
     policies = [name for name, policy in POLICIES.items() if policy.monitored and cfg.predictor.form in policy.forms]
-
-    def evaluator_of(module: LightningModule) -> Evaluator:
-        return monitor.evaluator(codebook, cast(PredictorModule, module).predictor)
-
-    callbacks = _callbacks(context, "predictor", policies, monitor, evaluator_of)
-    options: dict[str, Any] = {"strategy": _gradient_strategy(), "precision": cfg.trainer.precision}
-    trainer = make_trainer(context, "predict", cfg.predictor.max_epochs, callbacks, **options)
+    evaluator = lambda: monitor.evaluator(codebook, module.predictor)
+    precision = cfg.trainer.precision
+    trainer = make_trainer(context, "predictor", monitor, policies, evaluator, precision=precision)
     with deterministic(device):
         _fit_on_blocks(context, trainer, module, source, "predictor", cfg.predictor.batch_tokens)
     trained = module.trained(provenance() | {"codebook": codebook.provenance})
     predictor = _with_thresholds(cfg, codebook, trained, windows, monitor)
-    if distributed.is_main():
-        write_json(run.history("predictor"), {"history": module.history, "per_layer": module.figures})
-        predictor.save(run.predictor)
-        context.tracking.artifact("predictor", "predictor", run.predictor)
-        _drop_checkpoint(context, "predictor")
-    distributed.barrier()
+    record = {"history": module.history, "per_layer": module.figures}
+    _save(context, "predictor", record, {run.predictor: predictor}, "predictor", "predictor")
     return predictor
-
-
-def _gradient_strategy() -> DDPStrategy | str:
-    return DDPStrategy() if distributed.world_size() > 1 else "auto"
 
 
 def _with_thresholds(
@@ -201,10 +158,8 @@ def _with_thresholds(
     """The predictor on the host, with thresholds if it scores single neurons and masks have a fixed size."""
     if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
         sample = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)]
-        collector = monitor.collector
-        predictor.thresholds = find_thresholds(
-            collector.model, collector.ffns, codebook, predictor, sample, collector.batch_windows
-        )
+        run = monitor.collector
+        predictor.thresholds = find_thresholds(run.model, run.ffns, codebook, predictor, sample, run.batch_windows)
     return predictor.cpu()
 
 
@@ -213,8 +168,8 @@ def tune(
 ) -> tuple[Codebook, Predictor | None]:
     """The run's tuned codebook and predictor: loaded if the files exist, else tuned and saved.
 
-    windows: of the fit text, int64 [n, seq_len]. The predictor is None if the tuned policy does not use it: the old one
-    belongs to the codebook before tuning.
+    windows: of the fit text, int64 [n, seq_len]. The predictor is None if the tuned policy uses none, because the
+    untuned predictor does not fit the tuned codebook.
     """
     cfg, run, device = context.cfg, context.run, context.device
     if run.tuned("codebook").is_file():
@@ -222,26 +177,18 @@ def tune(
         return Codebook.load(run.tuned("codebook")), Predictor.load(path) if path.is_file() else None
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
     module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
-
-    def evaluator_of(module: LightningModule) -> Evaluator:
-        return monitor.evaluator(*cast(TuningModule, module).tuned({}))
-
-    callbacks = _callbacks(context, "tune", [cfg.tune.policy], monitor, evaluator_of)
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
-    options: dict[str, Any] = {"strategy": _gradient_strategy(), "precision": precision, "gradient_clip_val": 1.0}
-    trainer = make_trainer(context, "tune", cfg.tune.max_epochs, callbacks, **options)
+    policies = [cfg.tune.policy]
+    evaluator = lambda: monitor.evaluator(*module.tuned({}))
+    trainer = make_trainer(context, "tune", monitor, policies, evaluator, precision=precision, gradient_clip_val=1.0)
     data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed))
     with deterministic(device):
         fit(trainer, module, data, run.checkpoint("tune"))
     codebook, predictor = module.tuned(codebook.provenance)
+    files: dict[Path, Codebook | Predictor] = {}
     if predictor is not None:
-        predictor = _with_thresholds(cfg, codebook, predictor, windows, monitor)
-    if distributed.is_main():
-        write_json(run.history("tune"), {"history": module.history, "budget": codebook.budget})
-        if predictor is not None:
-            predictor.save(run.tuned("predictor"))
-        codebook.save(run.tuned("codebook"))
-        context.tracking.artifact("tuned", "codebook", run.tuned("codebook"))
-        _drop_checkpoint(context, "tune")
-    distributed.barrier()
+        predictor = files[run.tuned("predictor")] = _with_thresholds(cfg, codebook, predictor, windows, monitor)
+    files[run.tuned("codebook")] = codebook
+    record = {"history": module.history, "budget": codebook.budget}
+    _save(context, "tune", record, files, "tuned", "codebook")
     return codebook, predictor

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 from urllib.parse import urlsplit
 
@@ -37,14 +38,8 @@ STEP_METRICS = {"cluster": "cluster/epoch", "predictor": "predictor/step", "tune
 
 # The metrics that W&B plots by default, about a dozen in a run. The others are in its history, to be plotted by hand.
 PANELS = (
-    "cluster/captured",
-    "cluster/changed",
-    "cluster/empty",
-    "predictor/loss",
-    "predictor/top1_*",
-    "predictor/captured_energy_hard_*",
-    "tune/divergence",
-    "*/monitor_*_perplexity",
+    *("cluster/captured", "cluster/changed", "cluster/empty", "tune/divergence", "*/monitor_*_perplexity"),
+    *("predictor/loss", "predictor/top1_*", "predictor/captured_energy_hard_*"),
 )
 
 # A server that hangs must not stop the run. After this long without a first contact the run goes offline.
@@ -65,26 +60,19 @@ _WANDB_MODES: dict[str, Mode] = {
 class Tracking:
     """Opens a run's record on rank 0, continues it where the folder already has one, and closes it.
 
-    As a context manager it finishes the run, as failed if the block raised.
-
-    Args:
-        cfg: the `tracking.*` keys.
-        folder: the run's folder, created if missing. Gets `metrics.jsonl` and `wandb/`.
-        name: the run's name in W&B.
-        config: the resolved configuration, nested, for W&B's config tab.
-        enabled: false on ranks other than 0, where every method does nothing.
+    As a context manager it finishes the run, as failed if the block raised. The folder, created if missing, gets
+    `metrics.jsonl` and `wandb/`. name, config: for W&B. Unless `enabled`, every method does nothing.
 
     A resumed run is one run in W&B too, also offline. W&B then has a folder for each part, all with one run id, and
     `wandb sync FOLDER/wandb` (W&B 0.31 or later) uploads them in order, each after the last step of the one before.
 
-    Raises:
-        UserError: the folder can't be written.
+    Raises UserError if the folder can't be written.
     """
 
     def __init__(self, cfg: TrackingConfig, folder: Path, name: str, config: dict, enabled: bool = True) -> None:
         self.folder = Path(folder)
         self.name = name
-        self._mode: Mode = "disabled"
+        self.wandb_mode: Mode = "disabled"
         self._file: TextIO | None = None
         self._run: wandb.Run | None = None
         self._known_keys: set[str] = set(STEP_METRICS.values())
@@ -95,21 +83,14 @@ class Tracking:
             return
         self._file, before_s = _open_metrics(self.folder)
         self._start = time.monotonic() - before_s
-        self._mode = choose_mode(cfg.wandb)
+        self.wandb_mode = choose_mode(cfg.wandb)
         self._run = self._start_wandb(cfg, config)
-
-    @property
-    def wandb_mode(self) -> str:
-        """W&B's mode in this run: `online`, `offline` or `disabled`."""
-        return self._mode
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Writes one line to `metrics.jsonl` and one history row to W&B.
 
-        Args:
-            metrics: numbers, scalar tensors or arrays, by name; or, in a family like `cluster_layers/`, a list with a
-                value per layer. W&B gets the latest lists as one table per stage when the run ends, because a scalar
-                per layer would make hundreds of panels.
+        A metric is a number, a scalar tensor or array; or, in a family like `cluster_layers/`, a list with a value per
+        layer. W&B gets the latest lists as a table per stage when the run ends: scalars would make hundreds of panels.
         """
         row = {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
@@ -134,35 +115,22 @@ class Tracking:
 
     def figure(self, key: str, path: Path) -> None:
         """Shows a PNG in W&B."""
-
-        def send(run: wandb.Run) -> None:
-            import wandb
-
-            run.log({key: wandb.Image(str(path))})
-
-        self._send(send)
+        self._send(lambda run: run.log({key: _wandb().Image(str(path))}))
 
     def artifact(self, name: str, type: str, path: Path) -> None:
-        """Keeps a file, or a folder's files, as a W&B artifact. Offline, W&B keeps a copy until `wandb sync`."""
+        """Keeps a file as a W&B artifact. Offline, W&B keeps a copy until `wandb sync`."""
 
         def send(run: wandb.Run) -> None:
-            import wandb
-
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type)  # W&B refuses other characters
-            (artifact.add_dir if Path(path).is_dir() else artifact.add_file)(str(path))
+            artifact = _wandb().Artifact(re.sub(r"[^\w.-]", "-", name), type)  # W&B refuses other characters
+            artifact.add_file(str(path))
             run.log_artifact(artifact)
 
         self._send(send)
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Shows a table in W&B. A column may mix numbers with words, such as a dash."""
-
-        def send(run: wandb.Run) -> None:
-            import wandb
-
-            run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)})
-
-        self._send(send)
+        data = [list(row) for row in rows]
+        self._send(lambda run: run.log({key: _wandb().Table(list(columns), data, allow_mixed_types=True)}))
 
     def finish(self, exit_code: int = 0) -> None:
         """Closes the record; a second call does nothing. An exit code other than 0 marks the W&B run as failed."""
@@ -170,12 +138,8 @@ class Tracking:
             self._file.close()
             self._file = None
         for stage, values in self._per_layer.items():
-            layers = range(max(map(len, values.values())))
-            self.table(
-                f"layers/{stage}",
-                ["layer", *values],
-                [[layer, *(v[layer] for v in values.values())] for layer in layers],
-            )
+            rows = [[layer, *row] for layer, row in enumerate(zip(*values.values(), strict=True))]
+            self.table(f"layers/{stage}", ["layer", *values], rows)
         self._per_layer.clear()
         self._send(lambda run: run.finish(exit_code=exit_code))
         self._run = None
@@ -204,49 +168,53 @@ class Tracking:
         except Exception as error:
             if not _is_wandb_failure(error):
                 raise
-            self._run, self._mode = None, "disabled"
-            _warn(
-                f"W&B stopped ({_one_line(error)}); metrics go on in {self.folder / METRICS_FILE}, "
-                "and `wandb sync` can upload the rest"
-            )
+            self._run, self.wandb_mode = None, "disabled"
+            path = self.folder / METRICS_FILE
+            _warn(f"W&B stopped ({_one_line(error)}); metrics go on in {path}, and `wandb sync` can upload the rest")
 
     def _start_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run | None:
-        while self._mode != "disabled":
+        """Starts the W&B run; goes offline if that fails online, and without W&B if it fails offline too."""
+        while self.wandb_mode != "disabled":
             try:
                 run = self._init_wandb(cfg, config)
             except Exception as error:
                 if not _is_wandb_failure(error):
                     raise
-                self._fall_back(error)
+                reason = _one_line(error)
+                if self.wandb_mode == "offline":
+                    self.wandb_mode = "disabled"
+                    _warn(f"W&B could not start ({reason}); metrics go to {self.folder / METRICS_FILE} only")
+                    continue
+                self.wandb_mode = "offline"
+                with contextlib.suppress(ConnectionError):
+                    _wandb().teardown()  # otherwise its service keeps the run id of the failed start
+                place = self.folder / "wandb"
+                _warn(f"W&B could not go online ({reason}); offline in {place}, upload later with `wandb sync`")
             else:
-                if self._mode == "online":
+                if self.wandb_mode == "online":
                     _warn(f"W&B run at {run.url}")
                 return run
         return None
 
-    def _fall_back(self, error: Exception) -> None:
-        """Changes the mode from online to offline, or from offline to disabled, and prints that."""
-        import wandb
-
-        if self._mode == "online":
-            self._mode = "offline"
-            with contextlib.suppress(ConnectionError):
-                wandb.teardown()  # otherwise its service keeps the run id of the failed start
-            _warn(
-                f"W&B could not go online ({_one_line(error)}); offline in {self.folder / 'wandb'}, "
-                "upload later with `wandb sync`"
-            )
-        else:
-            self._mode = "disabled"
-            _warn(f"W&B could not start ({_one_line(error)}); metrics go to {self.folder / METRICS_FILE} only")
-
     def _init_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run:
-        import wandb
-
+        wandb = _wandb()
+        # No output, no prompts, not the user's code or repository, and a limit on every wait.
+        settings = wandb.Settings(
+            silent=True,
+            quiet=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            disable_job_creation=True,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,  # `silent` would hide its warning
+        )
         id_file = self.folder / RUN_ID_FILE
         known_id = id_file.read_text().strip() if id_file.exists() else ""
         run = wandb.init(
-            mode=self._mode,
+            mode=self.wandb_mode,
             project=cfg.project,
             group=cfg.group,
             tags=cfg.tags,
@@ -257,7 +225,7 @@ class Tracking:
             id=known_id or self._new_id,
             resume="allow" if known_id else None,  # offline it is for `wandb sync`, which then appends
             reinit="create_new",  # leaves a run of the calling program alone
-            settings=_settings(),
+            settings=settings,
         )
         id_file.write_text(run.id + "\n")  # in a sweep it is the agent's id
         for family, step in STEP_METRICS.items():
@@ -270,10 +238,8 @@ class Tracking:
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`, oldest first. Not-finite numbers are the strings "nan", "inf" and "-inf".
 
-    A killed run may leave a last line without its newline. It is ignored if it can't be read.
-
-    Raises:
-        UserError: there is no such file, or a line before the last can't be read.
+    A last line that a killed run left incomplete is ignored. Raises UserError if there is no such file, or an earlier
+    line can't be read.
     """
     path = Path(folder) / METRICS_FILE
     try:
@@ -335,9 +301,7 @@ def choose_mode(wanted: str) -> Mode:
     mode = _WANDB_MODES.get(os.environ.get("WANDB_MODE", "") if wanted == "auto" else wanted)  # None: auto
     if mode in ("offline", "disabled"):
         return mode
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    settings = _wandb().setup(_wandb().Settings(silent=True)).settings
     if mode is None and settings.mode in ("offline", "disabled"):
         return _WANDB_MODES[settings.mode]
     if _logged_in(settings):
@@ -364,22 +328,11 @@ def _logged_in(settings: wandb.Settings) -> bool:
     return any((logins.authenticators(name) or ("", "", ""))[2] for name in hosts)
 
 
-def _settings() -> wandb.Settings:
-    """Settings without output, prompts, the user's code or repository, and with a limit on every wait."""
+def _wandb() -> ModuleType:
+    """W&B, whose import takes a second, only where it is used."""
     import wandb
 
-    return wandb.Settings(
-        silent=True,
-        quiet=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        disable_job_creation=True,
-        init_timeout=INIT_TIMEOUT_S,
-        finish_timeout=FINISH_TIMEOUT_S,
-        finish_timeout_raises=True,  # `silent` would hide its warning
-    )
+    return wandb
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,17 +17,23 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from apc.collect.loader import ResumedDataModule
-from apc.run.callbacks import CheckedCheckpoints, EndTogether, TrackingLogger, TrainingProgress, checksum_problem
-from apc.run.context import RunContext
+from apc.evaluate.evaluator import Evaluator
+from apc.run.callbacks import (
+    CheckedCheckpoints,
+    EndTogether,
+    MonitorPolicies,
+    ResumePoint,
+    TrackingLogger,
+    TrainingProgress,
+    checksum_problem,
+)
+from apc.run.context import HeldOutMonitor, RunContext
 from apc.utils import distributed, signals
 from apc.utils.errors import Terminated, UserError, first_line
 
 
 class _StaysOnDevice(Strategy):
-    """A mixin that leaves the module on its device after the training.
-
-    The codebook is made of the module's gigabytes of sums, which would otherwise be copied to the host.
-    """
+    """Leaves the module on its device after training. Lightning would copy its gigabytes of sums to the host."""
 
     def teardown(self) -> None:
         module, self._lightning_module = self._lightning_module, None
@@ -42,35 +48,45 @@ class SumsOnDevice(_StaysOnDevice, SingleDeviceStrategy):
 
 
 class SumsOnDevices(_StaysOnDevice, DDPStrategy):
-    """The strategy of clustering in several processes.
-
-    The module has no trainable parameters, so DistributedDataParallel refuses to wrap it. It exchanges its sums itself.
-    """
+    """The strategy of clustering in several processes. The module exchanges its sums itself."""
 
     def configure_ddp(self) -> None:
-        """Wraps nothing."""
+        """Wraps nothing: DistributedDataParallel refuses a module without trainable parameters."""
 
 
 def make_trainer(
-    context: RunContext, stage: str, max_epochs: int, callbacks: list[Callback], **options: Any
+    context: RunContext,
+    stage: str,
+    monitor: HeldOutMonitor,
+    policies: list[str],
+    evaluator: Callable[[], Evaluator],
+    strategy: Strategy | None = None,
+    **options: Any,
 ) -> Trainer:
-    """A Lightning Trainer with the settings that all trainings of a run share.
+    """A Lightning Trainer with the settings that all trainings of a run share, and a checkpoint to resume from.
 
-    stage: names the progress bar. options: further arguments of the Trainer.
+    stage: the training's section of the configuration; policies, evaluator: see `MonitorPolicies`; strategy: None: the
+    one for gradients; options: further arguments of the Trainer.
     """
-    cfg, device = context.cfg, context.device
-    world = distributed.world_size()
-    bar = [TrainingProgress(stage)] if cfg.trainer.progress else []
+    cfg, device, world = context.cfg, context.device, distributed.world_size()
+    max_epochs = getattr(cfg, stage).max_epochs
+    resume_point = ResumePoint(context.run.checkpoint(stage), cfg.trainer.checkpoint_every_n_steps)
+    callbacks: list[Callback] = [EndTogether(), resume_point]
+    if len(monitor.windows):
+        callbacks.append(MonitorPolicies(stage, policies, evaluator, cfg.monitor.every, last=max_epochs))
+    if cfg.trainer.progress:
+        callbacks.append(TrainingProgress(stage))
     own_device = device.type == "cuda" and world == 1
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if own_device else distributed.local_world_size(),
         num_nodes=world // distributed.local_world_size(),
+        strategy=strategy or (DDPStrategy() if world > 1 else "auto"),
         max_epochs=max_epochs,
         max_steps=cfg.trainer.max_steps,
         log_every_n_steps=1,  # the modules choose what they log
         logger=[TrackingLogger(context.tracking)],
-        callbacks=[EndTogether(), *callbacks, *bar],
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -86,13 +102,12 @@ def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, chec
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # all ranks log the same numbers
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
-    if checkpoint.is_file():
+    resumed = checkpoint if checkpoint.is_file() else None
+    if resumed:
         check_checkpoint(checkpoint, module, max(2, len(data.loader) * (trainer.max_epochs or 1)))
     try:
         with signals.training():
-            trainer.fit(
-                module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True
-            )
+            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SIGTERMException as error:
         raise Terminated from error
     except SystemExit as error:  # Lightning turns Ctrl-C into this
@@ -133,9 +148,9 @@ def _shapes(state: dict) -> dict[str, torch.Size]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Makes gradients bit-exact from run to run, on one GPU in one process.
+    """Makes gradients bit-exact on one GPU in one process.
 
-    An operation that can't be deterministic raises an error.
+    An operation without a deterministic version raises an error.
     """
     if device.type != "cuda":
         yield

@@ -31,31 +31,22 @@ def config_of(model: nn.Module) -> PreTrainedConfig:
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **others,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others
 ) -> tuple[Tensor, None]:
     """Attention as in transformers' `sdpa`, but faster for one token.
 
-    For one token, the query heads that share a key head become rows of plain matrix products, which torch.compile makes
-    fast. `sdpa` repeats keys and values for each query head, and its kernels are made for many tokens.
+    There, query heads that share a key head become rows of plain matrix products, which torch.compile makes fast.
+    `sdpa` repeats keys and values for each query head, and its kernels are made for many tokens.
 
     query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added to the
     scores, or None. Returns [B, n, heads, d] and None, as transformers expects.
     """
-    is_plain = (
-        others.get("softcap") is None
-        and others.get("position_bias") is None
-        and (attention_mask is None or attention_mask.shape[1] == 1)
-    )
-    if query.shape[2] > 1 or not is_plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    key_heads, d = key.shape[1], query.shape[3]
-    grouped = query.reshape(len(query), key_heads, -1, d)
+    per_head = attention_mask is not None and attention_mask.shape[1] != 1
+    adds_terms = others.get("softcap") is not None or others.get("position_bias") is not None
+    if query.shape[2] > 1 or per_head or adds_terms:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    d, scaling = query.shape[3], others.get("scaling")
+    grouped = query.reshape(len(query), key.shape[1], -1, d)
     scores = (grouped @ key.mT).float() * (d**-0.5 if scaling is None else scaling)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
@@ -82,10 +73,9 @@ def _grouped_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tuning_by_graphs() -> Iterator[None]:
-    """In the block, torch.compile's tuning times its candidates in CUDA graphs of the current stream.
+    """In the block, torch.compile's tuning times its candidates in CUDA graphs, as decoding steps run.
 
-    A decoding step runs as such a graph too. Launched one by one from Python, kernels of a few µs take as long as their
-    launches, and the choice among them would be random.
+    Launched one by one from Python, kernels of a few µs take as long as their launches: the choice would be random.
     """
     import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
@@ -102,13 +92,9 @@ def _tuning_by_graphs() -> Iterator[None]:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
 
-    Args:
-        model: a Hugging Face causal language model, sparse or not.
-        batch: number of sequences.
-        length: most tokens of a sequence; more raise ValueError.
-        mode: torch.compile's, one without CUDA graphs of its own; None compiles nothing.
-        early: whether, on Hopper, a compiled kernel may start before the kernel before it has ended, and wait on the
-            GPU (torch's experimental option `triton.enable_pdl`).
+    batch: number of sequences; length: most tokens of a sequence, more raise ValueError; mode: torch.compile's, one
+    without CUDA graphs of its own, None compiles nothing; early: whether, on Hopper, a compiled kernel may start before
+    the kernel before it has ended, and wait on the GPU (torch's experimental option `triton.enable_pdl`).
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
@@ -140,9 +126,8 @@ class GreedyDecoder:
         """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""
         cached = count if reset else self._cached + count
         if cached > self._length:
-            raise ValueError(
-                f"{cached} tokens are more than the decoder's length of {self._length}; make it with a larger one"
-            )
+            problem = f"{cached} tokens are more than the decoder's length of {self._length}"
+            raise ValueError(f"{problem}; make it with a larger one")
         self._cached = cached
 
     def _step(self) -> None:
@@ -151,10 +136,9 @@ class GreedyDecoder:
             with _grouped_attention(self.model):
                 self.logits = self._last_logits(self._call, self.token)
         except torch._dynamo.exc.Unsupported as error:
-            raise UserError(
-                f"{type(self.model).__name__}: torch.compile cannot trace a whole decoding step "
-                f"({first_line(error)}); leave out speed=true for this model"
-            ) from error
+            problem = f"torch.compile cannot trace a whole decoding step ({first_line(error)})"
+            advice = "leave out speed=true for this model"
+            raise UserError(f"{type(self.model).__name__}: {problem}; {advice}") from error
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.no_grad()
@@ -181,10 +165,7 @@ class GreedyDecoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Computes the next `token` from `token` and the cache, without waiting for the device.
-
-        Returns `logits` [batch, vocabulary], which the next step overwrites.
-        """
+        """Computes the next `token` without waiting; the next step overwrites the returned `logits` [batch, words]."""
         self._reserve(1)
         if self._graph is not None:
             with torch.cuda.device(self.device):

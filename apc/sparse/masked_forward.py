@@ -4,10 +4,9 @@ Shape letters: n tokens, E hidden size, D neurons at a site.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from apc.cluster.codebook import Codebook
@@ -30,22 +29,19 @@ def activation_function(ffn: GatedFFN) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class ForwardReader:
-    """An `FFNVisitor` that collects what policies read during a forward pass; subclasses decide in `see` what to mask.
-
-    changes_output: whether a decision may have an output delta (at the site `neuron` only).
-    """
+    """An `FFNVisitor` that collects what policies read during a forward pass; subclasses decide the masks in `see`."""
 
     ffns: list[GatedFFN]
     codebook: Codebook
     lookahead: int = 0
     reads_gate: bool = False
-    changes_output: bool = False
-    _inputs: dict[int, Tensor] = field(default_factory=dict)
-    _delta: Tensor | None = None
-    _gate: Tensor | None = None
+    changes_output: bool = False  # whether a decision may have an output delta (at the site `neuron` only)
 
     def __post_init__(self):
         self._measure = Importance(self.ffns)
+        self._inputs: dict[int, Tensor] = {}
+        self._delta: Tensor | None = None
+        self._gate: Tensor | None = None
 
     def hook(self) -> FFNHooks:
         """Hooks that run it in the model's forward passes until they are removed."""
@@ -76,7 +72,7 @@ class ForwardReader:
 
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
         """values [n, D] with zeros, also for NaN, where the mask bool [n, D] or [1, D] is False."""
-        return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        return values.masked_fill(~mask, 0)
 
     def see(self, tokens: MaskInputs) -> MaskDecision | None:
         """The decision for some tokens, or None to leave their activations as they are."""

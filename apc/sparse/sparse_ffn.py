@@ -11,9 +11,8 @@ import itertools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import GatedFFN
 from apc.sparse.masked_forward import activation_function
-from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, kernel_policies
+from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
 from apc.sparse.timing import graph_time
@@ -45,7 +44,9 @@ _ACTIVATIONS = {
 
 
 def activation_of(ffn: GatedFFN) -> str:
-    """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if it has no kernel."""
+    """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if no kernel supports it or its biases."""
+    if any(linear is not None and linear.bias is not None for linear in (ffn.gate, ffn.up, ffn.gate_up, ffn.down)):
+        raise UserError(f"{ffn.name}: its projections have biases, which no kernel supports; use kernel=None")
     activation = activation_function(ffn)
     kind = type(activation).__name__
     name = _ACTIVATIONS.get(kind, str(getattr(activation, "__name__", kind)))
@@ -60,8 +61,7 @@ def activation_of(ffn: GatedFFN) -> str:
 class SparseFFNs:
     """Sparse FFNs in place of a model's own: `install` puts them in, `remove` takes them out.
 
-    While they are installed, the down projections are stored transposed, once: the model's own parameters become views
-    of the transposed weights, one layer after the other.
+    Meanwhile down projections are stored transposed, once: the model's own parameters become views of these.
 
     max_sparse_tokens: calls of more tokens run dense; may be changed between calls.
     """
@@ -77,8 +77,11 @@ class SparseFFNs:
         self._measures_crossover = max_sparse_tokens is None and self.by_triton and kernel == "auto"
         self._ffns, self._lookahead = ffns, policy.lookahead
         self._importance = Importance(ffns)
-        self._activations = [_check_ffn(ffn) for ffn in ffns]
+        self._activations = [activation_of(ffn) for ffn in ffns]
         check_policy(policy)
+        self._clear()
+
+    def _clear(self) -> None:
         self._own_forwards: list[Callable | None] = []  # set on the module itself, not on its class
         self._sparse: list[_SparseFFN] = []
         self._predicting: list[_ClusterFFN] = []  # the sparse FFNs, if they predict clusters for later layers
@@ -92,45 +95,40 @@ class SparseFFNs:
     def install(self) -> "SparseFFNs":
         """Puts the sparse FFNs into the model, and measures the crossover if `kernel=auto` leaves it open."""
         assert self.policy.kernel is not None  # as `check_policy` ensures
-        make = _SPARSE_FFNS[self.policy.kernel]
-        dense_calls, sparse_calls = [], []
-        for layer, ffn in enumerate(self._ffns):
+        make, dense_calls = _SPARSE_FFNS[self.policy.kernel], []
+        for layer, (ffn, activation) in enumerate(zip(self._ffns, self._activations, strict=True)):
             self._own_forwards.append(ffn.module.__dict__.get("forward"))
+            dense_calls.append(ffn.module.forward)
             down = ffn.down.weight.detach().T.contiguous()
             ffn.down.weight.data = down.T  # frees the weights as they were stored before
             gate, up = ffn.projection("gate").detach(), ffn.projection("up").detach()
-            weights = _Weights(ops.FFNWeights(gate, up, down, self._activations[layer]), self.by_triton)
-            sparse = make(self.policy, layer, down.device, self._importance)
-            dense_calls.append(ffn.module.forward)
-            sparse_calls.append(partial(sparse, weights=weights))
-            self._sparse.append(sparse)
-            if isinstance(sparse, _ClusterFFN) and self._lookahead:
-                self._predicting.append(sparse)
-            self._can_prefetch.append(isinstance(sparse, _ClusterFFN) and sparse.can_prefetch(weights))
-            ffn.module.forward = self._forward(layer, ffn.module.forward, weights)
+            weights = ops.FFNWeights(gate, up, down, activation)
+            self._sparse.append(make(self.policy, layer, weights, self.by_triton, self._importance))
+            ffn.module.forward = self._forward(layer, ffn.module.forward)
+        self._can_prefetch = [sparse.can_prefetch for sparse in self._sparse]
+        if self._lookahead:
+            self._predicting = [sparse for sparse in self._sparse if isinstance(sparse, _ClusterFFN)]
         if self._measures_crossover:
             with torch.cuda.device(self._ffns[0].down.weight.device):  # a CUDA graph belongs to the current device
-                self.max_sparse_tokens = self._crossover(dense_calls, sparse_calls)
+                self.max_sparse_tokens = self._crossover(dense_calls)
         return self
 
     @torch.no_grad()
-    def _crossover(self, dense: Sequence[Callable], sparse: Sequence[Callable]) -> int:
+    def _crossover(self, dense: list[Callable]) -> int:
         """The most tokens in a call for which all layers' FFNs together are faster sparse than dense.
 
-        Tokens get random clusters. For one token, sparse FFNs have to beat reading all weights at the bandwidth of
-        copies too: dense FFNs tuned by torch.compile are that fast, while the model's own may be slower. If one token
-        does not pay, none run sparse, even if two tokens under one mask would pay.
+        Tokens get random clusters. For one token, sparse FFNs must also beat the time to read all weights at copy
+        bandwidth: dense FFNs tuned by torch.compile are that fast, the model's own may be slower. If one token is
+        not faster sparse, everything runs dense, even if two tokens would be faster.
         """
-        weight = self._ffns[0].down.weight
-        generator = torch.Generator(weight.device).manual_seed(0)
+        weight, k = self._ffns[0].down.weight, max(self.policy.codebook.k, 1)
+        device, generator = weight.device, torch.Generator(weight.device).manual_seed(0)
         for n in range(1, ops.MAX_TOKENS + 1):
-            size = (n, self._ffns[0].hidden_size)
-            hidden = torch.randn(size, dtype=weight.dtype, device=weight.device, generator=generator)
+            hidden = torch.randn((n, len(weight)), dtype=weight.dtype, device=device, generator=generator)
             inputs = dict.fromkeys(range(len(self._ffns)), hidden)
-            k = max(self.policy.codebook.k, 1)
-            clusters = torch.randint(k, (n, 1), device=weight.device, generator=generator).int()
+            clusters = torch.randint(k, (n, 1), device=device, generator=generator).int()
             dense_ms = _time(lambda: [call(hidden.unsqueeze(0)) for call in dense])  # noqa: B023
-            sparse_ms = _time(lambda: [call(hidden, inputs, clusters=clusters) for call in sparse])  # noqa: B023
+            sparse_ms = _time(lambda: [call(hidden, inputs, clusters) for call in self._sparse])  # noqa: B023
             if n == 1:
                 dense_ms = min(dense_ms, self._time_to_read())
             if sparse_ms > _MAX_TIME_RATIO * dense_ms:
@@ -146,30 +144,25 @@ class SparseFFNs:
 
     def remove(self) -> None:
         """Takes the sparse FFNs out, and stores the down projections as before; does nothing a second time."""
-        if not self._own_forwards:
-            return
-        for ffn, forward in zip(self._ffns, self._own_forwards, strict=True):
+        for ffn, forward in zip(self._ffns, self._own_forwards, strict=False):  # no forwards the second time
             del ffn.module.forward
             if forward is not None:
                 ffn.module.forward = forward
             ffn.down.weight.data = ffn.down.weight.data.contiguous()
-        for values in (self._own_forwards, self._sparse, self._predicting, self._can_prefetch):
-            values.clear()
-        for state in (self._inputs, self._predictions, self._active_lists):
-            state.clear()
+        self._clear()
 
-    def _forward(self, layer: int, dense: Callable, weights: "_Weights") -> Callable:
+    def _forward(self, layer: int, dense: Callable) -> Callable:
         """The forward of a layer's FFN: dense for many tokens, sparse for few."""
 
         def forward(x: Tensor) -> Tensor:
             hidden = x.reshape(-1, x.shape[-1])
             if len(hidden) > self.max_sparse_tokens:
                 return dense(x)
-            return self._run(layer, hidden, weights).view_as(x)
+            return self._run(layer, hidden).view_as(x)
 
         return forward
 
-    def _run(self, layer: int, hidden: Tensor, weights: "_Weights") -> Tensor:
+    def _run(self, layer: int, hidden: Tensor) -> Tensor:
         """A layer's sparse FFN, [n, E] → [n, E]; leaves what later layers need."""
         if layer == 0:
             self._predictions.clear()
@@ -177,41 +170,36 @@ class SparseFFNs:
         self._inputs[layer] = hidden
         self._inputs.pop(layer - self._lookahead - 1, None)
         if len(hidden) > ops.MAX_TOKENS and self.by_triton:
-            parts = [slice(at, at + ops.MAX_TOKENS) for at in range(0, len(hidden), ops.MAX_TOKENS)]
-            return torch.cat([self._run_part(layer, hidden, part, weights) for part in parts])
+            outputs = []
+            for start in range(0, len(hidden), ops.MAX_TOKENS):
+                part = slice(start, start + ops.MAX_TOKENS)
+                inputs = {source: value[part] for source, value in self._inputs.items()}
+                outputs.append(self._sparse[layer](hidden[part], inputs))
+            return torch.cat(outputs)
         if not self._predicting:
-            return self._sparse[layer](hidden, self._inputs, weights)
+            return self._sparse[layer](hidden, self._inputs)
         sparse = self._predicting[layer]
         prediction = self._predictions.pop(layer, None)
         if prediction is None:
-            prediction = sparse.predict(self._inputs, weights)
-        active_list = self._active_lists.pop(layer, None)
+            prediction = sparse.predict(self._inputs)
+        active = ops.ActiveNeurons(sparse.centroids, prediction.candidates, self._active_lists.pop(layer, None))
+        delta = sparse.delta(prediction)
         target = layer + self._lookahead
         if target >= len(self._predicting):
-            return sparse.run(hidden, prediction, weights, active_list)
-        next_layer = self._next_layer(layer + 1)
-        output, self._predictions[target], next_list = sparse.run_ahead(
-            hidden, prediction, weights, self._predicting[target], active_list, next_layer
+            return ops.sparse_ffn(hidden, sparse.weights, active, delta, self.by_triton)
+        coming, next_layer = self._predictions.get(layer + 1), None
+        # The next layer's active neurons can be listed if its clusters are predicted by now or by this call.
+        if self._can_prefetch[layer + 1] and (coming is not None or self._lookahead == 1):
+            candidates = None if coming is None else coming.candidates
+            width, centroids = self._ffns[layer + 1].width, self._predicting[layer + 1].centroids
+            next_layer = ops.NextLayer(width, centroids, candidates)
+        later = self._predicting[target].predictor
+        output, self._predictions[target], next_list = ops.sparse_ffn_ahead(
+            hidden, sparse.weights, active, later, delta, next_layer, self.by_triton
         )
         if next_list is not None:
             self._active_lists[layer + 1] = next_list
         return output
-
-    def _run_part(self, layer: int, hidden: Tensor, part: slice, weights: "_Weights") -> Tensor:
-        """A layer's sparse FFN for a part of the tokens."""
-        inputs = {source: value[part] for source, value in self._inputs.items()}
-        return self._sparse[layer](hidden[part], inputs, weights)
-
-    def _next_layer(self, layer: int) -> ops.NextLayer | None:
-        """The next layer, if its active neurons can be listed now.
-
-        Its clusters must be predicted by now, or be those that this call predicts.
-        """
-        prediction = self._predictions.get(layer)
-        if not self._can_prefetch[layer] or (prediction is None and self._lookahead > 1):
-            return None
-        candidates = None if prediction is None else prediction.candidates
-        return ops.NextLayer(self._ffns[layer].width, self._predicting[layer].centroids, candidates)
 
 
 def _time(calls: Callable[[], object]) -> float:
@@ -219,12 +207,10 @@ def _time(calls: Callable[[], object]) -> float:
     return graph_time(calls, repeats=3, flush_cache=False)
 
 
-@cache
+@cache  # once in a process
 def _warn_no_triton() -> None:
-    """Warns, once in a process, that torch takes the place of Triton kernels."""
-    print(
-        "apc: no Triton kernels on the CPU; sparse FFNs run by torch, which shows quality, not speed", file=sys.stderr
-    )
+    message = "apc: no Triton kernels on the CPU; sparse FFNs run by torch, which shows quality, not speed"
+    print(message, file=sys.stderr)
 
 
 def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
@@ -238,80 +224,52 @@ def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
     return device.type == "cuda" and kernel != "torch"
 
 
-def _check_ffn(ffn: GatedFFN) -> str:
-    """The name of its activation. Raises UserError if it has biases, or an activation without a kernel."""
-    linears = [linear for linear in (ffn.gate, ffn.up, ffn.gate_up, ffn.down) if linear is not None]
-    if any(linear.bias is not None for linear in linears):
-        raise UserError(f"{ffn.name}: its projections have biases, which no kernel supports; use kernel=None")
-    return activation_of(ffn)
-
-
 def check_policy(policy: MaskPolicy) -> None:
-    """Raises UserError unless kernels can run the policy.
-
-    They can't if its masks are known only after the FFN, if it masks other sites than `neuron`, or if a centroid of its
-    codebook keeps no neuron.
-    """
+    """Raises UserError unless kernels can run the policy with its codebook."""
     if policy.kernel is None:
-        raise UserError(
-            f"policy {policy.name}: its mask is known only after the FFN has run, so no kernel can skip neurons; "
-            f"choose {', '.join(kernel_policies())}"
-        )
-    if list(policy.codebook.sites) != ["neuron"]:
-        raise UserError(
-            f"kernels need a codebook with sites=[neuron], this one has sites={list(policy.codebook.sites)}"
-        )
+        problem = "its mask is known only after the FFN has run, so no kernel can skip neurons"
+        raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies())}")
+    sites = list(policy.codebook.sites)
+    if sites != ["neuron"]:
+        raise UserError(f"kernels need a codebook with sites=[neuron], this one has sites={sites}")
     empty = (ops.popcount(policy.codebook.sites["neuron"].centroids) == 0).nonzero()
     if len(empty):
         group, cluster = empty[0].tolist()
-        raise UserError(
-            f"cluster {cluster} of layer {group} keeps no neuron; make the codebook again with a higher cluster.density"
-        )
+        advice = "make the codebook again with a higher cluster.density"
+        raise UserError(f"cluster {cluster} of layer {group} keeps no neuron; {advice}")
 
 
-@dataclass(eq=False)
-class _Weights:
-    """An FFN's own weights, and whether Triton runs it."""
+class _SparseFFN:
+    """One layer's FFN under a policy's masks; `source` is the layer whose FFN input decides them."""
 
-    ffn: ops.FFNWeights
-    by_triton: bool
+    can_prefetch = False  # whether `ops.sparse_ffn_ahead` of the layer before can list its active neurons
+
+    def __init__(
+        self, policy: MaskPolicy, layer: int, weights: ops.FFNWeights, by_triton: bool, importance: Importance
+    ):
+        self.policy, self.layer, self.importance = policy, layer, importance
+        self.weights, self.by_triton = weights, by_triton
+        self.source = layer if policy.predictor is None else policy.predictor.source_layer(layer)
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
+        """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters int32 [n, 1]: in place of predicted ones."""
+        raise NotImplementedError
 
 
-@dataclass(eq=False)
-class _PolicyFFN:
+class _PolicyFFN(_SparseFFN):
     """An FFN under masks that the policy itself decides for each token."""
 
-    policy: MaskPolicy
-    layer: int
-    importance: Importance
-    number: int = field(default_factory=itertools.count().__next__)
-
-    def __post_init__(self) -> None:
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.number = next(_NUMBERS)
         _POLICY_FFNS[self.number] = self
 
-    @classmethod
-    def of(cls, policy: MaskPolicy, layer: int, device: torch.device, importance: Importance) -> "_PolicyFFN":
-        return cls(policy, layer, importance)
-
-    def __call__(
-        self, hidden: Tensor, inputs: dict[int, Tensor], weights: _Weights, clusters: Tensor | None = None
-    ) -> Tensor:
-        masks, delta = torch.ops.apc.choose(inputs[self.source], len(weights.ffn.gate), self.number)
-        return ops.sparse_ffn(hidden, weights.ffn, ops.ActiveNeurons(masks), by_triton=weights.by_triton) + delta
-
-    @property
-    def source(self) -> int:
-        return self.layer if self.policy.predictor is None else self.policy.predictor.source_layer(self.layer)
-
-    def decide(self, hidden: Tensor, D: int) -> MaskDecision:
-        """The decision for FFN inputs [n, E]. Of the values the policy sees the shape only: they are not known yet."""
-        values = hidden.new_empty(1).expand(len(hidden), D)
-        inputs = {self.source: hidden}
-        return self.policy.decide(
-            MaskInputs(self.layer, "neuron", values, inputs, self.policy.codebook, self.importance)
-        )
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
+        masks, delta = torch.ops.apc.choose(inputs[self.source], len(self.weights.gate), self.number)
+        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), by_triton=self.by_triton) + delta
 
 
+_NUMBERS = itertools.count()
 _POLICY_FFNS: weakref.WeakValueDictionary[int, _PolicyFFN] = weakref.WeakValueDictionary()
 
 
@@ -321,7 +279,10 @@ def _choose(hidden: Tensor, neurons: int, number: int) -> tuple[Tensor, Tensor]:
 
     One operation for torch.compile, which then does not trace the policy.
     """
-    decision = _POLICY_FFNS[number].decide(hidden, neurons)
+    ffn = _POLICY_FFNS[number]
+    values = hidden.new_empty(1).expand(len(hidden), neurons)  # only their shape: they are not known yet
+    inputs = MaskInputs(ffn.layer, "neuron", values, {ffn.source: hidden}, ffn.policy.codebook, ffn.importance)
+    decision = ffn.policy.decide(inputs)
     masks = ops.pack(decision.mask.expand(len(hidden), neurons))
     zeros = torch.zeros_like(hidden)
     return masks, zeros if decision.output_delta is None else zeros + decision.output_delta.to(hidden.dtype)
@@ -332,119 +293,73 @@ def _(hidden: Tensor, neurons: int, number: int) -> tuple[Tensor, Tensor]:
     return hidden.new_empty((len(hidden), ops.row_bytes(neurons)), dtype=torch.uint8), torch.empty_like(hidden)
 
 
-@dataclass
-class _ClusterFFN:
+class _ClusterFFN(_SparseFFN):
     """An FFN under the mask of the cluster that a predictor chooses."""
 
-    source: int  # the layer whose FFN input the predictor reads
-    predictor: ops.PredictorWeights
-    centroids: Tensor  # uint8 [K, W]
-    correct: tuple[Tensor, Tensor] | None  # [H, E], float32 [E]
-    offsets: Tensor | None  # [K, E]
-
-    @classmethod
-    def of(cls, policy: Predicted, layer: int, device: torch.device, importance: Importance) -> "_ClusterFFN":
+    def __init__(self, policy: Predicted, layer: int, weights: ops.FFNWeights, *given):
+        super().__init__(policy, layer, weights, *given)
         book, group = policy.codebook.sites["neuron"], policy.codebook.group(layer)
-        weights = policy.predictor.layer(layer).weights
-        half, full = to_bf16(device), to_fp32(device)
-        return cls(
-            policy.predictor.source_layer(layer),
-            ops.PredictorWeights(
-                half(weights["reduce"].T),
-                full(weights["reduce_bias"]),
-                half(weights["expand.neuron"].T),
-                full(weights["expand_bias.neuron"]),
-            ),
-            book.centroids[group].to(device).contiguous(),
-            (half(weights["correct"]), full(weights["correct_bias"])) if policy.predictor.corrects else None,
-            None if book.offsets is None else half(book.offsets[group]),
+        parts = policy.predictor.layer(layer).weights
+        to_bf16, to_fp32 = _converters(weights.down.device)
+        self.predictor = ops.PredictorWeights(
+            to_bf16(parts["reduce"].T),
+            to_fp32(parts["reduce_bias"]),
+            to_bf16(parts["expand.neuron"].T),
+            to_fp32(parts["expand_bias.neuron"]),
         )
+        self.centroids = book.centroids[group].to(weights.down.device).contiguous()  # uint8 [K, W]
+        # [H, E] and float32 [E]
+        self.correct = (
+            (to_bf16(parts["correct"]), to_fp32(parts["correct_bias"])) if policy.predictor.corrects else None
+        )
+        self.offsets = None if book.offsets is None else to_bf16(book.offsets[group])  # [K, E]
+        same_type = self.predictor.reduce.dtype == weights.gate.dtype
+        self.can_prefetch = self.by_triton and same_type and ops.can_prefetch(weights)
 
-    def __call__(
-        self, hidden: Tensor, inputs: dict[int, Tensor], weights: _Weights, clusters: Tensor | None = None
-    ) -> Tensor:
-        prediction = self.predict(inputs, weights)
-        if clusters is not None:  # int32 [n, 1], in place of the predicted ones
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
+        prediction = self.predict(inputs)
+        if clusters is not None:
             prediction = ops.Prediction(prediction.bottleneck, ops.Candidates(clusters.float(), clusters))
-        return self.run(hidden, prediction, weights)
+        active = ops.ActiveNeurons(self.centroids, prediction.candidates)
+        return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.by_triton)
 
-    def can_prefetch(self, weights: _Weights) -> bool:
-        """Whether `ops.sparse_ffn_ahead` of the layer before can list its active neurons."""
-        same_type = self.predictor.reduce.dtype == weights.ffn.gate.dtype
-        return weights.by_triton and same_type and ops.can_prefetch(weights.ffn)
+    def predict(self, inputs: dict[int, Tensor]) -> ops.Prediction:
+        return ops.predict_clusters(inputs[self.source], self.predictor, self.by_triton)
 
-    def predict(self, inputs: dict[int, Tensor], weights: _Weights) -> ops.Prediction:
-        """The prediction for this layer from the FFN input of its source layer."""
-        return ops.predict_clusters(inputs[self.source], self.predictor, weights.by_triton)
-
-    def run(
-        self, hidden: Tensor, prediction: ops.Prediction, weights: _Weights, active_list: Tensor | None = None
-    ) -> Tensor:
-        """The FFN's output [n, E]; active_list: its active neurons, if they were listed before."""
-        active = ops.ActiveNeurons(self.centroids, prediction.candidates, active_list)
-        return ops.sparse_ffn(hidden, weights.ffn, active, self._delta(prediction), weights.by_triton)
-
-    def run_ahead(
-        self,
-        hidden: Tensor,
-        prediction: ops.Prediction,
-        weights: _Weights,
-        later: "_ClusterFFN",
-        active_list: Tensor | None,
-        next_layer: ops.NextLayer | None,
-    ) -> tuple[Tensor, ops.Prediction, Tensor | None]:
-        """`run`, the prediction for a later layer from the same tokens, and the next layer's active neurons or None."""
-        active = ops.ActiveNeurons(self.centroids, prediction.candidates, active_list)
-        delta = self._delta(prediction)
-        return ops.sparse_ffn_ahead(hidden, weights.ffn, active, later.predictor, delta, next_layer, weights.by_triton)
-
-    def _delta(self, prediction: ops.Prediction) -> ops.OutputDelta:
+    def delta(self, prediction: ops.Prediction) -> ops.OutputDelta:
         """The correction from the bottleneck and the clusters' offsets, where there are any."""
         if self.correct is None:
             return ops.OutputDelta(offsets=self.offsets)
         return ops.OutputDelta(prediction.bottleneck, *self.correct, self.offsets)
 
 
-@dataclass
-class _LowBitFFN:
+class _LowBitFFN(_SparseFFN):
     """An FFN under the mask of the neurons that a low-bit copy of gate and up scores highest, or above a threshold."""
 
-    source: int  # the layer whose FFN input the copy reads
-    size: int | None  # of masks of a fixed size; None: by the threshold
-    threshold: Tensor | None  # float32 []
-    planes: Tensor  # uint8 [b, P, D, W]
-    curve: ops.ScoreCurve
-    reduce: tuple[Tensor, Tensor] | None  # to the bottleneck: [H, E], float32 [H]; None: no correction
-    correct: tuple[Tensor, Tensor] | None  # from the bottleneck: [H, E], float32 [E]
-
-    @classmethod
-    def of(cls, policy: NeuronPredictor, layer: int, device: torch.device, importance: Importance) -> "_LowBitFFN":
+    def __init__(self, policy: NeuronPredictor, layer: int, weights: ops.FFNWeights, *given):
+        super().__init__(policy, layer, weights, *given)
         predictor = policy.predictor
         assert predictor.low_bit is not None  # the policy's kernel is low-bit
         thresholds = predictor.thresholds if policy.by_threshold else None
-        weights, scores = predictor.layer(layer).weights, predictor.low_bit.freeze().layer(layer)
-        scale, slope, power, bias = scores.curve
-        half, full = to_bf16(device), to_fp32(device)
-        return cls(
-            predictor.source_layer(layer),
-            policy.codebook.size("neuron", layer) if thresholds is None else None,
-            None if thresholds is None else full(thresholds[layer]),
-            scores.stored.to(device).contiguous(),
-            ops.ScoreCurve(full(scale), full(slope), full(power), full(bias)),
-            (half(weights["reduce"].T), full(weights["reduce_bias"])) if predictor.corrects else None,
-            (half(weights["correct"]), full(weights["correct_bias"])) if predictor.corrects else None,
-        )
+        parts, scores = predictor.layer(layer).weights, predictor.low_bit.freeze().layer(layer)
+        to_bf16, to_fp32 = _converters(weights.down.device)
+        # Masks keep the scores above the threshold, float32 [], or a fixed number of the highest ones.
+        self.threshold = None if thresholds is None else to_fp32(thresholds[layer])
+        self.size = policy.codebook.size("neuron", layer) if thresholds is None else None
+        self.planes = scores.stored.to(weights.down.device).contiguous()  # uint8 [b, P, D, W]
+        self.curve = ops.ScoreCurve(*map(to_fp32, scores.curve))
+        # To the bottleneck, [H, E] and float32 [H], and from it, [H, E] and float32 [E]; None without a correction.
+        self.reduce = (to_bf16(parts["reduce"].T), to_fp32(parts["reduce_bias"])) if predictor.corrects else None
+        self.correct = (to_bf16(parts["correct"]), to_fp32(parts["correct_bias"])) if predictor.corrects else None
 
-    def __call__(
-        self, hidden: Tensor, inputs: dict[int, Tensor], weights: _Weights, clusters: Tensor | None = None
-    ) -> Tensor:
-        source, by_triton, delta = inputs[self.source], weights.by_triton, ops.OutputDelta()
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
+        source, by_triton, delta = inputs[self.source], self.by_triton, ops.OutputDelta()
         if self.reduce is not None and self.correct is not None:
             delta = ops.OutputDelta(ops.bottleneck(source, *self.reduce, by_triton), *self.correct)
         masks = ops.low_bit_scores(source, self.planes, self.curve, self.threshold, by_triton)
         if self.size is not None:
             masks = torch.ops.apc.top_packed(masks, self.size)
-        return ops.sparse_ffn(hidden, weights.ffn, ops.ActiveNeurons(masks), delta, by_triton)
+        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), delta, by_triton)
 
 
 @torch.library.custom_op("apc::top_packed", mutates_args=())
@@ -458,19 +373,10 @@ def _(scores: Tensor, m: int) -> Tensor:
     return scores.new_empty((len(scores), ops.row_bytes(scores.shape[1])), dtype=torch.uint8)
 
 
-def to_bf16(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A conversion to bfloat16 on the device. Trained parameters are already rounded to bfloat16."""
-    return lambda value: value.detach().to(device, torch.bfloat16).contiguous()
+def _converters(device: torch.device) -> list:
+    """Conversions of a tensor to bfloat16, exact for trained parameters (already rounded), and to float32."""
+    types = (torch.bfloat16, torch.float32)
+    return [lambda value, dtype=dtype: value.detach().to(device, dtype).contiguous() for dtype in types]
 
 
-def to_fp32(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A conversion to float32 on the device."""
-    return lambda value: value.detach().to(device, torch.float32).contiguous()
-
-
-_SparseFFN = _ClusterFFN | _LowBitFFN | _PolicyFFN
-_SPARSE_FFNS: dict[str, Callable[..., _SparseFFN]] = {
-    "cluster": _ClusterFFN.of,
-    "low-bit": _LowBitFFN.of,
-    "masks": _PolicyFFN.of,
-}
+_SPARSE_FFNS: dict[str, type[_SparseFFN]] = {"cluster": _ClusterFFN, "low-bit": _LowBitFFN, "masks": _PolicyFFN}

@@ -26,16 +26,12 @@ def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | 
     for kind, part in (("codebook", codebook), ("predictor", predictor)):
         for name, value in shape.items() if part is not None else ():
             if getattr(part, name) != value:
-                raise UserError(
-                    f"the {kind} belongs to another model: it has {name}={getattr(part, name)}, the model {value}; "
-                    f"use the {kind} made for this model"
-                )
+                problem = f"it has {name}={getattr(part, name)}, the model {value}; use the {kind} made for this model"
+                raise UserError(f"the {kind} belongs to another model: {problem}")
     for site, D in codebook.widths.items():
-        if ffns[0].site_width(site) != D:
-            raise UserError(
-                f"the codebook belongs to another model: it has {D} neurons at {site}, "
-                f"the model has {ffns[0].site_width(site)}; use the codebook made for this model"
-            )
+        if (width := ffns[0].site_width(site)) != D:
+            problem = f"it has {D} neurons at {site}, the model has {width}; use the codebook made for this model"
+            raise UserError(f"the codebook belongs to another model: {problem}")
     if predictor is None:
         return
     advice = "use the predictor made for this codebook"
@@ -44,10 +40,8 @@ def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | 
         raise UserError(f"the predictor belongs to another codebook, by its provenance; {advice}")
     expected = {site: codebook.k if predictor.form == "cluster" else D for site, D in codebook.widths.items()}
     if predictor.outputs != expected:
-        raise UserError(
-            f"the predictor belongs to another codebook: it has {predictor.outputs} outputs, "
-            f"this codebook needs {expected}; {advice}"
-        )
+        problem = f"it has {predictor.outputs} outputs, this codebook needs {expected}"
+        raise UserError(f"the predictor belongs to another codebook: {problem}; {advice}")
 
 
 def sparsify(
@@ -59,18 +53,16 @@ def sparsify(
     kernel: str | None = None,
     max_sparse_tokens: float | None = None,
 ) -> nn.Module:
-    """The model itself, changed so that its FFNs run under the policy's masks.
-
-    `restore(model)` undoes the change, and so does the next call. `handle_of(model)` returns the handle of the change.
+    """The model itself, changed so that its FFNs run under the policy's masks; `restore` or the next call undoes it.
 
     Args:
         model: a Hugging Face causal language model with gated FFNs.
         codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
         policy: a name in `apc.sparse.policies.POLICIES`.
         seed: of the masks of the policy `random`.
-        kernel: None masks the activations of a dense forward pass, which shows quality. With a kernel FFNs compute only
-            the neurons that the mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if
-            the model is on an NVIDIA GPU. Kernels need a policy that knows its masks before the FFN runs.
+        kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
+            mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if the model is on an
+            NVIDIA GPU. Kernels need a policy that knows its masks before the FFN runs.
         max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` on a GPU measures
             the crossover (0 if sparse is never faster, as in small models), `triton` takes the kernels' limit, `torch`
             1. math.inf: all calls run sparse.
@@ -83,9 +75,8 @@ def sparsify(
     check_fits(ffns, codebook, predictor)
     device = first_device(ffns)
     if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
-        raise UserError(
-            f"kernel={kernel}: the model's layers are on several devices, which no kernel supports; use kernel=None"
-        )
+        problem = "the model's layers are on several devices, which no kernel supports"
+        raise UserError(f"kernel={kernel}: {problem}; use kernel=None")
     if policy == "dense":
         return restore(model)
     decider = make_policy(policy, codebook, predictor, seed)
@@ -110,7 +101,6 @@ def restore(model: nn.Module) -> nn.Module:
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the change that `sparsify` made to a model; None for a model that is dense.
 
-    `SparseFFNs` if it was called with a kernel: `max_sparse_tokens` may be changed between calls. Else `FFNHooks`. Both
-    have `remove()`, which makes the model dense and may be called again; `restore` calls it.
+    With a kernel it is a `SparseFFNs`, whose `max_sparse_tokens` may be changed between calls, else an `FFNHooks`.
     """
     return _HANDLES.get(model)

@@ -7,13 +7,9 @@ import torch
 
 
 def graph_time(call: Callable[[], object], repeats: int = 10, flush_cache: bool = True) -> float:
-    """The shortest GPU time in ms of `call` inside a CUDA graph.
-
-    flush_cache: whether to overwrite the L2 cache before each repeat. The capture runs on the current stream, or on a
-    new one in place of the default stream, which can't be captured.
-    """
+    """The shortest GPU time in ms of `call` in a CUDA graph; flush_cache overwrites the L2 cache before each repeat."""
     current = torch.cuda.current_stream()
-    if current == torch.cuda.default_stream():
+    if current == torch.cuda.default_stream():  # it can't be captured
         stream = torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -1,10 +1,9 @@
 """Each layer's threshold: the least score with which a neuron is kept.
 
-With a threshold each token keeps as many neurons as it needs, and on average over the text the layer keeps as many as
-masks of a fixed size do. To find the threshold, scores are counted while the model runs under masks of fixed size. Each
-score becomes an integer key of the same order. One pass counts keys by their upper bits; a second pass counts, by their
-lower bits, the keys whose upper bits are the threshold's. So memory does not grow with the text, and thresholds and
-sums over ranks are exact.
+The number of neurons kept varies by token; its average over the text equals the size of a fixed mask. To find the
+threshold, scores are counted while the model runs under such masks. Each score becomes an integer key of the same
+order. One pass counts keys by their upper bits, a second one those with the threshold's upper bits by their lower
+bits. So memory does not grow with the text, and thresholds and sums over ranks are exact.
 
 Shape letters: L layers, n windows, S tokens in a window.
 """
@@ -29,21 +28,17 @@ _UPPER, _LOWER = 18, 14  # bits of a key, 32 in all
 
 
 class _Counter(MaskedForward):
-    """Counts keys while the model runs under a policy's masks: `counts` int64 [L, 2^bits].
-
-    upper: None counts the keys' upper bits; int64 [L] counts the lower bits of the keys that have these upper bits.
-    """
+    """Counts keys by their upper bits; with `upper` int64 [L], those that have these upper bits by their lower bits."""
 
     policy: NeuronPredictor
 
-    def __init__(self, ffns: list[GatedFFN], policy: NeuronPredictor, device: torch.device, upper: Tensor | None):
+    def __init__(self, ffns: list[GatedFFN], policy: NeuronPredictor, upper: Tensor | None):
         super().__init__(ffns, policy)
         self.upper = upper
-        bins = 1 << (_UPPER if upper is None else _LOWER)
-        self.counts = torch.zeros(len(ffns), bins, dtype=torch.int64, device=device)
+        shape = (len(ffns), 1 << (_UPPER if upper is None else _LOWER))
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=ffns[0].down.weight.device)
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
-        """The policy's decision."""
         keys = ordered(self.policy.outputs(tokens)[0])
         bins = keys >> _LOWER
         if self.upper is not None:
@@ -72,17 +67,17 @@ def find_thresholds(
     windows: Tensor,
     batch_windows: int = 1,
 ) -> Tensor:
-    """Each layer's threshold, float32 [L], on the host.
+    """Each layer's threshold, float32 [L], on the host; each rank runs its share of the windows int64 [n, S], twice.
 
-    It is the least number that no more scores reach, over the tokens of `windows` int64 [n, S], than masks of the
-    codebook's fixed size keep. Each rank runs its share of the windows, twice.
+    It is the smallest value such that, over all tokens, at most as many scores reach it as masks of the codebook's
+    fixed size keep neurons.
     """
     device = ffns[0].down.weight.device
     policy = NeuronPredictor(codebook.to(device), predictor.to(device), 0)
     first, last = distributed.share(len(windows))
 
     def count(upper: Tensor | None) -> Tensor:
-        counter = _Counter(ffns, policy, device, upper)
+        counter = _Counter(ffns, policy, upper)
         hooks = counter.hook()
         try:
             for start in range(first, last, batch_windows):
@@ -95,17 +90,15 @@ def find_thresholds(
     sizes = torch.tensor([codebook.size("neuron", layer) for layer in range(codebook.layers)])
     allowed = sizes * windows.numel()
     upper, above = _threshold_bin(count(None), allowed)
-    last_excess, _ = _threshold_bin(count(upper.to(device)), allowed - above)
-    lower = last_excess + 1  # the least key whose count is allowed
-    return unordered((upper << _LOWER) + lower)
+    lower, _ = _threshold_bin(count(upper.to(device)), allowed - above)
+    return unordered((upper << _LOWER) + lower + 1)  # the least key whose count is allowed
 
 
 def _threshold_bin(counts: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest bin of each row at which the count of it and all bins above exceeds what is allowed.
+    """The highest bin of each row for which the total count of this bin and all above exceeds `allowed`.
 
     Returns the bins and the counts above them, int64 [L] each. counts: [L, bins]; allowed: [L].
     """
     at_least = counts.flip(1).cumsum(1).flip(1)
     bins = ((at_least > allowed.unsqueeze(1)).sum(1) - 1).clamp(min=0)
-    above = at_least.gather(1, bins.unsqueeze(1)).squeeze(1) - counts.gather(1, bins.unsqueeze(1)).squeeze(1)
-    return bins, above
+    return bins, (at_least - counts).gather(1, bins.unsqueeze(1)).squeeze(1)

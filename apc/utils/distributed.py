@@ -125,7 +125,7 @@ def all_concat(value: Tensor, dim: int) -> Tensor:
 
 
 def own_rows(count: int) -> list[slice]:
-    """This rank's rows of `count`: an equal share, and the remainder, which every rank works on."""
+    """This rank's rows of `count`: an equal share, plus the remainder, which every rank processes."""
     each = count // world_size()
     parts = slice(rank() * each, (rank() + 1) * each), slice(world_size() * each, count)
     return [part for part in parts if part.start < part.stop]

@@ -2,11 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input, a missing file, or a machine that lacks something.
-
-    The message is one line: what is wrong, where, and what to do. Entry points print it after `error:` and exit with
-    code 2.
-    """
+    """Bad input, a missing file, or a machine that lacks something, in one line: what, where, and what to do."""
 
 
 class Terminated(SystemExit):

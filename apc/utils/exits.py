@@ -25,8 +25,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         sys.stdout.flush()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {'' if rank == '0' else f'(rank {rank}) '}{error}")
     except BrokenPipeError:
         if not nobody_reads():
             raise
@@ -37,8 +36,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         name = error.filename or "a file"
-        print(f"error: {name}: can't be written ({error.strerror}); make room, and {after_interrupt}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {name}: can't be written ({error.strerror}); make room, and {after_interrupt}")
     except (MemoryError, RuntimeError) as error:
         # torch has a class for a GPU without memory, but only a message for the host.
         torch = sys.modules.get("torch")
@@ -49,15 +47,18 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         advice = (
             "lower trainer.batch_windows, collect.batch_tokens or predictor.batch_tokens, or set collect.storage=disk"
         )
-        print(f"error: {where} has no memory left ({first_line(error)}); {advice}; {after_interrupt}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {where} has no memory left ({first_line(error)}); {advice}; {after_interrupt}")
     except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt}", file=sys.stderr)
-        sys.exit(130)
+        _end(f"interrupted; {after_interrupt}", 130)
     except Terminated:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the message short
         print(f"terminated; {after_interrupt}", file=sys.stderr)
         raise
+
+
+def _end(line: str, code: int = 2) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def nobody_reads() -> bool:

@@ -14,10 +14,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a disk that
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all. Once it returns, the file survives a crash.
-
-    Raises UserError, naming the file, if the disk is full.
-    """
+    """Writes a file whole or not at all; it then survives a crash. Raises UserError if the disk is full."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()

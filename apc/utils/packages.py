@@ -16,14 +16,12 @@ def requirements(extra: str = "") -> list[Requirement]:
     """
     if installed_version(DISTRIBUTION) is None:
         return []
-    chosen = []
-    for line in importlib.metadata.requires(DISTRIBUTION) or []:
-        requirement = Requirement(line)
-        marker = requirement.marker
-        core = marker is None or marker.evaluate({"extra": ""})
-        if (not core and marker is not None and marker.evaluate({"extra": extra})) if extra else core:
-            chosen.append(requirement)
-    return chosen
+    listed = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
+    return [needed for needed in listed if _applies(needed, extra) and not (extra and _applies(needed, ""))]
+
+
+def _applies(needed: Requirement, extra: str) -> bool:
+    return needed.marker is None or needed.marker.evaluate({"extra": extra})
 
 
 def installed_version(name: str) -> str | None:

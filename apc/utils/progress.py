@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -17,34 +17,30 @@ class Bar:
     def __init__(self, shown: "Progress | None", stage: str, total: float, unit: str) -> None:
         self._shown, self._unit = shown, unit
         self._figure, self._done, self._began = "", 0.0, time.monotonic()
-        self._task = shown.add_task(stage, total=total, figure="") if shown is not None else None
+        if shown is not None:
+            shown.add_task(stage, total=total, figure="")
 
     def update(self, steps: float = 1, figure: str | None = None) -> None:
-        """Advances the bar.
+        """Advances the bar by `steps`.
 
-        Args:
-            steps: steps since the last call.
-            figure: the text beside the bar. None: units per second where the bar has a unit, else the text before.
+        figure: the text beside the bar. None: units per second where the bar has a unit, else the text before.
         """
-        if self._shown is None or self._task is None:
+        if self._shown is None:
             return
         self._done += steps
         if figure is not None:
             self._figure = figure
         elif self._unit:
             self._figure = f"{self._done / max(time.monotonic() - self._began, 1e-9):,.0f} {self._unit}/s"
-        self._shown.update(self._task, advance=steps, figure=self._figure)
+        self._shown.update(self._shown.task_ids[0], advance=steps, figure=self._figure)
 
 
 @contextmanager
 def progress(total: float, stage: str, unit: str = "", enabled: bool = True) -> Iterator[Bar]:
-    """A bar on stderr, named by its stage. Lines printed inside the block appear above it.
+    """A bar of `total` steps on stderr, named by its stage. Lines printed inside the block appear above it.
 
-    Args:
-        total: steps of the whole stage.
-        stage: the name on the left.
-        unit: what a step is, e.g. `tokens`: the bar then shows tokens per second.
-        enabled: False: no bar. There is none either on ranks other than 0 and where stderr is no terminal.
+    unit: what a step is, e.g. `tokens`: the bar then shows tokens per second. There is a bar only if `enabled`,
+    on rank 0, where stderr is a terminal.
     """
     from apc.utils import distributed  # imports torch, which the command line does without
 
@@ -62,17 +58,13 @@ def progress(total: float, stage: str, unit: str = "", enabled: bool = True) -> 
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     # Printed lines go through the bar's console only where they would reach the same terminal anyway.
-    with Progress(
-        *columns, console=Console(stderr=True), refresh_per_second=4, redirect_stdout=sys.stdout.isatty()
-    ) as shown:
+    options: dict[str, Any] = dict(refresh_per_second=4, redirect_stdout=sys.stdout.isatty())
+    with Progress(*columns, console=Console(stderr=True), **options) as shown:
         yield Bar(shown, stage, total, unit)
 
 
 def hide_library_bars() -> None:
-    """Switches off the bars of transformers, datasets and the hub, e.g. `Loading weights`.
-
-    The variables work where the libraries are imported afterwards; transformers is also told where it is there already.
-    """
+    """Switches off the bars of transformers, datasets and the hub, also where transformers is imported already."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     if "transformers" in sys.modules:

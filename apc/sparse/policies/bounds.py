@@ -1,14 +1,11 @@
 """The dense FFN, and policies that read the token's own activations: upper bounds for the others."""
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apc import ops
-from apc.collect.patterns import quantise
-from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, MaskPolicy, PolicyCost
+from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, MaskPolicy, PolicyCost, own_clusters
 
 
 class Dense(MaskPolicy):
@@ -24,7 +21,7 @@ class Dense(MaskPolicy):
         return torch.ones(1, inputs.values.shape[-1], dtype=torch.bool, device=inputs.values.device)
 
     def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
-        """No choice, everything read and computed; the densities are not looked at."""
+        """The dense cost: 0 bits, all bytes and FLOPs. The densities are ignored."""
         return PolicyCost(0.0, 1.0, 1.0)
 
 
@@ -49,14 +46,13 @@ class Oracle(ClusterPolicy):
     by_default = True
     is_bound = True
     tunable = True
-    gap_to: ClassVar[str | None] = "exact"
+    gap_to: str | None = "exact"
     color, marker = "#009E73", "D"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The nearest centroid."""
         centroids = self.codebook.sites[inputs.site].centroids[self.codebook.group(inputs.layer)]
-        rows = quantise(inputs.importance)[0] if self.codebook.power else ops.pack(inputs.active)
-        return self.from_clusters(inputs, self.codebook.nearest(rows, centroids))
+        return self.from_clusters(inputs, own_clusters(self.codebook, inputs, centroids))
 
 
 class ThresholdedOracle(Oracle):

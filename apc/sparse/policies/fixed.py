@@ -37,15 +37,12 @@ class Random(MaskPolicy):
 
     def mask(self, inputs: MaskInputs) -> Tensor:
         """The layer's random mask."""
-        key = inputs.layer, inputs.site, inputs.values.device
+        D, sites, device = inputs.values.shape[-1], list(self.codebook.sites), inputs.values.device
+        key = inputs.layer, inputs.site, device
         if key not in self._masks:  # drawn once: a CUDA graph can't copy the mask from the host at each replay
-            self._masks[key] = self._draw(inputs)
+            seed = self.seed * 1_000_003 + inputs.layer * len(sites) + sites.index(inputs.site)
+            order = torch.randperm(D, generator=torch.Generator().manual_seed(seed))
+            mask = torch.zeros(1, D, dtype=torch.bool)
+            mask[0, order[: ops.mask_size(D, self.codebook.density)]] = True
+            self._masks[key] = mask.to(device)
         return self._masks[key]
-
-    def _draw(self, inputs: MaskInputs) -> Tensor:
-        D, sites = inputs.values.shape[-1], list(self.codebook.sites)
-        seed = self.seed * 1_000_003 + inputs.layer * len(sites) + sites.index(inputs.site)
-        mask = torch.zeros(1, D, dtype=torch.bool)
-        order = torch.randperm(D, generator=torch.Generator().manual_seed(seed))
-        mask[0, order[: ops.mask_size(D, self.codebook.density)]] = True
-        return mask.to(inputs.values.device)

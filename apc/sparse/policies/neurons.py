@@ -1,7 +1,5 @@
 """Policies that decide neuron by neuron."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from apc import ops
@@ -37,7 +35,7 @@ class NeuronPredictor(PredictorPolicy):
     forms = ("neuron", "low-bit")
     tunable = True
     monitored = True
-    by_threshold: ClassVar[bool] = False  # it keeps the scores above a threshold, not a fixed number of them
+    by_threshold = False  # it keeps the scores above a threshold, not a fixed number of them
     color, marker = "#882255", "*"
 
     @property
@@ -67,11 +65,10 @@ class NeuronThreshold(NeuronPredictor):
     @classmethod
     def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
         """Why the policy can't run with this codebook and predictor; None if it can."""
-        if reason := super().missing(codebook, predictor):
-            return reason
-        if predictor is None or predictor.thresholds is None:
+        reason = super().missing(codebook, predictor)
+        if reason is None and predictor is not None and predictor.thresholds is None:
             return "the predictor has no thresholds; train it again"
-        return None
+        return reason
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The scores that reach the threshold."""

@@ -51,6 +51,5 @@ class Soft(PredictorPolicy, ClusterPolicy):
         return self._mixture_parameters(site) + self.predictor.multiplications(site)
 
     def _mixture_parameters(self, site: str) -> int:
-        """Parameters in the profiles and offsets of all clusters."""
         offsets = self.codebook.hidden_size if self.codebook.sites[site].offsets is not None else 0
         return self.codebook.k * (self.codebook.widths[site] + offsets)
