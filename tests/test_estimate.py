@@ -360,8 +360,8 @@ def test_a_stage_that_is_not_run_is_not_estimated(monkeypatch, capsys):
         ),
         (["data=wikitext2"], "data.fit=Salesforce/wikitext:wikitext-2-raw-v1:validation: how many tokens"),
         (["cluster.k=70000"], "cluster.k=70000 is more than the 65536 patterns of a window"),
-        (["trainer.devices=200"], "163 windows of text for 200 processes"),
-        (["data.fit_windows=2", "monitor.windows=2"], "monitor.windows=2 leaves nothing to fit"),
+        (["trainer.devices=200"], "163 windows of text are too few for 200 processes"),
+        (["data.fit_windows=2", "monitor.windows=2"], "monitor.windows=2 holds out all data.fit_windows=2"),
     ],
     ids=["shape", "folder", "hub-text", "split", "clusters", "devices", "windows"],
 )

@@ -373,7 +373,7 @@ def test_every_block_has_a_window_for_every_rank_and_every_window_a_rank(monkeyp
 
 def test_fewer_windows_than_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
-    with pytest.raises(UserError, match="3 windows of text for 5 processes"):
+    with pytest.raises(UserError, match="3 windows of text are too few for 5 processes"):
         block_ranges(3, 2)
 
 

@@ -58,8 +58,8 @@ class PaperClustering(ClusteringModule):
             raise UserError("cluster.algorithm=apc-paper updates after every window; leave out cluster.schedule=step")
         if self.cfg.k > self.chunk:
             raise UserError(
-                f"cluster.k={self.cfg.k} is more than the {self.chunk} patterns of a window, "
-                "which apc-paper fills the clusters with; lower it"
+                f"cluster.k={self.cfg.k} is more than the {self.chunk} patterns of a window; "
+                "apc-paper needs at least one for each cluster; lower it"
             )
 
     def _register_site(self, site: str, D: int) -> None:
@@ -80,7 +80,7 @@ class PaperClustering(ClusteringModule):
         super().on_fit_start()
 
     def usable(self, site: str, patterns: Tensor) -> Tensor:
-        """Which patterns uint8 [n, W] have some ones and no more than a centroid, bool [n]."""
+        """Whether each pattern of uint8 [n, W] is not empty and has no more ones than a centroid, bool [n]."""
         ones = ops.popcount(patterns)
         return (ones > 0) & (ones <= ops.mask_size(self.info.widths[site], self.cfg.density))
 
@@ -142,7 +142,7 @@ class PaperClustering(ClusteringModule):
         return ops.binarize(earlier + sums, self.cfg.density)
 
     def _share_clusters(self, site: str) -> None:
-        """Merges `cluster_of` over all ranks, each of which knows its own rows."""
+        """Merges `cluster_of` over all ranks: before, each rank knows the clusters of its own rows only."""
         if distributed.world_size() > 1:
             others = ~self._loader.owned(torch.arange(self.info.tokens))
             distributed.all_max(self.get("cluster_of", site).masked_fill_(others.to(self.device), _NO_PASS))

@@ -52,9 +52,9 @@ class Codebook:
     widths: neurons at each site; provenance: model, text, configuration, versions and commit;
     density: share m / D of ones in masks of fixed size: static, random and soft masks, and centroids if centroid_size
     is fixed;
-    centroid_size: fixed or free. A free centroid has any number of ones, as its cluster's patterns decide. With no
-    ones, the FFN's output is zero; penalty: cost of a one that a free centroid lacks, in the distance for
-    assigning patterns; budget: ones in the masks of each layer if layers differ, else empty. Static masks always
+    centroid_size: fixed or free. The patterns of its cluster decide how many ones a free centroid has; if it has none,
+    the FFN's output is zero; penalty: cost, in the distance for assigning patterns, of each one of a pattern that a
+    free centroid lacks; budget: number of ones in each layer's masks if layers differ, else empty. Static masks always
     have m.
     """
 
@@ -74,7 +74,7 @@ class Codebook:
     budget: list[int] = field(default_factory=list)
 
     def size(self, site: str, layer: int) -> int:
-        """Ones in a layer's masks."""
+        """Number of ones in each of a layer's masks of fixed size."""
         return self.budget[layer] if self.budget else ops.mask_size(self.widths[site], self.density)
 
     @property

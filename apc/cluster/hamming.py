@@ -2,10 +2,10 @@
 
 The number of ones in a centroid is free. With centroids of one size m the two distances agree on the nearest
 centroid, since the Hamming distance is then |x| + m − 2 |x ∧ c|. If no neuron is active in most of a cluster's
-patterns, its centroid has no ones: it attracts patterns with few ones, and its mask keeps nothing. First and
-re-seeded centroids are patterns, not cut or filled to a size; first centroids are not empty.
+patterns, its centroid has no ones: it attracts patterns with few ones, and its mask keeps nothing. First and re-seeded
+centroids are unchanged patterns, not cut or filled to a size; first centroids are never empty.
 
-`captured` of the base class is here the agreement: the largest possible distance minus the distance to the centroid.
+Here the base class's `captured` is the agreement: the largest possible distance minus the distance to the centroid.
 With `init` k-means++, which draws by this distance, `k-majority` is constrained binary matrix factorisation with one
 factor per row (Jiang et al., *A clustering approach to constrained binary matrix factorization*, 2014).
 
@@ -27,9 +27,9 @@ class KMajority(ClusteringModule):
     """k-means by the distance penalty · |x ∧ ¬c| + |¬x ∧ c|; a centroid's bit is the majority of its patterns' bits.
 
     This is k-modes on bits (Huang, *Extensions to the k-means algorithm for clustering large data sets with categorical
-    values*, 1998). With n patterns, s of them with a one, a bit is one if penalty · s > n − s. At a tie it is zero: the
-    distance is the same, and a smaller mask is cheaper. All arithmetic is in integers, so the sum of distances never
-    rises, and it is the same on any number of ranks.
+    values*, 1998). If s of a cluster's n patterns have a one at some neuron, the centroid has a one there if penalty ·
+    s > n − s. At a tie it is zero: the distance is the same, and a smaller mask is cheaper. All arithmetic is in
+    integers, so the sum of distances never rises, and it is the same on any number of ranks.
     """
 
     centroid_size = "free"

@@ -98,7 +98,7 @@ class ClusteringModule(CentroidInit):
             )
         if self.power and self.group_rows > ROWS_LIMIT:
             raise UserError(
-                f"{self.group_rows:,} patterns in one group: weighted sums hold {ROWS_LIMIT:,}; "
+                f"{self.group_rows:,} patterns in one group, but weighted sums are exact only up to {ROWS_LIMIT:,}; "
                 "use cluster.weighting=binary"
             )
 
@@ -153,7 +153,7 @@ class ClusteringModule(CentroidInit):
         return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
 
     def working_bytes(self) -> int:
-        """About the device memory of a training besides blocks and buffers.
+        """Estimated device memory in bytes that a training takes, besides blocks and buffers.
 
         An update converts the sums to int64; a step sorts a block's rows and stores their totals.
         """
@@ -176,7 +176,7 @@ class ClusteringModule(CentroidInit):
         return RowReader(self._loader.source, site, self.pooled, self._loader.owned, self.device)
 
     def on_train_start(self) -> None:
-        """Resumes within a pass if the checkpoint is from within one; ends the training if no pass is left."""
+        """Resumes in mid-pass if the checkpoint was saved in mid-pass; ends the training if no pass is left."""
         self._pass_began = time.perf_counter()
         self._within_pass = 0 < self._loader.position < len(self._loader)
         if self._within_pass and distributed.rank():  # rank 0 has the sums of all ranks
@@ -208,7 +208,7 @@ class ClusteringModule(CentroidInit):
             self._reset_pass(site)
 
     def _pass_sums(self, site: str) -> list[Tensor]:
-        """The buffers that sum over the rows this rank has seen in the current pass; `worst` is extra."""
+        """The buffers, except `worst`, that accumulate over the rows this rank has seen in the current pass."""
         names = ("captured", "weight", "sums", "sizes") if self.cfg.schedule == "epoch" else ("captured", "weight")
         return [self.get(name, site) for name in names + (() if self.history else ("layer_sums",))]
 
@@ -390,7 +390,7 @@ class ClusteringModule(CentroidInit):
         return int(empties.sum())
 
     def _extra_figures(self) -> dict[str, float]:
-        """Figures of the algorithm's own, for the record of a pass."""
+        """Further figures for the record of a pass, which only this algorithm reports."""
         return {}
 
     def _is_converged(self, record: dict) -> bool:
@@ -403,7 +403,7 @@ class ClusteringModule(CentroidInit):
         return record["captured"] - before < self.cfg.tolerance * before
 
     def _reseed(self, site: str, empties: Tensor) -> int:
-        """Sets each group's j-th empty cluster to the row of j-th smallest share. Returns how many bits changed."""
+        """Sets a group's j-th empty cluster to the row with the j-th smallest share. Returns how many bits changed."""
         if not empties.any():
             return 0
         self._share_worst(site)

@@ -53,7 +53,7 @@ class RowReader:
 
 
 class CentroidInit(LightningModule):
-    """What a clustering algorithm measures rows by, and the first centroids that it draws.
+    """The distance by which an algorithm compares rows, and how it draws the first centroids.
 
     Draws at random without replacement, or by k-means++ from a random sample. Unusable rows are drawn only if there are
     not enough usable ones.
@@ -160,8 +160,8 @@ class CentroidInit(LightningModule):
 def random_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     """Row numbers from 0 to count − 1 in random order, without repeats, int64 on the host.
 
-    For up to 2²⁴ rows it returns all. Beyond that it returns 16 per wanted row, so that memory does not grow with
-    `count`.
+    Up to 2²⁴ rows, it returns all numbers. Beyond that, it returns 16 numbers per wanted row, so that memory does not
+    grow with `count`.
     """
     if count <= _PERMUTED:
         return torch.randperm(count, generator=generator)

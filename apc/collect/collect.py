@@ -1,4 +1,4 @@
-"""From a model and token windows to a source of patterns: read from the store if they are there, else collected."""
+"""Turns a model and token windows into a source of patterns: the store's if it has them, else newly collected ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -116,7 +116,7 @@ def _to_disk(cfg: CollectConfig, info: PatternInfo, collector: Collector, window
         thresholds = writer.thresholds(lambda: _calibrated(cfg, info, collector, windows))
         writer.info = replace(info, rule=replace(info.rule, thresholds=thresholds))
         missing = writer.missing()
-        distributed.barrier()  # until all ranks have looked, before any of them writes
+        distributed.barrier()  # waits until all ranks have looked, before any of them writes
         mine = missing[distributed.rank() :: distributed.world_size()]
         tokens = sum(last - first for first, last in mine) * info.seq_len
         with progress(tokens, "collect", unit="tokens", enabled=collector.progress) as bar:
@@ -129,7 +129,7 @@ def _to_disk(cfg: CollectConfig, info: PatternInfo, collector: Collector, window
         if distributed.is_main():
             writer.finish({"model": collector.name, "text": windows.source})
         distributed.barrier()
-    # Shards of an earlier process were not checked yet.
+    # Shards that an earlier process wrote have not been checked yet.
     return PatternStore(writer.path, verify=len(missing) < len(writer.shards))
 
 
@@ -147,8 +147,8 @@ def _read_batches(
 def _to_memory(cfg: CollectConfig, info: PatternInfo, collector: Collector, windows: Windows) -> ResidentPatterns:
     """Collects this rank's windows into host or device memory.
 
-    Batches cross the borders of blocks, and a rank's last one is padded. So all batches have the same size, however
-    many ranks there are.
+    A batch may span several blocks, and a rank's last batch is padded. So all batches have the same size, for any
+    number of ranks.
     """
     _announce(cfg, info, collector)
     info = replace(info, rule=replace(info.rule, thresholds=_calibrated(cfg, info, collector, windows)))

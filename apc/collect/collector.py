@@ -24,8 +24,8 @@ class Collector:
     """Reads the patterns of token windows from a model.
 
     model: a causal language model with gated FFNs, on `device`; sites: where patterns are read; batch_windows: windows
-    in one forward pass; thresholded: whether the forward pass that blocks are read from sets inactive values to zero,
-    as in the paper; name: the model's name in listings of stores; progress: whether collecting shows a bar.
+    in one forward pass; thresholded: whether the forward pass that yields blocks sets inactive values to zero, as in
+    the paper; name: the model's name in listings of stores; progress: whether collecting shows a bar.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Collector:
         self.importance = Importance(self.ffns)
 
     def calibrate(self, text: Tensor, windows: Sequence[int], sparsity: float) -> dict[str, Tensor]:
-        """Thresholds float32 [L] per site.
+        """Thresholds float32 [L] per site, chosen for a share `sparsity` of inactive neurons.
 
-        The lowest bin edge that has at least a share `sparsity` of importances below it.
+        A threshold is the lowest bin edge that has at least a share `sparsity` of importances below it.
 
         Importances are counted in logarithmic bins (relative width 2**-10). So memory does not grow with the text, and
         sums over ranks are exact. text: int64 [N, seq_len]; windows: indices into it, shared out over the ranks.
@@ -121,7 +121,7 @@ class _Visitor(FFNVisitor):
         return importance.nan_to_num_(nan=0.0)  # the pass goes on; the layer is reported after it
 
     def nonfinite(self) -> list[tuple[int, str]]:
-        """Layers and sites with NaN or infinity in the current pass, in its order."""
+        """Layers and sites with NaN or infinity in the current pass, in the order of the pass."""
         largest = list(self._largest.values())
         finite = torch.stack(largest).isfinite().tolist() if largest else []
         return [place for place, ok in zip(self._largest, finite, strict=True) if not ok]
@@ -151,7 +151,7 @@ def _quantile(counts: Tensor, share: float) -> Tensor:
 
 
 class _PatternReader(_Visitor):
-    """Gathers patterns, and if wanted importances and FFN inputs, of one or more forward passes."""
+    """Gathers the patterns of one or more forward passes and, if requested, their importances and FFN inputs."""
 
     def __init__(self, collector: Collector, rule: ActiveRule, with_importance: bool, with_hidden: bool):
         super().__init__(collector)
@@ -176,6 +176,6 @@ class _PatternReader(_Visitor):
         return values.masked_fill(~active.view(values.shape), 0) if self._collector.thresholded else None
 
     def block(self, windows: Sequence[int], seq_len: int) -> Block:
-        """The block of all passes so far, which were over these windows."""
+        """One block of all passes so far; `windows`: those that the passes ran over."""
         named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}
         return Block.of_windows(named, windows, seq_len)

@@ -26,12 +26,12 @@ def _generator(seed: int, *keys: int) -> torch.Generator:
 class BlockLoader:
     """Yields every block once per epoch, whole or in mini-batches of shuffled tokens.
 
-    Iterating yields this rank's share of each block as a `Block`, equally often on all ranks. After `resume`,
-    iteration continues after `progress`, so a resumed run sees each row exactly once per epoch.
+    Iterating yields this rank's share of each block as a `Block`; all ranks get the same number of them. After
+    `resume`, iteration continues after `progress`, so a resumed run sees each row exactly once per epoch.
 
     source, fields, device, keep_bytes: as for `BlockStream`; block_windows: windows in a block, over all ranks;
-    seed: of the order of blocks and tokens; batch_tokens: tokens in a mini-batch, over all ranks, or None for whole
-    blocks; in_order: whether blocks come in the order of the text instead of shuffled.
+    seed: decides the order of blocks and tokens; batch_tokens: tokens in a mini-batch, over all ranks, or None for
+    whole blocks; in_order: whether blocks come in the order of the text instead of shuffled.
     Raises UserError if there are fewer windows, or fewer tokens in a mini-batch, than ranks.
     """
 
@@ -67,9 +67,9 @@ class BlockLoader:
         return math.ceil((last - first) * self.source.info.seq_len / self.batch_tokens)
 
     def progress(self) -> dict:
-        """The loader's place, as a checkpoint stores it: epoch, batches of it that were yielded, and `_layout`.
+        """The loader's position for a checkpoint: epoch, number of batches already yielded in it, and `_layout`.
 
-        After an epoch it is the start of the next, for any number of ranks.
+        At the end of an epoch it is the start of the next one, and valid for any number of ranks.
         """
         ended = self.position >= len(self)
         return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, "blocks": self._layout}
@@ -82,15 +82,15 @@ class BlockLoader:
         """
         if progress["position"] and progress.get("blocks") != self._layout:
             raise UserError(
-                "the checkpoint lies within a pass over other blocks of rows "
-                f"than {distributed.world_size()} processes have; start as many as it began with, "
+                "the checkpoint is from within a pass whose blocks differ "
+                f"from those of {distributed.world_size()} processes; start as many processes as before, "
                 "or delete the run's checkpoints"
             )
         self.epoch, self.position = progress["epoch"], progress["position"]
 
     @property
     def _layout(self) -> list[int]:
-        """Number of blocks, and windows of the first: loaders of one text where both agree have the same blocks."""
+        """Number of blocks, and of windows in the first; loaders of one text have equal blocks if both agree."""
         return [len(self.blocks), self.blocks[0][1]]
 
     def release(self) -> None:
@@ -140,8 +140,8 @@ class WindowLoader:
     Each epoch cuts the text into windows at a different offset and shuffles them. `progress` and `resume` work as
     in `BlockLoader`.
 
-    windows: int64 [N, S], adjacent in the text; step_windows: windows in a step, over all ranks; seed: of the first
-    tokens and the orders. Raises UserError if a step has fewer windows than there are ranks.
+    windows: int64 [N, S], adjacent in the text; step_windows: windows in a step, over all ranks; seed: decides each
+    epoch's offset and order. Raises UserError if a step has fewer windows than there are ranks.
     """
 
     def __init__(self, windows: Tensor, step_windows: int, seed: int):
@@ -151,8 +151,8 @@ class WindowLoader:
         self.step_windows = min(step_windows, self._usable)
         if self.step_windows < ranks:
             raise UserError(
-                f"steps of {self.step_windows} windows for {ranks} processes; give more text ({len(windows)} windows, "
-                "an epoch uses one less), raise tune.batch_windows, or lower trainer.devices"
+                f"a step of {self.step_windows} windows is too small for {ranks} processes; give more text "
+                f"({len(windows)} windows, an epoch uses one less), raise tune.batch_windows, or lower trainer.devices"
             )
         self.windows, self.seed = windows, seed
         self.epoch, self.position = 0, 0
@@ -161,11 +161,11 @@ class WindowLoader:
         return self._usable // self.step_windows
 
     def progress(self) -> dict:
-        """The loader's place."""
+        """The loader's position."""
         return {"epoch": self.epoch, "position": self.position}
 
     def resume(self, progress: dict) -> None:
-        """Moves to the place of `progress`."""
+        """Moves to the position `progress`."""
         self.epoch, self.position = progress["epoch"], progress["position"]
 
     def release(self) -> None:
@@ -186,7 +186,7 @@ class WindowLoader:
 
 
 class ResumedDataModule(LightningDataModule):
-    """A data module with one loader, whose place is part of the checkpoint."""
+    """A data module with one loader, whose position is part of the checkpoint."""
 
     def __init__(self, loader: BlockLoader | WindowLoader):
         super().__init__()
@@ -196,14 +196,14 @@ class ResumedDataModule(LightningDataModule):
         """The loader."""
         return self.loader
 
-    # The place is stored here and not in the loader's own state_dict: Lightning 2.6 drops that one from checkpoints at
-    # the end of an epoch, and ignores it if the loader was set up before the checkpoint was read.
+    # The position is stored here and not in the loader's own state_dict: Lightning 2.6 drops that one from checkpoints
+    # at the end of an epoch, and ignores it if the loader was set up before the checkpoint was read.
     def state_dict(self) -> dict:
-        """The loader's place."""
+        """The loader's position."""
         return self.loader.progress()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Moves the loader to the place of a checkpoint."""
+        """Moves the loader to a checkpoint's position."""
         self.loader.resume(state_dict)
 
 

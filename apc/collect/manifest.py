@@ -21,8 +21,8 @@ class Damaged(Exception):
 def read_manifest(path: Path) -> dict:
     """The manifest in a store's folder.
 
-    Raises Damaged if anything in it differs from what `StoreWriter.finish` writes, and UserError if the disk can't read
-    it or it is of another format.
+    Raises Damaged if anything in it differs from what `StoreWriter.finish` writes, and UserError if it can't be read
+    from the disk or has another format.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())

@@ -18,7 +18,7 @@ def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Takes exactly the bytes of the shape; torch's own pinned allocator rounds up to a power of two. Raises UserError if
     the system does not allow this much memory to be locked.
     """
-    value = torch.zeros(shape, dtype=dtype)  # all threads touch the pages here; locking would do it with one
+    value = torch.zeros(shape, dtype=dtype)  # all threads touch the pages here; locking would use only one thread
     if value.nbytes:
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(value.data_ptr(), value.nbytes, 0))
@@ -56,7 +56,7 @@ class ResidentPatterns:
         values = block.tensors()
         self.reserve(list(values))
         for name, value in values.items():
-            # Layer by layer: torch gathers a copy that is not contiguous on the GPU first.
+            # Layer by layer: torch would first gather a copy that is not contiguous on the GPU.
             for target, layer in zip(self._tensors[name][:, slot : slot + block.tokens], value, strict=True):
                 target.copy_(layer)
 

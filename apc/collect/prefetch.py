@@ -15,10 +15,10 @@ BLOCKS_READ = 2  # blocks read into host memory ahead of their use
 
 
 class BlockStream:
-    """Reads blocks of a source ahead of their use on a thread, and copies them to a GPU on a CUDA stream of its own.
+    """Reads blocks of a source ahead, on a thread, and copies them to a GPU on a separate CUDA stream.
 
     source: where blocks come from; fields: names of the fields to read, as in `PatternInfo.fields`; device: a GPU to
-    copy blocks to, or None or a CPU: they stay where the source has them; keep_bytes: device memory for blocks that
+    copy blocks to; with None or a CPU, blocks stay where the source has them; keep_bytes: device memory for blocks that
     stay there for later passes, besides `BLOCKS_IN_FLIGHT` blocks.
     """
 

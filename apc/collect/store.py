@@ -87,7 +87,7 @@ class StoreWriter:
             )
 
     def thresholds(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The thresholds that earlier shards were collected with, else calibrated now and saved. Call on all ranks."""
+        """The thresholds of earlier shards if there are any, else calibrated now and saved. Call on all ranks."""
         path = self.partial / THRESHOLDS
         saved = path.is_file()
         distributed.barrier()  # until all ranks have looked
@@ -175,7 +175,7 @@ def _lock(folder: Path, key: str) -> ExitStack:
 
 
 def repair(path: Path) -> str:
-    """What to do about a damaged store: the end of an error message."""
+    """The end of an error message: what to do about a damaged store."""
     return (
         f"`apc cache repair {path.name} --dir {path.parent}`, "
         "and the same train.py command collects the damaged shards again"
@@ -283,7 +283,7 @@ class PatternStore(PatternSource):
         except Damaged as error:
             raise UserError(f"{path / 'manifest.json'}: {error}; {repair(path)}") from error
         self._shards: list[dict] = manifest["shards"]
-        # Only where arrays are, not maps: one open map for each would exceed a process's limit of open files.
+        # Stores where arrays are instead of memory maps: a map per array would exceed the limit of open files.
         self._arrays: dict[str, _Array] = {}
         for shard in self._shards:
             for name, entry in shard["files"].items():

@@ -80,7 +80,7 @@ class Trial:
 
 
 def read_sweep(path: Path) -> tuple[str, dict[str, list]]:
-    """A sweep file's program, and each parameter's values. Raises UserError, naming the file, if it is no grid."""
+    """A sweep file's program, and each parameter's values. Raises UserError, naming the file, if it is not a grid."""
     try:
         sweep = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -31,12 +31,12 @@ WITHOUT_CODEBOOK = tuple(name for name, policy in POLICIES.items() if not policy
 WITH_GAP = tuple(name for name, policy in POLICIES.items() if policy.gap_to)
 PAPER_MODEL = "mistral-7b-v"
 PAPER_CLUSTERS = (256, 16384)  # the range that the paper tried
-# Its best "clustering precision"; it does not say at which number of clusters and density.
+# The paper's best "clustering precision"; the paper does not state its number of clusters and density.
 PAPER_COVERAGE = 0.7934
 PAPER_PERPLEXITIES = {"nearest centroids": 12.49, "active neurons": 6.45, "dense": 5.3}  # its best; dense is rounded
 PAPER_NOTE = "grey: the paper's results on the same model, also in-sample"
 _MAX_NAME = 60  # letters of a variant's name in a legend
-_MAX_LABELS = 20  # points that are labelled by run; of more, only the best
+_MAX_LABELS = 20  # up to this many points are all labelled by run; with more, only the best
 _COLUMNS = 3  # panels side by side
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))  # one per policy
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#4D4D4D")  # one per codebook
@@ -44,7 +44,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 
 @dataclass(frozen=True)
 class Line:
-    """Points that may be joined: one policy of runs that differ in the number of clusters alone.
+    """Points that may be joined: one policy in runs that differ only in the number of clusters.
 
     points: (x, y), ordered by x; equal x are repeats.
     """
@@ -68,7 +68,8 @@ Value = Callable[[Finished, dict], float | None]
 class Panel:
     """What a figure draws over x: a value of each policy.
 
-    levels: draws the policies without a codebook as levels; paper: results of the paper (value, label, label above?).
+    levels: whether to draw the policies without a codebook as levels; paper: results of the paper (value, label, label
+    above?).
     """
 
     label: str
@@ -102,12 +103,12 @@ def _codebook_settings(run: Finished) -> dict[str, object]:
 
 
 def _column(run: Finished) -> tuple[float, float]:
-    """Runs with another sparsity or density stand in another column of panels."""
+    """The sparsity and density of a run: each pair has its own column of panels."""
     return run.conditions.get("sparsity", math.nan), run.conditions["density"]
 
 
 def _short(runs: Sequence[Finished], names: dict[Path, str]) -> dict[Path, str]:
-    """The variants' names by folder; a long name that only one run has becomes the run's name."""
+    """The variants' names by folder; a long name that only one run has is replaced by the run's name."""
     count = Counter(names.values())
     long = {name for name in count if count[name] == 1 and len(name) > _MAX_NAME}
     return names | {run.folder: run.name for run in runs if names[run.folder] in long}
@@ -289,7 +290,9 @@ def _draw(
     words: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> bool:
-    """Draws panels over clusters or bits in a column for each place, sparsity and density. False if there is no line.
+    """Draws panels over clusters or bits; returns False if there is no line.
+
+    Each group of comparable runs has a column per sparsity and density.
 
     words: names of the policies in the legend, if not their own.
     """
@@ -404,7 +407,7 @@ def _marker_legend(figure: Figure, policies: Iterable[dict], title: str = "") ->
 
 
 def _new_figure(title: str, places: Sequence[Sequence[Finished]], height: float, notes: Sequence[str] = ()) -> Figure:
-    """A figure. With one place its conditions are under the title; with several, above each column of panels."""
+    """A figure. Conditions are under the title if all runs are comparable, else above each column of panels."""
     first, alone = places[0][0], len(places) == 1
     conditions = tables.wrapped_items(comparison_items(first), 116) if alone else []
     return figures.new_figure(title, [*conditions, *notes], figures.WIDTH, height, alarm=alone and first.in_sample)

@@ -35,7 +35,7 @@ def predictions_needed(
 
 @dataclass(frozen=True)
 class Finished:
-    """A run, or an evaluation of one, that has its results."""
+    """A finished run, or a finished evaluation of a run, with its results."""
 
     name: str
     folder: Path

@@ -1,8 +1,8 @@
 """Merges files and overrides into a configuration, and describes every key.
 
 Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ←
-key=value overrides, group choices first. In place of a section, a name chooses a group file: `model=mistral7b`. A run
-of the bundled model on the bundled text uses `experiment=demo` unless another experiment is chosen.
+key=value overrides, group choices first. A name in place of a section chooses a group file: `model=mistral7b`. A run of
+the bundled model on the bundled text uses `experiment=demo` unless another experiment is chosen.
 """
 
 import inspect
@@ -197,9 +197,9 @@ def _owner(values: DictConfig, key: str) -> DictConfig | None:
 
 
 def _take_groups(values: DictConfig, chosen: dict[str, str]) -> DictConfig:
-    """Moves sections given as a name (`model.
+    """Moves sections given as a name (`model: bundled`) from `values` to `chosen`.
 
-    Bundled`) from `values` to `chosen`. Raises UserError for a key of version 0.1.
+    Raises UserError for a key of version 0.1.
     """
     for section in SECTIONS:
         if section in values and isinstance(values[section], str):

@@ -377,7 +377,7 @@ class Config:
                 raise UserError(f"{key}={value} needs importances; set collect.importance=true or {key}={plain}")
         if self.data.fit_windows is not None and self.monitor.windows >= self.data.fit_windows:
             raise UserError(
-                f"monitor.windows={self.monitor.windows} leaves nothing to fit of "
+                f"monitor.windows={self.monitor.windows} holds out all "
                 f"data.fit_windows={self.data.fit_windows}; lower it"
             )
 

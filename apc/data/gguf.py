@@ -43,7 +43,7 @@ def _from_gguf(auto_class, path: Path, **options):
         if file.read(4) != b"GGUF":
             raise UserError(f"model.path: {path} is not a GGUF file (it does not start with `GGUF`): name another file")
     try:
-        # The absolute path in both places: transformers would look for a bare name in the working directory first.
+        # An absolute path in both places: transformers would first look for a bare name in the working directory.
         return auto_class.from_pretrained(str(path.parent), gguf_file=str(path), **options)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]

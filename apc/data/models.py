@@ -83,8 +83,8 @@ def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> N
     missing = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if value.is_meta})
     if missing:
         raise UserError(
-            f"model.device_map=auto: the GPUs have no room for {missing[0]} and {len(missing) - 1} more of its parts; "
-            "use more GPUs or a smaller type"
+            f"model.device_map=auto: the GPUs have no room for {missing[0]} and {len(missing) - 1} more parts "
+            "of the model; use more GPUs or a smaller model.dtype"
         )
     if first != device:
         raise UserError(

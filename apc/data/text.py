@@ -33,8 +33,8 @@ SHARED_LIMIT = 0.01  # share of the score text's characters that may also be in 
 class Windows:
     """Token windows of one source.
 
-    tokens: int64 [n, seq_len]; source: its name without folders; documents: how many it has;
-    digest: sha256 of token ids and seq_len alone.
+    tokens: int64 [n, seq_len]; source: its name without folders; documents: number of documents in it; digest: sha256
+    of token ids and seq_len alone.
     """
 
     tokens: torch.Tensor
@@ -137,7 +137,7 @@ def _check_apart(fit: _Text, score: _Text) -> None:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs of at least PARAGRAPH_CHARS: lines, or in text wrapped at short lines blocks between blank lines."""
+    """Paragraphs of at least PARAGRAPH_CHARS: lines or, if the text has short lines, blocks between blank lines."""
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.split("\n")]
         long = [line for line in lines if len(line) >= PARAGRAPH_CHARS]

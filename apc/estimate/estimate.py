@@ -86,7 +86,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate for a run on `ranks` GPUs, one process each. All are bytes by purpose, except `seconds`."""
+    """The estimate for a run on `ranks` GPUs, one process each. Every field but `seconds` is bytes by purpose."""
 
     ranks: int
     disk: dict[str, int]
@@ -104,7 +104,7 @@ def known() -> dict:
 
 
 def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, "PreTrainedTokenizerBase | str"]:
-    """The model's shape from its configuration, and its tokenizer, or as a string why there is none.
+    """The model's shape from its configuration; and its tokenizer, or a string with the reason why there is none.
 
     Raises UserError if the configuration can't be read and `estimate.yaml` does not have the shape.
     """
@@ -143,7 +143,7 @@ def _known_shape(cfg: ModelConfig, sites: list[str]) -> ModelShape:
 def _shape(
     config: Any, cfg: ModelConfig, sites: list[str], origin: str, stored: torch.dtype | None = None
 ) -> ModelShape:
-    """config: of transformers; stored: the type for dtype=auto if the configuration has none."""
+    """config: a transformers configuration; stored: the type for dtype=auto if the configuration names none."""
     from transformers import AutoModelForCausalLM
 
     check_config(config)
@@ -268,7 +268,7 @@ def _nbytes(tensors: Iterable[object]) -> int:
 
 
 def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: int) -> dict[str, Exchange]:
-    """The bytes that ranks exchange in the first pass, which also sums each layer, by purpose.
+    """Bytes that ranks exchange in the first pass, by purpose; only the first pass also sums each layer.
 
     Re-seeding and the sums of a checkpoint are not included. blocks: window ranges [first, last).
     """
@@ -364,7 +364,8 @@ def _clustering_bytes(
 def stage_work(cfg: Config, work: Workload) -> dict[str, dict[str, float]]:
     """For each stage but clustering, two quantities that its seconds may be proportional to.
 
-    `FLOPs`, and `reads`: values of activations that it reads (for the predictor: of its inputs).
+    They are `FLOPs` and `reads`, the number of activation values that the stage reads (for the predictor: values of its
+    inputs).
     """
     shape, S = work.shape, cfg.data.seq_len
     fit, score = work.fit_windows * S, work.score_windows * S
@@ -397,8 +398,8 @@ def _reference() -> tuple[Config, Workload]:
 def pass_seconds(module: ClusteringModule, share: float, kept: int, slow: bool = False) -> float:
     """Seconds of one pass after the first, on one GPU that has this share of the rows.
 
-    kept: bytes of rows that stay on the GPU; slow: for clusters filled in order, if no measured rate has the right
-    size, use the slower of the two nearest.
+    kept: bytes of rows that stay on the GPU; slow: for clusters filled in order, whether to use the slower of the two
+    nearest rates if none was measured at this size.
     """
     info, K, power = module.info, module.cfg.k, module.power
     rows = share * info.layers * info.tokens
@@ -461,9 +462,9 @@ def _collect_share(cfg: Config, windows: int, ranks: int) -> float:
 
 
 def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: int, exchange: float) -> Seconds:
-    """A range.
+    """Seconds of clustering as a range.
 
-    From the kernels' seconds alone, to these plus the seconds that the measured run spent outside its kernels.
+    Low: the kernels' seconds alone; high: these plus the seconds that the measured run spent outside its kernels.
     """
     share = math.ceil(module.info.windows / ranks) / module.info.windows
     passes = cfg.cluster.max_epochs

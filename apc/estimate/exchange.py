@@ -1,8 +1,8 @@
 """The bytes that ranks send each other in a pass of clustering, and the seconds this takes: a model, no measurement.
 
-The model is a ring. It passes each tensor on in as many parts as there are ranks. So a rank sends (ranks - 1) / ranks
-of the tensor's bytes in a reduce-scatter or an all-gather, and twice that in an all-reduce, which is one after the
-other. The time is bytes divided by the speed of the slowest link, without latency and other traffic.
+The model is a ring that passes on each tensor in parts, one per rank. So a rank sends (ranks - 1) / ranks of the
+tensor's bytes in a reduce-scatter or an all-gather, and twice that in an all-reduce, which is a reduce-scatter followed
+by an all-gather. The time is bytes divided by the speed of the slowest link, without latency and other traffic.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ H100 = Links()
 class Exchange:
     """Bytes of tensors that a rank exchanges in one pass, by operation.
 
-    Reduce-scatter, all-gather (bytes of the result), all-reduce.
+    The operations are reduce-scatter, all-gather (here the bytes of the result) and all-reduce.
     """
 
     scattered: int = 0

@@ -45,7 +45,8 @@ class DenseMeters(ForwardReader):
 class Evaluator:
     """Scores policies on windows; each rank scores its share of them.
 
-    windows: int64 [n, seq_len], each scored alone; batch_windows: windows in one forward pass; seed: of random masks.
+    windows: int64 [n, seq_len], each scored alone; batch_windows: windows in one forward pass; seed: decides random
+    masks.
     """
 
     model: nn.Module
@@ -102,7 +103,7 @@ class Evaluator:
         return distributed.all_sum(losses).cpu()
 
     def _dense(self, policies: dict[str, MaskPolicy], bar: Bar) -> tuple[dict[str, dict], Tensor]:
-        """The dense pass: a record for each policy, with the figures of its masks there, and the dense losses."""
+        """Runs the dense pass. Returns a record per policy, with its masks' figures there, and the dense losses."""
         meters = [MaskMeter(self.codebook, self.device) for _ in policies]
         losses = self._losses(DenseMeters(self.ffns, self.codebook, list(policies.values()), meters), meters, bar)
         problem = not_finite(losses)
@@ -118,7 +119,7 @@ class Evaluator:
         return records, losses
 
     def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: Bar) -> None:
-        """The pass under the policy's own masks: the record gets its perplexity and the figures of its masks there."""
+        """Runs the pass under the policy's own masks; adds perplexity and its masks' figures there to the record."""
         meter = MaskMeter(self.codebook, self.device)
         losses = self._losses(MaskedForward(self.ffns, policy, meter), [meter], bar)
         totals = meter.totals().cpu()

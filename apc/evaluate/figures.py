@@ -37,11 +37,11 @@ DPI = 160
 WIDTH = 8.0  # inches; a README shows 1,280 pixels at about 800, so that 9 points become 12 pixels
 _REFERENCE: dict[str, Any] = dict(color=INK, linewidth=1, linestyle=(0, (4, 3)))
 _LOG_FROM = 5.0  # an axis is logarithmic if its largest value is this many times the smallest
-_OUTLIER = 30.0  # the largest value is clipped at the edge if it is this many times the next
+_OUTLIER = 30.0  # the largest value is clipped at the edge if it is this many times the second largest
 _MAX_SITES = 4  # more groups of clusters than this share one panel
 _MAX_MARKERS = 40  # a line of more points has no markers
 _MAX_LINEAR_RANKS = 256  # more clusters than this are on a log scale
-_MAX_POINTS = 400  # drawn of each usage curve: a codebook has up to 16,384 clusters
+_MAX_POINTS = 400  # points drawn per usage curve: a codebook has up to 16,384 clusters
 
 
 def style(policy: str) -> tuple[str, str]:
@@ -182,7 +182,7 @@ class BytesPoint:
 def draw_bytes(axes: Axes, points: Sequence[BytesPoint], policies: Iterable[dict]) -> None:
     """Perplexity over bytes; dense as a line, bounds hollow, outliers at the edge with their values.
 
-    points: all but dense; those with an empty label have none. policies: records, of which dense is taken.
+    points: all but dense; an empty label is not drawn. policies: records, from which only dense is used.
     """
     dense = _dense(policies)
     x, y = (np.array(values) for values in zip(*(point.place for point in points), strict=True))

@@ -90,8 +90,8 @@ def mask_figures(totals: Tensor) -> dict[str, float | None | dict[str, float | N
     """Density, coverage, precision, and captured importance and energy of masks, from sums [..., fields].
 
     First tokens of windows count in the `_first` figures and in density, coverage and precision, but not in the
-    other captured shares. `union_density` is, by batch size, the density of the union of the masks in a batch of
-    tokens, which are drawn from windows of one forward pass. A figure without data is None.
+    other captured shares. `union_density` gives, for each batch size, the density of the union of the masks in a batch
+    of tokens. The tokens of a batch are drawn from the windows of one forward pass. A figure without data is None.
     """
     return {**_ratios(totals), "union_density": _ratios(totals, _UNIONS)}
 

@@ -1,7 +1,8 @@
 """Decoding speed of policies in tokens a second, and how their predictions differ from the dense model's.
 
-The first half of each scored window is a prompt. The second half is scored after it twice: with FFNs sparse throughout,
-and after a dense prefill, as in use. On a GPU each token of the second half is a step of the CUDA graph that is timed.
+The first half of each scored window is a prompt. The second half is then scored twice: with FFNs sparse throughout, and
+after a dense prefill, as in real use. On a GPU each token of the second half is one step of the same CUDA graph that is
+timed.
 
 Shape letters: n windows, S tokens in a window, V entries of the vocabulary.
 """
@@ -96,7 +97,7 @@ def measure(
 
 
 def _record(name: str, dense: Tensor, losses: Tensor, all_sparse: Tensor) -> dict:
-    """A policy's perplexities after a dense prefill and sparse throughout, and the dense model's, from their losses."""
+    """From losses, a policy's perplexity after a dense prefill and sparse throughout, and the dense model's."""
     ratios = zip(("ratio", "ratio_low", "ratio_high"), perplexity_ratio(losses, dense), strict=True)
     record = {"policy": name, "perplexity": perplexity(losses), **dict(ratios)}
     return record | {"perplexity_masked": perplexity(all_sparse)}
@@ -120,7 +121,8 @@ class _Scorer:
         """The losses of the model with its present FFNs, float64 [n], and its difference from the dense model.
 
         divergence: in nats per token; agreement: the share of tokens after which both models predict the same token.
-        decoder: of that model; ffns: its sparse FFNs, or None for the dense model, whose logits become the teacher.
+        decoder: decodes with that model; ffns: its sparse FFNs, or None for the dense model, whose logits become the
+        teacher.
         """
         losses, divergence, agreement = [], 0.0, 0.0
         for index, window in enumerate(self.windows):

@@ -20,8 +20,8 @@ from apc.ops.bits import check_tensor, describe, grouped, on_cpu, row_bytes
 
 ROW_UNIT = 2**36  # the sum of a weighted row after scaling
 
-# Kernel tiles. A program adds up at most PIECE rows of one cluster. A larger cluster is several pieces, so it
-# keeps many multiprocessors busy. A program is one warp and reads a strip of each row: BLOCK_W words of 32
+# Kernel tiles. A program adds up at most PIECE rows of one cluster. A larger cluster is cut into several pieces,
+# which keeps many multiprocessors busy. A program is one warp and reads a strip of each row: BLOCK_W words of 32
 # neurons (weighted: 4). It has UNROLL rows in flight, a power of two. At the end it turns BITS bits of each
 # word into sums at a time: at least 4 sums, which fill a sector of 32 bytes.
 _TILE = {"PIECE": 1024, "BLOCK_W": 64, "UNROLL": 8, "BITS": 4, "num_warps": 1}

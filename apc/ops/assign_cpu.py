@@ -46,7 +46,7 @@ _CLUSTERS = 4096  # clusters per set of tables, likewise
 _WORTH_TABLES = 64  # rows whose lookups take as long as building the tables
 _WORTH_CLUSTERS = 64  # clusters whose lookups take as long as building the tables from importances
 _TABLES_GAIN = 2  # counting takes twice as long as lookups
-_LONG = 2**16 // 8  # bytes of a row whose overlap may not fit 16 bits: such rows are counted
+_LONG = 2**16 // 8  # bytes of a row from which overlaps may not fit 16 bits: such rows are assigned by counting
 _COUNTED = 2**17  # bytes of centroids counted against all rows before the next centroids: they stay in L2
 _FEW = 2**24  # pairs of bits, some 50 µs: too little work for a thread
 _LAST_ID = 2**32 - 1  # a key is the overlap, and below it the 32 bits of _LAST_ID − id
@@ -164,7 +164,7 @@ def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> 
     if threads == 1:
         worker.ctypes(state.ctypes.data)
     elif hasattr(_process, "GOMP_parallel"):
-        # Always use all of torch's threads: OpenMP rebuilds its team for another number.
+        # Always use all of torch's threads: with a different number, OpenMP rebuilds its team.
         _process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
     else:
         with ThreadPoolExecutor(threads) as pool:
@@ -509,9 +509,9 @@ def _raise(at, key):
 
 @njit(nogil=True)
 def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, captured, scratch):
-    """Writes each row's best cluster to ids, int64 [N], and its sum to captured, int32 [N] (address 0.
+    """Writes each row's best cluster to ids, int64 [N], and its sum to captured, int32 [N].
 
-    Not written). Rows have D bytes.
+    If the address `captured` is 0, no sums are written. Rows have D bytes.
 
     patterns: the clusters' `_patterns_of`, uint64 [spans, K], spans = ⌈D/40⌉.
 

@@ -29,7 +29,7 @@ _TILE_COST = 32  # overhead of a tile of clusters, in clusters
 _ITEM_COST = 64  # overhead of a work item, in clusters
 _CUT_COST = 2**26  # one-time overhead of cutting along K (a second kernel and its keys), in bytes of rows × clusters
 _L2_MOST = 32 * 2**20  # bytes of rows in progress that stay in an H100's L2 cache beside the centroids
-_L2_SHARE = 16 * 2**20  # the same where row tiles are cut along K, so that the centroids of all parts stay in L2 too
+_L2_SHARE = 16 * 2**20  # the same if row tiles are cut along K: the centroids of all parts must then stay in L2 too
 
 _SECTOR = 32  # bytes of an L2 sector. Centroids that are not aligned to it cost a seventh of the time …
 _COPY_LEAST_N = 8192  # … so from this many rows on, copying them to aligned memory pays
@@ -40,7 +40,7 @@ _MOST_SCORE = 2**25  # the Hopper kernel's int32 keys are score · 64 + column; 
 class Variant:
     """A kernel to compile.
 
-    `b1` or `u8` products for sm_90a; for earlier GPUs from sm_80 on only `b1`, with a fixed tile.
+    For sm_90a it computes `b1` or `u8` products; for earlier GPUs, from sm_80 on, only `b1`, with a fixed tile.
     """
 
     arch: str
@@ -68,10 +68,10 @@ class Variant:
 
 
 def warpgroup_mma(kind: str, tile_k: int) -> str:
-    """CUDA source of `mma`.
+    """CUDA source of the device function `mma`.
 
-    Sets or adds to sums [64, tile_k] the products of 64 rows and tile_k centroids over 32 bytes, all in shared
-    memory.
+    `mma` multiplies 64 rows and tile_k centroids over 32 bytes, both in shared memory. It writes the dot products to
+    sums [64, tile_k], or adds them.
 
     PTX ISA, `wgmma.mma_async`.
     """
@@ -206,7 +206,7 @@ def schedule(G: int, N: int, K: int, W: int, tile_n: int, workers: int) -> Sched
 
 @dataclass(frozen=True)
 class _Launch:
-    """Everything for a call of the Hopper kernels that depends on sizes alone."""
+    """Everything for a call of the Hopper kernels that depends only on sizes."""
 
     functions: dict[str, Function]
     plan: Schedule

@@ -29,7 +29,7 @@ def _pack_top(values: Tensor, m: int) -> Tensor:
 
 
 def _check(sums: Tensor, density: float) -> int:
-    """Check the arguments of `binarize`, and return m, the ones of each row."""
+    """Check the arguments of `binarize`, and return m, the number of ones in each row."""
     if sums.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"binarize wants sums as int64 or int32 [K, D], got {describe(sums)}")
     return mask_size(sums.shape[-1], density)
@@ -88,7 +88,7 @@ def cut_or_fill(active: Tensor, m: int, importance: Tensor | None = None, freque
 
     Args:
         active: bool [..., D].
-        m: ones of each mask.
+        m: number of ones in each mask.
         importance: uint8 or float of up to 32 bits [..., D], not negative.
         frequency: integers [D], or any shape that broadcasts to active's; counts above 2³¹ − 1 rank as 2³¹ − 1.
 

@@ -145,7 +145,7 @@ def popcount_triton(rows: Tensor) -> Tensor:
 
 
 def mask_size(D: int, density: float) -> int:
-    """m, the ones of every centroid: max(1, ⌊density·D + ½⌋). Raises ValueError unless 0 < density ≤ 1."""
+    """m, the number of ones in every centroid: max(1, ⌊density·D + ½⌋). Raises ValueError unless 0 < density ≤ 1."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     return max(1, math.floor(density * D + 0.5))

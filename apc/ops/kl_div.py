@@ -109,7 +109,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _parts(n: int) -> list[slice]:
-    """Slices of at most `_ROWS_AT_ONCE` of n rows."""
+    """Slices that cut n rows into parts of at most `_ROWS_AT_ONCE` rows."""
     return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, n, _ROWS_AT_ONCE)]
 
 

@@ -128,6 +128,6 @@ def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, thresho
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that is contiguous and starts on 16 bytes, since the kernel reads 16 bytes at a time."""
+    """The tensor, or a copy that is contiguous and aligned to 16 bytes, since the kernel reads 16 bytes at a time."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -156,7 +156,7 @@ def binarize(sums: Tensor, density: float) -> Tensor:
 
 
 def assign_with_capacity(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
-    """The cluster of each row if one cluster after the other takes its `capacity` nearest free rows.
+    """The cluster of each row: in the order of ids, each cluster takes its `capacity` nearest free rows.
 
     uint8 [N, W], uint8 [K, W] → ids int64 [N]; −1 for a row without a cluster.
     """

@@ -362,8 +362,8 @@ def _finish(
 ) -> Tensor:
     """The output: the sum of the programs' parts, plus `delta`.
 
-    options: of the launch, from `pdl_options`. later: a later layer's predictor. From the bottleneck in
-    `prediction`, the kernel computes its candidates and writes them there.
+    options: launch options, from `pdl_options`. later: a later layer's predictor; the kernel computes its candidates
+    from the bottleneck in `prediction`, and writes them to `prediction`.
     """
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
     # The kernel does not read the placeholders.
@@ -605,8 +605,8 @@ def use_side_stream() -> Iterator[None]:
     """Within it, `sparse_ffn_ahead` lists the next layer's active neurons on a side stream, while attention runs.
 
     The caller must run whole forward passes within it, eagerly or captured in one CUDA graph: the side stream
-    forks in an FFN and joins in the next FFN. Otherwise the neurons are listed before attention on the main
-    stream, because a graph capture could end between the fork and the join.
+    forks in an FFN and joins in the next FFN. Outside this context, the neurons are listed on the main stream before
+    attention, because a graph capture could end between the fork and the join.
     """
     before = _SIDE_STREAM.set(True)
     try:

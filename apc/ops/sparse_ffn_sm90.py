@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
 def is_supported(*matrices: Tensor) -> bool:
     """Whether the kernels take these matrices (gate, up, down, ...) on their device.
 
-    They take half precision on a Hopper GPU, with rows that are multiples of 16 bytes and aligned to them.
+    They take half precision on a Hopper GPU, with rows aligned to 16 bytes and a multiple of 16 bytes long.
     """
     first = matrices[0]
     D, E = first.shape
@@ -105,7 +105,7 @@ def _prepare(device_index: int, sizes: Sizes, name: str = "rows") -> tuple[Funct
 
 
 def aligned(hidden: Tensor) -> Tensor:
-    """The tensor, or a copy, that is contiguous and starts on 16 bytes, as bulk copies need it."""
+    """The tensor, or a copy that is contiguous and aligned to 16 bytes, as bulk copies require."""
     hidden = hidden.contiguous()
     return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()
 

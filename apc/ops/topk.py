@@ -203,8 +203,8 @@ def straight_through(scores: Tensor, m: int, temperature: float, dtype: torch.dt
     """The mask of each row's m largest scores as 0 and 1, with a straight-through gradient.
 
     float32 [..., D] → `dtype` [..., D]. The gradient is that of σ((score − m-th largest) / temperature), the
-    estimator of Bengio et al. (2013). A row with NaN gets a mask of NaN, in place of an error that would make the
-    host wait for the device. Raises ValueError unless 1 ≤ m ≤ D and the scores are float32.
+    estimator of Bengio et al. (2013). A row with NaN gets a mask of NaN; an error instead would make the host wait for
+    the device. Raises ValueError unless 1 ≤ m ≤ D and the scores are float32.
     """
     return _straight_through(scores, m, temperature, dtype, not on_cpu(scores) and scores.shape[-1] <= LONGEST)
 

@@ -124,10 +124,10 @@ class PredictorModule(StepModule):
         return ["hidden", *active, *importance]
 
     def working_bytes(self) -> int:
-        """About how many bytes training takes on the device, besides its batch.
+        """Estimated bytes that training takes on the device, besides its batch.
 
-        A step holds scores, and each neuron's share and weight if the loss needs them; the codebook's profiles are held
-        as floats too, the weights with gradients and two moments.
+        A step stores the scores and, if the loss needs them, each neuron's share and weight. The codebook's profiles
+        are also stored as floats. The weights have gradients and two moments.
         """
         neurons = sum(self.info.widths.values()) if self.cfg.loss != "ce" else 0
         step = 8 * 4 * self.info.layers * self.cfg.batch_tokens * (sum(self.predictor.outputs.values()) + neurons)

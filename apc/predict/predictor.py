@@ -28,9 +28,9 @@ def at_16_bits(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictorHeader:
-    """The shape and the use of a predictor: beside its provenance, the header of its file.
+    """A predictor's shape and use, which form the header of its file together with its provenance.
 
-    Raises ValueError for a value that no predictor has, UserError for the low-bit form at another site than `neuron`.
+    Raises ValueError for an impossible value, and UserError for the low-bit form at a site other than `neuron`.
     """
 
     layers: int
@@ -145,7 +145,7 @@ class Predictor(nn.Module):
         return {name: value for name, value in self.named_parameters() if not name.startswith("low_bit.")}
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
-        """A copy that can be trained, without thresholds; it corrects if this one does or `corrects` is set."""
+        """A trainable copy without thresholds; it has a correction if this one has or `corrects` is set."""
         header = replace(self.header, corrects=corrects or self.corrects, frozen=False, with_thresholds=False)
         copy = Predictor(header, provenance or self.provenance)
         if self.low_bit is not None:
@@ -180,7 +180,7 @@ class Predictor(nn.Module):
         return sum(value[0].numel() for value in (*own, *shared) if value is not None)
 
     def rounded(self) -> "Predictor":
-        """Itself, with parameters rounded to 16 bits and the low-bit copy frozen, as costs count them."""
+        """Itself, with parameters rounded to 16 bits and the low-bit copy frozen: the form that costs assume."""
         if self.low_bit is not None:
             self.low_bit = self.low_bit.freeze()
         with torch.no_grad():

@@ -29,8 +29,8 @@ def main(
     """Reads the command line, starts the ranks if there are several, and calls `run(config, wide)`.
 
     description: the top of `--help`; wide: whether tables show all columns; defaults: makes the configuration from a
-    file and overrides; dry_run: makes the text that `--dry-run` prints, without it there is no such flag.
-    Errors end the process as in `one_line_errors`.
+    file and overrides; dry_run: makes the text that `--dry-run` prints; with None, the flag does not exist. Errors end
+    the process as in `one_line_errors`.
     """
     with one_line_errors(GO_ON):
         raw = argparse.RawDescriptionHelpFormatter
@@ -67,7 +67,7 @@ def main(
 
 
 def _start_ranks(cfg: Config) -> Config:
-    """The configuration with the run's name. Where several ranks are to be started, starts them and exits instead."""
+    """Returns the configuration with the run's name; if several ranks must be started, starts them and exits."""
     from apc.run.folder import new_name
     from apc.run.launch import check_launched, launch
 
@@ -100,7 +100,7 @@ def _keep_freed_memory() -> None:
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Silences the libraries' greetings, not their warnings, and their bars unless `bars` and stderr is a terminal.
+    """Silences libraries' greetings but not warnings; hides bars unless `bars` is set and stderr is a terminal.
 
     Importing Lightning undoes the first part, so call this again afterwards.
     """

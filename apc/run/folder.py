@@ -72,7 +72,7 @@ class LoadedRun:
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """Everything in a run's folder. Raises UserError, naming the file, if it is no run or a file is damaged."""
+    """Everything in a run's folder. Raises UserError, naming the file, if it is not a run or a file is damaged."""
     run = RunFolder(Path(folder))
     if not run.config.is_file():
         raise UserError(

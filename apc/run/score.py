@@ -105,7 +105,7 @@ def _described(predictor: Predictor) -> str:
 
 
 def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
-    """Plots beside the results; summary, tables and plots to the run's record."""
+    """Saves plots beside the results, and adds summary, tables and plots to the run's record."""
     measured = [record for record in results["policies"] if not record["missing"]]
     shown = [(record, name) for record in measured for name in SUMMARY_FIGURES if record[name] is not None]
     tracking.summary({f"eval/{record['policy']}/{name}": record[name] for record, name in shown})

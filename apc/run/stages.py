@@ -87,7 +87,7 @@ def _save(
 ) -> None:
     """On rank 0, saves a finished training and deletes its checkpoint, unless trainer.keep_checkpoints is set.
 
-    record: for the stage's JSON file; name, kind: of the W&B artifact with the last of `files`.
+    record: content of the stage's JSON file; name, kind: of the W&B artifact that stores the last of `files`.
     """
     if distributed.is_main():
         write_json(context.run.history(stage), record)

@@ -329,7 +329,7 @@ def _logged_in(settings: wandb.Settings) -> bool:
 
 
 def _wandb() -> ModuleType:
-    """W&B, whose import takes a second, only where it is used."""
+    """Imports W&B only where it is used, because the import takes a second."""
     import wandb
 
     return wandb
@@ -352,7 +352,7 @@ def _finite(value: object) -> object:
 
 
 def _is_wandb_failure(error: Exception) -> bool:
-    """Whether W&B or its service failed, and not the caller. Many of its errors are no `wandb.Error`."""
+    """Whether W&B or its service failed, not the caller. Many of W&B's errors are not a `wandb.Error`."""
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("wandb.")
 
 

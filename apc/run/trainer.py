@@ -65,8 +65,8 @@ def make_trainer(
 ) -> Trainer:
     """A Lightning Trainer with the settings that all trainings of a run share, and a checkpoint to resume from.
 
-    stage: the training's section of the configuration; policies, evaluator: see `MonitorPolicies`; strategy: None: the
-    one for gradients; options: further arguments of the Trainer.
+    stage: the training's section of the configuration; policies, evaluator: see `MonitorPolicies`; strategy: None
+    selects the strategy for training by gradients; options: further arguments of the Trainer.
     """
     cfg, device, world = context.cfg, context.device, distributed.world_size()
     max_epochs = getattr(cfg, stage).max_epochs

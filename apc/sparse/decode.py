@@ -1,6 +1,6 @@
 """Greedy decoding without waiting for the host: each step is one CUDA graph.
 
-Shape letters: B sequences, n tokens, S room for tokens in the cache, d size of an attention head.
+Shape letters: B sequences, n tokens, S capacity of the cache in tokens, d size of an attention head.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as in transformers' `sdpa`, but faster for one token.
 
-    There, query heads that share a key head become rows of plain matrix products, which torch.compile makes fast.
-    `sdpa` repeats keys and values for each query head, and its kernels are made for many tokens.
+    For one token, query heads that share a key head become rows of plain matrix products, which torch.compile makes
+    fast. `sdpa` repeats keys and values for each query head, and its kernels are made for many tokens.
 
     query: [B, heads, n, d]; key, value: [B, key heads, S, d]; attention_mask: [B, 1, n, S], bool or added to the
     scores, or None. Returns [B, n, heads, d] and None, as transformers expects.
@@ -58,7 +58,7 @@ def attend(
 
 @contextlib.contextmanager
 def _grouped_attention(model: nn.Module) -> Iterator[None]:
-    """Replaces the model's attention with `attend` in the block, if it is `sdpa`."""
+    """Within the block, replaces the model's attention with `attend` if it is `sdpa`."""
     config = config_of(model)
     before = config._attn_implementation
     if before == "sdpa":
@@ -73,9 +73,9 @@ def _grouped_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tuning_by_graphs() -> Iterator[None]:
-    """In the block, torch.compile's tuning times its candidates in CUDA graphs, as decoding steps run.
+    """Within the block, torch.compile's tuning times its candidates in CUDA graphs, as used for decoding.
 
-    Launched one by one from Python, kernels of a few µs take as long as their launches: the choice would be random.
+    Launched one by one from Python, kernels of a few µs take as long as their launches, so the choice would be random.
     """
     import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
@@ -92,9 +92,10 @@ def _tuning_by_graphs() -> Iterator[None]:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
 
-    batch: number of sequences; length: most tokens of a sequence, more raise ValueError; mode: torch.compile's, one
-    without CUDA graphs of its own, None compiles nothing; early: whether, on Hopper, a compiled kernel may start before
-    the kernel before it has ended, and wait on the GPU (torch's experimental option `triton.enable_pdl`).
+    batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: a
+    torch.compile mode that does not use CUDA graphs itself, or None to compile nothing; early: whether, on Hopper, a
+    compiled kernel may start before the previous kernel has ended, and wait for it on the GPU (torch's experimental
+    option `triton.enable_pdl`).
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):

@@ -44,7 +44,7 @@ class ForwardReader:
         self._gate: Tensor | None = None
 
     def hook(self) -> FFNHooks:
-        """Hooks that run it in the model's forward passes until they are removed."""
+        """Hooks that call this reader in the model's forward passes, until they are removed."""
         sites = list(self.codebook.sites) + ["gate"] * self.reads_gate + ["down"] * self.changes_output
         return FFNHooks(self.ffns, sites, self)
 
@@ -71,7 +71,7 @@ class ForwardReader:
         return self.apply(flat, decision.mask).view_as(values)
 
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
-        """values [n, D] with zeros, also for NaN, where the mask bool [n, D] or [1, D] is False."""
+        """values [n, D], set to zero (also NaN) where the mask bool [n, D] or [1, D] is False."""
         return values.masked_fill(~mask, 0)
 
     def see(self, tokens: MaskInputs) -> MaskDecision | None:

@@ -61,7 +61,7 @@ def activation_of(ffn: GatedFFN) -> str:
 class SparseFFNs:
     """Sparse FFNs in place of a model's own: `install` puts them in, `remove` takes them out.
 
-    Meanwhile down projections are stored transposed, once: the model's own parameters become views of these.
+    While installed, down projections are stored only in transposed form; the model's own parameters are views of these.
 
     max_sparse_tokens: calls of more tokens run dense; may be changed between calls.
     """
@@ -163,7 +163,7 @@ class SparseFFNs:
         return forward
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
-        """A layer's sparse FFN, [n, E] → [n, E]; leaves what later layers need."""
+        """Runs a layer's sparse FFN, [n, E] → [n, E], and stores the values that later layers need."""
         if layer == 0:
             self._predictions.clear()
             self._active_lists.clear()
@@ -203,7 +203,7 @@ class SparseFFNs:
 
 
 def _time(calls: Callable[[], object]) -> float:
-    """GPU time in ms of calls that read more than the GPU's cache holds."""
+    """GPU time of `calls` in ms; they must read more than fits the GPU's cache, which is not flushed."""
     return graph_time(calls, repeats=3, flush_cache=False)
 
 
@@ -252,7 +252,7 @@ class _SparseFFN:
         self.source = layer if policy.predictor is None else policy.predictor.source_layer(layer)
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
-        """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters int32 [n, 1]: in place of predicted ones."""
+        """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters: int32 [n, 1], replace predicted ones."""
         raise NotImplementedError
 
 

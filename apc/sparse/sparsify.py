@@ -59,13 +59,13 @@ def sparsify(
         model: a Hugging Face causal language model with gated FFNs.
         codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
         policy: a name in `apc.sparse.policies.POLICIES`.
-        seed: of the masks of the policy `random`.
+        seed: decides the masks of the policy `random`.
         kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
             mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if the model is on an
             NVIDIA GPU. Kernels need a policy that knows its masks before the FFN runs.
         max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` on a GPU measures
-            the crossover (0 if sparse is never faster, as in small models), `triton` takes the kernels' limit, `torch`
-            1. math.inf: all calls run sparse.
+            the crossover (0 if sparse is never faster, as in small models), `triton` uses the kernels' limit, and
+            `torch` uses one token. math.inf: all calls run sparse.
 
     Raises:
         UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, or

@@ -1,7 +1,7 @@
 """Tunes masks, offsets and predictor together, through the model.
 
 The loss is the divergence of the masked model's predictions from those of the dense model, its teacher: tuning learns
-where the model can be cut and nothing else from the text. The forward pass uses the hard masks of inference. The
+what the model can leave out, and nothing else from the text. The forward pass uses the hard masks of inference. The
 backward pass replaces a neuron's mask by the sigmoid of its score's distance to the lowest score kept, and the choice
 of a cluster by the softmax of the logits (straight-through estimators, Bengio et al., 2013).
 
@@ -59,7 +59,7 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def allocate_budget(curves: Tensor, total: int, least: int) -> list[int]:
-    """How many neurons each layer keeps, `total` in all, each at least `least`, so that the dropped ones cost least.
+    """Number of neurons each layer keeps, at least `least` and `total` in all, at the least cost of dropped neurons.
 
     curves: float64 [L, D], the cost of dropping the neuron of each rank. Costs measured on few tokens are noisy: they
     are averaged over D / 96 neighbouring ranks and sorted to fall with the rank.
@@ -141,7 +141,7 @@ class TuningModule(StepModule):
             self.budget_allocated.fill_(True)
 
     def _costs(self) -> Tensor:
-        """The cost of dropping only the neuron that the policy ranks r-th for a token: nats, float64 [L, D].
+        """The cost in nats of dropping only the neuron that the policy ranks r-th for a token, float64 [L, D].
 
         It is half the mean square over tokens of the gradient to the neuron's mask, for labels drawn from the model:
         the diagonal of the Fisher information (as in Theis et al., 2018), which needs no labels from the text.
@@ -172,7 +172,7 @@ class TuningModule(StepModule):
         with torch.no_grad():
             dense = self._model[0](input_ids=windows, use_cache=False).logits.flatten(0, 1)
         masked = self._logits(windows, _TuningForward(self))
-        # Gradients are averaged over ranks, which may have different numbers of windows; windows are to count the same.
+        # Gradients are averaged over ranks, which may have different numbers of windows; windows must count equally.
         weight = len(windows) * distributed.world_size() / self.step_windows
         loss = weight * ops.divergence(masked, dense).sum() / len(dense)
         if not torch.isfinite(loss):
@@ -238,7 +238,7 @@ class _TuningForward(ForwardReader):
         lookahead = module.predictor.lookahead if module.predictor is not None else 0
         super().__init__(module._ffns, module.codebook, lookahead, changes_output=True)
         self.module = module
-        # Unbound once: with indexing, each layer's gradient would be a tensor of all layers.
+        # Unbound once: with indexing, each layer's gradient would be as large as that of all layers.
         self.scores, self.offsets = module.scores.unbind(), module.offsets.unbind()
         self.predictors = [None] * len(self.scores) if module.predictor is None else module.predictor.unbind()
         self.sizes = module.sizes.tolist()

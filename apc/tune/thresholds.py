@@ -2,8 +2,8 @@
 
 The number of neurons kept varies by token; its average over the text equals the size of a fixed mask. To find the
 threshold, scores are counted while the model runs under such masks. Each score becomes an integer key of the same
-order. One pass counts keys by their upper bits, a second one those with the threshold's upper bits by their lower
-bits. So memory does not grow with the text, and thresholds and sums over ranks are exact.
+order. A first pass counts keys by their upper bits. A second pass takes only keys with the threshold's upper bits, and
+counts them by their lower bits. So memory does not grow with the text, and thresholds and sums over ranks are exact.
 
 Shape letters: L layers, n windows, S tokens in a window.
 """
@@ -28,7 +28,7 @@ _UPPER, _LOWER = 18, 14  # bits of a key, 32 in all
 
 
 class _Counter(MaskedForward):
-    """Counts keys by their upper bits; with `upper` int64 [L], those that have these upper bits by their lower bits."""
+    """Counts keys by their upper bits; with `upper` int64 [L], only keys with these upper bits, by their lower bits."""
 
     policy: NeuronPredictor
 
@@ -69,8 +69,8 @@ def find_thresholds(
 ) -> Tensor:
     """Each layer's threshold, float32 [L], on the host; each rank runs its share of the windows int64 [n, S], twice.
 
-    It is the smallest value such that, over all tokens, at most as many scores reach it as masks of the codebook's
-    fixed size keep neurons.
+    Over all tokens, masks of the codebook's fixed size keep a certain number of neurons. The threshold is the smallest
+    value that at most this number of scores reach.
     """
     device = ffns[0].down.weight.device
     policy = NeuronPredictor(codebook.to(device), predictor.to(device), 0)

@@ -79,7 +79,7 @@ def all_max(value: Tensor) -> Tensor:
 
 
 def sum_at_first(value: Tensor) -> None:
-    """Replaces rank 0's `value` by the sum over all ranks, exact for integers. On other ranks it is undefined after."""
+    """Replaces rank 0's `value` by the sum over all ranks, exact for integers; undefined on other ranks afterwards."""
     if dist.is_initialized():
         dist.reduce(value, dst=0)
 
@@ -132,9 +132,9 @@ def own_rows(count: int) -> list[slice]:
 
 
 def sum_own_rows(value: Tensor) -> None:
-    """Sums contiguous integers [n, …] over all ranks in place, each rank getting its `own_rows`.
+    """Sums contiguous integers [n, …] over all ranks in place; each rank gets the sums of its `own_rows`.
 
-    Its other rows are undefined afterwards. Sums are exact if the type holds them.
+    The other rows are undefined afterwards. Sums are exact if the type holds them.
     """
     if dist.is_initialized():
         own, even, rest = _split(value)

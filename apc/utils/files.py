@@ -23,7 +23,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. The block writes a file there and flushes it to the disk; it then replaces `path`.
+    """Yields a temporary path. The block writes and flushes a file there, which then replaces `path`.
 
     Raises UserError, naming the file, if the disk is full; the old file then stays and the temporary one is deleted.
     """

@@ -36,7 +36,7 @@ def _answers(endpoint: str, timeout: float) -> bool:
 
 @contextmanager
 def hub_offline(offline: bool) -> Iterator[None]:
-    """With `offline`, `datasets` looks only in its cache; without it, it retries an unreachable hub for 23 s."""
+    """Within the block, `datasets` uses only its cache if `offline`; else it retries an unreachable hub for 23 s."""
     import datasets
     from huggingface_hub import constants
 

@@ -12,7 +12,7 @@ DISTRIBUTION = "apc-llm"
 def requirements(extra: str = "") -> list[Requirement]:
     """The packages of an extra, e.g. `train`; without one, the core dependencies. Other platforms' are left out.
 
-    Empty where `apc` itself is not installed, but runs from a checkout on the path: nothing then lists them.
+    Empty if `apc` runs from a checkout on the path without being installed: then there is no list of its packages.
     """
     if installed_version(DISTRIBUTION) is None:
         return []

@@ -23,7 +23,7 @@ class Bar:
     def update(self, steps: float = 1, figure: str | None = None) -> None:
         """Advances the bar by `steps`.
 
-        figure: the text beside the bar. None: units per second where the bar has a unit, else the text before.
+        figure: the text beside the bar. None: units per second if the bar has a unit, else the previous text.
         """
         if self._shown is None:
             return

@@ -15,9 +15,9 @@ POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
 
 
 def facts(name: str) -> type[MaskPolicy]:
-    """The class of a policy.
+    """The class of a policy, whose attributes state its facts.
 
-    The base class `MaskPolicy`, with default attributes, for a name that is not in `POLICIES`.
+    For a name that is not in `POLICIES`, it is the base class `MaskPolicy` with default attributes.
     """
     return POLICIES.get(name, MaskPolicy)
 

@@ -147,7 +147,7 @@ class MaskPolicy:
         return self.codebook.size(inputs.site, inputs.layer)
 
     def choice_bits(self, site: str, densities: list[float]) -> float:
-        """Bits per token in the choice of a mask, averaged over layers, whose masks keep these fractions of neurons."""
+        """Bits per token for the choice of a mask, averaged over layers; densities: the fraction each layer keeps."""
         if self.by_cluster:
             return math.log2(self.codebook.k)
         if self.same_for_all:
@@ -158,18 +158,19 @@ class MaskPolicy:
         return sum(choice / math.log(2) for choice in nats) / len(nats)
 
     def parameters_read(self, site: str) -> float:
-        """Parameters of 16 bits that one layer reads for one token, beside the FFN rows that the mask keeps."""
+        """16-bit parameters that one layer reads for one token, in addition to the FFN rows that the mask keeps."""
         return 0.0
 
     def multiplications(self, site: str) -> float:
-        """Multiplications that one layer computes for one token, beside those with the FFN rows that the mask keeps."""
+        """Multiplications in one layer for one token, in addition to those with the FFN rows that the mask keeps."""
         return 0.0
 
     def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
-        Shares count the kept FFN rows and `parameters_read` or `multiplications`, over the dense FFN's 3·E·D. A mask at
-        `neuron` saves rows of all three projections; a mask at gate, up or down saves rows of that projection.
+        The share of bytes counts the kept FFN rows and `parameters_read`; the share of FLOPs counts the kept FFN rows
+        and `multiplications`. Both are relative to the dense FFN's 3·E·D. A mask at `neuron` saves rows of all three
+        projections; a mask at gate, up or down saves rows of that projection.
         """
         dense, kept, sites = 3 * self.codebook.hidden_size * self.codebook.ffn_width, 1.0, list(self.codebook.widths)
         for site in sites:

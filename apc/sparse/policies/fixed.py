@@ -10,7 +10,7 @@ from apc.sparse.policies.base import MaskInputs, MaskPolicy
 
 
 class Static(MaskPolicy):
-    """Keeps the neurons of each layer that captured most over the fit text."""
+    """Keeps, in each layer, the neurons that captured the most over the fit text."""
 
     name = "static"
     by_default = True

@@ -47,7 +47,7 @@ class Soft(PredictorPolicy, ClusterPolicy):
         return self._mixture_parameters(site) + self.predictor.parameters_read(site)
 
     def multiplications(self, site: str) -> float:
-        """As many as parameters of the mixture, and the predictor's."""
+        """One for each parameter of the mixture, plus the predictor's."""
         return self._mixture_parameters(site) + self.predictor.multiplications(site)
 
     def _mixture_parameters(self, site: str) -> int:
