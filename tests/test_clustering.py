@@ -158,7 +158,8 @@ def test_empty_clusters_are_reseeded_with_the_rows_captured_worst():
     for layer in range(LAYERS):
         active = ops.unpack(block.patterns["neuron"][layer], D)
         overlap, total = (active & ops.unpack(centroid[layer], D)).sum(1).tolist(), active.sum(1).tolist()
-        order = sorted((n for n in range(len(active)) if total[n]), key=lambda n: ((overlap[n] << 24) // total[n], n))  # noqa: B023
+        keys = [((overlap[n] << 24) // total[n], n) for n in range(len(active)) if total[n]]
+        order = [n for _, n in sorted(keys)]
         for cluster, row in zip(range(1, 5), order, strict=False):
             kept = ops.unpack(module.get("centroids", "neuron")[layer, cluster], D)
             inside = active[row]

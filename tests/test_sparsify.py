@@ -70,7 +70,8 @@ def slow_mask(policy, codebook, predictor, layer, site, ffn, values, inputs, gat
             weights = {"binary": active.double(), "energy": row.double() ** 2, "magnitude": row.double()}[
                 codebook.weighting
             ]
-            nearest = centroids[max(range(K), key=lambda k: (float((weights * centroids[k]).sum()), -k))].bool()  # noqa: B023
+            captured = [(float((weights * centroids[k]).sum()), -k) for k in range(K)]
+            nearest = centroids[-max(captured)[1]].bool()
             rows.append(nearest & active if policy == "thresholded-oracle" else nearest)
             continue
         hidden = inputs[max(layer - predictor.lookahead, 0)][token]

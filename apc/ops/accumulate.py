@@ -425,7 +425,9 @@ def _accumulate_kernel(
             words = ()
             for u in tl.static_range(UNROLL):
                 in_row = (i + u < size) & (w < quads * 4)
-                words = words + (tl.load(row_ptrs + numbers[u].to(tl.int64) * stride_n * 4, mask=in_row, other=0),)  # type: ignore[assignment]
+                words = words + (  # type: ignore[assignment]
+                    tl.load(row_ptrs + numbers[u].to(tl.int64) * stride_n * 4, mask=in_row, other=0),
+                )
             added = ()
             for b in tl.static_range(PLANES):
                 plane = planes[b]  # type: ignore[var-annotated]

@@ -80,7 +80,8 @@ def _tuning_by_graphs() -> Iterator[None]:
     import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # type: ignore[method-assign]  # this object only
+    # Of this object only.
+    benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # type: ignore[method-assign]
     try:
         # The tag separates these choices from others in Inductor's caches.
         with torch.compiler.config.patch(cache_key_tag="timed in graphs"):  # type: ignore[attr-defined]
