@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_MODULES = {  # of the public names
+_MODULES = {  # the module of each public name
     "pack": "ops",
     "unpack": "ops",
     "assign": "ops",

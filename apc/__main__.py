@@ -15,7 +15,7 @@ USAGE = """usage: apc COMMAND …
   doctor     check this machine
 
 apc COMMAND --help explains each; apc --version prints the version."""
-COMMANDS = {  # the effect of the same command after an interruption
+COMMANDS = {  # what the same command does after an interruption; completes "the same command …"
     "train": "with this run.name goes on from here",
     "evaluate": "starts again",
     "sweep": "goes on from here",

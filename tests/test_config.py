@@ -158,7 +158,7 @@ def test_another_number_of_launched_processes_is_an_error(monkeypatch, words, st
 
 def test_several_slurm_tasks_that_would_each_start_all_processes_are_an_error(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(UserError, match=r"srun started 8 of these, and each would start as many; start one"):
+    with pytest.raises(UserError, match=r"srun started this command 8 times, and each would start all processes"):
         launch.launch(load_config(None, ["trainer=ddp", "model.device=cpu"]))
 
 

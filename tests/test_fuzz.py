@@ -268,5 +268,5 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(made, tmp_path, name):
     files = manifest["shards"][0]["files"]
     files[name] = files.pop(next(iter(files)))
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="shard 0 names other files than its own"):
+    with pytest.raises(UserError, match="shard 0 does not list exactly its own files"):
         PatternStore(store)  # whatever its checksum says

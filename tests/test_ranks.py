@@ -237,7 +237,7 @@ def test_a_position_within_a_pass_over_other_blocks_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     other = BlockLoader(source, ["patterns.neuron"], 4, 0)
     with pytest.raises(
-        UserError, match="whose blocks differ from those of 2 processes; start as many processes as before"
+        UserError, match="its blocks of text differ from those of 2 processes; start as many processes as before"
     ):
         other.resume(within)
     list(passed)

@@ -176,7 +176,7 @@ def first_file(source, name="patterns"):
     ("damage", "line"),
     [
         (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "truncated or foreign"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "truncated, or from another run"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])), "checksum"),
     ],
     ids=["missing", "truncated", "flipped-bit"],
@@ -265,7 +265,7 @@ def test_a_resumed_store_is_verified_and_keeps_its_thresholds(tmp_path, monkeypa
     (tmp_path / "kept").rename(partial)
     damaged = next(iter(sorted(partial.glob("*-patterns*.npy"))))
     damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
-    with pytest.raises(UserError, match="its checksum is not the manifest's"):
+    with pytest.raises(UserError, match="its checksum differs from the manifest's"):
         run_collect(tmp_path)
 
 

@@ -4,8 +4,8 @@ A chunk is the patterns of one window. It fills the clusters in the order of the
 of the remaining patterns, by the masked distance. Patterns left over are not used in the update. The update
 averages the centroid (weighted by all earlier chunks) with the mean of its new patterns, and keeps the neurons
 with the largest values. The paper keeps neurons above a quantile. Here ties go to the lowest neuron, so every
-centroid has exactly the configured number of ones. With several ranks each takes a chunk, and their centroids are
-averaged.
+centroid has exactly the configured number of ones. With several ranks, each rank processes a chunk of its own, and
+the updated centroid is the average of the ranks' centroids.
 
 Shape letters as in `apc.cluster.lloyd`.
 """
@@ -29,9 +29,12 @@ _LEFT_OVER, _NO_PASS = -1, -2
 class PaperClustering(ClusteringModule):
     """The paper's algorithm.
 
-    Further buffers. One set per site: seen int64 [], chunks so far; cluster_of int32 [L, T], each row's cluster in the
-    latest pass (−1: left over, −2: none yet). For all sites: moved int64 [], rows that changed their cluster in this
-    pass so far.
+    Buffers in addition to those of `ClusteringModule`. One set per site:
+
+    seen: int64 [], chunks so far;
+    cluster_of: int32 [L, T], each row's cluster in the latest pass (−1: left over, −2: none yet).
+
+    One for all sites: moved, int64 [], the number of rows that changed their cluster in this pass so far.
     """
 
     in_order = True
@@ -90,13 +93,13 @@ class PaperClustering(ClusteringModule):
 
     @property
     def _layers_apart(self) -> bool:
-        return True  # the sums of clusters lack the patterns left over
+        return True  # the clusters' sums do not include left-over patterns
 
     def _add_rows(self, site: str, block: Block) -> None:
         S = self.info.seq_len
         chunks = block.tokens // S
         ranks = distributed.world_size()
-        # Ranks differ by at most one chunk, so this is the largest number that any of them has.
+        # The ranks' numbers of chunks differ by at most one, so their mean, rounded up, is the largest of them.
         steps = math.ceil(int(distributed.all_sum(torch.tensor(chunks, device=self.device))) / ranks)
         for step in range(steps):
             old = self.get("centroids", site)
@@ -136,8 +139,8 @@ class PaperClustering(ClusteringModule):
         cluster_of, now = self.get("cluster_of", site), ids.reshape(patterns.shape[:2]).int()
         self.moved += (cluster_of[:, positions] != now).sum()
         cluster_of[:, positions] = now
-        # (c · h + mean · n) / (h + n), times (h + n) so that it stays in whole numbers: n is the size of every cluster,
-        # h = n · chunks so far.
+        # The new centroid is (c · h + mean · n) / (h + n): n patterns of this chunk, h = n · chunks so far. The code
+        # leaves out the division by h + n, so that all numbers stay integers.
         earlier = ops.unpack(centroids, D).long() * (capacity * self.get("seen", site))
         return ops.binarize(earlier + sums, self.cfg.density)
 

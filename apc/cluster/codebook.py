@@ -24,13 +24,14 @@ _OLD_NAMES = {"ones": "centroid_size"}  # in the header of version 2
 class SiteCodebook:
     """One site's clusters.
 
-    centroids: uint8 [G, K, W], packed masks with exactly m ones each, or any number if the codebook's centroid_size is
-    free; sizes: int64 [G, K], rows in each cluster;
+    centroids: uint8 [G, K, W], packed masks. Each has exactly m ones, or any number if the codebook's centroid_size
+        is free.
     profiles: float16 [G, K, D], each cluster's mean pattern under the codebook's weighting, scaled to a mean of 1 over
-    the neurons; an empty cluster has its centroid instead;
-    static: uint8 [L, W], the best single mask of m ones for each layer;
-    thresholds: float32 [L], zero if the rule is `top`;
-    offsets: float32 [G, K, E], added to the FFN's output in place of the neurons that a cluster's mask drops, or None.
+        the neurons. The profile of an empty cluster is its centroid, scaled in the same way.
+    sizes: int64 [G, K], rows in each cluster.
+    static: uint8 [L, W], the best single mask of m ones for each layer.
+    thresholds: float32 [L], the importance from which a neuron is active; zero if the rule is `top`.
+    offsets: float32 [G, K, E], a vector that replaces the output of the neurons that the cluster's mask drops; or None.
     """
 
     centroids: Tensor
@@ -49,13 +50,16 @@ class SiteCodebook:
 class Codebook:
     """Masks for the FFNs of a model, and their provenance.
 
-    widths: neurons at each site; provenance: model, text, configuration, versions and commit;
-    density: share m / D of ones in masks of fixed size: static, random and soft masks, and centroids if centroid_size
-    is fixed;
-    centroid_size: fixed or free. The patterns of its cluster decide how many ones a free centroid has; if it has none,
-    the FFN's output is zero; penalty: cost, in the distance for assigning patterns, of each one of a pattern that a
-    free centroid lacks; budget: number of ones in each layer's masks if layers differ, else empty. Static masks always
-    have m.
+    widths: neurons at each site.
+    density: the share m / D of ones in masks of fixed size. These are static, random and soft masks, and the centroids
+        if centroid_size is fixed.
+    provenance: model, text, configuration, versions and commit.
+    centroid_size: fixed or free. The number of ones of a free centroid depends on its cluster's patterns. If it has no
+        ones, the FFN's output is zero.
+    penalty: for free centroids, the cost of each one that a pattern has and the centroid lacks, in the distance by
+        which patterns are assigned.
+    budget: the number of ones in each layer's masks, if it differs by layer; else empty. Static and random masks have
+        m ones with any budget.
     """
 
     sites: dict[str, SiteCodebook]

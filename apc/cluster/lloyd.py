@@ -35,19 +35,21 @@ Index = Tensor | slice
 class ClusteringModule(CentroidInit):
     """Lloyd's algorithm for all layers and sites of a run, and the base class of the other algorithms.
 
-    The buffers are the whole state of a run. One set per site:
+    The whole state of a run is in `history` and the buffers: the four scalars declared below, and one set per site:
 
-    centroids: uint8 [G, K, W];
-    sums: [G, K, D] of `sum_type`, over the current pass. Between passes: the sums of the last pass, from which the
-    centroids were computed; with several ranks, each rank then holds only its own clusters' sums until
-    `gather_sums`; sizes: int64 [G, K], rows in each cluster, as for sums; layer_sums: int64 [L, D], sums over all
-    rows of the first pass; captured, weight: int64 [G], the objective and its upper bound; worst: int64 [G, K],
-    keys of the K rows with the smallest captured share, ascending. The upper bits of a key are the share (24 bits,
-    rounded down), the lower bits the row number, so ties go to the lowest row.
+    centroids: uint8 [G, K, W].
+    sums: [G, K, D] of `sum_type`, each cluster's sum over its rows in the current pass. Between passes it holds the
+        sums of the last pass, from which the centroids were computed. With several ranks, each rank then has only its
+        own clusters' sums, until `gather_sums`.
+    sizes: int64 [G, K], rows in each cluster, over the same pass as sums.
+    layer_sums: int64 [L, D], sums over all rows of the first pass.
+    captured, weight: int64 [G], the objective and its upper bound.
+    worst: int64 [G, K], keys of the K rows with the smallest captured share, ascending. The upper bits of a key are
+        the share (24 bits, rounded down), the lower bits the row number, so ties go to the lowest row.
     """
 
     in_order = False  # whether blocks must come in the order of the text
-    updates_per_window = False  # whether centroids change after every window of a rank instead of a pass or step
+    updates_per_window = False  # whether each rank updates centroids after every window, not after a pass or step
     # fixed: every centroid has mask_size(D, density) ones; free: as many as its cluster gives it.
     centroid_size = "fixed"
     gathered_buffers: tuple[str, ...] = ("centroids",)  # sharded over the ranks in an update, then gathered
@@ -56,7 +58,7 @@ class ClusteringModule(CentroidInit):
     passes: Tensor
     started: Tensor
     converged: Tensor
-    changed: Tensor  # bits of centroids, in this pass so far
+    changed: Tensor  # number of centroid bits that changed in this pass so far
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__(cfg, info, seed)
@@ -89,8 +91,8 @@ class ClusteringModule(CentroidInit):
         widest = max(self.info.widths.values())
         if 255**self.power * widest >= 2**31:
             raise UserError(
-                f"cluster.weighting={cfg.weighting} sums exactly only below {2**31 // 255**self.power:,} neurons, "
-                f"the model has {widest:,}; use magnitude"
+                f"cluster.weighting={cfg.weighting}: its sums are exact only below {2**31 // 255**self.power:,} "
+                f"neurons, and the model has {widest:,}; use magnitude"
             )
         if self.group_rows >> ROW_BITS:
             raise UserError(
@@ -202,7 +204,7 @@ class ClusteringModule(CentroidInit):
         self._sums_sharded, self._within_pass = False, True
         self.changed.zero_()
         for site in self.info.sites:
-            if self.cfg.schedule == "step":  # earlier passes count half: an exact integer step
+            if self.cfg.schedule == "step":  # halves the weight of earlier passes, in integers
                 for name in ("sums", "sizes"):
                     self._set(name, site, self.get(name, site) >> 1)
             self._reset_pass(site)
@@ -266,7 +268,7 @@ class ClusteringModule(CentroidInit):
         self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))  # without empty rows
 
     def _scales(self, limits: Tensor) -> Tensor:
-        """Factor of each row in sums: for importances that of `ops.scales_of`, for binary patterns 1."""
+        """The factor that multiplies each row in sums: `ops.scales_of` for importances, 1 for binary patterns."""
         return ops.scales_of(limits) if self.power else torch.ones_like(limits)
 
     def _limits(self, site: str, block: Block, rows: Tensor) -> Tensor:

@@ -59,9 +59,10 @@ class CentroidInit(LightningModule):
     not enough usable ones.
     """
 
-    usable_means = "that are not empty"  # completes "patterns …": which may start a cluster
-    needs_usable = False  # whether fewer usable patterns than clusters are an error
-    raw_seeds = False  # whether first and re-seeded centroids are unchanged patterns, else cut or filled to their size
+    usable_means = "that are not empty"  # describes usable patterns; completes "patterns …" in an error message
+    needs_usable = False  # whether it is an error to have fewer usable patterns than clusters
+    # Whether first and re-seeded centroids are unchanged patterns. If not, patterns are cut or filled to centroid size.
+    raw_seeds = False
 
     def __init__(self, cfg: ClusterConfig, info: PatternInfo, seed: int = 0):
         super().__init__()
@@ -137,7 +138,7 @@ class CentroidInit(LightningModule):
     def _spread(self, reader: RowReader, group: int, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Chooses K of `rows` by k-means++ (Arthur and Vassilvitskii, 2007).
 
-        The distance is the limit of a row's captured sum minus that sum.
+        A row's distance is the upper bound on its captured sum (`limits`) minus its captured sum.
         """
         groups = torch.full_like(rows, group)
         masks = self.seeds(reader, groups, rows)

@@ -50,7 +50,7 @@ class BlockLoader:
         ranks = distributed.world_size()
         if batch_tokens is not None and batch_tokens < ranks:
             raise UserError(
-                f"predictor.batch_tokens={batch_tokens} is less than one token for each of {ranks} processes;  "
+                f"predictor.batch_tokens={batch_tokens} is less than one token for each of {ranks} processes; "
                 "raise it, or lower trainer.devices"
             )
         self._stream = BlockStream(source, fields, device, keep_bytes)
@@ -82,7 +82,7 @@ class BlockLoader:
         """
         if progress["position"] and progress.get("blocks") != self._layout:
             raise UserError(
-                "the checkpoint is from within a pass whose blocks differ "
+                "the checkpoint was saved in the middle of a pass, and its blocks of text differ "
                 f"from those of {distributed.world_size()} processes; start as many processes as before, "
                 "or delete the run's checkpoints"
             )
@@ -90,7 +90,7 @@ class BlockLoader:
 
     @property
     def _layout(self) -> list[int]:
-        """Number of blocks, and of windows in the first; loaders of one text have equal blocks if both agree."""
+        """The number of blocks, and the windows of the first block: these two numbers identify how a text is cut."""
         return [len(self.blocks), self.blocks[0][1]]
 
     def release(self) -> None:

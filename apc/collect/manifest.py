@@ -99,7 +99,7 @@ def _shards_problem(shards: object, names: list[str], windows: int) -> str | Non
             return f"shard {index} has windows {bounds!r}"
         begin = bounds[1]
         if set(files) != {f"{index:05d}-{name}.npy" for name in names}:
-            return f"shard {index} names other files than its own"
+            return f"shard {index} does not list exactly its own files"
         for name, entry in files.items():
             if not _is_file_entry(entry):
                 return f"the entry of {name} is {entry!r}"[:200]
@@ -122,9 +122,9 @@ def file_problem(path: Path, entry: dict, verify: bool) -> str | None:
     if not path.is_file():
         return "missing"
     if path.stat().st_size != entry["bytes"]:
-        return f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated or foreign"
+        return f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated, or from another run"
     if verify:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                return "its checksum is not the manifest's: damaged or of another run"
+                return "its checksum differs from the manifest's: damaged, or from another run"
     return None

@@ -113,7 +113,7 @@ class BlockStream:
         while len(self._copied) > 1:  # else reading would fill the host's memory ahead of a slower GPU
             self._copied.popleft().synchronize()
         fields = self.source.block(*windows, self.fields).tensors()
-        computed = torch.cuda.current_stream(self.device).record_event()  # of what the source computes on the GPU
+        computed = torch.cuda.current_stream(self.device).record_event()  # the source may compute fields on the GPU
         with torch.cuda.device(self.device), torch.cuda.stream(copies):
             copies.wait_event(free)
             for name, target in targets.items():

@@ -87,7 +87,10 @@ class StoreWriter:
             )
 
     def thresholds(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The thresholds of earlier shards if there are any, else calibrated now and saved. Call on all ranks."""
+        """The thresholds that the earlier shards used; if none are saved, calibrates and saves them.
+
+        Call on all ranks.
+        """
         path = self.partial / THRESHOLDS
         saved = path.is_file()
         distributed.barrier()  # until all ranks have looked
@@ -120,9 +123,10 @@ class StoreWriter:
                 raise
             for path in self.partial.glob(f"{index:05d}-*"):
                 path.unlink()
+            kept = len(self.shards) - len(self.missing())
             raise UserError(
-                f"{self.partial}: the disk is full; {index} of {len(self.shards)} shards are kept and the same command "
-                "goes on from there once there is room (or choose collect.dir=FOLDER)"
+                f"{self.partial}: the disk is full; {kept} of {len(self.shards)} shards are kept; make room, and the "
+                "same command goes on from there (or choose collect.dir=FOLDER)"
             ) from error
 
     def finish(self, source: dict[str, str]) -> Path:
@@ -177,8 +181,8 @@ def _lock(folder: Path, key: str) -> ExitStack:
 def repair(path: Path) -> str:
     """The end of an error message: what to do about a damaged store."""
     return (
-        f"`apc cache repair {path.name} --dir {path.parent}`, "
-        "and the same train.py command collects the damaged shards again"
+        f"run `apc cache repair {path.name} --dir {path.parent}`; "
+        "the same train.py command then collects the damaged shards again"
     )
 
 
@@ -186,8 +190,8 @@ def reopen(path: Path) -> tuple[list[int], int]:
     """Turns a damaged store into a partial one, so that collecting replaces its damaged shards.
 
     Returns the indices of the damaged shards, and the number of all shards. If the manifest is damaged, the
-    content of the other files is unknown: it deletes the store and returns no shards. Raises UserError if the
-    store does not exist, is of another format, can't be read, or is being collected.
+    content of the other files is unknown; the function then deletes the store and returns ([], 0). Raises UserError
+    if the store does not exist, is of another format, can't be read, or is being collected.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such store; `apc cache` lists them")
@@ -237,7 +241,7 @@ def _write_array(path: Path, value: Tensor) -> dict:
 
 @dataclass(frozen=True)
 class _Array:
-    """Where an array's data is in its .npy file. offset: of its first byte."""
+    """Where an array's data is in its .npy file. offset: position of the data's first byte."""
 
     path: Path
     shape: tuple[int, ...]

@@ -81,7 +81,7 @@ def _repair(folder: Path, complete: list[str], names: list[str]) -> None:
             print(f"{name}: its manifest was damaged; deleted, train.py collects it again")
             continue
         state = f"shards {', '.join(map(str, damaged))} of {count} are damaged" if damaged else "no shard is damaged"
-        print(f"{name}: {state}; the same train.py command collects them again")
+        print(f"{name}: {state}; the same train.py command completes the store")
 
 
 def _prune(folder: Path, paths: list[Path], options: argparse.Namespace) -> None:

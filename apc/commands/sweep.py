@@ -37,7 +37,8 @@ from apc.utils.packages import require_extra
 
 # Runs that agree on these keys collect the same patterns.
 PATTERN_KEYS = ("sites", "sparsity", "active", "model", "data", "collect", "monitor")
-# Runs the command after it, which gets a SIGTERM when this process ends, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).
+# Code for `python -c`. It runs the command in its arguments, and that command gets a SIGTERM when this process ends,
+# even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).
 _DIES_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
 )

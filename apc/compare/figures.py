@@ -1,8 +1,8 @@
 """Figures of finished runs: over the number of clusters, over bits, over bytes, and over captured shares.
 
-Runs with a different model, text, split or windows never share a line or a panel. The results of the paper (Dhar
-et al., Euro-Par 2025) are drawn only beside runs of its own model, Mistral-7B, scored on the text that was fitted
-on.
+Runs with a different model, text, split or windows never share a line or a panel. In this file a place is a list of
+runs that can be compared with each other; a figure has separate panels for each place. The results of the paper (Dhar
+et al., Euro-Par 2025) are drawn only beside runs of its own model, Mistral-7B, scored on the text that was fitted on.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ Value = Callable[[Finished, dict], float | None]
 
 @dataclass(frozen=True)
 class Panel:
-    """What a figure draws over x: a value of each policy.
+    """One quantity that a figure draws over x, for each policy.
 
-    levels: whether to draw the policies without a codebook as levels; paper: results of the paper (value, label, label
-    above?).
+    label: of the y axis; value: the quantity, from a run and a policy's record; logarithmic: whether the y axis is;
+    levels: whether to draw the policies without a codebook as horizontal lines; paper: results of the paper, each as
+    (value, label, whether the label is above the line).
     """
 
     label: str
@@ -98,7 +99,7 @@ def lines(runs: Sequence[Finished], policies: Sequence[str], x: Value, y: Value)
 
 
 def _codebook_settings(run: Finished) -> dict[str, object]:
-    """All but the sparsity, which has a panel of its own."""
+    """All settings except the sparsity, because runs of another sparsity are in another column of panels."""
     return {key: value for key, value in run.settings.items() if key != "sparsity"}
 
 
@@ -154,16 +155,16 @@ def perplexity_figure(runs: Sequence[Finished], path: Path) -> bool:
 
 
 def captured_figure(runs: Sequence[Finished], path: Path) -> bool:
-    """Captured importance over the bits of the choice of a cluster."""
+    """Captured importance over the bits that it takes to choose a cluster."""
     panel = Panel("captured importance, %", _share("captured_importance"), levels=True)
-    title = "Captured importance over the bits of a mask's choice"
+    title = "Captured importance over the bits that choose a mask"
     return _draw(runs, path, title, BY_CLUSTER, [panel], over_bits=True)
 
 
 def bits_figure(runs: Sequence[Finished], path: Path) -> bool:
-    """Perplexity over the bits of the choice of a cluster."""
+    """Perplexity over the bits that it takes to choose a cluster."""
     panel = Panel("perplexity", _perplexity, logarithmic=True, levels=True)
-    return _draw(runs, path, "Perplexity over the bits of a mask's choice", BY_CLUSTER, [panel], over_bits=True)
+    return _draw(runs, path, "Perplexity over the bits that choose a mask", BY_CLUSTER, [panel], over_bits=True)
 
 
 def gaps_figure(runs: Sequence[Finished], path: Path) -> bool:
@@ -225,7 +226,7 @@ def bytes_figure(runs: Sequence[Finished], path: Path) -> bool:
         _place_title(axes, members[0], places)
         figures.draw_bytes(axes, points, [policy for run in members for policy in run.policies.values()])
     if not all(point.label for _, points in groups for point in points):
-        words = "labelled: the lowest perplexity up to their bytes"
+        words = "labelled: the lowest perplexity at that many bytes or fewer"
         look: dict[str, Any] = dict(transform=grid[-1].transAxes, fontsize=9, color=figures.MUTED)
         grid[-1].text(0.99, 0.98, words, ha="right", va="top", **look)
     figure.savefig(path)
@@ -233,11 +234,11 @@ def bytes_figure(runs: Sequence[Finished], path: Path) -> bool:
 
 
 def _bytes_points(members: Sequence[Finished]) -> list[figures.BytesPoint]:
-    """All policies except dense.
+    """All policies except dense, as points.
 
-    A policy whose result does not depend on the codebook appears once. With too many points, only those on the
-    Pareto front (lowest perplexity at their bytes, rounded to whole per cent, or fewer; bounds ignored) get a
-    label.
+    A policy whose result does not depend on the codebook appears once. With more than `_MAX_LABELS` points, only the
+    Pareto front is labelled: a point gets a label if no other point with at most as many bytes (rounded to whole per
+    cent) has a lower perplexity. Bounds are not compared and get no label, unless all points are bounds.
     """
     prefix = os.path.commonprefix([run.name for run in members]).rfind("-") + 1 if len(members) > 1 else 0
     points = {}
@@ -259,6 +260,7 @@ def _bytes_points(members: Sequence[Finished]) -> list[figures.BytesPoint]:
 
 
 def _places(runs: Sequence[Finished]) -> list[list[Finished]]:
+    """The places: lists of adjacent runs with the same comparison key."""
     return [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key)]
 
 
@@ -292,7 +294,7 @@ def _draw(
 ) -> bool:
     """Draws panels over clusters or bits; returns False if there is no line.
 
-    Each group of comparable runs has a column per sparsity and density.
+    Each place has a column per sparsity and density.
 
     words: names of the policies in the legend, if not their own.
     """
@@ -353,7 +355,7 @@ class _Styles:
     def __init__(self, every: Sequence[Line]):
         self.policies = _in_order(line.policy for line in every)
         self.variants = list(dict.fromkeys(line.variant for line in every))
-        # Without repeats, each policy has one variant only.
+        # True if each policy has one variant only: no policy then appears twice among these pairs.
         self.by_policy = len({(line.policy, line.variant) for line in every}) == len(self.policies)
 
     @property
@@ -407,14 +409,17 @@ def _marker_legend(figure: Figure, policies: Iterable[dict], title: str = "") ->
 
 
 def _new_figure(title: str, places: Sequence[Sequence[Finished]], height: float, notes: Sequence[str] = ()) -> Figure:
-    """A figure. Conditions are under the title if all runs are comparable, else above each column of panels."""
+    """A figure. With one place its conditions are under the title; with several they are above the panels."""
     first, alone = places[0][0], len(places) == 1
     conditions = tables.wrapped_items(comparison_items(first), 116) if alone else []
     return figures.new_figure(title, [*conditions, *notes], figures.WIDTH, height, alarm=alone and first.in_sample)
 
 
 def _place_title(axes: Axes, run: Finished, places: Sequence[Sequence[Finished]], with_column: bool = False) -> None:
-    """Over a panel: the conditions, if there are several, and the sparsity and density of its column."""
+    """Titles a panel with the run's conditions, if there are several places.
+
+    with_column: also with the sparsity and density of its column.
+    """
     parts = comparison_items(run) if len(places) > 1 else []
     sparsity, density = _column(run)
     parts += [f"sparsity {sparsity:g}, density {density:g}"] if with_column else []
@@ -435,7 +440,7 @@ def _cluster_axis(axes: Axes, ticks: Sequence[float], beside_paper: bool, most: 
 
 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value) -> None:
-    """The policies without a codebook as dashed levels with their values; equal values are one level."""
+    """Draws the policies without a codebook as dashed horizontal lines with their values; equal values share a line."""
     levels: dict[tuple[str, str], float] = {}
     for policy in WITHOUT_CODEBOOK:
         for run in members:
@@ -452,7 +457,7 @@ def _own_levels(axes: Axes, members: Sequence[Finished], value: Value) -> None:
 
 
 def _level_label(axes: Axes, text: str, at: tuple[float, float], color: str, above: bool, side: str) -> None:
-    """Small words right above or below a level, with a white rim that keeps them readable over lines."""
+    """Small words right above or below a horizontal line, with a white rim that keeps them readable over curves."""
     from matplotlib.patheffects import withStroke
 
     look: dict[str, Any] = dict(fontsize=8.5, color=color, zorder=4, va="bottom" if above else "top", ha=side)

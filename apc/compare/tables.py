@@ -27,8 +27,8 @@ from apc.utils.errors import UserError
 from apc.utils.files import write_atomic
 
 PREDICTIONS = (
-    "predictions: how many times fewer predictions than neuron by neuron, N·L·T·C over K·L·T·C as on the paper's "
-    "slides; N: parameters of the FFN, K: clusters of all sites. It counts predictions, neither bytes nor FLOPs."
+    "predictions: how many times fewer predictions clusters need than single neurons, N·L·T·C over K·L·T·C as on the "
+    "paper's slides; N: parameters of all FFNs, K: clusters of all sites. It counts predictions, not bytes or FLOPs."
 )
 GAPS = "gap: ln of the perplexity over that of " + ", ".join(
     f"{policy.gap_to} (for {name})" for name, policy in POLICIES.items() if policy.gap_to
@@ -73,7 +73,10 @@ def command(run: Finished) -> str:
 
 @cache
 def _experiments() -> list[tuple[list[str], Config]]:
-    """The starting points of a command, each with its words and configuration: none, the defaults, each experiment."""
+    """Configurations that a command can start from, each with the words of the command line that choose it.
+
+    They are the defaults of the dataclasses, the configuration of an empty command line, and each experiment.
+    """
     names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
     chosen: list[list[str]] = [[], *([f"experiment={name}"] for name in names)]
     return [([], Config()), *((words, load_config(None, words)) for words in chosen)]
@@ -152,7 +155,7 @@ def _shared_records(members: Sequence[Finished]) -> list[dict]:
 
 
 def _grouped(records: Sequence[dict]) -> str:
-    """The five columns of each record, under a line for each run with its codebook."""
+    """The columns that fit 80 characters, with the records of each run under a line that names run and codebook."""
     columns = tables.shown_columns(tables.POLICY_COLUMNS, wide=False)
     groups = []
     for (run, codebook, k), group in itertools.groupby(records, key=itemgetter("run", "codebook", "k")):

@@ -13,7 +13,7 @@ from apc.utils.errors import UserError
 STAGES = ("collect", "cluster", "predict", "tune", "all")
 SITES = ("gate", "up", "neuron", "down")
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # power of the importance; 0: 1 for active neurons
+WEIGHTINGS = {"binary": 0, "magnitude": 1, "energy": 2}  # power of the importance; with 0, active neurons count 1
 ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # classes: `apc.cluster.algorithms`
 FORMS = ("cluster", "neuron", "low-bit")
 PROJECTIONS = ("gate", "up")  # the low-bit form can copy these
@@ -149,8 +149,8 @@ class ClusterConfig:
     scope: str = "layer"
     # lloyd; or, for binary patterns, apc-paper (clusters of equal size), brb-kmeans or k-majority (Hamming distance).
     algorithm: str = "lloyd"
-    # k-majority: cost of an active neuron that the centroid lacks; a surplus neuron costs 1. 1: the Hamming
-    # distance.
+    # k-majority: cost of an active neuron that the centroid lacks; a neuron that only the centroid
+    # has costs 1. 1 gives the Hamming distance.
     penalty: int = 1
     # When centroids are updated: after each full pass (epoch), or after each step from running sums (step).
     schedule: str = "epoch"
@@ -158,7 +158,7 @@ class ClusterConfig:
     init: str = "random"
     # Maximum number of full passes.
     max_epochs: int = 20
-    # Stop when a pass raises the captured share by less than this, relatively.
+    # Stop when a pass raises the captured share by less than this fraction of it.
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -195,8 +195,8 @@ class PredictorConfig:
     low_bit_projections: list[str] = field(default_factory=lambda: ["gate", "up"])
     # Predict from the FFN input of this many layers earlier. The first layers use the first layer's input.
     lookahead: int = 0
-    # ce (cross-entropy; in the neuron form binary, with active as the label), listwise (on importances) or mix
-    # (their sum).
+    # ce (cross-entropy; the neuron and low-bit forms classify each neuron as active or not), listwise (on
+    # importances) or mix (their sum).
     loss: str = "ce"
     # Peak learning rate of a one-cycle schedule.
     lr: float = 2e-3

@@ -12,7 +12,8 @@ DROPPED_SECTIONS = re.compile(
     "references|external links|see also|further reading|notes|bibliography|footnotes|citations|sources|"
     "notes and references|references and notes|works cited"
 )
-# Templates that are words of a sentence, by the positional argument that has the words. All others are dropped.
+# Templates whose text is part of a sentence. The text is the first positional argument, or the argument at the index in
+# SPOKEN_TEMPLATES. `_render_template` has rules for a few others and drops the rest.
 SPOKEN_FIRST = re.compile(
     "lang-.*|nowrap|small|smaller|nihongo|quote|angbr|vanchor|keypress|val|nts|abbr|sub|sup", re.DOTALL
 )

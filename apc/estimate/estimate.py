@@ -86,7 +86,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate for a run on `ranks` GPUs, one process each. Every field but `seconds` is bytes by purpose."""
+    """The estimate for a run on `ranks` GPUs, one process each. Fields from `disk` to `exchange` are bytes by name."""
 
     ranks: int
     disk: dict[str, int]
@@ -268,7 +268,7 @@ def _nbytes(tensors: Iterable[object]) -> int:
 
 
 def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: int) -> dict[str, Exchange]:
-    """Bytes that ranks exchange in the first pass, by purpose; only the first pass also sums each layer.
+    """Bytes that ranks exchange in the first pass, by purpose. Later passes exchange no layer sums.
 
     Re-seeding and the sums of a checkpoint are not included. blocks: window ranges [first, last).
     """
@@ -285,7 +285,7 @@ def exchanged(module: ClusteringModule, blocks: list[tuple[int, int]], ranks: in
     if module.updates_per_window:
         windows = sum(math.ceil((last - first) / ranks) for first, last in blocks)
         votes = sum(module.get("sums", site).numel() * torch.int64.itemsize for site in sites)
-        parts["centroids' votes, a window of each GPU at a time"] = Exchange(reduced=windows * votes)
+        parts["votes for centroids, after a window on each GPU"] = Exchange(reduced=windows * votes)
     else:
         parts["centroids, all-gathered"] = Exchange(gathered=total(*module.gathered_buffers))
     return parts | {"sizes and the like, all-reduced": Exchange(reduced=total(*module.reduced_buffers))}
@@ -470,9 +470,9 @@ def _cluster_seconds(cfg: Config, module: ClusteringModule, ranks: int, kept: in
     passes = cfg.cluster.max_epochs
     kernels = passes * (pass_seconds(module, share, kept) + exchange)
     slow = passes * (pass_seconds(module, share, kept, slow=True) + exchange)
-    basis = "kernels at measured rates; at most plus the measured run's time outside kernels"
+    basis = "kernels at measured rates; the upper bound adds the measured run's time outside kernels"
     if module.updates_per_window:
-        basis += ". Clusters filled in order: at the rates of the shapes nearest in clusters and in neurons"
+        basis += ". Filling clusters in order: rates of the nearest shapes, in clusters and in neurons"
     reference_cfg, reference = _reference()
     own = clustering_module(reference_cfg, pattern_info(reference_cfg, reference.shape, reference.fit_windows))
     in_kernels = reference_cfg.cluster.max_epochs * pass_seconds(own, 1.0, ALL_ROWS)

@@ -103,7 +103,7 @@ class Evaluator:
         return distributed.all_sum(losses).cpu()
 
     def _dense(self, policies: dict[str, MaskPolicy], bar: Bar) -> tuple[dict[str, dict], Tensor]:
-        """Runs the dense pass. Returns a record per policy, with its masks' figures there, and the dense losses."""
+        """Runs the dense pass. Returns a record per policy with its masks' figures in this pass, and the losses."""
         meters = [MaskMeter(self.codebook, self.device) for _ in policies]
         losses = self._losses(DenseMeters(self.ffns, self.codebook, list(policies.values()), meters), meters, bar)
         problem = not_finite(losses)
@@ -119,7 +119,7 @@ class Evaluator:
         return records, losses
 
     def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: Bar) -> None:
-        """Runs the pass under the policy's own masks; adds perplexity and its masks' figures there to the record."""
+        """Runs the pass under the policy's own masks. Adds perplexity and the masks' figures in this pass to record."""
         meter = MaskMeter(self.codebook, self.device)
         losses = self._losses(MaskedForward(self.ffns, policy, meter), [meter], bar)
         totals = meter.totals().cpu()

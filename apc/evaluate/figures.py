@@ -38,7 +38,7 @@ WIDTH = 8.0  # inches; a README shows 1,280 pixels at about 800, so that 9 point
 _REFERENCE: dict[str, Any] = dict(color=INK, linewidth=1, linestyle=(0, (4, 3)))
 _LOG_FROM = 5.0  # an axis is logarithmic if its largest value is this many times the smallest
 _OUTLIER = 30.0  # the largest value is clipped at the edge if it is this many times the second largest
-_MAX_SITES = 4  # more groups of clusters than this share one panel
+_MAX_SITES = 4  # with more sites than this, all share one panel
 _MAX_MARKERS = 40  # a line of more points has no markers
 _MAX_LINEAR_RANKS = 256  # more clusters than this are on a log scale
 _MAX_POINTS = 400  # points drawn per usage curve: a codebook has up to 16,384 clusters
@@ -332,7 +332,7 @@ def usage_figure(results: dict, path: Path) -> bool:
 
 
 def _usage_curves(axes: Axes, layers: Sequence[np.ndarray]) -> list[float]:
-    """Draws median, range and the level of equal shares; returns the lowest and highest level.
+    """Draws median, range and a line at equal shares; returns the smallest and largest share drawn.
 
     layers: sizes, largest first. Empty clusters are not drawn.
     """
@@ -432,7 +432,7 @@ def end_labels(axes: Axes, labels: Sequence[Label]) -> None:
 def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
     """Puts words beside their points so that they cover neither each other nor a point; far words get a line.
 
-    A label without text is a point to keep free.
+    A label without text is not drawn, but other labels must not cover its point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
@@ -464,7 +464,7 @@ def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def _laid_out(axes: Axes) -> Figure:
-    """The axes' figure, with everything in its place."""
+    """The axes' figure, after its layout was computed."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()

@@ -14,7 +14,7 @@ from apc.cluster.codebook import Codebook
 from apc.sparse.policies import MaskInputs
 from apc.utils import distributed
 
-BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes whose union of masks is measured
+BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes, in tokens, for which the union of the masks is measured
 _FIELDS = (
     *("active", "mask", "hits", "rows", "importance", "energy"),
     *("rows_first", "importance_first", "energy_first", "neurons"),
@@ -72,10 +72,10 @@ def _shuffled(n: int) -> Tensor:
 
 
 def _unions(kept: Tensor) -> list[Tensor]:
-    """Sizes of the unions of masks, float64 [] for each batch size, then the number of neurons in all these batches.
+    """For each batch size, the sizes of its unions of masks, summed over batches; then D times the number of batches.
 
-    A union is the set of neurons that some token of a batch keeps; its size is summed over the full batches. kept: the
-    masks as float32 [n, D], where consecutive tokens form batches.
+    The union of a batch is the set of neurons that at least one of its tokens keeps. Consecutive tokens form batches;
+    tokens that do not fill a batch are left out. kept: the masks as float32 [n, D]. Each result is a float64 [].
     """
     ones, neurons = [], []
     for _ in BATCHES:

@@ -97,7 +97,10 @@ def measure(
 
 
 def _record(name: str, dense: Tensor, losses: Tensor, all_sparse: Tensor) -> dict:
-    """From losses, a policy's perplexity after a dense prefill and sparse throughout, and the dense model's."""
+    """A policy's perplexities, after a dense prefill and sparse throughout, and the first one's ratio to dense.
+
+    dense, losses, all_sparse: the losses of each window for the dense model and for these two cases, float64 [n].
+    """
     ratios = zip(("ratio", "ratio_low", "ratio_high"), perplexity_ratio(losses, dense), strict=True)
     record = {"policy": name, "perplexity": perplexity(losses), **dict(ratios)}
     return record | {"perplexity_masked": perplexity(all_sparse)}

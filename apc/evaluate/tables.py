@@ -31,7 +31,7 @@ MEANINGS = (
     "interval. bytes: FFN weights read per token, against the dense FFN."
 )
 FIRST_TOKEN = (
-    "first token: captured of the first token of each window. "
+    "first token: what the masks capture of each window's first token. "
     "masked: measured while the policy's own masks are on in all layers."
 )
 MORE = "--wide shows all columns."

@@ -36,8 +36,8 @@ def accumulate_weighted_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Add the weighted sums and the sizes of importance uint8 [G, N, D] with ids int64 [G, N] to `out`, and return it.
 
-    scales: int64 [G, N]. out: sums int64 [G, K, D] and sizes int64 [G, K]. Raises ValueError for sums too
-    large for scales that are `row_scales` of this importance.
+    scales: int64 [G, N]. out: sums int64 [G, K, D] and sizes int64 [G, K]. Raises ValueError if sums get so large
+    that the scales can't be `row_scales` of this importance.
     """
 
     def load(group: int, span: slice, neurons: slice, block: Tensor) -> None:
@@ -82,7 +82,7 @@ def _sum(
                     block = buffer[: (span.stop - span.start) * width].view(-1, width)
                     load(group, span, neurons, block)
                     torch.addmm(totals, member, block, out=totals)
-                if totals.max() >= exact:  # no term is negative, so every partial sum of a total below it is exact
+                if totals.max() >= exact:  # no term is negative: if a total is below `exact`, so was each partial sum
                     raise ValueError(
                         f"the sums of {stop - start} rows reach {exact}: "
                         "these scales are not row_scales of this importance"

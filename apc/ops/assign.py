@@ -27,8 +27,8 @@ _WEIGHTED_TILES = {
 }
 _EXPAND_TILE = {"BLOCK_R": 16, "BLOCK_W": 128}
 _SQUARES_TILE = {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 4}
-# Clusters from which on it pays to store the squares for the tensor-core kernel (H100); the Triton kernel
-# squares in registers.
+# With at least this many clusters, storing the squares for the tensor-core kernel is faster (on an H100) than the
+# Triton kernel, which squares in registers.
 _SQUARES_LEAST_K = 320
 # Bytes of squares stored at a time: more rows than all multiprocessors work on, and little beside the importances.
 _SQUARES_BYTES = 2**30
@@ -295,8 +295,8 @@ def _assign_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # Bit j of a byte is masked in place, so it counts 2^j (−128 for j = 7), and the centroid's plane has the
-    # factor that makes it −128: one operation for the four neurons of a register. Where a block of planes
+    # Bit j of each byte is masked in place: one operation for the four neurons of a register. A set bit is then
+    # worth 2^j (−128 for j = 7), and the factor in the centroid's plane makes it −128. Where a block of planes
     # reaches into the next bit's plane, the rows read as zero. The bit masks are loaded, not computed: with
     # computed ones the compiler moves the rows from shared memory to registers and back.
     g = tl.program_id(1)

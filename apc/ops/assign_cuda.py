@@ -31,8 +31,8 @@ _CUT_COST = 2**26  # one-time overhead of cutting along K (a second kernel and i
 _L2_MOST = 32 * 2**20  # bytes of rows in progress that stay in an H100's L2 cache beside the centroids
 _L2_SHARE = 16 * 2**20  # the same if row tiles are cut along K: the centroids of all parts must then stay in L2 too
 
-_SECTOR = 32  # bytes of an L2 sector. Centroids that are not aligned to it cost a seventh of the time …
-_COPY_LEAST_N = 8192  # … so from this many rows on, copying them to aligned memory pays
+_SECTOR = 32  # bytes of an L2 sector; centroids that are not aligned to it cost a seventh of the time
+_COPY_LEAST_N = 8192  # from this many rows on, copying such centroids to aligned memory saves time
 _MOST_SCORE = 2**25  # the Hopper kernel's int32 keys are score · 64 + column; the Ampere kernel's keys have more room
 
 
@@ -160,8 +160,8 @@ class Schedule:
     k_tiles: int
     tiles_in_group: int
     whole: int  # row tiles that are one work item each
-    cut: int  # row tiles that are cut along K into several work items …
-    splits: int  # … of which each has this many
+    cut: int  # row tiles that are cut along K into several work items
+    splits: int  # work items of each row tile that is cut
 
     @property
     def items(self) -> int:

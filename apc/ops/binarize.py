@@ -50,7 +50,8 @@ def _binarize_kernel(
     d = tl.arange(0, BLOCK_D)
     sums = tl.load(sums_ptr + k * D + d, mask=d < D, other=LARGEST)
     least = tl.min(sums, axis=0)
-    # The height of a sum above the row's least: at least 0 as an unsigned number. It is 0 past D, where ties come last.
+    # A sum's height is its distance from the row's smallest sum, as an unsigned number. Past D it is 0; ties go to
+    # the lowest index, so these elements never enter the mask.
     height = tl.where(d < D, sums - least, 0).to(HEIGHT, bitcast=True)
     mask = largest(height, m)
     bits = tl.reshape(mask.to(tl.int32), [BLOCK_D // 8, 8]) << tl.arange(0, 8)[None, :]
@@ -118,7 +119,8 @@ def _rank_bits(active: Tensor, importance: Tensor) -> Tensor:
         or importance.shape != active.shape
     ):
         raise ValueError(
-            f"importance {describe(importance)} must be uint8 or float32 and shaped like active {describe(active)}"
+            f"importance {describe(importance)} must be uint8 or a float of up to 32 bits, "
+            f"and shaped like active {describe(active)}"
         )
     if not (importance >= 0).all():
         raise ValueError(f"importance {describe(importance)} has negative values or NaN")

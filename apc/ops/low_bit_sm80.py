@@ -71,7 +71,7 @@ def unavailable(device_index: int) -> str | None:
 @functools.lru_cache(maxsize=256)
 def _prepare(sizes: Sizes, device_index: int) -> _Kernel:
     arch, properties = architecture(torch.device("cuda", device_index)), torch.cuda.get_device_properties(device_index)
-    # As few warps as give every multiprocessor a block, so that their work is equal.
+    # The fewest warps with which no multiprocessor gets a second block, so that all have equal work.
     warps = min(_MOST_WARPS, math.ceil(sizes.D / 16 / properties.multi_processor_count))
     program, shared = sizes.program(arch, warps)
     if shared + 1024 > properties.shared_memory_per_block_optin:  # type: ignore[attr-defined]
@@ -110,8 +110,8 @@ def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, thresho
     hidden = hidden if hidden.dtype in _INPUT_TYPES else hidden.float()
     kernel = _prepare(_sizes(hidden, planes, masks), hidden.device.index)
     hidden, own_planes = (_aligned(value) for value in (hidden, planes))
-    # With early launch the kernel reads the planes before the previous kernel has ended, so that must not be
-    # their copy.
+    # With early launch the kernel reads the planes before the previous kernel has ended. So the previous kernel
+    # must not be the one that copies the planes.
     early = kernel.early and own_planes is planes
     output = (
         hidden.new_empty((n, row_bytes(D)), dtype=torch.uint8)

@@ -484,9 +484,9 @@ def _sparse_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, the prediction (bottleneck, logits, clusters) and the next layer's active list, or empty tensors.
 
-    Both public functions are one operation, because Inductor (up to torch 2.11) writes out how the arguments
-    were computed when torch.compile first meets an operation. With two operations this takes minutes if a
-    model's last layer is the first to call the second one.
+    Both public functions use this one operation. When torch.compile meets an operation for the first time, Inductor
+    (up to torch 2.11) writes out how its arguments were computed. With two operations this would take minutes if the
+    model's last layer is the first to call the second operation.
     """
     _wait_for(active_list)
     weights, delta = FFNWeights(gate, up, down, activation), OutputDelta(inner, correct, bias, offsets)

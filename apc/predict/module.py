@@ -213,7 +213,8 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
     """Figures of a predictor on the rows of a block, by name, each a list by layer.
 
     In the cluster form: the top-1 and top-5 accuracy. If the block has importances: the shares of importance and energy
-    that masks capture, `hard` (the likeliest cluster's, or the highest scores) and `soft` (the mixed profiles').
+    that masks capture. A `hard` mask is the centroid of the likeliest cluster, or keeps the highest scores; a `soft`
+    mask (cluster form only) keeps the largest entries of the mixed profile.
     """
     figures: dict[str, Tensor] = {}
     ids = nearest_clusters(codebook, block) if predictor.form == "cluster" else {}

@@ -28,7 +28,7 @@ def at_16_bits(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictorHeader:
-    """A predictor's shape and use, which form the header of its file together with its provenance.
+    """A predictor's shape and settings. With the provenance they are the header of its file.
 
     Raises ValueError for an impossible value, and UserError for the low-bit form at a site other than `neuron`.
     """
@@ -37,7 +37,7 @@ class PredictorHeader:
     hidden_size: int
     bottleneck: int  # width; the low-bit form has a bottleneck only if it corrects
     outputs: dict[str, int]  # logits at each site: K clusters, or D neurons
-    form: str = "cluster"  # as in `PredictorConfig`, like the lookahead, the bits and the projections
+    form: str = "cluster"  # form, lookahead, bits and low_bit_projections are as in `PredictorConfig`
     lookahead: int = 0
     corrects: bool = False  # also maps the bottleneck to a correction of the FFN's output under its mask
     bits: int = 1
@@ -170,7 +170,7 @@ class Predictor(nn.Module):
         return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read())
 
     def multiplications(self, site: str) -> int:
-        """Products, and the biases added to them, that one layer computes for one token at `site`."""
+        """The number of multiplications, and of biases added, in one layer for one token at `site`."""
         return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.multiplications())
 
     def _bottleneck_parameters(self, site: str) -> int:

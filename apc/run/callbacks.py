@@ -52,7 +52,7 @@ class EndTogether(Callback):
 
     def __init__(self) -> None:
         self._vote: distributed.Vote | None = None
-        self._signalled = False  # this rank, one of several
+        self._signalled = False  # whether this rank got a SIGTERM, if there are several ranks
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Replaces Lightning's handler and its broadcast."""

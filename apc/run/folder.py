@@ -24,8 +24,8 @@ from apc.utils.errors import UserError
 from apc.utils.files import exclusive_lock, write_atomic
 from apc.utils.packages import installed_version
 
-# The keys that decide a stage's outcome. A run resumes a folder only if it agrees on those of the stages in the folder.
-# A section stands for all of its keys but FREE_KEYS, which say where a run works or what it scores.
+# The keys that decide a stage's outcome. A run resumes a folder only if these keys have the same values for every stage
+# in the folder. A section stands for all of its keys but FREE_KEYS, which say where a run works or what it scores.
 CLUSTER_KEYS = (
     *("checkpoint", "seed", "sites", "sparsity", "active", "model", "data", "collect", "cluster", "monitor"),
     "trainer.max_steps",

@@ -39,8 +39,8 @@ def launch(cfg: Config) -> int:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
         raise UserError(
-            f"trainer.devices={devices}: srun started {tasks} of these, and each would start as many; start one, "
-            "srun --ntasks=1, or one torchrun on every machine, srun --ntasks-per-node=1 torchrun …"
+            f"trainer.devices={devices}: srun started this command {tasks} times, and each would start all processes; "
+            "start it once (srun --ntasks=1), or one torchrun per machine (srun --ntasks-per-node=1 torchrun …)"
         )
     for local_rank in range(devices):
         resolve_device(cfg.model.device, local_rank)

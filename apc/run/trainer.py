@@ -137,8 +137,8 @@ def check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
     for schedule in checkpoint.get("lr_schedulers", []):
         if schedule["total_steps"] != steps:
             raise UserError(
-                f"{path}: of a training of {schedule['total_steps']:,} steps, which has {steps:,} with this many "
-                f"processes; start as many as it began with, or {start_again}"
+                f"{path}: from a training of {schedule['total_steps']:,} steps; with this many processes it has "
+                f"{steps:,}; start as many processes as it began with, or {start_again}"
             )
 
 

@@ -80,7 +80,7 @@ def _tuning_by_graphs() -> Iterator[None]:
     import torch.compiler.config
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    # Of this object only.
+    # Replaces the method of this object only, not of its class.
     benchmarker.benchmark_gpu = lambda call, **others: graph_time(call)  # type: ignore[method-assign]
     try:
         # The tag separates these choices from others in Inductor's caches.

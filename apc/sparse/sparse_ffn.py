@@ -4,7 +4,7 @@ Calls of a few tokens run sparse, by `ops.sparse_ffn` under the policy's masks. 
 the masks of many tokens together keep most neurons anyway. So prefill is dense and decoding sparse. The crossover is
 measured on the GPU at hand, so that sparse FFNs are never slower than dense ones.
 
-Shape letters: n tokens, E hidden size, D neurons, H bottleneck, K clusters.
+Shape letters: n tokens, E hidden size, D neurons, W bytes of a packed row, H bottleneck, K clusters.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from apc.utils.errors import UserError
 KERNELS = ("auto", "triton", "torch")
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
-_BEYOND_CACHE = 2**27  # bytes written in turn that no GPU's cache holds
+_BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
 _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
@@ -275,7 +275,7 @@ _POLICY_FFNS: weakref.WeakValueDictionary[int, _PolicyFFN] = weakref.WeakValueDi
 
 @torch.library.custom_op("apc::choose", mutates_args=())
 def _choose(hidden: Tensor, neurons: int, number: int) -> tuple[Tensor, Tensor]:
-    """A policy's masks uint8 [n, V] and output delta [n, E], from FFN inputs [n, E] and the number of a `_PolicyFFN`.
+    """A policy's masks uint8 [n, W] and output delta [n, E], from FFN inputs [n, E] and the number of a `_PolicyFFN`.
 
     One operation for torch.compile, which then does not trace the policy.
     """
@@ -348,7 +348,8 @@ class _LowBitFFN(_SparseFFN):
         self.size = policy.codebook.size("neuron", layer) if thresholds is None else None
         self.planes = scores.stored.to(weights.down.device).contiguous()  # uint8 [b, P, D, W]
         self.curve = ops.ScoreCurve(*map(to_fp32, scores.curve))
-        # To the bottleneck, [H, E] and float32 [H], and from it, [H, E] and float32 [E]; None without a correction.
+        # Weights and biases to the bottleneck, [H, E] and float32 [H], and from it, [H, E] and float32 [E]. None
+        # without a correction.
         self.reduce = (to_bf16(parts["reduce"].T), to_fp32(parts["reduce_bias"])) if predictor.corrects else None
         self.correct = (to_bf16(parts["correct"]), to_fp32(parts["correct_bias"])) if predictor.corrects else None
 
@@ -364,7 +365,7 @@ class _LowBitFFN(_SparseFFN):
 
 @torch.library.custom_op("apc::top_packed", mutates_args=())
 def _top_packed(scores: Tensor, m: int) -> Tensor:
-    """Packed masks uint8 [n, V] of the m largest scores in each row; scores: float [n, D]."""
+    """Packed masks uint8 [n, W] of the m largest scores in each row; scores: float [n, D]."""
     return ops.pack(ops.top_mask(scores, m, check=False))
 
 

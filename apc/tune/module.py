@@ -59,7 +59,7 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def allocate_budget(curves: Tensor, total: int, least: int) -> list[int]:
-    """Number of neurons each layer keeps, at least `least` and `total` in all, at the least cost of dropped neurons.
+    """The number of neurons that each layer keeps: at least `least`, `total` in all. The dropped neurons cost least.
 
     curves: float64 [L, D], the cost of dropping the neuron of each rank. Costs measured on few tokens are noisy: they
     are averaged over D / 96 neighbouring ranks and sorted to fall with the rank.

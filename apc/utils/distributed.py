@@ -95,7 +95,7 @@ class Vote:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def say(self, yes: bool) -> bool:
-        """Votes, and returns the result of the previous call: nobody waits for the slowest rank."""
+        """Votes, and returns the result of the previous call, so that no rank waits for the slowest one."""
         previous = self._result()
         flag = torch.tensor(int(yes))
         self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
@@ -125,7 +125,10 @@ def all_concat(value: Tensor, dim: int) -> Tensor:
 
 
 def own_rows(count: int) -> list[slice]:
-    """This rank's rows of `count`: an equal share, plus the remainder, which every rank processes."""
+    """Which of `count` rows this rank processes, as slices.
+
+    Every rank has ⌊count / ranks⌋ rows of its own. All ranks also process the remaining rows at the end.
+    """
     each = count // world_size()
     parts = slice(rank() * each, (rank() + 1) * each), slice(world_size() * each, count)
     return [part for part in parts if part.start < part.stop]
@@ -160,7 +163,10 @@ def _split(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share(count: int, part: int | None = None, parts: int | None = None) -> tuple[int, int]:
-    """Range [first, last) of `count` items for one of `parts` nearly equal parts (default: this rank of all)."""
+    """Range [first, last) number `part` of `count` items that are split into `parts` nearly equal ranges.
+
+    By default each rank has one range, and the result is this rank's.
+    """
     part = rank() if part is None else part
     parts = world_size() if parts is None else parts
     return count * part // parts, count * (part + 1) // parts

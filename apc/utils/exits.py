@@ -17,8 +17,8 @@ GO_ON = "the same command with this run.name goes on from here"
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
     """Turns expected errors into one line on stderr and an exit code.
 
-    2: UserError, a full disk, or no memory left; 130: Ctrl-C; 141: the reader of stdout is gone, as with `… | head`;
-    143: SIGTERM. after_interrupt: the end of the line, which says what the user can do next.
+    Exit codes: 2 for UserError, a full disk, or no memory left; 130 for Ctrl-C; 141 if the reader of stdout is gone, as
+    with `… | head`; 143 for SIGTERM. after_interrupt: the end of the line, which says what the user can do next.
     """
     try:
         yield

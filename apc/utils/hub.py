@@ -36,7 +36,10 @@ def _answers(endpoint: str, timeout: float) -> bool:
 
 @contextmanager
 def hub_offline(offline: bool) -> Iterator[None]:
-    """Within the block, `datasets` uses only its cache if `offline`; else it retries an unreachable hub for 23 s."""
+    """If `offline`, `datasets` uses only its cache within the block.
+
+    Without this, it would retry an unreachable hub for 23 s.
+    """
     import datasets
     from huggingface_hub import constants
 

@@ -10,9 +10,10 @@ DISTRIBUTION = "apc-llm"
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """The packages of an extra, e.g. `train`; without one, the core dependencies. Other platforms' are left out.
+    """The packages of an extra, e.g. `train`; without an extra, the core dependencies.
 
-    Empty if `apc` runs from a checkout on the path without being installed: then there is no list of its packages.
+    Packages for other platforms are left out. The list is empty if `apc` runs from a checkout without being installed,
+    because its requirements are then unknown.
     """
     if installed_version(DISTRIBUTION) is None:
         return []

@@ -39,8 +39,8 @@ class Bar:
 def progress(total: float, stage: str, unit: str = "", enabled: bool = True) -> Iterator[Bar]:
     """A bar of `total` steps on stderr, named by its stage. Lines printed inside the block appear above it.
 
-    unit: what a step is, e.g. `tokens`: the bar then shows tokens per second. There is a bar only if `enabled`,
-    on rank 0, where stderr is a terminal.
+    unit: what a step is, e.g. `tokens`: the bar then shows tokens per second. The bar appears only if `enabled` is set,
+    on rank 0, and if stderr is a terminal.
     """
     from apc.utils import distributed  # imports torch, which the command line does without
 
@@ -64,7 +64,7 @@ def progress(total: float, stage: str, unit: str = "", enabled: bool = True) -> 
 
 
 def hide_library_bars() -> None:
-    """Switches off the bars of transformers, datasets and the hub, also where transformers is imported already."""
+    """Switches off the bars of transformers, datasets and the hub, even if transformers is already imported."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     if "transformers" in sys.modules:
