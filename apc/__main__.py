@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 
 from apc.utils.exits import one_line_errors
@@ -15,9 +16,9 @@ USAGE = """usage: apc COMMAND …
   doctor     check this machine
 
 apc COMMAND --help explains each; apc --version prints the version."""
-COMMANDS = {  # what the same command does after an interruption; completes "the same command …"
-    "train": "with this run.name goes on from here",
-    "evaluate": "starts again",
+COMMANDS = {  # what the same command does after an interruption; None: the command says it itself
+    "train": None,
+    "evaluate": None,
     "sweep": "goes on from here",
     "cache": "goes on from here",
     "doctor": "starts again",
@@ -33,7 +34,8 @@ def main() -> None:
         print(f"apc {version('apc-llm')}")
     elif command in COMMANDS:
         sys.argv = [f"apc {command}", *sys.argv[2:]]
-        with one_line_errors(f"the same command {COMMANDS[command]}"):
+        effect = COMMANDS[command]
+        with nullcontext() if effect is None else one_line_errors(f"the same command {effect}"):
             importlib.import_module(f"apc.commands.{command}").main()
     else:
         print(f"error: {command}: no such command; choose {', '.join(COMMANDS)}", file=sys.stderr)

@@ -10,7 +10,9 @@ import apc
 import tiny
 import train
 from apc.cluster import seeding
+from apc.collect.patterns import ActiveRule, PatternInfo
 from apc.config.load import load_config
+from apc.config.schema import ClusterConfig
 from apc.utils.errors import UserError
 
 TUNED = {"tune.max_epochs": 1, "tune.batch_windows": 5, "monitor.windows": 1}
@@ -93,6 +95,22 @@ def test_rows_drawn_from_many_never_repeat(count, monkeypatch):
     assert int(rows.min()) >= 0 and int(rows.max()) < count
     other = seeding.random_rows(count, 20, torch.Generator().manual_seed(5))
     assert count < 1000 or not torch.equal(other, rows)
+
+
+def test_rare_usable_rows_are_found_beyond_the_sample(monkeypatch):
+    """Only the last 3 of 2,000 rows are usable, and the sample of 16 rows for each wanted one has too few of them."""
+
+    class Rows:
+        site = "neuron"
+
+        def read(self, name, group, row):
+            return (row >= 1997).to(torch.uint8).unsqueeze(1)
+
+    monkeypatch.setattr(seeding, "_PERMUTED", 1)
+    info = PatternInfo(1, 8, 8, 20, 100, {"neuron": 8}, ActiveRule("top", 0.5), False, False, {})
+    module = seeding.CentroidInit(ClusterConfig(k=3, weighting="binary"), info)
+    order = seeding.random_rows(2000, 3, torch.Generator().manual_seed(0))
+    assert sorted(module._draw(Rows(), 0, order, 3).tolist()) == [1997, 1998, 1999]
 
 
 def test_repeated_text(workplace):

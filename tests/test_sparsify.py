@@ -217,3 +217,14 @@ def test_errors_name_what_does_not_fit():
     other = Predictor(PredictorHeader(LAYERS, E, 8, {"neuron": K + 1}))
     with pytest.raises(UserError, match="the predictor belongs to another codebook"):
         apc.sparsify(tiny.make_model(), codebook, other, policy="predicted")
+
+
+def test_initial_weights_do_not_depend_on_the_order_in_which_sites_are_named():
+    """A seed gives each site the same weights, drawn in the order of their names."""
+    made = []
+    for sites in (["gate", "up", "down"], ["down", "gate", "up"]):
+        torch.manual_seed(3)
+        made.append(Predictor(PredictorHeader(2, 8, 4, dict.fromkeys(sites, 5))))
+    assert list(made[0].expand) == ["down", "gate", "up"]
+    for name, value in made[0].state_dict().items():
+        assert torch.equal(value, made[1].state_dict()[name])

@@ -119,6 +119,9 @@ class CentroidInit(LightningModule):
             others = torch.cat([others, rows[~mask]])[:K]
             if len(usable) == wanted:
                 return usable
+        if len(order) < self.group_rows:  # a sample: look at all rows
+            generator = torch.Generator().manual_seed(self.seed)
+            return self._draw(reader, group, torch.randperm(self.group_rows, generator=generator), wanted)
         if len(usable) >= K:
             return usable
         where = f"site {reader.site}, {'all layers' if self.pooled else f'layer {group}'}"

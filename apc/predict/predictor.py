@@ -92,7 +92,8 @@ class Predictor(nn.Module):
         self.reduce = nn.Parameter(nn.init.normal_(torch.empty(L, E, H), std=E**-0.5)) if has_bottleneck else None
         self.reduce_bias = nn.Parameter(torch.zeros(L, H)) if has_bottleneck else None
         self.expand, self.expand_bias = nn.ParameterDict(), nn.ParameterDict()
-        for site, count in self.outputs.items() if self.low_bit is None else ():
+        # In order of names, which decides the initial weights that each site draws.
+        for site, count in sorted(self.outputs.items()) if self.low_bit is None else ():
             self.expand[site] = nn.Parameter(nn.init.normal_(torch.empty(L, H, count), std=H**-0.5))
             self.expand_bias[site] = nn.Parameter(torch.zeros(L, count))
         self.correct = nn.Parameter(torch.zeros(L, H, E)) if self.corrects else None
