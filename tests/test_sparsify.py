@@ -1,14 +1,19 @@
 """`sparsify` equals a masked forward pass that is written independently, and `restore` leaves no trace."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 import apc
 import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.predict.predictor import Predictor, PredictorHeader
+from apc.sparse.decode import cache_keyword
 from apc.sparse.policies import POLICIES
 from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
@@ -198,6 +203,281 @@ def test_removing_the_handle_makes_the_model_dense(kernel):
         assert not torch.equal(apc.sparsify(model, codebook, policy="static", kernel=kernel)(token).logits, dense)
         handle_of(model).remove()
         torch.testing.assert_close(apc.restore(model)(token).logits, dense)
+
+
+@torch.no_grad()
+def test_without_a_policy_the_predictor_decides():
+    codebook, tokens = make_codebook(), torch.arange(9)[None]
+    for form, policy in (("cluster", "predicted"), ("neuron", "neuron-predictor"), (None, "static")):
+        predictor = form and make_predictor(codebook, form)
+        expected = apc.sparsify(tiny.make_model(), codebook, predictor, policy)(tokens).logits
+        assert torch.equal(apc.sparsify(tiny.make_model(), codebook, predictor)(tokens).logits, expected)
+
+
+# FFNs that compute more than down(act(gate) * up).
+OTHER_FFNS = {
+    "multipliers": lambda mlp, x: mlp.down_proj(mlp.up_proj(x) * mlp.act_fn(mlp.gate_proj(x) * 0.9)) * 1.1,
+    "a clamp": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=50) * mlp.up_proj(x)),
+    "a norm": lambda mlp, x: mlp.down_proj(F.rms_norm(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), (WIDTH,))),
+    "a shift": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + 1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", OTHER_FFNS)
+def test_kernels_refuse_an_ffn_that_computes_something_else(kind, dtype):
+    model, codebook, tokens = tiny.make_model().to(dtype), make_codebook(), torch.arange(9)[None]
+    mlp, others = model.model.layers[1].mlp, [model.model.layers[layer].mlp for layer in (0, 2)]
+    own = mlp.forward = lambda x: OTHER_FFNS[kind](mlp, x)
+    dense = model(tokens).logits
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp \(LlamaMLP\): it computes more than down\(act\(gate\) \* up\)"
+    ):
+        apc.sparsify(model, codebook, kernel="torch")
+    assert handle_of(model) is None and mlp.forward is own and all("forward" not in other.__dict__ for other in others)
+    assert torch.equal(model(tokens).logits, dense)
+    assert not torch.equal(apc.sparsify(model, codebook)(tokens).logits, dense)  # without a kernel
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bitnet", "gemma3n_text"])
+def test_kernels_refuse_families_with_another_ffn(family, monkeypatch):
+    options = {
+        "bitnet": dict(hidden_act="silu"),
+        "gemma3n_text": dict(
+            activation_sparsity_pattern=[0.0, 0.9, 0.0],
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=tiny.VOCABULARY + 1,
+            num_kv_shared_layers=0,
+            altup_num_inputs=2,
+            laurel_rank=8,
+        ),
+    }[family]
+    monkeypatch.setitem(tiny.FAMILIES, family, dict(model_type=family, **options))
+    with pytest.raises(UserError, match=r"\.mlp \(\w+MLP\): it computes more than"):
+        apc.sparsify(tiny.make_model(family), make_codebook(), kernel="torch")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_with_all_neurons_kept_a_kernel_equals_the_dense_model(family, dtype):
+    model, codebook, tokens = tiny.make_model(family).to(dtype), make_codebook(), torch.arange(9)[None]
+    book = codebook.sites["neuron"]
+    book.static = ops.pack(torch.ones(LAYERS, WIDTH, dtype=torch.bool))
+    dense = model(tokens).logits
+    sparse = apc.sparsify(model, codebook, kernel="torch", scoring=True)(tokens).logits
+    assert (sparse - dense).float().norm() <= torch.finfo(dtype).eps * 10 * dense.float().norm()
+
+
+def with_layer_index(mlp):
+    def forward(hidden, layer_idx=None):
+        return type(mlp).forward(mlp, hidden)
+
+    mlp.forward = forward
+
+
+def with_any_keywords(mlp):
+    own = type(mlp).forward
+    mlp.forward = lambda hidden, **others: own(mlp, hidden)
+
+
+@torch.no_grad()
+def test_ffns_that_take_more_than_their_input_are_named():
+    model, codebook, hidden = tiny.make_model(), make_codebook(), torch.randn(1, 1, E)
+    mlp = model.model.layers[1].mlp
+    with_any_keywords(mlp)
+    apc.sparsify(model, codebook, kernel="torch")
+    assert torch.equal(mlp(x=hidden), mlp(hidden))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp: it was called with 2 arguments, kernels take its input only"):
+        mlp(hidden, scale=2.0)
+    apc.restore(model)
+    with_layer_index(mlp)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp: its forward takes layer_idx besides its input"):
+        apc.sparsify(model, codebook, kernel="torch")
+    del mlp.forward, mlp.act_fn
+    with pytest.raises(UserError, match=r"layers\.1\.mlp: its activation function was not found"):
+        apc.sparsify(model, codebook, kernel="torch")
+    with pytest.raises(UserError, match="weights are not in memory"):
+        apc.sparsify(tiny.make_model().to("meta"), codebook)
+
+
+def scaled(weight):
+    return (weight.detach() * -1.5).contiguous()
+
+
+def assign_state(model):
+    state = {name: scaled(value) if "mlp" in name else value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def set_data(model):
+    for name, weight in model.named_parameters():
+        if "mlp" in name:
+            weight.data = scaled(weight)
+
+
+def set_parameters(model):
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            linear.weight = torch.nn.Parameter(scaled(linear.weight))
+
+
+def change_in_place(model):
+    for name, weight in model.named_parameters():
+        if "mlp" in name:
+            weight.mul_(-1.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [None, "torch"])
+@pytest.mark.parametrize("change", [assign_state, set_data, set_parameters, change_in_place])
+def test_a_sparse_model_follows_its_weights(change, kernel):
+    codebook, tokens, changed = make_codebook(), torch.arange(9)[None], tiny.make_model()
+    options = dict(kernel=kernel, scoring=True)
+    before = apc.sparsify(tiny.make_model(), codebook, **options)(tokens).logits
+    change(changed)
+    dense = changed(tokens).logits
+    expected = apc.sparsify(changed, codebook, **options)(tokens).logits
+    model = apc.sparsify(tiny.make_model(), codebook, **options)
+    change(model)
+    assert torch.equal(model(tokens).logits, expected) and not torch.allclose(before, expected)
+    assert torch.equal(apc.restore(model)(tokens).logits, dense)
+    assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+
+
+class Adapter(torch.nn.Module):
+    """A projection with something added, as peft's adapters are."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x) + x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kernel", [None, "torch"])
+def test_adapters_on_an_ffn_are_named(kernel):
+    model, codebook, tokens = tiny.make_model(), make_codebook(), torch.arange(9)[None]
+    dense = model(tokens).logits
+    apc.sparsify(model, codebook, kernel=kernel)
+    mlp = model.model.layers[1].mlp
+    linear, mlp.down_proj = mlp.down_proj, Adapter(mlp.down_proj)
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp: its down_proj was replaced after sparsify \(by .*\.Adapter\); m"
+    ):
+        model(tokens)
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp: its down_proj has an adapter \(.*Adapter\); merge adapters first"
+    ):
+        apc.sparsify(model, codebook, kernel=kernel)
+    mlp.down_proj = linear
+    assert torch.equal(apc.restore(model)(tokens).logits, dense)
+
+
+def test_peft_adapters_are_named_and_work_once_merged():
+    peft = pytest.importorskip("peft")
+    codebook, tokens = make_codebook(), torch.arange(9)[None]
+
+    def adapted(model):
+        torch.manual_seed(5)
+        settings = peft.LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, settings).eval()
+
+    expected = apc.sparsify(adapted(tiny.make_model()).merge_and_unload(), codebook)(tokens).logits
+    for kernel in (None, "torch"):
+        model = adapted(apc.sparsify(tiny.make_model(), codebook, kernel=kernel, scoring=True))
+        with pytest.raises(UserError, match="replaced after sparsify"):
+            model(tokens)
+        torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(UserError, match="has an adapter"):
+            apc.sparsify(adapted(tiny.make_model()), codebook, kernel=kernel)
+
+
+def test_a_converted_or_hooked_model_says_what_to_do():
+    model, codebook, token = tiny.make_model(), make_codebook(), torch.arange(1)[None]
+    apc.sparsify(model, codebook, kernel="torch").to(torch.bfloat16)
+    with pytest.raises(
+        UserError, match=r"layers\.0\.mlp: its weights are torch\.bfloat16 .*; call apc\.sparsify again"
+    ):
+        model(token)
+    sparse = apc.sparsify(model, codebook, kernel="torch")(token).logits
+    assert torch.equal(sparse, apc.sparsify(tiny.make_model().bfloat16(), codebook, kernel="torch")(token).logits)
+    model.model.layers[2].mlp.up_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(UserError, match=r"layers\.2\.mlp: its up_proj has forward hooks, which a kernel does not call"):
+        model(token)
+
+
+@pytest.mark.parametrize("kernel", [None, "torch"])
+def test_a_sparse_model_is_not_copied(kernel):
+    model, codebook, token = tiny.make_model(), make_codebook(), torch.arange(1)[None]
+    dense = model(token).logits
+    apc.sparsify(model, codebook, kernel=kernel)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        for part in (model, model.model, model.model.layers[0].mlp):
+            with pytest.raises(UserError, match=r"can't be copied or pickled; call apc\.restore\(model\) first"):
+                duplicate(part)
+    twin = copy.deepcopy(apc.restore(model))
+    assert torch.equal(twin(token).logits, dense)
+    assert not torch.equal(apc.sparsify(twin, codebook, kernel=kernel)(token).logits, dense)
+    assert torch.equal(model(token).logits, dense)
+
+
+DENSE_PASSES = {
+    "scores": lambda model, ids: model(ids),
+    "keywords": lambda model, ids: model(input_ids=ids, use_cache=False),
+    "labels": lambda model, ids: model(ids, labels=ids, use_cache=True),
+    "embeddings": lambda model, ids: model(inputs_embeds=model.get_input_embeddings()(ids)),
+    "no head": lambda model, ids: model.model(ids),
+    "generate without a cache": lambda model, ids: model.generate(ids, use_cache=False, max_new_tokens=2),
+    "generate in a batch": lambda model, ids: model.generate(torch.cat([ids, ids]), max_new_tokens=2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", DENSE_PASSES)
+def test_a_dense_pass_of_a_sparse_model_is_said_once(call, capsys):
+    model, tokens = apc.sparsify(tiny.make_model(), make_codebook(), kernel="torch"), torch.arange(9)[None]
+    capsys.readouterr()
+    for _ in range(2):
+        DENSE_PASSES[call](model, tokens)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("apc:"))
+    count = {"generate in a batch": 2}.get(call, 9)
+    assert line.startswith(f"apc: a forward pass of {count} tokens runs dense, as any of more than 1: its results are")
+    assert line.endswith("; apc.sparsify(…, scoring=True) runs all passes under the masks")
+    apc.restore(model)
+    DENSE_PASSES[call](model, tokens)
+    apc.sparsify(model, make_codebook(), kernel="torch", scoring=True)
+    DENSE_PASSES[call](model, tokens)
+    apc.sparsify(model, make_codebook())
+    DENSE_PASSES[call](model, tokens)
+    assert "apc:" not in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, dict(do_sample=True), dict(prefill_chunk_size=4), dict(prompt_lookup_num_tokens=2)]
+)
+def test_a_dense_prefill_is_not_said(options, capsys):
+    model, tokens = apc.sparsify(tiny.make_model(), make_codebook(), kernel="torch"), torch.arange(9)[None]
+    model.generate(tokens, max_new_tokens=4, **options)
+    model(tokens, **{cache_keyword(model): DynamicCache(config=model.config)})
+    assert "apc:" not in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_scoring_runs_whole_sequences_under_the_masks():
+    codebook, tokens = make_codebook(), torch.randint(0, tiny.VOCABULARY, (2, 11))
+    predictor = make_predictor(codebook)
+    dense = tiny.make_model()(tokens).logits
+    masked = apc.sparsify(tiny.make_model(), codebook, predictor)(tokens).logits
+    scored = apc.sparsify(tiny.make_model(), codebook, predictor, kernel="torch", scoring=True)(tokens).logits
+    torch.testing.assert_close(scored, masked, rtol=1e-4, atol=1e-4)
+    assert (scored - dense).abs().max() > 1e-2
+    with pytest.raises(UserError, match="scoring=True runs all calls sparse; leave out max_sparse_tokens=3"):
+        apc.sparsify(tiny.make_model(), codebook, predictor, kernel="torch", max_sparse_tokens=3, scoring=True)
 
 
 def test_errors_name_what_does_not_fit():

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
 from apc.data.ffn import FFNHooks, GatedFFN
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
+from apc.utils.errors import UserError
 
 
 class Meter(Protocol):
@@ -23,8 +24,30 @@ class Meter(Protocol):
 
 
 def activation_function(ffn: GatedFFN) -> Callable[[Tensor], Tensor]:
-    """The activation function between an FFN's gate and its product with up."""
-    return getattr(ffn.module, "act_fn" if hasattr(ffn.module, "act_fn") else "activation_fn")
+    """The activation function between an FFN's gate and its product with up. Raises UserError if it is not found."""
+    for name in ("act_fn", "activation_fn"):
+        if hasattr(ffn.module, name):
+            return getattr(ffn.module, name)
+    problem = (
+        f"its activation function was not found ({type(ffn.module).__name__} has neither act_fn nor activation_fn)"
+    )
+    raise UserError(f"{ffn.name}: {problem}; choose kernel=None and a policy that does not read the gate")
+
+
+def parts_of(ffn: GatedFFN) -> dict[str, nn.Module]:
+    """The modules in an FFN by name."""
+    return dict(ffn.module.named_children())
+
+
+def check_parts(ffn: GatedFFN, parts: dict[str, nn.Module]) -> None:
+    """Raises UserError if another module, such as an adapter, has taken the place of one of an FFN's parts."""
+    for name, part in parts.items():
+        present = ffn.module._modules.get(name)
+        if present is not part:
+            kind = f"{type(present).__module__}.{type(present).__qualname__}"
+            problem = f"its {name} was replaced after sparsify (by {kind})"
+            advice = "merge adapters into the weights (merge_and_unload), then call apc.sparsify again"
+            raise UserError(f"{ffn.name}: {problem}; {advice}")
 
 
 @dataclass
@@ -85,6 +108,12 @@ class MaskedForward(ForwardReader):
     def __init__(self, ffns: list[GatedFFN], policy: MaskPolicy, meter: Meter | None = None):
         super().__init__(ffns, policy.codebook, policy.lookahead, policy.reads_gate, policy.changes_output)
         self.policy, self.meter = policy, meter
+        self._parts = [parts_of(ffn) for ffn in ffns]
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """Keeps the FFN input. Raises UserError if the FFN's parts were replaced: masks would miss the new ones."""
+        check_parts(self.ffns[layer], self._parts[layer])
+        super().enter(layer, hidden)
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
         """The policy's decision."""

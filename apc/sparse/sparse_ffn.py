@@ -7,6 +7,7 @@ measured on the GPU at hand, so that sparse FFNs are never slower than dense one
 Shape letters: n tokens, E hidden size, D neurons, W bytes of a packed row, H bottleneck, K clusters.
 """
 
+import inspect
 import itertools
 import math
 import sys
@@ -15,12 +16,15 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import GatedFFN
-from apc.sparse.masked_forward import activation_function
+from apc.ops.sparse_ffn import act
+from apc.sparse.masked_forward import activation_function, check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
@@ -31,6 +35,10 @@ KERNELS = ("auto", "triton", "torch")
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
 _BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
+# Sizes (root mean square) of the gate's values at which an FFN is compared with the kernels' formula: small ones, and
+# large ones that a clamp changes. Products of larger ones would overflow in float16.
+_CHECKED_SIZES = {torch.float16: (1.0, 30.0), torch.bfloat16: (1.0, 30.0, 1000.0), torch.float32: (1.0, 30.0, 1000.0)}
+_TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative, from rounding alone
 _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
@@ -58,6 +66,45 @@ def activation_of(ffn: GatedFFN) -> str:
     return name
 
 
+def check_call(ffn: GatedFFN) -> None:
+    """Raises UserError if an FFN's forward takes more than its input, as FFNs shared by layers do."""
+    _, *others = inspect.signature(ffn.module.forward).parameters.values()
+    names = [other.name for other in others if other.kind not in (other.VAR_POSITIONAL, other.VAR_KEYWORD)]
+    if names:
+        problem = f"its forward takes {', '.join(names)} besides its input, which no kernel supports"
+        raise UserError(f"{ffn.name}: {problem}; use kernel=None")
+
+
+def store_transposed(ffn: GatedFFN) -> None:
+    """Stores an FFN's down projection in transposed form only: the model's own parameter becomes a view of it."""
+    ffn.down.weight.data = ffn.down.weight.detach().T.contiguous().T
+
+
+@torch.no_grad()
+def check_formula(ffn: GatedFFN, weights: ops.FFNWeights) -> None:
+    """Raises UserError unless an FFN computes down(act(gate) * up) as kernels do, measured on random inputs.
+
+    Some models clamp, scale, normalise or drop values between the three projections.
+    """
+    gate, up, down, activation = weights
+    generator = torch.Generator(gate.device).manual_seed(0)
+    hidden = torch.randn((ops.MAX_TOKENS, gate.shape[1]), device=gate.device, generator=generator).to(gate.dtype)
+    scale = (hidden @ gate.T).float().square().mean().sqrt().item() or 1.0
+    tolerance = _TOLERANCES[gate.dtype]
+    if gate.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        tolerance = max(tolerance, _TOLERANCES[torch.float16])  # TF32 rounds to as many bits
+    for size in _CHECKED_SIZES[gate.dtype]:
+        x = hidden * (size / scale)
+        own = ffn.module.forward(x[None])[0].float()
+        if not own.isfinite().all():
+            continue  # an overflow, or weights that are not finite: there is nothing to compare
+        ours = ((act(x @ gate.T, activation) * (x @ up.T)) @ down).float()
+        error = ((ours - own).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+        if not error <= tolerance:
+            problem = f"it computes more than down(act(gate) * up), which kernels compute (they differ by {error:.1%})"
+            raise UserError(f"{ffn.name} ({type(ffn.module).__name__}): {problem}; use kernel=None")
+
+
 class SparseFFNs:
     """Sparse FFNs in place of a model's own: `install` puts them in, `remove` takes them out.
 
@@ -78,11 +125,15 @@ class SparseFFNs:
         self._ffns, self._lookahead = ffns, policy.lookahead
         self._importance = Importance(ffns)
         self._activations = [activation_of(ffn) for ffn in ffns]
+        for ffn in ffns:
+            check_call(ffn)
         check_policy(policy)
+        self._warned = False  # that a forward pass was dense
         self._clear()
 
     def _clear(self) -> None:
         self._own_forwards: list[Callable | None] = []  # set on the module itself, not on its class
+        self._handles: list[RemovableHandle] = []
         self._sparse: list[_SparseFFN] = []
         self._predicting: list[_ClusterFFN] = []  # the sparse FFNs, if they predict clusters for later layers
         self._can_prefetch: list[bool] = []  # whether a layer's active neurons can be listed ahead of the layer
@@ -92,19 +143,29 @@ class SparseFFNs:
         self._predictions: dict[int, ops.Prediction] = {}
         self._active_lists: dict[int, Tensor] = {}
 
-    def install(self) -> "SparseFFNs":
-        """Puts the sparse FFNs into the model, and measures the crossover if `kernel=auto` leaves it open."""
+    def install(self, model: nn.Module) -> "SparseFFNs":
+        """Puts the sparse FFNs into the model, and measures the crossover if `kernel=auto` leaves it open.
+
+        Raises UserError, with the model as before, if an FFN computes something else than the kernels.
+        """
         assert self.policy.kernel is not None  # as `check_policy` ensures
         make, dense_calls = _SPARSE_FFNS[self.policy.kernel], []
-        for layer, (ffn, activation) in enumerate(zip(self._ffns, self._activations, strict=True)):
-            self._own_forwards.append(ffn.module.__dict__.get("forward"))
-            dense_calls.append(ffn.module.forward)
-            down = ffn.down.weight.detach().T.contiguous()
-            ffn.down.weight.data = down.T  # frees the weights as they were stored before
-            gate, up = ffn.projection("gate").detach(), ffn.projection("up").detach()
-            weights = ops.FFNWeights(gate, up, down, activation)
-            self._sparse.append(make(self.policy, layer, weights, self.by_triton, self._importance))
-            ffn.module.forward = self._forward(layer, ffn.module.forward)
+        try:
+            for layer, (ffn, activation) in enumerate(zip(self._ffns, self._activations, strict=True)):
+                self._own_forwards.append(ffn.module.__dict__.get("forward"))
+                dense_calls.append(ffn.module.forward)
+                store_transposed(ffn)
+                sparse = make(self.policy, layer, ffn, activation, self.by_triton, self._importance)
+                self._sparse.append(sparse)
+                check_formula(ffn, sparse.weights)
+                ffn.module.forward = self._forward(layer, ffn.module.forward)
+        except BaseException:
+            self.remove()
+            raise
+        for name, module in model.named_modules():
+            holds_ffns = self._ffns[0].name.startswith(f"{name}.") or module is model
+            if holds_ffns and (isinstance(module, PreTrainedModel) or module is model):
+                self._handles.append(module.register_forward_pre_hook(self._warn_if_dense, with_kwargs=True))
         self._can_prefetch = [sparse.can_prefetch for sparse in self._sparse]
         if self._lookahead:
             self._predicting = [sparse for sparse in self._sparse if isinstance(sparse, _ClusterFFN)]
@@ -144,8 +205,10 @@ class SparseFFNs:
 
     def remove(self) -> None:
         """Takes the sparse FFNs out, and stores the down projections as before; does nothing a second time."""
+        for handle in self._handles:
+            handle.remove()
         for ffn, forward in zip(self._ffns, self._own_forwards, strict=False):  # no forwards the second time
-            del ffn.module.forward
+            ffn.module.__dict__.pop("forward", None)
             if forward is not None:
                 ffn.module.forward = forward
             ffn.down.weight.data = ffn.down.weight.data.contiguous()
@@ -153,14 +216,40 @@ class SparseFFNs:
 
     def _forward(self, layer: int, dense: Callable) -> Callable:
         """The forward of a layer's FFN: dense for many tokens, sparse for few."""
+        sparse = self._sparse[layer]
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
+            x, *others = (*inputs, *named.values())
+            if others:
+                problem = f"it was called with {1 + len(others)} arguments, kernels take its input only"
+                raise UserError(f"{sparse.ffn.name}: {problem}; use kernel=None")
+            if not torch.compiler.is_compiling():  # before a compiled pass there are others
+                sparse.follow_changes()
             hidden = x.reshape(-1, x.shape[-1])
             if len(hidden) > self.max_sparse_tokens:
                 return dense(x)
             return self._run(layer, hidden).view_as(x)
 
         return forward
+
+    def _warn_if_dense(self, _model: nn.Module, inputs: tuple, named: dict) -> None:
+        """Says once, in one line, that a forward pass gives the dense model's results.
+
+        A pass of several tokens a sequence with a cache is a prefill, as in `generate`, unless it has labels.
+        """
+        if self._warned or torch.compiler.is_compiling():
+            return
+        tokens, embeds = inputs[0] if inputs else named.get("input_ids"), named.get("inputs_embeds")
+        if tokens is None and embeds is not None:
+            tokens = embeds[..., 0]  # [B, n], as ids are
+        cached = any(named.get(key) is not None for key in ("cache", "past_key_values")) or named.get("use_cache")
+        prefill = cached and named.get("labels") is None and tokens is not None and tokens.shape[-1] > 1
+        if tokens is None or prefill or tokens.numel() <= self.max_sparse_tokens:
+            return
+        self._warned = True
+        problem = f"a forward pass of {tokens.numel()} tokens runs dense, as any of more than {self.max_sparse_tokens}"
+        advice = "apc.sparsify(…, scoring=True) runs all passes under the masks"
+        print(f"apc: {problem}: its results are the dense model's; {advice}", file=sys.stderr)
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
         """Runs a layer's sparse FFN, [n, E] → [n, E], and stores the values that later layers need."""
@@ -245,11 +334,39 @@ class _SparseFFN:
     can_prefetch = False  # whether `ops.sparse_ffn_ahead` of the layer before can list its active neurons
 
     def __init__(
-        self, policy: MaskPolicy, layer: int, weights: ops.FFNWeights, by_triton: bool, importance: Importance
+        self,
+        policy: MaskPolicy,
+        layer: int,
+        ffn: GatedFFN,
+        activation: str,
+        by_triton: bool,
+        importance: Importance,
     ):
         self.policy, self.layer, self.importance = policy, layer, importance
-        self.weights, self.by_triton = weights, by_triton
+        self.ffn, self.activation, self.by_triton = ffn, activation, by_triton
         self.source = layer if policy.predictor is None else policy.predictor.source_layer(layer)
+        self._parts, self._device, self._dtype = parts_of(ffn), ffn.down.weight.device, ffn.down.weight.dtype
+
+    @property
+    def weights(self) -> ops.FFNWeights:
+        """The module's weights as they are now."""
+        gate, up = self.ffn.projection("gate").detach(), self.ffn.projection("up").detach()
+        return ops.FFNWeights(gate, up, self.ffn.down.weight.detach().T, self.activation)
+
+    def follow_changes(self) -> None:
+        """Stores new down weights in transposed form. Raises UserError for changes that this FFN can't follow."""
+        check_parts(self.ffn, self._parts)
+        down = self.ffn.down.weight
+        for name, part in self._parts.items():
+            if part._forward_hooks or part._forward_pre_hooks:
+                problem = f"its {name} has forward hooks, which a kernel does not call"
+                raise UserError(f"{self.ffn.name}: {problem}; remove them, or use kernel=None")
+        if down.device != self._device or down.dtype != self._dtype:
+            now, before = f"{down.dtype} on {down.device}", f"{self._dtype} on {self._device}"
+            problem = f"its weights are {now}, at sparsify they were {before}"
+            raise UserError(f"{self.ffn.name}: {problem}; call apc.sparsify again")
+        if not down.T.is_contiguous():
+            store_transposed(self.ffn)
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters: int32 [n, 1], replace predicted ones."""
@@ -265,7 +382,7 @@ class _PolicyFFN(_SparseFFN):
         _POLICY_FFNS[self.number] = self
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
-        masks, delta = torch.ops.apc.choose(inputs[self.source], len(self.weights.gate), self.number)
+        masks, delta = torch.ops.apc.choose(inputs[self.source], self.ffn.width, self.number)
         return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), by_triton=self.by_triton) + delta
 
 
@@ -296,8 +413,9 @@ def _(hidden: Tensor, neurons: int, number: int) -> tuple[Tensor, Tensor]:
 class _ClusterFFN(_SparseFFN):
     """An FFN under the mask of the cluster that a predictor chooses."""
 
-    def __init__(self, policy: Predicted, layer: int, weights: ops.FFNWeights, *given):
-        super().__init__(policy, layer, weights, *given)
+    def __init__(self, policy: Predicted, layer: int, *given):
+        super().__init__(policy, layer, *given)
+        weights = self.weights
         book, group = policy.codebook.sites["neuron"], policy.codebook.group(layer)
         parts = policy.predictor.layer(layer).weights
         to_bf16, to_fp32 = _converters(weights.down.device)
@@ -336,17 +454,17 @@ class _ClusterFFN(_SparseFFN):
 class _LowBitFFN(_SparseFFN):
     """An FFN under the mask of the neurons that a low-bit copy of gate and up scores highest, or above a threshold."""
 
-    def __init__(self, policy: NeuronPredictor, layer: int, weights: ops.FFNWeights, *given):
-        super().__init__(policy, layer, weights, *given)
-        predictor = policy.predictor
+    def __init__(self, policy: NeuronPredictor, layer: int, *given):
+        super().__init__(policy, layer, *given)
+        device, predictor = self.ffn.down.weight.device, policy.predictor
         assert predictor.low_bit is not None  # the policy's kernel is low-bit
         thresholds = predictor.thresholds if policy.by_threshold else None
         parts, scores = predictor.layer(layer).weights, predictor.low_bit.freeze().layer(layer)
-        to_bf16, to_fp32 = _converters(weights.down.device)
+        to_bf16, to_fp32 = _converters(device)
         # Masks keep the scores above the threshold, float32 [], or a fixed number of the highest ones.
         self.threshold = None if thresholds is None else to_fp32(thresholds[layer])
         self.size = policy.codebook.size("neuron", layer) if thresholds is None else None
-        self.planes = scores.stored.to(weights.down.device).contiguous()  # uint8 [b, P, D, W]
+        self.planes = scores.stored.to(device).contiguous()  # uint8 [b, P, D, W]
         self.curve = ops.ScoreCurve(*map(to_fp32, scores.curve))
         # Weights and biases to the bottleneck, [H, E] and float32 [H], and from it, [H, E] and float32 [E]. None
         # without a correction.

@@ -4,7 +4,9 @@ Without a kernel the model runs dense and its activations are masked (`masked_fo
 quality. With a kernel FFNs compute only the neurons that the mask keeps (`sparse_ffn.py`), which shows its speed.
 """
 
+import math
 import weakref
+from typing import NoReturn
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from apc.cluster.codebook import Codebook
 from apc.data.ffn import FFNHooks, GatedFFN, find_ffns, first_device
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
-from apc.sparse.policies import make_policy
+from apc.sparse.policies import default_policy, make_policy
 from apc.sparse.sparse_ffn import SparseFFNs
 from apc.utils.errors import UserError
 
@@ -44,21 +46,34 @@ def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | 
         raise UserError(f"the predictor belongs to another codebook: {problem}; {advice}")
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Raises UserError if an FFN's projections have adapters (peft), which masks and kernels would miss."""
+    for name, module in model.named_modules():
+        parts = dict(module.named_children())
+        adapted = [key for key, part in parts.items() if "down_proj" in parts and hasattr(part, "base_layer")]
+        if adapted:
+            kind = type(parts[adapted[0]])
+            problem = f"its {adapted[0]} has an adapter ({kind.__module__}.{kind.__qualname__})"
+            raise UserError(f"{name}: {problem}; merge adapters first: model = model.merge_and_unload()")
+
+
 def sparsify(
     model: nn.Module,
     codebook: Codebook,
     predictor: Predictor | None = None,
-    policy: str = "oracle",
+    policy: str | None = None,
     seed: int = 0,
     kernel: str | None = None,
     max_sparse_tokens: float | None = None,
+    scoring: bool = False,
 ) -> nn.Module:
     """The model itself, changed so that its FFNs run under the policy's masks; `restore` or the next call undoes it.
 
     Args:
         model: a Hugging Face causal language model with gated FFNs.
         codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
-        policy: a name in `apc.sparse.policies.POLICIES`.
+        policy: a name in `apc.sparse.policies.POLICIES`. None: the policy that the predictor was trained for, without a
+            predictor `static`.
         seed: decides the masks of the policy `random`.
         kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
             mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if the model is on an
@@ -66,17 +81,26 @@ def sparsify(
         max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` on a GPU measures
             the crossover (0 if sparse is never faster, as in small models), `triton` uses the kernels' limit, and
             `torch` uses one token. math.inf: all calls run sparse.
+        scoring: with a kernel, calls of any number of tokens run sparse, so that scores of whole sequences are those of
+            the masked model. Without a kernel masks hold for all tokens anyway.
 
     Raises:
-        UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, or
-            no kernel supports it.
+        UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, no
+            kernel supports it or what the model's FFNs compute, or FFNs have adapters.
     """
+    if scoring and max_sparse_tokens is not None:
+        raise UserError(f"scoring=True runs all calls sparse; leave out max_sparse_tokens={max_sparse_tokens}")
+    check_adapters(model)
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
     device = first_device(ffns)
+    if any(ffn.down.weight.is_meta for ffn in ffns):
+        raise UserError("the model's weights are not in memory (device meta, as when offloaded); load all of them")
     if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
         problem = "the model's layers are on several devices, which no kernel supports"
         raise UserError(f"kernel={kernel}: {problem}; use kernel=None")
+    if policy is None:
+        policy = default_policy(codebook, predictor)
     if policy == "dense":
         return restore(model)
     decider = make_policy(policy, codebook, predictor, seed)
@@ -86,8 +110,17 @@ def sparsify(
     if kernel is None:
         _HANDLES[model] = MaskedForward(ffns, decider).hook()
     else:
-        _HANDLES[model] = SparseFFNs(ffns, decider, kernel, max_sparse_tokens).install()
+        max_sparse_tokens = math.inf if scoring else max_sparse_tokens
+        _HANDLES[model] = SparseFFNs(ffns, decider, kernel, max_sparse_tokens).install(model)
+    for ffn in ffns:
+        ffn.module.__dict__["__reduce_ex__"] = _refuse_copy
     return model
+
+
+def _refuse_copy(_protocol: int) -> NoReturn:
+    """In place of an FFN's `__reduce_ex__`, which copy.deepcopy and pickle call: its hooks belong to one model."""
+    problem = "a model that apc.sparsify changed can't be copied or pickled"
+    raise UserError(f"{problem}; call apc.restore(model) first, and apc.sparsify with the copy")
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -95,6 +128,8 @@ def restore(model: nn.Module) -> nn.Module:
     handle = _HANDLES.pop(model, None)
     if handle is not None:
         handle.remove()
+        for module in model.modules():
+            module.__dict__.pop("__reduce_ex__", None)
     return model
 
 

@@ -36,6 +36,12 @@ def default_policies() -> list[str]:
     return [name for name, policy in POLICIES.items() if policy.by_default]
 
 
+def default_policy(codebook: Codebook, predictor: Predictor | None) -> str:
+    """The policy of `sparsify` if none is named: that of the predictor, without a predictor one that needs none."""
+    usable = [policy for policy in POLICIES.values() if policy.in_sparsify and not policy.missing(codebook, predictor)]
+    return max(usable, key=lambda policy: bool(policy.forms)).name
+
+
 def kernel_policies() -> list[str]:
     """The policies that can skip neurons: their masks are known before the FFN runs."""
     return [name for name, policy in POLICIES.items() if policy.known_before_ffn() and name != "dense"]

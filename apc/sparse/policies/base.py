@@ -75,6 +75,7 @@ class MaskPolicy:
 
     name = ""  # its name in `policies=[…]`, tables and results.json
     by_default = False  # it is evaluated if `policies` is not given
+    in_sparsify = False  # `sparsify` uses it if no policy is named and it can run with the predictor
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
     reads_gate = False  # it reads the gate projection of all neurons first
     uses_codebook = True  # its results depend on the codebook

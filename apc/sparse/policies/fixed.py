@@ -14,6 +14,7 @@ class Static(MaskPolicy):
 
     name = "static"
     by_default = True
+    in_sparsify = True
     same_for_all = True
     color, marker = "#E69F00", "^"
 

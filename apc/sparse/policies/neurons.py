@@ -32,6 +32,7 @@ class NeuronPredictor(PredictorPolicy):
     """
 
     name = "neuron-predictor"
+    in_sparsify = True
     forms = ("neuron", "low-bit")
     tunable = True
     monitored = True
@@ -56,6 +57,7 @@ class NeuronThreshold(NeuronPredictor):
     """
 
     name = "neuron-threshold"
+    in_sparsify = False
     tunable = False
     tuned_as = "neuron-predictor"
     monitored = False  # thresholds are computed after the training

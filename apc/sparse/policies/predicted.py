@@ -11,6 +11,7 @@ class Predicted(PredictorPolicy, ClusterPolicy):
 
     name = "predicted"
     by_default = True
+    in_sparsify = True
     tunable = True
     monitored = True
     gap_to = "oracle"
