@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.colors
@@ -83,6 +84,13 @@ def test_the_figure_draws_the_policy_in_its_colour(results, tmp_path):
     pixels = (255 * matplotlib.image.imread(tmp_path / "perplexity.png")[..., :3]).round()
     colour = np.multiply(255, matplotlib.colors.to_rgb(Toy.color)).round()
     assert (pixels == colour).all(-1).sum() > 100
+
+
+def test_a_loaded_run_names_its_best_policy_that_is_no_bound(workplace, results):
+    run = apc.load_run(workplace / "runs" / "run")
+    perplexities = {record["policy"]: record["perplexity"] for record in results["policies"]}
+    assert run.best_policy == "toy" and perplexities["exact"] < perplexities["toy"]
+    assert replace(run, results=None).best_policy is None
 
 
 def test_kernels_run_the_policy(workplace, results):

@@ -18,6 +18,7 @@ from typing import Any
 from apc.cluster.codebook import Codebook
 from apc.config.load import flat, load_saved, to_yaml
 from apc.config.schema import Config
+from apc.evaluate import tables
 from apc.predict.predictor import Predictor
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -69,6 +70,15 @@ class LoadedRun:
     codebook: Codebook | None
     predictor: Predictor | None
     results: dict | None
+
+    @property
+    def best_policy(self) -> str | None:
+        """The policy with the lowest perplexity in the results, without the dense model and bounds; None: no results.
+
+        `sparsify` with policy=None uses the policy that the predictor was trained for.
+        """
+        best = tables.best_policy((self.results or {}).get("policies") or [])
+        return None if best is None else best["policy"]
 
 
 def load_run(folder: str | Path) -> LoadedRun:
