@@ -239,9 +239,10 @@ class SparseFFNs:
         """
         if self._warned or torch.compiler.is_compiling():
             return
-        tokens, embeds = inputs[0] if inputs else named.get("input_ids"), named.get("inputs_embeds")
-        if tokens is None and embeds is not None:
-            tokens = embeds[..., 0]  # [B, n], as ids are
+        given = (*inputs[:1], named.get("input_ids"), named.get("inputs_embeds"))
+        tokens = next((value for value in given if value is not None), None)
+        if tokens is not None and tokens.is_floating_point():  # embeddings [B, n, E]
+            tokens = tokens[..., 0]
         cached = any(named.get(key) is not None for key in ("cache", "past_key_values")) or named.get("use_cache")
         prefill = cached and named.get("labels") is None and tokens is not None and tokens.shape[-1] > 1
         if tokens is None or prefill or tokens.numel() <= self.max_sparse_tokens:
