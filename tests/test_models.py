@@ -5,13 +5,14 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import families
 import tiny
 from apc.collect.collector import Collector
 from apc.collect.patterns import ActiveRule, Importance
 from apc.config.schema import ModelConfig
 from apc.data import ffn as ffn_module
 from apc.data import models
-from apc.data.ffn import FFNHooks, find_ffns
+from apc.data.ffn import FFNHooks, check_calls, find_ffns
 from apc.data.models import load_model, resolve_device, weights_digest
 from apc.utils.errors import UserError
 
@@ -26,6 +27,71 @@ class Recorder:
     def visit(self, layer, site, values):
         self.seen[layer, site] = values.clone()
         return self.change(values) if self.change else None
+
+
+def test_a_layer_that_runs_twice_or_never_is_an_error_that_names_it(tmp_path):
+    model = tiny.make_model()
+    ffns = find_ffns(model)
+    check_calls(model, ffns)
+    layers = model.model.layers
+    layers[1].mlp = layers[0].mlp
+    with pytest.raises(UserError, match=r"Llama\w+: a forward pass runs model.layers.0.mlp 2 times"):
+        check_calls(model, find_ffns(model))
+    layers[1].mlp = ffns[1].module
+    model.model.layers = torch.nn.ModuleList(layers[i] for i in (0, 2, 1))  # found in this order
+    check_calls(model, find_ffns(model))
+    with pytest.raises(UserError, match="does not run its layers in order"):
+        check_calls(model, ffns)
+    model.model.spare = ffns[0].module.__class__(model.config)
+    with pytest.raises(UserError, match="a forward pass runs model.spare 0 times"):
+        check_calls(model, find_ffns(model))
+
+
+def test_a_looped_model_can_not_be_loaded(tmp_path):
+    """Dory runs its layers twice; the check is part of loading, so every command refuses it."""
+    families.build("dory").save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"Dory\w+: a forward pass runs model.layers.0.mlp 2 times; layers that are looped"
+    ):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"), torch.device("cpu"))
+
+
+def test_adapters_on_an_ffn_are_an_error_that_says_what_to_do():
+    model = tiny.make_model()
+    up = model.model.layers[1].mlp.up_proj
+    up.base_layer = torch.nn.Identity()  # as PEFT's layers have one
+    with pytest.raises(
+        UserError, match=r"model.layers.1.mlp has adapters; merge them first: model = model.merge_and_un"
+    ):
+        find_ffns(model)
+
+
+@pytest.mark.parametrize("family", tiny.UNGATED_FAMILIES)
+def test_hooks_see_an_ffn_without_a_gate(family):
+    model = tiny.make_model(family)
+    ffns, recorder = find_ffns(model), Recorder()
+    assert not any(ffn.gated for ffn in ffns)
+    hooks = FFNHooks(ffns, ["up", "neuron", "down"], recorder)
+    with torch.no_grad():
+        model(torch.arange(9)[None])
+    hooks.remove()
+    for layer, ffn in enumerate(ffns):
+        up, down = ffn.up, ffn.down
+        torch.testing.assert_close(recorder.seen[layer, "up"].flatten(0, -2), up(recorder.inputs[layer]).flatten(0, -2))
+        torch.testing.assert_close(recorder.seen[layer, "down"], down(recorder.seen[layer, "neuron"]))
+    values = recorder.seen[1, "neuron"].flatten(0, -2)
+    alone = torch.stack([down_of(ffns[1], values * one).norm(dim=-1) for one in torch.eye(ffns[1].width)], dim=-1)
+    torch.testing.assert_close(Importance(ffns)(1, "neuron", values), alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        UserError, match=r"sites=\['gate', 'up'\]: the model's FFNs have no gate; choose \[neuron\], or"
+    ):
+        FFNHooks(ffns, ["gate", "up"], recorder)
+
+
+def down_of(ffn, values):
+    """The down projection without its bias."""
+    return ffn.down(values) - ffn.down(torch.zeros_like(values))
 
 
 def weights_of(ffn):
@@ -79,7 +145,10 @@ def test_importance_of_a_neuron_is_the_norm_of_its_output():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=11), "GPT2LMHeadModel: no gated FFN"),
+        (
+            dict(model_type="mamba", hidden_size=16, num_hidden_layers=1, vocab_size=11),
+            "MambaForCausalLM: no FFN found",
+        ),
         (
             dict(
                 model_type="mixtral",
@@ -94,7 +163,7 @@ def test_importance_of_a_neuron_is_the_norm_of_its_output():
             r"Mixtral\w+: a mixture of experts \(4 experts\)",
         ),
     ],
-    ids=["no-gated-ffn", "mixture-of-experts"],
+    ids=["no-ffn", "mixture-of-experts"],
 )
 def test_an_unsupported_model_is_an_error_that_names_it(options, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))

@@ -44,7 +44,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3", *tiny.UNGATED_FAMILIES])
 def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
@@ -66,6 +66,28 @@ def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
             1,
             10,
         )
+
+
+def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
+    tiny.make_workplace(tmp_path, "opt")
+    low_bit = {"predictor.form": "low-bit", "policies": "[dense,static,neuron-predictor]"}
+    with pytest.raises(
+        UserError, match=r"predictor.low_bit_projections=\['gate', 'up'\]: the model's FFNs have no gate"
+    ):
+        run_train(tmp_path, **low_bit)
+    results = run_train(tmp_path, **low_bit, **{"predictor.low_bit_projections": "[up]"})
+    _, static, predicted = results["policies"]
+    assert static["bytes_share"] == static["density"] == 0.5
+    E, D = 32, 52
+    copy = D * (E / 16 + 3) + D  # one bit a weight, and four 16-bit numbers a neuron
+    assert predicted["bytes_share"] == pytest.approx(0.5 + copy / (2 * E * D))
+    assert apc.load_run(tmp_path / "runs" / "run").codebook.projections == 2
+    with pytest.raises(UserError, match="policy gate: needs FFNs with a gate"):
+        run_evaluate(tmp_path, "policies=[gate]")
+    run = apc.load_run(tmp_path / "runs" / "run")
+    model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
+    with pytest.raises(UserError, match="model.decoder.layers.0: it has no gate, which kernels need; use kernel=None"):
+        apc.sparsify(model, run.codebook, run.predictor, kernel="torch")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,19 @@ FAMILIES = {
     "gemma3": dict(model_type="gemma3_text", head_dim=16),
     "phi3": dict(model_type="phi3", pad_token_id=0),
 }
+_GPT2_NAMES = dict(n_embd=32, n_inner=52, n_layer=3, n_head=2, n_positions=256)
+UNGATED_FAMILIES = {
+    "opt": dict(model_type="opt", ffn_dim=52, word_embed_proj_dim=32),
+    "gpt2": dict(model_type="gpt2", **_GPT2_NAMES),
+    "gpt_neox": dict(model_type="gpt_neox"),
+    "phi": dict(model_type="phi"),
+    "falcon": dict(model_type="falcon", ffn_hidden_size=52, new_decoder_architecture=False),
+    "starcoder2": dict(model_type="starcoder2"),
+    "bloom": dict(model_type="bloom", n_layer=3, n_head=2),
+    "nemotron": dict(model_type="nemotron"),
+    "arcee": dict(model_type="arcee"),
+    "apertus": dict(model_type="apertus"),
+}
 
 
 def make_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
@@ -69,7 +82,9 @@ def make_model(family: str = "llama", width: int = 52, layers: int = 3, **option
         pad_token_id=VOCABULARY,
     )
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(settings | FAMILIES[family] | options)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**(settings | (FAMILIES | UNGATED_FAMILIES)[family] | options))
+    )
     with torch.no_grad():  # larger than the usual initial weights, so that masks change the output
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:

@@ -453,6 +453,7 @@ class ClusteringModule(CentroidInit):
             provenance=provenance,
             centroid_size=self.centroid_size,
             penalty=cfg.penalty,
+            projections=info.projections,
         )
         return book.to(torch.device("cpu"))
 

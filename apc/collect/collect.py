@@ -63,6 +63,7 @@ def collect(
         with_importance=cfg.importance,
         with_hidden=with_hidden,
         identity=identity,
+        projections=2 + first_ffn.gated,
     )
     if cfg.storage == "disk":
         return _stored(store_folder(cfg), info) or _to_disk(cfg, info, collector, windows)

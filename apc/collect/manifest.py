@@ -64,6 +64,8 @@ def _manifest_problem(manifest: dict) -> str | None:
     for key in COUNTS:
         if not _is_count(manifest.get(key)):
             return f"{key} is {manifest.get(key)!r}"
+    if manifest.get("projections", 3) not in (2, 3):
+        return f"projections is {manifest['projections']!r}"
     widths, thresholds, fields, shards = (manifest.get(key) for key in ("widths", "thresholds", "fields", "shards"))
     active, sparsity = manifest.get("active"), manifest.get("sparsity")
     if not isinstance(widths, dict) or not widths or not all(s in SITES and _is_count(D) for s, D in widths.items()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apc import ops
-from apc.data.ffn import GatedFFN, first_device
+from apc.data.ffn import FFN, first_device
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ActiveRule:
 class Importance:
     """Importance: |x| at gate, up and down; |act(g)·u| times the norm of the neuron's column of W_down at `neuron`."""
 
-    def __init__(self, ffns: list[GatedFFN]):
+    def __init__(self, ffns: list[FFN]):
         self._norms = [ffn.output_norms().to(first_device(ffns)) for ffn in ffns]
 
     def __call__(self, layer: int, site: str, values: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class PatternInfo:
     """Shapes and origin of collected patterns, the same for every `PatternSource`.
 
     activity: int64 [L, D] per site, how often each neuron is active; identity: the settings that decide the content, as
-    `pattern_identity` lists them.
+    `pattern_identity` lists them; projections: matrices in an FFN, 2 without a gate.
     """
 
     layers: int
@@ -152,6 +152,7 @@ class PatternInfo:
     with_hidden: bool
     identity: dict
     activity: dict[str, Tensor] = field(default_factory=dict)
+    projections: int = 3
 
     @property
     def tokens(self) -> int:

@@ -137,7 +137,7 @@ class StoreWriter:
             "version": FORMAT,
             "identity": info.identity,
             "source": source,
-            **{key: getattr(info, key) for key in (*COUNTS, "widths")},
+            **{key: getattr(info, key) for key in (*COUNTS, "projections", "widths")},
             "fields": info.fields(),
             "active": info.rule.kind,
             "sparsity": info.rule.sparsity,
@@ -299,6 +299,7 @@ class PatternStore(PatternSource):
             rule=ActiveRule(manifest["active"], manifest["sparsity"], thresholds),
             with_importance=any(name.startswith("importance") for name in manifest["fields"]),
             with_hidden="hidden" in manifest["fields"],
+            projections=manifest.get("projections", 3),  # stores of FFNs with a gate had no entry at first
             activity={site: self._activity(site) for site in manifest["widths"]},
         )
 

@@ -30,6 +30,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.config.load import to_dict
     from apc.data.models import batch_windows, model_name, resolve_device, weights_digest
     from apc.evaluate import tables
+    from apc.predict.low_bit import check_projections
     from apc.run import stages
     from apc.run.context import HeldOutMonitor, RunContext, load_inputs
     from apc.run.folder import Stopwatch, open_run
@@ -49,6 +50,8 @@ def train(cfg: Config, wide: bool = False) -> dict:
     thresholded = cfg.collect.forward == "thresholded"
     name, progress = model_name(cfg.model), cfg.trainer.progress
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
+    if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
+        check_projections(collector.ffns, cfg.predictor.low_bit_projections)
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )

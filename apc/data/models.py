@@ -1,8 +1,4 @@
-"""Loads a causal language model with gated feed-forward networks (FFNs).
-
-An FFN is down(act(gate(x)) * up(x)), with gate and up as two linear layers (Llama, Mistral, Qwen, Gemma, SmolLM) or
-fused into one (Phi-3).
-"""
+"""Loads a causal language model with feed-forward networks (FFNs) that `apc.data.ffn` finds."""
 
 import hashlib
 import json
@@ -15,7 +11,7 @@ from torch import nn
 
 from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
-from apc.data.ffn import check_config, find_ffns, first_device
+from apc.data.ffn import check_calls, check_config, find_ffns, first_device
 from apc.utils import hub
 from apc.utils.errors import UserError, first_line
 from apc.utils.tensor_files import raw_bytes
@@ -49,7 +45,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     """The model in evaluation mode, and its tokenizer.
 
     The model is on `device`; with a device map, at least its first layer is. Raises UserError if the model can't be
-    loaded, has no gated FFN, or its device map does not fit.
+    loaded, its FFNs are not supported, or its device map does not fit.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -70,12 +66,15 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
             missing += "give a model folder or a .gguf file: model.path=FOLDER"
             reason = missing if local_only and source == cfg.path else first_line(error)
             raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
-    first = first_device(find_ffns(model))
+    ffns = find_ffns(model)
+    first = first_device(ffns)
     if cfg.device_map:
         _check_map(model, first, device)
     else:
         nn.Module.to(model, device)
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    check_calls(model, ffns)
+    return model, tokenizer
 
 
 def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> None:

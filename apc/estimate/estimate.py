@@ -62,6 +62,7 @@ class ModelShape:
     body: int  # parameters without embeddings and head
     dtype: torch.dtype
     widths: dict[str, int]  # neurons at each of the run's sites
+    projections: int  # matrices in an FFN, 2 without a gate
     origin: str  # the source of these numbers, for the table
 
 
@@ -164,6 +165,7 @@ def _shape(
         body=parameters - sum(embeddings.values()),
         dtype=own if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
         widths={site: ffns[0].site_width(site) for site in sites},
+        projections=2 + ffns[0].gated,
         origin=origin,
     )
 
@@ -211,6 +213,7 @@ def pattern_info(cfg: Config, shape: ModelShape, windows: int) -> PatternInfo:
         with_importance=cfg.collect.importance,
         with_hidden=trains_predictor(cfg) and cfg.collect.ffn_inputs == "stored",
         identity={},
+        projections=shape.projections,
     )
 
 
@@ -246,6 +249,7 @@ def empty_codebook(cfg: Config, info: PatternInfo) -> Codebook:
         density=cfg.cluster.density,
         active=cfg.active,
         sparsity=cfg.sparsity,
+        projections=info.projections,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import GatedFFN, find_ffns
+from apc.data.ffn import FFN, find_ffns
 from apc.evaluate.metrics import (
     MaskMeter,
     layer_figures,
@@ -30,7 +30,7 @@ from apc.utils.progress import progress as progress_bar
 class DenseMeters(ForwardReader):
     """Measures the masks of all policies on the activations of one dense forward pass, which stays dense."""
 
-    def __init__(self, ffns: list[GatedFFN], codebook: Codebook, policies: list[MaskPolicy], meters: list[MaskMeter]):
+    def __init__(self, ffns: list[FFN], codebook: Codebook, policies: list[MaskPolicy], meters: list[MaskMeter]):
         lookahead = max((policy.lookahead for policy in policies), default=0)
         super().__init__(ffns, codebook, lookahead, any(policy.reads_gate for policy in policies))
         self.policies, self.meters = policies, meters

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from apc import ops
-from apc.data.ffn import GatedFFN
+from apc.data.ffn import FFN
+from apc.utils.errors import UserError
 
 # The spacing of 2^b equally spaced levels that distorts a normal distribution of variance 1 least (Max, "Quantizing for
 # minimum distortion", 1960).
@@ -77,7 +78,7 @@ class LowBitScores(nn.Module):
         return self.scale, self.slope, self.power, self.bias
 
     @torch.no_grad()
-    def copy_ffns(self, ffns: list[GatedFFN], static_energy: Tensor) -> None:
+    def copy_ffns(self, ffns: list[FFN], static_energy: Tensor) -> None:
         """Copies the model's own weights; the bias starts as the logarithm of static_energy [L, D], in any unit."""
         weights = self._stored()
         for layer, ffn in enumerate(ffns):
@@ -163,6 +164,15 @@ class LowBitScores(nn.Module):
     def multiplications(self) -> int:
         """Products that one layer computes for one token, whatever the bits of a weight."""
         return len(self.projections) * self.neurons * (self.hidden_size + 3)
+
+
+def check_projections(ffns: list[FFN], projections: list[str]) -> None:
+    """Raises UserError if a gate is to be copied that the FFNs do not have."""
+    if "gate" in projections and not ffns[0].gated:
+        raise UserError(
+            f"predictor.low_bit_projections={projections}: the model's FFNs have no gate; "
+            "set predictor.low_bit_projections=[up]"
+        )
 
 
 @dataclass(frozen=True, eq=False)

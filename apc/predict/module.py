@@ -14,7 +14,7 @@ from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Block, PatternInfo
 from apc.config.schema import PredictorConfig, TuneConfig
-from apc.data.ffn import GatedFFN
+from apc.data.ffn import FFN
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.utils.errors import UserError
 
@@ -95,7 +95,7 @@ class PredictorModule(StepModule):
         monitor: Block | None = None,
         seed: int = 0,
         log_every: int = 20,
-        ffns: list[GatedFFN] | None = None,
+        ffns: list[FFN] | None = None,
     ):
         super().__init__(log_every)
         if cfg.loss != "ce" and not info.with_importance:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFNHooks, GatedFFN
+from apc.data.ffn import FFN, FFNHooks
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
 from apc.utils.errors import UserError
 
@@ -23,7 +23,7 @@ class Meter(Protocol):
         """Adds the masks of some tokens, bool [n, D] or [1, D]."""
 
 
-def activation_function(ffn: GatedFFN) -> Callable[[Tensor], Tensor]:
+def activation_function(ffn: FFN) -> Callable[[Tensor], Tensor]:
     """The activation function between an FFN's gate and its product with up. Raises UserError if it is not found."""
     for name in ("act_fn", "activation_fn"):
         if hasattr(ffn.module, name):
@@ -34,12 +34,12 @@ def activation_function(ffn: GatedFFN) -> Callable[[Tensor], Tensor]:
     raise UserError(f"{ffn.name}: {problem}; choose kernel=None and a policy that does not read the gate")
 
 
-def parts_of(ffn: GatedFFN) -> dict[str, nn.Module]:
+def parts_of(ffn: FFN) -> dict[str, nn.Module]:
     """The modules in an FFN by name."""
     return dict(ffn.module.named_children())
 
 
-def check_parts(ffn: GatedFFN, parts: dict[str, nn.Module]) -> None:
+def check_parts(ffn: FFN, parts: dict[str, nn.Module]) -> None:
     """Raises UserError if another module, such as an adapter, has taken the place of one of an FFN's parts."""
     for name, part in parts.items():
         present = ffn.module._modules.get(name)
@@ -54,7 +54,7 @@ def check_parts(ffn: GatedFFN, parts: dict[str, nn.Module]) -> None:
 class ForwardReader:
     """An `FFNVisitor` that collects what policies read during a forward pass; subclasses decide the masks in `see`."""
 
-    ffns: list[GatedFFN]
+    ffns: list[FFN]
     codebook: Codebook
     lookahead: int = 0
     reads_gate: bool = False
@@ -105,7 +105,7 @@ class ForwardReader:
 class MaskedForward(ForwardReader):
     """Applies a policy's masks; a meter, if given, measures them."""
 
-    def __init__(self, ffns: list[GatedFFN], policy: MaskPolicy, meter: Meter | None = None):
+    def __init__(self, ffns: list[FFN], policy: MaskPolicy, meter: Meter | None = None):
         super().__init__(ffns, policy.codebook, policy.lookahead, policy.reads_gate, policy.changes_output)
         self.policy, self.meter = policy, meter
         self._parts = [parts_of(ffn) for ffn in ffns]

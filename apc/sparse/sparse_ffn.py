@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from apc import ops
 from apc.collect.patterns import Importance
-from apc.data.ffn import GatedFFN
+from apc.data.ffn import FFN
 from apc.ops.sparse_ffn import act
 from apc.sparse.masked_forward import activation_function, check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
@@ -51,9 +51,11 @@ _ACTIVATIONS = {
 }
 
 
-def activation_of(ffn: GatedFFN) -> str:
-    """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if no kernel supports it or its biases."""
-    if any(linear is not None and linear.bias is not None for linear in (ffn.gate, ffn.up, ffn.gate_up, ffn.down)):
+def activation_of(ffn: FFN) -> str:
+    """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if no kernel supports the FFN."""
+    if not ffn.gated:
+        raise UserError(f"{ffn.name}: it has no gate, which kernels need; use kernel=None")
+    if any(linear.bias is not None for linear in ffn.linears):
         raise UserError(f"{ffn.name}: its projections have biases, which no kernel supports; use kernel=None")
     activation = activation_function(ffn)
     kind = type(activation).__name__
@@ -66,7 +68,7 @@ def activation_of(ffn: GatedFFN) -> str:
     return name
 
 
-def check_call(ffn: GatedFFN) -> None:
+def check_call(ffn: FFN) -> None:
     """Raises UserError if an FFN's forward takes more than its input, as FFNs shared by layers do."""
     _, *others = inspect.signature(ffn.module.forward).parameters.values()
     names = [other.name for other in others if other.kind not in (other.VAR_POSITIONAL, other.VAR_KEYWORD)]
@@ -75,13 +77,13 @@ def check_call(ffn: GatedFFN) -> None:
         raise UserError(f"{ffn.name}: {problem}; use kernel=None")
 
 
-def store_transposed(ffn: GatedFFN) -> None:
+def store_transposed(ffn: FFN) -> None:
     """Stores an FFN's down projection in transposed form only: the model's own parameter becomes a view of it."""
     ffn.down.weight.data = ffn.down.weight.detach().T.contiguous().T
 
 
 @torch.no_grad()
-def check_formula(ffn: GatedFFN, weights: ops.FFNWeights) -> None:
+def check_formula(ffn: FFN, weights: ops.FFNWeights) -> None:
     """Raises UserError unless an FFN computes down(act(gate) * up) as kernels do, measured on random inputs.
 
     Some models clamp, scale, normalise or drop values between the three projections.
@@ -115,7 +117,7 @@ class SparseFFNs:
 
     max_sparse_tokens: float
 
-    def __init__(self, ffns: list[GatedFFN], policy: MaskPolicy, kernel: str, max_sparse_tokens: float | None):
+    def __init__(self, ffns: list[FFN], policy: MaskPolicy, kernel: str, max_sparse_tokens: float | None):
         """Raises UserError for a policy, a codebook or an FFN that has no kernel."""
         self.policy = policy
         self.by_triton = _by_triton(ffns[0], kernel)
@@ -303,7 +305,7 @@ def _warn_no_triton() -> None:
     print(message, file=sys.stderr)
 
 
-def _by_triton(ffn: GatedFFN, kernel: str) -> bool:
+def _by_triton(ffn: FFN, kernel: str) -> bool:
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks on a dense forward pass")
     device = ffn.down.weight.device
@@ -338,7 +340,7 @@ class _SparseFFN:
         self,
         policy: MaskPolicy,
         layer: int,
-        ffn: GatedFFN,
+        ffn: FFN,
         activation: str,
         by_triton: bool,
         importance: Importance,

@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch import nn
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import FFNHooks, GatedFFN, find_ffns, first_device
+from apc.data.ffn import FFN, FFNHooks, find_ffns, first_device
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import default_policy, make_policy
@@ -22,7 +22,7 @@ Handle = FFNHooks | SparseFFNs  # what `sparsify` puts into a model; `remove()` 
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
-def check_fits(ffns: list[GatedFFN], codebook: Codebook, predictor: Predictor | None) -> None:
+def check_fits(ffns: list[FFN], codebook: Codebook, predictor: Predictor | None) -> None:
     """Raises UserError unless codebook and predictor belong together and have the model's shapes."""
     shape = dict(layers=len(ffns), hidden_size=ffns[0].hidden_size)
     for kind, part in (("codebook", codebook), ("predictor", predictor)):

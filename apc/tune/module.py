@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.config.schema import TuneConfig
-from apc.data.ffn import GatedFFN
+from apc.data.ffn import FFN
 from apc.predict.module import StepModule
 from apc.predict.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse.masked_forward import ForwardReader
@@ -90,7 +90,7 @@ class TuningModule(StepModule):
         self,
         cfg: TuneConfig,
         model: nn.Module,
-        ffns: list[GatedFFN],
+        ffns: list[FFN],
         codebook: Codebook,
         predictor: Predictor | None,
         windows: Tensor,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import GatedFFN
+from apc.data.ffn import FFN
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import MaskDecision, MaskInputs
@@ -32,7 +32,7 @@ class _Counter(MaskedForward):
 
     policy: NeuronPredictor
 
-    def __init__(self, ffns: list[GatedFFN], policy: NeuronPredictor, upper: Tensor | None):
+    def __init__(self, ffns: list[FFN], policy: NeuronPredictor, upper: Tensor | None):
         super().__init__(ffns, policy)
         self.upper = upper
         shape = (len(ffns), 1 << (_UPPER if upper is None else _LOWER))
@@ -61,7 +61,7 @@ def unordered(keys: Tensor) -> Tensor:
 @torch.no_grad()
 def find_thresholds(
     model: "PreTrainedModel",
-    ffns: list[GatedFFN],
+    ffns: list[FFN],
     codebook: Codebook,
     predictor: Predictor,
     windows: Tensor,

@@ -100,6 +100,8 @@ class MaskPolicy:
         """Why the policy can't run with this codebook and predictor; None if it can."""
         if cls.sites and not set(codebook.sites) <= set(cls.sites):
             return f"needs the site {' or '.join(cls.sites)}"
+        if cls.reads_gate and codebook.projections == 2:
+            return "needs FFNs with a gate"
         if not cls.forms:
             return None
         if predictor is None:
@@ -170,14 +172,15 @@ class MaskPolicy:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
         The share of bytes counts the kept FFN rows and `parameters_read`; the share of FLOPs counts the kept FFN rows
-        and `multiplications`. Both are relative to the dense FFN's 3·E·D. A mask at `neuron` saves rows of all three
-        projections; a mask at gate, up or down saves rows of that projection.
+        and `multiplications`. Both are relative to the dense FFN's P·E·D, with P = 3 projections, or 2 without a gate.
+        A mask at `neuron` saves rows of all projections; a mask at gate, up or down saves rows of that projection.
         """
-        dense, kept, sites = 3 * self.codebook.hidden_size * self.codebook.ffn_width, 1.0, list(self.codebook.widths)
+        P, sites = self.codebook.projections, list(self.codebook.widths)
+        dense, kept = P * self.codebook.hidden_size * self.codebook.ffn_width, 1.0
         for site in sites:
             density = sum(densities[site]) / len(densities[site])
-            projections = 3 if site == "neuron" else 1
-            kept -= (projections - self.reads_gate) * (1 - density) / 3
+            projections = P if site == "neuron" else 1
+            kept -= (projections - self.reads_gate) * (1 - density) / P
         bits = sum(self.choice_bits(site, densities[site]) for site in sites)
         read, computed = sum(map(self.parameters_read, sites)), sum(map(self.multiplications, sites))
         return PolicyCost(bits, kept + read / dense, kept + computed / dense)

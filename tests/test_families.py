@@ -1,0 +1,87 @@
+"""Every causal language model of the installed transformers: accepted and masked rightly, or refused in one line.
+
+tests/data/families.txt is the committed list. `python tests/test_families.py` writes it again.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import families
+from apc.data.ffn import FFNHooks, check_calls, find_ffns
+from apc.utils.errors import UserError
+
+LIST = Path(__file__).parent / "data" / "families.txt"
+LISTED = dict(line.split(": ", 1) for line in LIST.read_text().splitlines()) if LIST.is_file() else {}
+IDS = torch.arange(3, 11)[None]
+
+
+class Keep:
+    """Sets the values at `neuron` to zero outside the masks, bool [D] of each layer."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def enter(self, layer, hidden):
+        pass
+
+    def visit(self, layer, site, values):
+        return values.masked_fill(~self.masks[layer], 0)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def verdict(model_type: str) -> str:
+    """`accepted, gated`, `accepted, no gate`, or the reason why the model is refused or could not be built."""
+    try:
+        model = families.build(model_type)
+    except Exception as error:
+        return f"not built here ({type(error).__name__})"
+    try:
+        ffns = find_ffns(model)
+        check_calls(model, ffns)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return f"refused: {str(error).partition(': ')[2]}"
+    check_masked(model, ffns)
+    return f"accepted, {'gated' if ffns[0].gated else 'no gate'}"
+
+
+def check_masked(model, ffns) -> None:
+    """The masked forward equals that of a model whose down projections have zeros in place of the dropped neurons."""
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(ffn.width, generator=generator) < 0.5 for ffn in ffns]
+    dense = logits(model)
+    hooks = FFNHooks(ffns, ["neuron"], Keep(masks))
+    masked = logits(model)
+    hooks.remove()
+    with torch.no_grad():
+        for ffn, mask in zip(ffns, masks, strict=True):
+            weight = ffn.down.weight
+            weight.mul_(mask if isinstance(ffn.down, torch.nn.Linear) else mask.unsqueeze(1))
+    expected = logits(model)
+    assert float((masked - expected).norm()) < 1e-4 * float((expected - dense).norm())
+
+
+@pytest.mark.parametrize("model_type", families.NAMES)
+def test_a_family_is_masked_rightly_or_refused_by_name(model_type):
+    found = verdict(model_type)
+    if model_type not in LISTED:
+        warnings.warn(f"{model_type} is not in {LIST.name}: {found}", stacklevel=1)
+    elif transformers.__version__ == LISTED["transformers"]:
+        assert found == LISTED[model_type]
+    elif found != LISTED[model_type]:
+        warnings.warn(f"{model_type} was {LISTED[model_type]}, is {found}", stacklevel=1)
+
+
+if __name__ == "__main__":
+    lines = [f"transformers: {transformers.__version__}", *(f"{name}: {verdict(name)}" for name in families.NAMES)]
+    LIST.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines) - 1} families in {LIST}", file=sys.stderr)
