@@ -62,7 +62,8 @@ def test_adapters_on_an_ffn_are_an_error_that_says_what_to_do():
     up = model.model.layers[1].mlp.up_proj
     up.base_layer = torch.nn.Identity()  # as PEFT's layers have one
     with pytest.raises(
-        UserError, match=r"model.layers.1.mlp has adapters; merge them first: model = model.merge_and_un"
+        UserError,
+        match=r"model.layers.1.mlp: its up_proj has an adapter \(torch.*Linear\), which masks would miss; merge",
     ):
         find_ffns(model)
 

@@ -370,7 +370,7 @@ def test_adapters_on_an_ffn_are_named(kernel):
     ):
         model(tokens)
     with pytest.raises(
-        UserError, match=r"layers\.1\.mlp: its down_proj has an adapter \(.*Adapter\); merge adapters first"
+        UserError, match=r"layers\.1\.mlp: its down_proj has an adapter \(.*Adapter\), which masks would miss; merge"
     ):
         apc.sparsify(model, codebook, kernel=kernel)
     mlp.down_proj = linear

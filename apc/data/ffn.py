@@ -138,7 +138,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             _refuse_experts(kind, getattr(module, "num_experts", 0) or len(children))
         names = next((names for names in _NAMES if set(names.values()) <= set(children)), None)
         if names is not None:
-            parts = {part: _float_linear(children[child], f"{kind}: {name}") for part, child in names.items()}
+            parts = {part: _float_linear(children, child, f"{kind}: {name}") for part, child in names.items()}
             if "up" in parts and len(_rows(parts["up"])) == 2 * _rows(parts["down"]).shape[1]:  # Moshi's fc1
                 parts["gate_up"] = parts.pop("up")
             ffns.append(FFN(name, module, **parts))
@@ -199,10 +199,13 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> None:
         raise UserError(f"{kind}: some layers run only on some tokens, which is not supported; choose another model")
 
 
-def _float_linear(module: nn.Module, where: str) -> Linear:
-    """The module itself. Raises UserError unless it is a linear layer with weights in a floating-point type."""
+def _float_linear(children: dict[str, nn.Module], child: str, where: str) -> Linear:
+    """One of an FFN's modules. Raises UserError unless it is a linear layer with weights in a floating-point type."""
+    module = children[child]
     if hasattr(module, "base_layer"):
-        raise UserError(f"{where} has adapters; merge them first: model = model.merge_and_unload()")
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        problem = f"its {child} has an adapter ({name}), which masks would miss"
+        raise UserError(f"{where}: {problem}; merge adapters first: model = model.merge_and_unload()")
     if not isinstance(module, (nn.Linear, Conv1D)) or module.weight.dtype not in _FLOATS:
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
         raise UserError(

@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch import nn
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import FFN, FFNHooks, find_ffns, first_device
+from apc.data.ffn import FFN, FFNHooks, check_calls, find_ffns, first_device
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import default_policy, make_policy
@@ -46,17 +46,6 @@ def check_fits(ffns: list[FFN], codebook: Codebook, predictor: Predictor | None)
         raise UserError(f"the predictor belongs to another codebook: {problem}; {advice}")
 
 
-def check_adapters(model: nn.Module) -> None:
-    """Raises UserError if an FFN's projections have adapters (peft), which masks and kernels would miss."""
-    for name, module in model.named_modules():
-        parts = dict(module.named_children())
-        adapted = [key for key, part in parts.items() if "down_proj" in parts and hasattr(part, "base_layer")]
-        if adapted:
-            kind = type(parts[adapted[0]])
-            problem = f"its {adapted[0]} has an adapter ({kind.__module__}.{kind.__qualname__})"
-            raise UserError(f"{name}: {problem}; merge adapters first: model = model.merge_and_unload()")
-
-
 def sparsify(
     model: nn.Module,
     codebook: Codebook,
@@ -70,7 +59,7 @@ def sparsify(
     """The model itself, changed so that its FFNs run under the policy's masks; `restore` or the next call undoes it.
 
     Args:
-        model: a Hugging Face causal language model with gated FFNs.
+        model: a Hugging Face causal language model.
         codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
         policy: a name in `apc.sparse.policies.POLICIES`. None: the policy that the predictor was trained for, without a
             predictor `static`.
@@ -86,15 +75,14 @@ def sparsify(
 
     Raises:
         UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, no
-            kernel supports it or what the model's FFNs compute, or FFNs have adapters.
+            kernel supports it or what the model's FFNs compute, or the model's FFNs are not supported.
     """
     if scoring and max_sparse_tokens is not None:
         raise UserError(f"scoring=True runs all calls sparse; leave out max_sparse_tokens={max_sparse_tokens}")
-    check_adapters(model)
     ffns = find_ffns(model)
     check_fits(ffns, codebook, predictor)
     device = first_device(ffns)
-    if any(ffn.down.weight.is_meta for ffn in ffns):
+    if any(value.is_meta for value in model.parameters()):
         raise UserError("the model's weights are not in memory (device meta, as when offloaded); load all of them")
     if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
         problem = "the model's layers are on several devices, which no kernel supports"
@@ -108,10 +96,12 @@ def sparsify(
         decider = decider.to(device)  # the other kernels copy the tensors they need, and no profiles
     restore(model)
     if kernel is None:
+        check_calls(model, ffns)
         _HANDLES[model] = MaskedForward(ffns, decider).hook()
     else:
-        max_sparse_tokens = math.inf if scoring else max_sparse_tokens
-        _HANDLES[model] = SparseFFNs(ffns, decider, kernel, max_sparse_tokens).install(model)
+        sparse = SparseFFNs(ffns, decider, kernel, math.inf if scoring else max_sparse_tokens)
+        check_calls(model, ffns)
+        _HANDLES[model] = sparse.install(model)
     for ffn in ffns:
         ffn.module.__dict__["__reduce_ex__"] = _refuse_copy
     return model
