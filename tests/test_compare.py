@@ -13,6 +13,7 @@ from apc.compare import figures as compare_figures
 from apc.compare import finished, tables
 from apc.config.load import load_config, to_yaml
 from apc.evaluate import figures
+from apc.evaluate import tables as evaluate_tables
 from apc.utils import exits
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
@@ -130,6 +131,9 @@ def test_a_line_is_one_policy_of_one_algorithm_and_density_over_clusters(grid):
         {"in_sample": False},
         {"seq_len": 512},
         {"fit_tokens": 7},
+        {"bos": "a BOS token begins each window"},
+        {"overlap": 0.004},
+        {"weights": "0123abcd"},
     ],
 )
 def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
@@ -200,6 +204,35 @@ def test_the_table_has_every_policy_with_its_conditions_held_out_first(grid):
         assert "IN-SAMPLE: scored on the text that was fitted on" in text
         assert text.count("python train.py") == (14 if form else 0)
         assert ("9.2e5" in text and "not bytes or FLOPs" in text) == bool(form)
+
+
+def test_more_conditions_are_shown_where_a_run_has_them(tmp_path):
+    runs = [finish(tmp_path, "a"), finish(tmp_path, "b", bos="a BOS token begins each window")]
+    text = tables.table(runs)
+    assert text.count("bos: a BOS token begins each window") == 1 and "overlap" not in text and "None" not in text
+    assert [row["bos"] for row in csv.DictReader(tables.table_csv([runs[1]]).splitlines())][:1] == [
+        "a BOS token begins each window"
+    ]
+
+
+@pytest.mark.parametrize("windows", [7, 8])
+def test_few_windows_have_no_interval(tmp_path, windows):
+    """Results of version 0.1 have one from two windows on."""
+    run = finish(tmp_path, "a", score_tokens=windows * 2048)
+    text = " ".join(tables.table([run]).split())
+    assert ("4.000 ± 0.404" in text) == (windows == 8) and text.count(evaluate_tables.NO_INTERVAL) == (windows == 7)
+    low = [
+        row["ratio_low"] for row in csv.DictReader(tables.table_csv([run]).splitlines()) if row["policy"] == "oracle"
+    ]
+    assert bool(low[0]) == (windows == 8)
+
+
+@pytest.mark.parametrize("form", [{}, {"wide": True}, {"markdown": True}], ids=["terminal", "wide", "markdown"])
+def test_warnings_of_a_run_name_it(tmp_path, form):
+    runs = [finish(tmp_path, name) for name in ("a", "b")]
+    runs[1].results["warnings"] = ["oracle: perplexity below the dense model's."]
+    text = tables.table(runs, **form)
+    assert text.count("WARNING") == 1 and "\nb: WARNING: oracle: perplexity below the dense model's.\n" in text
 
 
 def test_the_table_fits_80_columns_and_wide_has_all_of_them(grid):

@@ -1,6 +1,7 @@
-"""Unions of masks over batches against a slow count, costs to the parameter, and the confidence interval."""
+"""Unions of masks over batches against a slow count, costs to the parameter, confidence intervals, warnings."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ import torch
 import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.evaluate.evaluator import Evaluator
 from apc.evaluate.metrics import (
     BATCHES,
     MaskMeter,
     _shuffled,
+    is_below,
     mask_figures,
     perplexity,
     perplexity_ratio,
+    unigram_loss,
     window_losses,
 )
 from apc.predict.predictor import Predictor, PredictorHeader
@@ -105,13 +109,61 @@ def test_costs_count_each_parameter(policy, bits, read, computed):
     assert cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))
 
 
+def differing(*differences):
+    """Losses that differ from the dense model's by these, and the dense model's."""
+    dense = torch.linspace(1, 3, len(differences), dtype=torch.float64)
+    return dense + torch.tensor(differences, dtype=torch.float64), dense
+
+
 def test_the_confidence_interval_is_students():
-    """Differences 0.1, 0.2, 0.6: mean 0.3, standard deviation √0.07; t of 2 degrees of freedom is 4.3027."""
-    dense = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    ratio, low, high = perplexity_ratio(dense + torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), dense)
-    half = 4.302652729911275 * math.sqrt(0.07 / 3)
-    assert (ratio, low, high) == pytest.approx((math.exp(0.3), math.exp(0.3 - half), math.exp(0.3 + half)))
-    assert perplexity_ratio(dense[:1], dense[:1]) == (1.0, None, None)
+    """Differences 0.1 … 0.8: mean 0.45, standard deviation √0.06; t of 7 degrees of freedom is 2.3646."""
+    ratio, low, high = perplexity_ratio(*differing(*(0.1 * i for i in range(1, 9))))
+    half = 2.3646242510102993 * math.sqrt(0.06 / 8)
+    assert (ratio, low, high) == pytest.approx((math.exp(0.45), math.exp(0.45 - half), math.exp(0.45 + half)))
+
+
+@pytest.mark.parametrize("windows", [1, 2, 7])
+def test_few_windows_have_no_confidence_interval(windows):
+    losses, dense = differing(*(0.5 * i for i in range(windows)))
+    assert perplexity_ratio(losses, dense) == (pytest.approx(math.exp(0.25 * (windows - 1))), None, None)
+
+
+def test_the_ends_of_any_interval_are_positive_and_finite():
+    _, low, high = perplexity_ratio(*differing(*[-2000, 2000] * 4))
+    assert 0 < low < 1 < high < math.inf
+
+
+def test_below_dense_means_by_more_than_chance():
+    assert is_below(*differing(-0.3, -0.31)) and is_below(*differing(*[-0.1, -0.2] * 4))
+    assert not is_below(*differing(-0.3)), "a single window has no spread"
+    assert not is_below(*differing(-0.3, 0.1)) and not is_below(*differing(*[0.0] * 8))
+
+
+def test_unigram_loss_is_the_entropy_of_the_scored_tokens():
+    """The first token of a window is not scored; of the six others, four are the same."""
+    windows = torch.tensor([[9, 1, 1, 2], [9, 1, 3, 1]])
+    assert unigram_loss(windows) == pytest.approx(-(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(1 / 6)))
+
+
+def warnings_of(losses, provenance=None):
+    book, windows = SimpleNamespace(provenance=provenance or {}), torch.arange(800).view(8, 100)
+    return Evaluator.warnings(SimpleNamespace(_policy_losses=losses, windows=windows, codebook=book))
+
+
+def test_figures_that_can_not_be_right_are_named():
+    dense = torch.linspace(2, 3, 8, dtype=torch.float64)
+    assert warnings_of({"dense": dense, "oracle": dense + 0.1, "random": dense - 0.1 * torch.tensor([2, -1] * 4)}) == []
+    below = {"dense": dense, "exact": dense - 0.2, "oracle": dense - 0.1}
+    (said,) = warnings_of(below)
+    assert said.startswith("exact, oracle: perplexity below the dense model's. Masks only take away, so")
+    assert all(word in said for word in ("BOS token", "dtype", "tokenizer", "context length", "weights"))
+    untuned, tuned = warnings_of(below, provenance={"tune": {"steps": 8}})
+    assert untuned.startswith("exact: ") and tuned.startswith("oracle: ") and "Tuning on text of this kind can" in tuned
+    (said,) = warnings_of({"dense": dense + 5})
+    assert said.startswith(
+        "the dense model hardly predicts this text: its perplexity is 1,808, that of the text's own "
+    )
+    assert "frequencies 792.0. " in said, "792 different tokens are scored"
 
 
 def test_perplexity_scores_every_token_but_a_windows_first():

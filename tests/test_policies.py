@@ -52,7 +52,9 @@ def workplace(tmp_path_factory):
     folder = tiny.make_workplace(tmp_path_factory.mktemp("policies"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(POLICIES, "toy", Toy)
-        train.train(load_config(None, tiny.tiny_overrides(folder, policies="[dense,exact,toy]")))
+        train.train(
+            load_config(None, tiny.tiny_overrides(folder, policies="[dense,exact,toy]", **{"data.score_windows": 8}))
+        )
     return folder
 
 

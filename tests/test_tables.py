@@ -135,7 +135,8 @@ def test_lines_have_at_most_80_characters(results, terminal, monkeypatch):
 
 def make_speed() -> dict:
     """As `apc.evaluate.speed.measure` returns it."""
-    record = {"policy": "predicted", "seconds_per_token": 0.004, "times_dense": 1.25, "perplexity": 24.0, "ratio": 1.1,
+    record = {"policy": "predicted", "seconds_per_token": 0.004, "seconds_low": 0.0039, "seconds_high": 0.005,
+              "times_dense": 1.25, "times_low": 1.2, "times_high": 1.32, "perplexity": 24.0, "ratio": 1.1,
               "ratio_low": 1.0, "ratio_high": 1.2, "perplexity_masked": 25.0, "divergence": 0.25, "agreement": 0.9,
               "agrees_for": 12.5, "pays_up_to": 4, "bytes_held": 2e6, "text": ["word " * 60]}  # fmt: skip
     return {
@@ -151,11 +152,88 @@ def test_speed_in_80_columns_and_wide(results):
     assert tables.speed_tables(results) == []
     results["speed"] = make_speed()
     table, texts = tables.speed_tables(results)
-    assert row(table, "predicted") == ["predicted", "250.0", "1.25", "24.00", "1.100±0.100", "0.250"]
+    assert row(table, "predicted") == ["predicted", "250.0", "1.25±0.06", "24.00", "1.100±0.100", "0.250"]
     assert "– exact, oracle: known only after the FFN" in table and "512 tokens" in table
     assert texts.splitlines()[0].startswith("… once") and "\n  predicted: word" in texts
     wide = row(tables.speed_tables(results, wide=True)[0], "predicted")
     assert wide[2] == "4.000" and wide[5:] == ["1.100±0.100", "25.00", "0.250", "90.0", "12.5", "4", "2.0"]
+
+
+def test_an_unclear_speed_up_is_a_dash_with_its_reason(results, tmp_path):
+    results["speed"] = make_speed()
+    (record,) = results["speed"]["policies"]
+    figures.speed_figure(results, tmp_path / "clear.png")
+    record |= {"times_dense": None, "times_low": 0.67, "times_high": 7.4, "unclear": "rounds gave 0.67 to 7.40 ×"}
+    table = tables.speed_tables(results)[0]
+    assert row(table, "predicted")[:3] == ["predicted", "250.0", "–"]
+    assert "\n– predicted: rounds gave 0.67 to 7.40 ×\n" in table
+    figures.speed_figure(results, tmp_path / "unclear.png")
+    assert (tmp_path / "clear.png").read_bytes() != (tmp_path / "unclear.png").read_bytes()
+
+
+def test_speed_of_older_results_has_no_range(results, tmp_path):
+    results["speed"] = make_speed()
+    for key in ("times_low", "times_high", "seconds_low", "seconds_high"):
+        del results["speed"]["policies"][0][key]
+    assert row(tables.speed_tables(results)[0], "predicted")[2] == "1.25" and "unclear" not in str(results)
+    assert figures.speed_figure(results, tmp_path / "speed.png")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "shown"),
+    [
+        (1.691, 1.661, 1.721, "1.691 ± 0.030"),
+        (5.839, 4.752, 7.176, "5.839 ± 1.212"),
+        (4494.6, 3558.7, 5676.6, "4,495 ± 1,059"),
+        (15659.0, 2605.0, 94129.0, "15,659 ×÷ 6.01"),
+        (2.0, 0.0001, 40000.0, "2.000 ×÷ 20,000"),
+        (1.5, 1.17, 1.92, "1.500 ± 0.375"),
+        (1.5, 1.16, 1.94, "1.500 ×÷ 1.29"),
+    ],
+)
+def test_an_interval_never_reaches_zero(ratio, low, high, shown, results):
+    policy = make_policy("oracle", 30.0, ratio, ratio_low=low, ratio_high=high)
+    assert tables.shown_ratio(policy) == shown
+    results["policies"].append(policy)
+    assert (tables.WIDE_INTERVAL in " ".join(tables.policies_table(results).split())) == ("×÷" in shown)
+
+
+def test_too_few_windows_are_said_once_in_place_of_intervals(results):
+    assert tables.NO_INTERVAL not in " ".join(tables.policies_table(results, wide=True).splitlines())
+    for policy in results["policies"][:3]:
+        policy |= {"ratio_low": None, "ratio_high": None}
+    table = tables.policies_table(results)
+    assert row(table, "oracle")[4] == "1.115" and "±" not in table.replace("ratio ± half", "")
+    assert " ".join(table.split()).count(tables.NO_INTERVAL) == 1
+
+
+def test_bars_of_wide_intervals_stay_positive(results, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or True)
+    wide = make_policy("static", 30.0, 1.37, ratio_low=0.08, ratio_high=23.0)
+    underflow = make_policy("soft", 30.0, 1.37, ratio_low=0.0, ratio_high=23.0)
+    results["policies"] = [results["policies"][0], wide, underflow]
+    assert figures.perplexity_figure(results, tmp_path / "perplexity.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlim()[0] > 0 and axes.get_xscale() == "log"
+    bars = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
+    assert sorted(len(bar) for bar in bars) == [0, 0, 2] and min(min(bar) for bar in bars if len(bar)) > 0
+
+
+@pytest.mark.parametrize("form", [{}, {"wide": True}, {"markdown": True}], ids=["terminal", "wide", "markdown"])
+def test_warnings_are_on_every_table(results, form):
+    results["speed"] = make_speed()
+    every = [
+        tables.policies_table,
+        tables.detail_table,
+        tables.layer_table,
+        lambda *a, **b: tables.speed_tables(*a, **b)[0],
+    ]
+    assert not any("WARNING" in table(results, **form) for table in every)
+    results["warnings"] = ["the dense model hardly predicts this text.", "oracle: below dense."]
+    for table in every:
+        lines = table(results, **form).splitlines()
+        assert [line for line in lines if "WARNING" in line] == [f"WARNING: {line}" for line in results["warnings"]]
 
 
 def test_a_row_alone_has_the_numbers_of_the_table(results):

@@ -17,6 +17,7 @@ from apc.run.folder import RunFolder, read_results
 from apc.sparse.policies import facts
 from apc.utils.errors import UserError
 
+MORE_CONDITIONS = ("bos", "overlap", "weights")  # shown where a run has them
 _WITHOUT_KEY = ("algorithm", "weighting", "scope", "sites")  # settings whose values speak for themselves
 
 
@@ -54,13 +55,16 @@ class Finished:
 
     @cached_property
     def policies(self) -> dict[str, dict]:
-        """The records of the policies that ran, by name."""
-        return {record["policy"]: record for record in self.results["policies"] if not record.get("missing")}
+        """The records of the policies that ran, by name; without intervals if there were too few windows for them."""
+        tokens, seq_len = (self.conditions.get(key) or 0 for key in ("score_tokens", "seq_len"))
+        # Results of version 0.1 have an interval from two windows on.
+        few = {"ratio_low": None, "ratio_high": None} if tokens < tables.MIN_WINDOWS * seq_len else {}
+        return {record["policy"]: record | few for record in self.results["policies"] if not record.get("missing")}
 
     @cached_property
     def comparison_key(self) -> tuple:
-        """Runs with the same key can be compared: model, texts, split, windows, tokens and dtype."""
-        keys = ("model", "fit", "score", "split", "seq_len", "fit_tokens", "score_tokens", "dtype")
+        """Runs with the same key can be compared: model, texts, split, windows, tokens, dtype and more."""
+        keys = ("model", "fit", "score", "split", "seq_len", "fit_tokens", "score_tokens", "dtype", *MORE_CONDITIONS)
         return tuple(self.conditions.get(key) for key in keys)
 
     @cached_property
@@ -191,13 +195,14 @@ def _setting(key: str, value: object) -> str:
 
 def comparison_items(run: Finished) -> list[str]:
     """What runs must share to be compared, in words: model, fit text, score text, split and windows."""
-    model, fit, score, split, seq_len, fit_tokens, score_tokens, dtype = run.comparison_key
+    model, fit, score, split, seq_len, fit_tokens, score_tokens, dtype, *more = run.comparison_key
     return [
         *(["IN-SAMPLE"] if run.in_sample else []),
         f"{model} ({dtype})",
         f"fit {fit} ({_count(fit_tokens)} tokens)",
         f"score {score} ({_count(score_tokens)} tokens)",
         f"{split}, windows of {_count(seq_len)}",
+        *(f"{key}: {value}" for key, value in zip(MORE_CONDITIONS, more, strict=True) if value is not None),
     ]
 
 

@@ -17,7 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from apc.compare.figures import save_figures
-from apc.compare.finished import Finished, comparison_items, find_runs, ordered, variants
+from apc.compare.finished import MORE_CONDITIONS, Finished, comparison_items, find_runs, ordered, variants
 from apc.config.load import CONFIGS, load_config, load_saved, overrides_between
 from apc.config.schema import Config
 from apc.evaluate import tables
@@ -51,7 +51,7 @@ _MEASURES = (
 _SHARES = ("bytes_share", "flops_share")
 _CONDITIONS = (
     *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "sparsity", "active", "sites", "k", "density"),
-    *("weighting", "scope", "forward"),
+    *("weighting", "scope", "forward", *MORE_CONDITIONS),
 )
 
 
@@ -109,7 +109,8 @@ def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) 
 
 def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
     every = markdown or wide
-    notes = [tables.MEANINGS, *tables.footnotes(record for run in runs for record in run.policies.values())]
+    notes = [f"{run.name}: {warning}" for run in runs for warning in tables.warnings(run.results)]
+    notes += [tables.MEANINGS, *tables.footnotes(record for run in runs for record in run.policies.values())]
     notes += [GAPS, PREDICTIONS] if every else [f"{tables.MORE} Commands that make each run again: comparison.md."]
     notes += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []
     commands = [f"{run.name}: {command(run)}" for run in runs] if every else []

@@ -1,5 +1,6 @@
 """Measures policies on scored text: what their masks capture, what they cost, and their perplexity."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,21 +11,26 @@ from apc.cluster.codebook import Codebook
 from apc.data.ffn import FFN, find_ffns
 from apc.evaluate.metrics import (
     MaskMeter,
+    is_below,
     layer_figures,
     mask_figures,
     perplexity,
     perplexity_ratio,
     site_densities,
+    unigram_loss,
     window_losses,
 )
+from apc.evaluate.tables import shown_perplexity
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import ForwardReader, MaskedForward
-from apc.sparse.policies import MaskInputs, MaskPolicy, make_policy
+from apc.sparse.policies import MaskInputs, MaskPolicy, facts, make_policy
 from apc.sparse.sparsify import check_fits
 from apc.utils import distributed
 from apc.utils.errors import UserError
 from apc.utils.progress import Bar
 from apc.utils.progress import progress as progress_bar
+
+_LOOK_AT = "check the BOS token, the dtype, the tokenizer (is it the model's own?), the context length and the weights"
 
 
 class DenseMeters(ForwardReader):
@@ -63,6 +69,7 @@ class Evaluator:
         self.codebook = self.codebook.to(self.device)
         self.predictor = self.predictor.to(self.device) if self.predictor is not None else None
         self.share = range(*distributed.share(len(self.windows)))  # this rank's windows
+        self._policy_losses: dict[str, Tensor] = {}  # of the last `policies`, float64 [n] each
 
     def policies(
         self, names: list[str], progress: bool = True, on_record: Callable[[dict], None] = lambda record: None
@@ -83,6 +90,29 @@ class Evaluator:
                 self._masked(records[name], policies[name], dense_losses, bar)
                 on_record(records[name])
         return [records[name] for name in names]
+
+    def warnings(self) -> list[str]:
+        """Signs in the losses of the last `policies` that the evaluation is wrong, as sentences; usually empty.
+
+        A dense model should predict the text better than the frequencies of its own tokens do, and a masked model
+        should not predict better than the dense one, unless it was tuned.
+        """
+        dense, unigram, warnings = self._policy_losses["dense"], unigram_loss(self.windows), []
+        if dense.mean().item() > unigram:
+            shown, frequencies = shown_perplexity(perplexity(dense)), shown_perplexity(math.exp(unigram))
+            warnings.append(
+                f"the dense model hardly predicts this text: its perplexity is {shown}, that of the text's own token "
+                f"frequencies {frequencies}. Ratios to dense mean little; {_LOOK_AT}."
+            )
+        below = [name for name, losses in self._policy_losses.items() if is_below(losses, dense)]
+        is_tuned = bool(self.codebook.provenance.get("tune"))
+        for tuned, reason in (
+            (False, "Masks only take away, so the evaluation is probably wrong"),
+            (True, "Tuning on text of this kind can do that; if it was not of this kind, the evaluation is wrong"),
+        ):
+            if names := [name for name in below if (is_tuned and facts(name).uses_codebook) == tuned]:
+                warnings.append(f"{', '.join(names)}: perplexity below the dense model's. {reason}: {_LOOK_AT}.")
+        return warnings
 
     @torch.inference_mode()
     def _losses(self, reader: ForwardReader, meters: list[MaskMeter], bar: Bar) -> Tensor:
@@ -109,6 +139,7 @@ class Evaluator:
         problem = not_finite(losses)
         if problem:
             raise UserError(f"the dense model: {problem}; try model.dtype=float32 or bfloat16, or check the weights")
+        self._policy_losses = {"dense": losses}
         records = {}
         for (name, policy), meter in zip(policies.items(), meters, strict=True):
             totals = meter.totals().cpu()
@@ -126,6 +157,7 @@ class Evaluator:
         record["masked"] = mask_figures(totals)
         record["missing"] = not_finite(losses)
         if not record["missing"]:
+            self._policy_losses[policy.name] = losses
             _complete(record, policy, losses, dense_losses, site_densities(totals, list(self.codebook.sites)))
 
 

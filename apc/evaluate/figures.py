@@ -89,7 +89,8 @@ def perplexity_figure(results: dict, path: Path) -> bool:
     clipped = math.isfinite(limit)
     shown = [value for value in finite if value <= limit]
     ends = [end for policy, value in zip(policies, values, strict=True) if value <= limit for end in _interval(policy)]
-    logarithmic = max(shown) / min(shown) > _LOG_FROM
+    # Ends count too: a linear axis around a wide interval would go below zero.
+    logarithmic = max([*shown, *ends]) / min([*shown, *ends]) > _LOG_FROM
     if logarithmic:
         log_axis(axes, "x")
         start, edge = _limits([*shown, *ends], True, 0.06, 0.18 if clipped else 0.09)
@@ -132,7 +133,8 @@ def _interval(policy: dict) -> list[float]:
     """The ends of the 95 % interval against dense, as perplexities; empty without one."""
     keys = ("perplexity", "ratio", "ratio_low", "ratio_high")
     value, ratio, low, high = (to_float(policy.get(key)) for key in keys)
-    return [value * low / ratio, value * high / ratio] if math.isfinite(low + high + ratio) and high > low else []
+    drawable = math.isfinite(value * high / ratio) and high > low > 0 if ratio > 0 else False
+    return [value * low / ratio, value * high / ratio] if drawable else []
 
 
 def _dense(policies: Iterable[dict]) -> list[float]:
@@ -227,13 +229,17 @@ def speed_figure(results: dict, path: Path) -> bool:
     policies = (results.get("speed") or {}).get("policies") or []
     if not policies:
         return False
-    figure = _figure(results, "Perplexity over decoding speed", 4.2)
+    unclear = ", ".join(policy["policy"] for policy in policies if policy.get("unclear"))
+    note = f"Bars: range of the rounds. Speed against dense is unclear: {unclear}" if unclear else ""
+    figure = _figure(results, "Perplexity over decoding speed", 4.2, note=note)
     axes = figure.subplots()
     labels = []
     for policy in policies:
         color, marker = style(policy["policy"])
         rate = 1 / policy["seconds_per_token"]
         axes.plot(rate, policy["perplexity"], marker, color=color, markersize=8)
+        ends = [1 / policy[key] for key in ("seconds_low", "seconds_high") if key in policy]  # not in older results
+        axes.plot(ends, [policy["perplexity"]] * len(ends), color=color, linewidth=1.3, zorder=1.8)
         if policy["policy"] != "dense":
             axes.plot(rate, policy["perplexity_masked"], marker, color=color, markersize=8, markerfacecolor="white")
         labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
@@ -241,7 +247,7 @@ def speed_figure(results: dict, path: Path) -> bool:
     if max(values) / min(values) > _LOG_FROM:
         log_axis(axes, "y")
     axes.margins(0.18)
-    axes.set_xlim(0, 1.15 / min(policy["seconds_per_token"] for policy in policies))
+    axes.set_xlim(0, 1.15 / min(policy.get("seconds_low", policy["seconds_per_token"]) for policy in policies))
     plain_axes(axes, xlabel="tokens per second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
     place_labels(axes, labels)
     return _save(figure, path)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
+from apc.evaluate.tables import MIN_WINDOWS
 from apc.sparse.policies import MaskInputs
 from apc.utils import distributed
 
@@ -129,14 +130,37 @@ def perplexity(losses: Tensor) -> float:
 def perplexity_ratio(losses: Tensor, dense: Tensor) -> tuple[float, float | None, float | None]:
     """Perplexity over the dense model's, and the bounds of its 95 % confidence interval; losses, dense: float64 [n].
 
-    The interval is Student's t for loss differences paired by window. A single window has no interval.
+    The interval is Student's t for loss differences paired by window, so its bounds are positive. Fewer than
+    MIN_WINDOWS windows have no interval.
     """
+    mean, half = _mean_difference(losses, dense)
+    ratio = math.exp(min(mean, 700))
+    if len(losses) < MIN_WINDOWS:
+        return ratio, None, None
+    return ratio, math.exp(max(min(mean - half, 700), -700)), math.exp(min(mean + half, 700))
+
+
+def is_below(losses: Tensor, dense: Tensor) -> bool:
+    """Whether a perplexity is below the dense model's by more than chance, at 95 %; losses, dense: float64 [n]."""
+    mean, half = _mean_difference(losses, dense)
+    return mean + half < 0
+
+
+def _mean_difference(losses: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Mean of the loss differences, and half the width of its 95 % interval: infinite for a single window."""
     from scipy.stats import t
 
     difference = losses - dense
     mean, count = difference.mean().item(), len(difference)
-    ratio = math.exp(min(mean, 700))
     if count < 2:
-        return ratio, None, None
-    half = float(t.ppf(0.975, count - 1)) * difference.std().item() / math.sqrt(count)
-    return ratio, math.exp(min(mean - half, 700)), math.exp(min(mean + half, 700))
+        return mean, math.inf
+    return mean, float(t.ppf(0.975, count - 1)) * difference.std().item() / math.sqrt(count)
+
+
+def unigram_loss(windows: Tensor) -> float:
+    """Loss in nats per token of a unigram model of the scored tokens themselves: the entropy of their frequencies.
+
+    windows: int64 [n, seq_len]; the first token of each is not scored.
+    """
+    counts = windows[:, 1:].unique(return_counts=True)[1].double()
+    return torch.special.entr(counts / counts.sum()).sum().item()

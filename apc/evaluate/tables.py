@@ -30,11 +30,20 @@ MEANINGS = (
     "captured energy: the mask's share of the squared importance. against dense: perplexity ratio ± half its 95 % "
     "interval. bytes: FFN weights read per token, against the dense FFN."
 )
+WIDE_INTERVAL = "a ×÷ f: a wide 95 % interval, from a / f to a × f."
+# An interval needs the spread over windows. With 8 windows the standard deviation itself is known to about a quarter
+# (1 / √(2 · 7)), and Student's factor is 2.4. With 2 windows it is known to 70 %, and the factor is 12.7.
+MIN_WINDOWS = 8
+NO_INTERVAL = (
+    f"no 95 % interval where fewer than {MIN_WINDOWS} windows were scored: too few; raise data.score_windows, or score "
+    "a longer text."
+)
 FIRST_TOKEN = (
     "first token: what the masks capture of each window's first token. "
     "masked: measured while the policy's own masks are on in all layers."
 )
 MORE = "--wide shows all columns."
+_MAX_SYMMETRIC = 0.25  # an interval with a half width up to this share of its ratio is off by 3 % of it at most as ±
 
 
 def condition_items(results: dict) -> list[str]:
@@ -126,7 +135,10 @@ def shown_perplexity(value: float | None) -> str:
 
 
 def shown_ratio(policy: dict) -> str:
-    """Perplexity against dense, ± half the width of its 95 % interval."""
+    """Perplexity against dense, ± half the width of its 95 % interval; ×÷ a factor if the interval is wide.
+
+    The interval is symmetric on the log scale. As ±, a wide one would reach below zero.
+    """
     ratio, low, high = (policy.get(key) for key in ("ratio", "ratio_low", "ratio_high"))
     if ratio is None:
         return DASH
@@ -134,7 +146,16 @@ def shown_ratio(policy: dict) -> str:
     text = format_fixed(ratio, decimals)
     if low is None or high is None or low == high:
         return text
+    if is_wide(policy):
+        factor = high / ratio
+        return f"{text} ×÷ {format_fixed(factor, max(0, _decimals(factor) - 1))}"
     return f"{text} ± {format_fixed((high - low) / 2, decimals)}"
+
+
+def is_wide(policy: dict) -> bool:
+    """Whether the interval of the perplexity against dense is too wide for ±."""
+    ratio, low, high = (to_float(policy.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
+    return (high - low) / 2 > _MAX_SYMMETRIC * ratio
 
 
 def shown_density(policy: dict) -> str:
@@ -231,8 +252,8 @@ _SPEED_COLUMNS = (
     POLICY,
     Column("", "tokens/s", lambda record: format_fixed(1 / record["seconds_per_token"], 1)),
     Column("", "ms per token", lambda record: format_fixed(1000 * record["seconds_per_token"], 3), wide=True),
-    Column("speed-up", "× dense", lambda record: format_fixed(record["times_dense"], 2)),
-    Column("perplexity", "dense prefill", lambda record: shown_perplexity(record["perplexity"])),
+    Column("speed-up", "× dense", lambda record: _shown_speed_up(record)),
+    Column("perplexity", "after dense", lambda record: shown_perplexity(record["perplexity"])),
     AGAINST_DENSE,
     Column("perplexity", "all sparse", lambda record: shown_perplexity(record["perplexity_masked"]), wide=True),
     Column("divergence", "nats", lambda record: format_fixed(record["divergence"], 3)),
@@ -243,6 +264,14 @@ _SPEED_COLUMNS = (
         "extra", "MB", lambda record: format_fixed(record.get("bytes_held") and record["bytes_held"] / 1e6, 1), True
     ),
 )
+
+
+def _shown_speed_up(record: dict) -> str:
+    """The decoding speed against dense, ± half the range of its rounds; a dash if it is unclear."""
+    speed_up, low, high = (record.get(key) for key in ("times_dense", "times_low", "times_high"))
+    text = format_fixed(speed_up, 2)
+    # Results of version 0.1 and 0.2.0 have no range.
+    return text if speed_up is None or low is None or low == high else f"{text} ± {format_fixed((high - low) / 2, 2)}"
 
 
 def policies_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
@@ -260,9 +289,19 @@ def policies_table(results: dict, markdown: bool = False, wide: bool = False) ->
 
 
 def footnotes(policies: Iterable[dict]) -> list[str]:
-    """The explanations of the asterisk and of the arrow, each where one of the policies has it."""
+    """The explanations of signs in a table, each where one of the policies has it."""
+    notes = {BOUND: star, MOVED: _density_moves, WIDE_INTERVAL: is_wide, NO_INTERVAL: _lacks_interval}
     policies = list(policies)
-    return [note for note, has in ((BOUND, star), (MOVED, _density_moves)) if any(map(has, policies))]
+    return [note for note, has in notes.items() if any(map(has, policies))]
+
+
+def _lacks_interval(policy: dict) -> bool:
+    return policy.get("ratio") is not None and policy.get("ratio_low") is None
+
+
+def warnings(results: dict) -> list[str]:
+    """What makes the run's figures suspect, a line each."""
+    return [f"WARNING: {warning}" for warning in results.get("warnings") or ()]
 
 
 def policy_row(record: dict) -> str:
@@ -289,7 +328,9 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     notes = [
         f"One sequence on {conditions['device']}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
         f"Perplexity: second halves of {speed['windows']:,} score windows, given their first halves. "
-        "Divergence: KL(dense ‖ policy) per token after a dense prefill."
+        "after dense: after a dense prefill. speed-up: median of rounds that time policies in turn ± half their range. "
+        "Divergence: KL(dense ‖ policy) per token after a dense prefill.",
+        *footnotes(speed["policies"]),
     ]
     if markdown or wide:
         notes.append(
@@ -300,6 +341,9 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     if speed["left_out"]:
         names = ", ".join(speed["left_out"])
         notes.append(f"{DASH} {names}: known only after the FFN has run, so nothing can be skipped")
+    notes += [
+        f"{DASH} {record['policy']}: {record['unclear']}" for record in speed["policies"] if record.get("unclear")
+    ]
     texts = []
     for index, prompt in enumerate(speed["prompts"]):
         lines = [f"… {' '.join(prompt.split())[-200:].lstrip()}"]
@@ -429,7 +473,12 @@ def _document(
     results: dict, grids: Sequence[str], notes: Sequence[str], markdown: bool, wide: bool, more: bool = True
 ) -> str:
     """Conditions, grids and notes under each other. more: whether `--wide` would show more."""
-    notes = [*notes, *[MORE] * (more and not markdown and not wide), *[IN_SAMPLE] * is_in_sample(results)]
+    notes = [
+        *warnings(results),
+        *notes,
+        *[MORE] * (more and not markdown and not wide),
+        *[IN_SAMPLE] * is_in_sample(results),
+    ]
     if markdown:
         return "\n\n".join([f"**{conditions_text(results)}**", *grids, *map(escaped, notes)]) + "\n"
     width = max([100, *(len(line) for grid in grids for line in grid.splitlines())]) if wide else line_width()
