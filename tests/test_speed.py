@@ -1,6 +1,8 @@
 """Decoding speed beside quality: perplexities are those of masked models, and policies without kernels are named."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from apc.config.schema import ModelConfig
 from apc.data.models import load_model
 from apc.data.text import cut_windows, read_texts
 from apc.evaluate import speed, tables
-from apc.sparse.decode import cache_keyword
+from apc.sparse.decode import GreedyDecoder, cache_keyword
 from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
 
@@ -77,6 +79,116 @@ def test_perplexities_equal_those_of_masks_after_a_dense_prompt(workplace, devic
     table, texts = tables.speed_tables(results, markdown=True)
     assert table.count("| predicted |") == 1 and texts.startswith("    … ")
     assert tables.speed_tables({"policies": []}) == []
+
+
+class Machine:
+    """A clock that only decoding steps advance: by 1 s dense, 0.8 s sparse, times the machine's slowness by then."""
+
+    def __init__(self, slowness):
+        self.now, self.slowness = 0.0, slowness
+
+    def put_into(self, monkeypatch):
+        step = GreedyDecoder.step
+
+        def timed_step(decoder):
+            self.now += (1.0 if handle_of(decoder.model) is None else 0.8) * self.slowness(self.now)
+            return step(decoder)
+
+        monkeypatch.setattr(GreedyDecoder, "step", timed_step)
+        monkeypatch.setattr(speed, "NEW_TOKENS", 20)
+        monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.mark.parametrize(
+    "slowness",
+    [lambda now: 1 + now / 80, lambda now: 5 if 200 < now < 215 else 1, lambda now: 8 if now < 600 else 1],
+    ids=["drift", "short-spell", "busy-at-first"],
+)
+def test_drift_and_a_short_busy_spell_do_not_change_the_speed_up(workplace, monkeypatch, slowness):
+    """The drift slows the machine to half its speed while the dense model alone is scored and continued."""
+    Machine(slowness).put_into(monkeypatch)
+    results = evaluated(workplace, "policies=[dense,predicted,soft]", "run.name=fake")
+    dense, *sparse = results["speed"]["policies"]
+    assert [record["times_dense"] for record in sparse] == pytest.approx([1.25, 1.25], rel=0.01)
+    assert dense["times_dense"] == dense["times_low"] == dense["times_high"] == 1
+    assert all(1.2 < record["times_low"] <= record["times_dense"] <= record["times_high"] < 1.3 for record in sparse)
+    assert all(record["seconds_low"] <= record["seconds_per_token"] <= record["seconds_high"] for record in sparse)
+
+
+def test_a_busy_machine_gives_no_speed_up(workplace, monkeypatch, capsys):
+    """Every third 7 s something else makes it 8 times slower."""
+    Machine(lambda now: 8 if int(now / 7) % 3 == 0 else 1).put_into(monkeypatch)
+    results = evaluated(workplace, "policies=[dense,predicted]", "run.name=busy")
+    record = results["speed"]["policies"][1]
+    assert record["times_dense"] is None and record["times_low"] < 1 < record["times_high"]
+    assert record["unclear"].startswith("no difference from dense beyond the noise: rounds gave 0.")
+    said = capsys.readouterr().out
+    assert "\n– predicted: no difference from dense beyond the noise" in said
+
+
+@pytest.mark.parametrize(
+    ("ratios", "bytes_share", "speed_up", "unclear"),
+    [
+        ([1.25, 1.24, 1.26, 1.25, 1.25, 1.27, 1.23, 0.3], 0.5, 1.25, None),
+        ([1.3, 1.2, 1.1, 1.0, 1.0, 0.9, 0.9, 0.8], 0.5, None, "no difference from dense .* 0.90 to 1.20 ×"),
+        ([0.6, 0.7], 0.5, 0.65, None),
+        ([0.9, 1.1], 0.5, None, "no difference from dense"),
+        (
+            [7.4, 7.8] * 4,
+            0.53,
+            None,
+            "rounds gave 7.40 to 7.80 × the dense speed, but its bytes explain at most 1.89 ×",
+        ),
+        ([1.8, 2.1] * 4, 0.5, 1.95, None),
+        ([7.4, 7.8] * 4, None, 7.6, None),
+    ],
+    ids=["outlier", "noise", "slower", "two-rounds", "impossible", "within-noise-of-possible", "unknown-bytes"],
+)
+def test_a_speed_up_is_a_median_or_unclear(ratios, bytes_share, speed_up, unclear):
+    found = speed.speed_up(ratios, bytes_share)
+    assert found["times_dense"] == (None if speed_up is None else pytest.approx(speed_up))
+    assert re.match(unclear, found["unclear"]) if unclear else found["unclear"] is None
+
+
+def test_results_are_saved_before_speed_is_measured(workplace, monkeypatch):
+    def fails(*given):
+        raise UserError("no kernel after all")
+
+    monkeypatch.setattr(speed, "measure", fails)
+    with pytest.raises(UserError, match="no kernel after all"):
+        evaluated(workplace, "policies=[dense,predicted]", "run.name=failed")
+    folder = workplace / "runs" / "run" / "evaluations" / "failed"
+    results = json.loads((folder / "results.json").read_text())
+    assert [record["policy"] for record in results["policies"]] == ["dense", "predicted"] and "speed" not in results
+    assert (folder / "figures" / "perplexity.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        (
+            {"mlp_bias": True},
+            {},
+            r"speed=true: .*: its projections have biases, .*; leave out speed=true for this model",
+        ),
+        (
+            {"hidden_act": "relu2"},
+            {},
+            r"speed=true: .*: its activation ReLUSquared.* has no kernel .*; leave out speed=",
+        ),
+        ({}, {"policies": "[dense,oracle]"}, r"speed=true: none of policies=\[dense,oracle\] knows its mask"),
+        ({}, {"data.seq_len": 3, "data.fit_windows": 40}, "speed=true: windows of 3 tokens are too short"),
+    ],
+    ids=["biases", "activation", "policies", "windows"],
+)
+def test_speed_that_can_not_be_had_is_refused_before_training(workplace, tmp_path, options, changes, message):
+    if options:
+        changes = changes | {"model.path": tiny.save_model(tmp_path / "model", **options)}
+    with pytest.raises(UserError, match=message):
+        train.train(
+            load_config(None, tiny.tiny_overrides(workplace, speed="true", **{"run.name": "refused"} | changes))
+        )
+    assert not (workplace / "runs" / "refused").exists()
 
 
 @pytest.mark.parametrize("policy", ["dense", "predicted"])

@@ -12,6 +12,7 @@ import pytest
 
 import tiny
 from apc.commands import sweep
+from apc.config.load import load_config, to_yaml
 from apc.run.folder import load_run
 from apc.utils.errors import Terminated, UserError
 
@@ -79,6 +80,17 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
     ):
         with pytest.raises(UserError, match=rf"grid-k3: {message}"):
             sweep.main([*words, word])
+
+
+def test_a_run_whose_speed_was_not_measured_is_not_finished(tmp_path):
+    words = [f"run.dir={tmp_path}", "run.name=a", "speed=true"]
+    trial = sweep.Trial("a", {}, words, load_config(None, words))
+    trial.folder.path.mkdir()
+    trial.folder.config.write_text(to_yaml(trial.config))
+    trial.folder.results.write_text('{"policies": []}')
+    assert not trial.finished
+    trial.folder.results.write_text('{"policies": [], "speed": {}}')
+    assert trial.finished
 
 
 class Done:

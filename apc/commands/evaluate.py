@@ -37,7 +37,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
     from apc.evaluate import tables
     from apc.run.context import RunContext, load_inputs
     from apc.run.folder import RunFolder, Stopwatch, load_run, new_name
-    from apc.run.score import score
+    from apc.run.score import check_speed, score
     from apc.run.tracking import Tracking
     from apc.sparse.policies import check_policies
     from apc.sparse.sparsify import check_fits
@@ -57,6 +57,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
 
     model, tokenizer, _, _, scored = load_inputs(cfg, device)
     check_fits(find_ffns(model), run.codebook, run.predictor)
+    check_speed(cfg, model)
     watch.lap("load")
 
     folder = run.folder.path / "evaluations" / (cfg.run.name or new_name())

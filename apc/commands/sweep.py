@@ -69,15 +69,16 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has results.
+        """Whether the run has results, with `speed=true` also those of speed.
 
         Raises UserError if they are from another configuration, other text or other policies.
         """
-        if not self.folder.results.is_file():
+        results = read_results(self.folder.results)
+        if results is None:
             return False
         check_same(self.folder, self.config)
         check_scored(self.folder, self.config)
-        return True
+        return not self.config.speed or "speed" in results
 
 
 def read_sweep(path: Path) -> tuple[str, dict[str, list]]:

@@ -34,7 +34,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.run import stages
     from apc.run.context import HeldOutMonitor, RunContext, load_inputs
     from apc.run.folder import Stopwatch, open_run
-    from apc.run.score import score
+    from apc.run.score import check_speed, score
     from apc.run.tracking import Tracking
     from apc.sparse.policies import check_policies, trains_predictor
     from apc.utils import distributed
@@ -47,6 +47,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     watch = Stopwatch()
 
     model, tokenizer, fit, monitored, scored = load_inputs(cfg, device)
+    check_speed(cfg, model)
     thresholded = cfg.collect.forward == "thresholded"
     name, progress = model_name(cfg.model), cfg.trainer.progress
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)

@@ -4,6 +4,13 @@ The first half of each scored window is a prompt. The second half is then scored
 after a dense prefill, as in real use. On a GPU each token of the second half is one step of the same CUDA graph that is
 timed.
 
+A machine's speed drifts, and other work on it comes and goes. So policies are timed in rounds, in turn: dense, a, b,
+dense, a, b, …, dense. Each time is compared with the dense model's at that moment, interpolated between the dense times
+before and after it, so that a steady drift cancels. Differences between rounds show the noise. On the CPU, decoders of
+all policies exist side by side, and there are eight short rounds. On a GPU a policy's CUDA graph is of no use once its
+sparse FFNs are taken out, because these store the down projections elsewhere, and recording it again takes seconds. A
+GPU's times are steady, so there are only two rounds: one right after the scoring, one with all graphs recorded again.
+
 Shape letters: n windows, S tokens in a window, V entries of the vocabulary.
 """
 
@@ -11,19 +18,22 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc import ops
 from apc.cluster.codebook import Codebook
+from apc.data.ffn import find_ffns
 from apc.evaluate.metrics import perplexity, perplexity_ratio
 from apc.predict.predictor import Predictor
 from apc.sparse.decode import GreedyDecoder, cache_keyword, config_of
 from apc.sparse.policies import kernel_policies
-from apc.sparse.sparse_ffn import SparseFFNs
+from apc.sparse.sparse_ffn import SparseFFNs, check_model
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import UserError
 from apc.utils.progress import Bar
@@ -32,7 +42,23 @@ from apc.utils.progress import progress as progress_bar
 WINDOWS = 32  # most windows to score
 CONTINUED = 4  # windows whose prompts are also continued greedily
 NEW_TOKENS = 64  # of each continuation
-TIMED_STEPS = 32
+ROUNDS = {"cpu": 8, "cuda": 2}
+TIMED_STEPS = 32  # of a policy, in all rounds together
+
+
+def check(model: nn.Module, policies: Sequence[str], seq_len: int) -> None:
+    """Raises UserError unless a policy and the model's FFNs have kernels, and windows of `seq_len` are long enough."""
+    if not set(policies) & set(kernel_policies()):
+        problem = f"none of policies=[{','.join(policies)}] knows its mask before the FFN runs"
+        raise UserError(f"speed=true: {problem}; add one of {', '.join(kernel_policies())}")
+    if seq_len < 4:
+        problem = f"windows of {seq_len} tokens are too short for a prompt and a continuation"
+        raise UserError(f"speed=true: {problem}; raise data.seq_len")
+    try:
+        check_model(find_ffns(model))
+    except UserError as error:
+        problem = str(error).removesuffix("; use kernel=None")
+        raise UserError(f"speed=true: {problem}; leave out speed=true for this model") from error
 
 
 @torch.no_grad()
@@ -42,51 +68,80 @@ def measure(
     codebook: Codebook,
     predictor: Predictor | None,
     windows: Tensor,
-    policies: list[str],
+    bytes_shares: Mapping[str, float | None],
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
     """Speed and quality of the dense model and of the policies with kernels, at batch 1. Leaves the model dense.
 
-    `apc.evaluate.tables.speed_tables` shows the result. windows: int64 [n, S], S at least 4.
+    `apc.evaluate.tables.speed_tables` shows the result. windows: int64 [n, S], S at least 4; bytes_shares: the policies
+    with the bytes that they read, as shares of the dense FFN's, or None if unknown.
 
-    Raises UserError if no policy has a kernel, or the windows are shorter.
+    Raises UserError as `check` does.
     """
-    names = [name for name in policies if name in kernel_policies()]
-    left_out = [name for name in policies if name != "dense" and name not in names]
-    problem = f"none of policies=[{','.join(policies)}] knows its mask before the FFN runs"
-    if not names:
-        raise UserError(f"speed=true: {problem}; add one of {', '.join(kernel_policies())}")
-    problem = f"windows of {windows.shape[1]} tokens are too short for a prompt and a continuation"
-    if windows.shape[1] < 4:
-        raise UserError(f"speed=true: {problem}; raise data.seq_len")
+    check(model, list(bytes_shares), windows.shape[1])
+    names = [name for name in bytes_shares if name in kernel_policies()]
+    left_out = [name for name in bytes_shares if name != "dense" and name not in names]
     windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
     half = windows.shape[1] // 2
     prompts = windows[:CONTINUED, :half]
     restore(model)
+    records: list[dict] = []
+    times: list[Timing] = []
+    decoders: dict[str, GreedyDecoder] = {}
+
+    def installed(name: str, max_sparse_tokens: float | None) -> SparseFFNs | None:
+        """Makes the model run the policy; None for the dense model."""
+        handle = handle_of(sparsify(model, codebook, predictor, name, seed, "auto", max_sparse_tokens))
+        assert handle is None or isinstance(handle, SparseFFNs)  # as with any kernel
+        return handle
+
     with progress_bar(len(windows) * (1 + 2 * len(names)), "speed", enabled=progress) as bar:
-        bar.update(0, "dense")
-        scorer, decoder = _Scorer(model, windows, half, bar), _recorded(model, windows, half)
-        dense, difference = scorer.score(decoder, None, dense_prefill=True)
-        records = [_record("dense", dense, dense, dense) | difference | _decode(decoder, tokenizer, prompts)]
-        for name in names:
+        scorer = _Scorer(model, windows, half, bar)
+        on_gpu = scorer.device.type == "cuda"
+        for name in ("dense", *names):
             bar.update(0, name)
-            bytes_before = _gpu_bytes(model)
-            ffns = handle_of(sparsify(model, codebook, predictor, name, seed, kernel="auto"))
-            assert isinstance(ffns, SparseFFNs)  # as with any kernel
+            bytes_before, crossover = _gpu_bytes(model), None
+            ffns = installed(name, None)
             bytes_held = _gpu_bytes(model) - bytes_before
-            crossover, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
+            if ffns is not None:
+                crossover, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
             decoder = _recorded(model, windows, half)
             losses, difference = scorer.score(decoder, ffns, dense_prefill=True)
-            all_sparse, _ = scorer.score(decoder, ffns, dense_prefill=False)
-            record = _record(name, dense, losses, all_sparse) | difference | _decode(decoder, tokenizer, prompts)
-            record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
-            record["bytes_held"] = bytes_held if scorer.device.type == "cuda" else None
-            record["pays_up_to"] = crossover if ffns.by_triton else None
+            if ffns is None:
+                dense = all_sparse = losses
+            else:
+                all_sparse, _ = scorer.score(decoder, ffns, dense_prefill=False)
+            continued = torch.cat([decoder.decode(prompt, NEW_TOKENS) for prompt in prompts.split(1)]).cpu()
+            record = _record(name, dense, losses, all_sparse) | difference
+            record |= {"continued": continued.tolist(), "text": _texts(tokenizer, continued)}
+            if ffns is not None:
+                record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
+                record["bytes_held"] = bytes_held if on_gpu else None
+                record["pays_up_to"] = crossover if ffns.by_triton else None
             records.append(record)
+            decoder.prefill(prompts[:1])
+            if on_gpu:
+                times.append(_time(name, decoder))
+            else:
+                decoders[name] = decoder
             restore(model)
+        bar.update(0, "rounds")
+        rounds = ROUNDS[scorer.device.type] - on_gpu
+        for name in [*["dense", *names] * rounds, "dense"]:
+            installed(name, 1)
+            if on_gpu:
+                decoder = _recorded(model, windows, half)
+                decoder.prefill(prompts[:1])
+            else:
+                decoder = decoders[name]
+            times.append(_time(name, decoder))
+    restore(model)
+    ratios = paired_ratios(times)
     for record in records:
-        record["times_dense"] = records[0]["seconds_per_token"] / record["seconds_per_token"]
+        own = [timing.seconds for timing in times if timing.policy == record["policy"]]
+        record |= {"seconds_per_token": statistics.median(own), "seconds_low": min(own), "seconds_high": max(own)}
+        record |= speed_up(ratios[record["policy"]], bytes_shares.get(record["policy"]))
     return {
         "windows": len(windows),
         "prompt": half,
@@ -94,6 +149,53 @@ def measure(
         "left_out": left_out,
         "prompts": _texts(tokenizer, prompts),
     }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per token of a policy in one round, and the moment of the measurement in seconds."""
+
+    policy: str
+    moment: float
+    seconds: float
+
+
+def paired_ratios(times: Sequence[Timing]) -> dict[str, list[float]]:
+    """For each policy, in each round, the dense model's time at that moment over its own.
+
+    times: in order; the first and the last are dense. The dense time at a moment is interpolated between the ones
+    before and after it.
+    """
+    dense = [timing for timing in times if timing.policy == "dense"]
+    known = [timing.moment for timing in dense], [timing.seconds for timing in dense]
+    ratios: dict[str, list[float]] = {}
+    for timing in times:
+        ratios.setdefault(timing.policy, []).append(float(np.interp(timing.moment, *known)) / timing.seconds)
+    return ratios
+
+
+def speed_up(ratios: Sequence[float], bytes_share: float | None) -> dict[str, float | str | None]:
+    """The speed-up over dense: the median of the rounds' ratios, and their range without the outermost eighths.
+
+    `times_dense` is None where a figure would mislead, and `unclear` says why: rounds disagree about which is faster,
+    or all of them gain more than reading only `bytes_share` of the dense FFN's bytes can.
+    """
+    ordered = sorted(ratios)
+    cut = len(ordered) // 8
+    low, high = ordered[cut], ordered[-1 - cut]
+    most, unclear = 1 / bytes_share if bytes_share else math.inf, None
+    if low < 1 < high:
+        unclear = (
+            f"no difference from dense beyond the noise: rounds gave {low:.2f} to {high:.2f} × its speed; a quiet "
+            "machine has less noise"
+        )
+    elif low > most:
+        unclear = (
+            f"rounds gave {low:.2f} to {high:.2f} × the dense speed, but its bytes explain at most {most:.2f} ×; "
+            "other work slowed the dense model, or something in it is slow: measure again on a quiet machine"
+        )
+    figures = {"times_low": low, "times_high": high, "unclear": unclear}
+    return {"times_dense": None if unclear else statistics.median(ordered)} | figures
 
 
 def _record(name: str, dense: Tensor, losses: Tensor, all_sparse: Tensor) -> dict:
@@ -183,29 +285,22 @@ def _all_sparse(ffns: SparseFFNs | None) -> Iterator[None]:
 def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
     """A decoder of the model with its present FFNs, with room for a window and for decoding after its first half."""
     torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
-    decoder = GreedyDecoder(model, 1, max(windows.shape[1], half + max(NEW_TOKENS, TIMED_STEPS + 8)) + 8)
+    decoder = GreedyDecoder(model, 1, max(windows.shape[1], half + max(NEW_TOKENS, 2 * TIMED_STEPS)) + 8)
     decoder.record(windows[:1, :half])
     return decoder
 
 
-def _decode(decoder: GreedyDecoder, tokenizer, prompts: Tensor) -> dict:
-    """Seconds per decoded token after a prompt, at batch 1, and greedy continuations of all prompts."""
-    decoder.prefill(prompts[:1])
+def _time(policy: str, decoder: GreedyDecoder) -> Timing:
+    """The median time of one round's steps, after a step that is not timed."""
+    decoder.step()
     seconds = []
-    for _ in range(4):
-        decoder.step()
-    for _ in range(TIMED_STEPS):
+    for _ in range(TIMED_STEPS // ROUNDS[decoder.device.type]):
         _wait(decoder.device)
         start = time.perf_counter()
         decoder.step()
         _wait(decoder.device)
         seconds.append(time.perf_counter() - start)
-    continued = torch.cat([decoder.decode(prompt, NEW_TOKENS) for prompt in prompts.split(1)]).cpu()
-    return {
-        "seconds_per_token": statistics.median(seconds),
-        "continued": continued.tolist(),
-        "text": _texts(tokenizer, continued),
-    }
+    return Timing(policy, start, statistics.median(seconds))
 
 
 def _mean_agreement(dense: list[list[int]], sparse: list[list[int]]) -> float:

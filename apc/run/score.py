@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from apc.cluster.codebook import Codebook
+from apc.config.schema import Config
 from apc.data.models import batch_windows, model_name
 from apc.data.text import Windows
 from apc.evaluate import figures, tables
@@ -22,6 +24,14 @@ SUMMARY_FIGURES = ("perplexity", "ratio", "bytes_share")  # W&B's columns of run
 SPEED_FIGURES = ("seconds_per_token", "times_dense", "perplexity", "perplexity_masked")
 
 
+def check_speed(cfg: Config, model: nn.Module) -> None:
+    """Raises UserError if `speed=true` can't be had with this model and configuration; call it before any training."""
+    if cfg.speed:
+        from apc.evaluate import speed  # imports transformers' attention, which takes seconds
+
+        speed.check(model, cfg.policies or default_policies(), cfg.data.seq_len)
+
+
 def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, folder: Path) -> dict:
     """Scores the policies, writes `folder`/results.json and figures/, and returns the results (docs/files.md)."""
     cfg, device, watch = context.cfg, context.device, context.watch
@@ -37,22 +47,32 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     watch.lap("evaluate")
     results = {
         "conditions": conditions(context, codebook, predictor, scored),
+        "warnings": evaluator.warnings(),
         "policies": records,
         **stage_records(context.run),
         "seconds": watch.seconds,  # laps add to it
     }
-    if cfg.speed and distributed.is_main():
-        from apc.evaluate import speed  # imports transformers' attention, which takes seconds
-
-        results["speed"] = speed.measure(
-            context.model, context.tokenizer, codebook, predictor, scored.tokens, names, cfg.seed, cfg.trainer.progress
-        )
-        watch.lap("speed")
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, context.tracking)
+        if cfg.speed:  # last, so that all other results are saved if it fails
+            results["speed"] = _measure_speed(context, codebook, predictor, scored, measured)
+            watch.lap("speed")
+            write_json(folder / "results.json", results)
+            _publish_speed(results, folder, context.tracking)
     distributed.barrier()
     return results
+
+
+def _measure_speed(
+    context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, measured: list[dict]
+) -> dict:
+    """The results' `speed`. measured: the records of the policies that were scored."""
+    from apc.evaluate import speed
+
+    cfg, bytes_shares = context.cfg, {record["policy"]: record.get("bytes_share") for record in measured}
+    parts = context.model, context.tokenizer, codebook, predictor
+    return speed.measure(*parts, scored.tokens, bytes_shares, cfg.seed, cfg.trainer.progress)
 
 
 def _print_row(record: dict) -> None:
@@ -109,8 +129,6 @@ def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
     measured = [record for record in results["policies"] if not record["missing"]]
     shown = [(record, name) for record in measured for name in SUMMARY_FIGURES if record[name] is not None]
     tracking.summary({f"eval/{record['policy']}/{name}": record[name] for record, name in shown})
-    for record in (results.get("speed") or {}).get("policies", []):
-        tracking.summary({f"speed/{record['policy']}/{name}": record[name] for name in SPEED_FIGURES})
     rows = [[record["policy"], *(record[name] for name in TABLE_FIGURES)] for record in measured]
     tracking.table("eval/policies", ["policy", *TABLE_FIGURES], rows)
     rows = [
@@ -121,3 +139,14 @@ def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
     tracking.table("eval/layers", ["policy", "layer", *LAYER_FIGURES], rows)
     for key, path in figures.save_figures(results, folder / "figures").items():
         tracking.figure(f"figures/{key}", path)
+
+
+def _publish_speed(results: dict, folder: Path, tracking: Tracking) -> None:
+    """Saves the plot of speeds, and adds it and the figures to the run's record."""
+    shown = [(record, name) for record in results["speed"]["policies"] for name in SPEED_FIGURES]
+    tracking.summary(
+        {f"speed/{record['policy']}/{name}": record[name] for record, name in shown if record[name] is not None}
+    )
+    path = folder / "figures" / "speed.png"
+    figures.speed_figure(results, path)
+    tracking.figure("figures/speed", path)

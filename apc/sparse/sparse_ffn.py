@@ -107,6 +107,14 @@ def check_formula(ffn: FFN, weights: ops.FFNWeights) -> None:
             raise UserError(f"{ffn.name} ({type(ffn.module).__name__}): {problem}; use kernel=None")
 
 
+def check_model(ffns: list[GatedFFN]) -> None:
+    """Raises UserError unless kernels support each FFN and compute what it computes."""
+    for ffn in ffns:
+        activation, down = activation_of(ffn), ffn.down.weight.T
+        check_call(ffn)
+        check_formula(ffn, ops.FFNWeights(ffn.projection("gate"), ffn.projection("up"), down, activation))
+
+
 class SparseFFNs:
     """Sparse FFNs in place of a model's own: `install` puts them in, `remove` takes them out.
 
