@@ -123,6 +123,11 @@ def test_lines_have_at_most_80_characters(results, terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(terminal))
     results["conditions"]["predictor"] = "neuron-predictor with a very long description " * 3
     results["speed"] = make_speed()
+    results["speed"]["policies"] += [
+        results["speed"]["policies"][0]
+        | {"policy": "neuron-threshold", "seconds_per_token": 0.0001, "ratio": 15659.0, "ratio_low": 2605.0}
+        | {"ratio_high": 94129.0, "times_dense": 1.3, "times_low": 1.01, "times_high": 12.4, "perplexity": 324042.0}
+    ]
     results["policies"] += [make_policy(f"neuron-threshold{i}", 3e5, 13402.0, ratio_high=15402.0) for i in range(9)]
     shown = [tables.policies_table(results), tables.detail_table(results), tables.layer_table(results)]
     shown += [*tables.speed_tables(results), "\n".join(map(tables.policy_row, results["policies"][:3]))]
@@ -153,6 +158,11 @@ def test_speed_in_80_columns_and_wide(results):
     results["speed"] = make_speed()
     table, texts = tables.speed_tables(results)
     assert row(table, "predicted") == ["predicted", "250.0", "1.25±0.06", "24.00", "1.100±0.100", "0.250"]
+    results["speed"]["policies"][0] |= {"times_dense": 0.23, "times_low": 0.02, "times_high": 0.5}
+    table = " ".join(tables.speed_tables(results)[0].split())
+    assert "0.23 ×÷ 11.5" in table and tables.WIDE_INTERVAL in table, "±0.24 would reach below zero"
+    results["speed"] = make_speed()
+    table, texts = tables.speed_tables(results)
     assert "– exact, oracle: known only after the FFN" in table and "512 tokens" in table
     assert texts.splitlines()[0].startswith("… once") and "\n  predicted: word" in texts
     wide = row(tables.speed_tables(results, wide=True)[0], "predicted")
@@ -187,6 +197,7 @@ def test_speed_of_older_results_has_no_range(results, tmp_path):
         (4494.6, 3558.7, 5676.6, "4,495 ± 1,059"),
         (15659.0, 2605.0, 94129.0, "15,659 ×÷ 6.01"),
         (2.0, 0.0001, 40000.0, "2.000 ×÷ 20,000"),
+        (2.0, 0.0, 8.0, "2.000 ×÷ inf"),
         (1.5, 1.17, 1.92, "1.500 ± 0.375"),
         (1.5, 1.16, 1.94, "1.500 ×÷ 1.29"),
     ],

@@ -230,7 +230,7 @@ def speed_figure(results: dict, path: Path) -> bool:
     if not policies:
         return False
     unclear = ", ".join(policy["policy"] for policy in policies if policy.get("unclear"))
-    note = f"Bars: range of the rounds. Speed against dense is unclear: {unclear}" if unclear else ""
+    note = f"Speed against dense is unclear: {unclear}" if unclear else ""
     figure = _figure(results, "Perplexity over decoding speed", 4.2, note=note)
     axes = figure.subplots()
     labels = []
@@ -239,7 +239,7 @@ def speed_figure(results: dict, path: Path) -> bool:
         rate = 1 / policy["seconds_per_token"]
         axes.plot(rate, policy["perplexity"], marker, color=color, markersize=8)
         ends = [1 / policy[key] for key in ("seconds_low", "seconds_high") if key in policy]  # not in older results
-        axes.plot(ends, [policy["perplexity"]] * len(ends), color=color, linewidth=1.3, zorder=1.8)
+        axes.plot(ends, [policy["perplexity"]] * len(ends), color=color, linewidth=4, alpha=0.25, zorder=1.8)
         if policy["policy"] != "dense":
             axes.plot(rate, policy["perplexity_masked"], marker, color=color, markersize=8, markerfacecolor="white")
         labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
@@ -248,7 +248,8 @@ def speed_figure(results: dict, path: Path) -> bool:
         log_axis(axes, "y")
     axes.margins(0.18)
     axes.set_xlim(0, 1.15 / min(policy.get("seconds_low", policy["seconds_per_token"]) for policy in policies))
-    plain_axes(axes, xlabel="tokens per second, one sequence", ylabel="perplexity; hollow: prefill sparse too")
+    ylabel = "perplexity; hollow: prefill sparse too"
+    plain_axes(axes, xlabel="tokens per second, one sequence; bar: all rounds", ylabel=ylabel)
     place_labels(axes, labels)
     return _save(figure, path)
 

@@ -30,20 +30,22 @@ MEANINGS = (
     "captured energy: the mask's share of the squared importance. against dense: perplexity ratio ± half its 95 % "
     "interval. bytes: FFN weights read per token, against the dense FFN."
 )
-WIDE_INTERVAL = "a ×÷ f: a wide 95 % interval, from a / f to a × f."
+WIDE_INTERVAL = "a ×÷ f: from a / f to a × f, where a range is too wide for ±."
 # An interval needs the spread over windows. With 8 windows the standard deviation itself is known to about a quarter
 # (1 / √(2 · 7)), and Student's factor is 2.4. With 2 windows it is known to 70 %, and the factor is 12.7.
 MIN_WINDOWS = 8
 NO_INTERVAL = (
-    f"no 95 % interval where fewer than {MIN_WINDOWS} windows were scored: too few; raise data.score_windows, or score "
-    "a longer text."
+    f"no 95 % interval for fewer than {MIN_WINDOWS} score windows: too few; raise data.score_windows, or score a "
+    "longer text."
 )
 FIRST_TOKEN = (
     "first token: what the masks capture of each window's first token. "
     "masked: measured while the policy's own masks are on in all layers."
 )
 MORE = "--wide shows all columns."
-_MAX_SYMMETRIC = 0.25  # an interval with a half width up to this share of its ratio is off by 3 % of it at most as ±
+# A range that is symmetric on the log scale is printed as ± if half of it is at most this share of the value: its ends
+# are then off by 3 % of the value at most.
+_MAX_SYMMETRIC = 0.25
 
 
 def condition_items(results: dict) -> list[str]:
@@ -135,27 +137,31 @@ def shown_perplexity(value: float | None) -> str:
 
 
 def shown_ratio(policy: dict) -> str:
-    """Perplexity against dense, ± half the width of its 95 % interval; ×÷ a factor if the interval is wide.
-
-    The interval is symmetric on the log scale. As ±, a wide one would reach below zero.
-    """
+    """Perplexity against dense with its 95 % interval, as ± or ×÷."""
     ratio, low, high = (policy.get(key) for key in ("ratio", "ratio_low", "ratio_high"))
-    if ratio is None:
-        return DASH
-    decimals = _decimals(to_float(ratio))
-    text = format_fixed(ratio, decimals)
+    return DASH if ratio is None else _shown_range(ratio, low, high, _decimals(to_float(ratio)))
+
+
+def _shown_speed_up(record: dict) -> str:
+    """Decoding speed against dense with the range of its rounds; a dash if it is unclear."""
+    speed_up, low, high = (record.get(key) for key in ("times_dense", "times_low", "times_high"))
+    return DASH if speed_up is None else _shown_range(speed_up, low, high, 2)  # older results have no range
+
+
+def _shown_range(value: float, low: float | None, high: float | None, decimals: int) -> str:
+    """The positive value ± half its range, or ×÷ the factor to the farther end where ± would reach too far down."""
+    text = format_fixed(value, decimals)
     if low is None or high is None or low == high:
         return text
-    if is_wide(policy):
-        factor = high / ratio
-        return f"{text} ×÷ {format_fixed(factor, max(0, _decimals(factor) - 1))}"
-    return f"{text} ± {format_fixed((high - low) / 2, decimals)}"
+    half = (high - low) / 2
+    if half <= _MAX_SYMMETRIC * value:
+        return f"{text} ± {format_fixed(half, decimals)}"
+    factor = max(high / value, value / low if low else math.inf)
+    return f"{text} ×÷ {format_fixed(factor, max(0, _decimals(factor) - 1))}"
 
 
-def is_wide(policy: dict) -> bool:
-    """Whether the interval of the perplexity against dense is too wide for ±."""
-    ratio, low, high = (to_float(policy.get(key)) for key in ("ratio", "ratio_low", "ratio_high"))
-    return (high - low) / 2 > _MAX_SYMMETRIC * ratio
+def _is_wide(policy: dict) -> bool:
+    return "×÷" in shown_ratio(policy) or "×÷" in _shown_speed_up(policy)
 
 
 def shown_density(policy: dict) -> str:
@@ -252,8 +258,8 @@ _SPEED_COLUMNS = (
     POLICY,
     Column("", "tokens/s", lambda record: format_fixed(1 / record["seconds_per_token"], 1)),
     Column("", "ms per token", lambda record: format_fixed(1000 * record["seconds_per_token"], 3), wide=True),
-    Column("speed-up", "× dense", lambda record: _shown_speed_up(record)),
-    Column("perplexity", "after dense", lambda record: shown_perplexity(record["perplexity"])),
+    Column("speed-up", "× dense", _shown_speed_up),
+    Column("perplexity", "prefilled", lambda record: shown_perplexity(record["perplexity"])),
     AGAINST_DENSE,
     Column("perplexity", "all sparse", lambda record: shown_perplexity(record["perplexity_masked"]), wide=True),
     Column("divergence", "nats", lambda record: format_fixed(record["divergence"], 3)),
@@ -264,14 +270,6 @@ _SPEED_COLUMNS = (
         "extra", "MB", lambda record: format_fixed(record.get("bytes_held") and record["bytes_held"] / 1e6, 1), True
     ),
 )
-
-
-def _shown_speed_up(record: dict) -> str:
-    """The decoding speed against dense, ± half the range of its rounds; a dash if it is unclear."""
-    speed_up, low, high = (record.get(key) for key in ("times_dense", "times_low", "times_high"))
-    text = format_fixed(speed_up, 2)
-    # Results of version 0.1 and 0.2.0 have no range.
-    return text if speed_up is None or low is None or low == high else f"{text} ± {format_fixed((high - low) / 2, 2)}"
 
 
 def policies_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
@@ -290,7 +288,7 @@ def policies_table(results: dict, markdown: bool = False, wide: bool = False) ->
 
 def footnotes(policies: Iterable[dict]) -> list[str]:
     """The explanations of signs in a table, each where one of the policies has it."""
-    notes = {BOUND: star, MOVED: _density_moves, WIDE_INTERVAL: is_wide, NO_INTERVAL: _lacks_interval}
+    notes = {BOUND: star, MOVED: _density_moves, WIDE_INTERVAL: _is_wide, NO_INTERVAL: _lacks_interval}
     policies = list(policies)
     return [note for note, has in notes.items() if any(map(has, policies))]
 
@@ -328,7 +326,7 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     notes = [
         f"One sequence on {conditions['device']}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
         f"Perplexity: second halves of {speed['windows']:,} score windows, given their first halves. "
-        "after dense: after a dense prefill. speed-up: median of rounds that time policies in turn ± half their range. "
+        "prefilled: after a dense prefill. speed-up: median of rounds that time policies in turn ± half their range. "
         "Divergence: KL(dense ‖ policy) per token after a dense prefill.",
         *footnotes(speed["policies"]),
     ]
