@@ -75,6 +75,14 @@ def test_results_have_the_cost_that_the_policy_states(results):
     assert math.isfinite(toy["perplexity"]) and toy["ratio_low"] < toy["ratio"] < toy["ratio_high"]
 
 
+def test_results_and_tables_warn_of_a_model_that_hardly_predicts(results):
+    """The tiny model has random weights."""
+    (said,) = results["warnings"]
+    dense = results["policies"][0]["perplexity"]
+    assert said.startswith(f"the dense model hardly predicts this text: its perplexity is {dense:.1f}, ")
+    assert f"\n\nWARNING: {said}\n\n" in policies_table(results, markdown=True)
+
+
 def test_the_table_has_a_row_for_the_policy(results):
     for wide in (False, True):
         (row,) = (line for line in policies_table(results, wide=wide).splitlines() if line.startswith("toy "))
