@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import apc
 import evaluate
@@ -188,6 +189,16 @@ def test_speed_that_can_not_be_had_is_refused_before_training(workplace, tmp_pat
         train.train(
             load_config(None, tiny.tiny_overrides(workplace, speed="true", **{"run.name": "refused"} | changes))
         )
+    assert not (workplace / "runs" / "refused").exists()
+
+
+def test_an_ffn_that_kernels_compute_otherwise_is_refused_before_training(workplace, monkeypatch):
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * forward(self, x))
+    with pytest.raises(
+        UserError, match=r"speed=true: .* it computes more than .*; leave out speed=true for this model"
+    ):
+        train.train(load_config(None, tiny.tiny_overrides(workplace, speed="true", **{"run.name": "refused"})))
     assert not (workplace / "runs" / "refused").exists()
 
 
