@@ -107,7 +107,7 @@ def check_formula(ffn: FFN, weights: ops.FFNWeights) -> None:
             raise UserError(f"{ffn.name} ({type(ffn.module).__name__}): {problem}; use kernel=None")
 
 
-def check_model(ffns: list[GatedFFN]) -> None:
+def check_model(ffns: list[FFN]) -> None:
     """Raises UserError unless kernels support each FFN and compute what it computes."""
     for ffn in ffns:
         activation, down = activation_of(ffn), ffn.down.weight.T
