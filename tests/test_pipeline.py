@@ -68,6 +68,20 @@ def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
         )
 
 
+def test_a_relu_model_reports_its_exact_zeros(tmp_path):
+    tiny.make_workplace(tmp_path, "opt")
+    results = run_train(tmp_path, policies="[dense,static]", **{"data.score_windows": 2})
+    model, tokenizer = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
+    shares = []
+    for layer in model.model.decoder.layers:
+        layer.fc2.register_forward_pre_hook(lambda _module, inputs: shares.append((inputs[0] == 0).double().mean()))
+    ids = torch.tensor(tokenizer((tmp_path / "score.txt").read_text(), add_special_tokens=False)["input_ids"])
+    model(ids[:64].view(2, 32))
+    expected = float(sum(shares) / len(shares))
+    assert [record["zeros"] for record in results["policies"]] == pytest.approx([expected] * 2) and expected > 0.2
+    assert f"exact zeros: {100 * expected:.1f} % of the dense model's activations" in policies_table(results, wide=True)
+
+
 def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
     tiny.make_workplace(tmp_path, "opt")
     low_bit = {"predictor.form": "low-bit", "policies": "[dense,static,neuron-predictor]"}

@@ -18,7 +18,7 @@ from apc.utils import distributed
 BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes, in tokens, for which the union of the masks is measured
 _FIELDS = (
     *("active", "mask", "hits", "rows", "importance", "energy"),
-    *("rows_first", "importance_first", "energy_first", "neurons"),
+    *("rows_first", "importance_first", "energy_first", "zeros", "neurons"),
     *(f"union_{batch}" for batch in BATCHES),
     *(f"neurons_{batch}" for batch in BATCHES),
 )
@@ -30,6 +30,7 @@ _RATIOS = {
     "captured_energy": ("energy", "rows"),
     "captured_importance_first": ("importance_first", "rows_first"),
     "captured_energy_first": ("energy_first", "rows_first"),
+    "zeros": ("zeros", "neurons"),
 }
 _UNIONS = {str(batch): (f"union_{batch}", f"neurons_{batch}") for batch in BATCHES}
 
@@ -58,7 +59,8 @@ class MaskMeter:
         unions = _unions(kept[_shuffled(n).to(kept.device)] if len(mask) > 1 else kept)
         sums = [active.sum(-1).double().sum(), kept.sum(-1).double().sum(), hits.double().sum()]
         sums += [rest.sum(), importance @ rest, energy @ rest]
-        sums += [first.sum(), importance @ first, energy @ first, torch.full_like(first[0], n * D)]
+        sums += [first.sum(), importance @ first, energy @ first]
+        sums += [(tokens.values == 0).sum().double(), torch.full_like(first[0], n * D)]
         self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([*sums, *unions])
 
     def totals(self) -> Tensor:

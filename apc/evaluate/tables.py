@@ -283,6 +283,11 @@ def policies_table(results: dict, markdown: bool = False, wide: bool = False) ->
     if results.get("seconds"):
         stages = (f"{stage} {format_fixed(value, 1)}" for stage, value in results["seconds"].items())
         notes.append("seconds: " + ", ".join(stages))
+    zeros = max((policy.get("zeros") or 0.0 for policy in policies), default=0.0)
+    if zeros >= 0.01:
+        notes.insert(
+            1, f"exact zeros: {percent(zeros)} % of the dense model's activations, as its activation gives them."
+        )
     return _document(results, [record_grid(POLICY_COLUMNS, policies, markdown, wide)], notes, markdown, wide)
 
 
