@@ -264,6 +264,8 @@ def test_each_command_makes_its_run_again(grid, tmp_path):
         "cluster.k=9",
         "policies=[dense,static]",
         "model.path=a folder",
+        "sparsity=0.7",
+        "cluster.density=0.5",  # as a run of version 0.2 had it
         policies=("dense",),
     )
     for run in [*grid[1], small]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
 import tiny
-from apc.config.load import load_config, to_yaml
+from apc.config.load import as_word, flat, load_config, load_saved, to_yaml
 from apc.run import cli, launch
 from apc.sparse.policies import check_policies
 from apc.utils.errors import UserError
@@ -36,6 +37,107 @@ def test_none_as_a_wandb_sweep_writes_it_is_null():
     assert load_config(None, ["run.name=None", "data.fit_windows=None"]).run.name is None
 
 
+# Texts that YAML 1.1 reads as numbers, dates, truth values or null, or that OmegaConf reads as its own notation.
+AWKWARD = [
+    "2024_01_15", "007", "12:30", "on", "off", "yes", "No", "~", "6063e25", "1e3", "0x10", "0b1", "1.5", ".inf",
+    ".nan", "2024-01-15", "true", "${seed}", "a${b", "???", "\\???", "{a:b}", "a#b", "#a", "a:b", ":", "-", "--",
+    "&", "&a", "*a", "!a", "!!int", "%a", "@a", "`", "|", ">", "?", "it's", "'", "\"", "'\"", "\\", "\\n", "=",
+    "==", "a=b", "é", "日本", "😀", "a b", "a: b", "a #b", "a\tb", "a\nb", "\u2028", "\x85", "\ufeff", "'a'", "\"a\"",
+    "[a]", "[a,b]", "a,b", " a ", ",",
+]  # fmt: skip
+
+
+def awkward_texts(count):
+    draw = random.Random(0)
+    pieces = [*AWKWARD, *"abz019_-+.,:;#'\"[]{}\\$?!&*|<>=~%@` \t\n", "null", "None", "${", "}"]
+    return [*AWKWARD, *("".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(count))]
+
+
+def test_a_text_key_takes_the_text_as_it_is_typed(tmp_path):
+    for text in AWKWARD:
+        if text not in ("'a'", '"a"'):  # quotes around the whole text are left out
+            cfg = load_config(None, [f"tracking.notes={text}", f"model.revision={text}"])
+            assert (cfg.tracking.notes, cfg.model.revision) == (text, text)
+    for text in ("2024_01_15", "007", "12:30", "on", "6063e25", "1e3", "0x10", "2024-01-15", "true", "${seed}", "???"):
+        (tmp_path / "a.yaml").write_text(
+            f"run: {{name: {text!r}}}\ntracking:\n  notes: {text}\n  tags:\n  - {text}\n  - on\n"
+        )
+        cfg = load_config(tmp_path / "a.yaml")
+        assert (cfg.run.name, cfg.tracking.notes, cfg.tracking.tags) == (text, text, [text, "on"])
+
+
+def test_every_text_survives_the_command_line_and_the_saved_file(tmp_path):
+    for text in [*awkward_texts(150), "null", "None", "x" * 2000, "a " * 500]:
+        words = [
+            f"tracking.notes={as_word(text)}",
+            f"policies={as_word([text, 'b', text])}",
+            f"model.path={as_word(text)}",
+        ]
+        cfg = load_config(None, words)
+        assert (cfg.tracking.notes, cfg.policies, cfg.model.path) == (text, [text, "b", text], text)
+        (tmp_path / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+        assert load_saved(tmp_path / "config.yaml") == cfg == load_config(tmp_path / "config.yaml")
+    assert load_config(None, [f"tracking.notes={as_word('')}"]).tracking.notes == ""
+
+
+def test_every_value_of_a_configuration_survives_the_command_line():
+    for words in ([], ["experiment=paper", "tune.lr=1e-7", "speed=false", "seed=12", "data.fit_windows=null"]):
+        cfg = load_config(None, words)
+        assert load_config(None, [f"{key}={as_word(value)}" for key, value in flat(cfg).items()]) == cfg
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("cluster.k=010", 10),
+        ("seed=0", 0),
+        ("tune.lr=1e-3", 0.001),
+        ("tune.lr=.5", 0.5),
+        ("tune.lr=2", 2.0),
+        ("tune.lr=1E+1", 10.0),
+        ("speed=True", True),  # as W&B's agent writes it
+        ("speed=false", False),
+        ("run.name=None", None),
+        ("run.name='null'", "null"),
+        ('run.name="a\\u00e9"', "aé"),
+        ("tracking.tags=['a, b', \"c\", d e , on]", ["a, b", "c", "d e", "on"]),
+        ("tracking.tags=[null,010]", ["null", "010"]),
+        ("policies=null", None),
+        ("data.fit_windows=null", None),
+    ],
+)
+def test_the_schema_decides_a_values_type(word, value):
+    found = flat(load_config(None, ["data.fit=a.txt", word]))[word.partition("=")[0]]
+    assert found == value and type(found) is type(value)
+
+
+def test_of_a_repeated_override_the_last_one_counts():
+    assert load_config(None, ["seed=1", "cluster=binary", "seed=2", "cluster=energy"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "density"),
+    [
+        ([], 0.5),
+        (["sparsity=0.7"], 0.3),
+        (["sparsity=0.7", "cluster=binary"], 0.3),
+        (["sparsity=0.7", "cluster.density=0.4"], 0.4),
+        (["experiment=paper-small", "sparsity=0.2"], 0.6),  # the experiment gives it
+        (["experiment=paper-small", "sparsity=0.2", "cluster.density=null"], 0.8),
+    ],
+)
+def test_the_density_follows_the_sparsity_unless_it_is_given(words, density, tmp_path):
+    cfg = load_config(None, words)
+    assert cfg.cluster.density == density
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_saved(tmp_path / "config.yaml").cluster.density == density
+
+
+def test_a_saved_density_stays(tmp_path):
+    (tmp_path / "config.yaml").write_text("sparsity: 0.7\ncluster: {density: 0.5}\n")
+    assert load_saved(tmp_path / "config.yaml").cluster.density == 0.5
+
+
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
@@ -59,7 +161,7 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
     [
         ("cluster.kk=3", r"cluster\.kk: unknown key; did you mean cluster\.k\?"),
         ("clusters.k=3", r"clusters: unknown key; did you mean cluster\?"),
-        ("cluster.k=many", r"cluster\.k: Value 'many' of type 'str' could not be converted to Integer"),
+        ("cluster.k=many", r"cluster\.k=many: not a whole number"),
         ("cluster.k", "cluster.k: not an override; write key=value"),
         ("cluster.k=0", "cluster.k must be at least 1, got 0"),
         ("model.device_map=balanced", r"model\.device_map=balanced: choose auto or null"),
@@ -94,6 +196,31 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("trainer.devices=0", "trainer.devices must be at least 1"),
         ("tracking.wandb=maybe", "tracking.wandb"),
         ("data.seq_len=1", "data.seq_len must be at least 2"),
+        ("data.seq_len=1_024", "data.seq_len=1_024: not a whole number"),
+        ("data.seq_len=1e3", "data.seq_len=1e3: not a whole number"),
+        ("seed=1.0", "seed=1.0: not a whole number"),
+        ("seed=99999999999999999999", "seed=99999999999999999999: not a whole number"),
+        ("seed=4294967296", "seed must be below 4294967296"),
+        ("trainer.devices=0x2", "trainer.devices=0x2: not a whole number"),
+        ("cluster.density=nan", "cluster.density=nan: not a finite number"),
+        ("sparsity=.inf", "sparsity=.inf: not a finite number"),
+        ("tune.lr=1e999", "tune.lr=1e999: not a finite number"),
+        ("tune.lr=1_0", "tune.lr=1_0: not a finite number"),
+        ("speed=on", "speed=on: choose true or false"),
+        ("speed=1", "speed=1: choose true or false"),
+        ("run.name=", "run.name=: no value; write run.name=null for none, or leave it out"),
+        ("policies=dense", r"policies: not a list of words; write policies=\[a,b\]"),
+        ("policies=[dense,]", "policies: not a list of words"),
+        ('run.name="\\q"', "can't be read"),
+        ("run.name=a\udcff", "not UTF-8"),
+        ("seed.x=1", "seed: takes one value"),
+        ("run.name=..", r"run\.name=\.\.: not the name of a folder"),
+        ("run.name=''", r"run\.name=: not the name of a folder"),
+        ("run.name=../a", r"run\.name=\.\./a: not the name of a folder"),
+        ("run.name=" + "é" * 128, r"run\.name=é+…: has 256 bytes, but a folder's name has at most 255"),
+        (f"tracking.tags=[a,{'x' * 65}]", "tracking.tags: x+… has 65 characters; W&B takes 1 to 64"),
+        ("tracking.project=a/b", "tracking.project=a/b: W&B takes 1 to 128 characters, without any of"),
+        ("tracking.project=" + "x" * 129, "tracking.project=x+: W&B takes 1 to 128 characters"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override, line):
@@ -108,9 +235,40 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("cluster: [k: 3")
     with pytest.raises(UserError, match="broken.yaml: not readable as YAML"):
         load_config(tmp_path / "broken.yaml")
+    for content, problem in (
+        (b"seed: 1\nseed: 2\n", "line 2: seed is given twice"),
+        (b"cluster:\n  k: 3\n  k: 4\n", "line 3: k is given twice"),
+        (b"cluster:\n\tk: 3\n", r"line 2: found character '\\t' that cannot start any token"),
+        (b"seed: \xff\n", "can't decode|invalid start byte"),
+        (b"seed: &a [*a]\n", "line 1: found unconstructable recursive node"),
+        (b"seed: " + b"[" * 5000, "nested too deeply"),
+    ):
+        (tmp_path / "broken.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=f"broken.yaml: not readable as YAML: .*({problem})") as caught:
+            load_config(tmp_path / "broken.yaml")
+        assert "\n" not in str(caught.value)
     (tmp_path / "list.yaml").write_text("- 3\n")
     with pytest.raises(UserError, match="list.yaml: contains no keys"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_a_file_may_have_anchors_merge_keys_and_nulls(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "cluster: &a {k: 010, max_epochs: 3}\npredictor: {<<: *a, k: 7, max_epochs: 4}\n".replace(", k: 7", "")
+    )
+    with pytest.raises(UserError, match=r"predictor\.k: unknown key"):  # merged from the other section
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(
+        "predictor: &p {max_epochs: 4}\ntune: {<<: *p, lr: 1e-4, precision: ~}\nrun: {name: }\npolicies: null\n"
+    )
+    cfg = load_config(tmp_path / "b.yaml")
+    assert (cfg.tune.max_epochs, cfg.tune.lr, cfg.tune.precision, cfg.run.name, cfg.policies) == (
+        4,
+        1e-4,
+        None,
+        None,
+        None,
+    )
 
 
 def test_help_lists_keys_and_groups_and_print_config_stops_there():

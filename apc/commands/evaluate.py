@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from apc.config.load import load_saved, to_dict, to_yaml
-from apc.config.schema import Config
+from apc.config.schema import Config, check_names
 from apc.run import cli
 from apc.utils import exits
 from apc.utils.errors import UserError
@@ -99,6 +99,7 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
         )
     fitted = load_saved(config)
     cfg = load_saved(config, ["run.name=null", "stage=all", *overrides])
+    check_names(cfg)
     for owner, other, keys, prefix in ((fitted, cfg, FITTED, ""), (fitted.data, cfg.data, FITTED_DATA, "data.")):
         for key in keys:
             if getattr(owner, key) != getattr(other, key):

@@ -3,22 +3,26 @@
 Later sources win: dataclass defaults ← group files (`configs/<group>/<name>.yaml`) ← an experiment or YAML file ←
 key=value overrides, group choices first. A name in place of a section chooses a group file: `model=mistral7b`. A run of
 the bundled model on the bundled text uses `experiment=demo` unless another experiment is chosen.
+
+The schema decides each value's type, so a text key takes `2024_01_15`, `on` and `007` as they are typed.
 """
 
 import inspect
+import math
 import re
 import sys
 import textwrap
-from dataclasses import asdict, fields, is_dataclass
+from collections import Counter
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
 
-from apc.config.schema import Config
+from apc.config.schema import Config, check_names
 from apc.utils.errors import UserError, first_line
 
 # In a wheel, configs/ lies in the package; in a checkout, beside it.
@@ -26,7 +30,26 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 # The dataclass of each section, by its key.
-SECTIONS = {item.name: type(item.default) for item in fields(Config) if is_dataclass(item.default)}
+SECTIONS: dict[str, Any] = {item.name: type(item.default) for item in fields(Config) if is_dataclass(item.default)}
+
+
+def _kind(annotation: Any) -> type:
+    """The type without `| None` and without the type of a list's items."""
+    kind = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    return list if list in (get_origin(annotation), get_origin(kind)) else kind
+
+
+KINDS = {
+    f"{section}.{item.name}".lstrip("."): _kind(item.type)
+    for section, kind in {"": Config, **SECTIONS}.items()
+    for item in fields(kind)
+    if item.name not in SECTIONS
+}
+_NUMBERS = {
+    int: (r"[-+]?[0-9]{1,18}", "a whole number, such as 12"),
+    float: (r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", "a finite number, such as 0.5 or 1e-3"),
+}
+_QUOTED = r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*")"""
 
 # Keys of version 0.1, and their new names or why they are gone.
 RENAMED = {
@@ -76,7 +99,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         experiment = "demo"
     if experiment:
         files.insert(0, _group_file("experiment", experiment))
-    return _merge([*_read_files(files), *given])
+    cfg = _merge([*_read_files(files), *given])
+    check_names(cfg)
+    return cfg
 
 
 def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
@@ -86,15 +111,22 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
         if (owner := _owner(values, key)) is not None:
             value = owner.pop(key.rpartition(".")[2])
             if key in RENAMED:
-                OmegaConf.update(values, RENAMED[key], value)
-            elif value != REMOVED[key][0]:
+                owner[RENAMED[key].rpartition(".")[2]] = value
+            elif _number(key, float, value) != REMOVED[key][0]:
                 print(f"note: {path}: was made with {key}={value}, which is now {REMOVED[key][0]}", file=sys.stderr)
-    precision = OmegaConf.select(values, "trainer.precision")
-    if precision in ("16-mixed", "64-true"):  # version 0.1 allowed them
-        OmegaConf.update(values, "trainer.precision", "32-true")
+    trainer = _owner(values, "trainer.precision") or {}
+    if (precision := trainer.get("precision")) in ("16-mixed", "64-true"):  # version 0.1 allowed them
+        trainer["precision"] = "32-true"
         print(f"note: {path}: was made with trainer.precision={precision}, which is now 32-true", file=sys.stderr)
     names, dotlist = _parse_overrides(overrides or [])
     return _merge([values, *_read_groups(names), dotlist])
+
+
+def split_file(words: list[str]) -> tuple[str | None, list[str]]:
+    """The YAML file that a command line begins with (None: none), and its other words."""
+    if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")):
+        return words[0], words[1:]
+    return None, words
 
 
 def to_dict(cfg: Config) -> dict:
@@ -103,15 +135,130 @@ def to_dict(cfg: Config) -> dict:
 
 
 def to_yaml(cfg: Config) -> str:
-    """The configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+    """The configuration as YAML, which is read back as the same configuration."""
+    return yaml.dump(asdict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def as_word(value: object) -> str:
-    """A value in the command line's notation."""
+    """A value in the command line's notation, which is read back as the same value."""
     if isinstance(value, list):
-        return f"[{','.join(map(as_word, value))}]"
+        plain = [item for item in value if _split(item) == [item] and item[:1] not in ("", "'", '"')]
+        return f"[{','.join(item if item in plain else _quoted(item) for item in value)}]"
+    if isinstance(value, str):
+        return _quoted(value) if value in ("", "null", "None") or re.fullmatch(_QUOTED, value, re.DOTALL) else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(text: str) -> str:
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
+
+
+def _unquoted(text: str) -> str:
+    """The text in quotes, if that is all there is; else the text as it is."""
+    if not re.fullmatch(_QUOTED, text, re.DOTALL):
+        return text
+    try:
+        return str(parse_yaml(text))
+    except ValueError as error:
+        raise UserError(f"{text}: can't be read ({error})") from error
+
+
+def _split(text: str) -> list[str]:
+    """The items of a list on the command line, given what is between its brackets."""
+    items, end, comma = [], 0, ","
+    while comma:
+        match = cast(re.Match, re.compile(rf"\s*({_QUOTED}|[^,]*?)\s*(,|$)", re.DOTALL).match(text, end))
+        (item, comma), end = match.groups(), match.end()
+        items.append(_unquoted(item))
+    return items
+
+
+class Plain(str):
+    """A scalar of YAML that has no quotes, so that it may be null."""
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads scalars as text, because the schema decides their types. Refuses a key that is given twice."""
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+    yaml_constructors = {
+        "tag:yaml.org,2002:str": lambda loader, node: node.value if node.style else Plain(node.value),
+        "tag:yaml.org,2002:seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+        "tag:yaml.org,2002:map": lambda loader, node: loader.construct_mapping(node, deep=True),
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        counts = Counter(key.value for key in keys)
+        if again := next((key for key in reversed(keys) if counts[key.value] > 1), None):
+            raise yaml.composer.ComposerError(None, None, f"{again.value} is given twice", again.start_mark)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a reader without the schema could take for a number or a date."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if not text.isprintable() else None if re.match("[A-Za-z_/]", text) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_multi_representer(str, _Dumper.represent_text)  # OmegaConf has a class of its own for some texts
+
+
+def parse_yaml(content: str | bytes) -> Any:
+    """What YAML says, with scalars as text: `Plain` if they have no quotes. Raises ValueError, with one line."""
+    try:
+        return yaml.load(content, _TextLoader)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(first_line(error)) from error
+
+
+def typed(key: str, value: object) -> object:
+    """A value from YAML, or a text from the command line, in the type that the schema gives this key.
+
+    For an unknown key: the text as it is. Raises UserError, naming the key, for a value of another type.
+    """
+    kind = KINDS.get(key)
+    if value is None or isinstance(value, Plain) and value in ("null", "Null", "NULL", "~", ""):
+        return None
+    if kind is None:
+        return str(value) if isinstance(value, str) else None
+    if kind is list:
+        return _words(key, value)
+    if not isinstance(value, str):
+        raise UserError(f"{key}: takes one value, not a list or a section")
+    if kind is str:
+        return str(value)
+    if kind is not bool:
+        return _number(key, kind, value)
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"{key}={value}: choose true or false")
+    return value.lower() == "true"
+
+
+def _number(key: str, kind: type, value: object) -> float:
+    pattern, meaning = _NUMBERS[kind]
+    text = str(value).strip()
+    if not re.fullmatch(pattern, text) or not math.isfinite(kind(text)):
+        raise UserError(f"{key}={value}: not {meaning}")
+    return kind(text)
+
+
+def _words(key: str, value: object) -> list[str]:
+    """A list of words, from a list of YAML or from text such as `[a,b]`."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = _split(value[1:-1]) if value[1:-1].strip() else []
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise UserError(f"{key}: not a list of words; write {key}=[a,b]")
+    return [str(item) for item in value]
 
 
 def flat(cfg: Config) -> dict[str, object]:
@@ -125,60 +272,102 @@ def flat(cfg: Config) -> dict[str, object]:
 def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
     """The key=value words that turn `base` into `cfg`, without the sections and keys in `leave_out`."""
     before, after = flat(base), flat(cfg)
-    changed = [key for key in after if after[key] != before[key] and not {key, key.partition(".")[0]} & {*leave_out}]
+    different = {key for key in after if after[key] != before[key]}
+    if "sparsity" in different:  # which also changes the density if that is not given
+        different.add("cluster.density")
+    changed = [key for key in after if key in different and not {key, key.partition(".")[0]} & {*leave_out}]
     return [f"{key}={as_word(after[key])}" for key in changed]
 
 
-def _merge(sources: list[DictConfig]) -> Config:
+def _merge(sources: list[dict]) -> Config:
+    """The configuration of sources whose scalars are text; a later source wins."""
     base = OmegaConf.structured(Config)
     for node in (base, *(base[name] for name in SECTIONS)):
         OmegaConf.set_readonly(node, False)
+    values = [_in_types(source) for source in sources]
+    follows = True  # the density: it is 1 - sparsity
+    for section in (source.get("cluster") for source in values):
+        if isinstance(section, dict) and "density" in section:
+            follows = section["density"] is None
+            if follows:
+                del section["density"]
     try:
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(base, *sources)))
+        cfg = cast(Config, OmegaConf.to_object(OmegaConf.merge(base, *map(_escaped, values))))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
+    return replace(cfg, cluster=replace(cfg.cluster, density=round(1 - cfg.sparsity, 12))) if follows else cfg
 
 
-def _read_files(files: list[Path]) -> list[DictConfig]:
+def _in_types(source: dict) -> dict:
+    """A source's values in the types of the schema."""
+    return {
+        str(key): {str(name): typed(f"{key}.{name}", item) for name, item in value.items()}
+        if key in SECTIONS and isinstance(value, dict)
+        else typed(key, value)
+        for key, value in source.items()
+    }
+
+
+def _escaped(value: Any) -> Any:
+    """Values with texts that OmegaConf takes literally: no interpolation `${…}`, no missing value `???`."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"^(\\*\?\?\?)$", r"\\\1", re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+
+
+def _read_files(files: list[Path]) -> list[dict]:
     """The group files that these files choose, then the files' own values."""
     chosen: dict[str, str] = {}
     values = [_take_groups(_read_yaml(file), chosen) for file in files]
     return [*_read_groups(chosen), *values]
 
 
-def _is_bundled(sources: list[DictConfig]) -> bool:
+def _is_bundled(sources: list[dict]) -> bool:
     """Whether model and texts are the bundled ones."""
-    merged = OmegaConf.unsafe_merge({}, *sources)
-    keys = ("model.path", "data.fit", "data.score")
-    try:
-        return all(OmegaConf.select(merged, key, default="bundled") == "bundled" for key in keys)
-    except OmegaConfBaseException:  # a section is not a dictionary; the merge reports it
-        return False
+    given: dict[str, dict] = {"model": {}, "data": {}}
+    for section, values in given.items():
+        for source in sources:
+            if isinstance(source.get(section), dict):
+                values |= source[section]
+    keys = (("model", "path"), ("data", "fit"), ("data", "score"))
+    return all(given[section].get(name, "bundled") == "bundled" for section, name in keys)
 
 
-def _read_groups(names: dict[str, str]) -> list[DictConfig]:
-    return [OmegaConf.create({group: _read_yaml(_group_file(group, name))}) for group, name in names.items()]
+def _read_groups(names: dict[str, str]) -> list[dict]:
+    return [{group: _read_yaml(_group_file(group, name))} for group, name in names.items()]
 
 
-def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], DictConfig]:
-    """Splits the words into group choices and key=value overrides.
+def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], dict]:
+    """Splits the words into group choices and the values of keys, as text; of a repeated key the last one counts.
 
     One section may have both: `model=x` and `model.dtype=y`.
     """
-    names, words = {}, []
+    names: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for word in overrides:
         key, equals, value = word.partition("=")
         if not key or not equals:
             raise UserError(f"{word}: not an override; write key=value (python train.py --help lists the keys)")
+        if not word.isascii() and re.search("[\ud800-\udfff]", word):
+            raise UserError(f"{ascii(word)}: not UTF-8, so it can't be saved in a configuration; rename what it names")
         if key == "experiment" or key in SECTIONS:
             names[key] = value
-        else:
-            _check_old(key)
-            words.append(f"{key}=null" if value == "None" else word)  # W&B sweeps write None for null
-    try:
-        return names, OmegaConf.from_dotlist(words)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{' '.join(words)}: can't be read as overrides: {first_line(error)}") from error
+            continue
+        _check_old(key)
+        if not value:
+            raise UserError(f"{word}: no value; write {key}=null for none, or leave it out")
+        section, dot, name = key.partition(".")
+        owner = values.setdefault(section, {}) if dot else values
+        if not isinstance(owner, dict):
+            raise UserError(f"{key}: unknown key; {section} is not a section")
+        owner[name if dot else section] = (
+            None if value in ("null", "None") else _unquoted(value)
+        )  # W&B sweeps write None
+    return names, values
 
 
 def _check_old(key: str) -> None:
@@ -189,20 +378,20 @@ def _check_old(key: str) -> None:
         raise UserError(f"{key}: this key was removed ({REMOVED[key][1]}); leave it out")
 
 
-def _owner(values: DictConfig, key: str) -> DictConfig | None:
+def _owner(values: dict, key: str) -> dict | None:
     """The section that has this key, or `values` itself; None if the key is not there."""
     section, _, name = key.rpartition(".")
     node = values.get(section) if section else values
-    return node if isinstance(node, DictConfig) and name in node else None
+    return node if isinstance(node, dict) and name in node else None
 
 
-def _take_groups(values: DictConfig, chosen: dict[str, str]) -> DictConfig:
+def _take_groups(values: dict, chosen: dict[str, str]) -> dict:
     """Moves sections given as a name (`model: bundled`) from `values` to `chosen`.
 
     Raises UserError for a key of version 0.1.
     """
     for section in SECTIONS:
-        if section in values and isinstance(values[section], str):
+        if isinstance(values.get(section), str):
             chosen[section] = values.pop(section)
     for key in (*RENAMED, *REMOVED):
         if _owner(values, key) is not None:
@@ -219,16 +408,16 @@ def _group_file(group: str, name: str) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        values = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from error
-    if not isinstance(values, DictConfig):
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict | None):
         raise UserError(f"{path}: contains no keys; write lines of the form KEY: VALUE")
-    return values
+    return values or {}
 
 
 def _explain(error: OmegaConfBaseException) -> str:

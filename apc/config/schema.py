@@ -4,6 +4,7 @@ Imports nothing heavy, so that help, `--print-config` and messages about wrong k
 `policies` needs torch; `apc.sparse.policies.check_policies` makes it when a run begins.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,8 +141,8 @@ class ClusterConfig:
 
     # Clusters in a codebook.
     k: int = 256
-    # Share of neurons that every centroid keeps. For brb-kmeans and k-majority: only for static, random and soft
-    # masks.
+    # Share of neurons that every centroid keeps. null, or not given: 1 - sparsity. For brb-kmeans and k-majority: only
+    # for static, random and soft masks.
     density: float = 0.5
     # How patterns are weighted: binary (the paper), magnitude or energy.
     weighting: str = "energy"
@@ -167,7 +168,7 @@ class ClusterConfig:
         _at_least(self, "cluster.", k=1, penalty=1, max_epochs=1)
         if not 0 < self.density < 1:
             raise UserError(f"cluster.density must lie between 0 and 1, got {self.density}")
-        if self.tolerance < 0:
+        if not 0 <= self.tolerance < math.inf:
             raise UserError(f"cluster.tolerance must not be negative, got {self.tolerance}")
         if self.algorithm != "lloyd" and self.weighting != "binary":
             raise UserError(
@@ -213,7 +214,7 @@ class PredictorConfig:
         chosen = list(self.low_bit_projections)
         if not chosen or [name for name in PROJECTIONS if name in chosen] != chosen:
             raise UserError(f"predictor.low_bit_projections={chosen}: choose [gate], [up] or [gate,up]")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"predictor.lr must be above 0, got {self.lr}")
 
 
@@ -240,7 +241,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "tune.", max_epochs=0, batch_windows=1)
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"tune.lr must be above 0, got {self.lr}")
         if self.precision is not None:
             _choose(self, "tune.", precision=PRECISIONS)
@@ -355,6 +356,8 @@ class Config:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
+        if self.seed >= 1 << 32:
+            raise UserError(f"seed must be below {1 << 32}, got {self.seed}")
         if self.policies is not None and not self.policies:
             raise UserError("policies=[]: names none; leave it out for the defaults, or choose some")
         low_bit = self.predictor.form == "low-bit"
@@ -397,3 +400,24 @@ class Config:
                 f"tune.batch_windows={self.tune.batch_windows} is less than a window for each of {processes} "
                 "processes; raise it"
             )
+
+
+def check_names(cfg: Config) -> None:
+    """Raises UserError for a run.name that can't be a folder in run.dir, or a W&B name that W&B refuses.
+
+    Not part of `Config`, so that every saved run loads.
+    """
+    name = cfg.run.name
+    if name is not None:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UserError(
+                f"run.name={name}: not the name of a folder; choose another, or a place with run.dir=FOLDER"
+            )
+        if (size := len(name.encode())) > 255:
+            raise UserError(f"run.name={name[:20]}…: has {size} bytes, but a folder's name has at most 255; shorten it")
+    for tag in cfg.tracking.tags:
+        if not 1 <= len(tag) <= 64:
+            raise UserError(f"tracking.tags: {tag[:20]}… has {len(tag)} characters; W&B takes 1 to 64")
+    project = cfg.tracking.project
+    if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
+        raise UserError(f"tracking.project={project[:40]}: W&B takes 1 to 128 characters, without any of / \\ # ? % :")

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from apc.config.load import describe, load_config, to_yaml
+from apc.config.load import describe, load_config, split_file, to_yaml
 from apc.config.schema import Config
 from apc.utils import signals
 from apc.utils.errors import UserError
@@ -44,9 +44,7 @@ def main(
         if dry_run is not None:
             parser.add_argument("--dry-run", action="store_true", help=what)
         options = parser.parse_intermixed_args()
-        words = options.words
-        path = words.pop(0) if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")) else None
-        cfg = defaults(path, words)
+        cfg = defaults(*split_file(options.words))
         if options.print_config:
             print(to_yaml(cfg), end="")
             return

@@ -17,7 +17,7 @@ from typing import Any
 
 from apc.cluster.codebook import Codebook
 from apc.config.load import flat, load_saved, to_yaml
-from apc.config.schema import Config
+from apc.config.schema import Config, check_names
 from apc.evaluate import tables
 from apc.predict.predictor import Predictor
 from apc.utils import distributed
@@ -135,8 +135,10 @@ def stage_records(run: RunFolder) -> dict[str, dict]:
 def open_run(cfg: Config) -> Iterator[RunFolder]:
     """Creates the run's folder, or resumes an existing one, and locks it during the block.
 
-    Raises UserError if the folder holds a run of another configuration, or another process works in it.
+    Raises UserError if the folder holds a run of another configuration, or another process works in it, or its name is
+    no folder's name.
     """
+    check_names(cfg)
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))
     if run.config.is_file():
         check_same(run, cfg)
