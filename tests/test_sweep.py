@@ -3,7 +3,9 @@
 import csv
 import os
 import re
+import shlex
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -107,7 +109,8 @@ def test_a_sigterm_ends_the_running_runs_and_no_other_starts(workplace, tmp_path
         "def end(*_):\n    path.with_suffix('.saved').touch()\n    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, end)\npath.with_suffix('.began').touch()\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr(sweep, "read_sweep", lambda path: (str(program), {"seed": [1, 2, 3]}))
+    found = sweep.Sweep("grid", str(program), sweep.COMMAND[:3], [], [], {"seed": [1, 2, 3]})
+    monkeypatch.setattr(sweep, "read_sweep", lambda path: found)
 
     def terminate_when_two_run():
         while len(list(tmp_path.glob("*.began"))) < 2:
@@ -153,6 +156,23 @@ def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
         ("a: [", "can't be read as YAML"),
         ("method: grid\nparameters: {cluster.kk: {values: [1, 2]}}", "cluster.kk"),
         ("method: grid\nparameters: {run.dir: {values: ['a/b', 'a:b']}}", "both called bad-dira_b"),
+        ("method: grid\nparameters: {seed: {values: [1, 1.5]}}", "seed=1.5: not a whole number"),
+        ("method: grid\nmethod: grid\nparameters: {seed: {value: 1}}", "line 2: method is given twice"),
+        ("method: grid\ncomand: [x]\nparameters: {seed: {value: 1}}", "comand: apc sweep knows only program, method"),
+        (
+            "method: grid\nparameters: {seed: {values: [1], q: 2}}",
+            "parameters.seed needs .*, and nothing else; it has q",
+        ),
+        ("method: grid\nparameters: {seed: {values: [1], value: 2}}", "parameters.seed needs .*; it has values"),
+        (
+            "method: grid\nparameters: {cluster.k: {value: 1}, cluster: {parameters: {k: {value: 2}}}}",
+            "parameters.cluster.k is given twice",
+        ),
+        ("method: grid\nparameters: {run.name: {values: [a, b]}}", "run.name: apc sweep names the runs"),
+        (
+            "method: grid\nparameters: {tracking.notes: {values: [%s, b]}}" % ("x" * 244),
+            "too long for the name of a run",
+        ),
     ],
 )
 def test_an_error_names_a_file_that_is_no_grid_before_anything_runs(tmp_path, monkeypatch, content, message):
@@ -160,6 +180,90 @@ def test_an_error_names_a_file_that_is_no_grid_before_anything_runs(tmp_path, mo
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         sweep.main([str(tmp_path / "bad.yaml")])
+
+
+def write_command(path, *words, more=""):
+    quoted = ", ".join(f'"{word}"' for word in words)
+    path.write_text(f"method: grid\ncommand: [{quoted}]\n{more}parameters: {{seed: {{values: [1, 2]}}}}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["${program}", "${args}"], r"command: \$\{args\}: apc sweep can't fill this in"),
+        (["${program}", "${args_no_hyphens}", "${args_json_file}"], r"command: \$\{args_json_file\}"),
+        (["${program}", "a.yaml"], r"get their values from one \$\{args_no_hyphens\} after the program"),
+        (["my.py", "${args_no_hyphens}"], r"has no \$\{program\}"),
+        (["${program}", "--dry-run", "${args_no_hyphens}"], "command: --dry-run: apc sweep can't pass this on"),
+        (["${program}", "${args_no_hyphens}", "seed=3"], "seed=3: the sweep sets seed itself"),
+        (["${program}", "${args_no_hyphens}", "run.name=a"], "run.name: apc sweep names the runs"),
+        (["${program}", "${args_no_hyphens}", "run.dir=${envvar:NO_SUCH}"], "NO_SUCH is not set in the environment"),
+        (["${program}", "${args_no_hyphens}", "cluster.kk=3"], "cluster.kk: unknown key"),
+        (["${program}", "${args_no_hyphens}", "late.yaml"], "late.yaml: not an override"),
+    ],
+)
+def test_a_command_that_cannot_be_honoured_is_an_error(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        sweep.main([write_command(tmp_path / "bad.yaml", *words)])
+
+
+def test_every_word_of_the_command_reaches_the_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        f"data: {{fit: a.txt}}\nrun: {{dir: {tmp_path}/runs}}\ncollect: {{storage: memory}}\n"
+    )
+    file = write_command(
+        tmp_path / "own.yaml",
+        *("${env}", "A=1", "${interpreter}", "-u", "${program}", f"{tmp_path}/mine.yaml", "cluster.k=9"),
+        *("${args_no_hyphens}", "data.score=${envvar:SCORE}/b.txt", "--wide"),
+        more="project: 007\nname: x\nmetric: {name: y}\n",
+    )
+    monkeypatch.setenv("SCORE", "/score")
+    grid = sweep.trials(sweep.read_sweep(Path(file)), ["cluster.init=k-means++"])
+    assert "only W&B's server uses name, metric; apc sweep does not" in capsys.readouterr().err
+    for seed, trial in enumerate(grid, start=1):
+        cfg = trial.config
+        assert (cfg.data.fit, cfg.data.score, cfg.cluster.k, cfg.seed) == ("a.txt", "/score/b.txt", 9, seed)
+        assert (cfg.cluster.init, cfg.tracking.project, cfg.tracking.group) == ("k-means++", "007", "own")
+    commands = []
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: commands.append(command) or Done)
+    sweep.main([file, "cluster.init=k-means++"])
+    assert sorted(command[command.index("/usr/bin/env") :] for command in commands) == [
+        ["/usr/bin/env", "A=1", sys.executable, "-u", *program(), *trial.words] for trial in grid
+    ]
+    assert grid[0].words == [
+        *(f"{tmp_path}/mine.yaml", "cluster.k=9", "tracking.project=007", "seed=1", "data.score=/score/b.txt"),
+        *("--wide", "cluster.init=k-means++", "run.name=own-seed1", "tracking.group=own"),
+    ]
+
+
+def program():
+    return ["train.py"] if Path("train.py").is_file() else ["-m", "apc", "train"]
+
+
+def test_values_reach_the_runs_as_the_file_writes_them(tmp_path, capsys):
+    (tmp_path / "as.yaml").write_text(
+        """method: grid
+parameters:
+  model.revision: {values: ["6063e25", 007]}
+  cluster: {parameters: {k: {value: 010}, weighting: {values: [binary], distribution: categorical}}}
+  tracking.notes: {value: "null"}
+  tracking.tags: {value: ["a, b", on]}
+  tracking.group: {value: mine}
+  policies: {value: "[dense,oracle]"}
+"""
+    )
+    grid = sweep.trials(sweep.read_sweep(tmp_path / "as.yaml"), [])
+    assert [(trial.config.model.revision, trial.name) for trial in grid] == [
+        ("6063e25", "as-revision6063e25"),
+        ("007", "as-revision007"),
+    ]
+    cfg = grid[0].config
+    assert (cfg.cluster.k, cfg.cluster.weighting, cfg.policies) == (10, "binary", ["dense", "oracle"])
+    assert (cfg.tracking.notes, cfg.tracking.tags, cfg.tracking.group) == ("null", ["a, b", "on"], "mine")
+    sweep.main([str(tmp_path / "as.yaml"), f"run.dir={tmp_path}", "--dry-run"])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert load_config(None, shlex.split(line.partition("train.py")[2])[:-2]).tracking == cfg.tracking
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)

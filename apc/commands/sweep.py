@@ -7,6 +7,9 @@ apc sweep configs/sweep/demo.yaml --dry-run          prints the runs and stops
 A run's name is the sweep's name and the run's own values; W&B groups the runs by sweep. The same command resumes a
 sweep: it skips finished runs and resumes the others. It writes a row per policy of each finished run to
 <run.dir>/<sweep>.csv, and compares the runs in <run.dir>/<sweep>.comparison/, as `evaluate.py compare=` does.
+
+A run's command is the file's `command:`, as W&B's agent reads it; by default ${env} ${interpreter} ${program}
+${args_no_hyphens}. What follows the program there (a YAML file, overrides) is for every run.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import itertools
 import os
 import queue
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,13 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
-from apc.config.load import CONFIGS, as_word, load_config
+from apc.config.load import CONFIGS, as_word, load_config, parse_yaml, split_file, typed
 from apc.config.schema import Config
 from apc.run.folder import RunFolder, check_same, check_scored, read_results
 from apc.sparse.policies import check_policies
-from apc.utils.errors import Terminated, UserError, first_line
+from apc.utils.errors import Terminated, UserError
 from apc.utils.files import write_atomic
 from apc.utils.packages import require_extra
 
@@ -40,12 +43,27 @@ PATTERN_KEYS = ("sites", "sparsity", "active", "model", "data", "collect", "moni
 # Code for `python -c`. It runs the command in its arguments, and that command gets a SIGTERM when this process ends,
 # even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).
 _DIES_WITH_PARENT = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execvp(sys.argv[1], sys.argv[1:])"
 )
+COMMAND = ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
+# Entries of a sweep file that only W&B's server uses.
+SERVER_KEYS = ("name", "description", "entity", "metric", "early_terminate", "run_cap")
 FIGURES = (
     *("density", "coverage", "precision", "captured_importance", "captured_energy"),
     *("perplexity", "ratio", "bits", "bytes_share", "flops_share"),
 )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file's grid, and the words of its runs' command."""
+
+    name: str
+    program: str
+    launcher: list[str]  # the words of the command up to the program
+    before: list[str]  # the program's arguments before the parameters
+    after: list[str]  # those after them
+    parameters: dict[str, list]
 
 
 @dataclass(frozen=True)
@@ -81,16 +99,16 @@ class Trial:
         return not self.config.speed or "speed" in results
 
 
-def read_sweep(path: Path) -> tuple[str, dict[str, list]]:
-    """A sweep file's program, and each parameter's values. Raises UserError, naming the file, if it is not a grid."""
+def read_sweep(path: Path) -> Sweep:
+    """A sweep file. Raises UserError, naming the file, if it is not a grid or has an entry that can't be honoured."""
     try:
-        sweep = yaml.safe_load(path.read_text())
+        sweep = parse_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"{path}: can't be read ({error.strerror}); give a sweep file, e.g. configs/sweep/demo.yaml"
         ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: can't be read as YAML ({first_line(error)})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: can't be read as YAML ({error})") from error
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or not sweep["parameters"]:
         raise UserError(f"{path}: not a sweep; it needs `parameters:` with a list of values for each key")
     if sweep.get("method") != "grid":
@@ -98,37 +116,110 @@ def read_sweep(path: Path) -> tuple[str, dict[str, list]]:
             f"{path}: method {sweep.get('method')} needs W&B's server (`wandb sweep {path}`); "
             "only `method: grid` runs here"
         )
-    values = {}
-    for key, choice in sweep["parameters"].items():
-        choice = choice if isinstance(choice, dict) else {}
-        single = [choice["value"]] if "value" in choice else []
-        values[key] = choice["values"] if isinstance(choice.get("values"), list) else single
-        if not values[key]:
-            raise UserError(f"{path}: parameters.{key} needs `values: [...]` or `value: ...`")
-    return sweep.get("program", "train.py"), values
+    known = ("program", "method", "command", "parameters", "project", *SERVER_KEYS)
+    if unknown := [key for key in sweep if key not in known]:
+        raise UserError(f"{path}: {', '.join(unknown)}: apc sweep knows only {', '.join(known)}; leave it out")
+    if unused := [key for key in SERVER_KEYS if key in sweep]:
+        print(f"note: {path}: only W&B's server uses {', '.join(unused)}; apc sweep does not", file=sys.stderr)
+    try:
+        parameters: dict[str, list] = {}
+        _read_parameters(sweep["parameters"], "", parameters)
+        launcher, before, after = _command(sweep.get("command", COMMAND))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    chosen = [*parameters, *(word.partition("=")[0] for word in (*before, *after))]
+    if "project" in sweep and "tracking.project" not in chosen:
+        before = [*before, f"tracking.project={as_word(typed('tracking.project', sweep['project']))}"]
+    return Sweep(path.stem, sweep.get("program", "train.py"), launcher, before, after, parameters)
 
 
-def trials(sweep: str, parameters: dict[str, list], overrides: list[str]) -> list[Trial]:
-    """All combinations as valid configurations.
+def _read_parameters(entries: dict, prefix: str, into: dict[str, list]) -> None:
+    """Puts each parameter's values into `into`; nested `parameters:` make dotted keys. Raises ValueError."""
+    for name, entry in entries.items():
+        key, choice = f"{prefix}{name}", entry if isinstance(entry, dict) else {}
+        if list(choice) == ["parameters"] and isinstance(choice["parameters"], dict):
+            _read_parameters(choice["parameters"], f"{key}.", into)
+            continue
+        values = [choice["value"]] if "value" in choice else choice.get("values")
+        extra = {*choice} - {"value" if "value" in choice else "values"}
+        if choice.get("distribution") in ("categorical", "constant"):  # says the same again
+            extra.remove("distribution")
+        if not isinstance(values, list) or not values or extra:
+            advice = f", and nothing else; it has {', '.join(sorted(extra))}" if extra else ""
+            raise ValueError(f"parameters.{key} needs `values: [...]` or `value: ...`{advice}")
+        if key in into:
+            raise ValueError(f"parameters.{key} is given twice; leave one out")
+        into[key] = [typed(key, value) for value in values]
+
+
+def _command(command: object) -> tuple[list[str], list[str], list[str]]:
+    """The words of a sweep's `command:` up to the program; its arguments before and after the parameters.
+
+    Raises ValueError for what can't be honoured.
+    """
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        raise ValueError(f"command: must be a list of words, such as [{', '.join(COMMAND)}]")
+    for word in command:
+        if word.startswith("${") and word.endswith("}") and word not in COMMAND and not word.startswith("${envvar:"):
+            known = f"{', '.join(COMMAND)} and ${{envvar:NAME}}"
+            raise ValueError(f"command: {word}: apc sweep can't fill this in; train.py reads key=value, so use {known}")
+    starts = [i for i, word in enumerate(command) if word == "${program}" or Path(word).stem == "train"]
+    if not starts:
+        raise ValueError("command: has no ${program}; its arguments are the words after it")
+    start = starts[0] + 1
+    if command[start:].count("${args_no_hyphens}") != 1:
+        raise ValueError("command: the runs get their values from one ${args_no_hyphens} after the program; write it")
+    place = command.index("${args_no_hyphens}", start)
+    words = [_from_environment(word) for word in command]
+    launcher, before, after = words[:start], words[start:place], words[place + 1 :]
+    for word in (*before, *after):
+        if word.startswith("-") and word != "--wide":
+            raise ValueError(f"command: {word}: apc sweep can't pass this on to a run; leave it out")
+    return launcher, before, after
+
+
+def _from_environment(word: str) -> str:
+    """The word with each `${envvar:NAME}` replaced. Raises ValueError for a variable that is not set."""
+
+    def value(match: re.Match) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"command: {match[0]}: {match[1]} is not set in the environment; set it")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{envvar:([^}]*)\}", value, str(word))
+
+
+def trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
+    """All combinations as valid configurations. overrides: for all of them, after the words of the sweep's file.
 
     Raises UserError for the first invalid one, for two with the same name, and for an override of a swept key.
     """
-    for word in overrides:
-        if (key := word.partition("=")[0]) in parameters:
+    given = [word.partition("=")[0] for word in (*sweep.before, *sweep.after, *overrides)]
+    for key in (*given, *sweep.parameters):
+        if key == "run.name":
+            raise UserError("run.name: apc sweep names the runs; leave it out")
+    for key, word in zip(given, (*sweep.before, *sweep.after, *overrides), strict=True):
+        if key in sweep.parameters:
             raise UserError(f"{word}: the sweep sets {key} itself; change that in its file")
     by_name: dict[str, Trial] = {}
-    for combination in itertools.product(*parameters.values()):
-        chosen = dict(zip(parameters, combination, strict=True))
-        values = {key: value for key, value in chosen.items() if len(parameters[key]) > 1}
+    for combination in itertools.product(*sweep.parameters.values()):
+        chosen = dict(zip(sweep.parameters, combination, strict=True))
+        values = {key: value for key, value in chosen.items() if len(sweep.parameters[key]) > 1}
         parts = [_short(key, value) for key, value in values.items()]
-        name = "-".join(parts if parts and re.match(rf"{re.escape(sweep)}(-|$)", parts[0]) else [sweep, *parts])
-        words = [f"{key}={as_word(value)}" for key, value in chosen.items()]
-        words += [*overrides, f"run.name={name}", f"tracking.group={sweep}"]
+        named = bool(parts) and re.match(rf"{re.escape(sweep.name)}(-|$)", parts[0])
+        name = "-".join(parts if named else [sweep.name, *parts])
+        words = [*sweep.before, *(f"{key}={as_word(value)}" for key, value in chosen.items()), *sweep.after, *overrides]
+        words.append(f"run.name={as_word(name)}")
+        if "tracking.group" not in (*given, *sweep.parameters):
+            words.append(f"tracking.group={as_word(sweep.name)}")
+        if len(f"{name}.log".encode()) > 255:
+            raise UserError(f"{name[:40]}…: too long for the name of a run and its log; shorten the sweep's file name")
         if name in by_name:
             raise UserError(
                 f"two combinations of the sweep are both called {name}; give values that differ in letters or digits"
             )
-        cfg = load_config(None, words)
+        file, changes = split_file([word for word in words if word != "--wide"])
+        cfg = load_config(file, changes)
         check_policies(cfg)
         by_name[name] = Trial(name, values, words, cfg)
     return list(by_name.values())
@@ -141,13 +232,14 @@ def _short(key: str, value: object) -> str:
     return key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9._]+", "_", str(value))
 
 
-def run(grid: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
+def run(grid: list[Trial], launcher: list[str], jobs: int, gpus: int) -> list[str]:
     """Runs the unfinished trials, `jobs` at a time, each on its own GPU if there are several.
+
+    launcher: the words of a run's command before its arguments.
 
     Returns a line per failed run. On a SIGTERM it passes the signal to its runs, waits until they have saved their
     state, and raises Terminated.
     """
-    launcher = [program] if Path(program).is_file() else ["-m", "apc", Path(program).stem]
     places: queue.Queue[int] = queue.Queue()
     running: dict[str, subprocess.Popen] = {}
     asked = threading.Event()
@@ -173,7 +265,7 @@ def run(grid: list[Trial], program: str, jobs: int, gpus: int) -> list[str]:
             trial.log.parent.mkdir(parents=True, exist_ok=True)
             print(f"{trial.name}: running, output in {trial.log}", flush=True)
             with open(trial.log, "w") as log:
-                command = [sys.executable, "-c", _DIES_WITH_PARENT, sys.executable, *launcher, *trial.words]
+                command = [sys.executable, "-c", _DIES_WITH_PARENT, *launcher, *trial.words]
                 running[trial.name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
                 if asked.is_set():  # the signal came during the start
                     running[trial.name].terminate()
@@ -230,14 +322,18 @@ def main(words: list[str] | None = None) -> None:
 
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
-    program, parameters = read_sweep(options.file)
-    grid = trials(options.file.stem, parameters, options.overrides)
+    sweep = read_sweep(options.file)
+    grid = trials(sweep, options.overrides)
     if options.dry_run:
+        shown = [sweep.program] if "${program}" in sweep.launcher else sweep.launcher
         for trial in grid:
-            print(f"{'finished' if trial.finished else 'to run  '}  {program} {' '.join(trial.words)}")
+            print(f"{'finished' if trial.finished else 'to run  '}  {shlex.join(shown)} {shlex.join(trial.words)}")
         return
     gpus = torch.cuda.device_count()
-    failed = run(grid, program, options.jobs or max(1, gpus), gpus)
+    program = [sweep.program] if Path(sweep.program).is_file() else ["-m", "apc", Path(sweep.program).stem]
+    meanings = {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": program}
+    launcher = [part for word in sweep.launcher for part in meanings.get(word, [word])]
+    failed = run(grid, launcher, options.jobs or max(1, gpus), gpus)
     path = Path(grid[0].config.run.dir) / f"{options.file.stem}.csv"
     write_atomic(path, summary(grid).encode())
     finished = [read_finished(trial.folder.path) for trial in grid if trial.folder.results.is_file()]
