@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -320,6 +321,41 @@ def test_a_server_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch, capfd)
     error = capfd.readouterr().err
     assert "could not go online" in error and error.count("\n") == 1
     assert records(tmp_path, "history")[0]["item"]["cluster/epoch"] == 0
+
+
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("WANDB_CONSOLE", "zzz", "Settings console Input should be 'auto'"),
+        ("WANDB_MODE", "zzz", "Settings mode Input should be 'online'"),
+        ("WANDB_BASE_URL", "zzz", "Settings base_url Input should be a valid URL"),
+        ("WANDB_INIT_TIMEOUT", "soon", "Settings init_timeout Input should be a valid number"),
+        ("WANDB_TAGS", "a,,b", "Tag at index 1 is empty"),
+        ("WANDB_SERVICE", "zzz", "Failed to parse WANDB_SERVICE='zzz'"),
+        ("WANDB_RUN_ID", "a/b", "Run ID cannot contain"),
+    ],
+)
+def test_an_invalid_variable_of_wandb_does_not_stop_the_run(
+    tmp_path, monkeypatch, capfd, variable, value, reason, mode
+):
+    monkeypatch.setenv(variable, value)
+    with Tracking(TrackingConfig(wandb=mode), tmp_path, "n", {}) as run:
+        run.log({"cluster/epoch": 0})
+        assert run.wandb_mode == "disabled"
+    error = capfd.readouterr().err
+    assert re.search(rf"tracking: W&B could not start \(.*{reason}.*metrics\.jsonl only\n$", error)
+    assert error.count("\n") == 1 and [line["cluster/epoch"] for line in read_metrics(tmp_path)] == [0]
+
+
+def test_a_folder_that_wandb_cannot_write_does_not_stop_the_run(tmp_path, monkeypatch, capfd, png):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "file" / "data"))
+    with Tracking(OFFLINE, tmp_path, "n", {}) as run:
+        run.artifact("codebook", "codebook", png)
+        run.log({"cluster/epoch": 0})
+    assert [line["cluster/epoch"] for line in read_metrics(tmp_path)] == [0]
+    assert "tracking: W&B stopped (" in capfd.readouterr().err
 
 
 class LoginOnly(http.server.BaseHTTPRequestHandler):

@@ -165,14 +165,20 @@ def check_cache(cfg: Config) -> Iterator[Finding]:
 def check_services() -> Iterator[Finding]:
     """W&B and the Hugging Face hub. A run needs neither."""
     if installed_version("wandb") is not None:
-        from apc.run.tracking import choose_mode
+        from apc.run.tracking import choose_mode, is_wandb_failure, one_line
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mode = choose_mode("auto")
         later = "`wandb login` puts runs online; `wandb sync runs/NAME/wandb` uploads one later"
-        advice = {"online": "", "offline": later, "disabled": "WANDB_MODE says so"}[mode]
-        yield Finding("ok" if mode == "online" else "note", f"W&B: {mode}", advice)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                mode = choose_mode("auto")
+        except Exception as error:
+            if not is_wandb_failure(error):
+                raise
+            yield Finding("note", f"W&B: can't start ({one_line(error)})", "correct its WANDB_ variables or settings")
+        else:
+            advice = {"online": "", "offline": later, "disabled": "WANDB_MODE says so"}[mode]
+            yield Finding("ok" if mode == "online" else "note", f"W&B: {mode}", advice)
     if hub.hub_reachable():
         yield Finding("ok", "Hugging Face hub: reachable")
         return

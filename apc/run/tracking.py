@@ -15,6 +15,7 @@ import re
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from fnmatch import fnmatch
@@ -83,7 +84,12 @@ class Tracking:
             return
         self._file, before_s = _open_metrics(self.folder)
         self._start = time.monotonic() - before_s
-        self.wandb_mode = choose_mode(cfg.wandb)
+        try:
+            self.wandb_mode = choose_mode(cfg.wandb)
+        except Exception as error:
+            if not is_wandb_failure(error):
+                raise
+            self._warn_without(error)
         self._run = self._start_wandb(cfg, config)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -166,11 +172,11 @@ class Tracking:
         try:
             send(self._run)
         except Exception as error:
-            if not _is_wandb_failure(error):
+            if not is_wandb_failure(error):
                 raise
             self._run, self.wandb_mode = None, "disabled"
             path = self.folder / METRICS_FILE
-            _warn(f"W&B stopped ({_one_line(error)}); metrics go on in {path}, and `wandb sync` can upload the rest")
+            _warn(f"W&B stopped ({one_line(error)}); metrics go on in {path}, and `wandb sync` can upload the rest")
 
     def _start_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run | None:
         """Starts the W&B run; goes offline if that fails online, and without W&B if it fails offline too."""
@@ -178,23 +184,27 @@ class Tracking:
             try:
                 run = self._init_wandb(cfg, config)
             except Exception as error:
-                if not _is_wandb_failure(error):
+                if not is_wandb_failure(error):
                     raise
-                reason = _one_line(error)
                 if self.wandb_mode == "offline":
                     self.wandb_mode = "disabled"
-                    _warn(f"W&B could not start ({reason}); metrics go to {self.folder / METRICS_FILE} only")
+                    self._warn_without(error)
                     continue
                 self.wandb_mode = "offline"
                 with contextlib.suppress(ConnectionError):
                     _wandb().teardown()  # otherwise its service keeps the run id of the failed start
                 place = self.folder / "wandb"
-                _warn(f"W&B could not go online ({reason}); offline in {place}, upload later with `wandb sync`")
+                _warn(
+                    f"W&B could not go online ({one_line(error)}); offline in {place}, upload later with `wandb sync`"
+                )
             else:
                 if self.wandb_mode == "online":
                     _warn(f"W&B run at {run.url}")
                 return run
         return None
+
+    def _warn_without(self, error: Exception) -> None:
+        _warn(f"W&B could not start ({one_line(error)}); metrics go to {self.folder / METRICS_FILE} only")
 
     def _init_wandb(self, cfg: TrackingConfig, config: dict) -> wandb.Run:
         wandb = _wandb()
@@ -296,7 +306,8 @@ def _repair_last_line(path: Path) -> None:
 def choose_mode(wanted: str) -> Mode:
     """The mode for a value of `tracking.wandb`, decided without a prompt and without the network.
 
-    `auto` follows WANDB_MODE or the user's `wandb offline`, and is online only if there is a login.
+    `auto` follows WANDB_MODE or the user's `wandb offline`, and is online only if there is a login. May raise W&B's own
+    errors, of any class, for invalid settings: `is_wandb_failure`.
     """
     mode = _WANDB_MODES.get(os.environ.get("WANDB_MODE", "") if wanted == "auto" else wanted)  # None: auto
     if mode in ("offline", "disabled"):
@@ -351,13 +362,16 @@ def _finite(value: object) -> object:
     return value
 
 
-def _is_wandb_failure(error: Exception) -> bool:
-    """Whether W&B or its service failed, not the caller. Many of W&B's errors are not a `wandb.Error`."""
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("wandb.")
+def is_wandb_failure(error: Exception) -> bool:
+    """Whether the error comes out of W&B's code. Many of its errors are not a `wandb.Error`, e.g. of its settings."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] == "wandb" for frame, _ in frames)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: Exception) -> str:
+    """The error's message in at most 200 characters without a line break."""
+    text = " ".join(str(error).split()).partition(" [type=")[0]  # which pydantic adds
+    return text[:200] or type(error).__name__
 
 
 def _warn(line: str) -> None:
