@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import tiny
 from apc.config.load import as_word, flat, load_config, load_saved, to_yaml
+from apc.config.schema import RunConfig
 from apc.run import cli, launch
+from apc.run.folder import open_run
 from apc.sparse.policies import check_policies
 from apc.utils.errors import UserError
 
@@ -227,6 +230,21 @@ def test_a_mistake_is_one_line_that_names_the_key(override, line):
     with pytest.raises(UserError, match=line) as caught:
         check_policies(load_config(None, [override]))
     assert "\n" not in str(caught.value)
+
+
+def test_names_are_checked_where_folders_are_made_and_saved_runs_still_load(tmp_path):
+    bad = dataclasses.replace(load_config(), run=RunConfig(name="../b", dir=str(tmp_path / "runs")))
+    with pytest.raises(UserError, match=r"run\.name=\.\./b: not the name of a folder"), open_run(bad):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "config.yaml").write_text(to_yaml(bad))
+    assert load_saved(tmp_path / "config.yaml") == bad  # a run of an earlier version
+    words = [f"checkpoint={tmp_path}"]
+    assert evaluate.config_of_run(None, words).run.name is None
+    assert evaluate.config_of_run(None, ["checkpoint=other", *words]).checkpoint == str(tmp_path)  # the last one counts
+    for name in ("..", "a/b", "x" * 256):
+        with pytest.raises(UserError, match=r"run\.name=.*(not the name of a folder|has 256 bytes)"):
+            evaluate.config_of_run(None, [*words, f"run.name={name}"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -88,7 +88,7 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
         raise UserError(
             f"{path}: evaluate.py uses the run's own configuration; write checkpoint=runs/NAME and key=value overrides"
         )
-    checkpoint = next((word.partition("=")[2] for word in overrides if word.startswith("checkpoint=")), None)
+    checkpoint = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("checkpoint=")), None)
     if not checkpoint:
         raise UserError("checkpoint: not given; name a run folder of train.py, e.g. checkpoint=runs/NAME")
     folder = Path(checkpoint)
