@@ -212,15 +212,20 @@ def test_bundled_model_is_float32_and_its_tokenizer_gives_text_back():
     assert tokenizer.decode(ids) == text and len(tokenizer) == config.vocab_size
 
 
-def _write_gguf(path: Path, seed: int = 0) -> np.ndarray:
-    """A one-layer Llama, its gate in Q4_1 blocks. Returns the gate's dequantised weights, float32 [64, 32]."""
+def _write_gguf(
+    path: Path, seed: int = 0, architecture: str = "llama", blocks: int = 1, changed: dict | None = None
+) -> np.ndarray:
+    """A one-layer Llama, its gate in Q4_1 blocks. Returns the gate's dequantised weights, float32 [64, 32].
+
+    architecture, blocks: as the header says; changed: other shapes of tensors by name, None leaves a tensor out.
+    """
     import gguf
 
     rng, E, D, vocab = np.random.default_rng(seed), 32, 64, 259
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(E)
-    writer.add_block_count(1)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(D)
     writer.add_head_count(2)
     writer.add_head_count_kv(2)
@@ -237,7 +242,9 @@ def _write_gguf(path: Path, seed: int = 0) -> np.ndarray:
         "blk.0.ffn_up": (D, E),
         "blk.0.ffn_down": (E, D),
     }
-    for name, shape in shapes.items():
+    for name, shape in (shapes | (changed or {})).items():
+        if shape is None:
+            continue
         writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     kind = gguf.GGMLQuantizationType.Q4_1
     gate = gguf.quantize(rng.standard_normal((D, E)).astype(np.float32), kind)
@@ -267,3 +274,71 @@ def test_a_missing_or_foreign_gguf_is_an_error_that_names_it(tmp_path):
         gguf.load_gguf(tmp_path / "fake.gguf", torch.float32)
     with pytest.raises(UserError, match="no GGUF file at .*absent.gguf"):
         gguf.load_gguf_tokenizer(tmp_path / "absent.gguf")
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def _write(path: Path, place: int, value: int, length: int) -> None:
+    """Writes a number into a GGUF file's bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + value.to_bytes(length, "little") + content[place + length :])
+
+
+def _gate_type(path: Path) -> int:
+    """Where the type of the gate's tensor stands in a GGUF file: after name, number of dimensions, dimensions."""
+    name = b"blk.0.ffn_gate.weight"
+    return path.read_bytes().index(name) + len(name) + 4 + 2 * 8
+
+
+BROKEN_GGUFS = {
+    "lacks-a-tensor": (
+        {"changed": {"blk.0.ffn_up": None}},
+        None,
+        "lack 1 of the 12 .*: model.layers.0.mlp.up_proj.weight;",
+    ),
+    "lacks-blocks": ({"blocks": 2}, None, "lack 9 of the 21 weights of .*: model.layers.1.self_attn.q_proj.weight, "),
+    "no-tensors": ({}, lambda path: _write(path, 8, 0, 8), "lack 12 of the 12 weights of LlamaForCausalLM: "),
+    "wrong-shape": ({"changed": {"blk.0.ffn_up": (66, 32)}}, None, "mlp.up_proj.weight is 66×32 in place of 64×32;"),
+    "transposed": ({"changed": {"blk.0.ffn_down": (64, 32)}}, None, "mlp.down_proj.weight is 64×32 in place of 32×64;"),
+    "wrong-attention": ({"changed": {"blk.0.attn_q": (33, 32)}}, None, "its weights can't be loaded: cannot reshape"),
+    "cut-in-magic": ({}, lambda path: _cut(path, 10), "transformers can't read this file: "),
+    "cut-in-header": ({}, lambda path: _cut(path, 60), "transformers can't read this file: .*buffer"),
+    "cut-in-data": ({}, lambda path: _cut(path, path.stat().st_size - 5000), "transformers can't read this file: "),
+    "cut-at-the-end": ({}, lambda path: _cut(path, path.stat().st_size - 40), "transformers can't read this file: "),
+    "endless": ({}, lambda path: _write(path, 16, 1 << 60, 8), "transformers can't read this file: "),
+    "version": ({}, lambda path: _write(path, 4, 99, 4), "transformers can't read this file: .*v99"),
+    "unknown-type": ({}, lambda path: _write(path, _gate_type(path), 99, 4), "this file: .*99.* is not a valid"),
+    "unknown-architecture": ({"architecture": "zebra"}, None, "architecture zebra is not supported"),
+    "encoder-and-decoder": ({"architecture": "t5"}, None, r"\(model_type t5\) is not a model that .*ForCausalLM loads"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_GGUFS)
+def test_a_broken_gguf_is_an_error_that_names_it(tmp_path, case):
+    options, damage, line = BROKEN_GGUFS[case]
+    path = tmp_path / "tiny.gguf"
+    _write_gguf(path, **options)
+    if damage is not None:
+        damage(path)
+    with pytest.raises(UserError, match=f"^model.path={path}: .*{line}") as caught:
+        gguf.load_gguf(path, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_is_cut_is_an_error_before_the_weights_are_read(tmp_path):
+    """For architectures whose tensors transformers does not check when it reads the header."""
+    _write_gguf(tmp_path / "tiny.gguf")
+    assert gguf._check_tensors(tmp_path / "tiny.gguf", layers=1) == []
+    _cut(tmp_path / "tiny.gguf", (tmp_path / "tiny.gguf").stat().st_size - 40)
+    with pytest.raises(UserError, match="tiny.gguf: cut short or damaged: cannot reshape"):
+        gguf._check_tensors(tmp_path / "tiny.gguf", layers=1)
+
+
+def test_a_note_names_the_tensors_of_a_gguf_that_are_ignored(tmp_path, capfd):
+    path = tmp_path / "tiny.gguf"
+    _write_gguf(path, changed={"rope_freqs": (8,), "blk.1.ffn_up": (64, 32)})
+    gguf.load_gguf(path, torch.float32)
+    note = f"note: model.path={path}: LlamaForCausalLM ignores these tensors of its files: "
+    assert f"{note}blk.1.ffn_up.weight, rope_freqs.weight" in capfd.readouterr().err.splitlines()

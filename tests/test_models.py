@@ -1,9 +1,12 @@
-"""Finding and hooking gated FFNs of several model families; errors name what is not supported."""
+"""Loading models; finding and hooking gated FFNs of several model families; errors name what is not supported."""
+
+import json
 
 import pytest
 import torch
 from accelerate import dispatch_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
 
 import families
 import tiny
@@ -265,3 +268,173 @@ def test_visitors_get_all_layers_on_one_device(monkeypatch):
 def test_a_first_layer_on_another_device_is_an_error():
     with pytest.raises(UserError, match="the first layer is on cuda:0, in place of cuda:1; leave model.device=auto"):
         models._check_map(tiny.make_model(), torch.device("cuda", 0), torch.device("cuda", 1))
+
+
+def load(folder):
+    return load_model(ModelConfig(path=str(folder), device="cpu"), torch.device("cpu"))[0]
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def save_as(folder, auto_class):
+    auto_class.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+INCOMPLETE = {
+    "renamed-keys": (
+        lambda folder: change_weights(folder, lambda kept: {f"other.{name}": value for name, value in kept.items()}),
+        r"lack 30 of the 30 weights of LlamaForCausalLM: model.embed_tokens.weight, .*q_proj.weight, .* and 27 more",
+    ),
+    "one-weight": (
+        lambda folder: change_weights(folder, lambda kept: {n: v for n, v in kept.items() if "1.mlp.up" not in n}),
+        r"lack 1 of the 30 weights of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight; give a complete checkpoint",
+    ),
+    "layers": (
+        lambda folder: change_config(folder, num_hidden_layers=4, layer_types=None),
+        r"lack 9 of the 39 weights of LlamaForCausalLM: model.layers.3.self_attn.q_proj.weight, .* and 6 more",
+    ),
+    "classifier": (lambda folder: save_as(folder, AutoModelForSequenceClassification), "lack 1 .*: lm_head.weight;"),
+    "no-head": (lambda folder: save_as(folder, AutoModel), "lack 1 of the 30 weights of .*: lm_head.weight;"),
+    "shapes": (
+        lambda folder: change_config(folder, intermediate_size=60),
+        "9 of the 30 weights .* other shapes .*: .*0.mlp.gate_proj.weight is 52×32 in place of 60×32, .*6 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_checkpoint_without_all_weights_is_an_error_that_names_them(tmp_path, case, capfd):
+    damage, line = INCOMPLETE[case]
+    damage(tiny.save_model(tmp_path / "model"))
+    capfd.readouterr()
+    with pytest.raises(UserError, match=f"model.path={tmp_path}/model: .*{line}"):
+        load(tmp_path / "model")
+    assert "LOAD REPORT" not in capfd.readouterr().err  # transformers' table of the same
+
+
+def test_tied_embeddings_and_buffers_of_older_files_are_not_missing_or_ignored(tmp_path, capfd):
+    tied = tiny.save_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    model = load(tied)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    older = tiny.save_model(tmp_path / "older")
+    change_weights(older, lambda kept: kept | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    load(older)
+    assert "note:" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (
+            lambda folder: change_config(folder, num_hidden_layers=2, layer_types=None),
+            "model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
+            "model.layers.2.mlp.gate_proj.weight and 6 more",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda kept: kept | {"q_proj.lora_A.weight": torch.ones(2, 32)}),
+            "q_proj.lora_A.weight",
+        ),
+    ],
+    ids=["more-layers", "lora"],
+)
+def test_a_note_names_the_tensors_that_a_model_ignores(tmp_path, change, names, capfd):
+    change(tiny.save_model(tmp_path / "model"))
+    load(tmp_path / "model")
+    note = f"note: model.path={tmp_path}/model: LlamaForCausalLM ignores these tensors of its files: {names}"
+    assert note in capfd.readouterr().err.splitlines()
+
+
+def keep_only(folder, *names):
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def shard(folder, change):
+    (folder / "model.safetensors").unlink()
+    tiny.make_model().save_pretrained(folder, max_shard_size="20KB")
+    change(folder)
+
+
+REMOTE = {"AutoConfig": "configuration_zebra.Zebra", "AutoModelForCausalLM": "modeling_zebra.Zebra"}
+DAMAGED = {
+    "empty": (keep_only, "no config.json there; give a model folder"),
+    "config-cut": (
+        lambda folder: (folder / "config.json").write_text('{"model_type":'),
+        "its configuration can't be loaded: It looks like the config file at .* is not a valid JSON file",
+    ),
+    "config-without-type": (lambda folder: change_config(folder, model_type=None), "Should have a `model_type` key"),
+    "config-of-unknown-type": (lambda folder: change_config(folder, model_type="zebra"), "has model type `zebra`"),
+    "config-of-another-kind": (
+        lambda folder: change_config(folder, hidden_size="many"),
+        "its configuration can't be loaded: .*'hidden_size' expected int, got str",
+    ),
+    "own-code": (
+        lambda folder: change_config(folder, model_type="zebra", auto_map=REMOTE),
+        "contains custom code .*; allow it with model.trust_remote_code=true",
+    ),
+    "tokenizer-missing": (
+        lambda folder: keep_only(folder, "config.json", "model.safetensors"),
+        "its tokenizer can't be loaded: Couldn't instantiate the backend tokenizer",
+    ),
+    "tokenizer-damaged": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
+        "its tokenizer can't be loaded: ",
+    ),
+    "weights-missing": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights-are-a-pointer": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "its weights can't be loaded: SafetensorError: .*header",
+    ),
+    "weights-are-a-text": (
+        lambda folder: ((folder / "model.safetensors").unlink(), (folder / "pytorch_model.bin").write_text("text")),
+        "its weights can't be loaded: ",
+    ),
+    "shard-missing": (
+        lambda folder: shard(folder, lambda folder: next(folder.glob("model-00002-*")).unlink()),
+        "its weights can't be loaded: No such file or directory: .*model-00002-of-0000",
+    ),
+    "index-empty": (
+        lambda folder: shard(
+            folder, lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+        ),
+        "its weights can't be loaded: ",
+    ),
+    "adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"holds an adapter \(adapter_config.json\); merge it into its base model",
+    ),
+    "vision": (
+        lambda folder: ViTConfig(architectures=["ViTModel"]).save_pretrained(folder),
+        r"ViTModel \(model_type vit\) is not a model that transformers' AutoModelForCausalLM loads; docs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_folder_that_cannot_be_loaded_is_an_error_that_says_why(tmp_path, case):
+    damage, line = DAMAGED[case]
+    damage(tiny.save_model(tmp_path / "model"))
+    with pytest.raises(UserError, match=f"^model.path={tmp_path}/model: .*{line}") as caught:
+        load(tmp_path / "model")
+    assert "\n" not in str(caught.value) and "hub" not in str(caught.value)
+
+
+def test_only_a_model_of_the_hub_is_said_to_be_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.hub, "hub_reachable", lambda: False)
+    with pytest.raises(
+        UserError, match="model.path=no-such/model: .*not in the local cache, and the hub can't be reached"
+    ):
+        load("no-such/model")
+    (tmp_path / "weights.bin").write_text("text")
+    with pytest.raises(UserError, match="weights.bin: a file; give the model's folder"):
+        load(tmp_path / "weights.bin")

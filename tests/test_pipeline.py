@@ -387,7 +387,7 @@ def test_an_error_names_truncated_weights(tmp_path):
     tiny.make_workplace(tmp_path)
     path = tmp_path / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=rf"model\.path={tmp_path}/model: can't be loaded"):
+    with pytest.raises(UserError, match=rf"model\.path={tmp_path}/model: its weights can't be loaded: SafetensorError"):
         run_train(tmp_path)
 
 

@@ -1,8 +1,11 @@
 """Loads any GGUF file as a Hugging Face model."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apc.data.ffn import check_config
+from apc.data.loading import check_class, library_errors, load_weights, tell_ignored
 from apc.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,41 +16,66 @@ if TYPE_CHECKING:
 def load_gguf(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     """A GGUF file as a dense model in `dtype`, on the CPU.
 
-    Raises UserError if the file is missing, not a GGUF file, or of an unsupported kind.
+    Raises UserError if the file is missing, not a GGUF file, damaged, or of an unsupported kind. Without a tensor
+    `output.weight` the output layer shares the embedding's weights: a GGUF file has no other sign of it.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
+    config = load_gguf_config(path)
+    check_config(config)
+    check_class(config, f"model.path={path}")
+    ignored = _check_tensors(path, config.get_text_config().num_hidden_layers)
     # Without dequantize=True the weights stay in GGUF blocks, which can neither be hooked as matrices nor saved again.
-    return _from_gguf(AutoModelForCausalLM, path, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+    options = _options(path) | dict(dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+    model = load_weights(str(_absolute(path).parent), f"model.path={path}", **options)
+    tell_ignored(f"model.path={path}", type(model).__name__, ignored)
+    return model
+
+
+def _check_tensors(path: Path, layers: int) -> list[str]:
+    """The names of tensors that transformers drops without a word. Raises UserError if the file is cut or damaged."""
+    from gguf import GGUFReader
+
+    with library_errors(f"model.path={path}: cut short or damaged"):
+        tensors = [tensor.name for tensor in GGUFReader(_absolute(path)).tensors]
+    blocks = {name: re.match(r"blk\.(\d+)\.", name) for name in tensors}
+    beyond = [name for name, block in blocks.items() if block and int(block[1]) >= layers]
+    # The factors of a scaled RoPE, which the configuration that transformers reads does not have either.
+    return beyond + [name for name in tensors if name == "rope_freqs.weight"]
 
 
 def load_gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer inside a GGUF file. Raises UserError as `load_gguf` does."""
     from transformers import AutoTokenizer
 
-    return _from_gguf(AutoTokenizer, path)
+    return _from_gguf(AutoTokenizer, path, "its tokenizer")
 
 
 def load_gguf_config(path: Path) -> "PretrainedConfig":
     """The model configuration inside a GGUF file, without the weights. Raises UserError as `load_gguf` does."""
     from transformers import AutoConfig
 
-    return _from_gguf(AutoConfig, path)
+    return _from_gguf(AutoConfig, path, "this file")
 
 
-def _from_gguf(auto_class, path: Path, **options):
-    path = Path(path).absolute()
-    if not path.is_file():
+def _from_gguf(auto_class, path: Path, part: str):
+    if not _absolute(path).is_file():
         raise UserError(f"model.path: no GGUF file at {path}: name an existing file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"model.path: {path} is not a GGUF file (it does not start with `GGUF`): name another file")
-    try:
-        # An absolute path in both places: transformers would first look for a bare name in the working directory.
-        return auto_class.from_pretrained(str(path.parent), gguf_file=str(path), **options)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path: transformers can't read {path.name}: {reason}: choose another file") from error
+    with library_errors(f"model.path={path}: transformers can't read {part}"):
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                problem = "is not a GGUF file (it does not start with `GGUF`)"
+                raise UserError(f"model.path: {path} {problem}: name another file")
+        return auto_class.from_pretrained(str(_absolute(path).parent), **_options(path))
+
+
+def _options(path: Path) -> dict:
+    # An absolute path here and as the folder: transformers would first look for a bare name in the working directory.
+    return dict(gguf_file=str(_absolute(path)))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(path).absolute()
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

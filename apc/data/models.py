@@ -3,17 +3,17 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_calls, check_config, find_ffns, first_device
+from apc.data.loading import check_class, library_errors, load_weights
 from apc.utils import hub
-from apc.utils.errors import UserError, first_line
+from apc.utils.errors import UserError
 from apc.utils.tensor_files import raw_bytes
 
 if TYPE_CHECKING:
@@ -45,27 +45,14 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     """The model in evaluation mode, and its tokenizer.
 
     The model is on `device`; with a device map, at least its first layer is. Raises UserError if the model can't be
-    loaded, its FFNs are not supported, or its device map does not fit.
+    loaded, lacks weights, its FFNs are not supported, or its device map does not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     path = Path(cfg.path).expanduser()
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     if path.suffix == ".gguf":
         model, tokenizer = gguf.load_gguf(path, dtype or torch.float32), gguf.load_gguf_tokenizer(path)
     else:
-        source, local_only = (str(bundled.bundled_model()), True) if cfg.path == "bundled" else find_model(cfg.path)
-        options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
-        try:
-            check_config(AutoConfig.from_pretrained(source, **options))
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            options |= dict(dtype=dtype or "auto", device_map=cfg.device_map)
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            missing = "it is not in the local cache, and the hub can't be reached; "
-            missing += "give a model folder or a .gguf file: model.path=FOLDER"
-            reason = missing if local_only and source == cfg.path else first_line(error)
-            raise UserError(f"model.path={cfg.path}: can't be loaded: {reason}") from error
+        model, tokenizer = _load_folder(cfg, dtype or "auto")
     ffns = find_ffns(model)
     first = first_device(ffns)
     if cfg.device_map:
@@ -75,6 +62,39 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     model.eval().requires_grad_(False)
     check_calls(model, ffns)
     return model, tokenizer
+
+
+def _load_folder(cfg: ModelConfig, dtype: torch.dtype | str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model and the tokenizer of a folder or hub id."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
+    where = f"model.path={cfg.path}"
+    source, local_only = (str(bundled.bundled_model()), True) if cfg.path == "bundled" else find_model(cfg.path)
+    options: dict[str, Any] = dict(revision=cfg.revision, local_files_only=local_only)
+    with library_errors(where):
+        adapter = find_adapter_config_file(source, **options)
+        absent = local_only and not Path(source).is_dir() and not hub.is_cached(source, cfg.revision)
+    if adapter is not None:
+        raise UserError(
+            f"{where}: holds an adapter (adapter_config.json); merge it into its base model and give the merged model: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{where}: no config.json there; give a model folder, as save_pretrained writes it")
+    if absent:
+        raise UserError(
+            f"{where}: can't be loaded: it is not in the local cache, and the hub can't be reached; "
+            "give a model folder or a .gguf file: model.path=FOLDER"
+        )
+    options["trust_remote_code"] = cfg.trust_remote_code
+    with library_errors(f"{where}: its configuration can't be loaded"):
+        config = AutoConfig.from_pretrained(source, **options)
+    check_config(config)
+    check_class(config, where)
+    with library_errors(f"{where}: its tokenizer can't be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    return load_weights(source, where, dtype=dtype, device_map=cfg.device_map, **options), tokenizer
 
 
 def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> None:
@@ -94,11 +114,13 @@ def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> N
 def find_model(path: str) -> tuple[str, bool]:
     """A `model.path` as a folder or hub id, and whether transformers must use only local files.
 
-    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a folder that does not exist.
+    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a file, or a folder that does not exist.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder), True
+    if folder.is_file():
+        raise UserError(f"model.path={path}: a file; give the model's folder, or a file whose name ends with .gguf")
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path}: no such folder")
     return path, not hub.hub_reachable()

@@ -32,6 +32,7 @@ from apc.config.load import load_config
 from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_config, find_ffns
+from apc.data.loading import reason
 from apc.data.models import find_model
 from apc.data.text import count_windows, on_hub
 from apc.estimate.exchange import Exchange
@@ -40,7 +41,7 @@ from apc.predict.module import PredictorModule
 from apc.sparse.policies import default_policies, trains_predictor, tuned_forms
 from apc.tune.module import TuningModule
 from apc.utils import wheels
-from apc.utils.errors import UserError, first_line
+from apc.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,19 +121,21 @@ def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, "PreTrai
     options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
     try:
         shape = _shape(AutoConfig.from_pretrained(source, **options), cfg, sites, "its config.json")
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any class, as in `library_errors`
         if cfg.path in known()["shapes"]:
             return _known_shape(cfg, sites), "only the model's shape is known here"
-        not_cached = local_only and source == cfg.path
-        reason = "neither the hub nor the local cache has its config.json" if not_cached else first_line(error)
+        not_cached = local_only and not Path(source).is_dir()
+        problem = "neither the hub nor the local cache has its config.json" if not_cached else reason(error)
         raise UserError(
-            f"model.path={cfg.path}: its shape is not known ({reason}); give a folder with its config.json and "
+            f"model.path={cfg.path}: its shape is not known ({problem}); give a folder with its config.json and "
             "tokenizer: model.path=FOLDER"
         ) from error
     try:
         return shape, AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:  # an error only if windows have to be counted
-        return shape, first_line(error)
+    except Exception as error:  # an error only if windows have to be counted
+        return shape, reason(error)
 
 
 def _known_shape(cfg: ModelConfig, sites: list[str]) -> ModelShape:

@@ -13,6 +13,13 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, timeout)
 
 
+def is_cached(model: str, revision: str | None) -> bool:
+    """Whether the local cache has the configuration of a model of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
+
+
 @cache
 def _answers(endpoint: str, timeout: float) -> bool:
     """Asks once per run, so that model and text do not both wait."""
