@@ -14,14 +14,19 @@ import apc
 import evaluate
 import tiny
 import train
+from apc.cluster.lloyd import ClusteringModule
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
 from apc.evaluate import evaluator
 from apc.evaluate.tables import policies_table
+from apc.predict.module import PredictorModule
+from apc.run import stages
 from apc.run.tracking import read_metrics
+from apc.tune.module import TuningModule
 from apc.utils import exits
 from apc.utils.errors import UserError
+from apc.utils.tensor_files import digest_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -261,6 +266,15 @@ def test_a_codebook_can_be_copied_from_another_run(workplace):
     assert not (workplace / "runs" / "copied" / "checkpoints" / "cluster.ckpt").exists()
 
 
+def test_a_codebook_of_thresholded_activations_is_not_taken_for_dense_ones(workplace):
+    run = apc.load_run(workplace / "runs" / "run")
+    identity = run.codebook.provenance["patterns"]
+    stages.check_patterns(run.folder.codebook, run.codebook, identity)
+    run.codebook.provenance["patterns"] = identity | {"forward": "thresholded"}
+    with pytest.raises(UserError, match=r"codebook.safetensors: made from other patterns \(forward differ\)"):
+        stages.check_patterns(run.folder.codebook, run.codebook, identity)
+
+
 def test_in_sample_figures_say_so(workplace):
     changes = {"data.score": workplace / "fit.txt", "run.name": "in-sample"}
     with pytest.raises(UserError, match="data.in_sample=true"):
@@ -381,6 +395,80 @@ def test_a_run_whose_text_has_changed_is_not_resumed(workplace, tmp_path):
         UserError, match=r"codebook\.safetensors: made from other patterns \(fit text or windows differ\)"
     ):
         run_train(tmp_path, stage="cluster")
+
+
+SMALL = {
+    "collect.storage": "memory",
+    "monitor.windows": 0,
+    "trainer.checkpoint_every_n_steps": 1,
+    "cluster.max_epochs": 2,
+}
+SMALL |= {"data.fit_windows": 12, "tune.max_epochs": 1, "predictor.max_epochs": 1, "tune.batch_windows": 2}
+TRAININGS = {"cluster": ClusteringModule, "predict": PredictorModule, "tune": TuningModule}
+
+
+def run_killed(folder, stage):
+    """A run of small settings that dies within the training of `stage`; returns what resumes it."""
+    for before in list(TRAININGS)[: list(TRAININGS).index(stage)]:
+        run_train(folder, **SMALL, stage=before)
+    with tiny.killed_after(2, TRAININGS[stage]):
+        run_train(folder, **SMALL, stage=stage)
+    return lambda: run_train(folder, **SMALL, stage=stage)
+
+
+@pytest.mark.parametrize("what", ["fit text or windows", "model weights"])
+def test_a_clustering_is_not_resumed_on_another_text_or_model(tmp_path, what):
+    resume = run_killed(tiny.make_workplace(tmp_path), "cluster")
+    if what == "model weights":
+        tiny.save_model(tmp_path / "model", initializer_range=0.03)
+    else:
+        tiny.make_text(tmp_path / "fit.txt", seed=8)
+    line = rf"cluster\.ckpt: made from other input \({what} differ\); choose another run.name, .* or delete it to train"
+    with pytest.raises(UserError, match=line):
+        resume()
+    (tmp_path / "runs" / "run" / "checkpoints" / "cluster.ckpt").unlink()
+    resume()
+
+
+@pytest.mark.parametrize(("stage", "names"), [("predict", "codebook"), ("tune", "codebook, predictor")])
+def test_a_training_is_not_resumed_with_another_codebook(tmp_path, stage, names):
+    resume, run = run_killed(tiny.make_workplace(tmp_path), stage), tmp_path / "runs" / "run"
+    tiny.make_text(tmp_path / "fit.txt", seed=8)
+    for made in run.glob("*.safetensors"):
+        made.unlink()
+    checkpoint = {"predict": "predictor", "tune": "tune"}[stage]
+    with pytest.raises(UserError, match=rf"{checkpoint}\.ckpt: made from other input \({names} differ\); choose"):
+        resume()
+
+
+def test_finished_files_of_another_codebook_are_not_used(tmp_path):
+    run, changes = tmp_path / "runs" / "run", {**SMALL, "stage": "tune"}
+    run_train(tiny.make_workplace(tmp_path), **changes)
+    old = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    assert set(old) == {f"{tuned}{name}.safetensors" for tuned in ("", "tuned-") for name in ("codebook", "predictor")}
+    tiny.make_text(tmp_path / "fit.txt", seed=8)
+    (run / "codebook.safetensors").unlink()
+    for name in ("predictor", "tuned-codebook"):
+        line = rf"run/{name}\.safetensors: made from another codebook; delete it to make it again, or choose another"
+        with pytest.raises(UserError, match=line):
+            run_train(tmp_path, **changes)
+        (run / f"{name}.safetensors").unlink()
+    run_train(tmp_path, **changes)
+    (run / "tuned-predictor.safetensors").write_bytes(old["tuned-predictor.safetensors"])
+    with pytest.raises(UserError, match=r"run/tuned-predictor\.safetensors: made from another codebook; delete it"):
+        run_train(tmp_path, **changes)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_an_error(tmp_path):
+    resume = run_killed(tiny.make_workplace(tmp_path), "cluster")
+    path = tmp_path / "runs" / "run" / "checkpoints" / "cluster.ckpt"
+    saved = torch.load(path, weights_only=True)
+    content = {key: value for key, value in saved.items() if key not in ("made_from", "sha256")}
+    torch.save(content | {"sha256": digest_of(content)}, path)
+    with pytest.raises(
+        UserError, match=r"cluster\.ckpt: does not say which model and text it is of; delete it to train"
+    ):
+        resume()
 
 
 def test_an_error_names_truncated_weights(tmp_path):

@@ -21,17 +21,24 @@ from apc.utils.files import replacing
 from apc.utils.progress import progress
 from apc.utils.tensor_files import digest_of
 
-CHECKSUM = "sha256"  # of a checkpoint
+CHECKSUM, MADE_FROM = "sha256", "made_from"  # entries of a checkpoint
 LAYER_MONITORED = ("coverage", "precision", "captured_importance")
 MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 
 
 class CheckedCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints plus a checksum of their content, which `checksum_problem` compares."""
+    """Lightning's checkpoints, with what they were made from and a checksum, which `checksum_problem` compares.
+
+    made_from: identifies the training's input, by plain values that JSON can hold.
+    """
+
+    def __init__(self, made_from: dict) -> None:
+        self._made_from = made_from
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
-        """Writes the checkpoint with its checksum."""
-        super().save_checkpoint(checkpoint | {CHECKSUM: digest_of(checkpoint)}, path, storage_options)
+        """Writes the checkpoint with both."""
+        content = checkpoint | {MADE_FROM: self._made_from}
+        super().save_checkpoint(content | {CHECKSUM: digest_of(content)}, path, storage_options)
 
 
 def checksum_problem(checkpoint: dict) -> str | None:

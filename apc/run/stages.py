@@ -1,6 +1,8 @@
 """The trainings of a run: clustering to a codebook, the predictor, tuning. Each resumes from its checkpoint."""
 
 import gc
+import hashlib
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,7 @@ from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
 from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
-from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, fit, make_trainer
+from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, differing, fit, make_trainer
 from apc.sparse.policies import POLICIES
 from apc.tune.module import TuningModule
 from apc.tune.thresholds import find_thresholds
@@ -59,8 +61,8 @@ def _cluster(
         module = ALGORITHMS[cfg.cluster.algorithm](cfg.cluster, source.info, cfg.seed)
     strategy = SumsOnDevices() if distributed.world_size() > 1 else SumsOnDevice(device)
     evaluator = lambda: monitor.evaluator(module.codebook({}))
-    trainer = make_trainer(context, "cluster", monitor, ["oracle"], evaluator, strategy)
-    _fit_on_blocks(context, trainer, module, source, "cluster")
+    trainer = make_trainer(context, "cluster", monitor, ["oracle"], evaluator, source.info.identity, strategy)
+    _fit_on_blocks(context, trainer, module, source, "cluster", source.info.identity)
     return module.codebook(made), module.history
 
 
@@ -70,6 +72,7 @@ def _fit_on_blocks(
     module: ClusteringModule | PredictorModule,
     source: PatternSource,
     stage: str,
+    made_from: dict,
     batch_tokens: int | None = None,
 ) -> None:
     """Trains on blocks of patterns, or on mini-batches of `batch_tokens` tokens of them."""
@@ -79,7 +82,7 @@ def _fit_on_blocks(
     kept = keep_bytes(info, fields, rank_windows, context.device, module.working_bytes())
     in_order, device = module.in_order, context.device
     loader = BlockLoader(source, fields, block_windows, cfg.seed, batch_tokens, device, kept, in_order=in_order)
-    fit(trainer, module, PatternDataModule(source, loader), context.run.checkpoint(stage))
+    fit(trainer, module, PatternDataModule(source, loader), context.run.checkpoint(stage), made_from)
 
 
 def _save(
@@ -101,15 +104,25 @@ def _save(
 
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
     """Raises UserError if the codebook was made from patterns of another identity."""
-    made_from = codebook.provenance.get("patterns", {})
-    differing = [key for key in identity if made_from.get(key) != identity[key]]
-    if differing:
-        meaning = {"weights": "model weights", "text": "fit text or windows"}
-        names = ", ".join(meaning.get(key, key) for key in differing)
+    if names := differing(codebook.provenance.get("patterns", {}), identity):
         raise UserError(
             f"{path}: made from other patterns ({names} differ); choose another run.name, "
             "or use the model and text that it was made from"
         )
+
+
+def _digest(provenance: dict) -> str:
+    """Identifies what has this provenance; the same whether it was just made or read from its file."""
+    return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
+
+
+def _check_source(path: Path, made_from: dict, needed: dict, source: str) -> None:
+    """Raises UserError unless both provenances are equal.
+
+    made_from: of what a finished file was made from; needed: of what this run has; source: its name.
+    """
+    if made_from != needed:
+        raise UserError(f"{path}: made from another {source}; delete it to make it again, or choose another run.name")
 
 
 def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
@@ -136,15 +149,18 @@ def train_predictor(
     """
     cfg, run, device = context.cfg, context.run, context.device
     if run.predictor.is_file():
-        return Predictor.load(run.predictor)
+        predictor = Predictor.load(run.predictor)
+        _check_source(run.predictor, predictor.provenance.get("codebook", {}), codebook.provenance, "codebook")
+        return predictor
     every, ffns = cfg.trainer.log_every_n_steps, monitor.collector.ffns
     module = PredictorModule(cfg.predictor, codebook, source.info, monitor.rows, cfg.seed, every, ffns)
     policies = [name for name, policy in POLICIES.items() if policy.monitored and cfg.predictor.form in policy.forms]
     evaluator = lambda: monitor.evaluator(codebook, module.predictor)
     precision = cfg.trainer.precision
-    trainer = make_trainer(context, "predictor", monitor, policies, evaluator, precision=precision)
+    made_from = {"codebook": _digest(codebook.provenance)}
+    trainer = make_trainer(context, "predictor", monitor, policies, evaluator, made_from, precision=precision)
     with deterministic(device):
-        _fit_on_blocks(context, trainer, module, source, "predictor", cfg.predictor.batch_tokens)
+        _fit_on_blocks(context, trainer, module, source, "predictor", made_from, cfg.predictor.batch_tokens)
     trained = module.trained(provenance() | {"codebook": codebook.provenance})
     predictor = _with_thresholds(cfg, codebook, trained, windows, monitor)
     record = {"history": module.history, "per_layer": module.figures}
@@ -173,17 +189,19 @@ def tune(
     """
     cfg, run, device = context.cfg, context.run, context.device
     if run.tuned("codebook").is_file():
-        path = run.tuned("predictor")
-        return Codebook.load(run.tuned("codebook")), Predictor.load(path) if path.is_file() else None
+        return _load_tuned(run, codebook, predictor)
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
     module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     policies = [cfg.tune.policy]
     evaluator = lambda: monitor.evaluator(*module.tuned({}))
-    trainer = make_trainer(context, "tune", monitor, policies, evaluator, precision=precision, gradient_clip_val=1.0)
+    made_from = {"codebook": _digest(codebook.provenance)}
+    made_from |= {} if predictor is None else {"predictor": _digest(predictor.provenance)}
+    options: dict = dict(precision=precision, gradient_clip_val=1.0)
+    trainer = make_trainer(context, "tune", monitor, policies, evaluator, made_from, **options)
     data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed))
     with deterministic(device):
-        fit(trainer, module, data, run.checkpoint("tune"))
+        fit(trainer, module, data, run.checkpoint("tune"), made_from)
     codebook, predictor = module.tuned(codebook.provenance)
     files: dict[Path, Codebook | Predictor] = {}
     if predictor is not None:
@@ -192,3 +210,22 @@ def tune(
     record = {"history": module.history, "budget": codebook.budget}
     _save(context, "tune", record, files, "tuned", "codebook")
     return codebook, predictor
+
+
+def _load_tuned(run: RunFolder, codebook: Codebook, predictor: Predictor | None) -> tuple[Codebook, Predictor | None]:
+    """The run's tuned codebook and predictor. Raises UserError unless they were tuned from these two."""
+    path, tuned = run.tuned("codebook"), Codebook.load(run.tuned("codebook"))
+    _check_source(path, _without(tuned.provenance, "tune"), codebook.provenance, "codebook")
+    path = run.tuned("predictor")
+    if not path.is_file():
+        return tuned, None
+    tuned_predictor = Predictor.load(path)
+    _check_source(path, tuned_predictor.provenance.get("codebook", {}), tuned.provenance, "codebook")
+    if predictor is not None:
+        own, old = (_without(part.provenance, "tune", "codebook") for part in (tuned_predictor, predictor))
+        _check_source(path, own, old, "predictor")
+    return tuned, tuned_predictor
+
+
+def _without(provenance: dict, *keys: str) -> dict:
+    return {key: value for key, value in provenance.items() if key not in keys}

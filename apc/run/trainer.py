@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from apc.collect.loader import ResumedDataModule
 from apc.evaluate.evaluator import Evaluator
 from apc.run.callbacks import (
+    MADE_FROM,
     CheckedCheckpoints,
     EndTogether,
     MonitorPolicies,
@@ -60,13 +61,15 @@ def make_trainer(
     monitor: HeldOutMonitor,
     policies: list[str],
     evaluator: Callable[[], Evaluator],
+    made_from: dict,
     strategy: Strategy | None = None,
     **options: Any,
 ) -> Trainer:
     """A Lightning Trainer with the settings that all trainings of a run share, and a checkpoint to resume from.
 
-    stage: the training's section of the configuration; policies, evaluator: see `MonitorPolicies`; strategy: None
-    selects the strategy for training by gradients; options: further arguments of the Trainer.
+    stage: the training's section of the configuration; policies, evaluator: see `MonitorPolicies`; made_from: see
+    `CheckedCheckpoints`; strategy: None selects the strategy for training by gradients; options: further arguments of
+    the Trainer.
     """
     cfg, device, world = context.cfg, context.device, distributed.world_size()
     max_epochs = getattr(cfg, stage).max_epochs
@@ -91,20 +94,23 @@ def make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=context.run.path,
-        plugins=[CheckedCheckpoints()],
+        plugins=[CheckedCheckpoints(made_from)],
         **options,
     )
 
 
-def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, checkpoint: Path) -> None:
-    """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be used."""
+def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, checkpoint: Path, made_from: dict) -> None:
+    """Trains, from the checkpoint if there is one. Raises UserError, naming the file, if it can't be used.
+
+    made_from: as given to `make_trainer`; a checkpoint of a training on other input can't be used.
+    """
     # The loader is resumable: the data module keeps its position (see its comment).
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # all ranks log the same numbers
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     resumed = checkpoint if checkpoint.is_file() else None
     if resumed:
-        check_checkpoint(checkpoint, module, max(2, len(data.loader) * (trainer.max_epochs or 1)))
+        check_checkpoint(checkpoint, module, max(2, len(data.loader) * (trainer.max_epochs or 1)), made_from)
     try:
         with signals.training():
             trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
@@ -118,10 +124,18 @@ def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, chec
         data.loader.release()
 
 
-def check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
-    """Raises UserError unless the file is a whole checkpoint of a module with these shapes.
+def differing(made_from: dict, needed: dict) -> str:
+    """The names of what differs between two identities of a stage's input; empty if nothing does."""
+    meaning = {"weights": "model weights", "text": "fit text or windows"}
+    names = [key for key in needed | made_from if made_from.get(key) != needed.get(key)]
+    return ", ".join(meaning.get(key, key) for key in names)
 
-    steps: the length of the learning rate's schedule, if there is one; another length is an error too.
+
+def check_checkpoint(path: Path, module: LightningModule, steps: int, made_from: dict) -> None:
+    """Raises UserError unless the file is a whole checkpoint of a module with these shapes, and of the same input.
+
+    steps: the length of the learning rate's schedule, if there is one; another length is an error too. made_from: see
+    `CheckedCheckpoints`. A checkpoint without it, from a version before 0.2, could be of any input, so it is refused.
     """
     start_again = "delete it to train from the start"
     try:
@@ -134,6 +148,13 @@ def check_checkpoint(path: Path, module: LightningModule, steps: int) -> None:
         raise UserError(f"{path}: not a checkpoint of this training; {start_again}")
     if problem := checksum_problem(checkpoint):
         raise UserError(f"{path}: damaged ({problem}); {start_again}")
+    if MADE_FROM not in checkpoint:
+        raise UserError(f"{path}: does not say which model and text it is of; {start_again}")
+    if names := differing(checkpoint[MADE_FROM], made_from):
+        raise UserError(
+            f"{path}: made from other input ({names} differ); choose another run.name, use the model and text that it "
+            f"was made from, or {start_again}"
+        )
     for schedule in checkpoint.get("lr_schedulers", []):
         if schedule["total_steps"] != steps:
             raise UserError(
