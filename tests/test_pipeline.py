@@ -1,5 +1,7 @@
 """Whole runs on tiny models: every model family, every stage, every kind of setting, and errors about bad input."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,8 @@ import evaluate
 import tiny
 import train
 from apc.cluster.lloyd import ClusteringModule
+from apc.compare import finished
+from apc.compare import tables as compare_tables
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
@@ -359,6 +363,26 @@ def test_a_codebook_of_another_model_is_refused(workplace, tmp_path):
     tiny.save_model(tmp_path / "narrow", width=40)
     with pytest.raises(UserError, match="the codebook belongs to another model: it has 52 neurons"):
         run_evaluate(workplace, f"model.path={tmp_path / 'narrow'}")
+
+
+def test_tables_say_that_a_model_has_other_weights_than_fitted(workplace, tmp_path, capsys):
+    tiny.save_model(tmp_path / "fine-tuned", initializer_range=0.03)
+    words = ["policies=[dense,static]", f"model.path={tmp_path / 'fine-tuned'}", "run.name=fine-tuned"]
+    results = run_evaluate(workplace, *words)
+    output = capsys.readouterr().out
+    said = f"{workplace}/runs/run: weights other than fitted: the codebook was fitted with model (weights "
+    assert said in output and output.count("weights other than fitted") == 1 + 3  # and in each table
+    assert results["conditions"]["weights"] == "other than fitted"
+    as_fitted = run_evaluate(workplace, *words[:1], "run.name=as-fitted")
+    assert as_fitted["conditions"]["weights"] is None and "weights other" not in capsys.readouterr().out
+    evaluations = workplace / "runs" / "run" / "evaluations"
+    runs, _ = finished.find_runs(f"[{evaluations / 'fine-tuned'},{evaluations / 'as-fitted'}]")
+    assert len({run.comparison_key for run in runs}) == 2
+    assert "weights: other than fitted" in compare_tables.table(runs)
+    assert sorted(row["weights"] for row in csv.DictReader(io.StringIO(compare_tables.table_csv(runs)))) == [
+        *["", ""],
+        *["other than fitted", "other than fitted"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import apc
 import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.data.models import weights_digest, weights_sample
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import cache_keyword
 from apc.sparse.policies import POLICIES
@@ -508,3 +510,74 @@ def test_initial_weights_do_not_depend_on_the_order_in_which_sites_are_named():
     assert list(made[0].expand) == ["down", "gate", "up"]
     for name, value in made[0].state_dict().items():
         assert torch.equal(value, made[1].state_dict()[name])
+
+
+def fitted_on(model, **provenance):
+    codebook = make_codebook()
+    codebook.provenance = {"model": "tiny", "weights_sample": weights_sample(model)} | provenance
+    return codebook
+
+
+def says(model, codebook, **options):
+    """What sparsify warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apc.sparsify(model, codebook, policy="static", **options)
+    return [str(warning.message) for warning in caught]
+
+
+def test_other_weights_of_the_same_shape_are_a_warning_that_names_both_or_an_error():
+    model, other = tiny.make_model(), tiny.make_model(initializer_range=0.03)
+    codebook, sample = fitted_on(model), weights_sample(other)
+    other.config.name_or_path = "fine-tuned"
+    (line,) = says(other, codebook)
+    before = codebook.provenance["weights_sample"]["float32"][:12]
+    assert line == (
+        f"weights other than fitted: the codebook was fitted with tiny (weights {before}), "
+        f"this is fine-tuned (weights {sample['float32'][:12]})"
+    )
+    apc.restore(other)
+    with pytest.raises(
+        UserError, match="^weights other than fitted: .*; use the codebook made for this model, or strict"
+    ):
+        apc.sparsify(other, codebook, policy="static", strict=True)
+    assert handle_of(other) is None
+    apc.sparsify(other, codebook, policy="dense", strict=True)
+
+
+def test_a_small_change_of_one_layers_attention_is_noticed():
+    model = tiny.make_model()
+    codebook = fitted_on(model)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight.mul_(1.0001)
+    assert len(says(model, codebook)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "fitted", "own"),
+    [(torch.float32, torch.float32, torch.bfloat16), (torch.float32, torch.float16, torch.float32)]
+    + [(torch.bfloat16, torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16, torch.bfloat16)],
+    ids=str,
+)
+def test_the_same_weights_in_another_type_are_the_same(stored, fitted, own):
+    codebook = fitted_on(tiny.make_model().to(stored).to(fitted))
+    assert says(tiny.make_model().to(stored).to(own), codebook, strict=True) == []
+
+
+def test_a_model_that_is_sparse_already_keeps_its_weights():
+    model = tiny.make_model()
+    codebook = fitted_on(model)
+    for kernel in ("torch", None, "torch"):
+        assert says(model, codebook, kernel=kernel, strict=True) == []
+
+
+def test_a_codebook_of_version_0_1_has_only_the_digest_of_all_weights():
+    model = tiny.make_model()
+    codebook = fitted_on(model, weights_sample=None, patterns={"weights": weights_digest(model)})
+    assert says(model, codebook, strict=True) == []
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-3
+    (line,) = says(model, codebook)
+    assert line.startswith("weights perhaps other than fitted: the codebook was fitted with tiny (weights ")
+    codebook.provenance = {}
+    assert says(model, codebook, strict=True) == []

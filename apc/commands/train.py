@@ -28,7 +28,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.collect import collect
     from apc.collect.collector import Collector
     from apc.config.load import to_dict
-    from apc.data.models import batch_windows, model_name, resolve_device, weights_digest
+    from apc.data.models import batch_windows, model_name, resolve_device, weights_digest, weights_sample
     from apc.evaluate import tables
     from apc.predict.low_bit import check_projections
     from apc.run import stages
@@ -57,6 +57,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
     facts = {"model": name, "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}
+    facts["weights_sample"] = weights_sample(model)
     watch.lap("load")
 
     with ExitStack() as stack:

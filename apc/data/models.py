@@ -3,12 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from apc.config.schema import Config, ModelConfig
+from apc.config.schema import DTYPES, Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_calls, check_config, find_ffns, first_device
 from apc.data.loading import check_class, library_errors, load_weights
@@ -142,6 +142,56 @@ def weights_digest(model: "PreTrainedModel") -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
         digest.update(raw_bytes(parameter))
     return digest.hexdigest()
+
+
+def weights_sample(model: nn.Module) -> dict[str, str]:
+    """Identifies a model's weights within milliseconds, also if they are held in another floating-point type.
+
+    For each type the sha256 of 64 values of every parameter, spread evenly over it and rounded to the type; and the
+    FFNs' own type as `dtype`. A change that leaves all these values as they are, as of a few rows, is missed.
+    """
+    digests = {dtype: hashlib.sha256() for dtype in DTYPES}
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        values = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+        for dtype, digest in digests.items():
+            digest.update(f"{name} {tuple(parameter.shape)};".encode())
+            digest.update(raw_bytes(values.to(getattr(torch, dtype))))
+    own = str(find_ffns(model)[0].down.weight.dtype).removeprefix("torch.")
+    return {dtype: digest.hexdigest() for dtype, digest in digests.items()} | {"dtype": own}
+
+
+class OtherWeights(NamedTuple):
+    """How a model differs from the one that a codebook was fitted with."""
+
+    line: str  # names both models
+    condition: str  # for tables
+
+
+def other_weights(model: nn.Module, made: dict) -> OtherWeights | None:
+    """Whether a model has other weights than the one in a codebook's provenance `made`; None if not, or not known.
+
+    Two types are compared after rounding to the coarser one. A codebook of a version before 0.2 has only a digest of
+    all weights, which takes seconds for a large model. It also covers their type, and the configuration with the
+    defaults of transformers' version, so a difference only means that the weights are perhaps others.
+    """
+    condition = "other than fitted"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    if fitted := made.get("weights_sample"):
+        own = weights_sample(model)
+        if any(fitted[dtype] == own[dtype] for dtype in (fitted["dtype"], own["dtype"])):
+            return None
+        before, now = fitted[fitted["dtype"]], own[own["dtype"]]
+    else:
+        before = made.get("patterns", {}).get("weights")
+        now = before and weights_digest(cast("PreTrainedModel", model))
+        if before == now:
+            return None
+        condition = f"perhaps {condition}"
+    name = cast("PreTrainedModel", model).config.name_or_path or type(model).__name__
+    models = f"{made.get('model', 'another model')} (weights {before[:12]}), this is {name} (weights {now[:12]})"
+    return OtherWeights(f"weights {condition}: the codebook was fitted with {models}", condition)
 
 
 def batch_windows(cfg: Config, device: torch.device) -> int:

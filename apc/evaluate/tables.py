@@ -64,6 +64,7 @@ def condition_items(results: dict) -> list[str]:
     items = [
         "IN-SAMPLE" if is_in_sample(results) else None,
         known("{}", "model"),
+        known("weights {}", "weights"),
         " → ".join(filter(None, texts)),
         None if is_in_sample(results) else known("{}", "split"),
         known("windows of {:,}", "seq_len"),

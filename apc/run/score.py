@@ -7,7 +7,7 @@ from torch import nn
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
-from apc.data.models import batch_windows, model_name
+from apc.data.models import batch_windows, model_name, other_weights
 from apc.data.text import Windows
 from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
@@ -40,13 +40,16 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     batch = batch_windows(cfg, device)
     evaluator = Evaluator(context.model, codebook, predictor, scored.tokens, device, batch, cfg.seed)
     order = cfg.policies or default_policies()
+    other = other_weights(context.model, codebook.provenance)
     if distributed.is_main():
+        if other is not None:
+            print(f"{context.run.path}: {other.line}", flush=True)
         print(tables.ROW_HEADER, flush=True)
     measured = evaluator.policies(names, cfg.trainer.progress, _print_row)
     records = sorted(measured + missing, key=lambda record: order.index(record["policy"]))
     watch.lap("evaluate")
     results = {
-        "conditions": conditions(context, codebook, predictor, scored),
+        "conditions": conditions(context, codebook, predictor, scored) | {"weights": other and other.condition},
         "warnings": evaluator.warnings(),
         "policies": records,
         **stage_records(context.run),

@@ -5,6 +5,7 @@ quality. With a kernel FFNs compute only the neurons that the mask keeps (`spars
 """
 
 import math
+import warnings
 import weakref
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from apc.cluster.codebook import Codebook
 from apc.data.ffn import FFN, FFNHooks, check_calls, find_ffns, first_device
+from apc.data.models import other_weights
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import default_policy, make_policy
@@ -55,6 +57,7 @@ def sparsify(
     kernel: str | None = None,
     max_sparse_tokens: float | None = None,
     scoring: bool = False,
+    strict: bool = False,
 ) -> nn.Module:
     """The model itself, changed so that its FFNs run under the policy's masks; `restore` or the next call undoes it.
 
@@ -72,6 +75,8 @@ def sparsify(
             `torch` uses one token. math.inf: all calls run sparse.
         scoring: with a kernel, calls of any number of tokens run sparse, so that scores of whole sequences are those of
             the masked model. Without a kernel masks hold for all tokens anyway.
+        strict: whether other weights than those that the codebook was fitted with are an error. They are a warning
+            otherwise, because a fine-tuned model may be meant. `weights_sample` says which changes are missed.
 
     Raises:
         UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, no
@@ -91,6 +96,11 @@ def sparsify(
         policy = default_policy(codebook, predictor)
     if policy == "dense":
         return restore(model)
+    other = other_weights(model, codebook.provenance)
+    if other is not None and strict:
+        raise UserError(f"{other.line}; use the codebook made for this model, or strict=False")
+    if other is not None:
+        warnings.warn(other.line, stacklevel=2)
     decider = make_policy(policy, codebook, predictor, seed)
     if kernel is None or decider.kernel == "masks":
         decider = decider.to(device)  # the other kernels copy the tensors they need, and no profiles
