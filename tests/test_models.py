@@ -6,7 +6,19 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    Mistral3Config,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    ViTConfig,
+)
 
 import families
 import tiny
@@ -17,6 +29,7 @@ from apc.data import ffn as ffn_module
 from apc.data import models
 from apc.data.ffn import FFNHooks, check_calls, find_ffns
 from apc.data.models import load_model, resolve_device, weights_digest
+from apc.estimate import estimate
 from apc.utils.errors import UserError
 
 
@@ -438,3 +451,34 @@ def test_only_a_model_of_the_hub_is_said_to_be_out_of_reach(tmp_path, monkeypatc
     (tmp_path / "weights.bin").write_text("text")
     with pytest.raises(UserError, match="weights.bin: a file; give the model's folder"):
         load(tmp_path / "weights.bin")
+
+
+def text_settings(**others):
+    return {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 2} | others
+
+
+def test_a_model_that_also_reads_images_runs_its_text_part_if_transformers_loads_it(tmp_path, capfd):
+    folder = tiny.save_model(tmp_path / "model")
+    text = text_settings(num_key_value_heads=1, head_dim=16, vocab_size=tiny.VOCABULARY + 1, pad_token_id=0)
+    vision = text_settings(image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    model = load(folder)
+    names = [ffn.name for ffn in find_ffns(model)]
+    assert names == [f"model.language_model.layers.{layer}.mlp" for layer in range(2)]
+    assert model(input_ids=torch.arange(9)[None], use_cache=False).logits.shape == (1, 9, tiny.VOCABULARY + 1)
+    note = (
+        f"note: model.path={folder}: Gemma3ForConditionalGeneration also reads other input than text, which is not used"
+    )
+    assert note in capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("config", [LlavaConfig, Mistral3Config, Qwen2VLConfig, Qwen2_5_VLConfig])
+def test_a_model_of_other_input_that_transformers_does_not_load_is_refused_by_name(tmp_path, config):
+    folder, kind = tiny.save_model(tmp_path / "model"), config.__name__.replace("Config", "ForConditionalGeneration")
+    config(architectures=[kind]).save_pretrained(folder)
+    line = rf"^model.path={folder}: {kind} \(model_type {config.model_type}\) is not a model that transformers' "
+    with pytest.raises(UserError, match=line):
+        load(folder)
+    with pytest.raises(UserError, match=line):
+        estimate.read_shape(ModelConfig(path=str(folder)), ["neuron"])

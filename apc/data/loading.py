@@ -79,16 +79,16 @@ def load_weights(source: str, where: str, **options) -> "PreTrainedModel":
             f"{shown_names(shapes)}; give a complete checkpoint whose configuration fits its weights"
         )
     tell_ignored(where, kind, sorted(info["unexpected_keys"]))
+    if model.config.get_text_config() is not model.config:
+        _tell(f"{where}: {kind} also reads other input than text, which is not used")
     return model
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the block, transformers does not log its table of missing and ignored weights, which we say in a line."""
-    logger, is_other = (
-        logging.getLogger("transformers.modeling_utils"),
-        lambda record: "LOAD REPORT" not in str(record.msg),
-    )
+    logger = logging.getLogger("transformers.modeling_utils")
+    is_other = lambda record: "LOAD REPORT" not in str(record.msg)
     logger.addFilter(is_other)
     try:
         yield
@@ -98,12 +98,13 @@ def _without_report() -> Iterator[None]:
 
 def tell_ignored(where: str, kind: str, names: Sequence[str]) -> None:
     """Says on stderr which tensors of a checkpoint the model has no place for, if there are any."""
-    if names and distributed.is_main():
-        print(
-            f"note: {where}: {kind} ignores these tensors of its files: {shown_names(names)}",
-            file=sys.stderr,
-            flush=True,
-        )
+    if names:
+        _tell(f"{where}: {kind} ignores these tensors of its files: {shown_names(names)}")
+
+
+def _tell(line: str) -> None:
+    if distributed.is_main():
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def shown_names(names: Sequence[str], most: int = 3) -> str:

@@ -32,7 +32,7 @@ from apc.config.load import load_config
 from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_config, find_ffns
-from apc.data.loading import reason
+from apc.data.loading import check_class, reason
 from apc.data.models import find_model
 from apc.data.text import count_windows, on_hub
 from apc.estimate.exchange import Exchange
@@ -151,6 +151,7 @@ def _shape(
     from transformers import AutoModelForCausalLM
 
     check_config(config)
+    check_class(config, f"model.path={cfg.path}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     ffns = find_ffns(model)
