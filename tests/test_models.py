@@ -1,6 +1,7 @@
 """Loading models; finding and hooking gated FFNs of several model families; errors name what is not supported."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -482,3 +483,14 @@ def test_a_model_of_other_input_that_transformers_does_not_load_is_refused_by_na
         load(folder)
     with pytest.raises(UserError, match=line):
         estimate.read_shape(ModelConfig(path=str(folder)), ["neuron"])
+
+
+@pytest.mark.parametrize("name", ["folder", "file.gguf"])
+def test_a_model_that_may_not_be_read_is_an_error_of_one_line(name, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=rf"model.path=/closed/{name}: .*Permission denied: '/closed/{name}'"):
+        load(f"/closed/{name}")

@@ -59,9 +59,9 @@ def load_gguf_config(path: Path) -> "PretrainedConfig":
 
 
 def _from_gguf(auto_class, path: Path, part: str):
-    if not _absolute(path).is_file():
-        raise UserError(f"model.path: no GGUF file at {path}: name an existing file")
     with library_errors(f"model.path={path}: transformers can't read {part}"):
+        if not _absolute(path).is_file():
+            raise UserError(f"model.path: no GGUF file at {path}: name an existing file")
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 problem = "is not a GGUF file (it does not start with `GGUF`)"

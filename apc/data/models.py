@@ -80,8 +80,6 @@ def _load_folder(cfg: ModelConfig, dtype: torch.dtype | str) -> tuple["PreTraine
             f"{where}: holds an adapter (adapter_config.json); merge it into its base model and give the merged model: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{where}: no config.json there; give a model folder, as save_pretrained writes it")
     if absent:
         raise UserError(
             f"{where}: can't be loaded: it is not in the local cache, and the hub can't be reached; "
@@ -114,12 +112,18 @@ def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> N
 def find_model(path: str) -> tuple[str, bool]:
     """A `model.path` as a folder or hub id, and whether transformers must use only local files.
 
-    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a file, or a folder that does not exist.
+    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a file, or a folder that does not
+    exist, has no config.json or can't be read.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    with library_errors(f"model.path={path}"):
+        is_folder, is_file, has_config = folder.is_dir(), folder.is_file(), (folder / "config.json").is_file()
+        has_adapter = (folder / "adapter_config.json").is_file()
+    if is_folder and not (has_config or has_adapter):
+        raise UserError(f"model.path={path}: no config.json there; give a model folder, as save_pretrained writes it")
+    if is_folder:
         return str(folder), True
-    if folder.is_file():
+    if is_file:
         raise UserError(f"model.path={path}: a file; give the model's folder, or a file whose name ends with .gguf")
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path}: no such folder")
