@@ -289,9 +289,9 @@ def test_in_sample_figures_say_so(workplace):
 
 BAD = {
     "too-many-clusters": ({"cluster.k": 5000, "run.name": "bad"}, r"cluster\.k=5000 is more than the 640 patterns"),
-    "short-text": (
-        {"data.seq_len": 5000, "run.name": "bad"},
-        r"data\.fit: fit\.txt has 3000 tokens, one window needs 5000",
+    "long-windows": (
+        {"data.seq_len": 257, "run.name": "bad"},
+        r"data\.seq_len=257: the model has 256 positions \(max_position_embeddings\); set data\.seq_len=256 or less",
     ),
     "too-many-windows": (
         {"data.fit_windows": 999, "run.name": "bad"},

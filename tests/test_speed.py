@@ -17,7 +17,7 @@ import train
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
-from apc.data.text import cut_windows, read_texts
+from apc.data.text import load_windows
 from apc.evaluate import speed, tables
 from apc.sparse.decode import GreedyDecoder, cache_keyword
 from apc.sparse.sparsify import handle_of
@@ -51,7 +51,7 @@ def test_perplexities_equal_those_of_masks_after_a_dense_prompt(workplace, devic
 
     run = apc.load_run(workplace / "runs" / "run")
     model, tokenizer = load_model(ModelConfig(path=str(workplace / "model"), device=device), torch.device(device))
-    windows = cut_windows(run.config.data, *read_texts(run.config.data), tokenizer)[1].tokens.to(device)
+    windows = load_windows(run.config.data, tokenizer, "llama")[1].tokens.to(device)
     half, losses = windows.shape[1] // 2, {"after": [], "masked": []}
     for window in windows[:, None]:
         cache = {cache_keyword(model): DynamicCache(config=model.config)}

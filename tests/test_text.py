@@ -1,18 +1,23 @@
 """Text → windows: all sources read alike, windows tile the tokens, and score text must not overlap the fit text."""
 
 import json
+import random
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+import tiny
+from apc.config.load import load_config
 from apc.config.schema import DataConfig
-from apc.data import text
-from apc.data.text import load_windows
+from apc.data import overlap, text
 from apc.utils import hub
 from apc.utils.errors import UserError
 
 WORDS = [f"w{i}" for i in range(97)]
+load_windows = partial(text.load_windows, model_type="llama")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,32 @@ def test_fit_windows_and_score_windows_take_the_first(files, tokenizer):
     everything, _ = load_windows(_config(), tokenizer)
     fit, score = load_windows(_config(fit_windows=2, score_windows=4), tokenizer)
     assert torch.equal(fit.tokens, everything.tokens[:2]) and len(score.tokens) == 4
+
+
+def test_windows_with_bos_begin_with_it_and_have_each_token_of_the_text_once(files, tokenizer):
+    plain = load_windows(_config(seq_len=7), tokenizer)[0]
+    for bos, model_type in (("true", "llama"), ("auto", "gemma3_text"), ("auto", "gemma")):
+        fit, score = load_windows(_config(bos=bos), tokenizer, model_type=model_type)
+        assert (fit.tokens[:, 0] == 1).all() and torch.equal(fit.tokens[:, 1:], plain.tokens)
+        assert fit.tokens.shape == (7, 8) and fit.bos == score.bos == "[BOS]" and fit.digest != plain.digest
+        assert text.count_windows(_config(bos=bos), "fit", tokenizer, model_type) == 7
+    assert load_windows(_config(seq_len=2, bos="true"), tokenizer)[0].tokens.shape == (50, 2)
+    for bos, model_type in (("false", "gemma3_text"), ("auto", "llama")):
+        fit = load_windows(_config(bos=bos), tokenizer, model_type=model_type)[0]
+        assert fit.bos is None and torch.equal(fit.tokens.flatten(), plain.tokens.flatten()[:48])
+
+
+def test_bos_without_a_bos_token_is_an_error(files, tokenizer):
+    assert text.adds_bos(tokenizer)
+    without = tiny.make_tokenizer()
+    assert not text.adds_bos(without)
+    with pytest.raises(UserError, match="^data.bos=true: the model's tokenizer has no BOS token; set data.bos=false$"):
+        load_windows(_config(bos="true"), without)
+    assert load_windows(_config(), without, model_type="gemma")[0].bos is None
+    with pytest.raises(UserError, match="data.bos=maybe: choose auto, true or false"):
+        _config(bos="maybe")
+    for word in ("data.bos=true", "data.bos=True"):
+        assert load_config(None, [word]).data.bos == "true"
 
 
 def test_too_many_windows_is_an_error_that_names_their_number(files, tokenizer):
@@ -123,28 +154,85 @@ def test_rows_of_parquet_and_jsonl_are_joined_by_blank_lines(files, tokenizer):
     assert text._read("rows.jsonl", "fit").joined == "\n\n".join(rows)
 
 
+def test_columns_of_every_string_type_and_arrow_files_and_saved_datasets_are_read(files):
+    import datasets
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    rows = ["one two", None, "three"]
+    types = {
+        "dictionary": pa.dictionary(pa.int32(), pa.string()),
+        "large": pa.dictionary(pa.int8(), pa.large_string()),
+        "view": pa.string_view(),
+    }
+    for name, kind in types.items():
+        parquet.write_table(pa.table({"text": pa.array(rows).cast(kind), "n": [1, 2, 3]}), files / f"{name}.parquet")
+    table = pa.table({"body": rows})
+    with ipc.new_file(str(files / "file.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with ipc.new_stream(str(files / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    saved = datasets.Dataset.from_dict({"text": rows, "n": [1, 2, 3]})
+    saved.save_to_disk(files / "saved")
+    saved.select([2, 0]).save_to_disk(files / "selected")
+    other = datasets.Dataset.from_dict({"text": ["four"]})
+    datasets.DatasetDict(train=saved, test=other).save_to_disk(files / "splits")
+    datasets.DatasetDict(validation=other).save_to_disk(files / "no-train")
+    for name in ("dictionary.parquet", "large.parquet", "view.parquet", "file.arrow", "stream.arrow", "saved"):
+        assert text._read(name, "fit").documents == ["one two", "three"], name
+    assert text._read("selected", "fit").documents == ["three", "one two"]
+    assert text._read("splits", "fit").documents == ["one two", "three"]
+    assert text._read("splits", "score").documents == ["four"] == text._read("splits/test", "fit").documents
+    assert text._read("splits", "fit").identity != text._read("splits", "score").identity
+    with pytest.raises(UserError, match="data.fit: no-train has no split train but validation: name the folder of a"):
+        text._read("no-train", "fit")
+
+
+def test_a_byte_order_mark_is_no_text(files):
+    (files / "bom.txt").write_text("one", encoding="utf-8-sig")
+    (files / "bom.jsonl").write_text('{"text": "\\ufeffone"}\n', encoding="utf-8-sig")
+    assert text._read("bom.txt", "fit").joined == text._read("bom.jsonl", "fit").joined == "one"
+
+
 def test_unreadable_files_are_named(files, tokenizer):
     import pyarrow as pa
     from pyarrow import parquet
 
     parquet.write_table(pa.table({"a": ["x"], "b": ["y"]}), files / "two.parquet")
+    parquet.write_table(pa.table({"text": ["some text"] * 3}), files / "cut.parquet")
     (files / "bad.parquet").write_bytes(b"no parquet")
     (files / "bad.jsonl").write_text('{"text": "x"}\n{"text": 1}\n')
+    (files / "surrogate.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a \\ud83d b"}\n')
+    (files / "deep.jsonl").write_text('{"text": "a"}\n\n{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (files / "digits.jsonl").write_text('{"text": "a", "x": ' + "1" * 5000 + "}\n")
+    whole = (files / "cut.parquet").read_bytes()
+    (files / "cut.parquet").write_bytes(whole[:4] + bytes(40) + whole[44:])
+    (files / "bad.arrow").write_bytes(b"no arrow")
+    (files / "broken").mkdir()
+    (files / "broken" / "state.json").write_text("{}")
     (files / "broken.jsonl").write_text('{"text"\n')
     (files / "latin.txt").write_bytes(b"caf\xe9")
     (files / "page.pdf").write_bytes(b"")
     (files / "folder").mkdir()
     for name, message in {
+        "surrogate.jsonl": r"line 2 has half a character .\\ud83d, a single surrogate.: remove it",
+        "deep.jsonl": r"line 3 can't be read as JSON .maximum recursion depth exceeded",
+        "digits.jsonl": r"line 1 can't be read as JSON .Exceeds the limit",
+        "bad.arrow": "not an Arrow file, or damaged",
+        "broken": "can't read broken .Directory broken is neither",
         "two.parquet": "no column `text` but 2 columns of strings",
         "bad.parquet": "not a parquet file",
         "bad.jsonl": "line 2 has no string `text`",
-        "broken.jsonl": "line 1 is not JSON",
+        "broken.jsonl": "line 1 can't be read as JSON",
         "latin.txt": "not UTF-8 text .byte 3.",
         "page.pdf": "unknown ending",
         "folder": "is a folder",
     }.items():
-        with pytest.raises(UserError, match=f"data.fit: .*{name}.*{message}"):
+        with pytest.raises(UserError, match=f"data.fit: .*{name}.*{message}") as caught:
             load_windows(_config(fit=name), tokenizer)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"^data.fit: can't read cut.parquet \(.*\): give another file$"):
+        load_windows(_config(fit="cut.parquet"), tokenizer)
 
 
 @pytest.mark.parametrize("missing", ["absent.txt", "./absent", "/no/such/file", "~/absent/x", "here/absent", "a/b/c"])
@@ -175,28 +263,80 @@ def test_the_same_text_is_an_error_unless_in_sample(files, tokenizer):
     assert fit.digest == score.digest
 
 
-def test_shared_paragraphs_are_an_error_that_counts_and_quotes_them(files, tokenizer):
+def test_shared_text_is_an_error_that_states_its_share(files, tokenizer):
     _write(files / "fit.txt", LONG[:20])
     _write(files / "score.txt", [LONG[25], f"  {LONG[3]}\t", LONG[26], LONG[4]])
     with pytest.raises(
-        UserError, match=f"score.txt. shares 2 paragraphs, 5.% .*fit.txt.*“{LONG[3][:60]}….*data.in_sample=true"
+        UserError,
+        match="^data.score .score.txt. shares 5.% of its sequences of 8 words with data.fit .fit.txt., "
+        "at most 5% are allowed: choose other text, or set data.in_sample=true",
     ):
         load_windows(_config(), tokenizer)
-    load_windows(_config(in_sample=True), tokenizer)
+    assert 0.45 < load_windows(_config(in_sample=True), tokenizer)[1].overlap < 0.55
 
 
-def test_shared_paragraphs_are_found_in_text_wrapped_at_short_lines(files, tokenizer):
-    def wrapped(paragraph):
-        words = paragraph.split()
-        return "\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12))
-
-    (files / "fit.txt").write_text("\n\n".join(map(wrapped, LONG[:5])))
-    (files / "score.txt").write_text("\n\n".join(map(wrapped, LONG[4:10])))
-    with pytest.raises(UserError, match="shares 1 paragraphs"):
-        load_windows(_config(), tokenizer)
+def _rewrapped(paragraphs: list[str], words: int) -> str:
+    flat = " ".join(paragraphs).split()
+    return "\n".join(" ".join(flat[i : i + words]) for i in range(0, len(flat), words))
 
 
-def test_one_per_cent_of_shared_text_and_short_lines_are_allowed(files, tokenizer):
+def _sentences(count: int, words: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(WORDS) for _ in range(words)) for _ in range(count)]
+
+
+FITTED, OTHER = _sentences(200, 10, seed=1), _sentences(200, 10, seed=2)
+DRAW = random.Random(5)
+CHINESE = ["".join(chr(DRAW.randrange(0x4E00, 0x5A00)) for _ in range(40)) for _ in range(60)]
+
+
+@pytest.mark.parametrize(
+    "fit, score, share",
+    [
+        ("\n".join(FITTED), "\n".join(FITTED[100:150]), 1.0),
+        ("\n\n".join(FITTED), "\n".join(FITTED[199:100:-1]), 1.0),
+        (" ".join(FITTED), "\n".join(FITTED[50:90]), 1.0),
+        ("\n".join(FITTED), " ".join(FITTED[50:90]), 1.0),
+        (_rewrapped(FITTED, 12), _rewrapped(FITTED[20:90], 5), 1.0),
+        ("\n".join(FITTED), "\n".join(FITTED[40:90]).upper().replace(" ", ",  «") + "!", 1.0),
+        ("\n".join(FITTED), "\n".join([*OTHER[:90], *FITTED[:10], *OTHER[90:180], *FITTED[100:110]]), 0.1),
+        ("\n".join(FITTED), "\n".join(OTHER), 0.0),
+        ("\n".join(CHINESE), "\n".join(CHINESE[9:2:-1]), 1.0),
+        ("\n".join(CHINESE), "".join(CHINESE[3:20]), 1.0),
+        ("\n".join(CHINESE[:30]), "\n".join(CHINESE[30:]), 0.0),
+    ],
+    ids=[
+        *("short-lines", "shuffled-lines", "pieces-of-one-line", "one-line-of-pieces", "rewrapped", "case-and-marks"),
+        *("a-tenth", "other-text", "chinese-shuffled", "chinese-one-line", "other-chinese"),
+    ],
+)
+def test_the_overlap_is_the_share_of_the_score_text_in_the_fit_text(files, fit, score, share):
+    (files / "fit.txt").write_text(fit)
+    (files / "score.txt").write_text(score)
+    (files / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in score.splitlines()))
+    for name in ("score.txt", "rows.jsonl"):
+        assert text.read_texts(_config(score=name, in_sample=True))[1].overlap == pytest.approx(share, abs=0.02)
+        if share:
+            with pytest.raises(UserError, match="data.score .* shares .*% of its sequences of 8 words"):
+                text.read_texts(_config(score=name))
+        else:
+            text.read_texts(_config(score=name))
+
+
+def test_the_overlap_of_long_texts_is_that_of_samples_of_bounded_size(monkeypatch):
+    fit, score = " ".join(_sentences(4000, 10, seed=3)), " ".join(_sentences(4000, 10, seed=4))
+    score += fit[len(fit) // 2 :]
+    whole = [overlap.sample(text) for text in (score, fit)]
+    monkeypatch.setattr(overlap, "SAMPLE", 2000)
+    monkeypatch.setattr(overlap, "_CHUNK", 1000)
+    parts = [overlap.sample(text) for text in (score, fit)]
+    for part, every in zip(parts, whole, strict=True):
+        assert np.array_equal(part.hashes, every.hashes[:2000]), "the same in chunks"
+    assert overlap.shared(*whole) == pytest.approx(1 / 3, abs=0.001)
+    assert overlap.shared(*parts) == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_a_little_shared_text_and_short_lines_are_allowed(files, tokenizer):
     _write(files / "fit.txt", [LONG[0], "See also", _words(20)])
     _write(files / "score.txt", [LONG[0], "See also", _words(20)] + [_words(97, start=i, step=i) for i in range(2, 96)])
     shared = len(LONG[0]) / (files / "score.txt").stat().st_size
@@ -303,7 +443,7 @@ def test_hub_rows_are_joined_and_config_and_split_are_passed(files, tokenizer, m
     def load_dataset(name, config, split):
         calls.append((name, config, split, datasets.config.HF_HUB_OFFLINE))
         return datasets.Dataset.from_dict(
-            {"text": [_words(9), "", _words(30, start=len(calls), step=7)], "n": [1, 2, 3]}
+            {"text": [_words(9, step=len(calls)), "", _words(30, step=6 + len(calls))], "n": [1, 2, 3]}
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

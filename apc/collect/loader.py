@@ -141,12 +141,13 @@ class WindowLoader:
     in `BlockLoader`.
 
     windows: int64 [N, S], adjacent in the text; step_windows: windows in a step, over all ranks; seed: decides each
-    epoch's offset and order. Raises UserError if a step has fewer windows than there are ranks.
+    epoch's offset and order; bos: whether windows begin with a BOS token, as every window yielded then does. Raises
+    UserError if a step has fewer windows than there are ranks.
     """
 
-    def __init__(self, windows: Tensor, step_windows: int, seed: int):
+    def __init__(self, windows: Tensor, step_windows: int, seed: int, bos: bool = False):
         ranks = distributed.world_size()
-        # An epoch starts up to S - 1 tokens into the text, so it has one window less.
+        # An epoch starts up to a window into the text, so it has one window less.
         self._usable = max(1, len(windows) - 1)
         self.step_windows = min(step_windows, self._usable)
         if self.step_windows < ranks:
@@ -154,7 +155,7 @@ class WindowLoader:
                 f"a step of {self.step_windows} windows is too small for {ranks} processes; give more text "
                 f"({len(windows)} windows, an epoch uses one less), raise tune.batch_windows, or lower trainer.devices"
             )
-        self.windows, self.seed = windows, seed
+        self.windows, self.seed, self.bos = windows, seed, int(bos)
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
@@ -175,9 +176,11 @@ class WindowLoader:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
         generator = _generator(self.seed, self.epoch)
-        S = self.windows.shape[1]
+        beginnings, text = self.windows[: self._usable, : self.bos], self.windows[:, self.bos :]
+        S = text.shape[1]
         shift = int(torch.randint(S, (1,), generator=generator)) if len(self.windows) > 1 else 0
-        text = self.windows.flatten()[shift : shift + self._usable * S].view(self._usable, S)
+        text = text.flatten()[shift : shift + self._usable * S].view(self._usable, S)
+        text = torch.cat([beginnings, text], dim=1)
         order = torch.randperm(self._usable, generator=generator)
         first, last = distributed.share(self.step_windows)
         for step in range(self.position, len(self)):

@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The run was fitted with these keys, so an evaluation can't change them.
 FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
-FITTED_DATA = ("fit", "fit_windows", "seq_len")
+FITTED_DATA = ("fit_windows", "seq_len", "bos")
 
 
 def evaluate(cfg: Config, wide: bool = False) -> dict:
@@ -35,7 +35,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
     from apc.data.ffn import find_ffns
     from apc.data.models import resolve_device
     from apc.evaluate import tables
-    from apc.run.context import RunContext, load_inputs
+    from apc.run.context import RunContext, load_scored
     from apc.run.folder import RunFolder, Stopwatch, load_run, new_name
     from apc.run.score import check_speed, score
     from apc.run.tracking import Tracking
@@ -55,7 +55,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
         print(f"{run.folder.path}: tuning has not finished; this evaluates the run before tuning", flush=True)
     watch = Stopwatch()
 
-    model, tokenizer, _, _, scored = load_inputs(cfg, device)
+    model, tokenizer, scored = load_scored(cfg, device, run.folder, run.codebook)
     check_fits(find_ffns(model), run.codebook, run.predictor)
     check_speed(cfg, model)
     watch.lap("load")

@@ -28,6 +28,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.collect import collect
     from apc.collect.collector import Collector
     from apc.config.load import to_dict
+    from apc.data import overlap
     from apc.data.models import batch_windows, model_name, resolve_device, weights_digest, weights_sample
     from apc.evaluate import tables
     from apc.predict.low_bit import check_projections
@@ -56,8 +57,8 @@ def train(cfg: Config, wide: bool = False) -> dict:
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
-    facts = {"model": name, "fit": fit.source, "fit_tokens": fit.tokens.numel(), "in_sample": cfg.data.in_sample}
-    facts["weights_sample"] = weights_sample(model)
+    facts = {"model": name, "fit": fit.source, "fit_tokens": fit.tokens.numel(), "bos": fit.bos}
+    facts |= {"in_sample": cfg.data.in_sample, "weights_sample": weights_sample(model)}
     watch.lap("load")
 
     with ExitStack() as stack:
@@ -77,6 +78,8 @@ def train(cfg: Config, wide: bool = False) -> dict:
 
         monitor = HeldOutMonitor(monitored.tokens, collector, patterns.info, cfg.seed)
         codebook = stages.train_codebook(context, patterns, monitor, facts)
+        if distributed.is_main():
+            overlap.save(run.fit_sequences, fit.sequences, fit.digest)
         watch.lap("cluster")
         if cfg.stage == "cluster":
             return so_far
@@ -90,7 +93,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
             return so_far
 
         if cfg.tune.max_epochs:
-            codebook, predictor = stages.tune(context, codebook, predictor, fit.tokens, monitor)
+            codebook, predictor = stages.tune(context, codebook, predictor, fit, monitor)
             watch.lap("tune")
         if cfg.stage == "tune":
             return so_far

@@ -17,7 +17,7 @@ from apc.run.folder import RunFolder, read_results
 from apc.sparse.policies import facts
 from apc.utils.errors import UserError
 
-MORE_CONDITIONS = ("bos", "overlap", "weights")  # shown where a run has them
+MORE_CONDITIONS = ("overlap", "weights")  # shown where a run has them
 _WITHOUT_KEY = ("algorithm", "weighting", "scope", "sites")  # settings whose values speak for themselves
 
 
@@ -64,8 +64,8 @@ class Finished:
     @cached_property
     def comparison_key(self) -> tuple:
         """Runs with the same key can be compared: model, texts, split, windows, tokens, dtype and more."""
-        keys = ("model", "fit", "score", "split", "seq_len", "fit_tokens", "score_tokens", "dtype", *MORE_CONDITIONS)
-        return tuple(self.conditions.get(key) for key in keys)
+        texts = ("model", "fit", "score", "split", "seq_len", "bos", "fit_tokens", "score_tokens")
+        return tuple(self.conditions.get(key) for key in (*texts, "dtype", *MORE_CONDITIONS))
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -195,13 +195,13 @@ def _setting(key: str, value: object) -> str:
 
 def comparison_items(run: Finished) -> list[str]:
     """What runs must share to be compared, in words: model, fit text, score text, split and windows."""
-    model, fit, score, split, seq_len, fit_tokens, score_tokens, dtype, *more = run.comparison_key
+    model, fit, score, split, seq_len, bos, fit_tokens, score_tokens, dtype, *more = run.comparison_key
     return [
         *(["IN-SAMPLE"] if run.in_sample else []),
         f"{model} ({dtype})",
         f"fit {fit} ({_count(fit_tokens)} tokens)",
         f"score {score} ({_count(score_tokens)} tokens)",
-        f"{split}, windows of {_count(seq_len)}",
+        f"{split}, windows of {_count(seq_len)}, {'BOS' if bos else 'no BOS'}",
         *(f"{key}: {value}" for key, value in zip(MORE_CONDITIONS, more, strict=True) if value is not None),
     ]
 

@@ -114,6 +114,8 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
                 owner[RENAMED[key].rpartition(".")[2]] = value
             elif _number(key, float, value) != REMOVED[key][0]:
                 print(f"note: {path}: was made with {key}={value}, which is now {REMOVED[key][0]}", file=sys.stderr)
+    if data := _owner(values, "data.seq_len"):
+        data.setdefault("bos", "false")  # version 0.1 had no BOS token
     trainer = _owner(values, "trainer.precision") or {}
     if (precision := trainer.get("precision")) in ("16-mixed", "64-true"):  # version 0.1 allowed them
         trainer["precision"] = "32-true"

@@ -79,13 +79,15 @@ class ModelConfig:
 class DataConfig:
     """The fit text and the score text."""
 
-    # Fit text: `bundled`, a file (.txt .raw .tokens .md .parquet .jsonl), a Hugging Face data set
-    # `name[:config[:split]]`, or several of these: a,b.
+    # Fit text: `bundled`, a file (.txt .raw .tokens .md .parquet .jsonl .arrow), a folder that
+    # `save_to_disk` wrote, a Hugging Face data set `name[:config[:split]]`, or several of these: a,b.
     fit: str = "bundled"
     # Score text, given in the same way.
     score: str = "bundled"
-    # Tokens per window.
+    # Tokens per window, with the BOS token if it has one.
     seq_len: int = 1024
+    # Whether each window begins with the BOS token, which is never predicted: true or false. auto: for Gemma models.
+    bos: str = "auto"
     # Windows of the fit text, from its start. null: all.
     fit_windows: int | None = None
     # Windows of the score text, from its start. null: all.
@@ -101,6 +103,8 @@ class DataConfig:
             if windows is not None and windows < 1:
                 raise UserError(f"data.{role}_windows must be at least 1, or null for all, got {windows}")
         _at_least(self, "data.", seq_len=2)
+        object.__setattr__(self, "bos", self.bos.lower())  # YAML and the command line make a boolean of true and false
+        _choose(self, "data.", bos=("auto", "true", "false"))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from apc.data import bundled, gguf
 from apc.data.ffn import check_config, find_ffns
 from apc.data.loading import check_class, reason
 from apc.data.models import find_model
-from apc.data.text import count_windows, on_hub
+from apc.data.text import check_positions, count_windows, on_hub
 from apc.estimate.exchange import Exchange
 from apc.estimate.measured_rates import rate, rates
 from apc.predict.module import PredictorModule
@@ -65,6 +65,7 @@ class ModelShape:
     widths: dict[str, int]  # neurons at each of the run's sites
     projections: int  # matrices in an FFN, 2 without a gate
     origin: str  # the source of these numbers, for the table
+    config: Any  # the model's, of transformers
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,17 @@ def _shape(
         widths={site: ffns[0].site_width(site) for site in sites},
         projections=2 + ffns[0].gated,
         origin=origin,
+        config=config,
     )
 
 
 def read_workload(cfg: Config) -> Workload:
     """The run's model and windows. Raises UserError if counting them needs the weights or the hub."""
     shape, tokenizer = read_shape(cfg.model, cfg.sites)
-    (fit, fit_source), (score, score_source) = (_windows(cfg, role, tokenizer) for role in ("fit", "score"))
+    check_positions(cfg.data, shape.config)
+    (fit, fit_source), (score, score_source) = (
+        _windows(cfg, role, tokenizer, shape.config.model_type) for role in ("fit", "score")
+    )
     left = fit - cfg.monitor.windows
     if left < 1:
         raise UserError(
@@ -186,11 +191,11 @@ def read_workload(cfg: Config) -> Workload:
     return Workload(shape, left, score, {"fit": fit_source, "score": score_source})
 
 
-def _windows(cfg: Config, role: str, tokenizer: "PreTrainedTokenizerBase | str") -> tuple[int, str]:
+def _windows(cfg: Config, role: str, tokenizer: "PreTrainedTokenizerBase | str", model_type: str) -> tuple[int, str]:
     """The number of windows of the `fit` or `score` text, and the source of this number."""
     wanted, source = getattr(cfg.data, f"{role}_windows"), getattr(cfg.data, role)
     if not on_hub(cfg.data, role) and not isinstance(tokenizer, str):
-        return count_windows(cfg.data, role, tokenizer), "counted"
+        return count_windows(cfg.data, role, tokenizer, model_type), "counted"
     if wanted is not None:
         return wanted, f"as data.{role}_windows says"
     text = known()["texts"].get(source, {}).get(cfg.model.path)
@@ -201,7 +206,7 @@ def _windows(cfg: Config, role: str, tokenizer: "PreTrainedTokenizerBase | str")
         raise UserError(
             f"data.{role}={source}: how many tokens it has is not known: {missing}; set data.{role}_windows=N"
         )
-    return text["tokens"] // cfg.data.seq_len, text["from"]
+    return text["tokens"] // (cfg.data.seq_len - (cfg.data.bos == "true")), text["from"]
 
 
 def pattern_info(cfg: Config, shape: ModelShape, windows: int) -> PatternInfo:

@@ -68,6 +68,7 @@ def condition_items(results: dict) -> list[str]:
         " → ".join(filter(None, texts)),
         None if is_in_sample(results) else known("{}", "split"),
         known("windows of {:,}", "seq_len"),
+        ("BOS" if conditions.get("bos") else "no BOS") if conditions else None,
         known("sparsity {:g}", "sparsity"),
         known("active by {}", "active"),
         "sites " + "+".join(conditions["sites"]) if conditions.get("sites") else None,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apc.cluster.codebook import Codebook
 from apc.collect.collector import Collector
 from apc.collect.patterns import Block, PatternInfo
+from apc.config.load import load_saved
 from apc.config.schema import Config
+from apc.data import overlap
 from apc.data.models import load_model
-from apc.data.text import Windows, cut_windows, read_texts, split_windows
+from apc.data.text import Text, Windows, check_positions, cut_windows, read_score, read_texts, split_windows
 from apc.evaluate.evaluator import Evaluator
 from apc.predict.predictor import Predictor
 from apc.run.folder import RunFolder, Stopwatch
 from apc.run.tracking import Tracking
 from apc.utils import distributed
+from apc.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,53 @@ def load_inputs(
     with distributed.main_first():  # rank 0 fetches and unpacks the bundled model and text
         texts = read_texts(cfg.data)
         model, tokenizer = load_model(cfg.model, device)
-        windows = cut_windows(cfg.data, *texts, tokenizer)
-    return model, tokenizer, *split_windows(cfg, *windows)
+        fit, scored = (_cut(cfg, text, model, tokenizer) for text in texts)
+    return model, tokenizer, *split_windows(cfg, fit, scored)
+
+
+def load_scored(
+    cfg: Config, device: torch.device, run: RunFolder, codebook: Codebook
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Windows]:
+    """Model, tokenizer, and the windows to score for a run that is fitted.
+
+    The fit text is read only if the run's folder, of an older version, has no sample of its sequences. Raises UserError
+    if it is not the text that the run was fitted on.
+    """
+    path, made, fitted = run.fit_sequences, codebook.provenance, load_saved(run.config).data.fit
+    digest = made.get("patterns", {}).get("text")
+    if path.is_file() and cfg.data.fit != fitted:
+        raise UserError(
+            f"data.fit: the run was fitted with {fitted}, evaluate.py can't change that and does not "
+            "read it; leave data.fit out"
+        )
+    with distributed.main_first():
+        fit = None
+        if path.is_file():
+            score = read_score(cfg.data, overlap.load(path, digest), made["fit"])
+        else:
+            fit, score = read_texts(cfg.data)
+        model, tokenizer = load_model(cfg.model, device)
+        scored = _cut(cfg, score, model, tokenizer)
+    if fit is not None and split_windows(cfg, _cut(cfg, fit, model, tokenizer), scored)[0].digest != digest:
+        raise UserError(
+            f"data.fit={cfg.data.fit}: not the text that the run was fitted on ({made['fit']}), or another tokenizer; "
+            "give its place with data.fit=FILE"
+        )
+    return model, tokenizer, scored
+
+
+def _cut(cfg: Config, text: Text, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """The text's windows. Raises UserError as `cut_windows` does, or if windows do not fit the model."""
+    check_positions(cfg.data, model.config)
+    windows = cut_windows(cfg.data, text, tokenizer, model.config.model_type)
+    largest, embedding = int(windows.tokens.max()), cast(nn.Embedding, model.get_input_embeddings())
+    if largest >= embedding.num_embeddings:
+        raise UserError(
+            f"model.path={cfg.model.path}: its tokenizer gives token id {largest}, its embedding has "
+            f"{embedding.num_embeddings} rows; "
+            "give a model with its own tokenizer"
+        )
+    return windows
 
 
 @dataclass(frozen=True)

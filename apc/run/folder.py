@@ -1,7 +1,7 @@
 """A run's folder: the names of its files, who may write to it, and reading it back.
 
 runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.safetensors, predictor.safetensors,
-            results.json, figures/*.png, wandb/
+            fit-sequences.safetensors, results.json, figures/*.png, wandb/
 """
 
 import json
@@ -43,6 +43,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.figures = path, path / "figures"
         self.config, self.results = path / "config.yaml", path / "results.json"
+        self.fit_sequences = path / "fit-sequences.safetensors"  # a sample of them; see apc.data.overlap
         self.codebook, self.predictor = path / "codebook.safetensors", path / "predictor.safetensors"  # before tuning
 
     def tuned(self, name: str) -> Path:

@@ -8,7 +8,7 @@ from torch import nn
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
 from apc.data.models import batch_windows, model_name, other_weights
-from apc.data.text import Windows
+from apc.data.text import Windows, adds_bos
 from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
 from apc.predict.predictor import Predictor
@@ -102,6 +102,9 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
         "fit_tokens": made["fit_tokens"],
         "score_tokens": scored.tokens.numel(),
         "seq_len": cfg.data.seq_len,
+        "bos": scored.bos,
+        "tokenizer_adds_bos": adds_bos(context.tokenizer),
+        "overlap": scored.overlap,
         "sites": list(codebook.sites),
         **{
             name: getattr(codebook, name)

@@ -19,6 +19,7 @@ from apc.collect.loader import BlockLoader, PatternDataModule, ResumedDataModule
 from apc.collect.memory import keep_bytes, windows_in_block
 from apc.collect.patterns import PatternSource
 from apc.config.schema import Config
+from apc.data.text import Windows
 from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
 from apc.run.context import HeldOutMonitor, RunContext
@@ -180,14 +181,14 @@ def _with_thresholds(
 
 
 def tune(
-    context: RunContext, codebook: Codebook, predictor: Predictor | None, windows: Tensor, monitor: HeldOutMonitor
+    context: RunContext, codebook: Codebook, predictor: Predictor | None, text: Windows, monitor: HeldOutMonitor
 ) -> tuple[Codebook, Predictor | None]:
     """The run's tuned codebook and predictor: loaded if the files exist, else tuned and saved.
 
-    windows: of the fit text, int64 [n, seq_len]. The predictor is None if the tuned policy uses none, because the
-    untuned predictor does not fit the tuned codebook.
+    text: the fit text. The predictor is None if the tuned policy uses none, because the untuned predictor does not fit
+    the tuned codebook.
     """
-    cfg, run, device = context.cfg, context.run, context.device
+    cfg, run, device, windows = context.cfg, context.run, context.device, text.tokens
     if run.tuned("codebook").is_file():
         return _load_tuned(run, codebook, predictor)
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
@@ -199,7 +200,7 @@ def tune(
     made_from |= {} if predictor is None else {"predictor": _digest(predictor.provenance)}
     options: dict = dict(precision=precision, gradient_clip_val=1.0)
     trainer = make_trainer(context, "tune", monitor, policies, evaluator, made_from, **options)
-    data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed))
+    data = ResumedDataModule(WindowLoader(windows, cfg.tune.batch_windows, cfg.seed, text.bos is not None))
     with deterministic(device):
         fit(trainer, module, data, run.checkpoint("tune"), made_from)
     codebook, predictor = module.tuned(codebook.provenance)
