@@ -21,11 +21,12 @@ from apc.compare import finished
 from apc.compare import tables as compare_tables
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
+from apc.data import overlap, text
 from apc.data.models import load_model
 from apc.evaluate import evaluator
 from apc.evaluate.tables import policies_table
 from apc.predict.module import PredictorModule
-from apc.run import stages
+from apc.run import context, stages
 from apc.run.tracking import read_metrics
 from apc.tune.module import TuningModule
 from apc.utils import exits
@@ -226,6 +227,63 @@ def test_evaluate_repeats_the_figures_of_training(workplace):
     written = json.loads((workplace / "runs" / "run" / "evaluations" / "again" / "results.json").read_text())
     assert figures_of(written) == figures_of(trained)
     assert json.loads((workplace / "runs" / "run" / "results.json").read_text()) == trained
+
+
+def test_evaluate_needs_the_fit_text_only_where_the_run_has_no_sample_of_it(workplace, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    for name in ("new", "old"):
+        shutil.copytree(workplace / "runs" / "run", tmp_path / "runs" / name)
+        config = tmp_path / "runs" / name / "config.yaml"
+        config.write_text(config.read_text().replace(f"{workplace}/fit.txt", f"{tmp_path}/gone.txt"))
+    results = apc.load_run(workplace / "runs" / "run").results
+    before = [record["perplexity"] for record in results["policies"]]
+    assert results["conditions"]["overlap"] == 0
+
+    read, tokenised = [], []
+    read_role, cut = text._read_role, text.cut_windows
+    monkeypatch.setattr(text, "_read_role", lambda cfg, role: read.append(role) or read_role(cfg, role))
+    monkeypatch.setattr(
+        context, "cut_windows", lambda cfg, text, *more: tokenised.append(text.key) or cut(cfg, text, *more)
+    )
+    again = run_evaluate(tmp_path, run="new")
+    assert [record["perplexity"] for record in again["policies"]] == before
+    assert again["conditions"]["overlap"] == 0 and (read, tokenised) == (["score"], ["data.score"])
+
+    words = (workplace / "fit.txt").read_text().split()
+    (tmp_path / "piece.txt").write_text("\n".join(" ".join(words[i : i + 9]) for i in range(900, 1800, 9)))
+    with pytest.raises(UserError, match=r"data.score .piece.txt. shares 100% of its sequences .* data.fit .fit.txt."):
+        run_evaluate(tmp_path, f"data.score={tmp_path / 'piece.txt'}", run="new")
+    seen = run_evaluate(tmp_path, f"data.score={tmp_path / 'piece.txt'}", "data.in_sample=true", run="new")
+    assert seen["conditions"]["overlap"] == pytest.approx(1) and seen["conditions"]["split"] == "in-sample"
+    moved = f"data.fit={workplace / 'fit.txt'}"
+    with pytest.raises(
+        UserError, match="data.fit: the run was fitted with .*gone.txt, evaluate.py .* leave data.fit out"
+    ):
+        run_evaluate(tmp_path, moved, run="new")
+
+    sample = tmp_path / "runs" / "old" / "fit-sequences.safetensors"
+    overlap.save(sample, overlap.sample("another text"), "0" * 64)
+    with pytest.raises(UserError, match="fit-sequences.safetensors: of another fit text than the codebook"):
+        run_evaluate(tmp_path, run="old")
+    sample.write_bytes(sample.read_bytes()[:-1])
+    with pytest.raises(UserError, match="fit-sequences.safetensors: damaged"):
+        run_evaluate(tmp_path, run="old")
+    sample.unlink()  # as in a run of an older version
+    with pytest.raises(UserError, match="data.fit: file .*gone.txt does not exist: give an existing file"):
+        run_evaluate(tmp_path, run="old")
+    assert [record["perplexity"] for record in run_evaluate(tmp_path, moved, run="old")["policies"]] == before
+    with pytest.raises(UserError, match="data.fit=.*piece.txt: not the text that the run was fitted on .fit.txt."):
+        (tmp_path / "piece.txt").write_text(" ".join(["w0", *words[1:]]))
+        run_evaluate(tmp_path, f"data.fit={tmp_path / 'piece.txt'}", run="old")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(workplace, tmp_path):
+    tiny.make_model(vocab_size=100, bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="model.path=.*: its tokenizer gives token id 119, its embedding has 100 rows; "
+    ):
+        run_train(workplace, **{"model.path": tmp_path, "run.name": "bad"})
 
 
 def test_evaluate_accepts_other_policies_and_text(workplace):

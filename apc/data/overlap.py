@@ -73,7 +73,7 @@ def shared(text: Sequences, other: Sequences) -> float:
 
 def save(path: Path, sequences: Sequences, digest: str) -> None:
     """Writes the hashes to a file. digest: of the text's windows."""
-    hashes = torch.from_numpy(sequences.hashes.view(np.int64))
+    hashes = torch.tensor(sequences.hashes.view(np.int64).tolist(), dtype=torch.int64)
     save_tensors(path, _KIND, _VERSION, {"text": digest}, {"hashes": hashes})
 
 
