@@ -131,7 +131,7 @@ def test_a_line_is_one_policy_of_one_algorithm_and_density_over_clusters(grid):
         {"in_sample": False},
         {"seq_len": 512},
         {"fit_tokens": 7},
-        {"bos": "a BOS token begins each window"},
+        {"bos": "<s>"},
         {"overlap": 0.004},
         {"weights": "0123abcd"},
     ],
@@ -207,12 +207,12 @@ def test_the_table_has_every_policy_with_its_conditions_held_out_first(grid):
 
 
 def test_more_conditions_are_shown_where_a_run_has_them(tmp_path):
-    runs = [finish(tmp_path, "a"), finish(tmp_path, "b", bos="a BOS token begins each window")]
+    runs = [finish(tmp_path, "a"), finish(tmp_path, "b", bos="<s>", weights="0123abcd")]
     text = tables.table(runs)
-    assert text.count("bos: a BOS token begins each window") == 1 and "overlap" not in text and "None" not in text
-    assert [row["bos"] for row in csv.DictReader(tables.table_csv([runs[1]]).splitlines())][:1] == [
-        "a BOS token begins each window"
-    ]
+    assert text.count("weights: 0123abcd") == 1 and "overlap" not in text and "None" not in text
+    assert text.count("windows of 2,048, no BOS") == text.count("windows of 2,048, BOS") == 1
+    row = next(csv.DictReader(tables.table_csv([runs[1]]).splitlines()))
+    assert (row["bos"], row["weights"]) == ("<s>", "0123abcd")
 
 
 @pytest.mark.parametrize("windows", [7, 8])

@@ -293,6 +293,13 @@ def test_the_title_carries_the_conditions(results):
     assert "IN-SAMPLE" not in tables.policies_table(results)
 
 
+@pytest.mark.parametrize("table", [tables.policies_table, tables.detail_table, tables.layer_table])
+def test_every_table_says_whether_windows_have_a_bos_token(results, table):
+    assert "windows of 1,024 · no BOS · sparsity" in table(results, wide=True), "as in version 0.1, without the entry"
+    results["conditions"]["bos"] = "<s>"
+    assert "windows of 1,024 · BOS · sparsity" in table(results, wide=True)
+
+
 @pytest.mark.parametrize("form", [{}, {"wide": True}, {"markdown": True}], ids=["terminal", "wide", "markdown"])
 @pytest.mark.parametrize("table", [tables.policies_table, tables.detail_table, tables.layer_table])
 def test_in_sample_is_said_above_and_below(results, table, form):

@@ -50,8 +50,8 @@ _MEASURES = (
 )
 _SHARES = ("bytes_share", "flops_share")
 _CONDITIONS = (
-    *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "sparsity", "active", "sites", "k", "density"),
-    *("weighting", "scope", "forward", *MORE_CONDITIONS),
+    *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "bos", "sparsity", "active", "sites", "k"),
+    *("density", "weighting", "scope", "forward", *MORE_CONDITIONS),
 )
 
 
