@@ -219,7 +219,7 @@ def test_unreadable_files_are_named(files, tokenizer):
         "deep.jsonl": r"line 3 can't be read as JSON .maximum recursion depth exceeded",
         "digits.jsonl": r"line 1 can't be read as JSON .Exceeds the limit",
         "bad.arrow": "not an Arrow file, or damaged",
-        "broken": "can't read broken .Directory broken is neither",
+        "broken": "Directory broken is neither a .Dataset. directory",
         "two.parquet": "no column `text` but 2 columns of strings",
         "bad.parquet": "not a parquet file",
         "bad.jsonl": "line 2 has no string `text`",

@@ -79,6 +79,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
         monitor = HeldOutMonitor(monitored.tokens, collector, patterns.info, cfg.seed)
         codebook = stages.train_codebook(context, patterns, monitor, facts)
         if distributed.is_main():
+            assert fit.sequences is not None  # `load_inputs` samples them
             overlap.save(run.fit_sequences, fit.sequences, fit.digest)
         watch.lap("cluster")
         if cfg.stage == "cluster":

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ class Windows:
 
     tokens: int64 [n, seq_len]; source: its name without folders; documents: number of documents in it; digest: sha256
     of token ids and seq_len alone; bos: the BOS token that every window begins with, None: windows have none;
-    sequences: a sample of the text's word sequences; overlap: of a score text, the share of them in the fit text.
+    sequences: of a fit text, a sample of its word sequences; overlap: the share of a score text's in the fit text.
     """
 
     tokens: torch.Tensor
@@ -49,7 +48,7 @@ class Windows:
     documents: int
     digest: str
     bos: str | None
-    sequences: Sequences
+    sequences: Sequences | None
     overlap: float | None
 
     def split(self, count: int) -> tuple["Windows", "Windows"]:
@@ -67,17 +66,13 @@ class Text:
     name: str  # for the user, without folders
     identity: str  # equal for equal sources
     documents: list[str]
+    sequences: Sequences | None = None  # of a fit text
     overlap: float | None = None  # of a score text
 
     @property
     def joined(self) -> str:
         """The documents with blank lines between them, without BOMs."""
         return "\n\n".join(document.removeprefix("\ufeff") for document in self.documents)
-
-    @cached_property
-    def sequences(self) -> Sequences:
-        """A sample of the text's word sequences."""
-        return sample(self.joined)
 
 
 def load_windows(cfg: DataConfig, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> tuple[Windows, Windows]:
@@ -94,7 +89,8 @@ def read_texts(cfg: DataConfig) -> tuple[Text, Text]:
     fit, score = _read_role(cfg, "fit"), _read_role(cfg, "score")
     if not cfg.in_sample and (score.identity in fit.identity.split(",") or fit.joined == score.joined):
         raise UserError(f"data.fit and data.score are the same text ({score.name}): {REMEDY}")
-    return fit, _compared(cfg, score, fit.sequences, fit.name)
+    sequences = sample(fit.joined)
+    return replace(fit, sequences=sequences), _compared(cfg, score, sequences, fit.name)
 
 
 def read_score(cfg: DataConfig, sequences: Sequences, fit: str) -> Text:
@@ -172,7 +168,7 @@ def _digest(tokens: torch.Tensor) -> str:
 
 def _compared(cfg: DataConfig, score: Text, fit: Sequences, fit_name: str) -> Text:
     """The score text with its overlap. Raises UserError if that exceeds SHARED_LIMIT, unless data.in_sample."""
-    share = shared(score.sequences, fit)
+    share = shared(sample(score.joined), fit)
     if share > SHARED_LIMIT and not cfg.in_sample:
         raise UserError(
             f"data.score ({score.name}) shares {share:.0%} of its sequences of {WORDS} words with data.fit "
