@@ -47,9 +47,9 @@ class Windows:
     source: str
     documents: int
     digest: str
-    bos: str | None
-    sequences: Sequences | None
-    overlap: float | None
+    bos: str | None = None
+    sequences: Sequences | None = None
+    overlap: float | None = None
 
     def split(self, count: int) -> tuple["Windows", "Windows"]:
         """The first `count` windows, and the rest, which may be empty."""
