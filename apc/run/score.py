@@ -104,7 +104,7 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
         "seq_len": cfg.data.seq_len,
         "bos": scored.bos,
         "tokenizer_adds_bos": adds_bos(context.tokenizer),
-        "overlap": scored.overlap,
+        "overlap": None if scored.overlap is None else round(scored.overlap, 4),
         "sites": list(codebook.sites),
         **{
             name: getattr(codebook, name)
