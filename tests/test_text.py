@@ -269,7 +269,7 @@ def test_shared_text_is_an_error_that_states_its_share(files, tokenizer):
     with pytest.raises(
         UserError,
         match="^data.score .score.txt. shares 5.% of its sequences of 8 words with data.fit .fit.txt., "
-        "at most 5% are allowed: choose other text, or set data.in_sample=true",
+        "at most 15% are allowed: choose other text, or set data.in_sample=true",
     ):
         load_windows(_config(), tokenizer)
     assert 0.45 < load_windows(_config(in_sample=True), tokenizer)[1].overlap < 0.55
@@ -316,7 +316,7 @@ def test_the_overlap_is_the_share_of_the_score_text_in_the_fit_text(files, fit, 
     (files / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in score.splitlines()))
     for name in ("score.txt", "rows.jsonl"):
         assert text.read_texts(_config(score=name, in_sample=True))[1].overlap == pytest.approx(share, abs=0.02)
-        if share:
+        if share > 0.15:
             with pytest.raises(UserError, match="data.score .* shares .*% of its sequences of 8 words"):
                 text.read_texts(_config(score=name))
         else:

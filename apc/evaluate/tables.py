@@ -67,6 +67,7 @@ def condition_items(results: dict) -> list[str]:
         known("weights {}", "weights"),
         " → ".join(filter(None, texts)),
         None if is_in_sample(results) else known("{}", "split"),
+        f"overlap {percent(conditions['overlap'])} %" if (conditions.get("overlap") or 0) >= 0.01 else None,
         known("windows of {:,}", "seq_len"),
         ("BOS" if conditions.get("bos") else "no BOS") if conditions else None,
         known("sparsity {:g}", "sparsity"),
