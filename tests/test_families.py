@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import families
-from apc.data.ffn import FFNHooks, check_calls, find_ffns
+from apc.data.ffn import Expert, FFNHooks, check_calls, find_ffns, has_experts
 from apc.utils.errors import UserError
 
 LIST = Path(__file__).parent / "data" / "families.txt"
@@ -21,7 +21,9 @@ IDS = torch.arange(3, 11)[None]
 
 
 class Keep:
-    """Sets the values at `neuron` to zero outside the masks, bool [D] of each layer."""
+    """Sets the values at `neuron` to zero outside the masks, bool [D] of each FFN."""
+
+    route = None
 
     def __init__(self, masks):
         self.masks = masks
@@ -39,7 +41,7 @@ def logits(model):
 
 
 def verdict(model_type: str) -> str:
-    """`accepted, gated`, `accepted, no gate`, or the reason why the model is refused or could not be built."""
+    """`accepted, gated` or `accepted, no gate` (and `experts`), or why the model is refused or could not be built."""
     try:
         model = families.build(model_type)
     except Exception as error:
@@ -51,7 +53,16 @@ def verdict(model_type: str) -> str:
         assert "\n" not in str(error)
         return f"refused: {str(error).partition(': ')[2]}"
     check_masked(model, ffns)
-    return f"accepted, {'gated' if ffns[0].gated else 'no gate'}"
+    words = ["gated" if ffns[0].gated else "no gate", *["experts"] * has_experts(ffns)]
+    return f"accepted, {', '.join(words)}"
+
+
+def columns_of(ffn) -> torch.Tensor:
+    """The weights of the down projection, [E, D]."""
+    if isinstance(ffn, Expert):
+        weight = ffn.module.down_proj[ffn.index]
+        return weight.T if ffn.module.is_transposed else weight
+    return ffn.down.weight if isinstance(ffn.down, torch.nn.Linear) else ffn.down.weight.T
 
 
 def check_masked(model, ffns) -> None:
@@ -64,8 +75,7 @@ def check_masked(model, ffns) -> None:
     hooks.remove()
     with torch.no_grad():
         for ffn, mask in zip(ffns, masks, strict=True):
-            weight = ffn.down.weight
-            weight.mul_(mask if isinstance(ffn.down, torch.nn.Linear) else mask.unsqueeze(1))
+            columns_of(ffn).mul_(mask)
     expected = logits(model)
     assert float((masked - expected).norm()) < 1e-4 * float((expected - dense).norm())
 

@@ -28,7 +28,7 @@ from apc.sparse.policies import POLICIES, make_policy
 class FakeInputs:
     """The part of `MaskInputs` that a meter reads."""
 
-    site, layer = "neuron", 0
+    site, layer, tokens = "neuron", 0, None
 
     def __init__(self, n, D):
         self.values, self.active = torch.zeros(n, D), torch.rand(n, D) < 0.5

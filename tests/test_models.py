@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from transformers import (
 
 import families
 import tiny
+from apc import ops
 from apc.collect.collector import Collector
-from apc.collect.patterns import ActiveRule, Importance
+from apc.collect.patterns import ActiveRule, Importance, by_ffn, quantise
 from apc.config.schema import ModelConfig
 from apc.data import ffn as ffn_module
 from apc.data import models
@@ -167,21 +169,8 @@ def test_importance_of_a_neuron_is_the_norm_of_its_output():
             dict(model_type="mamba", hidden_size=16, num_hidden_layers=1, vocab_size=11),
             "MambaForCausalLM: no FFN found",
         ),
-        (
-            dict(
-                model_type="mixtral",
-                hidden_size=32,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_local_experts=4,
-                vocab_size=11,
-            ),
-            r"Mixtral\w+: a mixture of experts \(4 experts\)",
-        ),
     ],
-    ids=["no-ffn", "mixture-of-experts"],
+    ids=["no-ffn"],
 )
 def test_an_unsupported_model_is_an_error_that_names_it(options, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
@@ -494,3 +483,64 @@ def test_a_model_that_may_not_be_read_is_an_error_of_one_line(name, monkeypatch)
     monkeypatch.setattr(Path, "is_file", refuse)
     with pytest.raises(UserError, match=rf"model.path=/closed/{name}: .*Permission denied: '/closed/{name}'"):
         load(f"/closed/{name}")
+
+
+def experts_inputs(model, tokens):
+    """What each layer's experts are called with: inputs [T, E] and the experts of each token [T, k]."""
+    calls, handles = [], []
+    for layer in model.model.layers:
+        hook = lambda _module, inputs: calls.append(inputs[:2])  # noqa: E731
+        handles.append(layer.mlp.experts.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def test_an_expert_has_the_rows_of_the_tokens_that_are_routed_to_it(tmp_path):
+    """Patterns, importances and inputs of each expert, against its weights and the router's choice."""
+    model, N, D = tiny.make_model("mixtral"), 4, 52
+    windows = torch.randint(100, (3, 16), generator=torch.Generator().manual_seed(1))
+    collector = Collector(model, ["neuron"], torch.device("cpu"), batch_windows=2)
+    assert (collector.experts, collector.slots, len(collector.ffns)) == (N, 2, 3 * N)
+    rule = ActiveRule("top", 0.5)
+    stored = collector.block(windows, [0, 1, 2], rule, with_importance=True, with_hidden=True, padded=True)
+    info = SimpleNamespace(experts=N, slots=2, layers=3 * N)
+    block = by_ffn(stored, info)
+    rows = 0
+    for layer, (hidden, chosen) in enumerate(experts_inputs(model, windows)):
+        experts = model.model.layers[layer].mlp.experts
+        for expert in range(N):
+            ffn, tokens = layer * N + expert, (chosen == expert).any(1).nonzero().flatten()
+            real = block.positions[ffn] >= 0
+            order = block.positions[ffn][real].argsort()
+            assert torch.equal(block.positions[ffn][real][order], tokens)
+            rows += len(tokens)
+            gate, up = (hidden[tokens] @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+            norms = experts.down_proj[expert].norm(dim=0)
+            importance = (torch.nn.functional.silu(gate) * up).abs() * norms
+            quantised, scale = quantise(importance)
+            close = (block.importance["neuron"][ffn][real][order].int() - quantised.int()).abs() <= 1
+            assert close.all()
+            torch.testing.assert_close(block.scale["neuron"][ffn][real][order], scale, rtol=1e-4, atol=1e-7)
+            active = ops.unpack(block.patterns["neuron"][ffn][real][order], D)
+            assert (active == rule.active(ffn, "neuron", importance)).float().mean() > 0.999
+            torch.testing.assert_close(block.hidden[ffn][real][order].float(), hidden[tokens], rtol=0.01, atol=0.01)
+            assert not block.patterns["neuron"][ffn][~real].any() and not block.hidden[ffn][~real].any()
+    assert rows == 3 * 48 * 2
+
+
+def test_experts_of_another_form_are_an_error_that_names_them():
+    model = families.build("llama4_text")
+    with pytest.raises(UserError, match=r"feed_forward.experts \(Llama4TextExperts\): experts of this form are"):
+        find_ffns(model)
+    model = tiny.make_model("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    experts._apply_gate = lambda values: torch.relu(values.chunk(2, dim=-1)[0])  # both ways: no difference
+    check_calls(model, find_ffns(model))
+    del experts._apply_gate
+    own = experts.forward
+    experts.forward = lambda *inputs: own(*inputs) * 1.1
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.experts.0 \(MixtralExperts\): it computes more than"):
+        check_calls(model, find_ffns(model))

@@ -16,6 +16,7 @@ import apc
 import evaluate
 import tiny
 import train
+from apc import ops
 from apc.cluster.lloyd import ClusteringModule
 from apc.compare import finished
 from apc.compare import tables as compare_tables
@@ -54,7 +55,9 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3", *tiny.UNGATED_FAMILIES])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen3", "gemma3", "phi3", *tiny.UNGATED_FAMILIES, *tiny.EXPERT_FAMILIES]
+)
 def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
@@ -76,6 +79,36 @@ def test_every_model_family_goes_from_text_to_generation(tmp_path, family):
             1,
             10,
         )
+
+
+def test_experts_have_masks_of_their_own(tmp_path):
+    """Sizes count routed tokens, storage does not matter, and a masked score is that of weights with zeros."""
+    tiny.make_workplace(tmp_path, "mixtral")
+    settings = {"policies": "[dense,static,predicted]", "monitor.windows": 1}
+    results = run_train(tmp_path, **settings)
+    run_train(tmp_path, **settings, **{"run.name": "memory", "collect.storage": "memory"})
+    book, same = (apc.load_run(tmp_path / "runs" / name).codebook for name in ("run", "memory"))
+    site = book.sites["neuron"]
+    for name, value in site.tensors().items():
+        assert torch.equal(value, same.sites["neuron"].tensors()[name]), name
+    assert book.experts == 4 and site.centroids.shape[:2] == (12, 6)
+    assert site.sizes.view(3, -1).sum(1).tolist() == [20 * 32 * 2] * 3  # 20 windows, two experts a token
+    assert "routed experts only, 4 per layer" in policies_table(results) and "per expert" in policies_table(results)
+    model, tokenizer = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
+    for index, mask in enumerate(ops.unpack(site.static, 52)):
+        model.model.layers[index // 4].mlp.experts.down_proj[index % 4].mul_(mask)
+    ids = torch.tensor(tokenizer((tmp_path / "score.txt").read_text(), add_special_tokens=False)["input_ids"])
+    windows = ids[: 4 * 32].view(4, 32)
+    logits = model(windows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert results["policies"][1]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    for word, line in {
+        "tune.max_epochs=1": "tune.max_epochs=1: the model is a mixture of experts; set tune.max_epochs=0",
+        "predictor.lookahead=1": "predictor.lookahead=1: the model is a mixture of experts; set predictor.lookahead=0",
+        "speed=true": "it is one of several experts, which no kernel supports",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            run_train(tmp_path, **{"run.name": "other", "policies": "[predicted]"}, **dict([word.split("=")]))
 
 
 def test_a_relu_model_reports_its_exact_zeros(tmp_path):
@@ -106,7 +139,7 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
     copy = D * (E / 16 + 3) + D  # one bit a weight, and four 16-bit numbers a neuron
     assert predicted["bytes_share"] == pytest.approx(0.5 + copy / (2 * E * D))
     assert apc.load_run(tmp_path / "runs" / "run").codebook.projections == 2
-    with pytest.raises(UserError, match="policy gate: needs FFNs with a gate"):
+    with pytest.raises(UserError, match="policy gate: needs FFNs with a gate, outside a mixture of experts"):
         run_evaluate(tmp_path, "policies=[gate]")
     run = apc.load_run(tmp_path / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))

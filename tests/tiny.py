@@ -46,6 +46,35 @@ UNGATED_FAMILIES = {
     "apertus": dict(model_type="apertus"),
 }
 
+EXPERT_FAMILIES = {
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(
+        model_type="qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=52,
+        shared_expert_intermediate_size=24,
+    ),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=52, head_dim=16
+    ),
+    "olmoe": dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": dict(
+        model_type="deepseek_v3",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=52,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        num_key_value_heads=2,
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    ),
+    "gpt_oss": dict(model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    "granitemoe": dict(model_type="granitemoe", num_local_experts=4, num_experts_per_tok=2),
+}
+EVERY_FAMILY = FAMILIES | UNGATED_FAMILIES | EXPERT_FAMILIES
+
 
 def make_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     """A text from a random Markov chain, so that tokens are predictable."""
@@ -82,9 +111,7 @@ def make_model(family: str = "llama", width: int = 52, layers: int = 3, **option
         pad_token_id=VOCABULARY,
     )
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**(settings | (FAMILIES | UNGATED_FAMILIES)[family] | options))
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(settings | EVERY_FAMILY[family] | options)))
     with torch.no_grad():  # larger than the usual initial weights, so that masks change the output
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:

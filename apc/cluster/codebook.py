@@ -61,6 +61,7 @@ class Codebook:
     budget: the number of ones in each layer's masks, if it differs by layer; else empty. Static and random masks have
         m ones with any budget.
     projections: the matrices in an FFN, 3 with a gate and 2 without.
+    experts: in a mixture of experts, the experts in a layer, else 0. L then counts experts, layer by layer.
     """
 
     sites: dict[str, SiteCodebook]
@@ -78,6 +79,7 @@ class Codebook:
     penalty: int = 1
     budget: list[int] = field(default_factory=list)
     projections: int = 3
+    experts: int = 0
 
     def size(self, site: str, layer: int) -> int:
         """Number of ones in each of a layer's masks of fixed size."""
@@ -160,8 +162,8 @@ class Codebook:
         known = self.weighting in WEIGHTINGS and self.scope in ("layer", "pooled")
         if not known or self.active not in ("threshold", "top"):
             return f"unknown weighting {self.weighting}, scope {self.scope} or active rule {self.active}"
-        if self.projections not in (2, 3):
-            return f"{self.projections} projections"
+        if self.projections not in (2, 3) or self.experts < 0 or (self.experts and self.layers % self.experts):
+            return f"{self.projections} projections, {self.experts} experts"
         weighted_and_free = self.centroid_size == "free" and self.power
         if self.centroid_size not in ("fixed", "free") or self.penalty < 1 or weighted_and_free:
             settings = f"centroid size {self.centroid_size}, penalty {self.penalty} and weighting {self.weighting}"

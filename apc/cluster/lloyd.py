@@ -20,7 +20,7 @@ from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.cluster.seeding import CentroidInit, RowReader
 from apc.collect.loader import BlockLoader
-from apc.collect.patterns import Block, PatternInfo
+from apc.collect.patterns import Block, PatternInfo, by_ffn
 from apc.config.schema import ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -152,7 +152,8 @@ class ClusteringModule(CentroidInit):
     def fields(self) -> list[str]:
         """Names of the block fields that a step reads."""
         sites = self.info.sites
-        return [f"patterns.{site}" for site in sites] + ([f"importance.{site}" for site in sites] if self.power else [])
+        importance = [f"importance.{site}" for site in sites] if self.power else []
+        return [f"patterns.{site}" for site in sites] + importance + self.info.routes()
 
     def working_bytes(self) -> int:
         """Estimated device memory in bytes that a training takes, besides blocks and buffers.
@@ -191,6 +192,7 @@ class ClusteringModule(CentroidInit):
         """Adds a block to the pass. After the last block, or at `max_steps`, ends the pass."""
         if batch_index == 0:
             self._begin_pass()
+        block = by_ffn(block, self.info)
         for site in self.info.sites:
             self._add_rows(site, block)
             if self.cfg.schedule == "step":
@@ -241,9 +243,9 @@ class ClusteringModule(CentroidInit):
 
     def _row_numbers(self, block: Block) -> Tensor:
         """Each row's number in its group, int64 [G, rows], the same for any split into blocks and ranks."""
-        positions = block.positions.to(self.device)
+        positions = block.positions.to(self.device).expand(self.info.layers, -1)
         if not self.pooled:
-            return positions.expand(self.groups, -1)
+            return positions
         layers = torch.arange(self.info.layers, device=self.device)
         return (positions * self.info.layers + layers.unsqueeze(1)).reshape(1, -1)
 
@@ -252,20 +254,29 @@ class ClusteringModule(CentroidInit):
         rows = self._grouped(block.importance[site] if self.power else block.patterns[site])
         limits = self._limits(site, block, rows)
         ids, captured = self._assign(site, rows, limits)
+        empty = self._empty_rows(block, ids)
         scales = self._scales(limits)
         sums, sizes = self.get("sums", site), self.get("sizes", site)
         if self.cfg.schedule == "epoch":
             self._accumulate(site, rows, ids, scales, self.cfg.k, (sums, sizes))
+            sizes.sub_(empty)
         else:
             added, counts = self._accumulate(site, rows, ids, scales, self.cfg.k)
             sums.add_(distributed.all_sum(added))
-            sizes.add_(distributed.all_sum(counts))
+            sizes.add_(distributed.all_sum(counts - empty))
         self.get("captured", site).add_((captured * scales).sum(1))
         self.get("weight", site).add_((limits * scales).sum(1))
         if self._layers_apart and not self.history:
             self._add_layer_sums(site, block)
         keys = ((captured.long() << SHARE_BITS) // limits.clamp_min(1) << ROW_BITS) + self._row_numbers(block)
         self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))  # without empty rows
+
+    def _empty_rows(self, block: Block, ids: Tensor) -> Tensor | int:
+        """How many rows without a token each cluster got, int64 [G, K]; 0 if all rows have one. See `by_ffn`."""
+        if block.positions.dim() == 1:
+            return 0
+        empty = self._grouped(block.positions < 0).long()
+        return torch.zeros_like(ids.new_empty(self.groups, self.cfg.k)).scatter_add_(1, ids.long(), empty)
 
     def _scales(self, limits: Tensor) -> Tensor:
         """The factor that multiplies each row in sums: `ops.scales_of` for importances, 1 for binary patterns."""
@@ -454,6 +465,7 @@ class ClusteringModule(CentroidInit):
             centroid_size=self.centroid_size,
             penalty=cfg.penalty,
             projections=info.projections,
+            experts=info.experts,
         )
         return book.to(torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from apc import ops
-from apc.collect.patterns import PatternInfo, PatternSource
+from apc.collect.patterns import PatternInfo, PatternSource, read_rows
 from apc.config.schema import WEIGHTINGS, ClusterConfig
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -37,7 +37,7 @@ class RowReader:
         L, group, row = self.source.info.layers, group.cpu(), row.cpu()
         layers, tokens = (row % L, row // L) if self.pooled else (group, row)
         owned = self.owned(tokens).nonzero().flatten()
-        rows = self.source.rows(f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.device)
+        rows = read_rows(self.source, f"{name}.{self.site}", layers[owned], tokens[owned]).to(self.device)
         result = torch.zeros(len(tokens), *rows.shape[1:], dtype=rows.dtype, device=self.device)
         result[owned.to(self.device)] = rows
         return distributed.all_sum(result)
@@ -130,7 +130,7 @@ class CentroidInit(LightningModule):
                 f"cluster.k={K} is more than the {len(usable)} patterns {self.usable_means} ({where}); "
                 "lower it or raise data.fit_windows"
             )
-        if distributed.is_main():
+        if distributed.is_main() and not self.info.experts:  # experts differ in how many tokens they get
             print(
                 f"{where}: {len(usable):,} of {len(order):,} patterns are not empty; "
                 "the other clusters start from empty ones",

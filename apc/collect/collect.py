@@ -64,6 +64,8 @@ def collect(
         with_hidden=with_hidden,
         identity=identity,
         projections=2 + first_ffn.gated,
+        experts=collector.experts,
+        slots=collector.slots,
     )
     if cfg.storage == "disk":
         return _stored(store_folder(cfg), info) or _to_disk(cfg, info, collector, windows)
@@ -161,7 +163,7 @@ def _to_memory(cfg: CollectConfig, info: PatternInfo, collector: Collector, wind
     with progress(len(owned) * info.seq_len, "collect", unit="tokens", enabled=collector.progress) as bar:
         for block in _read_batches(info, collector, windows, owned, bar, padded=True):
             source.add(block)
-            for site, added in activity(block, info.widths).items():
+            for site, added in activity(block, info).items():
                 counts[site] = counts.get(site, 0) + added
     source.info = replace(info, activity={site: distributed.all_sum(value).cpu() for site, value in counts.items()})
     return source

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apc import ops
 from apc.collect.patterns import ActiveRule, Block, Importance, quantise
-from apc.data.ffn import FFNHooks, FFNVisitor, find_ffns
+from apc.data.ffn import FFNHooks, FFNVisitor, check_calls, expert_modules, find_ffns
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
@@ -41,6 +41,8 @@ class Collector:
         self.model, self.sites, self.device, self.name, self.progress = model, sites, device, name, progress
         self.batch_windows, self.thresholded = batch_windows, thresholded
         self.ffns = find_ffns(model)
+        self.slots = check_calls(model, self.ffns)  # experts that a token is routed to; 0 without experts
+        self.experts = len(self.ffns) // len(expert_modules(self.ffns)) if self.slots else 0
         self.importance = Importance(self.ffns)
 
     def calibrate(self, text: Tensor, windows: Sequence[int], sparsity: float) -> dict[str, Tensor]:
@@ -54,7 +56,16 @@ class Collector:
         counter = _Histograms(self)
         first, last = distributed.share(len(windows))
         self._forward(text, windows[first:last], counter, self.sites, padded=True)
-        return {site: _quantile(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
+        return {site: self._threshold(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
+
+    def _threshold(self, counts: Tensor, sparsity: float) -> Tensor:
+        """Thresholds from counts int64 [L, bins]. An expert that got no token has the threshold of its whole layer."""
+        thresholds = _quantile(counts, sparsity)
+        if self.experts:
+            layers = counts.unflatten(0, (-1, self.experts)).sum(1)
+            whole = _quantile(layers, sparsity).repeat_interleave(self.experts)
+            thresholds = torch.where(counts.sum(1).cpu() > 0, thresholds, whole)
+        return thresholds
 
     def block(
         self,
@@ -77,6 +88,8 @@ class Collector:
 
     def hidden(self, text: Tensor, windows: Sequence[int]) -> Tensor:
         """Every FFN's input, bfloat16 [L, n·seq_len, E], for n windows of a text int64 [N, seq_len]."""
+        if self.experts:
+            raise UserError("collect.ffn_inputs=streamed: not for a mixture of experts; set collect.ffn_inputs=stored")
         reader = _PatternReader(self, ActiveRule("top", 0.5), False, True)  # the rule is unused: no site is visited
         self._forward(text, windows, reader, sites=[])
         return reader.block(windows, text.shape[1]).tensors()["hidden"]
@@ -89,7 +102,7 @@ class Collector:
         try:
             for start in range(0, len(windows), self.batch_windows):
                 batch = list(windows[start : start + self.batch_windows])
-                visitor.tokens = len(batch) * text.shape[1]
+                visitor.begin(len(batch) * text.shape[1])
                 padding = batch[-1:] * (self.batch_windows - len(batch)) if padded else []
                 self.model.base_model(input_ids=text[batch + padding].to(self.device), use_cache=False)
                 for layer, site in visitor.nonfinite():
@@ -114,6 +127,14 @@ class _Visitor(FFNVisitor):
         self.tokens = 0
         self._largest: dict[tuple[int, str], Tensor] = {}
 
+    def begin(self, tokens: int) -> None:
+        """Begins a forward pass over `tokens` tokens and padding."""
+        self.tokens = tokens
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """The rows of values [n, ...] that belong to tokens, not to padding."""
+        return values[: self.tokens] if self.route is None else values[self.route.tokens < self.tokens]
+
     def measure(self, layer: int, site: str, values: Tensor) -> Tensor:
         """Importance float32 [n, D] of the values, with NaN as 0."""
         importance = self._collector.importance(layer, site, values.flatten(0, -2))
@@ -136,7 +157,7 @@ class _Histograms(_Visitor):
         self.counts = {site: zeros.clone() for site in collector.sites}
 
     def visit(self, layer: int, site: str, values: Tensor) -> None:
-        bins = self.measure(layer, site, values)[: self.tokens].view(torch.int32).flatten() >> HISTOGRAM_SHIFT
+        bins = self.unpadded(self.measure(layer, site, values)).view(torch.int32).flatten() >> HISTOGRAM_SHIFT
         self.counts[site][layer] += torch.bincount(bins.clamp_(min=0), minlength=HISTOGRAM_BINS)
 
 
@@ -151,31 +172,57 @@ def _quantile(counts: Tensor, share: float) -> Tensor:
 
 
 class _PatternReader(_Visitor):
-    """Gathers the patterns of one or more forward passes and, if requested, their importances and FFN inputs."""
+    """Gathers the patterns of one or more forward passes and, if requested, their importances and FFN inputs.
+
+    The parts of a field are [rows, n, ...] for each pass, as `PatternInfo.field` describes them.
+    """
 
     def __init__(self, collector: Collector, rule: ActiveRule, with_importance: bool, with_hidden: bool):
         super().__init__(collector)
         self._rule, self._with_importance, self._with_hidden = rule, with_importance, with_hidden
         self._parts: dict[str, list[list[Tensor]]] = {}
+        self._passes = 0
 
     def _keep(self, name: str, layer: int, value: Tensor) -> None:
-        self._parts.setdefault(name, [[] for _ in self._collector.ffns])[layer].append(value)
+        """Keeps rows [n, ...] of the current pass. Experts' rows go to the places of their tokens."""
+        experts, slots = self._collector.experts, self._collector.slots
+        value = self.unpadded(value)
+        if self.route is None:
+            self._parts.setdefault(name, [[] for _ in self._collector.ffns])[layer].append(value)
+            return
+        tokens, slot = (self.unpadded(each) for each in self.route)
+        at = layer // experts if name == "hidden" else layer // experts * slots + slot
+        count = len(self._collector.ffns) // experts * (1 if name == "hidden" else slots)
+        passes = self._parts.setdefault(name, [[]])[0]
+        if len(passes) < self._passes:
+            passes.append(value.new_zeros(count, self.tokens, *value.shape[1:]))
+        passes[-1][at, tokens] = value
+
+    def begin(self, tokens: int) -> None:
+        super().begin(tokens)
+        self._passes += 1
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if self._with_hidden:
-            self._keep("hidden", layer, hidden.flatten(0, -2)[: self.tokens].to(torch.bfloat16))
+            self._keep("hidden", layer, hidden.flatten(0, -2).to(torch.bfloat16))
+        if self.route is not None:
+            expert = layer % self._collector.experts
+            self._keep("experts", layer, torch.full_like(self.route.tokens, expert, dtype=torch.int16))
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         importance = self.measure(layer, site, values)
         active = self._rule.active(layer, site, importance)
-        self._keep(f"patterns.{site}", layer, ops.pack(active[: self.tokens]))
+        self._keep(f"patterns.{site}", layer, ops.pack(active))
         if self._with_importance:
-            quantised, scale = quantise(importance[: self.tokens])
+            quantised, scale = quantise(importance)
             self._keep(f"importance.{site}", layer, quantised)
             self._keep(f"scale.{site}", layer, scale)
         return values.masked_fill(~active.view(values.shape), 0) if self._collector.thresholded else None
 
     def block(self, windows: Sequence[int], seq_len: int) -> Block:
         """One block of all passes so far; `windows`: those that the passes ran over."""
-        named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}
+        if self._collector.experts:
+            named = {name: torch.cat(passes, dim=1) for name, (passes,) in self._parts.items()}
+        else:
+            named = {name: torch.stack([torch.cat(parts) for parts in layers]) for name, layers in self._parts.items()}
         return Block.of_windows(named, windows, seq_len)

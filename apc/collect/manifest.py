@@ -11,7 +11,15 @@ from apc.utils.errors import UserError, first_line
 
 FORMAT = 2
 COUNTS = "layers", "hidden_size", "ffn_width", "windows", "seq_len"  # entries that are whole numbers
-DTYPES = {"uint8": np.uint8, "int32": np.int32, "int64": np.int64, "float32": np.float32, "bfloat16": np.int16}
+OF_FFNS = {"projections": 3, "experts": 0, "slots": 0}  # whole numbers too, with what stores without them mean
+DTYPES = {
+    "uint8": np.uint8,
+    "int16": np.int16,
+    "int32": np.int32,
+    "int64": np.int64,
+    "float32": np.float32,
+    "bfloat16": np.int16,
+}
 
 
 class Damaged(Exception):
@@ -64,8 +72,9 @@ def _manifest_problem(manifest: dict) -> str | None:
     for key in COUNTS:
         if not _is_count(manifest.get(key)):
             return f"{key} is {manifest.get(key)!r}"
-    if manifest.get("projections", 3) not in (2, 3):
-        return f"projections is {manifest['projections']!r}"
+    for key, value in OF_FFNS.items():
+        if not _is_count(manifest.get(key, value), 0):
+            return f"{key} is {manifest[key]!r}"
     widths, thresholds, fields, shards = (manifest.get(key) for key in ("widths", "thresholds", "fields", "shards"))
     active, sparsity = manifest.get("active"), manifest.get("sparsity")
     if not isinstance(widths, dict) or not widths or not all(s in SITES and _is_count(D) for s, D in widths.items()):

@@ -67,6 +67,8 @@ class Block:
     positions: int64 [n], each token's index in the whole text; seq_len: tokens in a window;
     patterns: uint8 [L, n, W] per site; importance: uint8 [L, n, D] per site; scale: float32 [L, n] per site;
     hidden: bfloat16 [L, n, E], each FFN's input;
+    experts: of a mixture of experts, int16 [L·k, n], which k experts each token is routed to in each layer. The other
+    fields then have a row for each of these, [L·k, n, ...], but hidden, which is the same for a layer's experts.
     derived: values that a training computes from these rows and reuses in its next pass if the rows stay on its device.
     """
 
@@ -76,6 +78,7 @@ class Block:
     importance: dict[str, Tensor] = field(default_factory=dict)
     scale: dict[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
+    experts: Tensor | None = None
     derived: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -92,12 +95,13 @@ class Block:
         """All fields by a flat name, e.g. `patterns.neuron`; each is [L, n, ...]."""
         parts = ("patterns", "importance", "scale")
         named = {f"{part}.{site}": value for part in parts for site, value in getattr(self, part).items()}
-        return named if self.hidden is None else {**named, "hidden": self.hidden}
+        whole = {"hidden": self.hidden, "experts": self.experts}
+        return named | {name: value for name, value in whole.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], positions: Tensor, seq_len: int) -> "Block":
         """The block with fields as `tensors` returns them."""
-        block = cls(positions, seq_len, hidden=named.get("hidden"))
+        block = cls(positions, seq_len, hidden=named.get("hidden"), experts=named.get("experts"))
         for part, _, site in (name.partition(".") for name in named):
             if site:
                 getattr(block, part)[site] = named[f"{part}.{site}"]
@@ -138,7 +142,9 @@ class PatternInfo:
     """Shapes and origin of collected patterns, the same for every `PatternSource`.
 
     activity: int64 [L, D] per site, how often each neuron is active; identity: the settings that decide the content, as
-    `pattern_identity` lists them; projections: matrices in an FFN, 2 without a gate.
+    `pattern_identity` lists them; projections: matrices in an FFN, 2 without a gate;
+    experts, slots: of a mixture of experts, the experts in a layer and how many of them a token is routed to. L then
+    counts experts, layer by layer.
     """
 
     layers: int
@@ -153,6 +159,8 @@ class PatternInfo:
     identity: dict
     activity: dict[str, Tensor] = field(default_factory=dict)
     projections: int = 3
+    experts: int = 0
+    slots: int = 0
 
     @property
     def tokens(self) -> int:
@@ -170,7 +178,7 @@ class PatternInfo:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def field(self, name: str, tokens: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape [L, tokens, ...] and type of the field `name` in a block of `tokens` tokens."""
+        """Shape [L, tokens, ...] and type of the field `name` in a block of `tokens` tokens, as `Block` stores it."""
         part, _, site = name.partition(".")
         D = self.widths.get(site, 0)
         row, dtype = {
@@ -178,13 +186,22 @@ class PatternInfo:
             "importance": ([D], torch.uint8),
             "scale": ([], torch.float32),
             "hidden": ([self.hidden_size], torch.bfloat16),
+            "experts": ([], torch.int16),
         }[part]
-        return (self.layers, tokens, *row), dtype
+        rows = self.layers
+        if self.experts:
+            rows = self.layers // self.experts * (1 if name == "hidden" else self.slots)
+        return (rows, tokens, *row), dtype
 
     def fields(self) -> list[str]:
         """Names of all fields, as in `Block.tensors`."""
         parts = ["patterns", "importance", "scale"] if self.with_importance else ["patterns"]
-        return [f"{part}.{site}" for part in parts for site in self.widths] + (["hidden"] if self.with_hidden else [])
+        rows = [f"{part}.{site}" for part in parts for site in self.widths]
+        return rows + ["hidden"] * self.with_hidden + self.routes()
+
+    def routes(self) -> list[str]:
+        """The field that `by_ffn` needs beside others: `experts` in a mixture of experts."""
+        return ["experts"] if self.experts else []
 
 
 class PatternSource(Protocol):
@@ -208,13 +225,58 @@ class PatternSource(Protocol):
         """Rows [n, ...] of the field `name` at pairs (layer, position in the text), int64 [n] each."""
 
 
+def by_ffn(block: Block, info: PatternInfo) -> Block:
+    """The block with rows [L, n, ...] for every FFN, from its fields as they are stored.
+
+    Without experts it is the block itself. In a mixture of experts, an FFN's rows are those of the tokens that are
+    routed to it, filled up with zeros to the same n for all. positions are then int64 [L, n], −1 for rows of zeros.
+    """
+    if block.experts is None:
+        return block
+    N, k, n, stored = info.experts, info.slots, block.tokens, len(block.experts)
+    experts = block.experts.long().view(-1, k * n)  # [layers, k·n]
+    ffn = (experts + N * torch.arange(len(experts), device=experts.device).unsqueeze(1)).flatten()
+    counts, order = torch.bincount(ffn, minlength=info.layers), ffn.argsort(stable=True)
+    column = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[ffn[order]]
+    index = torch.full((info.layers, max(1, int(counts.max()))), -1, device=order.device)
+    index[ffn[order], column] = order
+    empty, source = index < 0, index.clamp_min(0)
+
+    def rows(value: Tensor) -> Tensor:
+        taken = value.flatten(0, 1)[source if len(value) == stored else source // (k * n) * n + source % n]
+        return taken.masked_fill_(empty.view(*empty.shape, *[1] * (taken.dim() - 2)), 0)
+
+    named = {name: rows(value) for name, value in block.tensors().items() if name != "experts"}
+    positions = block.positions.to(source.device)[source % n].masked_fill_(empty, -1)
+    grouped = Block.from_tensors(named, positions, block.seq_len)
+    grouped.derived = block.derived
+    return grouped
+
+
+def read_rows(source: PatternSource, name: str, ffns: Tensor, tokens: Tensor) -> Tensor:
+    """Rows [n, ...] of the field `name` at pairs (FFN, position in the text), int64 [n] each.
+
+    They are zeros where a token is not routed to the expert.
+    """
+    info = source.info
+    if not info.experts:
+        return source.rows(name, ffns, tokens)
+    k = info.slots
+    slots = (ffns // info.experts * k).unsqueeze(1) + torch.arange(k)
+    experts = source.rows("experts", slots.flatten(), tokens.repeat_interleave(k)).view(-1, k).cpu()
+    found = experts == (ffns % info.experts).unsqueeze(1)
+    rows = source.rows(name, slots.gather(1, found.int().argmax(1, keepdim=True)).squeeze(1), tokens)
+    absent = ~found.any(1).to(rows.device)
+    return rows.masked_fill(absent.view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
 _ROWS_AT_ONCE = 1 << 18  # rows counted at a time: counting narrow rows needs more memory than the rows themselves
 
 
-def activity(block: Block, widths: dict[str, int]) -> dict[str, Tensor]:
+def activity(block: Block, info: PatternInfo) -> dict[str, Tensor]:
     """How often each neuron is active in the block, int64 [L, D] per site."""
-    counts = {}
-    for site, D in widths.items():
+    block, counts = by_ffn(block, info), {}
+    for site, D in info.widths.items():
         rows = block.patterns[site]
         counts[site] = torch.zeros(len(rows), D, dtype=torch.int64, device=rows.device)
         for part in rows.split(_ROWS_AT_ONCE, dim=1):

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apc.collect.manifest import COUNTS, DTYPES, FORMAT, Damaged, file_problem, manifest_checksum, read_manifest
+from apc.collect.manifest import (
+    COUNTS,
+    DTYPES,
+    FORMAT,
+    OF_FFNS,
+    Damaged,
+    file_problem,
+    manifest_checksum,
+    read_manifest,
+)
 from apc.collect.patterns import ActiveRule, Block, PatternInfo, PatternSource, activity
 from apc.config.schema import CollectConfig
 from apc.utils import distributed, wheels
@@ -111,7 +120,7 @@ class StoreWriter:
         Raises UserError on a full disk.
         """
         index = next(i for i, (first, _) in enumerate(self.shards) if first == block.first_window)
-        counts = {f"activity.{site}": value for site, value in activity(block, self.info.widths).items()}
+        counts = {f"activity.{site}": value for site, value in activity(block, self.info).items()}
         named = {f"{index:05d}-{name}.npy": value for name, value in (block.tensors() | counts).items()}
         try:
             files = {name: _write_array(self.partial / name, value) for name, value in named.items()}
@@ -137,7 +146,7 @@ class StoreWriter:
             "version": FORMAT,
             "identity": info.identity,
             "source": source,
-            **{key: getattr(info, key) for key in (*COUNTS, "projections", "widths")},
+            **{key: getattr(info, key) for key in (*COUNTS, *OF_FFNS, "widths")},
             "fields": info.fields(),
             "active": info.rule.kind,
             "sparsity": info.rule.sparsity,
@@ -299,7 +308,7 @@ class PatternStore(PatternSource):
             rule=ActiveRule(manifest["active"], manifest["sparsity"], thresholds),
             with_importance=any(name.startswith("importance") for name in manifest["fields"]),
             with_hidden="hidden" in manifest["fields"],
-            projections=manifest.get("projections", 3),  # stores of FFNs with a gate had no entry at first
+            **{key: manifest.get(key, value) for key, value in OF_FFNS.items()},
             activity={site: self._activity(site) for site in manifest["widths"]},
         )
 

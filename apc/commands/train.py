@@ -9,8 +9,10 @@ python train.py experiment=paper --dry-run  an estimate; loads nothing
 import os
 from contextlib import ExitStack
 
+from apc.config.load import as_word
 from apc.config.schema import Config
 from apc.run import cli
+from apc.utils.errors import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic gradients; read when CUDA starts
@@ -54,6 +56,8 @@ def train(cfg: Config, wide: bool = False) -> dict:
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
     if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
         check_projections(collector.ffns, cfg.predictor.low_bit_projections)
+    if collector.experts:
+        check_for_experts(cfg)
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
@@ -106,6 +110,20 @@ def train(cfg: Config, wide: bool = False) -> dict:
             print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
             print(f"\n{tables.next_steps(run.path, results)}", flush=True)
         return results
+
+
+def check_for_experts(cfg: Config) -> None:
+    """Raises UserError for settings that a mixture of experts does not support."""
+    needed = {
+        "sites": (cfg.sites, ["neuron"]),
+        "cluster.algorithm": (cfg.cluster.algorithm, "lloyd"),
+        "collect.ffn_inputs": (cfg.collect.ffn_inputs, "stored"),
+        "predictor.lookahead": (cfg.predictor.lookahead, 0),
+        "tune.max_epochs": (cfg.tune.max_epochs, 0),
+    }
+    for key, (value, only) in needed.items():
+        if value != only:
+            raise UserError(f"{key}={as_word(value)}: the model is a mixture of experts; set {key}={as_word(only)}")
 
 
 def dry_run(cfg: Config) -> str:

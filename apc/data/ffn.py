@@ -1,10 +1,12 @@
 """Finds the feed-forward networks (FFNs) of a model, and hooks that read or change their values."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -34,6 +36,9 @@ _NAMES = (
 )
 
 
+_OTHER_EXPERTS = "experts of this form are not supported; choose another model"
+
+
 @dataclass(frozen=True)
 class FFN:
     """One layer's FFN: down(act(gate(x)) * up(x)), or down(act(up(x))) if it has no gate.
@@ -48,6 +53,11 @@ class FFN:
     up: Linear | None = None
     gate: Linear | None = None
     gate_up: Linear | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.down.weight.device
 
     @property
     def linears(self) -> list[Linear]:
@@ -84,6 +94,76 @@ class FFN:
         return torch.linalg.vector_norm(_rows(self.down).float(), dim=0)
 
 
+@dataclass(frozen=True)
+class Expert(FFN):
+    """One of the experts that `module` holds: an FFN that gets only the tokens routed to it.
+
+    `module` has the weights of all experts, gate and up in one, and the attributes that transformers sets for its
+    implementations of experts: has_gate, is_concatenated (gate, then up, or interleaved), is_transposed, has_bias.
+    """
+
+    index: int = 0
+    down: Linear = None  # type: ignore[assignment]  # an expert has no module of its own
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.module.down_proj.device  # type: ignore[return-value]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """None: an expert has no modules of its own."""
+        return []
+
+    @property
+    def gated(self) -> bool:
+        """Whether it has a gate."""
+        return bool(self.module.has_gate)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the FFN's input and output."""
+        return self._down().shape[0]
+
+    @property
+    def width(self) -> int:
+        """Number of neurons."""
+        return self._down().shape[1]
+
+    def _matrix(self, name: str) -> Tensor:
+        """A weight with a row for each output."""
+        weight = getattr(self.module, name)[self.index]
+        return weight.T if self.module.is_transposed else weight
+
+    def _down(self) -> Tensor:
+        return self._matrix("down_proj")
+
+    def _bias(self, name: str) -> Tensor | None:
+        return getattr(self.module, f"{name}_bias")[self.index] if self.module.has_bias else None
+
+    def projection(self, name: str) -> Tensor:
+        """Weights of `gate` or `up`, [D, E]."""
+        if not self.gated:
+            return self._matrix("up_proj")
+        both, part = self._matrix("gate_up_proj"), ("gate", "up").index(name)
+        return both.chunk(2)[part] if self.module.is_concatenated else both[part::2]
+
+    def output_norms(self) -> Tensor:
+        """‖W_down[:, i]‖₂ of every neuron i, float32 [D]."""
+        return torch.linalg.vector_norm(self._down().float(), dim=0)
+
+    def neurons(self, hidden: Tensor) -> Tensor:
+        """The values at `neuron`, [n, D], for FFN inputs [n, E]."""
+        module: Any = self.module
+        name = "gate_up_proj" if self.gated else "up_proj"
+        values = F.linear(hidden, self._matrix(name), self._bias(name))
+        return module._apply_gate(values) if self.gated else module.act_fn(values)
+
+    def output(self, neurons: Tensor) -> Tensor:
+        """The FFN's output [n, E] from the values at `neuron`."""
+        return F.linear(neurons, self._down(), self._bias("down_proj"))
+
+
 def _rows(linear: Linear) -> Tensor:
     """A linear layer's weights with a row for each output."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
@@ -91,30 +171,18 @@ def _rows(linear: Linear) -> Tensor:
 
 def first_device(ffns: list[FFN]) -> torch.device:
     """The first layer's device, where visitors get their tensors; other layers may be on other devices."""
-    return ffns[0].down.weight.device
+    return ffns[0].device
 
 
 def check_config(config) -> None:
-    """Raises UserError if a model's configuration is of a mixture of experts or has packed weights."""
+    """Raises UserError if a model's configuration says that its weights are packed."""
     kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-    inner = config.get_text_config()
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    if experts := max(getattr(inner, key, None) or 0 for key in keys):
-        _refuse_experts(kind, experts)
     packing = getattr(config, "quantization_config", None)
     if packing is not None and not _entry(packing, "dequantize"):  # true for a GGUF file that was unpacked on loading
         method = _entry(packing, "quant_method")
         raise UserError(
             f"{kind}: its weights are packed ({getattr(method, 'value', method)}); "
             "load a float32, bfloat16 or float16 copy"
-        )
-
-
-def _refuse_experts(kind: str, experts: int) -> None:
-    """Raises UserError if there are several experts."""
-    if experts > 1:
-        raise UserError(
-            f"{kind}: a mixture of experts ({experts} experts) is not supported; choose a model with one FFN per layer"
         )
 
 
@@ -126,22 +194,24 @@ def _entry(packing: object, key: str) -> object:
 def find_ffns(model: nn.Module) -> list[FFN]:
     """The FFNs of the model's text decoder, in layer order.
 
-    Raises UserError for a mixture of experts, packed weights, no FFN, only some layers with one, adapters on an FFN, or
-    widths that differ by layer.
+    In a mixture of experts they are the routed experts, layer by layer; other FFNs (dense layers, shared experts) are
+    left alone. Raises UserError for experts of an unknown form, packed weights, no FFN, adapters on an FFN, or widths
+    that differ by layer.
     """
     kind = type(model).__name__
     check_config(model.config)
-    ffns = []
+    ffns: list[FFN] = []
+    experts: list[FFN] = []
     for name, module in _decoder_modules(model):
         children = dict(module.named_children())
-        if type(module).__name__.endswith("Experts"):
-            _refuse_experts(kind, getattr(module, "num_experts", 0) or len(children))
+        experts += _experts(module, f"{kind}: {name}", name)
         names = next((names for names in _NAMES if set(names.values()) <= set(children)), None)
         if names is not None:
             parts = {part: _float_linear(children, child, f"{kind}: {name}") for part, child in names.items()}
             if "up" in parts and len(_rows(parts["up"])) == 2 * _rows(parts["down"]).shape[1]:  # Moshi's fc1
                 parts["gate_up"] = parts.pop("up")
             ffns.append(FFN(name, module, **parts))
+    ffns = experts or ffns
     if not ffns:
         raise UserError(f"{kind}: no FFN found; docs/your-own-model.md lists the families that work")
     if len({(ffn.hidden_size, ffn.width) for ffn in ffns}) > 1:
@@ -150,6 +220,25 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             f"{kind}: FFN widths differ by layer ({widths}), which is not supported; choose a model with one width"
         )
     return ffns
+
+
+def _experts(module: nn.Module, where: str, name: str) -> list[FFN]:
+    """The experts of a module, if it has any.
+
+    Raises UserError if it has several and they are not of the form that transformers' implementations of experts take.
+    """
+    kind = type(module).__name__
+    if not re.search(r"(Experts|MoE|Moe|SparseMoeBlock)$", kind) or any(
+        type(child).__name__.endswith("Experts") for child in module.children()
+    ):
+        return []
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    if not all(hasattr(module, flag) for flag in flags) or getattr(module, "has_post_expert_norm", False):
+        raise UserError(f"{where} ({kind}): {_OTHER_EXPERTS}")
+    weight: Any = module.down_proj
+    if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.dtype not in _FLOATS:
+        raise UserError(f"{where} ({kind}): its weights are packed; load a float32, bfloat16 or float16 copy")
+    return [Expert(f"{name}.{index}", module, index=index) for index in range(len(weight))]
 
 
 def _decoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -163,23 +252,46 @@ def _decoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_sites(ffns: list[FFN], sites: list[str]) -> None:
-    """Raises UserError if the sites need a gate that the model does not have."""
+    """Raises UserError if the sites need a gate that the model does not have, or projections of experts."""
+    if has_experts(ffns) and list(sites) not in ([], ["neuron"]):
+        raise UserError(f"sites={sites}: the model is a mixture of experts, which needs sites=[neuron]")
     if "gate" in sites and not ffns[0].gated:
         raise UserError(f"sites={sites}: the model's FFNs have no gate; choose [neuron], or some of [up,down]")
 
 
-def check_calls(model: nn.Module, ffns: list[FFN]) -> None:
-    """Raises UserError unless a forward pass runs each FFN once, in layer order, on all tokens.
+def has_experts(ffns: list[FFN]) -> bool:
+    """Whether the FFNs are the experts of a mixture."""
+    return isinstance(ffns[0], Expert)
 
-    Runs the model on two tokens.
+
+def expert_modules(ffns: list[FFN]) -> dict[nn.Module, int]:
+    """The modules with experts, in layer order, and the place of each one's first expert in `ffns`."""
+    return {ffn.module: place for place, ffn in enumerate(ffns) if isinstance(ffn, Expert) and not ffn.index}
+
+
+def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
+    """The number of experts that each token is routed to, 0 without experts.
+
+    Raises UserError unless a forward pass runs each FFN (or all experts of a layer) once, in layer order, on all
+    tokens, and experts compute what `Expert` does. Runs the model on two tokens.
     """
     calls: list[tuple[int, int]] = []
+    slots: set[int] = set()
     base: Any = model.base_model
+    modules = expert_modules(ffns)
+    called = list(modules) or [ffn.linears[0] for ffn in ffns]
+    names = [ffns[place].name.rpartition(".")[0] for place in modules.values()] or [ffn.name for ffn in ffns]
 
     def record(layer: int):
-        return lambda _module, inputs: calls.append((layer, inputs[0].numel() // inputs[0].shape[-1]))
+        def hook(_module, inputs: tuple, named: dict) -> None:
+            hidden, *rest = (*inputs, *named.values())
+            calls.append((layer, hidden.numel() // hidden.shape[-1]))
+            if modules:
+                slots.add(rest[0].shape[-1])
 
-    handles = [ffn.linears[0].register_forward_pre_hook(record(layer)) for layer, ffn in enumerate(ffns)]
+        return hook
+
+    handles = [one.register_forward_pre_hook(record(layer), with_kwargs=True) for layer, one in enumerate(called)]
     try:
         with torch.inference_mode():
             base(input_ids=torch.tensor([[1, 2]], device=first_device(ffns)), use_cache=False)
@@ -187,21 +299,79 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> None:
         for handle in handles:
             handle.remove()
     kind, order = type(model).__name__, [layer for layer, _ in calls]
-    for layer, ffn in enumerate(ffns):
+    for layer, name in enumerate(names):
         if order.count(layer) != 1:
             raise UserError(
-                f"{kind}: a forward pass runs {ffn.name} {order.count(layer)} times; layers that are looped, shared or "
+                f"{kind}: a forward pass runs {name} {order.count(layer)} times; layers that are looped, shared or "
                 "unused are not supported; choose a model that runs each layer once"
             )
     if order != sorted(order):
         raise UserError(f"{kind}: a forward pass does not run its layers in order; choose another model")
     if any(tokens != 2 for _, tokens in calls):
         raise UserError(f"{kind}: some layers run only on some tokens, which is not supported; choose another model")
+    if len(slots) > 1 or len({len(module.down_proj) for module in modules}) > 1:  # type: ignore[arg-type]
+        raise UserError(f"{kind}: its layers have different numbers of experts, which is not supported")
+    for place in modules.values():
+        _check_experts(kind, ffns[place], max(slots))
+    return max(slots, default=0)
+
+
+def _check_experts(kind: str, expert: FFN, slots: int) -> None:
+    """Raises UserError if a layer's experts compute something else than `routed`, measured on random inputs."""
+    module: Any = expert.module
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, expert.hidden_size, generator=generator).to(module.down_proj)
+    index = torch.stack([torch.randperm(len(module.down_proj), generator=generator)[:slots] for _ in range(4)])
+    weights = torch.rand(4, slots, generator=generator).to(module.down_proj)
+    index = index.to(hidden.device)
+    with torch.inference_mode():
+        own, ours = (call(hidden, index, weights).float() for call in (module, routed(module, expert.name)))
+    problem = float((own - ours).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not problem < (1e-3 if hidden.dtype == torch.float32 else 3e-2):
+        name = type(module).__name__
+        raise UserError(f"{kind}: {expert.name} ({name}): it computes more than its weights, which is not supported")
+
+
+class Route(NamedTuple):
+    """The tokens that an expert gets in a forward pass, int64 [n], and which of their experts it is, int64 [n]."""
+
+    tokens: Tensor
+    slots: Tensor
+
+
+def routed(
+    module: nn.Module, name: str, change: Callable[[int, Expert, Route, Tensor, Tensor], Tensor] | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A forward of all experts in `module`, one after the other on its own tokens.
+
+    change: gets the expert's index, the expert, its route, its input [n, E] and its values at `neuron` [n, D], and
+    returns the values to go on with.
+    """
+    weight: Any = module.down_proj
+    experts = [Expert(f"{name}.{index}", module, index=index) for index in range(len(weight))]
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(experts):
+            route = Route(*(top_k_index == index).nonzero(as_tuple=True))
+            if not len(route.tokens):
+                continue
+            hidden = hidden_states[route.tokens]
+            values = expert.neurons(hidden)
+            if change is not None:
+                values = change(index, expert, route, hidden, values)
+            share = top_k_weights[route.tokens, route.slots].unsqueeze(1)
+            output.index_add_(0, route.tokens, (expert.output(values) * share).to(output.dtype))
+        return output
+
+    return forward
 
 
 def _float_linear(children: dict[str, nn.Module], child: str, where: str) -> Linear:
     """One of an FFN's modules. Raises UserError unless it is a linear layer with weights in a floating-point type."""
     module = children[child]
+    if type(module).__name__.endswith("Experts"):
+        raise UserError(f"{where} ({type(module).__name__}): {_OTHER_EXPERTS}")
     if hasattr(module, "base_layer"):
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         problem = f"its {child} has an adapter ({name}), which masks would miss"
@@ -216,7 +386,9 @@ def _float_linear(children: dict[str, nn.Module], child: str, where: str) -> Lin
 
 
 class FFNVisitor(Protocol):
-    """Receives tensors from `FFNHooks` during a forward pass, layer by layer."""
+    """Receives tensors from `FFNHooks` during a forward pass, FFN by FFN."""
+
+    route: Route | None = None  # the tokens that the next calls are about; None: all tokens of the pass
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Receives the FFN's input, [..., E]."""
@@ -236,8 +408,23 @@ class FFNHooks:
         check_sites(ffns, sites)
         self._handles: list[RemovableHandle] = []
         self._device = first_device(ffns)
+        self._own_forwards = {module: module.__dict__.get("forward") for module in expert_modules(ffns)}
+        for module, place in expert_modules(ffns).items():
+            module.forward = self._routed(ffns[place], place, sites, visitor)
         for layer, ffn in enumerate(ffns):
-            self._hook_layer(layer, ffn, sites, visitor)
+            if not isinstance(ffn, Expert):
+                self._hook_layer(layer, ffn, sites, visitor)
+
+    def _routed(self, first: FFN, place: int, sites: list[str], visitor: FFNVisitor) -> Callable:
+        """The forward of a layer's experts that calls the visitor."""
+
+        def change(index: int, _expert: Expert, route: Route, hidden: Tensor, values: Tensor) -> Tensor:
+            visitor.route = Route(route.tokens.to(self._device), route.slots.to(self._device))
+            visitor.enter(place + index, hidden.to(self._device))
+            changed = visitor.visit(place + index, "neuron", values.to(self._device)) if sites else None
+            return values if changed is None else changed.to(values.device)
+
+        return routed(first.module, first.name, change)
 
     def _hook_layer(self, layer: int, ffn: FFN, sites: list[str], visitor: FFNVisitor) -> None:
         def visit(site: str, values: Tensor) -> Tensor | None:
@@ -275,4 +462,8 @@ class FFNHooks:
         """Removes all hooks from the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for module, forward in self._own_forwards.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        self._handles, self._own_forwards = [], {}

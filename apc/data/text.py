@@ -29,8 +29,8 @@ SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", ".jsonl", ".arrow")
 SPLITS = {"fit": "train", "score": "test"}  # of a dataset, unless the source names one
 SCORE_EVERY = 5  # every fifth bundled article is score text
 # Share of the score text's 8-word sequences that may also be in the fit text. Held-out texts share some: the bundled
-# ones 0.2 %, the test splits of four datasets with their training splits WikiText-2 0.7, Penn Treebank 2.7, WikiText-103
-# 9.1 and One Billion Words 13.2 % (Radford et al., "Language models are unsupervised multitask learners", 2019, table 6).
+# ones 0.2 %; test splits with their training splits, in per cent: WikiText-2 0.7, Penn Treebank 2.7, WikiText-103 9.1,
+# One Billion Words 13.2 (Radford et al., "Language models are unsupervised multitask learners", 2019, table 6).
 SHARED_LIMIT = 0.15
 REMEDY = "choose other text, or set data.in_sample=true to score on fitted text"
 

@@ -31,7 +31,7 @@ from apc.collect.store import shard_windows, store_bytes
 from apc.config.load import load_config
 from apc.config.schema import Config, ModelConfig
 from apc.data import bundled, gguf
-from apc.data.ffn import check_config, find_ffns
+from apc.data.ffn import check_config, find_ffns, has_experts
 from apc.data.loading import check_class, reason
 from apc.data.models import find_model
 from apc.data.text import check_positions, count_windows, on_hub
@@ -156,6 +156,8 @@ def _shape(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     ffns = find_ffns(model)
+    if has_experts(ffns):
+        raise UserError("--dry-run: mixtures of experts are not estimated; leave out --dry-run")
     inner = config.get_text_config()
     own = stored or (getattr(torch, inner.dtype) if isinstance(inner.dtype, str) else inner.dtype) or torch.float32
     parameters = sum(value.numel() for value in model.parameters())

@@ -53,7 +53,7 @@ class MaskMeter:
         n, D = tokens.values.shape
         kept, active = mask.float().expand(n, D), tokens.active.float()
         importance, energy = (share.double() for share in tokens.captured(kept))
-        first = self.first.double()
+        first = (self.first if tokens.tokens is None else self.first[tokens.tokens]).double()
         rest = 1 - first
         hits = torch.linalg.vecdot(active, kept)  # float32 holds the counts of a row exactly, but not those of all rows
         unions = _unions(kept[_shuffled(n).to(kept.device)] if len(mask) > 1 else kept)

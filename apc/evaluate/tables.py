@@ -56,6 +56,7 @@ def condition_items(results: dict) -> list[str]:
         values = [conditions.get(key) for key in keys]
         return None if any(value is None for value in values) else template.format(*values)
 
+    unit = "expert" if conditions.get("experts") else "layer"
     free = " (centroids of any size)" if conditions.get("centroid_size") == "free" else ""
     texts = [
         " ".join(filter(None, [known(f"{text} {{}}", text), known("({:,} tokens)", f"{text}_tokens")]))
@@ -78,7 +79,8 @@ def condition_items(results: dict) -> list[str]:
         known("{} weighting", "weighting"),
         known("{}", "algorithm"),
         known("{} forward", "forward"),
-        "one codebook per layer" if conditions.get("scope") == "layer" else known("{} codebook", "scope"),
+        known("routed experts only, {} per layer", "experts"),
+        f"one codebook per {unit}" if conditions.get("scope") == "layer" else known("{} codebook", "scope"),
         known("predictor {}", "predictor"),
         known("tuned for {}", "tuned"),
     ]

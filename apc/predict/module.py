@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook
-from apc.collect.patterns import Block, PatternInfo
+from apc.collect.patterns import Block, PatternInfo, by_ffn
 from apc.config.schema import PredictorConfig, TuneConfig
 from apc.data.ffn import FFN
 from apc.predict.predictor import Predictor, PredictorHeader
@@ -121,7 +121,7 @@ class PredictorModule(StepModule):
         sites, cfg = list(self.info.widths), self.cfg
         active = [f"patterns.{site}" for site in sites] if cfg.form != "cluster" and cfg.loss != "listwise" else []
         importance = [f"importance.{site}" for site in sites] if cfg.loss != "ce" else []
-        return ["hidden", *active, *importance]
+        return ["hidden", *active, *importance, *self.info.routes()]
 
     def working_bytes(self) -> int:
         """Estimated bytes that training takes on the device, besides its batch.
@@ -146,11 +146,15 @@ class PredictorModule(StepModule):
         for site in self.info.widths:
             self.labels[site] = torch.zeros(shape, dtype=torch.int32, device=self.device)
         rows = "importance" if self.codebook.power else "patterns"  # what `nearest_clusters` reads
-        for block in self._loader.whole_blocks([f"{rows}.{site}" for site in self.info.widths]):
+        for block in self._loader.whole_blocks([f"{rows}.{site}" for site in self.info.widths] + self.info.routes()):
             if block.tokens:
-                block = block.to(self.device)
+                block = by_ffn(block.to(self.device), self.info)
                 for site, ids in nearest_clusters(self.codebook, block).items():
-                    self.labels[site][:, block.positions] = ids.int()
+                    if block.positions.dim() == 1:
+                        self.labels[site][:, block.positions] = ids.int()
+                    else:
+                        ffn, row = (block.positions >= 0).nonzero(as_tuple=True)
+                        self.labels[site][ffn, block.positions[ffn, row]] = ids[ffn, row].int()
 
     def configure_optimizers(self):
         """AdamW with a one-cycle learning rate."""
@@ -161,6 +165,7 @@ class PredictorModule(StepModule):
 
     def training_step(self, block: Block, batch_index: int) -> Tensor:
         """The loss of a block, averaged over its sites. Raises UserError if it is not finite."""
+        block = by_ffn(block, self.info)
         losses = [self._loss(site, scores, block) for site, scores in self.predictor(block.hidden).items()]
         loss = sum(losses[1:], start=losses[0]) / len(losses)
         if not torch.isfinite(loss):
@@ -177,11 +182,14 @@ class PredictorModule(StepModule):
         cfg, terms = self.cfg, []
         if cfg.loss in ("ce", "mix"):
             if cfg.form == "cluster":
-                ids = self.labels[site][:, block.positions].long()
-                terms.append(F.cross_entropy(scores.flatten(0, 1), ids.flatten()))
+                terms.append(F.cross_entropy(scores.flatten(0, 1), self._labels(site, block).flatten()))
             else:
-                active = ops.unpack(block.patterns[site], self.info.widths[site])
-                terms.append(F.binary_cross_entropy_with_logits(scores, active.to(scores.dtype)))
+                active = ops.unpack(block.patterns[site], self.info.widths[site]).to(scores.dtype)
+                if block.positions.dim() == 1:
+                    terms.append(F.binary_cross_entropy_with_logits(scores, active))
+                else:
+                    each = F.binary_cross_entropy_with_logits(scores, active, reduction="none").mean(-1)
+                    terms.append(_mean(each, block))
         if cfg.loss in ("listwise", "mix"):
             weights = block.importance[site].to(scores.dtype).pow(max(self.codebook.power, 1))
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
@@ -191,13 +199,20 @@ class PredictorModule(StepModule):
                 log_shares = shares.clamp_min(1e-12).log()
             else:
                 log_shares = scores.log_softmax(-1)
-            terms.append(-(weights * log_shares).sum(-1).mean())
+            terms.append(-_mean((weights * log_shares).sum(-1), block))
         return sum(terms[1:], start=terms[0])
+
+    def _labels(self, site: str, block: Block) -> Tensor:
+        """The clusters of a block's rows, int64 [L, n]; −100 for rows without a token, which cross_entropy ignores."""
+        if block.positions.dim() == 1:
+            return self.labels[site][:, block.positions].long()
+        ids = self.labels[site].gather(1, block.positions.clamp_min(0)).long()
+        return ids.masked_fill(block.positions < 0, -100)
 
     def on_train_epoch_end(self) -> None:
         """Measures and logs the figures of the held-out rows."""
         if self.monitor is not None and self.monitor.tokens:
-            self.figures = predictor_figures(self.predictor, self.codebook, self.monitor)
+            self.figures = predictor_figures(self.predictor, self.codebook, by_ffn(self.monitor, self.info))
             overall = {f"predictor/{name}": sum(values) / len(values) for name, values in self.figures.items()}
             layers = {f"predictor_layers/{name}": values for name, values in self.figures.items()}
             self._log({"predictor/step": self.global_step} | overall | layers)
@@ -206,6 +221,19 @@ class PredictorModule(StepModule):
         """The predictor as trained so far, on the host, with this provenance and the configuration."""
         self.predictor.provenance = provenance | {"config": asdict(self.cfg)}
         return self.predictor.cpu().requires_grad_(False).eval().rounded()
+
+
+def _mean(values: Tensor, block: Block) -> Tensor:
+    """The mean of values [L, n], one for each row of a block, without rows that have no token."""
+    return values.mean() if block.positions.dim() == 1 else values[block.positions >= 0].mean()
+
+
+def _row_means(values: Tensor, block: Block) -> Tensor:
+    """The means of values [L, n] over n, [L], without rows that have no token; 0 for an FFN without any."""
+    if block.positions.dim() == 1:
+        return values.mean(1)
+    rows = (block.positions >= 0).to(values.dtype)
+    return (values * rows).sum(1) / rows.sum(1).clamp_min(1)
 
 
 @torch.inference_mode()
@@ -223,8 +251,8 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
         if predictor.form == "cluster":
             best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices
             hits = best == ids[site].unsqueeze(-1)
-            figures[f"top1_{site}"] = hits[..., 0].double().mean(1)
-            figures[f"top5_{site}"] = hits.any(-1).double().mean(1)
+            figures[f"top1_{site}"] = _row_means(hits[..., 0].double(), block)
+            figures[f"top5_{site}"] = _row_means(hits.any(-1).double(), block)
             groups = torch.tensor([[codebook.group(layer)] for layer in range(len(scores))], device=scores.device)
             centroids = codebook.sites[site].centroids[groups, best[..., 0]]
             masks["hard"] = ops.unpack(centroids, codebook.widths[site])
@@ -236,5 +264,5 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
             for name, power in (("importance", 1), ("energy", 2)):
                 weights = block.importance[site].double().pow(power)
                 share = (weights * mask).sum(-1) / weights.sum(-1).clamp_min(1)
-                figures[f"captured_{name}_{kind}_{site}"] = share.mean(1)
+                figures[f"captured_{name}_{kind}_{site}"] = _row_means(share, block)
     return {name: values.tolist() for name, values in figures.items()}

@@ -114,6 +114,7 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
         "forward": made.get("patterns", {}).get("forward"),
         "predictor": predictor and _described(predictor),
         "tuned": tuned,
+        "experts": codebook.experts or None,
         **{name: getattr(codebook, name) for name in ("layers", "hidden_size", "ffn_width")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

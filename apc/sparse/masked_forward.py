@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN, FFNHooks
+from apc.data.ffn import FFN, FFNHooks, FFNVisitor
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
 from apc.utils.errors import UserError
 
@@ -51,7 +51,7 @@ def check_parts(ffn: FFN, parts: dict[str, nn.Module]) -> None:
 
 
 @dataclass
-class ForwardReader:
+class ForwardReader(FFNVisitor):
     """An `FFNVisitor` that collects what policies read during a forward pass; subclasses decide the masks in `see`."""
 
     ffns: list[FFN]
@@ -73,7 +73,7 @@ class ForwardReader:
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Keeps the FFN input [..., E] for this layer and those that look back to it."""
-        if layer == 0:
+        if layer == 0 or self.route is not None:
             self._inputs.clear()
         self._inputs[layer] = hidden.flatten(0, -2)
         if layer - self.lookahead - 1 > 0:
@@ -87,7 +87,9 @@ class ForwardReader:
             return None
         if site == "down" and self.changes_output:
             return None if self._delta is None else (flat + self._delta.to(flat.dtype)).view_as(values)
-        decision = self.see(MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate))
+        tokens = None if self.route is None else self.route.tokens
+        inputs = MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate, tokens)
+        decision = self.see(inputs)
         if decision is None:
             return None
         self._delta = decision.output_delta

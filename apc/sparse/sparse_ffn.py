@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from apc import ops
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN
+from apc.data.ffn import FFN, Expert
 from apc.ops.sparse_ffn import act
 from apc.sparse.masked_forward import activation_function, check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
@@ -53,6 +53,8 @@ _ACTIVATIONS = {
 
 def activation_of(ffn: FFN) -> str:
     """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if no kernel supports the FFN."""
+    if isinstance(ffn, Expert):
+        raise UserError(f"{ffn.name}: it is one of several experts, which no kernel supports; use kernel=None")
     if not ffn.gated:
         raise UserError(f"{ffn.name}: it has no gate, which kernels need; use kernel=None")
     if any(linear.bias is not None for linear in ffn.linears):

@@ -89,7 +89,7 @@ def sparsify(
     device = first_device(ffns)
     if any(value.is_meta for value in model.parameters()):
         raise UserError("the model's weights are not in memory (device meta, as when offloaded); load all of them")
-    if kernel is not None and any(ffn.down.weight.device != device for ffn in ffns):
+    if kernel is not None and any(ffn.device != device for ffn in ffns):
         problem = "the model's layers are on several devices, which no kernel supports"
         raise UserError(f"kernel={kernel}: {problem}; use kernel=None")
     if policy is None:

@@ -36,7 +36,7 @@ class _Counter(MaskedForward):
         super().__init__(ffns, policy)
         self.upper = upper
         shape = (len(ffns), 1 << (_UPPER if upper is None else _LOWER))
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=ffns[0].down.weight.device)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=ffns[0].device)
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
         keys = ordered(self.policy.outputs(tokens)[0])
@@ -72,7 +72,7 @@ def find_thresholds(
     Over all tokens, masks of the codebook's fixed size keep a certain number of neurons. The threshold is the smallest
     value that at most this number of scores reach.
     """
-    device = ffns[0].down.weight.device
+    device = ffns[0].device
     policy = NeuronPredictor(codebook.to(device), predictor.to(device), 0)
     first, last = distributed.share(len(windows))
 
@@ -88,8 +88,9 @@ def find_thresholds(
         return distributed.all_sum(counter.counts).cpu()
 
     sizes = torch.tensor([codebook.size("neuron", layer) for layer in range(codebook.layers)])
-    allowed = sizes * windows.numel()
-    upper, above = _threshold_bin(count(None), allowed)
+    counts = count(None)
+    allowed = sizes * (counts.sum(1) // codebook.widths["neuron"])  # times the tokens that the FFN got
+    upper, above = _threshold_bin(counts, allowed)
     lower, _ = _threshold_bin(count(upper.to(device)), allowed - above)
     return unordered((upper << _LOWER) + lower + 1)  # the least key whose count is allowed
 

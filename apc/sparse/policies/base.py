@@ -27,6 +27,7 @@ class MaskInputs:
     codebook: Codebook
     measure: Importance
     gate: Tensor | None = None  # act(gate) [n, D] for a policy with `reads_gate`
+    tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: these are all tokens of it
 
     @cached_property
     def importance(self) -> Tensor:
@@ -100,8 +101,8 @@ class MaskPolicy:
         """Why the policy can't run with this codebook and predictor; None if it can."""
         if cls.sites and not set(codebook.sites) <= set(cls.sites):
             return f"needs the site {' or '.join(cls.sites)}"
-        if cls.reads_gate and codebook.projections == 2:
-            return "needs FFNs with a gate"
+        if cls.reads_gate and (codebook.projections == 2 or codebook.experts):
+            return "needs FFNs with a gate, outside a mixture of experts"
         if not cls.forms:
             return None
         if predictor is None:
