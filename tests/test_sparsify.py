@@ -256,7 +256,7 @@ def test_kernels_refuse_families_with_another_ffn(family, monkeypatch):
             laurel_rank=8,
         ),
     }[family]
-    monkeypatch.setitem(tiny.FAMILIES, family, dict(model_type=family, **options))
+    monkeypatch.setitem(tiny.EVERY_FAMILY, family, dict(model_type=family, **options))
     with pytest.raises(UserError, match=r"\.mlp \(\w+MLP\): it computes more than"):
         apc.sparsify(tiny.make_model(family), make_codebook(), kernel="torch")
 

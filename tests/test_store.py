@@ -69,7 +69,8 @@ def test_batches_have_one_size_when_collecting_into_memory(tmp_path):
         lambda _m, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     run_collect(tmp_path, model, storage="memory", batch_tokens=3 * 16)
-    assert shapes == [(2, 16)] * 8  # four for calibration, four for the patterns
+    # two tokens as a check, then four passes for calibration and four for the patterns
+    assert shapes == [(1, 2), *[(2, 16)] * 8]
 
 
 @pytest.mark.parametrize("storage", ["disk", "memory"])
@@ -327,7 +328,7 @@ def test_activations_that_are_not_finite_name_layer_and_window(tmp_path, poison)
     def poisoned(hidden):
         calls.append(1)
         value = original(hidden)
-        if len(calls) == 3:  # the third pass: windows 4 and 5
+        if len(calls) == 4:  # after the check of two tokens, the third pass: windows 4 and 5
             value[0, 3, 7] = poison
         return value
 
