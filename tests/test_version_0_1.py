@@ -74,3 +74,16 @@ def test_a_value_that_is_fixed_now_is_noted(tmp_path, capsys):
     assert len(notes) == 2
     assert "made with tune.temperature=2.0, which is now 0.5" in notes[0]
     assert "made with trainer.precision=64-true, which is now 32-true" in notes[1]
+
+
+@pytest.mark.parametrize(("lr", "lr_scores", "noted"), [("5e-4", "0.01", False), ("5e-4", "0.02", True)])
+def test_rates_that_follow_the_learning_rate_are_compared_with_its_own_value(tmp_path, capsys, lr, lr_scores, noted):
+    saved = (RUNS[0] / "config.yaml").read_text()
+    assert "\n  lr: 0.001" in saved and "lr_scores: 0.02" in saved
+    tune = saved[saved.index("tune:") :]
+    changed = tune.replace("\n  lr: 0.001", f"\n  lr: {lr}").replace("lr_scores: 0.02", f"lr_scores: {lr_scores}")
+    (tmp_path / "config.yaml").write_text(
+        saved.replace(tune, changed.replace("lr_offsets: 0.002", "lr_offsets: 0.001"))
+    )
+    assert load_saved(tmp_path / "config.yaml").tune.lr == 5e-4
+    assert ("tune.lr_scores=0.02, which is now 0.01" in capsys.readouterr().err) == noted

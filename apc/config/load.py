@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from apc.config.schema import Config, check_names
+from apc.config.schema import Config, TuneConfig, check_names
 from apc.utils.errors import UserError, first_line
 
 # In a wheel, configs/ lies in the package; in a checkout, beside it.
@@ -112,8 +112,8 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
             value = owner.pop(key.rpartition(".")[2])
             if key in RENAMED:
                 owner[RENAMED[key].rpartition(".")[2]] = value
-            elif _number(key, float, value) != REMOVED[key][0]:
-                print(f"note: {path}: was made with {key}={value}, which is now {REMOVED[key][0]}", file=sys.stderr)
+            elif not math.isclose(_number(key, float, value), now := _now_fixed(key, values)):
+                print(f"note: {path}: was made with {key}={value}, which is now {now:g}", file=sys.stderr)
     if data := _owner(values, "data.seq_len"):
         data.setdefault("bos", "false")  # version 0.1 had no BOS token
     trainer = _owner(values, "trainer.precision") or {}
@@ -122,6 +122,12 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
         print(f"note: {path}: was made with trainer.precision={precision}, which is now 32-true", file=sys.stderr)
     names, dotlist = _parse_overrides(overrides or [])
     return _merge([values, *_read_groups(names), dotlist])
+
+
+def _now_fixed(key: str, values: dict) -> float:
+    """The value that a removed key has today in a configuration."""
+    lr = _number("tune.lr", float, (values.get("tune") or {}).get("lr", TuneConfig.lr))
+    return {"tune.lr_scores": 20 * lr, "tune.lr_offsets": 2 * lr}.get(key, REMOVED[key][0])
 
 
 def split_file(words: list[str]) -> tuple[str | None, list[str]]:

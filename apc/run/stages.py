@@ -43,6 +43,7 @@ def train_codebook(context: RunContext, source: PatternSource, monitor: HeldOutM
     if run.codebook.is_file():
         codebook = Codebook.load(run.codebook)
         check_patterns(run.codebook, codebook, source.info.identity)
+        _drop_checkpoint(context, "cluster")
         return codebook
     made = provenance() | facts | {"patterns": source.info.identity, "cluster": asdict(cfg.cluster), "seed": cfg.seed}
     codebook, history = _cluster(context, source, monitor, made)
@@ -98,9 +99,14 @@ def _save(
         for path, made in files.items():
             made.save(path)
         context.tracking.artifact(name, kind, list(files)[-1])
-        if not context.cfg.trainer.keep_checkpoints:
-            context.run.checkpoint(stage).unlink(missing_ok=True)
+        _drop_checkpoint(context, stage)
     distributed.barrier()
+
+
+def _drop_checkpoint(context: RunContext, stage: str) -> None:
+    """Deletes the checkpoint of a training whose result is saved, unless trainer.keep_checkpoints is set."""
+    if distributed.is_main() and not context.cfg.trainer.keep_checkpoints:
+        context.run.checkpoint(stage).unlink(missing_ok=True)
 
 
 def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
@@ -152,6 +158,7 @@ def train_predictor(
     if run.predictor.is_file():
         predictor = Predictor.load(run.predictor)
         _check_source(run.predictor, predictor.provenance.get("codebook", {}), codebook.provenance, "codebook")
+        _drop_checkpoint(context, "predictor")
         return predictor
     every, ffns = cfg.trainer.log_every_n_steps, monitor.collector.ffns
     module = PredictorModule(cfg.predictor, codebook, source.info, monitor.rows, cfg.seed, every, ffns)
@@ -190,7 +197,9 @@ def tune(
     """
     cfg, run, device, windows = context.cfg, context.run, context.device, text.tokens
     if run.tuned("codebook").is_file():
-        return _load_tuned(run, codebook, predictor)
+        tuned = _load_tuned(run, codebook, predictor)
+        _drop_checkpoint(context, "tune")
+        return tuned
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
     module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -144,7 +145,7 @@ class Tracking:
             self._file.close()
             self._file = None
         for stage, values in self._per_layer.items():
-            rows = [[layer, *row] for layer, row in enumerate(zip(*values.values(), strict=True))]
+            rows = [[layer, *row] for layer, row in enumerate(zip_longest(*values.values()))]
             self.table(f"layers/{stage}", ["layer", *values], rows)
         self._per_layer.clear()
         self._send(lambda run: run.finish(exit_code=exit_code))
