@@ -221,10 +221,10 @@ def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_
     assert all(torch.equal(value, books[1][name]) for name, value in books[0].items())
 
 
-@pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (17_000, "predictor.ckpt")])
+@pytest.mark.parametrize(("most", "named"), [(14_000, "cluster.ckpt"), (30_000, "predictor.ckpt")])
 def test_a_full_disk_is_an_error_and_the_run_resumes_from_the_files_before_it(workplace, whole, most, named):
     name = f"full-{most}"
-    changes = {"stage": "predict", "collect.storage": "memory"}
+    changes = {"stage": "predict", "collect.storage": "memory", "predictor.bottleneck": 32}
     words = words_for(workplace, name, **changes)
     done = tiny.command("train.py", *words, largest_file=most)
     run = workplace / "runs" / name
