@@ -60,6 +60,11 @@ class FFN:
         return self.down.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.down.weight.dtype
+
+    @property
     def linears(self) -> list[Linear]:
         """The linear layers; the first of them reads the FFN's input."""
         return [part for part in (self.gate, self.gate_up, self.up, self.down) if part is not None]
@@ -109,6 +114,11 @@ class Expert(FFN):
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.module.down_proj.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.module.down_proj.dtype  # type: ignore[return-value]
 
     @property
     def linears(self) -> list[Linear]:

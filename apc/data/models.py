@@ -161,7 +161,7 @@ def weights_sample(model: nn.Module) -> dict[str, str]:
         for dtype, digest in digests.items():
             digest.update(f"{name} {tuple(parameter.shape)};".encode())
             digest.update(raw_bytes(values.to(getattr(torch, dtype))))
-    own = str(find_ffns(model)[0].down.weight.dtype).removeprefix("torch.")
+    own = str(find_ffns(model)[0].dtype).removeprefix("torch.")
     return {dtype: digest.hexdigest() for dtype, digest in digests.items()} | {"dtype": own}
 
 

@@ -318,12 +318,11 @@ def _warn_no_triton() -> None:
 def _by_triton(ffn: FFN, kernel: str) -> bool:
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks on a dense forward pass")
-    device = ffn.down.weight.device
-    if kernel == "triton" and device.type != "cuda":
-        raise UserError(f"kernel=triton: the model is on {device}; move it to an NVIDIA GPU, or use kernel=torch")
-    if kernel == "auto" and device.type != "cuda":
+    if kernel == "triton" and ffn.device.type != "cuda":
+        raise UserError(f"kernel=triton: the model is on {ffn.device}; move it to an NVIDIA GPU, or use kernel=torch")
+    if kernel == "auto" and ffn.device.type != "cuda":
         _warn_no_triton()
-    return device.type == "cuda" and kernel != "torch"
+    return ffn.device.type == "cuda" and kernel != "torch"
 
 
 def check_policy(policy: MaskPolicy) -> None:
