@@ -76,6 +76,13 @@ def test_a_looped_model_can_not_be_loaded(tmp_path):
         load_model(ModelConfig(path=str(tmp_path), device="cpu"), torch.device("cpu"))
 
 
+def test_ffns_that_share_a_linear_layer_are_an_error_that_names_them():
+    model = tiny.make_model()
+    model.model.layers[2].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    with pytest.raises(UserError, match=r"layers\.0\.mlp and model\.layers\.2\.mlp share a linear layer, which is not"):
+        find_ffns(model)
+
+
 def test_adapters_on_an_ffn_are_an_error_that_says_what_to_do():
     model = tiny.make_model()
     up = model.model.layers[1].mlp.up_proj

@@ -205,8 +205,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """The FFNs of the model's text decoder, in layer order.
 
     In a mixture of experts they are the routed experts, layer by layer; other FFNs (dense layers, shared experts) are
-    left alone. Raises UserError for experts of an unknown form, packed weights, no FFN, adapters on an FFN, or widths
-    that differ by layer.
+    left alone. Raises UserError for experts of an unknown form, packed weights, no FFN, adapters on an FFN, linear
+    layers that FFNs share, or widths that differ by layer.
     """
     kind = type(model).__name__
     check_config(model.config)
@@ -224,6 +224,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     ffns = experts or ffns
     if not ffns:
         raise UserError(f"{kind}: no FFN found; docs/your-own-model.md lists the families that work")
+    owners: dict[nn.Module, FFN] = {}
+    for ffn in ffns:
+        for linear in ffn.linears:
+            if (other := owners.setdefault(linear, ffn)) is not ffn:
+                problem = f"{other.name} and {ffn.name} share a linear layer, which is not supported"
+                raise UserError(f"{kind}: {problem}; choose another model")
     if len({(ffn.hidden_size, ffn.width) for ffn in ffns}) > 1:
         widths = sorted({ffn.width for ffn in ffns})
         raise UserError(
