@@ -358,8 +358,11 @@ class ClusteringModule(CentroidInit):
         for site, D in self.info.widths.items():
             self._exchange(site)
             empty += self._update_centroids(site)
-            captured = self.get("captured", site).double() / self.get("weight", site).double().clamp_min(1)
-            shares.append(captured.mean().item())
+            weight = self.get("weight", site)
+            captured = self.get("captured", site).double() / weight.double().clamp_min(1)
+            shares.append(
+                (captured.sum() / (weight > 0).sum().clamp_min(1)).item()
+            )  # without experts that got no token
             figures[f"cluster/captured_{site}"] = shares[-1]
             if not self.pooled:
                 figures[f"cluster_layers/captured_{site}"] = captured.tolist()

@@ -77,6 +77,10 @@ def train(cfg: Config, wide: bool = False) -> dict:
         stored = trains_predictor(cfg) and cfg.collect.ffn_inputs == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")
+        idle = sum(not counts.any() for counts in patterns.info.activity["neuron"]) if collector.experts else 0
+        if idle and distributed.is_main():
+            problem = f"{idle} of {len(collector.ffns)} experts got no token of the fit text"
+            print(f"{problem}: their masks keep arbitrary neurons; give more text", flush=True)
         if cfg.stage == "collect":
             return so_far
 

@@ -158,7 +158,8 @@ class Evaluator:
         record["missing"] = not_finite(losses)
         if not record["missing"]:
             self._policy_losses[policy.name] = losses
-            _complete(record, policy, losses, dense_losses, site_densities(totals, list(self.codebook.sites)))
+            densities = site_densities(totals, list(self.codebook.sites), self.codebook.experts)
+            _complete(record, policy, losses, dense_losses, densities)
 
 
 def _complete(record: dict, policy: MaskPolicy, losses: Tensor, dense: Tensor, densities: dict) -> None:

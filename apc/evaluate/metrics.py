@@ -4,7 +4,7 @@ Shape letters: n tokens, D neurons at a site, L layers.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class MaskMeter:
         return distributed.all_sum(self._sums.clone())
 
 
-@cache
+@lru_cache(256)  # experts get any number of tokens
 def _shuffled(n: int) -> Tensor:
     """A random order in which n tokens form batches, the same for all layers and policies."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(n))
@@ -105,8 +105,14 @@ def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
     return {name: [layer[name] for layer in layers] for name in _RATIOS}
 
 
-def site_densities(totals: Tensor, sites: list[str]) -> dict[str, list[float]]:
-    """The density of the masks at each site of each layer; totals: [sites, L, fields]."""
+def site_densities(totals: Tensor, sites: list[str], experts: int = 0) -> dict[str, list[float]]:
+    """The density of the masks at each site of each layer; totals: [sites, L, fields].
+
+    experts: as in `Codebook`. The density of a layer with experts is over all their tokens: experts differ in how many
+    they get, and some get none.
+    """
+    if experts:
+        totals = totals.unflatten(1, (-1, experts)).sum(2)
     return {site: [_ratios(layer)["density"] or 0.0 for layer in of] for site, of in zip(sites, totals, strict=True)}
 
 

@@ -213,7 +213,8 @@ class PredictorModule(StepModule):
         """Measures and logs the figures of the held-out rows."""
         if self.monitor is not None and self.monitor.tokens:
             self.figures = predictor_figures(self.predictor, self.codebook, by_ffn(self.monitor, self.info))
-            overall = {f"predictor/{name}": sum(values) / len(values) for name, values in self.figures.items()}
+            known = {name: [value for value in values if value is not None] for name, values in self.figures.items()}
+            overall = {f"predictor/{name}": sum(values) / len(values) for name, values in known.items()}
             layers = {f"predictor_layers/{name}": values for name, values in self.figures.items()}
             self._log({"predictor/step": self.global_step} | overall | layers)
 
@@ -229,16 +230,16 @@ def _mean(values: Tensor, block: Block) -> Tensor:
 
 
 def _row_means(values: Tensor, block: Block) -> Tensor:
-    """The means of values [L, n] over n, [L], without rows that have no token; 0 for an FFN without any."""
+    """The means of values [L, n] over n, [L], without rows that have no token; NaN for an FFN without any."""
     if block.positions.dim() == 1:
         return values.mean(1)
     rows = (block.positions >= 0).to(values.dtype)
-    return (values * rows).sum(1) / rows.sum(1).clamp_min(1)
+    return (values * rows).sum(1) / rows.sum(1)
 
 
 @torch.inference_mode()
-def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) -> dict[str, list[float]]:
-    """Figures of a predictor on the rows of a block, by name, each a list by layer.
+def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) -> dict[str, list[float | None]]:
+    """Figures of a predictor on the rows of a block, by name, each a list by layer; None for an expert without rows.
 
     In the cluster form: the top-1 and top-5 accuracy. If the block has importances: the shares of importance and energy
     that masks capture. A `hard` mask is the centroid of the likeliest cluster, or keeps the highest scores; a `soft`
@@ -265,4 +266,4 @@ def predictor_figures(predictor: Predictor, codebook: Codebook, block: Block) ->
                 weights = block.importance[site].double().pow(power)
                 share = (weights * mask).sum(-1) / weights.sum(-1).clamp_min(1)
                 figures[f"captured_{name}_{kind}_{site}"] = _row_means(share, block)
-    return {name: values.tolist() for name, values in figures.items()}
+    return {name: [None if value != value else value for value in each.tolist()] for name, each in figures.items()}

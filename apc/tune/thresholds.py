@@ -70,7 +70,7 @@ def find_thresholds(
     """Each layer's threshold, float32 [L], on the host; each rank runs its share of the windows int64 [n, S], twice.
 
     Over all tokens, masks of the codebook's fixed size keep a certain number of neurons. The threshold is the smallest
-    value that at most this number of scores reach.
+    value that at most this number of scores reach. An expert that gets none of these tokens keeps all neurons: −inf.
     """
     device = ffns[0].device
     policy = NeuronPredictor(codebook.to(device), predictor.to(device), 0)
@@ -92,7 +92,8 @@ def find_thresholds(
     allowed = sizes * (counts.sum(1) // codebook.widths["neuron"])  # times the tokens that the FFN got
     upper, above = _threshold_bin(counts, allowed)
     lower, _ = _threshold_bin(count(upper.to(device)), allowed - above)
-    return unordered((upper << _LOWER) + lower + 1)  # the least key whose count is allowed
+    found = unordered((upper << _LOWER) + lower + 1)  # the least key whose count is allowed
+    return torch.where(counts.sum(1) > 0, found, -torch.inf)
 
 
 def _threshold_bin(counts: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
