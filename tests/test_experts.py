@@ -78,3 +78,10 @@ def test_a_kernel_is_refused_by_name(workplace):
     for kernel in ("auto", "torch"):
         with pytest.raises(UserError, match="experts.0: it is one of several experts, which no kernel supports"):
             apc.sparsify(make_model(workplace), codebook, kernel=kernel)
+
+
+def test_an_expert_without_tokens_does_not_keep_clustering_from_converging(workplace):
+    changes = {"cluster.tolerance": 0.9, "run.name": "tolerance", "stage": "cluster"}
+    run_train(workplace, **changes)
+    history = json.loads((workplace / "runs" / "tolerance" / "cluster.json").read_text())["history"]
+    assert len(history) == 2 and history[-1]["empty"] == 0

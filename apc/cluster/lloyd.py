@@ -397,13 +397,15 @@ class ClusteringModule(CentroidInit):
     def _update_centroids(self, site: str) -> int:
         """Sets new centroids at the end of a pass, and re-seeds empty clusters.
 
-        Returns the number of empty clusters.
+        Returns the number of empty clusters, without those of experts that have too few rows to fill them.
         """
         if self.cfg.schedule == "epoch":
             self.changed += self._update(site)
-        empties = self.get("sizes", site) == 0
+        sizes = self.get("sizes", site)
+        empties = sizes == 0
         self.changed += self._reseed(site, empties)
-        return int(empties.sum())
+        lacking = (self.cfg.k - sizes.sum(1)).clamp_min(0)
+        return int((empties.sum(1) - lacking).clamp_min(0).sum())
 
     def _extra_figures(self) -> dict[str, float]:
         """Further figures for the record of a pass, which only this algorithm reports."""
