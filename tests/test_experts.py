@@ -8,6 +8,7 @@ import torch
 import apc
 import tiny
 import train
+from apc.cluster.seeding import RowReader
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model, weights_sample
@@ -85,3 +86,10 @@ def test_an_expert_without_tokens_does_not_keep_clustering_from_converging(workp
     run_train(workplace, **changes)
     history = json.loads((workplace / "runs" / "tolerance" / "cluster.json").read_text())["history"]
     assert len(history) == 2 and history[-1]["empty"] == 0
+
+
+def test_first_centroids_of_an_expert_without_tokens_take_few_reads(workplace, monkeypatch):
+    names, read = [], RowReader.read
+    monkeypatch.setattr(RowReader, "read", lambda *given: names.append(given[1]) or read(*given))
+    run_train(workplace, **{"cluster.max_epochs": 1, "run.name": "reads", "stage": "cluster"})
+    assert names.count("patterns") < 10 * LAYERS  # K rows at a time, three experts alone would take 3 · 640 / 6

@@ -19,6 +19,7 @@ from apc.utils.errors import UserError
 
 INIT_SAMPLE = 4096  # rows of a group that k-means++ chooses from
 _PERMUTED = 1 << 24  # up to this many rows, draw a permutation of all; beyond, draw a sample
+_READ_AT_ONCE = 1 << 16  # rows; fewer at first
 _DRAWS = 16  # rows sampled per row wanted, because some may not be usable
 
 
@@ -113,7 +114,10 @@ class CentroidInit(LightningModule):
         """The first `wanted` usable rows in `order`. If there are fewer than K, unusable rows fill the rest."""
         K = self.cfg.k
         usable = others = order[:0]
-        for rows in order.split(wanted):
+        first, count = 0, wanted
+        while first < len(order):
+            rows = order[first : first + count]
+            first, count = first + count, min(2 * count, max(wanted, _READ_AT_ONCE))  # usable rows may be rare
             mask = self.usable(reader.site, reader.read("patterns", torch.full_like(rows, group), rows)).cpu()
             usable = torch.cat([usable, rows[mask]])[:wanted]
             others = torch.cat([others, rows[~mask]])[:K]
