@@ -286,6 +286,7 @@ def _sentences(count: int, words: int, seed: int) -> list[str]:
 
 
 FITTED, OTHER = _sentences(200, 10, seed=1), _sentences(200, 10, seed=2)
+SHORT, OTHER_SHORT = _sentences(400, 5, seed=6), _sentences(400, 5, seed=7)
 DRAW = random.Random(5)
 CHINESE = ["".join(chr(DRAW.randrange(0x4E00, 0x5A00)) for _ in range(40)) for _ in range(60)]
 
@@ -301,13 +302,17 @@ CHINESE = ["".join(chr(DRAW.randrange(0x4E00, 0x5A00)) for _ in range(40)) for _
         ("\n".join(FITTED), "\n".join(FITTED[40:90]).upper().replace(" ", ",  «") + "!", 1.0),
         ("\n".join(FITTED), "\n".join([*OTHER[:90], *FITTED[:10], *OTHER[90:180], *FITTED[100:110]]), 0.1),
         ("\n".join(FITTED), "\n".join(OTHER), 0.0),
+        ("\n".join(SHORT), "\n".join(SHORT[300:20:-3]), 1.0),
+        ("\n".join(SHORT), "\n".join([*OTHER_SHORT[:270], *SHORT[300:240:-2]]), 0.1),
+        ("\n".join(SHORT), "\n".join(OTHER_SHORT), 0.0),
         ("\n".join(CHINESE), "\n".join(CHINESE[9:2:-1]), 1.0),
         ("\n".join(CHINESE), "".join(CHINESE[3:20]), 1.0),
         ("\n".join(CHINESE[:30]), "\n".join(CHINESE[30:]), 0.0),
     ],
     ids=[
         *("short-lines", "shuffled-lines", "pieces-of-one-line", "one-line-of-pieces", "rewrapped", "case-and-marks"),
-        *("a-tenth", "other-text", "chinese-shuffled", "chinese-one-line", "other-chinese"),
+        *("a-tenth", "other-text", "short-documents", "a-tenth-of-short-documents", "other-short-documents"),
+        *("chinese-shuffled", "chinese-one-line", "other-chinese"),
     ],
 )
 def test_the_overlap_is_the_share_of_the_score_text_in_the_fit_text(files, fit, score, share):
@@ -334,6 +339,17 @@ def test_the_overlap_of_long_texts_is_that_of_samples_of_bounded_size(monkeypatc
         assert np.array_equal(part.hashes, every.hashes[:2000]), "the same in chunks"
     assert overlap.shared(*whole) == pytest.approx(1 / 3, abs=0.001)
     assert overlap.shared(*parts) == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_sequences_and_short_lines_are_the_same_in_chunks(monkeypatch):
+    draw = random.Random(8)
+    lines = [" ".join(draw.choice(WORDS) for _ in range(draw.randrange(13))) for _ in range(600)]
+    whole = overlap.sample("\n".join(lines))
+    assert whole.short.sum() == len({line for line in lines if 4 <= len(line.split()) < 8})
+    for size in (97, 200, 1001):
+        monkeypatch.setattr(overlap, "_CHUNK", size)
+        parts = overlap.sample("\n".join(lines))
+        assert np.array_equal(parts.hashes, whole.hashes) and np.array_equal(parts.short, whole.short)
 
 
 def test_a_little_shared_text_and_short_lines_are_allowed(files, tokenizer):

@@ -1,8 +1,9 @@
 """How much of a text is also in another text, from samples of their word sequences.
 
 A sequence is `WORDS` consecutive words, regardless of case, punctuation, spacing and line breaks. In scripts without
-spaces between words, three characters count as a word. A sample has the sequences with the smallest hashes: memory does
-not grow with the text, and samples of two texts agree on the sequences that both texts have.
+spaces between words, three characters count as a word. Lines of `SHORTEST` words or more that are shorter than a
+sequence count whole, so that short documents are found in any order. A sample has the sequences with the smallest
+hashes: memory does not grow with the text, and samples of two texts agree on the sequences that both texts have.
 """
 
 import unicodedata
@@ -18,6 +19,7 @@ from apc.utils.errors import UserError
 from apc.utils.tensor_files import load_tensors, save_tensors
 
 WORDS = 8
+SHORTEST = 4  # words of a line; shorter ones, such as headings, recur in unrelated texts
 SAMPLE = 1 << 19  # most sequences in a sample; their hashes take 4 MiB
 _CHUNK = 1 << 20  # characters that are hashed at a time
 _WORD, _CHARACTER = 3, 1  # length of a word, and of a character where words are not separated, in thirds of a word
@@ -33,11 +35,12 @@ class Sequences:
     """A sample of a text's sequences.
 
     hashes: uint64 [n], distinct and ascending; words: float32 [n], the words of its line that a sequence stands for, 0
-    if it spans several lines.
+    if it spans several lines; short: bool [n], whether it is a line shorter than a sequence.
     """
 
     hashes: np.ndarray
     words: np.ndarray
+    short: np.ndarray
 
     @property
     def bound(self) -> int:
@@ -47,11 +50,11 @@ class Sequences:
 
 def sample(text: str) -> Sequences:
     """The text's sequences with the smallest hashes."""
-    kept, pending = _smallest([Sequences(np.empty(0, np.uint64), np.empty(0, np.float32))]), 0
+    kept, pending = Sequences(np.empty(0, np.uint64), np.empty(0, np.float32), np.empty(0, bool)), 0
     parts = [kept]
     for found in _sequences(text):
         small = found.hashes <= np.uint64(kept.bound)
-        parts.append(Sequences(found.hashes[small], found.words[small]))
+        parts.append(Sequences(found.hashes[small], found.words[small], found.short[small]))
         pending += int(small.sum())
         if pending > SAMPLE:
             kept, pending = _smallest(parts), 0
@@ -63,12 +66,13 @@ def shared(text: Sequences, other: Sequences) -> float:
     """The share of a text's distinct sequences that another text has too, from 0 to 1.
 
     Where lines are in another order, sequences across line breaks differ. So the share is that of the words in lines
-    whose sequences recur, if this is larger.
+    that recur, whole or by their sequences, if this is larger.
     """
     compared = text.hashes <= np.uint64(min(text.bound, other.bound))
     recurs = np.isin(text.hashes[compared], other.hashes, assume_unique=True)
-    most = max(recurs.sum(), text.words[compared][recurs].sum())
-    return min(1.0, float(most) / max(1, len(recurs)))
+    long = ~text.short[compared]
+    most = max(recurs[long].sum(), text.words[compared][recurs].sum())
+    return min(1.0, float(most) / max(1, long.sum()))
 
 
 def save(path: Path, sequences: Sequences, digest: str) -> None:
@@ -83,18 +87,19 @@ def load(path: Path, digest: str | None) -> Sequences:
     if not isinstance(header, dict) or header.get("text") != digest:
         raise UserError(f"{path}: of another fit text than the codebook; restore it from a copy, or delete it")
     hashes = tensors["hashes"].numpy().view(np.uint64)
-    return Sequences(hashes, np.zeros(len(hashes), np.float32))
+    return Sequences(hashes, np.zeros(len(hashes), np.float32), np.zeros(len(hashes), bool))
 
 
 def _smallest(parts: list[Sequences]) -> Sequences:
     hashes, first = np.unique(np.concatenate([part.hashes for part in parts]), return_index=True)
-    words = np.concatenate([part.words for part in parts])[first]
-    return Sequences(hashes[:SAMPLE], words[:SAMPLE])
+    kept = first[:SAMPLE]
+    words, short = (np.concatenate([getattr(part, name) for part in parts])[kept] for name in ("words", "short"))
+    return Sequences(hashes[:SAMPLE], words, short)
 
 
 def _sequences(text: str) -> Iterator[Sequences]:
     """All sequences of the text, of `_CHUNK` characters at a time."""
-    rest = ""
+    rest, begins_line = "", True
     for start in range(0, len(text), _CHUNK):
         part = rest + unicodedata.normalize("NFKC", text[start : start + _CHUNK]).casefold()
         codes = np.frombuffer(part.encode("utf-32-le"), np.uint32)
@@ -111,11 +116,24 @@ def _sequences(text: str) -> Iterator[Sequences]:
         last = np.searchsorted(total, total - length + WORDS * _WORD)  # of the sequence that begins with each word
         last = last[last < known]
         first = np.arange(len(last))
-        line = np.cumsum(codes == ord("\n"))[begins[:known]]
+        line = np.cumsum(codes == ord("\n"))[begins]
         within = line[first] == line[last]
-        of_line = np.bincount(line) / np.bincount(line[first], within, line[-1] + 1).clip(1)
-        yield Sequences(_mixed(_spans(words, first, last + 1)), np.where(within, of_line[line[first]], 0).astype("f4"))
+        of_line = np.bincount(line[:known]) / np.bincount(line[first], within, line[known - 1] + 1).clip(1)
+        yield Sequences(
+            _mixed(_spans(words, first, last + 1)),
+            np.where(within, of_line[line[first]], 0).astype("f4"),
+            np.zeros(len(first), bool),
+        )
+        starts = np.flatnonzero(np.diff(line[:known], prepend=-1))  # of lines
+        thirds, stops = np.add.reduceat(length, starts), np.append(starts[1:], known)
+        short = (thirds >= SHORTEST * _WORD) & (thirds < WORDS * _WORD)
+        short[0] &= begins_line
+        short[-1] &= line[known - 1] != line[-1] or known == len(begins)  # else the line may go on
+        starts, stops = starts[short], stops[short]
+        yield Sequences(_mixed(_spans(words, starts, stops)), (stops - starts).astype("f4"), np.ones(len(starts), bool))
         rest = part[begins[len(first)] :][-_CHUNK:] if len(first) < len(begins) else ""
+        if len(first):
+            begins_line = bool(line[len(first)] != line[len(first) - 1])
 
 
 @cache
