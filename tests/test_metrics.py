@@ -136,6 +136,7 @@ def test_the_ends_of_any_interval_are_positive_and_finite():
 def test_below_dense_means_by_more_than_chance():
     assert is_below(*differing(-0.3, -0.31)) and is_below(*differing(*[-0.1, -0.2] * 4))
     assert not is_below(*differing(-0.3)), "a single window has no spread"
+    assert not is_below(*differing(*[-0.0001, -0.0002] * 4)), "masks that drop little may help a little"
     assert not is_below(*differing(-0.3, 0.1)) and not is_below(*differing(*[0.0] * 8))
 
 
