@@ -211,6 +211,8 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("speed=on", "speed=on: choose true or false"),
         ("speed=1", "speed=1: choose true or false"),
         ("run.name=", "run.name=: no value; write run.name=null for none, or leave it out"),
+        ("data.seq_len=null", "data.seq_len=null: it needs a value, such as its default, data.seq_len=1024"),
+        ("sites=null", r"sites=null: it needs a value, such as its default, sites=\[neuron\]"),
         ("policies=dense", r"policies: not a list of words; write policies=\[a,b\]"),
         ("policies=[dense,]", "policies: not a list of words"),
         ('run.name="\\q"', "can't be read"),

@@ -436,6 +436,8 @@ def _explain(error: OmegaConfBaseException) -> str:
         like = get_close_matches(key, [*SECTIONS, *flat(Config())], n=1, cutoff=0.5)
         advice = f"did you mean {like[0]}?" if like else "python train.py --help lists the keys"
         return f"{key}: unknown key; {advice}"
+    if key in KINDS and ("'None'" in reason or "not Optional" in reason):
+        return f"{key}=null: it needs a value, such as its default, {key}={as_word(flat(Config())[key])}"
     return f"{key}: {reason}" if key else f"configuration: {reason}"
 
 
