@@ -114,7 +114,7 @@ def make_model(family: str = "llama", width: int = 52, layers: int = 3, **option
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(settings | EVERY_FAMILY[family] | options)))
     with torch.no_grad():  # larger than the usual initial weights, so that masks change the output
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
+            if parameter.dim() >= 2 and "embed" not in name:
                 parameter.mul_(6)
     return model.eval()
 
