@@ -79,7 +79,7 @@ def results():
         },
         "predictor": {
             "history": [{"step": 10 * s, "loss": 3.2 / s} for s in range(1, 6)],
-            "per_layer": {"top1": [0.5] * LAYERS, "top5": [0.75] * LAYERS},
+            "per_layer": {"top1_neuron": [0.5] * LAYERS, "top5_neuron": [0.75] * LAYERS},
         },
         "seconds": {"collect": 41.0, "cluster": 30.2, "predict": 20.0, "evaluate": 70.1},
     }
@@ -369,7 +369,7 @@ def test_layer_table_has_a_row_per_layer_and_one_over_all(results):
         assert lines[0][1] == first and lines[-1][1] == overall
     assert density.splitlines()[1].split() == ["layer", "random", "oracle"], "dense keeps all, a missing policy nothing"
     assert captured.splitlines()[-2].split() == ["3", "83.0", "83.0"]
-    assert hits.splitlines()[1].split() == ["layer", "top1", "top5"]
+    assert hits.splitlines()[1].split() == ["layer", "top1_neuron", "top5_neuron"]
 
 
 def test_figures_are_pictures(results, tmp_path):

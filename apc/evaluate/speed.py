@@ -8,8 +8,9 @@ A machine's speed drifts, and other work on it comes and goes. So policies are t
 dense, a, b, …, dense. Each time is compared with the dense model's at that moment, interpolated between the dense times
 before and after it, so that a steady drift cancels. Differences between rounds show the noise. On the CPU, decoders of
 all policies exist side by side, and there are eight short rounds. On a GPU a policy's CUDA graph is of no use once its
-sparse FFNs are taken out, because these store the down projections elsewhere, and recording it again takes seconds. A
-GPU's times are steady, so there are only two rounds: one right after the scoring, one with all graphs recorded again.
+sparse FFNs are taken out, because these store the down projections elsewhere, and recording it again takes half a
+minute. A GPU's times are steady, so a policy is timed twice with one graph, before and after its scoring, and the dense
+model once more at the end: dense, dense, a, a, b, b, dense.
 
 Shape letters: n windows, S tokens in a window, V entries of the vocabulary.
 """
@@ -42,7 +43,7 @@ from apc.utils.progress import progress as progress_bar
 WINDOWS = 32  # most windows to score
 CONTINUED = 4  # windows whose prompts are also continued greedily
 NEW_TOKENS = 64  # of each continuation
-ROUNDS = {"cpu": 8, "cuda": 2}
+ROUNDS = {"cpu": 8, "cuda": 2}  # times that a policy is timed
 TIMED_STEPS = 32  # of a policy, in all rounds together
 
 
@@ -107,6 +108,8 @@ def measure(
             if ffns is not None:
                 crossover, ffns.max_sparse_tokens = ffns.max_sparse_tokens, 1
             decoder = _recorded(model, windows, half)
+            if on_gpu:
+                times.append(_time(name, decoder, prompts[:1]))
             losses, difference = scorer.score(decoder, ffns, dense_prefill=True)
             if ffns is None:
                 dense = all_sparse = losses
@@ -120,22 +123,20 @@ def measure(
                 record["bytes_held"] = bytes_held if on_gpu else None
                 record["pays_up_to"] = crossover if ffns.by_triton else None
             records.append(record)
-            decoder.prefill(prompts[:1])
             if on_gpu:
-                times.append(_time(name, decoder))
+                times.append(_time(name, decoder, prompts[:1]))
             else:
+                decoder.prefill(prompts[:1])
                 decoders[name] = decoder
             restore(model)
         bar.update(0, "rounds")
-        rounds = ROUNDS[scorer.device.type] - on_gpu
+        rounds = 0 if on_gpu else ROUNDS["cpu"]
         for name in [*["dense", *names] * rounds, "dense"]:
             installed(name, 1)
             if on_gpu:
-                decoder = _recorded(model, windows, half)
-                decoder.prefill(prompts[:1])
+                times.append(_time(name, _recorded(model, windows, half), prompts[:1]))
             else:
-                decoder = decoders[name]
-            times.append(_time(name, decoder))
+                times.append(_time(name, decoders[name]))
     restore(model)
     ratios = paired_ratios(times)
     for record in records:
@@ -290,8 +291,10 @@ def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
     return decoder
 
 
-def _time(policy: str, decoder: GreedyDecoder) -> Timing:
-    """The median time of one round's steps, after a step that is not timed."""
+def _time(policy: str, decoder: GreedyDecoder, prompt: Tensor | None = None) -> Timing:
+    """The median time of one round's steps, after a step that is not timed; prompt: what they follow, if it is new."""
+    if prompt is not None:
+        decoder.prefill(prompt)
     decoder.step()
     seconds = []
     for _ in range(TIMED_STEPS // ROUNDS[decoder.device.type]):

@@ -374,8 +374,8 @@ def layer_table(results: dict, markdown: bool = False, wide: bool = False) -> st
         overall = {policy["policy"]: policy.get(measure) for policy in policies}
         grids += _layer_grids(measure.replace("_", " "), columns, overall, markdown, wide)
     predictor = (results.get("predictor") or {}).get("per_layer") or {}
-    accuracy = {key: predictor[key] for key in ("top1", "top5") if predictor.get(key)}
-    means = {key: float(np.mean(list(map(to_float, values)))) for key, values in accuracy.items()}
+    accuracy = {key: values for key, values in predictor.items() if key.startswith(("top1", "top5"))}
+    means = {key: float(np.nanmean(list(map(to_float, values)))) for key, values in accuracy.items()}
     grids += _layer_grids("predictor's accuracy", accuracy, means, markdown, wide)
     return _document(results, grids, [], markdown, wide, more=False)
 
