@@ -1,8 +1,10 @@
 """Every causal language model of the installed transformers: accepted and masked rightly, or refused in one line.
 
-tests/data/families.txt is the committed list. `python tests/test_families.py` writes it again.
+tests/data/families.txt is the committed list, and docs/families.md shows it. `python tests/test_families.py` writes
+both again.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +18,7 @@ from apc.data.ffn import Expert, FFNHooks, check_calls, find_ffns, has_experts
 from apc.utils.errors import UserError
 
 LIST = Path(__file__).parent / "data" / "families.txt"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 LISTED = dict(line.split(": ", 1) for line in LIST.read_text().splitlines()) if LIST.is_file() else {}
 IDS = torch.arange(3, 11)[None]
 
@@ -91,7 +94,37 @@ def test_a_family_is_masked_rightly_or_refused_by_name(model_type):
         warnings.warn(f"{model_type} was {LISTED[model_type]}, is {found}", stacklevel=1)
 
 
+def page(listed: dict[str, str]) -> str:
+    """The list as a page: the families by verdict."""
+    by_verdict: dict[str, list[str]] = {}
+    for name, found in listed.items():
+        short = re.sub(
+            r"^refused: \S+ \((\w+)\):", r"refused: \1:", found.partition(" (")[0] if "not built" in found else found
+        )
+        by_verdict.setdefault(short, []).append(name)
+    version = listed["transformers"]
+    del by_verdict[version]
+    lines = [
+        "# Model families",
+        "",
+        f"Every causal language model of transformers {version}, built tiny with random weights. Accepted: a forward",
+        "pass under masks equals that of a model whose down projections have zeros in place of the dropped neurons.",
+        "Refused: an error names the reason. Not built: no tiny model could be made, so nothing is known.",
+        "",
+        "| verdict | families |",
+        "| --- | --- |",
+    ]
+    for found in sorted(by_verdict, key=lambda found: (found.partition(" ")[0].rstrip(",:"), -len(by_verdict[found]))):
+        lines.append(f"| {found} ({len(by_verdict[found])}) | {', '.join(by_verdict[found])} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_shows_the_list():
+    assert PAGE.read_text() == page(LISTED)
+
+
 if __name__ == "__main__":
     lines = [f"transformers: {transformers.__version__}", *(f"{name}: {verdict(name)}" for name in families.NAMES)]
     LIST.write_text("\n".join(lines) + "\n")
+    PAGE.write_text(page(dict(line.split(": ", 1) for line in lines)))
     print(f"{len(lines) - 1} families in {LIST}", file=sys.stderr)

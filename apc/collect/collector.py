@@ -23,7 +23,7 @@ HISTOGRAM_BINS = 1 << (31 - HISTOGRAM_SHIFT)
 class Collector:
     """Reads the patterns of token windows from a model.
 
-    model: a causal language model with gated FFNs, on `device`; sites: where patterns are read; batch_windows: windows
+    model: a causal language model, on `device`; sites: where patterns are read; batch_windows: windows
     in one forward pass; thresholded: whether the forward pass that yields blocks sets inactive values to zero, as in
     the paper; name: the model's name in listings of stores; progress: whether collecting shows a bar.
     """

@@ -223,7 +223,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             ffns.append(FFN(name, module, **parts))
     ffns = experts or ffns
     if not ffns:
-        raise UserError(f"{kind}: no FFN found; docs/your-own-model.md lists the families that work")
+        raise UserError(f"{kind}: no FFN found; docs/families.md lists the families that work")
     owners: dict[nn.Module, FFN] = {}
     for ffn in ffns:
         for linear in ffn.linears:
