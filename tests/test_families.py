@@ -48,7 +48,7 @@ def verdict(model_type: str) -> str:
     try:
         model = families.build(model_type)
     except Exception as error:
-        return f"not built here ({type(error).__name__})"
+        return f"not built: {families.REASONS.get(model_type, type(error).__name__)}"
     try:
         ffns = find_ffns(model)
         check_calls(model, ffns)
@@ -98,9 +98,7 @@ def page(listed: dict[str, str]) -> str:
     """The list as a page: the families by verdict."""
     by_verdict: dict[str, list[str]] = {}
     for name, found in listed.items():
-        short = re.sub(
-            r"^refused: \S+ \((\w+)\):", r"refused: \1:", found.partition(" (")[0] if "not built" in found else found
-        )
+        short = re.sub(r"^refused: \S+ \((\w+)\):", r"refused: \1:", found)
         by_verdict.setdefault(short, []).append(name)
     version = listed["transformers"]
     del by_verdict[version]
@@ -109,7 +107,7 @@ def page(listed: dict[str, str]) -> str:
         "",
         f"Every causal language model of transformers {version}, built tiny with random weights. Accepted: a forward",
         "pass under masks equals that of a model whose down projections have zeros in place of the dropped neurons.",
-        "Refused: an error names the reason. Not built: no tiny model could be made, so nothing is known.",
+        "Refused: an error names the reason. Not built: no tiny model runs on tokens alone, so nothing is known.",
         "",
         "| verdict | families |",
         "| --- | --- |",

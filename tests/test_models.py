@@ -76,11 +76,19 @@ def test_a_looped_model_can_not_be_loaded(tmp_path):
         load_model(ModelConfig(path=str(tmp_path), device="cpu"), torch.device("cpu"))
 
 
-def test_ffns_that_share_a_linear_layer_are_an_error_that_names_them():
+@pytest.mark.parametrize("shared", ["mlp.down_proj", "mlp.down_proj.weight"])
+def test_ffns_that_share_a_linear_layer_or_its_weight_are_an_error_that_names_them(shared):
     model = tiny.make_model()
-    model.model.layers[2].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    place, _, name = shared.rpartition(".")
+    first, last = (model.model.layers[layer].get_submodule(place) for layer in (0, 2))
+    setattr(last, name, getattr(first, name))
     with pytest.raises(UserError, match=r"layers\.0\.mlp and model\.layers\.2\.mlp share a linear layer, which is not"):
         find_ffns(model)
+
+
+def test_the_ffns_of_an_image_or_sound_encoder_in_the_decoder_are_left_alone():
+    names = [ffn.name for ffn in find_ffns(families.build("phi4_multimodal"))]
+    assert names == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
 def test_adapters_on_an_ffn_are_an_error_that_says_what_to_do():

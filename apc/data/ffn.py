@@ -28,6 +28,7 @@ _NAMES = (
     {"gate_up": "input_linear", "down": "output_linear"},  # Granite
     {"gate_up": "Wi", "down": "Wo"},  # ModernBERT decoder
     {"gate": "w1", "up": "w3", "down": "w2"},  # LFM2
+    {"gate": "proj_up_gate", "up": "proj_up", "down": "proj_down"},  # xLSTM
     {"up": "up_proj", "down": "down_proj"},  # Nemotron, Arcee, Apertus, MPT
     {"up": "fc1", "down": "fc2"},  # OPT, Phi
     {"up": "c_fc", "down": "c_proj"},  # GPT-2, GPT-Neo, StarCoder2
@@ -224,10 +225,10 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     ffns = experts or ffns
     if not ffns:
         raise UserError(f"{kind}: no FFN found; docs/families.md lists the families that work")
-    owners: dict[nn.Module, FFN] = {}
+    owners: dict[Tensor, FFN] = {}
     for ffn in ffns:
         for linear in ffn.linears:
-            if (other := owners.setdefault(linear, ffn)) is not ffn:
+            if (other := owners.setdefault(linear.weight, ffn)) is not ffn:
                 problem = f"{other.name} and {ffn.name} share a linear layer, which is not supported"
                 raise UserError(f"{kind}: {problem}; choose another model")
     if len({(ffn.hidden_size, ffn.width) for ffn in ffns}) > 1:
@@ -264,6 +265,10 @@ def _decoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(decoder, PreTrainedModel):  # BERT calls the head's last layer its decoder
         decoder = whole.base_model
     inside = set(decoder.modules())
+    encoders = tuple(type(getattr(decoder.config, name, None)) for name in ("vision_config", "audio_config"))
+    for part in decoder.modules():
+        if isinstance(part, PreTrainedModel) and isinstance(part.config, encoders):
+            inside -= set(part.modules())
     return ((name, module) for name, module in model.named_modules() if module in inside)
 
 
