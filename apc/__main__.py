@@ -16,7 +16,7 @@ USAGE = """usage: apc COMMAND …
   doctor     check this machine
 
 apc COMMAND --help explains each; apc --version prints the version."""
-COMMANDS = {  # what the same command does after an interruption; None: the command says it itself
+COMMANDS = {  # what repeating an interrupted command does; None: the command prints this itself
     "train": None,
     "evaluate": None,
     "sweep": "goes on from here",

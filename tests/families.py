@@ -38,7 +38,7 @@ _SIZES = dict(
     bos_token_id=1,
     eos_token_id=1,
 )
-# Each attempt changes more or fewer entries of a configuration: families refuse different combinations.
+# Each attempt changes other entries of a configuration, because families refuse different combinations.
 _ATTEMPTS = (
     dict(head_dim=8, layer_types=2),
     dict(layer_types=2),

@@ -1,4 +1,4 @@
-"""Runs of a model whose windows begin with a BOS token: it is read by the model and never predicted."""
+"""Runs on windows that begin with a BOS token: the model reads this token and never predicts it."""
 
 import math
 

@@ -105,8 +105,8 @@ def page(listed: dict[str, str]) -> str:
     lines = [
         "# Model families",
         "",
-        f"Every causal language model of transformers {version}, built tiny with random weights. Accepted: a forward",
-        "pass under masks equals that of a model whose down projections have zeros in place of the dropped neurons.",
+        f"All causal language models of transformers {version}, each tested as a tiny model with random weights.",
+        "Accepted: a forward pass under masks gives the same as zeros in the down projections for the dropped neurons.",
         "Refused: an error names the reason. Not built: no tiny model runs on tokens alone, so nothing is known.",
         "",
         "| verdict | families |",

@@ -156,10 +156,10 @@ def test_figures_that_can_not_be_right_are_named():
     assert warnings_of({"dense": dense, "oracle": dense + 0.1, "random": dense - 0.1 * torch.tensor([2, -1] * 4)}) == []
     below = {"dense": dense, "exact": dense - 0.2, "oracle": dense - 0.1}
     (said,) = warnings_of(below)
-    assert said.startswith("exact, oracle: perplexity below the dense model's. Masks only take away, so")
+    assert said.startswith("exact, oracle: perplexity below the dense model's. Masks only remove neurons, so")
     assert all(word in said for word in ("BOS token", "dtype", "tokenizer", "context length", "weights"))
     untuned, tuned = warnings_of(below, provenance={"tune": {"steps": 8}})
-    assert untuned.startswith("exact: ") and tuned.startswith("oracle: ") and "Tuning on text of this kind can" in tuned
+    assert untuned.startswith("exact: ") and tuned.startswith("oracle: ") and "Tuning on similar text can" in tuned
     (said,) = warnings_of({"dense": dense + 5})
     assert said.startswith(
         "the dense model hardly predicts this text: its perplexity is 1,808, that of the text's own "

@@ -1,4 +1,4 @@
-"""Loading models; finding and hooking gated FFNs of several model families; errors name what is not supported."""
+"""Loading models; finding and hooking FFNs of several model families; errors name what is not supported."""
 
 import json
 from pathlib import Path
@@ -472,9 +472,8 @@ def test_a_model_that_also_reads_images_runs_its_text_part_if_transformers_loads
     names = [ffn.name for ffn in find_ffns(model)]
     assert names == [f"model.language_model.layers.{layer}.mlp" for layer in range(2)]
     assert model(input_ids=torch.arange(9)[None], use_cache=False).logits.shape == (1, 9, tiny.VOCABULARY + 1)
-    note = (
-        f"note: model.path={folder}: Gemma3ForConditionalGeneration also reads other input than text, which is not used"
-    )
+    part = "also reads input other than text; only its text part runs"
+    note = f"note: model.path={folder}: Gemma3ForConditionalGeneration {part}"
     assert note in capfd.readouterr().err.splitlines()
 
 
@@ -557,5 +556,5 @@ def test_experts_of_another_form_are_an_error_that_names_them():
     del experts._apply_gate
     own = experts.forward
     experts.forward = lambda *inputs: own(*inputs) * 1.1
-    with pytest.raises(UserError, match=r"model.layers.1.mlp.experts.0 \(MixtralExperts\): it computes more than"):
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.experts.0 \(MixtralExperts\): it does more than apply"):
         check_calls(model, find_ffns(model))

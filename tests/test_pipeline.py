@@ -296,7 +296,7 @@ def test_evaluate_needs_the_fit_text_only_where_the_run_has_no_sample_of_it(work
 
     sample = tmp_path / "runs" / "old" / "fit-sequences.safetensors"
     overlap.save(sample, overlap.sample("another text"), "0" * 64)
-    with pytest.raises(UserError, match="fit-sequences.safetensors: of another fit text than the codebook"):
+    with pytest.raises(UserError, match="fit-sequences.safetensors: belongs to another fit text than the codebook"):
         run_evaluate(tmp_path, run="old")
     sample.write_bytes(sample.read_bytes()[:-1])
     with pytest.raises(UserError, match="fit-sequences.safetensors: damaged"):
@@ -583,7 +583,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_an_error(tmp_path):
     content = {key: value for key, value in saved.items() if key not in ("made_from", "sha256")}
     torch.save(content | {"sha256": digest_of(content)}, path)
     with pytest.raises(
-        UserError, match=r"cluster\.ckpt: does not say which model and text it is of; delete it to train"
+        UserError, match=r"cluster\.ckpt: does not say which model and text it was made from; delete it to train"
     ):
         resume()
 

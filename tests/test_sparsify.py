@@ -447,7 +447,7 @@ def test_a_dense_pass_of_a_sparse_model_is_said_once(call, capsys):
         DENSE_PASSES[call](model, tokens)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("apc:"))
     count = {"generate in a batch": 2}.get(call, 9)
-    assert line.startswith(f"apc: a forward pass of {count} tokens runs dense, as any of more than 1: its results are")
+    assert line.startswith(f"apc: a forward pass of {count} tokens runs dense, as any above 1 does: its results are")
     assert line.endswith("; apc.sparsify(…, scoring=True) runs all passes under the masks")
     apc.restore(model)
     DENSE_PASSES[call](model, tokens)

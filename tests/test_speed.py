@@ -83,7 +83,7 @@ def test_perplexities_equal_those_of_masks_after_a_dense_prompt(workplace, devic
 
 
 class Machine:
-    """A clock that only decoding steps advance: by 1 s dense, 0.8 s sparse, times the machine's slowness by then."""
+    """A clock that only decoding steps advance: by 1 s dense, 0.8 s sparse, times the machine's slowness then."""
 
     def __init__(self, slowness):
         self.now, self.slowness = 0.0, slowness
@@ -117,7 +117,7 @@ def test_drift_and_a_short_busy_spell_do_not_change_the_speed_up(workplace, monk
 
 
 def test_a_busy_machine_gives_no_speed_up(workplace, monkeypatch, capsys):
-    """Every third 7 s something else makes it 8 times slower."""
+    """In every third interval of 7 s, other work makes it 8 times slower."""
     Machine(lambda now: 8 if int(now / 7) % 3 == 0 else 1).put_into(monkeypatch)
     results = evaluated(workplace, "policies=[dense,predicted]", "run.name=busy")
     record = results["speed"]["policies"][1]
@@ -138,7 +138,7 @@ def test_a_busy_machine_gives_no_speed_up(workplace, monkeypatch, capsys):
             [7.4, 7.8] * 4,
             0.53,
             None,
-            "rounds gave 7.40 to 7.80 × the dense speed, but its bytes explain at most 1.89 ×",
+            "rounds gave 7.40 to 7.80 × the dense speed, but the bytes read allow at most 1.89 ×",
         ),
         ([1.8, 2.1] * 4, 0.5, 1.95, None),
         ([7.4, 7.8] * 4, None, 7.6, None),

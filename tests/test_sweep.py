@@ -193,7 +193,7 @@ def write_command(path, *words, more=""):
     [
         (["${program}", "${args}"], r"command: \$\{args\}: apc sweep can't fill this in"),
         (["${program}", "${args_no_hyphens}", "${args_json_file}"], r"command: \$\{args_json_file\}"),
-        (["${program}", "a.yaml"], r"get their values from one \$\{args_no_hyphens\} after the program"),
+        (["${program}", "a.yaml"], r"needs exactly one \$\{args_no_hyphens\} after the program"),
         (["my.py", "${args_no_hyphens}"], r"has no \$\{program\}"),
         (["${program}", "--dry-run", "${args_no_hyphens}"], "command: --dry-run: apc sweep can't pass this on"),
         (["${program}", "${args_no_hyphens}", "seed=3"], "seed=3: the sweep sets seed itself"),

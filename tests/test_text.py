@@ -184,7 +184,7 @@ def test_columns_of_every_string_type_and_arrow_files_and_saved_datasets_are_rea
     assert text._read("splits", "fit").documents == ["one two", "three"]
     assert text._read("splits", "score").documents == ["four"] == text._read("splits/test", "fit").documents
     assert text._read("splits", "fit").identity != text._read("splits", "score").identity
-    with pytest.raises(UserError, match="data.fit: no-train has no split train but validation: name the folder of a"):
+    with pytest.raises(UserError, match="data.fit: no-train has no split train, only validation: name a"):
         text._read("no-train", "fit")
 
 

@@ -60,8 +60,9 @@ class Codebook:
         which patterns are assigned.
     budget: the number of ones in each layer's masks, if it differs by layer; else empty. Static and random masks have
         m ones with any budget.
-    projections: the matrices in an FFN, 3 with a gate and 2 without.
-    experts: in a mixture of experts, the experts in a layer, else 0. L then counts experts, layer by layer.
+    projections: weight matrices in an FFN: 3 with a gate, 2 without.
+    experts: routed experts per layer in a mixture of experts, else 0. In a mixture, L counts all routed experts, layer
+        by layer.
     """
 
     sites: dict[str, SiteCodebook]

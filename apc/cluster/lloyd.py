@@ -272,7 +272,7 @@ class ClusteringModule(CentroidInit):
         self._merge_worst(site, keys.masked_fill_(limits == 0, NO_ROW))  # without empty rows
 
     def _empty_rows(self, block: Block, ids: Tensor) -> Tensor | int:
-        """How many rows without a token each cluster got, int64 [G, K]; 0 if all rows have one. See `by_ffn`."""
+        """Number of padding rows (see `by_ffn`) in each cluster, int64 [G, K]; 0 if the block has no padding."""
         if block.positions.dim() == 1:
             return 0
         empty = self._grouped(block.positions < 0).long()
@@ -362,7 +362,7 @@ class ClusteringModule(CentroidInit):
             captured = self.get("captured", site).double() / weight.double().clamp_min(1)
             shares.append(
                 (captured.sum() / (weight > 0).sum().clamp_min(1)).item()
-            )  # without experts that got no token
+            )  # experts without tokens do not count
             figures[f"cluster/captured_{site}"] = shares[-1]
             if not self.pooled:
                 figures[f"cluster_layers/captured_{site}"] = captured.tolist()
@@ -397,7 +397,7 @@ class ClusteringModule(CentroidInit):
     def _update_centroids(self, site: str) -> int:
         """Sets new centroids at the end of a pass, and re-seeds empty clusters.
 
-        Returns the number of empty clusters, without those of experts that have too few rows to fill them.
+        Returns the number of empty clusters. If an expert has fewer rows than clusters, the excess does not count.
         """
         if self.cfg.schedule == "epoch":
             self.changed += self._update(site)

@@ -19,7 +19,7 @@ from apc.utils.errors import UserError
 
 INIT_SAMPLE = 4096  # rows of a group that k-means++ chooses from
 _PERMUTED = 1 << 24  # up to this many rows, draw a permutation of all; beyond, draw a sample
-_READ_AT_ONCE = 1 << 16  # rows; fewer at first
+_READ_AT_ONCE = 1 << 16  # rows; reads start smaller and double
 _DRAWS = 16  # rows sampled per row wanted, because some may not be usable
 
 
@@ -123,7 +123,7 @@ class CentroidInit(LightningModule):
             others = torch.cat([others, rows[~mask]])[:K]
             if len(usable) == wanted:
                 return usable
-        if len(order) < self.group_rows:  # a sample: look at all rows
+        if len(order) < self.group_rows:  # `order` is a sample without enough usable rows: search all rows
             generator = torch.Generator().manual_seed(self.seed)
             return self._draw(reader, group, torch.randperm(self.group_rows, generator=generator), wanted)
         if len(usable) >= K:
@@ -134,7 +134,7 @@ class CentroidInit(LightningModule):
                 f"cluster.k={K} is more than the {len(usable)} patterns {self.usable_means} ({where}); "
                 "lower it or raise data.fit_windows"
             )
-        if distributed.is_main() and not self.info.experts:  # experts differ in how many tokens they get
+        if distributed.is_main() and not self.info.experts:  # for experts this is usual: many get few tokens
             print(
                 f"{where}: {len(usable):,} of {len(order):,} patterns are not empty; "
                 "the other clusters start from empty ones",

@@ -59,7 +59,7 @@ class Collector:
         return {site: self._threshold(distributed.all_sum(counts), sparsity) for site, counts in counter.counts.items()}
 
     def _threshold(self, counts: Tensor, sparsity: float) -> Tensor:
-        """Thresholds from counts int64 [L, bins]. An expert that got no token has the threshold of its whole layer."""
+        """Thresholds from counts int64 [L, bins]. An expert without tokens gets its layer's threshold."""
         thresholds = _quantile(counts, sparsity)
         if self.experts:
             layers = counts.unflatten(0, (-1, self.experts)).sum(1)
@@ -89,7 +89,7 @@ class Collector:
     def hidden(self, text: Tensor, windows: Sequence[int]) -> Tensor:
         """Every FFN's input, bfloat16 [L, n·seq_len, E], for n windows of a text int64 [N, seq_len]."""
         if self.experts:
-            raise UserError("collect.ffn_inputs=streamed: not for a mixture of experts; set collect.ffn_inputs=stored")
+            raise UserError("collect.ffn_inputs=streamed: not possible with experts; set collect.ffn_inputs=stored")
         reader = _PatternReader(self, ActiveRule("top", 0.5), False, True)  # the rule is unused: no site is visited
         self._forward(text, windows, reader, sites=[])
         return reader.block(windows, text.shape[1]).tensors()["hidden"]
@@ -128,7 +128,7 @@ class _Visitor(FFNVisitor):
         self._largest: dict[tuple[int, str], Tensor] = {}
 
     def begin(self, tokens: int) -> None:
-        """Begins a forward pass over `tokens` tokens and padding."""
+        """Prepares for a forward pass over `tokens` tokens, with padding after them."""
         self.tokens = tokens
 
     def unpadded(self, values: Tensor) -> Tensor:
@@ -174,7 +174,8 @@ def _quantile(counts: Tensor, share: float) -> Tensor:
 class _PatternReader(_Visitor):
     """Gathers the patterns of one or more forward passes and, if requested, their importances and FFN inputs.
 
-    The parts of a field are [rows, n, ...] for each pass, as `PatternInfo.field` describes them.
+    `_parts` has a field's tensors of each pass. Without experts: a list for each layer, of tensors [n, ...]. With
+    experts: one list, of tensors [rows, n, ...], whose rows `PatternInfo.field` describes.
     """
 
     def __init__(self, collector: Collector, rule: ActiveRule, with_importance: bool, with_hidden: bool):
@@ -184,7 +185,7 @@ class _PatternReader(_Visitor):
         self._passes = 0
 
     def _keep(self, name: str, layer: int, value: Tensor) -> None:
-        """Keeps rows [n, ...] of the current pass. Experts' rows go to the places of their tokens."""
+        """Stores rows [n, ...] of the current pass; an expert's rows at the positions of its tokens."""
         experts, slots = self._collector.experts, self._collector.slots
         value = self.unpadded(value)
         if self.route is None:

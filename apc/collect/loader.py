@@ -141,13 +141,13 @@ class WindowLoader:
     in `BlockLoader`.
 
     windows: int64 [N, S], adjacent in the text; step_windows: windows in a step, over all ranks; seed: decides each
-    epoch's offset and order; bos: whether windows begin with a BOS token, as every window yielded then does. Raises
+    epoch's offset and order; bos: whether windows begin with a BOS token; the yielded windows then do too. Raises
     UserError if a step has fewer windows than there are ranks.
     """
 
     def __init__(self, windows: Tensor, step_windows: int, seed: int, bos: bool = False):
         ranks = distributed.world_size()
-        # An epoch starts up to a window into the text, so it has one window less.
+        # An epoch starts at a random place in the first window, so it has one window less.
         self._usable = max(1, len(windows) - 1)
         self.step_windows = min(step_windows, self._usable)
         if self.step_windows < ranks:

@@ -11,7 +11,7 @@ from apc.utils.errors import UserError, first_line
 
 FORMAT = 2
 COUNTS = "layers", "hidden_size", "ffn_width", "windows", "seq_len"  # entries that are whole numbers
-OF_FFNS = {"projections": 3, "experts": 0, "slots": 0}  # whole numbers too, with what stores without them mean
+OF_FFNS = {"projections": 3, "experts": 0, "slots": 0}  # whole numbers too, with defaults for stores that lack them
 DTYPES = {
     "uint8": np.uint8,
     "int16": np.int16,

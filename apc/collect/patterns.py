@@ -67,8 +67,8 @@ class Block:
     positions: int64 [n], each token's index in the whole text; seq_len: tokens in a window;
     patterns: uint8 [L, n, W] per site; importance: uint8 [L, n, D] per site; scale: float32 [L, n] per site;
     hidden: bfloat16 [L, n, E], each FFN's input;
-    experts: of a mixture of experts, int16 [L·k, n], which k experts each token is routed to in each layer. The other
-    fields then have a row for each of these, [L·k, n, ...], but hidden, which is the same for a layer's experts.
+    experts: only in a mixture of experts, int16 [L·k, n]: the k experts that each token is routed to in each of the L
+    layers. The other fields then have the shape [L·k, n, ...], except hidden, which a layer's experts share.
     derived: values that a training computes from these rows and reuses in its next pass if the rows stay on its device.
     """
 
@@ -142,9 +142,9 @@ class PatternInfo:
     """Shapes and origin of collected patterns, the same for every `PatternSource`.
 
     activity: int64 [L, D] per site, how often each neuron is active; identity: the settings that decide the content, as
-    `pattern_identity` lists them; projections: matrices in an FFN, 2 without a gate;
-    experts, slots: of a mixture of experts, the experts in a layer and how many of them a token is routed to. L then
-    counts experts, layer by layer.
+    `pattern_identity` lists them; projections: weight matrices in an FFN, 2 without a gate;
+    experts, slots: in a mixture of experts, the routed experts per layer, and how many of them each token is routed to;
+    else 0. In a mixture, L counts all routed experts, layer by layer.
     """
 
     layers: int
@@ -200,7 +200,7 @@ class PatternInfo:
         return rows + ["hidden"] * self.with_hidden + self.routes()
 
     def routes(self) -> list[str]:
-        """The field that `by_ffn` needs beside others: `experts` in a mixture of experts."""
+        """Names of the fields that `by_ffn` needs in addition: `experts` in a mixture of experts, else none."""
         return ["experts"] if self.experts else []
 
 
@@ -226,10 +226,10 @@ class PatternSource(Protocol):
 
 
 def by_ffn(block: Block, info: PatternInfo) -> Block:
-    """The block with rows [L, n, ...] for every FFN, from its fields as they are stored.
+    """The block regrouped by FFN: fields [L, n, ...] from fields as they are stored.
 
-    Without experts it is the block itself. In a mixture of experts, an FFN's rows are those of the tokens that are
-    routed to it, filled up with zeros to the same n for all. positions are then int64 [L, n], −1 for rows of zeros.
+    Without experts it is the block itself. In a mixture of experts, an expert's rows are those of the tokens routed to
+    it. Rows of zeros pad them to the n of the busiest expert. positions are then int64 [L, n], −1 for padding.
     """
     if block.experts is None:
         return block
@@ -256,7 +256,7 @@ def by_ffn(block: Block, info: PatternInfo) -> Block:
 def read_rows(source: PatternSource, name: str, ffns: Tensor, tokens: Tensor) -> Tensor:
     """Rows [n, ...] of the field `name` at pairs (FFN, position in the text), int64 [n] each.
 
-    They are zeros where a token is not routed to the expert.
+    A row is zero if the token is not routed to that expert.
     """
     info = source.info
     if not info.experts:

@@ -8,8 +8,8 @@ A run's name is the sweep's name and the run's own values; W&B groups the runs b
 sweep: it skips finished runs and resumes the others. It writes a row per policy of each finished run to
 <run.dir>/<sweep>.csv, and compares the runs in <run.dir>/<sweep>.comparison/, as `evaluate.py compare=` does.
 
-A run's command is the file's `command:`, as W&B's agent reads it; by default ${env} ${interpreter} ${program}
-${args_no_hyphens}. What follows the program there (a YAML file, overrides) is for every run.
+A run's command comes from the file's `command:`, which is read as W&B's agent reads it. The default is ${env}
+${interpreter} ${program} ${args_no_hyphens}. Words after the program (a YAML file, overrides) apply to every run.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Trial:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """A sweep file. Raises UserError, naming the file, if it is not a grid or has an entry that can't be honoured."""
+    """A sweep file. Raises UserError, naming the file, if it is not a grid or has an unsupported entry."""
     try:
         sweep = parse_yaml(path.read_bytes())
     except OSError as error:
@@ -142,7 +142,7 @@ def _read_parameters(entries: dict, prefix: str, into: dict[str, list]) -> None:
             continue
         values = [choice["value"]] if "value" in choice else choice.get("values")
         extra = {*choice} - {"value" if "value" in choice else "values"}
-        if choice.get("distribution") in ("categorical", "constant"):  # says the same again
+        if choice.get("distribution") in ("categorical", "constant"):  # redundant
             extra.remove("distribution")
         if not isinstance(values, list) or not values or extra:
             advice = f", and nothing else; it has {', '.join(sorted(extra))}" if extra else ""
@@ -155,7 +155,7 @@ def _read_parameters(entries: dict, prefix: str, into: dict[str, list]) -> None:
 def _command(command: object) -> tuple[list[str], list[str], list[str]]:
     """The words of a sweep's `command:` up to the program; its arguments before and after the parameters.
 
-    Raises ValueError for what can't be honoured.
+    Raises ValueError for words that `apc sweep` does not support.
     """
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
         raise ValueError(f"command: must be a list of words, such as [{', '.join(COMMAND)}]")
@@ -165,10 +165,10 @@ def _command(command: object) -> tuple[list[str], list[str], list[str]]:
             raise ValueError(f"command: {word}: apc sweep can't fill this in; train.py reads key=value, so use {known}")
     starts = [i for i, word in enumerate(command) if word == "${program}" or Path(word).stem == "train"]
     if not starts:
-        raise ValueError("command: has no ${program}; its arguments are the words after it")
+        raise ValueError("command: has no ${program}; write it before the arguments")
     start = starts[0] + 1
     if command[start:].count("${args_no_hyphens}") != 1:
-        raise ValueError("command: the runs get their values from one ${args_no_hyphens} after the program; write it")
+        raise ValueError("command: needs exactly one ${args_no_hyphens} after the program, for the run's values")
     place = command.index("${args_no_hyphens}", start)
     words = [_from_environment(word) for word in command]
     launcher, before, after = words[:start], words[start:place], words[place + 1 :]
@@ -190,7 +190,7 @@ def _from_environment(word: str) -> str:
 
 
 def trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
-    """All combinations as valid configurations. overrides: for all of them, after the words of the sweep's file.
+    """All combinations as valid configurations. overrides: apply to all runs, after the file's own words.
 
     Raises UserError for the first invalid one, for two with the same name, and for an override of a swept key.
     """
@@ -235,7 +235,7 @@ def _short(key: str, value: object) -> str:
 def run(grid: list[Trial], launcher: list[str], jobs: int, gpus: int) -> list[str]:
     """Runs the unfinished trials, `jobs` at a time, each on its own GPU if there are several.
 
-    launcher: the words of a run's command before its arguments.
+    launcher: the words of the command up to and including the program.
 
     Returns a line per failed run. On a SIGTERM it passes the signal to its runs, waits until they have saved their
     state, and raises Terminated.

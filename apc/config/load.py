@@ -125,7 +125,7 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def _now_fixed(key: str, values: dict) -> float:
-    """The value that a removed key has today in a configuration."""
+    """The fixed value that replaced a removed key; for two keys it depends on `tune.lr`."""
     lr = _number("tune.lr", float, (values.get("tune") or {}).get("lr", TuneConfig.lr))
     return {"tune.lr_scores": 20 * lr, "tune.lr_offsets": 2 * lr}.get(key, REMOVED[key][0])
 
@@ -162,7 +162,7 @@ def _quoted(text: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """The text in quotes, if that is all there is; else the text as it is."""
+    """The text without its quotes if one pair encloses all of it; else the text as it is."""
     if not re.fullmatch(_QUOTED, text, re.DOTALL):
         return text
     try:
@@ -172,7 +172,7 @@ def _unquoted(text: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """The items of a list on the command line, given what is between its brackets."""
+    """The items of a list on the command line; text: what is between the brackets."""
     items, end, comma = [], 0, ","
     while comma:
         match = cast(re.Match, re.compile(rf"\s*({_QUOTED}|[^,]*?)\s*(,|$)", re.DOTALL).match(text, end))
@@ -182,7 +182,7 @@ def _split(text: str) -> list[str]:
 
 
 class Plain(str):
-    """A scalar of YAML that has no quotes, so that it may be null."""
+    """A YAML scalar without quotes; only such a scalar can mean null."""
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -217,7 +217,7 @@ _Dumper.add_multi_representer(str, _Dumper.represent_text)  # OmegaConf has a cl
 
 
 def parse_yaml(content: str | bytes) -> Any:
-    """What YAML says, with scalars as text: `Plain` if they have no quotes. Raises ValueError, with one line."""
+    """Parsed YAML with all scalars as text, `Plain` if unquoted. Raises ValueError with a one-line message."""
     try:
         return yaml.load(content, _TextLoader)
     except RecursionError as error:
@@ -281,7 +281,7 @@ def overrides_between(base: Config, cfg: Config, leave_out: tuple[str, ...] = ()
     """The key=value words that turn `base` into `cfg`, without the sections and keys in `leave_out`."""
     before, after = flat(base), flat(cfg)
     different = {key for key in after if after[key] != before[key]}
-    if "sparsity" in different:  # which also changes the density if that is not given
+    if "sparsity" in different:  # if the density is not given, it follows the sparsity
         different.add("cluster.density")
     changed = [key for key in after if key in different and not {key, key.partition(".")[0]} & {*leave_out}]
     return [f"{key}={as_word(after[key])}" for key in changed]
@@ -293,7 +293,7 @@ def _merge(sources: list[dict]) -> Config:
     for node in (base, *(base[name] for name in SECTIONS)):
         OmegaConf.set_readonly(node, False)
     values = [_in_types(source) for source in sources]
-    follows = True  # the density: it is 1 - sparsity
+    follows = True  # whether the density is 1 - sparsity
     for section in (source.get("cluster") for source in values):
         if isinstance(section, dict) and "density" in section:
             follows = section["density"] is None
@@ -317,7 +317,7 @@ def _in_types(source: dict) -> dict:
 
 
 def _escaped(value: Any) -> Any:
-    """Values with texts that OmegaConf takes literally: no interpolation `${…}`, no missing value `???`."""
+    """Values whose texts are escaped, so that OmegaConf reads no `${…}` as interpolation and no `???` as missing."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -361,7 +361,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, str], dict]:
         if not key or not equals:
             raise UserError(f"{word}: not an override; write key=value (python train.py --help lists the keys)")
         if not word.isascii() and re.search("[\ud800-\udfff]", word):
-            raise UserError(f"{ascii(word)}: not UTF-8, so it can't be saved in a configuration; rename what it names")
+            raise UserError(f"{ascii(word)}: not UTF-8, so it can't be saved in a configuration; use a name in UTF-8")
         if key == "experiment" or key in SECTIONS:
             names[key] = value
             continue

@@ -84,9 +84,9 @@ class DataConfig:
     fit: str = "bundled"
     # Score text, given in the same way.
     score: str = "bundled"
-    # Tokens per window, with the BOS token if it has one.
+    # Tokens per window, including the BOS token if there is one.
     seq_len: int = 1024
-    # Whether each window begins with the BOS token, which is never predicted: true or false. auto: for Gemma models.
+    # Whether each window begins with the BOS token (never predicted): true, false, or auto (only Gemma models).
     bos: str = "auto"
     # Windows of the fit text, from its start. null: all.
     fit_windows: int | None = None
@@ -103,7 +103,7 @@ class DataConfig:
             if windows is not None and windows < 1:
                 raise UserError(f"data.{role}_windows must be at least 1, or null for all, got {windows}")
         _at_least(self, "data.", seq_len=2)
-        object.__setattr__(self, "bos", self.bos.lower())  # YAML and the command line make a boolean of true and false
+        object.__setattr__(self, "bos", self.bos.lower())  # W&B's agent writes True and False
         _choose(self, "data.", bos=("auto", "true", "false"))
 
 
@@ -145,8 +145,8 @@ class ClusterConfig:
 
     # Clusters in a codebook.
     k: int = 256
-    # Share of neurons that every centroid keeps. null, or not given: 1 - sparsity. For brb-kmeans and k-majority: only
-    # for static, random and soft masks.
+    # Share of neurons that every centroid keeps. null or not given: 1 - sparsity. With brb-kmeans and k-majority it
+    # applies only to static, random and soft masks.
     density: float = 0.5
     # How patterns are weighted: binary (the paper), magnitude or energy.
     weighting: str = "energy"
@@ -409,13 +409,13 @@ class Config:
 def check_names(cfg: Config) -> None:
     """Raises UserError for a run.name that can't be a folder in run.dir, or a W&B name that W&B refuses.
 
-    Not part of `Config`, so that every saved run loads.
+    `Config` itself does not check names, so that every saved run still loads.
     """
     name = cfg.run.name
     if name is not None:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise UserError(
-                f"run.name={name}: not the name of a folder; choose another, or a place with run.dir=FOLDER"
+                f"run.name={name}: not the name of a folder; choose another name, and the place with run.dir=FOLDER"
             )
         if (size := len(name.encode())) > 255:
             raise UserError(f"run.name={name[:20]}…: has {size} bytes, but a folder's name has at most 255; shorten it")

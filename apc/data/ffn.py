@@ -20,8 +20,8 @@ _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
 
 Linear = nn.Linear | Conv1D  # GPT-2's `Conv1D` is a linear layer with transposed weights
 
-# The names of an FFN's linear layers in model families. Gate and up may be fused in one layer, or there is no gate. The
-# first row whose names a module has decides.
+# The names of an FFN's linear layers in model families. Gate and up may be fused in one layer, or there is no gate. A
+# module is an FFN if it has all names of a row; the first such row applies.
 _NAMES = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},  # Llama, Mistral, Qwen, Gemma, SmolLM and most others
     {"gate_up": "gate_up_proj", "down": "down_proj"},  # Phi-3, GLM
@@ -104,8 +104,8 @@ class FFN:
 class Expert(FFN):
     """One of the experts that `module` holds: an FFN that gets only the tokens routed to it.
 
-    `module` has the weights of all experts, gate and up in one, and the attributes that transformers sets for its
-    implementations of experts: has_gate, is_concatenated (gate, then up, or interleaved), is_transposed, has_bias.
+    `module` holds the weights of all experts, with gate and up fused. Attributes that transformers sets on it describe
+    them: has_gate, has_bias, is_transposed, and is_concatenated (gate, then up; if false, their rows alternate).
     """
 
     index: int = 0
@@ -123,7 +123,7 @@ class Expert(FFN):
 
     @property
     def linears(self) -> list[Linear]:
-        """None: an expert has no modules of its own."""
+        """Empty: an expert has no modules of its own."""
         return []
 
     @property
@@ -240,9 +240,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 
 def _experts(module: nn.Module, where: str, name: str) -> list[FFN]:
-    """The experts of a module, if it has any.
+    """The experts whose weights a module holds; empty if it holds none.
 
-    Raises UserError if it has several and they are not of the form that transformers' implementations of experts take.
+    Raises UserError if they do not have the form of transformers' own implementations of experts, or are packed.
     """
     kind = type(module).__name__
     if not re.search(r"(Experts|MoE|Moe|SparseMoeBlock)$", kind) or any(
@@ -286,7 +286,7 @@ def has_experts(ffns: list[FFN]) -> bool:
 
 
 def expert_modules(ffns: list[FFN]) -> dict[nn.Module, int]:
-    """The modules with experts, in layer order, and the place of each one's first expert in `ffns`."""
+    """The modules that hold experts, in layer order, each with the index of its first expert in `ffns`."""
     return {ffn.module: place for place, ffn in enumerate(ffns) if isinstance(ffn, Expert) and not ffn.index}
 
 
@@ -338,7 +338,7 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
 
 
 def _check_experts(kind: str, expert: FFN, slots: int) -> None:
-    """Raises UserError if a layer's experts compute something else than `routed`, measured on random inputs."""
+    """Raises UserError unless a layer's experts compute what `routed` computes; compares them on random inputs."""
     module: Any = expert.module
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, expert.hidden_size, generator=generator).to(module.down_proj)
@@ -350,11 +350,14 @@ def _check_experts(kind: str, expert: FFN, slots: int) -> None:
     problem = float((own - ours).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if not problem < (1e-3 if hidden.dtype == torch.float32 else 3e-2):
         name = type(module).__name__
-        raise UserError(f"{kind}: {expert.name} ({name}): it computes more than its weights, which is not supported")
+        raise UserError(f"{kind}: {expert.name} ({name}): it does more than apply its weights, which is not supported")
 
 
 class Route(NamedTuple):
-    """The tokens that an expert gets in a forward pass, int64 [n], and which of their experts it is, int64 [n]."""
+    """Which tokens of a forward pass are routed to an expert.
+
+    tokens: int64 [n]; slots: int64 [n], the expert's place among each token's experts.
+    """
 
     tokens: Tensor
     slots: Tensor
@@ -363,10 +366,10 @@ class Route(NamedTuple):
 def routed(
     module: nn.Module, name: str, change: Callable[[int, Expert, Route, Tensor, Tensor], Tensor] | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A forward of all experts in `module`, one after the other on its own tokens.
+    """A forward function for the experts in `module`, which runs each expert in turn on its own tokens.
 
-    change: gets the expert's index, the expert, its route, its input [n, E] and its values at `neuron` [n, D], and
-    returns the values to go on with.
+    change: called with the expert's index, the expert, its route, its input [n, E] and its values at `neuron` [n, D];
+    returns the values that replace the last.
     """
     weight: Any = module.down_proj
     experts = [Expert(f"{name}.{index}", module, index=index) for index in range(len(weight))]
@@ -409,7 +412,7 @@ def _float_linear(children: dict[str, nn.Module], child: str, where: str) -> Lin
 class FFNVisitor(Protocol):
     """Receives tensors from `FFNHooks` during a forward pass, FFN by FFN."""
 
-    route: Route | None = None  # the tokens that the next calls are about; None: all tokens of the pass
+    route: Route | None = None  # the tokens of the calls that follow; None: all tokens of the pass
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Receives the FFN's input, [..., E]."""

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def load_gguf(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     """A GGUF file as a dense model in `dtype`, on the CPU.
 
-    Raises UserError if the file is missing, not a GGUF file, damaged, or of an unsupported kind. Without a tensor
-    `output.weight` the output layer shares the embedding's weights: a GGUF file has no other sign of it.
+    Raises UserError if the file is missing, not a GGUF file, damaged, or of an unsupported kind. If there is
+    no tensor `output.weight`, the output layer shares the embedding's weights; GGUF has no other sign of sharing.
     """
     from transformers import GgufConfig
 
@@ -33,14 +33,14 @@ def load_gguf(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
 
 
 def _check_tensors(path: Path, layers: int) -> list[str]:
-    """The names of tensors that transformers drops without a word. Raises UserError if the file is cut or damaged."""
+    """The names of tensors that transformers drops silently. Raises UserError if the file is cut or damaged."""
     from gguf import GGUFReader
 
     with library_errors(f"model.path={path}: cut short or damaged"):
         tensors = [tensor.name for tensor in GGUFReader(_absolute(path)).tensors]
     blocks = {name: re.match(r"blk\.(\d+)\.", name) for name in tensors}
     beyond = [name for name, block in blocks.items() if block and int(block[1]) >= layers]
-    # The factors of a scaled RoPE, which the configuration that transformers reads does not have either.
+    # `rope_freqs.weight`: the factors of a scaled RoPE. The configuration that transformers reads lacks them too.
     return beyond + [name for name in tensors if name == "rope_freqs.weight"]
 
 
@@ -70,7 +70,7 @@ def _from_gguf(auto_class, path: Path, part: str):
 
 
 def _options(path: Path) -> dict:
-    # An absolute path here and as the folder: transformers would first look for a bare name in the working directory.
+    # Absolute, like the folder's path: transformers would look for a relative path in the working directory first.
     return dict(gguf_file=str(_absolute(path)))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def library_errors(what: str) -> Iterator[None]:
     """Turns any error of a library inside the block into a UserError: `what`, then the error's own words.
 
-    For files damaged in some way, libraries raise errors of many classes, even bare Exceptions.
+    On damaged files, libraries raise errors of many classes, even bare Exceptions.
     """
     try:
         yield
@@ -46,16 +46,16 @@ def check_class(config: "PretrainedConfig", where: str) -> None:
         kind = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise UserError(
             f"{where}: {kind} (model_type {config.model_type}) is not a model that transformers' AutoModelForCausalLM "
-            "loads; docs/your-own-model.md lists the families that work"
+            "loads; docs/families.md lists the families that work"
         )
 
 
 def load_weights(source: str, where: str, **options) -> "PreTrainedModel":
     """The causal language model that transformers makes of `source`, with every weight from its files.
 
-    where: the model, for messages; options: of `from_pretrained`. Raises UserError if the files can't be read, or lack
-    weights or have them in other shapes, which transformers would fill with random numbers. Says on stderr which
-    tensors of the files it ignored.
+    where: the model, for messages; options: for `from_pretrained`. Raises UserError if the files can't be read, or if
+    weights are missing or have other shapes; transformers would fill these with random numbers. Names on stderr the
+    tensors of the files that it ignored.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,13 +80,13 @@ def load_weights(source: str, where: str, **options) -> "PreTrainedModel":
         )
     tell_ignored(where, kind, sorted(info["unexpected_keys"]))
     if model.config.get_text_config() is not model.config:
-        _tell(f"{where}: {kind} also reads other input than text, which is not used")
+        _tell(f"{where}: {kind} also reads input other than text; only its text part runs")
     return model
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Within the block, transformers does not log its table of missing and ignored weights, which we say in a line."""
+    """Keeps transformers from logging its table of missing and ignored weights; we report them in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
     is_other = lambda record: "LOAD REPORT" not in str(record.msg)
     logger.addFilter(is_other)
@@ -97,7 +97,7 @@ def _without_report() -> Iterator[None]:
 
 
 def tell_ignored(where: str, kind: str, names: Sequence[str]) -> None:
-    """Says on stderr which tensors of a checkpoint the model has no place for, if there are any."""
+    """Names on stderr the tensors of a checkpoint that the model has no use for, if there are any."""
     if names:
         _tell(f"{where}: {kind} ignores these tensors of its files: {shown_names(names)}")
 

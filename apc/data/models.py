@@ -149,10 +149,11 @@ def weights_digest(model: "PreTrainedModel") -> str:
 
 
 def weights_sample(model: nn.Module) -> dict[str, str]:
-    """Identifies a model's weights within milliseconds, also if they are held in another floating-point type.
+    """Digests that identify a model's weights, also after a conversion to another floating-point type.
 
-    For each type the sha256 of 64 values of every parameter, spread evenly over it and rounded to the type; and the
-    FFNs' own type as `dtype`. A change that leaves all these values as they are, as of a few rows, is missed.
+    For each type: the sha256 of 64 evenly spaced values of every parameter, rounded to that type. `dtype`: the type
+    that the FFNs have. Takes milliseconds. A change that leaves all these values as they are, such as an edit of a few
+    rows, is missed.
     """
     digests = {dtype: hashlib.sha256() for dtype in DTYPES}
     for name, parameter in sorted(model.named_parameters()):
@@ -173,11 +174,12 @@ class OtherWeights(NamedTuple):
 
 
 def other_weights(model: nn.Module, made: dict) -> OtherWeights | None:
-    """Whether a model has other weights than the one in a codebook's provenance `made`; None if not, or not known.
+    """How a model's weights differ from those that a codebook was fitted with; None if they agree, or it is not known.
 
-    Two types are compared after rounding to the coarser one. A codebook of a version before 0.2 has only a digest of
-    all weights, which takes seconds for a large model. It also covers their type, and the configuration with the
-    defaults of transformers' version, so a difference only means that the weights are perhaps others.
+    made: the codebook's provenance. Weights of two types are compared after rounding to the coarser one. A codebook of
+    version 0.1 has only a digest of all weights, which takes seconds to compute for a large model. That digest also
+    covers the weights' type and the configuration with transformers' defaults. So if it differs, the weights may still
+    be the same, and the condition says `perhaps`.
     """
     condition = "other than fitted"
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -1,9 +1,9 @@
 """How much of a text is also in another text, from samples of their word sequences.
 
 A sequence is `WORDS` consecutive words, regardless of case, punctuation, spacing and line breaks. In scripts without
-spaces between words, three characters count as a word. Lines of `SHORTEST` words or more that are shorter than a
-sequence count whole, so that short documents are found in any order. A sample has the sequences with the smallest
-hashes: memory does not grow with the text, and samples of two texts agree on the sequences that both texts have.
+spaces between words, three characters count as a word. A line of `SHORTEST` to `WORDS` - 1 words is also a sequence,
+so that short documents are recognised in any order. A sample keeps the sequences with the smallest hashes. So memory
+does not grow with the text, and a sequence with a small hash that two texts share is in the samples of both.
 """
 
 import unicodedata
@@ -19,10 +19,10 @@ from apc.utils.errors import UserError
 from apc.utils.tensor_files import load_tensors, save_tensors
 
 WORDS = 8
-SHORTEST = 4  # words of a line; shorter ones, such as headings, recur in unrelated texts
+SHORTEST = 4  # words of a line; shorter lines, such as headings, recur in unrelated texts
 SAMPLE = 1 << 19  # most sequences in a sample; their hashes take 4 MiB
 _CHUNK = 1 << 20  # characters that are hashed at a time
-_WORD, _CHARACTER = 3, 1  # length of a word, and of a character where words are not separated, in thirds of a word
+_WORD, _CHARACTER = 3, 1  # in thirds of a word: a word; a character in scripts without spaces
 _UNSPACED = (  # Thai and Lao, Myanmar, Khmer, kana, Han
     *((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100), (0x31F0, 0x3200)),
     *((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)),
@@ -34,8 +34,9 @@ _KIND, _VERSION = "apc-fit-sequences", 1  # of the file in a run's folder
 class Sequences:
     """A sample of a text's sequences.
 
-    hashes: uint64 [n], distinct and ascending; words: float32 [n], the words of its line that a sequence stands for, 0
-    if it spans several lines; short: bool [n], whether it is a line shorter than a sequence.
+    hashes: uint64 [n], distinct and ascending; short: bool [n], whether the sequence is a whole line of fewer than
+    `WORDS` words; words: float32 [n], the sequence's part of its line's words (all of them for a short line, else the
+    line's words divided by its sequences), 0 if it spans several lines.
     """
 
     hashes: np.ndarray
@@ -65,8 +66,8 @@ def sample(text: str) -> Sequences:
 def shared(text: Sequences, other: Sequences) -> float:
     """The share of a text's distinct sequences that another text has too, from 0 to 1.
 
-    Where lines are in another order, sequences across line breaks differ. So the share is that of the words in lines
-    that recur, whole or by their sequences, if this is larger.
+    If the lines are in another order, sequences across line breaks differ. So the words of recurring short lines and of
+    recurring sequences within lines are counted too. The larger of the two counts is the numerator.
     """
     compared = text.hashes <= np.uint64(min(text.bound, other.bound))
     recurs = np.isin(text.hashes[compared], other.hashes, assume_unique=True)
@@ -76,16 +77,16 @@ def shared(text: Sequences, other: Sequences) -> float:
 
 
 def save(path: Path, sequences: Sequences, digest: str) -> None:
-    """Writes the hashes to a file. digest: of the text's windows."""
+    """Writes the hashes to a file. digest: that of the text's windows."""
     hashes = torch.tensor(sequences.hashes.view(np.int64).tolist(), dtype=torch.int64)
     save_tensors(path, _KIND, _VERSION, {"text": digest}, {"hashes": hashes})
 
 
 def load(path: Path, digest: str | None) -> Sequences:
-    """The sequences in a file. Raises UserError if it is damaged, or of a text with another digest."""
+    """The sequences in a file. Raises UserError if it is damaged or its text has another digest."""
     header, tensors = load_tensors(path, _KIND, (_VERSION,))
     if not isinstance(header, dict) or header.get("text") != digest:
-        raise UserError(f"{path}: of another fit text than the codebook; restore it from a copy, or delete it")
+        raise UserError(f"{path}: belongs to another fit text than the codebook; restore it from a copy, or delete it")
     hashes = tensors["hashes"].numpy().view(np.uint64)
     return Sequences(hashes, np.zeros(len(hashes), np.float32), np.zeros(len(hashes), bool))
 
@@ -98,7 +99,7 @@ def _smallest(parts: list[Sequences]) -> Sequences:
 
 
 def _sequences(text: str) -> Iterator[Sequences]:
-    """All sequences of the text, of `_CHUNK` characters at a time."""
+    """Yields all sequences of the text, `_CHUNK` characters at a time."""
     rest, begins_line = "", True
     for start in range(0, len(text), _CHUNK):
         part = rest + unicodedata.normalize("NFKC", text[start : start + _CHUNK]).casefold()
@@ -138,7 +139,7 @@ def _sequences(text: str) -> Iterator[Sequences]:
 
 @cache
 def _lengths() -> np.ndarray:
-    """What each code point below 0x40000 adds to a word; 0 for those that separate words."""
+    """For each code point below 0x40000: `_WORD` if it is part of a word, `_CHARACTER`, or 0 if it separates words."""
     lengths = np.array(
         [_WORD if unicodedata.category(chr(code))[0] in "LMN" else 0 for code in range(0x40000)], np.uint8
     )
@@ -148,7 +149,7 @@ def _lengths() -> np.ndarray:
 
 
 def _spans(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """A polynomial of the values in each span [begin, end), modulo 2**64."""
+    """A polynomial hash of the values in each span [begin, end), modulo 2**64."""
     base, inverse = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xF1DE83E19937733D)  # their product is 1
     powers = np.cumprod(np.full(len(values), base))
     sums = np.append(np.uint64(0), np.cumsum(values.astype(np.uint64) * powers))

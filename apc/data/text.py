@@ -40,8 +40,8 @@ class Windows:
     """Token windows of one source.
 
     tokens: int64 [n, seq_len]; source: its name without folders; documents: number of documents in it; digest: sha256
-    of token ids and seq_len alone; bos: the BOS token that every window begins with, None: windows have none;
-    sequences: of a fit text, a sample of its word sequences; overlap: the share of a score text's in the fit text.
+    of token ids and seq_len alone; bos: the BOS token that every window begins with, or None; sequences: for a fit
+    text, a sample of its word sequences; overlap: for a score text, the share of its sequences that the fit text has.
     """
 
     tokens: torch.Tensor
@@ -72,7 +72,7 @@ class Text:
 
     @property
     def joined(self) -> str:
-        """The documents with blank lines between them, without BOMs."""
+        """The documents with blank lines between them, without byte order marks."""
         return "\n\n".join(document.removeprefix("\ufeff") for document in self.documents)
 
 
@@ -142,10 +142,10 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def check_positions(cfg: DataConfig, config: Any) -> None:
-    """Raises UserError if windows are longer than the context of a model; config: transformers' configuration of it."""
+    """Raises UserError if windows are longer than the model's context. config: the model's, from transformers."""
     inner = config.get_text_config()
     positions = getattr(inner, "max_position_embeddings", None)
-    factor = (getattr(inner, "rope_parameters", None) or {}).get("factor") or 1  # some models list positions without it
+    factor = (getattr(inner, "rope_parameters", None) or {}).get("factor") or 1  # some give positions before scaling
     if positions and cfg.seq_len > positions * factor:
         raise UserError(
             f"data.seq_len={cfg.seq_len}: the model has {positions} positions (max_position_embeddings); "
@@ -235,12 +235,12 @@ def _split_folder(path: Path, role: str) -> Path:
         return path / SPLITS[role]
     splits = sorted(each.parent.name for each in path.glob("*/state.json"))
     raise UserError(
-        f"data.{role}: {path} has no split {SPLITS[role]} but {', '.join(splits) or 'none'}: name the folder of a split"
+        f"data.{role}: {path} has no split {SPLITS[role]}, only {', '.join(splits) or 'none'}: name a split's folder"
     )
 
 
 def _read_file(path: Path, key: str) -> list[str]:
-    """The documents of a file or a saved dataset: a plain text is one, else each row is one. Raises UserError."""
+    """The documents of a file or a saved dataset: a plain-text file is one, else each row is one. Raises UserError."""
     suffix = path.suffix.lower()
     try:
         if (path / "state.json").is_file():
@@ -298,7 +298,7 @@ def _read_saved(path: Path, key: str) -> list[str]:
 
 
 def _string_columns(schema: "Schema") -> list[str]:
-    """Names of the columns of strings, also of those that are stored as a dictionary."""
+    """Names of the columns of strings, including dictionary-encoded ones."""
     from pyarrow import types
 
     plain = (types.is_string, types.is_large_string, types.is_string_view)

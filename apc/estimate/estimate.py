@@ -65,7 +65,7 @@ class ModelShape:
     widths: dict[str, int]  # neurons at each of the run's sites
     projections: int  # matrices in an FFN, 2 without a gate
     origin: str  # the source of these numbers, for the table
-    config: Any  # the model's, of transformers
+    config: Any  # the model's, from transformers
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _shape(
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     ffns = find_ffns(model)
     if has_experts(ffns):
-        raise UserError("--dry-run: mixtures of experts are not estimated; leave out --dry-run")
+        raise UserError("--dry-run: mixtures of experts can't be estimated; leave out --dry-run")
     inner = config.get_text_config()
     own = stored or (getattr(torch, inner.dtype) if isinstance(inner.dtype, str) else inner.dtype) or torch.float32
     parameters = sum(value.numel() for value in model.parameters())

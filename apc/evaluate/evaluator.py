@@ -69,7 +69,7 @@ class Evaluator:
         self.codebook = self.codebook.to(self.device)
         self.predictor = self.predictor.to(self.device) if self.predictor is not None else None
         self.share = range(*distributed.share(len(self.windows)))  # this rank's windows
-        self._policy_losses: dict[str, Tensor] = {}  # of the last `policies`, float64 [n] each
+        self._policy_losses: dict[str, Tensor] = {}  # from the last call of `policies`, float64 [n] each
 
     def policies(
         self, names: list[str], progress: bool = True, on_record: Callable[[dict], None] = lambda record: None
@@ -92,7 +92,7 @@ class Evaluator:
         return [records[name] for name in names]
 
     def warnings(self) -> list[str]:
-        """Signs in the losses of the last `policies` that the evaluation is wrong, as sentences; usually empty.
+        """Sentences on losses of the last `policies` that suggest a wrong evaluation; usually empty.
 
         A dense model should predict the text better than the frequencies of its own tokens do, and a masked model
         should not predict better than the dense one, unless it was tuned.
@@ -107,8 +107,8 @@ class Evaluator:
         below = [name for name, losses in self._policy_losses.items() if is_below(losses, dense)]
         is_tuned = bool(self.codebook.provenance.get("tune"))
         for tuned, reason in (
-            (False, "Masks only take away, so the evaluation is probably wrong"),
-            (True, "Tuning on text of this kind can do that; if it was not of this kind, the evaluation is wrong"),
+            (False, "Masks only remove neurons, so the evaluation is probably wrong"),
+            (True, "Tuning on similar text can do that; if the fit text was not similar, the evaluation is wrong"),
         ):
             if names := [name for name in below if (is_tuned and facts(name).uses_codebook) == tuned]:
                 warnings.append(f"{', '.join(names)}: perplexity below the dense model's. {reason}: {_LOOK_AT}.")

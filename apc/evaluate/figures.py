@@ -249,7 +249,7 @@ def speed_figure(results: dict, path: Path) -> bool:
     axes.margins(0.18)
     axes.set_xlim(0, 1.15 / min(policy.get("seconds_low", policy["seconds_per_token"]) for policy in policies))
     ylabel = "perplexity; hollow: prefill sparse too"
-    plain_axes(axes, xlabel="tokens per second, one sequence; bar: all rounds", ylabel=ylabel)
+    plain_axes(axes, xlabel="tokens per second, one sequence; bar: range of rounds", ylabel=ylabel)
     place_labels(axes, labels)
     return _save(figure, path)
 

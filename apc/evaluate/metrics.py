@@ -15,8 +15,9 @@ from apc.evaluate.tables import MIN_WINDOWS
 from apc.sparse.policies import MaskInputs
 from apc.utils import distributed
 
-# A loss is suspect if it is more nats below the dense model's. Masks that drop little may help a little: at sparsity
-# 0.05 the policy `exact` on SmolLM2 differs from dense by -0.00008 ± 0.0001 nats (bundled text, 16 windows of 512).
+# A loss is suspect if it is below the dense model's by more than this many nats. Masks that drop little may help a
+# little: at sparsity 0.05 the policy `exact` on SmolLM2 differs from dense by -0.00008 ± 0.0001 nats (bundled text, 16
+# windows of 512).
 MIN_GAIN = 0.005
 BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes, in tokens, for which the union of the masks is measured
 _FIELDS = (
@@ -71,7 +72,7 @@ class MaskMeter:
         return distributed.all_sum(self._sums.clone())
 
 
-@lru_cache(256)  # experts get any number of tokens
+@lru_cache(256)  # bounded, because experts get all kinds of numbers of tokens
 def _shuffled(n: int) -> Tensor:
     """A random order in which n tokens form batches, the same for all layers and policies."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(n))
@@ -111,8 +112,8 @@ def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
 def site_densities(totals: Tensor, sites: list[str], experts: int = 0) -> dict[str, list[float]]:
     """The density of the masks at each site of each layer; totals: [sites, L, fields].
 
-    experts: as in `Codebook`. The density of a layer with experts is over all their tokens: experts differ in how many
-    they get, and some get none.
+    experts: as in `Codebook`. In a mixture, a layer's density averages over all tokens of its experts, because experts
+    get different numbers of tokens, and some get none.
     """
     if experts:
         totals = totals.unflatten(1, (-1, experts)).sum(2)
@@ -152,7 +153,7 @@ def perplexity_ratio(losses: Tensor, dense: Tensor) -> tuple[float, float | None
 
 
 def is_below(losses: Tensor, dense: Tensor) -> bool:
-    """Whether a perplexity is below the dense model's by more than MIN_GAIN and chance, at 95 %.
+    """Whether losses are below the dense model's by more than MIN_GAIN, and significantly so at the 95 % level.
 
     losses, dense: float64 [n].
     """

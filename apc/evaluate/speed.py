@@ -4,13 +4,14 @@ The first half of each scored window is a prompt. The second half is then scored
 after a dense prefill, as in real use. On a GPU each token of the second half is one step of the same CUDA graph that is
 timed.
 
-A machine's speed drifts, and other work on it comes and goes. So policies are timed in rounds, in turn: dense, a, b,
-dense, a, b, …, dense. Each time is compared with the dense model's at that moment, interpolated between the dense times
-before and after it, so that a steady drift cancels. Differences between rounds show the noise. On the CPU, decoders of
-all policies exist side by side, and there are eight short rounds. On a GPU a policy's CUDA graph is of no use once its
-sparse FFNs are taken out, because these store the down projections elsewhere, and recording it again takes half a
-minute. A GPU's times are steady, so a policy is timed twice with one graph, before and after its scoring, and the dense
-model once more at the end: dense, dense, a, a, b, b, dense.
+A machine's speed drifts, and other work on it comes and goes. So policies are timed in turn, in rounds: dense, a, b,
+dense, a, b, …, dense. Each time is compared with the dense model's time at that moment, which is interpolated between
+the dense times before and after it. So a steady drift cancels, and differences between rounds show the noise.
+
+On the CPU, decoders of all policies exist side by side, and there are eight short rounds. On a GPU, removing a policy's
+sparse FFNs makes its CUDA graph useless, because the down projections move in memory. Recording a graph again takes
+half a minute. But a GPU's times are steady. So a policy is timed twice with one graph, before and after its scoring,
+and the dense model once more at the end: dense, dense, a, a, b, b, dense.
 
 Shape letters: n windows, S tokens in a window, V entries of the vocabulary.
 """
@@ -43,7 +44,7 @@ from apc.utils.progress import progress as progress_bar
 WINDOWS = 32  # most windows to score
 CONTINUED = 4  # windows whose prompts are also continued greedily
 NEW_TOKENS = 64  # of each continuation
-ROUNDS = {"cpu": 8, "cuda": 2}  # times that a policy is timed
+ROUNDS = {"cpu": 8, "cuda": 2}  # how often a policy is timed
 TIMED_STEPS = 32  # of a policy, in all rounds together
 
 
@@ -162,7 +163,7 @@ class Timing:
 
 
 def paired_ratios(times: Sequence[Timing]) -> dict[str, list[float]]:
-    """For each policy, in each round, the dense model's time at that moment over its own.
+    """For each policy and round: the dense model's time at that moment, divided by the policy's.
 
     times: in order; the first and the last are dense. The dense time at a moment is interpolated between the ones
     before and after it.
@@ -176,10 +177,10 @@ def paired_ratios(times: Sequence[Timing]) -> dict[str, list[float]]:
 
 
 def speed_up(ratios: Sequence[float], bytes_share: float | None) -> dict[str, float | str | None]:
-    """The speed-up over dense: the median of the rounds' ratios, and their range without the outermost eighths.
+    """The speed-up over dense: the median of the rounds' ratios, and their range without the highest and lowest eighth.
 
     `times_dense` is None where a figure would mislead, and `unclear` says why: rounds disagree about which is faster,
-    or all of them gain more than reading only `bytes_share` of the dense FFN's bytes can.
+    or they gain more than is possible by reading only `bytes_share` of the dense FFN's bytes.
     """
     ordered = sorted(ratios)
     cut = len(ordered) // 8
@@ -192,8 +193,8 @@ def speed_up(ratios: Sequence[float], bytes_share: float | None) -> dict[str, fl
         )
     elif low > most:
         unclear = (
-            f"rounds gave {low:.2f} to {high:.2f} × the dense speed, but its bytes explain at most {most:.2f} ×; "
-            "other work slowed the dense model, or something in it is slow: measure again on a quiet machine"
+            f"rounds gave {low:.2f} to {high:.2f} × the dense speed, but the bytes read allow at most {most:.2f} ×; "
+            "other work slowed the dense model, or it is slow by itself: measure again on a quiet machine"
         )
     figures = {"times_low": low, "times_high": high, "unclear": unclear}
     return {"times_dense": None if unclear else statistics.median(ordered)} | figures
@@ -292,7 +293,7 @@ def _recorded(model: nn.Module, windows: Tensor, half: int) -> GreedyDecoder:
 
 
 def _time(policy: str, decoder: GreedyDecoder, prompt: Tensor | None = None) -> Timing:
-    """The median time of one round's steps, after a step that is not timed; prompt: what they follow, if it is new."""
+    """The median time of one round's steps, after one untimed step. prompt: if given, prefilled first."""
     if prompt is not None:
         decoder.prefill(prompt)
     decoder.step()

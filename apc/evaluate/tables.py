@@ -31,11 +31,11 @@ MEANINGS = (
     "interval. bytes: FFN weights read per token, against the dense FFN."
 )
 WIDE_INTERVAL = "a ×÷ f: from a / f to a × f, where a range is too wide for ±."
-# An interval needs the spread over windows. With 8 windows the standard deviation itself is known to about a quarter
-# (1 / √(2 · 7)), and Student's factor is 2.4. With 2 windows it is known to 70 %, and the factor is 12.7.
+# An interval needs the spread over windows. With 8 windows the standard deviation itself is uncertain by a quarter (1 /
+# √(2 · 7)), and Student's factor is 2.4. With 2 windows it is uncertain by 70 %, and the factor is 12.7.
 MIN_WINDOWS = 8
 NO_INTERVAL = (
-    f"no 95 % interval for fewer than {MIN_WINDOWS} score windows: too few; raise data.score_windows, or score a "
+    f"fewer than {MIN_WINDOWS} score windows are too few for a 95 % interval; raise data.score_windows, or score a "
     "longer text."
 )
 FIRST_TOKEN = (
@@ -44,7 +44,7 @@ FIRST_TOKEN = (
 )
 MORE = "--wide shows all columns."
 # A range that is symmetric on the log scale is printed as ± if half of it is at most this share of the value: its ends
-# are then off by 3 % of the value at most.
+# are then off by at most 3 % of the value.
 _MAX_SYMMETRIC = 0.25
 
 
@@ -291,13 +291,13 @@ def policies_table(results: dict, markdown: bool = False, wide: bool = False) ->
     zeros = max((policy.get("zeros") or 0.0 for policy in policies), default=0.0)
     if zeros >= 0.01:
         notes.insert(
-            1, f"exact zeros: {percent(zeros)} % of the dense model's activations, as its activation gives them."
+            1, f"exact zeros: {percent(zeros)} % of the dense model's activations (after its activation function)."
         )
     return _document(results, [record_grid(POLICY_COLUMNS, policies, markdown, wide)], notes, markdown, wide)
 
 
 def footnotes(policies: Iterable[dict]) -> list[str]:
-    """The explanations of signs in a table, each where one of the policies has it."""
+    """Explanations of the signs that occur in the rows of these policies."""
     notes = {BOUND: star, MOVED: _density_moves, WIDE_INTERVAL: _is_wide, NO_INTERVAL: _lacks_interval}
     policies = list(policies)
     return [note for note, has in notes.items() if any(map(has, policies))]
@@ -308,7 +308,7 @@ def _lacks_interval(policy: dict) -> bool:
 
 
 def warnings(results: dict) -> list[str]:
-    """What makes the run's figures suspect, a line each."""
+    """The run's warnings about suspect figures, one line each."""
     return [f"WARNING: {warning}" for warning in results.get("warnings") or ()]
 
 

@@ -167,7 +167,7 @@ class LowBitScores(nn.Module):
 
 
 def check_projections(ffns: list[FFN], projections: list[str]) -> None:
-    """Raises UserError if a gate is to be copied that the FFNs do not have."""
+    """Raises UserError if the copy would include a gate but the FFNs have none."""
     if "gate" in projections and not ffns[0].gated:
         raise UserError(
             f"predictor.low_bit_projections={projections}: the model's FFNs have no gate; "

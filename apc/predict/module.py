@@ -203,7 +203,7 @@ class PredictorModule(StepModule):
         return sum(terms[1:], start=terms[0])
 
     def _labels(self, site: str, block: Block) -> Tensor:
-        """The clusters of a block's rows, int64 [L, n]; −100 for rows without a token, which cross_entropy ignores."""
+        """The clusters of a block's rows, int64 [L, n]; −100 for padding, which cross_entropy ignores."""
         if block.positions.dim() == 1:
             return self.labels[site][:, block.positions].long()
         ids = self.labels[site].gather(1, block.positions.clamp_min(0)).long()
@@ -225,12 +225,12 @@ class PredictorModule(StepModule):
 
 
 def _mean(values: Tensor, block: Block) -> Tensor:
-    """The mean of values [L, n], one for each row of a block, without rows that have no token."""
+    """The mean of values [L, n], one for each row of a block, over rows that are not padding."""
     return values.mean() if block.positions.dim() == 1 else values[block.positions >= 0].mean()
 
 
 def _row_means(values: Tensor, block: Block) -> Tensor:
-    """The means of values [L, n] over n, [L], without rows that have no token; NaN for an FFN without any."""
+    """The means of values [L, n] over rows that are not padding, [L]; NaN for an FFN that has only padding."""
     if block.positions.dim() == 1:
         return values.mean(1)
     rows = (block.positions >= 0).to(values.dtype)

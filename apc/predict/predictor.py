@@ -92,7 +92,7 @@ class Predictor(nn.Module):
         self.reduce = nn.Parameter(nn.init.normal_(torch.empty(L, E, H), std=E**-0.5)) if has_bottleneck else None
         self.reduce_bias = nn.Parameter(torch.zeros(L, H)) if has_bottleneck else None
         self.expand, self.expand_bias = nn.ParameterDict(), nn.ParameterDict()
-        # In order of names, which decides the initial weights that each site draws.
+        # Sorted, so that each site draws the same initial weights in whatever order sites are given.
         for site, count in sorted(self.outputs.items()) if self.low_bit is None else ():
             self.expand[site] = nn.Parameter(nn.init.normal_(torch.empty(L, H, count), std=H**-0.5))
             self.expand_bias[site] = nn.Parameter(torch.zeros(L, count))

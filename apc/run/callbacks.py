@@ -29,7 +29,7 @@ MONITORED = ("perplexity", "ratio", *LAYER_MONITORED)
 class CheckedCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoints, with what they were made from and a checksum, which `checksum_problem` compares.
 
-    made_from: identifies the training's input, by plain values that JSON can hold.
+    made_from: identifies the training's input; its values can be stored as JSON.
     """
 
     def __init__(self, made_from: dict) -> None:

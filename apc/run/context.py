@@ -51,17 +51,17 @@ def load_inputs(
 def load_scored(
     cfg: Config, device: torch.device, run: RunFolder, codebook: Codebook
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Windows]:
-    """Model, tokenizer, and the windows to score for a run that is fitted.
+    """Model, tokenizer, and the windows to score, for a run that is already fitted.
 
-    The fit text is read only if the run's folder, of an older version, has no sample of its sequences. Raises UserError
-    if it is not the text that the run was fitted on.
+    The fit text is read only if the run's folder has no sample of its sequences, as in runs of version 0.1. Raises
+    UserError if it is not the text that the run was fitted on.
     """
     path, made, fitted = run.fit_sequences, codebook.provenance, load_saved(run.config).data.fit
     digest = made.get("patterns", {}).get("text")
     if path.is_file() and cfg.data.fit != fitted:
         raise UserError(
             f"data.fit: the run was fitted with {fitted}, evaluate.py can't change that and does not "
-            "read it; leave data.fit out"
+            "need the text; leave data.fit out"
         )
     with distributed.main_first():
         fit = None
@@ -74,7 +74,7 @@ def load_scored(
     if fit is not None and split_windows(cfg, _cut(cfg, fit, model, tokenizer), scored)[0].digest != digest:
         raise UserError(
             f"data.fit={cfg.data.fit}: not the text that the run was fitted on ({made['fit']}), or another tokenizer; "
-            "give its place with data.fit=FILE"
+            "give that text: data.fit=FILE"
         )
     return model, tokenizer, scored
 

@@ -136,8 +136,8 @@ def stage_records(run: RunFolder) -> dict[str, dict]:
 def open_run(cfg: Config) -> Iterator[RunFolder]:
     """Creates the run's folder, or resumes an existing one, and locks it during the block.
 
-    Raises UserError if the folder holds a run of another configuration, or another process works in it, or its name is
-    no folder's name.
+    Raises UserError if run.name can't be a folder's name, the folder holds a run of another configuration, or another
+    process works in it.
     """
     check_names(cfg)
     run = RunFolder(Path(cfg.run.dir) / (cfg.run.name or new_name()))

@@ -119,14 +119,15 @@ def check_patterns(path: Path, codebook: Codebook, identity: dict) -> None:
 
 
 def _digest(provenance: dict) -> str:
-    """Identifies what has this provenance; the same whether it was just made or read from its file."""
+    """A digest of a codebook's or predictor's provenance; the same whether it was just made or read from its file."""
     return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
 
 
 def _check_source(path: Path, made_from: dict, needed: dict, source: str) -> None:
     """Raises UserError unless both provenances are equal.
 
-    made_from: of what a finished file was made from; needed: of what this run has; source: its name.
+    made_from: provenance of the input that the file at `path` was made from; needed: that of this run's input; source:
+    what the input is, for the message.
     """
     if made_from != needed:
         raise UserError(f"{path}: made from another {source}; delete it to make it again, or choose another run.name")

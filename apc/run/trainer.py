@@ -125,17 +125,17 @@ def fit(trainer: Trainer, module: LightningModule, data: ResumedDataModule, chec
 
 
 def differing(made_from: dict, needed: dict) -> str:
-    """The names of what differs between two identities of a stage's input; empty if nothing does."""
+    """The names of the entries that differ between two identities of a stage's input, as text; empty if none do."""
     meaning = {"weights": "model weights", "text": "fit text or windows"}
     names = [key for key in needed | made_from if made_from.get(key) != needed.get(key)]
     return ", ".join(meaning.get(key, key) for key in names)
 
 
 def check_checkpoint(path: Path, module: LightningModule, steps: int, made_from: dict) -> None:
-    """Raises UserError unless the file is a whole checkpoint of a module with these shapes, and of the same input.
+    """Raises UserError unless the file is a whole checkpoint of a module with these shapes, trained on the same input.
 
     steps: the length of the learning rate's schedule, if there is one; another length is an error too. made_from: see
-    `CheckedCheckpoints`. A checkpoint without it, from a version before 0.2, could be of any input, so it is refused.
+    `CheckedCheckpoints`. A checkpoint of version 0.1 lacks it, so its input is unknown and it is refused.
     """
     start_again = "delete it to train from the start"
     try:
@@ -149,7 +149,7 @@ def check_checkpoint(path: Path, module: LightningModule, steps: int, made_from:
     if problem := checksum_problem(checkpoint):
         raise UserError(f"{path}: damaged ({problem}); {start_again}")
     if MADE_FROM not in checkpoint:
-        raise UserError(f"{path}: does not say which model and text it is of; {start_again}")
+        raise UserError(f"{path}: does not say which model and text it was made from; {start_again}")
     if names := differing(checkpoint[MADE_FROM], made_from):
         raise UserError(
             f"{path}: made from other input ({names} differ); choose another run.name, use the model and text that it "

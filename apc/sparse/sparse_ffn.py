@@ -35,8 +35,8 @@ KERNELS = ("auto", "triton", "torch")
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
 _BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
-# Sizes (root mean square) of the gate's values at which an FFN is compared with the kernels' formula: small ones, and
-# large ones that a clamp changes. Products of larger ones would overflow in float16.
+# Root mean squares of the gate's values at which an FFN is compared with the kernels' formula: a small one, and large
+# ones that a clamp would change. In float16, products of larger values would overflow.
 _CHECKED_SIZES = {torch.float16: (1.0, 30.0), torch.bfloat16: (1.0, 30.0, 1000.0), torch.float32: (1.0, 30.0, 1000.0)}
 _TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative, from rounding alone
 _ACTIVATIONS = {
@@ -71,7 +71,7 @@ def activation_of(ffn: FFN) -> str:
 
 
 def check_call(ffn: FFN) -> None:
-    """Raises UserError if an FFN's forward takes more than its input, as FFNs shared by layers do."""
+    """Raises UserError if an FFN's forward takes more than its input, as the forward of a shared FFN does."""
     _, *others = inspect.signature(ffn.module.forward).parameters.values()
     names = [other.name for other in others if other.kind not in (other.VAR_POSITIONAL, other.VAR_KEYWORD)]
     if names:
@@ -140,7 +140,7 @@ class SparseFFNs:
         for ffn in ffns:
             check_call(ffn)
         check_policy(policy)
-        self._warned = False  # that a forward pass was dense
+        self._warned = False  # whether a dense forward pass was reported
         self._clear()
 
     def _clear(self) -> None:
@@ -158,7 +158,7 @@ class SparseFFNs:
     def install(self, model: nn.Module) -> "SparseFFNs":
         """Puts the sparse FFNs into the model, and measures the crossover if `kernel=auto` leaves it open.
 
-        Raises UserError, with the model as before, if an FFN computes something else than the kernels.
+        Raises UserError, and leaves the model as it was, if an FFN does not compute what the kernels compute.
         """
         assert self.policy.kernel is not None  # as `check_policy` ensures
         make, dense_calls = _SPARSE_FFNS[self.policy.kernel], []
@@ -235,7 +235,7 @@ class SparseFFNs:
             if others:
                 problem = f"it was called with {1 + len(others)} arguments, kernels take its input only"
                 raise UserError(f"{sparse.ffn.name}: {problem}; use kernel=None")
-            if not torch.compiler.is_compiling():  # before a compiled pass there are others
+            if not torch.compiler.is_compiling():  # uncompiled passes, which run first, have checked it
                 sparse.follow_changes()
             hidden = x.reshape(-1, x.shape[-1])
             if len(hidden) > self.max_sparse_tokens:
@@ -247,7 +247,8 @@ class SparseFFNs:
     def _warn_if_dense(self, _model: nn.Module, inputs: tuple, named: dict) -> None:
         """Says once, in one line, that a forward pass gives the dense model's results.
 
-        A pass of several tokens a sequence with a cache is a prefill, as in `generate`, unless it has labels.
+        A prefill, as in `generate`, is not reported: a pass with a cache, without labels, and with several tokens per
+        sequence.
         """
         if self._warned or torch.compiler.is_compiling():
             return
@@ -260,7 +261,7 @@ class SparseFFNs:
         if tokens is None or prefill or tokens.numel() <= self.max_sparse_tokens:
             return
         self._warned = True
-        problem = f"a forward pass of {tokens.numel()} tokens runs dense, as any of more than {self.max_sparse_tokens}"
+        problem = f"a forward pass of {tokens.numel()} tokens runs dense, as any above {self.max_sparse_tokens} does"
         advice = "apc.sparsify(…, scoring=True) runs all passes under the masks"
         print(f"apc: {problem}: its results are the dense model's; {advice}", file=sys.stderr)
 

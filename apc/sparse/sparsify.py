@@ -64,8 +64,8 @@ def sparsify(
     Args:
         model: a Hugging Face causal language model.
         codebook, predictor: as `Codebook.load` and `Predictor.load` return them; moved to the model's device.
-        policy: a name in `apc.sparse.policies.POLICIES`. None: the policy that the predictor was trained for, without a
-            predictor `static`.
+        policy: a name in `apc.sparse.policies.POLICIES`. None: the policy that the predictor was trained for, or
+            `static` without a predictor.
         seed: decides the masks of the policy `random`.
         kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
             mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if the model is on an
@@ -74,9 +74,10 @@ def sparsify(
             the crossover (0 if sparse is never faster, as in small models), `triton` uses the kernels' limit, and
             `torch` uses one token. math.inf: all calls run sparse.
         scoring: with a kernel, calls of any number of tokens run sparse, so that scores of whole sequences are those of
-            the masked model. Without a kernel masks hold for all tokens anyway.
-        strict: whether other weights than those that the codebook was fitted with are an error. They are a warning
-            otherwise, because a fine-tuned model may be meant. `weights_sample` says which changes are missed.
+            the masked model. Without a kernel, masks apply to all tokens anyway.
+        strict: decides what happens if the model's weights are not those that the codebook was fitted with. True: an
+            error. False: a warning, because a fine-tuned model may be meant. `weights_sample` says which changes are
+            missed.
 
     Raises:
         UserError: codebook or predictor belong to another model, the policy is unknown, its predictor is missing, no
@@ -118,7 +119,7 @@ def sparsify(
 
 
 def _refuse_copy(_protocol: int) -> NoReturn:
-    """In place of an FFN's `__reduce_ex__`, which copy.deepcopy and pickle call: its hooks belong to one model."""
+    """Replaces an FFN's `__reduce_ex__`, which copy.deepcopy and pickle call: hooks must not be copied with a model."""
     problem = "a model that apc.sparsify changed can't be copied or pickled"
     raise UserError(f"{problem}; call apc.restore(model) first, and apc.sparsify with the copy")
 

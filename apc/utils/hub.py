@@ -14,7 +14,7 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 
 def is_cached(model: str, revision: str | None) -> bool:
-    """Whether the local cache has the configuration of a model of the hub."""
+    """Whether the local cache has the configuration of a model on the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)

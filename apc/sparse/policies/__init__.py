@@ -37,7 +37,7 @@ def default_policies() -> list[str]:
 
 
 def default_policy(codebook: Codebook, predictor: Predictor | None) -> str:
-    """The policy of `sparsify` if none is named: that of the predictor, without a predictor one that needs none."""
+    """The policy of `sparsify` if none is named: that which the predictor was trained for, or `static` without one."""
     usable = [policy for policy in POLICIES.values() if policy.in_sparsify and not policy.missing(codebook, predictor)]
     return max(usable, key=lambda policy: bool(policy.forms)).name
 

@@ -27,7 +27,7 @@ class MaskInputs:
     codebook: Codebook
     measure: Importance
     gate: Tensor | None = None  # act(gate) [n, D] for a policy with `reads_gate`
-    tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: these are all tokens of it
+    tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: all tokens of it
 
     @cached_property
     def importance(self) -> Tensor:
@@ -76,7 +76,7 @@ class MaskPolicy:
 
     name = ""  # its name in `policies=[…]`, tables and results.json
     by_default = False  # it is evaluated if `policies` is not given
-    in_sparsify = False  # `sparsify` uses it if no policy is named and it can run with the predictor
+    in_sparsify = False  # `sparsify` may choose it if no policy is named; see `default_policy`
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
     reads_gate = False  # it reads the gate projection of all neurons first
     uses_codebook = True  # its results depend on the codebook
