@@ -11,7 +11,8 @@ from matplotlib.text import Text
 import evaluate
 from apc.compare import figures as compare_figures
 from apc.compare import finished, tables
-from apc.config.load import load_config, to_yaml
+from apc.config.load import load_config
+from apc.config.values import to_yaml
 from apc.evaluate import figures
 from apc.evaluate import tables as evaluate_tables
 from apc.utils import exits

@@ -10,8 +10,9 @@ import pytest
 
 import evaluate
 import tiny
-from apc.config.load import as_word, flat, load_config, load_saved, to_yaml
+from apc.config.load import flat, load_config, load_saved
 from apc.config.schema import RunConfig
+from apc.config.values import as_word, to_yaml
 from apc.run import cli, launch
 from apc.run.folder import open_run
 from apc.sparse.policies import check_policies

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import families
-from apc.data.ffn import Expert, FFNHooks, check_calls, find_ffns, has_experts
+from apc.data.ffn import Expert, check_calls, find_ffns, has_experts
+from apc.data.hooks import FFNHooks
 from apc.utils.errors import UserError
 
 LIST = Path(__file__).parent / "data" / "families.txt"

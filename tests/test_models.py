@@ -28,9 +28,10 @@ from apc import ops
 from apc.collect.collector import Collector
 from apc.collect.patterns import ActiveRule, Importance, by_ffn, quantise
 from apc.config.schema import ModelConfig
-from apc.data import ffn as ffn_module
+from apc.data import hooks as hooks_module
 from apc.data import models
-from apc.data.ffn import FFNHooks, check_calls, find_ffns
+from apc.data.ffn import check_calls, find_ffns
+from apc.data.hooks import FFNHooks
 from apc.data.models import load_model, resolve_device, weights_digest
 from apc.estimate import estimate
 from apc.utils.errors import UserError
@@ -277,7 +278,7 @@ def test_visitors_get_all_layers_on_one_device(monkeypatch):
             seen.append(values.device.type)
 
     expected = model(torch.arange(9)[None]).logits
-    monkeypatch.setattr(ffn_module, "first_device", lambda ffns: torch.device("meta"))
+    monkeypatch.setattr(hooks_module, "first_device", lambda ffns: torch.device("meta"))
     hooks = FFNHooks(find_ffns(model), ["gate", "up", "neuron", "down"], Visitor())
     assert torch.equal(model(torch.arange(9)[None]).logits, expected) and seen == ["meta"] * 3 * 5
     hooks.remove()

@@ -17,7 +17,8 @@ from apc.collect.sharding import block_ranges
 from apc.collect.store import PatternStore
 from apc.commands import cache
 from apc.config.schema import CollectConfig
-from apc.data.ffn import FFNHooks, find_ffns
+from apc.data.ffn import find_ffns
+from apc.data.hooks import FFNHooks
 from apc.data.models import weights_digest
 from apc.data.text import Windows, _digest
 from apc.utils import distributed

@@ -14,7 +14,8 @@ import pytest
 
 import tiny
 from apc.commands import sweep
-from apc.config.load import load_config, to_yaml
+from apc.config.load import load_config
+from apc.config.values import to_yaml
 from apc.run.folder import load_run
 from apc.utils.errors import Terminated, UserError
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from apc import ops
 from apc.collect.patterns import ActiveRule, Block, Importance, quantise
-from apc.data.ffn import FFNHooks, FFNVisitor, check_calls, expert_modules, find_ffns
+from apc.data.ffn import check_calls, expert_modules, find_ffns
+from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.utils import distributed
 from apc.utils.errors import UserError
 

@@ -15,8 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from apc.config.load import load_saved, to_dict, to_yaml
+from apc.config.load import load_saved, to_dict
 from apc.config.schema import Config, check_names
+from apc.config.values import to_yaml
 from apc.run import cli
 from apc.utils import exits
 from apc.utils.errors import UserError

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch
 
-from apc.config.load import CONFIGS, as_word, load_config, parse_yaml, split_file, typed
+from apc.config.load import CONFIGS, load_config, split_file
 from apc.config.schema import Config
+from apc.config.values import as_word, parse_yaml, typed
 from apc.run.folder import RunFolder, check_same, check_scored, read_results
 from apc.sparse.policies import check_policies
 from apc.utils.errors import Terminated, UserError

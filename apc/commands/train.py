@@ -9,8 +9,8 @@ python train.py experiment=paper --dry-run  an estimate; loads nothing
 import os
 from contextlib import ExitStack
 
-from apc.config.load import as_word
 from apc.config.schema import Config
+from apc.config.values import as_word
 from apc.run import cli
 from apc.utils.errors import UserError
 

@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-from apc.config.load import describe, load_config, split_file, to_yaml
+from apc.config.load import describe, load_config, split_file
 from apc.config.schema import Config
+from apc.config.values import to_yaml
 from apc.utils import signals
 from apc.utils.errors import UserError
 from apc.utils.exits import GO_ON, nobody_reads, one_line_errors

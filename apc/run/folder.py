@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from apc.cluster.codebook import Codebook
-from apc.config.load import flat, load_saved, to_yaml
+from apc.config.load import flat, load_saved
 from apc.config.schema import Config, check_names
+from apc.config.values import to_yaml
 from apc.evaluate import tables
 from apc.predict.predictor import Predictor
 from apc.utils import distributed

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN, FFNHooks, FFNVisitor
+from apc.data.ffn import FFN
+from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
 from apc.utils.errors import UserError
 

@@ -12,7 +12,8 @@ from typing import NoReturn
 from torch import nn
 
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import FFN, FFNHooks, check_calls, find_ffns, first_device
+from apc.data.ffn import FFN, check_calls, find_ffns, first_device
+from apc.data.hooks import FFNHooks
 from apc.data.models import other_weights
 from apc.predict.predictor import Predictor
 from apc.sparse.masked_forward import MaskedForward
