@@ -139,6 +139,11 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
     copy = D * (E / 16 + 3) + D  # one bit a weight, and four 16-bit numbers a neuron
     assert predicted["bytes_share"] == pytest.approx(0.5 + copy / (2 * E * D))
     assert apc.load_run(tmp_path / "runs" / "run").codebook.projections == 2
+    with pytest.raises(
+        UserError, match="policies: gate needs FFNs with a gate, outside a mixture of experts; leave it"
+    ):
+        run_train(tmp_path, policies="[dense,gate]", **{"run.name": "gated"})
+    assert not (tmp_path / "runs" / "gated").exists()
     with pytest.raises(UserError, match="policy gate: needs FFNs with a gate, outside a mixture of experts"):
         run_evaluate(tmp_path, "policies=[gate]")
     run = apc.load_run(tmp_path / "runs" / "run")
@@ -479,7 +484,7 @@ def test_tables_say_that_a_model_has_other_weights_than_fitted(workplace, tmp_pa
 @pytest.mark.parametrize(
     ("word", "line"),
     [
-        ("cluster.k=7", r"cluster: the run was fitted with"),
+        ("cluster.k=7", r"cluster\.k: the run was fitted with 6, "),
         ("data.fit=score.txt", r"data\.fit: the run was fitted with"),
         ("sparsity=0.3", "sparsity: the run was fitted with 0.5"),
     ],

@@ -384,6 +384,8 @@ def test_the_cache_lists_and_prunes(tmp_path, capsys):
     cache.main(["--dir", str(tmp_path)])
     listed = capsys.readouterr().out
     assert source.path.name in listed and "112 tokens × 3 layers, neuron" in listed
+    with pytest.raises(UserError, match="apc cache prune: names no store; give NAME, --partial or --all"):
+        cache.main(["prune", "--dir", str(tmp_path)])
     with pytest.raises(UserError, match="nothing: no such store"):
         cache.main(["prune", "nothing", "--dir", str(tmp_path)])
     cache.main(["prune", source.path.name, "--dir", str(tmp_path)])

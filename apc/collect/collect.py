@@ -75,7 +75,8 @@ def collect(
 def _announce(cfg: CollectConfig, info: PatternInfo, collector: Collector) -> None:
     size = info.bytes_per_token() * info.tokens / 2**30
     where = {"disk": store_folder(cfg), "memory": "host memory", "device": collector.device}[cfg.storage]
-    _tell(f"patterns: collecting {info.tokens:,} tokens × {info.layers} layers, {size:.2f} GiB into {where}")
+    unit = "experts" if info.experts else "layers"
+    _tell(f"patterns: collecting {info.tokens:,} tokens × {info.layers} {unit}, {size:.2f} GiB into {where}")
 
 
 def _calibrated(cfg: CollectConfig, info: PatternInfo, collector: Collector, windows: Windows) -> dict[str, Tensor]:

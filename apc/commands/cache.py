@@ -63,7 +63,8 @@ def main(words: list[str] | None = None) -> None:
     folder = store_folder(CollectConfig(dir=options.dir))
     paths = stores(folder)
     if options.action == "list":
-        print("\n".join([f"{folder}: {len(paths)} stores, {sum(map(size, paths)) / 2**20:.1f} MiB", *map(line, paths)]))
+        count = f"{len(paths)} store{'s' * (len(paths) != 1)}"
+        print("\n".join([f"{folder}: {count}, {sum(map(size, paths)) / 2**20:.1f} MiB", *map(line, paths)]))
     elif options.action == "repair":
         _repair(folder, [path.name for path in paths if path.suffix != ".partial"], options.names)
     else:
@@ -87,8 +88,10 @@ def _repair(folder: Path, complete: list[str], names: list[str]) -> None:
 def _prune(folder: Path, paths: list[Path], options: argparse.Namespace) -> None:
     """Deletes the stores that the options choose."""
     unknown = set(options.names) - {path.name for path in paths}
-    if unknown or not (options.names or options.partial or options.all):
-        raise UserError(f"{', '.join(sorted(unknown)) or 'prune'}: no such store in {folder}; `apc cache` lists them")
+    if not (options.names or options.partial or options.all):
+        raise UserError("apc cache prune: names no store; give NAME, --partial or --all (`apc cache` lists the names)")
+    if unknown:
+        raise UserError(f"{', '.join(sorted(unknown))}: no such store in {folder}; `apc cache` lists them")
     for path in paths:
         if options.all or path.name in options.names or (options.partial and path.suffix == ".partial"):
             print(f"deleting {path.name} ({size(path) / 2**20:.1f} MiB)")

@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from apc.config.load import load_saved, to_dict
+from apc.config.load import flat, load_saved, to_dict
 from apc.config.schema import Config, check_names
-from apc.config.values import to_yaml
+from apc.config.values import as_word, to_yaml
 from apc.run import cli
 from apc.utils import exits
 from apc.utils.errors import UserError
@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The run was fitted with these keys, so an evaluation can't change them.
 FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
-FITTED_DATA = ("fit_windows", "seq_len", "bos")
+FITTED_DATA = ("data.fit_windows", "data.seq_len", "data.bos")
 
 
 def evaluate(cfg: Config, wide: bool = False) -> dict:
@@ -101,13 +101,13 @@ def config_of_run(path: str | None, overrides: list[str]) -> Config:
     fitted = load_saved(config)
     cfg = load_saved(config, ["run.name=null", "stage=all", *overrides])
     check_names(cfg)
-    for owner, other, keys, prefix in ((fitted, cfg, FITTED, ""), (fitted.data, cfg.data, FITTED_DATA, "data.")):
-        for key in keys:
-            if getattr(owner, key) != getattr(other, key):
-                raise UserError(
-                    f"{prefix}{key}: the run was fitted with {getattr(owner, key)}, evaluate.py can't change that; "
-                    "train another run"
-                )
+    given = flat(cfg)
+    for key, value in flat(fitted).items():
+        is_fitted = key.partition(".")[0] in FITTED or key in FITTED_DATA
+        if is_fitted and value != given[key]:
+            raise UserError(
+                f"{key}: the run was fitted with {as_word(value)}, evaluate.py can't change that; train another run"
+            )
     if cfg.model.trust_remote_code and "model.trust_remote_code=true" not in overrides:
         raise UserError(
             f"{config}: sets model.trust_remote_code, which runs code from the model's repository; "

@@ -56,6 +56,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
     if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
         check_projections(collector.ffns, cfg.predictor.low_bit_projections)
+    check_gate(cfg, collector.ffns)
     if collector.experts:
         check_for_experts(cfg)
     identity = collect.pattern_identity(
@@ -114,6 +115,16 @@ def train(cfg: Config, wide: bool = False) -> dict:
             print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
             print(f"\n{tables.next_steps(run.path, results)}", flush=True)
         return results
+
+
+def check_gate(cfg: Config, ffns: list) -> None:
+    """Raises UserError if a policy that was asked for reads a gate that the model's FFNs do not have."""
+    from apc.data.ffn import has_experts
+    from apc.sparse.policies import POLICIES
+
+    for name in cfg.policies or ():
+        if POLICIES[name].reads_gate and (has_experts(ffns) or not ffns[0].gated):
+            raise UserError(f"policies: {name} needs FFNs with a gate, outside a mixture of experts; leave it out")
 
 
 def check_for_experts(cfg: Config) -> None:
