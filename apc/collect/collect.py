@@ -67,9 +67,16 @@ def collect(
         experts=collector.experts,
         slots=collector.slots,
     )
+    source: PatternSource
     if cfg.storage == "disk":
-        return _stored(store_folder(cfg), info) or _to_disk(cfg, info, collector, windows)
-    return _to_memory(cfg, info, collector, windows)
+        source = _stored(store_folder(cfg), info) or _to_disk(cfg, info, collector, windows)
+    else:
+        source = _to_memory(cfg, info, collector, windows)
+    idle = sum(not counts.any() for counts in source.info.activity["neuron"]) if info.experts else 0
+    if idle:
+        problem = f"{idle} of {info.layers} experts got no token of the fit text"
+        _tell(f"{problem}: their masks keep arbitrary neurons; give more text")
+    return source
 
 
 def _announce(cfg: CollectConfig, info: PatternInfo, collector: Collector) -> None:

@@ -10,9 +10,7 @@ import os
 from contextlib import ExitStack
 
 from apc.config.schema import Config
-from apc.config.values import as_word
 from apc.run import cli
-from apc.utils.errors import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic gradients; read when CUDA starts
@@ -33,8 +31,8 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.data import overlap
     from apc.data.models import batch_windows, model_name, resolve_device, weights_digest, weights_sample
     from apc.evaluate import tables
-    from apc.predict.low_bit import check_projections
     from apc.run import stages
+    from apc.run.checks import check_model
     from apc.run.context import HeldOutMonitor, RunContext, load_inputs
     from apc.run.folder import Stopwatch, open_run
     from apc.run.score import check_speed, score
@@ -54,11 +52,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     thresholded = cfg.collect.forward == "thresholded"
     name, progress = model_name(cfg.model), cfg.trainer.progress
     collector = Collector(model, cfg.sites, device, batch_windows(cfg, device), thresholded, name, progress)
-    if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
-        check_projections(collector.ffns, cfg.predictor.low_bit_projections)
-    check_gate(cfg, collector.ffns)
-    if collector.experts:
-        check_for_experts(cfg)
+    check_model(cfg, collector.ffns)
     identity = collect.pattern_identity(
         weights_digest(model), fit.digest, cfg.sites, cfg.active, cfg.sparsity, cfg.collect
     )
@@ -78,10 +72,6 @@ def train(cfg: Config, wide: bool = False) -> dict:
         stored = trains_predictor(cfg) and cfg.collect.ffn_inputs == "stored"
         patterns = collect.collect(cfg.collect, collector, fit, cfg.active, cfg.sparsity, identity, with_hidden=stored)
         watch.lap("collect")
-        idle = sum(not counts.any() for counts in patterns.info.activity["neuron"]) if collector.experts else 0
-        if idle and distributed.is_main():
-            problem = f"{idle} of {len(collector.ffns)} experts got no token of the fit text"
-            print(f"{problem}: their masks keep arbitrary neurons; give more text", flush=True)
         if cfg.stage == "collect":
             return so_far
 
@@ -115,30 +105,6 @@ def train(cfg: Config, wide: bool = False) -> dict:
             print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
             print(f"\n{tables.next_steps(run.path, results)}", flush=True)
         return results
-
-
-def check_gate(cfg: Config, ffns: list) -> None:
-    """Raises UserError if a policy that was asked for reads a gate that the model's FFNs do not have."""
-    from apc.data.ffn import has_experts
-    from apc.sparse.policies import POLICIES
-
-    for name in cfg.policies or ():
-        if POLICIES[name].reads_gate and (has_experts(ffns) or not ffns[0].gated):
-            raise UserError(f"policies: {name} needs FFNs with a gate, outside a mixture of experts; leave it out")
-
-
-def check_for_experts(cfg: Config) -> None:
-    """Raises UserError for settings that a mixture of experts does not support."""
-    needed = {
-        "sites": (cfg.sites, ["neuron"]),
-        "cluster.algorithm": (cfg.cluster.algorithm, "lloyd"),
-        "collect.ffn_inputs": (cfg.collect.ffn_inputs, "stored"),
-        "predictor.lookahead": (cfg.predictor.lookahead, 0),
-        "tune.max_epochs": (cfg.tune.max_epochs, 0),
-    }
-    for key, (value, only) in needed.items():
-        if value != only:
-            raise UserError(f"{key}={as_word(value)}: the model is a mixture of experts; set {key}={as_word(only)}")
 
 
 def dry_run(cfg: Config) -> str:

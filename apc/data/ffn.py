@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,54 +41,47 @@ _OTHER_EXPERTS = "experts of this form are not supported; choose another model"
 
 @dataclass(frozen=True)
 class FFN:
-    """One layer's FFN: down(act(gate(x)) * up(x)), or down(act(up(x))) if it has no gate.
+    """One layer's FFN, or one expert of it: down(act(gate(x)) * up(x)), or down(act(up(x))) if it has no gate.
 
-    module: the module that has the linear layers as children. Where gate and up are fused, `gate_up` is set in place of
-    both.
+    module: the module that holds its weights.
     """
 
     name: str
     module: nn.Module
-    down: Linear
-    up: Linear | None = None
-    gate: Linear | None = None
-    gate_up: Linear | None = None
 
     @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.down.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its weights."""
-        return self.down.weight.dtype
-
-    @property
-    def linears(self) -> list[Linear]:
-        """The linear layers; the first of them reads the FFN's input."""
-        return [part for part in (self.gate, self.gate_up, self.up, self.down) if part is not None]
+    def down_matrix(self) -> Tensor:
+        """Weights of `down`, [E, D]."""
+        raise NotImplementedError
 
     @property
     def gated(self) -> bool:
         """Whether it has a gate."""
-        return self.gate is not None or self.gate_up is not None
+        raise NotImplementedError
+
+    def projection(self, name: str) -> Tensor:
+        """Weights of `gate` or `up`, [D, E]."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.down_matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.down_matrix.dtype
 
     @property
     def hidden_size(self) -> int:
         """Width of the FFN's input and output."""
-        return _rows(self.down).shape[0]
+        return self.down_matrix.shape[0]
 
     @property
     def width(self) -> int:
         """Number of neurons."""
-        return _rows(self.down).shape[1]
-
-    def projection(self, name: str) -> Tensor:
-        """Weights of `gate` or `up`, [D, E]."""
-        if self.gate_up is None:
-            return _rows(getattr(self, name))
-        return _rows(self.gate_up).chunk(2)[("gate", "up").index(name)]
+        return self.down_matrix.shape[1]
 
     def site_width(self, site: str) -> int:
         """Number of values per token at a site."""
@@ -96,7 +89,38 @@ class FFN:
 
     def output_norms(self) -> Tensor:
         """‖W_down[:, i]‖₂ of every neuron i, float32 [D]: how far one unit of neuron i moves the residual stream."""
-        return torch.linalg.vector_norm(_rows(self.down).float(), dim=0)
+        return torch.linalg.vector_norm(self.down_matrix.float(), dim=0)
+
+
+@dataclass(frozen=True)
+class LayerFFN(FFN):
+    """An FFN of linear layers, which are children of `module`. Where gate and up are fused, `gate_up` has both."""
+
+    down: Linear
+    up: Linear | None = None
+    gate: Linear | None = None
+    gate_up: Linear | None = None
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear layers; the first of them reads the FFN's input."""
+        return [part for part in (self.gate, self.gate_up, self.up, self.down) if part is not None]
+
+    @property
+    def down_matrix(self) -> Tensor:
+        """Weights of `down`, [E, D]."""
+        return _rows(self.down)
+
+    @property
+    def gated(self) -> bool:
+        """Whether it has a gate."""
+        return self.gate is not None or self.gate_up is not None
+
+    def projection(self, name: str) -> Tensor:
+        """Weights of `gate` or `up`, [D, E]."""
+        if self.gate_up is None:
+            return _rows(getattr(self, name))
+        return _rows(self.gate_up).chunk(2)[("gate", "up").index(name)]
 
 
 @dataclass(frozen=True)
@@ -107,46 +131,22 @@ class Expert(FFN):
     them: has_gate, has_bias, is_transposed, and is_concatenated (gate, then up; if false, their rows alternate).
     """
 
-    index: int = 0
-    down: Linear = None  # type: ignore[assignment]  # an expert has no module of its own
+    index: int
 
     @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.module.down_proj.device  # type: ignore[return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its weights."""
-        return self.module.down_proj.dtype  # type: ignore[return-value]
-
-    @property
-    def linears(self) -> list[Linear]:
-        """Empty: an expert has no modules of its own."""
-        return []
+    def down_matrix(self) -> Tensor:
+        """Weights of `down`, [E, D]."""
+        return self._matrix("down_proj")
 
     @property
     def gated(self) -> bool:
         """Whether it has a gate."""
         return bool(self.module.has_gate)
 
-    @property
-    def hidden_size(self) -> int:
-        """Width of the FFN's input and output."""
-        return self._down().shape[0]
-
-    @property
-    def width(self) -> int:
-        """Number of neurons."""
-        return self._down().shape[1]
-
     def _matrix(self, name: str) -> Tensor:
         """A weight with a row for each output."""
         weight = getattr(self.module, name)[self.index]
         return weight.T if self.module.is_transposed else weight
-
-    def _down(self) -> Tensor:
-        return self._matrix("down_proj")
 
     def _bias(self, name: str) -> Tensor | None:
         return getattr(self.module, f"{name}_bias")[self.index] if self.module.has_bias else None
@@ -158,10 +158,6 @@ class Expert(FFN):
         both, part = self._matrix("gate_up_proj"), ("gate", "up").index(name)
         return both.chunk(2)[part] if self.module.is_concatenated else both[part::2]
 
-    def output_norms(self) -> Tensor:
-        """‖W_down[:, i]‖₂ of every neuron i, float32 [D]."""
-        return torch.linalg.vector_norm(self._down().float(), dim=0)
-
     def neurons(self, hidden: Tensor) -> Tensor:
         """The values at `neuron`, [n, D], for FFN inputs [n, E]."""
         module: Any = self.module
@@ -171,7 +167,7 @@ class Expert(FFN):
 
     def output(self, neurons: Tensor) -> Tensor:
         """The FFN's output [n, E] from the values at `neuron`."""
-        return F.linear(neurons, self._down(), self._bias("down_proj"))
+        return F.linear(neurons, self.down_matrix, self._bias("down_proj"))
 
 
 def _rows(linear: Linear) -> Tensor:
@@ -220,13 +216,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             parts = {part: _float_linear(children, child, f"{kind}: {name}") for part, child in names.items()}
             if "up" in parts and len(_rows(parts["up"])) == 2 * _rows(parts["down"]).shape[1]:  # Moshi's fc1
                 parts["gate_up"] = parts.pop("up")
-            ffns.append(FFN(name, module, **parts))
+            ffns.append(LayerFFN(name, module, **parts))
     ffns = experts or ffns
     if not ffns:
         raise UserError(f"{kind}: no FFN found; docs/families.md lists the families that work")
     owners: dict[Tensor, FFN] = {}
     for ffn in ffns:
-        for linear in ffn.linears:
+        for linear in ffn.linears if isinstance(ffn, LayerFFN) else ():
             if (other := owners.setdefault(linear.weight, ffn)) is not ffn:
                 problem = f"{other.name} and {ffn.name} share a linear layer, which is not supported"
                 raise UserError(f"{kind}: {problem}; choose another model")
@@ -299,7 +295,7 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
     slots: set[int] = set()
     base: Any = model.base_model
     modules = expert_modules(ffns)
-    called = list(modules) or [ffn.linears[0] for ffn in ffns]
+    called = list(modules) or [ffn.linears[0] for ffn in ffns if isinstance(ffn, LayerFFN)]
     names = [ffns[place].name.rpartition(".")[0] for place in modules.values()] or [ffn.name for ffn in ffns]
 
     def record(layer: int):
@@ -329,7 +325,7 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
         raise UserError(f"{kind}: a forward pass does not run its layers in order; choose another model")
     if any(tokens != 2 for _, tokens in calls):
         raise UserError(f"{kind}: some layers run only on some tokens, which is not supported; choose another model")
-    if len(slots) > 1 or len({len(module.down_proj) for module in modules}) > 1:  # type: ignore[arg-type]
+    if len(slots) > 1 or len({len(cast(Tensor, module.down_proj)) for module in modules}) > 1:
         raise UserError(f"{kind}: its layers have different numbers of experts, which is not supported")
     for place in modules.values():
         _check_experts(kind, ffns[place], max(slots))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from apc.data.ffn import FFN, Expert, Route, check_sites, expert_modules, first_device, routed
+from apc.data.ffn import FFN, Expert, LayerFFN, Route, check_sites, expert_modules, first_device, routed
 
 
 class FFNVisitor(Protocol):
@@ -37,7 +37,7 @@ class FFNHooks:
         for module, place in expert_modules(ffns).items():
             module.forward = self._routed(ffns[place], place, sites, visitor)
         for layer, ffn in enumerate(ffns):
-            if not isinstance(ffn, Expert):
+            if isinstance(ffn, LayerFFN):
                 self._hook_layer(layer, ffn, sites, visitor)
 
     def _routed(self, first: FFN, place: int, sites: list[str], visitor: FFNVisitor) -> Callable:
@@ -51,7 +51,7 @@ class FFNHooks:
 
         return routed(first.module, first.name, change)
 
-    def _hook_layer(self, layer: int, ffn: FFN, sites: list[str], visitor: FFNVisitor) -> None:
+    def _hook_layer(self, layer: int, ffn: LayerFFN, sites: list[str], visitor: FFNVisitor) -> None:
         def visit(site: str, values: Tensor) -> Tensor | None:
             changed = visitor.visit(layer, site, values.to(self._device))
             return None if changed is None else changed.to(values.device)

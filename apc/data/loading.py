@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -63,7 +63,8 @@ def load_weights(source: str, where: str, **options) -> "PreTrainedModel":
     info: dict
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # we name missing and mismatched weights
     with library_errors(f"{where}: its weights can't be loaded"), _without_report():
-        model, info = AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]  # both are asked for
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, info = loaded
     kind, names = type(model).__name__, list(model.state_dict())
     missing = sorted(info["missing_keys"], key=names.index)
     if missing:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from apc import ops
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN, Expert
+from apc.data.ffn import FFN, LayerFFN
 from apc.ops.sparse_ffn import act
 from apc.sparse.masked_forward import activation_function, check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
@@ -51,10 +51,17 @@ _ACTIVATIONS = {
 }
 
 
-def activation_of(ffn: FFN) -> str:
+def layer_ffns(ffns: list[FFN]) -> list[LayerFFN]:
+    """The FFNs themselves. Raises UserError if they are experts."""
+    layers = [ffn for ffn in ffns if isinstance(ffn, LayerFFN)]
+    if len(layers) < len(ffns):
+        problem = "it is one of several experts, which no kernel supports"
+        raise UserError(f"{ffns[0].name}: {problem}; use kernel=None")
+    return layers
+
+
+def activation_of(ffn: LayerFFN) -> str:
     """The name of an FFN's activation for `ops.sparse_ffn`. Raises UserError if no kernel supports the FFN."""
-    if isinstance(ffn, Expert):
-        raise UserError(f"{ffn.name}: it is one of several experts, which no kernel supports; use kernel=None")
     if not ffn.gated:
         raise UserError(f"{ffn.name}: it has no gate, which kernels need; use kernel=None")
     if any(linear.bias is not None for linear in ffn.linears):
@@ -70,7 +77,7 @@ def activation_of(ffn: FFN) -> str:
     return name
 
 
-def check_call(ffn: FFN) -> None:
+def check_call(ffn: LayerFFN) -> None:
     """Raises UserError if an FFN's forward takes more than its input, as the forward of a shared FFN does."""
     _, *others = inspect.signature(ffn.module.forward).parameters.values()
     names = [other.name for other in others if other.kind not in (other.VAR_POSITIONAL, other.VAR_KEYWORD)]
@@ -79,13 +86,13 @@ def check_call(ffn: FFN) -> None:
         raise UserError(f"{ffn.name}: {problem}; use kernel=None")
 
 
-def store_transposed(ffn: FFN) -> None:
+def store_transposed(ffn: LayerFFN) -> None:
     """Stores an FFN's down projection in transposed form only: the model's own parameter becomes a view of it."""
     ffn.down.weight.data = ffn.down.weight.detach().T.contiguous().T
 
 
 @torch.no_grad()
-def check_formula(ffn: FFN, weights: ops.FFNWeights) -> None:
+def check_formula(ffn: LayerFFN, weights: ops.FFNWeights) -> None:
     """Raises UserError unless an FFN computes down(act(gate) * up) as kernels do, measured on random inputs.
 
     Some models clamp, scale, normalise or drop values between the three projections.
@@ -111,7 +118,7 @@ def check_formula(ffn: FFN, weights: ops.FFNWeights) -> None:
 
 def check_model(ffns: list[FFN]) -> None:
     """Raises UserError unless kernels support each FFN and compute what it computes."""
-    for ffn in ffns:
+    for ffn in layer_ffns(ffns):
         activation, down = activation_of(ffn), ffn.down.weight.T
         check_call(ffn)
         check_formula(ffn, ops.FFNWeights(ffn.projection("gate"), ffn.projection("up"), down, activation))
@@ -134,10 +141,10 @@ class SparseFFNs:
         default_max = ops.MAX_TOKENS if self.by_triton else 1
         self.max_sparse_tokens = default_max if max_sparse_tokens is None else max_sparse_tokens
         self._measures_crossover = max_sparse_tokens is None and self.by_triton and kernel == "auto"
-        self._ffns, self._lookahead = ffns, policy.lookahead
+        self._ffns, self._lookahead = layer_ffns(ffns), policy.lookahead
         self._importance = Importance(ffns)
-        self._activations = [activation_of(ffn) for ffn in ffns]
-        for ffn in ffns:
+        self._activations = [activation_of(ffn) for ffn in self._ffns]
+        for ffn in self._ffns:
             check_call(ffn)
         check_policy(policy)
         self._warned = False  # whether a dense forward pass was reported
@@ -350,7 +357,7 @@ class _SparseFFN:
         self,
         policy: MaskPolicy,
         layer: int,
-        ffn: FFN,
+        ffn: LayerFFN,
         activation: str,
         by_triton: bool,
         importance: Importance,

@@ -1,0 +1,32 @@
+"""Whether a configuration suits the model, checked before any training."""
+
+from apc.config.schema import Config
+from apc.config.values import as_word
+from apc.data.ffn import FFN, has_experts
+from apc.predict.low_bit import check_projections
+from apc.sparse.policies import POLICIES, trains_predictor
+from apc.utils.errors import UserError
+
+
+def check_model(cfg: Config, ffns: list[FFN]) -> None:
+    """Raises UserError for a setting that needs a gate which the FFNs lack, or that experts do not support."""
+    if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
+        check_projections(ffns, cfg.predictor.low_bit_projections)
+    for name in cfg.policies or ():
+        if POLICIES[name].reads_gate and (has_experts(ffns) or not ffns[0].gated):
+            raise UserError(f"policies: {name} needs FFNs with a gate, outside a mixture of experts; leave it out")
+    if has_experts(ffns):
+        _check_for_experts(cfg)
+
+
+def _check_for_experts(cfg: Config) -> None:
+    needed = {
+        "sites": (cfg.sites, ["neuron"]),
+        "cluster.algorithm": (cfg.cluster.algorithm, "lloyd"),
+        "collect.ffn_inputs": (cfg.collect.ffn_inputs, "stored"),
+        "predictor.lookahead": (cfg.predictor.lookahead, 0),
+        "tune.max_epochs": (cfg.tune.max_epochs, 0),
+    }
+    for key, (value, only) in needed.items():
+        if value != only:
+            raise UserError(f"{key}={as_word(value)}: the model is a mixture of experts; set {key}={as_word(only)}")
