@@ -3,11 +3,13 @@
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 
 import apc
 import tiny
@@ -240,6 +242,34 @@ def test_kernels_refuse_an_ffn_that_computes_something_else(kind, dtype):
     assert handle_of(model) is None and mlp.forward is own and all("forward" not in other.__dict__ for other in others)
     assert torch.equal(model(tokens).logits, dense)
     assert not torch.equal(apc.sparsify(model, codebook)(tokens).logits, dense)  # without a kernel
+
+
+def with_multipliers(gate, down):
+    """A model with the FFNs of Falcon-H1, which scale the gate's values and the output."""
+    model = tiny.make_model()
+    sizes = SimpleNamespace(hidden_size=E, intermediate_size=WIDTH, mlp_bias=False, hidden_act="silu")
+    sizes.mlp_multipliers = gate, down
+    for layer in model.model.layers:
+        weights, layer.mlp = layer.mlp.state_dict(), FalconH1MLP(sizes)
+        layer.mlp.load_state_dict(weights)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["static", "predicted", "soft"])
+def test_kernels_run_the_multipliers_of_falcon_h1(policy):
+    codebook, tokens = make_codebook(), torch.arange(9)[None]
+    model, predictor = with_multipliers(0.3, 2.5), make_predictor(codebook)
+    masked = apc.sparsify(model, codebook, predictor, policy)(tokens).logits
+    sparse = apc.sparsify(model, codebook, predictor, policy, kernel="torch", scoring=True)(tokens).logits
+    torch.testing.assert_close(sparse, masked, rtol=1e-4, atol=1e-4)
+    plain = apc.sparsify(with_multipliers(1.0, 1.0), codebook, predictor, policy)(tokens).logits
+    assert float((masked - plain).abs().max()) > 0.1
+    ahead = make_predictor(codebook, lookahead=1)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp: it has multipliers, which kernels support without lookahead"):
+        apc.sparsify(model, codebook, ahead, "predicted", kernel="torch")
+    with pytest.raises(UserError, match=r"\(FalconH1MLP\): it computes more than down"):
+        apc.sparsify(with_multipliers(0.0, 1.0), codebook, kernel="torch")
 
 
 @torch.no_grad()

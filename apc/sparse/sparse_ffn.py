@@ -92,12 +92,23 @@ def store_transposed(ffn: LayerFFN) -> None:
 
 
 @torch.no_grad()
+def multipliers(ffn: LayerFFN) -> tuple[float, float]:
+    """Factors of the gate's values and of the FFN's output, as Falcon-H1 has them; 1 and 1 elsewhere.
+
+    down · W_down(act(gate · g) · u) is down / gate times what the formula gives for the input times `gate`, because g
+    and u are linear in the input.
+    """
+    gate, down = (float(getattr(ffn.module, f"{part}_multiplier", 1.0)) for part in ("gate", "down"))
+    return (gate, down) if gate else (1.0, 1.0)  # with 0 the comparison with the formula refuses the FFN
+
+
 def check_formula(ffn: LayerFFN, weights: ops.FFNWeights) -> None:
     """Raises UserError unless an FFN computes down(act(gate) * up) as kernels do, measured on random inputs.
 
-    Some models clamp, scale, normalise or drop values between the three projections.
+    `multipliers` are allowed. Some models clamp, scale, normalise or drop values between the three projections.
     """
     gate, up, down, activation = weights
+    gate_multiplier, down_multiplier = multipliers(ffn)
     generator = torch.Generator(gate.device).manual_seed(0)
     hidden = torch.randn((ops.MAX_TOKENS, gate.shape[1]), device=gate.device, generator=generator).to(gate.dtype)
     scale = (hidden @ gate.T).float().square().mean().sqrt().item() or 1.0
@@ -109,7 +120,8 @@ def check_formula(ffn: LayerFFN, weights: ops.FFNWeights) -> None:
         own = ffn.module.forward(x[None])[0].float()
         if not own.isfinite().all():
             continue  # an overflow, or weights that are not finite: there is nothing to compare
-        ours = ((act(x @ gate.T, activation) * (x @ up.T)) @ down).float()
+        x = x * gate_multiplier
+        ours = ((act(x @ gate.T, activation) * (x @ up.T)) @ down).float() * (down_multiplier / gate_multiplier)
         error = ((ours - own).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
         if not error <= tolerance:
             problem = f"it computes more than down(act(gate) * up), which kernels compute (they differ by {error:.1%})"
@@ -147,6 +159,10 @@ class SparseFFNs:
         for ffn in self._ffns:
             check_call(ffn)
         check_policy(policy)
+        self._multipliers = [multipliers(ffn) for ffn in self._ffns]
+        if set(self._multipliers) != {(1.0, 1.0)} and (policy.lookahead or policy.changes_output):
+            problem = "it has multipliers, which kernels support without lookahead, correction and offsets only"
+            raise UserError(f"{ffns[0].name}: {problem}; use kernel=None")
         self._warned = False  # whether a dense forward pass was reported
         self._clear()
 
@@ -272,6 +288,13 @@ class SparseFFNs:
         advice = "apc.sparsify(…, scoring=True) runs all passes under the masks"
         print(f"apc: {problem}: its results are the dense model's; {advice}", file=sys.stderr)
 
+    def _call(self, layer: int, hidden: Tensor, inputs: dict[int, Tensor]) -> Tensor:
+        """A layer's sparse FFN with its `multipliers`, [n, E] → [n, E]. inputs: FFN inputs by layer, for the policy."""
+        gate, down = self._multipliers[layer]
+        if gate == down == 1:
+            return self._sparse[layer](hidden, inputs)
+        return self._sparse[layer](hidden * gate, inputs) * (down / gate)
+
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
         """Runs a layer's sparse FFN, [n, E] → [n, E], and stores the values that later layers need."""
         if layer == 0:
@@ -284,10 +307,10 @@ class SparseFFNs:
             for start in range(0, len(hidden), ops.MAX_TOKENS):
                 part = slice(start, start + ops.MAX_TOKENS)
                 inputs = {source: value[part] for source, value in self._inputs.items()}
-                outputs.append(self._sparse[layer](hidden[part], inputs))
+                outputs.append(self._call(layer, hidden[part], inputs))
             return torch.cat(outputs)
         if not self._predicting:
-            return self._sparse[layer](hidden, self._inputs)
+            return self._call(layer, hidden, self._inputs)
         sparse = self._predicting[layer]
         prediction = self._predictions.pop(layer, None)
         if prediction is None:
