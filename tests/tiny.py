@@ -46,6 +46,16 @@ UNGATED_FAMILIES = {
     "apertus": dict(model_type="apertus"),
 }
 
+_DEEPSEEK = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=52,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    num_key_value_heads=2,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+)
 EXPERT_FAMILIES = {
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": dict(
@@ -59,17 +69,8 @@ EXPERT_FAMILIES = {
         model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=52, head_dim=16
     ),
     "olmoe": dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2),
-    "deepseek_v3": dict(
-        model_type="deepseek_v3",
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=52,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        num_key_value_heads=2,
-        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
-    ),
+    "deepseek_v2": dict(model_type="deepseek_v2", **_DEEPSEEK),
+    "deepseek_v3": dict(model_type="deepseek_v3", **_DEEPSEEK),
     "gpt_oss": dict(model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     "granitemoe": dict(model_type="granitemoe", num_local_experts=4, num_experts_per_tok=2),
 }
