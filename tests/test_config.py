@@ -184,7 +184,7 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("cluster.penalty=2", "cluster.penalty=2 belongs to cluster.algorithm=k-majority; leave it out with lloyd"),
         ("sites=[neuron,gate]", r"sites=\['neuron', 'gate'\]: `neuron` is one mask"),
         ("sites=[gates]", r"sites=\['gates'\]: choose"),
-        ("policies=[oracle,orcale]", "policies: orcale is unknown; choose from dense, exact"),
+        ("policies=[oracle,orcale]", "policies: orcale is unknown; choose dense, exact"),
         ("model=mistral8b", "model=mistral8b: no such group file; choose bundled, mistral7b"),
         ("experiment=none", "experiment=none: no such group file"),
         ("stage=evaluate", "stage=evaluate: choose collect, cluster, predict, tune or all"),

@@ -304,9 +304,10 @@ def test_only_steps_replace_the_models_attention(workplace, monkeypatch):
 def test_errors_name_what_has_no_kernel(workplace, trained, capsys):
     model = model_on(workplace, "cpu")
     codebook, predictor = trained("cluster")
+    codebook = codebook.with_calibrated("cats", {"thresholds": torch.zeros(codebook.layers)}, {"bytes": 0.5})
     for policy, kernel, message in (
         ("oracle", "auto", "policy oracle: its mask is known only after"),
-        ("gate", "auto", "policy gate: its mask is known only after"),
+        ("cats", "auto", "policy cats: its mask is known only after"),
         ("predicted", "fast", "kernel=fast: choose auto, triton, torch"),
         ("predicted", "triton", "kernel=triton: the model is on cpu"),
     ):

@@ -12,17 +12,20 @@ from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.evaluate.evaluator import Evaluator
 from apc.evaluate.metrics import (
     BATCHES,
+    PROJECTIONS,
     MaskMeter,
     _shuffled,
     is_below,
+    layer_reads,
     mask_figures,
+    mean_reads,
     perplexity,
     perplexity_ratio,
     unigram_loss,
     window_losses,
 )
 from apc.predict.predictor import Predictor, PredictorHeader
-from apc.sparse.policies import POLICIES, make_policy
+from apc.sparse.policies import POLICIES, MaskDecision, make_policy
 
 
 class FakeInputs:
@@ -48,7 +51,7 @@ def test_unions_equal_a_slow_count(n):
     for _ in range(2):
         tokens, mask = FakeInputs(n, D), torch.rand(n, D) < 0.2
         meter.first = torch.zeros(n, dtype=torch.bool)
-        meter.add(tokens, mask)
+        meter.add(tokens, MaskDecision(mask))
         order = _shuffled(n).tolist()
         assert sorted(order) == list(range(n))
         for batch in BATCHES:
@@ -64,10 +67,41 @@ def test_the_union_of_one_mask_is_that_mask():
     meter, tokens = meter_for(11), FakeInputs(128, 11)
     meter.first = torch.zeros(128, dtype=torch.bool)
     mask = torch.arange(11).unsqueeze(0) < 4
-    meter.add(tokens, mask)
+    meter.add(tokens, MaskDecision(mask))
     figures = mask_figures(meter.totals())
     assert set(figures["union_density"].values()) == {figures["density"]} == {4 / 11}
     assert POLICIES["dense"](None, None, 0).mask(tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        (["neuron"], {"gate": [1, 1], "up": [0.4, 0.25], "down": [0.1, 0.25]}),
+        (["up", "down"], {"gate": [1, 1], "up": [0.4, 0.25], "down": [0.1, 0.25]}),
+        (["up"], {"gate": [1, 1], "up": [0.4, 0.25], "down": [1, 1]}),
+    ],
+    ids="+".join,
+)
+def test_the_weights_read_are_those_that_the_decision_says_else_the_masks(sites, expected):
+    """Two layers; of a batch of 2 tokens and one of 1, all masks have the same share."""
+    book = Codebook(dict.fromkeys(sites), dict.fromkeys(sites, 20), 2, 4, 20, "layer", "energy", 0.5, "top", 0.5)
+    meter = MaskMeter(book, torch.device("cpu"))
+    for n in (2, 1):
+        meter.first = torch.zeros(n, dtype=torch.bool)
+        for site in sites:
+            tokens, tenth = FakeInputs(n, 20), torch.arange(20).unsqueeze(0) < 2
+            read = {"gate": torch.ones(1, 1, dtype=torch.bool), "up": torch.arange(5).expand(n, 5) < 2}
+            tokens.site = site
+            meter.add(tokens, MaskDecision(tenth.expand(n, 20), read=read))
+            tokens.layer = 1
+            read = {} if site != "neuron" else {"gate": torch.ones(1, 1, dtype=torch.bool)}
+            meter.add(tokens, MaskDecision(torch.arange(20).unsqueeze(0) < 5, read=read))
+    totals = meter.totals()
+    assert layer_reads(totals, sites, 3) == {name: pytest.approx(shares) for name, shares in expected.items()}
+    means = {name: pytest.approx(sum(shares) / 2) for name, shares in expected.items()}
+    assert mean_reads(totals, sites, 3) == means
+    del means["gate"]
+    assert mean_reads(totals, sites, 2) == means, "an FFN without a gate has two projections"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +137,7 @@ def test_costs_count_each_parameter(policy, bits, read, computed):
     assert book.problem() is None
     predictor = Predictor(PredictorHeader(2, 6, 5, {"neuron": 8}, corrects=True))
     assert sum(value[0].numel() for value in predictor.parameters()) == 119
-    cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]})
+    cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]}, dict.fromkeys(PROJECTIONS, 0.5))
     assert cost.bits == pytest.approx(bits)
     assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40))
     assert cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))

@@ -328,12 +328,12 @@ def test_evaluate_accepts_other_policies_and_text(workplace):
     tiny.make_text(workplace / "other.txt", words=400, seed=9)
     results = run_evaluate(
         workplace,
-        "policies=[oracle,gate]",
+        "policies=[oracle,exact]",
         f"data.score={workplace / 'other.txt'}",
         "data.score_windows=3",
         "run.name=other",
     )
-    assert [record["policy"] for record in results["policies"]] == ["oracle", "gate"]
+    assert [record["policy"] for record in results["policies"]] == ["oracle", "exact"]
     assert results["conditions"]["score"] == "other.txt" and results["conditions"]["score_tokens"] == 96
 
 

@@ -39,7 +39,8 @@ def make_codebook(sites=("neuron",), scope="layer", weighting="energy", active="
             random_masks(G, K, D=D, m=m), torch.rand(G, K, D).half(), torch.ones(G, K, dtype=torch.int64),
             random_masks(LAYERS, D=D, m=m), torch.full((LAYERS,), 0.02),
         )  # fmt: skip
-    return Codebook(books, widths, LAYERS, E, WIDTH, scope, weighting, 0.5, active, 0.5)
+    codebook = Codebook(books, widths, LAYERS, E, WIDTH, scope, weighting, 0.5, active, 0.5)
+    return codebook.with_calibrated("cats", {"thresholds": torch.linspace(0.1, 0.3, LAYERS)}, {"bytes": 0.5})
 
 
 def make_predictor(codebook, form="cluster", lookahead=0):
@@ -72,8 +73,8 @@ def slow_mask(policy, codebook, predictor, layer, site, ffn, values, inputs, gat
         if policy == "static":
             rows.append(ops.unpack(book.static[layer], D))
             continue
-        if policy == "gate":
-            rows.append(ops.top_mask(gate[token].abs(), m))
+        if policy == "cats":
+            rows.append(gate[token].abs() >= codebook.calibrated["cats"]["thresholds"][layer])
             continue
         if policy in ("oracle", "thresholded-oracle"):
             weights = {"binary": active.double(), "energy": row.double() ** 2, "magnitude": row.double()}[
@@ -138,7 +139,7 @@ def slow_logits(model, codebook, predictor, policy, tokens):
 CASES = [("llama", policy, {}, {}) for policy in POLICIES if policy not in ("dense", "random")]
 CASES += [
     ("phi3", "oracle", {}, {}),
-    ("phi3", "gate", {}, {}),
+    ("phi3", "cats", {}, {}),
     ("gemma2", "soft", {}, {}),
     ("qwen3", "oracle", dict(weighting="binary"), {}),
     ("llama", "exact", dict(active="top"), {}),

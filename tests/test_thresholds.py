@@ -1,4 +1,4 @@
-"""Thresholds keep as many neurons on average as masks of a fixed size, and are saved with the predictor."""
+"""Thresholds are exact, keep as many neurons as masks of a fixed size, and are saved with the predictor."""
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from apc.config.schema import ModelConfig
 from apc.data.ffn import find_ffns
 from apc.data.models import load_model
 from apc.predict.predictor import Predictor
+from apc.sparse.histogram import ThresholdFinder, ordered, unordered
 from apc.sparse.masked_forward import ForwardReader
 from apc.sparse.sparsify import sparsify
-from apc.tune.thresholds import find_thresholds, ordered, unordered
+from apc.tune.calibrate import SamplePass, find_thresholds
 from apc.utils.errors import UserError
 
 
@@ -22,6 +23,23 @@ def test_keys_rise_with_the_values():
     keys = ordered(values)
     assert (keys[1:] > keys[:-1]).all() and keys.min() >= 0 and keys.max() < 1 << 32
     assert torch.equal(unordered(keys), values)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 1.0])
+def test_a_threshold_is_the_least_value_that_at_most_the_share_reaches(share):
+    values = [torch.randn(7, 30).mul(4).round(), torch.randn(300) * 1e-3, torch.full((9,), -2.0), torch.zeros(0)]
+    finder = ThresholdFinder(len(values), torch.device("cpu"))
+    for narrowed in (False, True):
+        for layer, part in enumerate(values):
+            for half in part.chunk(2):
+                finder.add(layer, half)
+        if not narrowed:
+            finder.narrow(torch.full((len(values),), share, dtype=torch.float64))
+    for found, part in zip(finder.thresholds(), values, strict=True):
+        allowed = round(share * part.numel())
+        lower = unordered(ordered(found.view(1)) - 1)
+        assert (part >= found).sum() <= allowed
+        assert allowed == part.numel() and found == -torch.inf or (part >= lower).sum() > allowed
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +59,7 @@ def test_a_layer_keeps_as_many_neurons_as_a_mask_of_fixed_size(workplace, form, 
     run = apc.load_run(workplace / "runs" / form)
     model, _ = load_model(ModelConfig(path=str(workplace / "model"), device=device), torch.device(device))
     windows, ffns = torch.randint(100, (7, 24), generator=torch.Generator().manual_seed(2)), find_ffns(model)
-    thresholds = find_thresholds(model, ffns, run.codebook, run.predictor, windows, batch_windows=3)
+    thresholds = find_thresholds(SamplePass(model, ffns, run.codebook, run.predictor, windows, batch_windows=3))
     predictor, scores = run.predictor.to(device), {}
 
     class ScoreReader(ForwardReader):

@@ -30,8 +30,13 @@ def test_a_run_loads_and_is_evaluated_to_the_same_perplexities(workplace, run, m
     before = apc.load_run(run)
     assert before.codebook.problem() is None
     monkeypatch.chdir(workplace)  # the runs give model and texts as relative paths
-    results = evaluate.evaluate(evaluate.config_of_run(None, [f"checkpoint=runs/{run.name}"]))
     perplexities = {record["policy"]: record["perplexity"] for record in before.results["policies"]}
+    words = [f"checkpoint=runs/{run.name}"]
+    if perplexities.pop("gate", None):
+        with pytest.raises(UserError, match="^policies: gate is renamed; write cats$"):
+            evaluate.evaluate(evaluate.config_of_run(None, words))
+        words.append(f"policies=[{','.join(perplexities)}]")
+    results = evaluate.evaluate(evaluate.config_of_run(None, words))
     assert len(perplexities) >= 3
     again = {record["policy"]: record["perplexity"] for record in results["policies"]}
     assert again == pytest.approx(perplexities, rel=1e-4)

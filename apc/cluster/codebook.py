@@ -16,7 +16,8 @@ from apc.config.schema import WEIGHTINGS
 from apc.utils.errors import UserError, first_line
 from apc.utils.tensor_files import load_tensors, save_tensors, wrong_field
 
-KIND, VERSION = "apc-codebook", 3
+KIND, VERSION = "apc-codebook", 4  # version 3 lacks `calibrated`
+_CALIBRATED = "calibrated."  # the prefix of these tensors' names in a file, before the policy and a dot
 _OLD_NAMES = {"ones": "centroid_size"}  # in the header of version 2
 
 
@@ -63,6 +64,8 @@ class Codebook:
     projections: weight matrices in an FFN: 3 with a gate, 2 without.
     experts: routed experts per layer in a mixture of experts, else 0. In a mixture, L counts all routed experts, layer
         by layer.
+    calibrated: what policies took from fit text, by policy: named tensors with a row for each layer.
+    calibration: how they did, by policy: the share of bytes that it keeps to, and what it was made with.
     """
 
     sites: dict[str, SiteCodebook]
@@ -81,6 +84,8 @@ class Codebook:
     budget: list[int] = field(default_factory=list)
     projections: int = 3
     experts: int = 0
+    calibrated: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    calibration: dict[str, dict] = field(default_factory=dict)
 
     def size(self, site: str, layer: int) -> int:
         """Number of ones in each of a layer's masks of fixed size."""
@@ -124,28 +129,48 @@ class Codebook:
             site: SiteCodebook(**{name: value.to(device) for name, value in book.tensors().items()})
             for site, book in self.sites.items()
         }
-        return replace(self, sites=moved)
+        calibrated = {
+            policy: {name: value.to(device) for name, value in tensors.items()}
+            for policy, tensors in self.calibrated.items()
+        }
+        return replace(self, sites=moved, calibrated=calibrated)
+
+    def with_calibrated(self, policy: str, tensors: dict[str, Tensor], facts: dict) -> "Codebook":
+        """A copy with a policy's tensors, and the facts of how they were made."""
+        calibrated, calibration = self.calibrated | {policy: tensors}, self.calibration | {policy: facts}
+        return replace(self, calibrated=calibrated, calibration=calibration)
+
+    def without_calibrated(self) -> "Codebook":
+        """A copy that no policy is calibrated for."""
+        return replace(self, calibrated={}, calibration={})
 
     def save(self, path: str | Path) -> None:
         """Writes the codebook to a file."""
-        header = {name: value for name, value in vars(self).items() if name != "sites"}
+        header = {name: value for name, value in vars(self).items() if name not in ("sites", "calibrated")}
         books = self.sites.items()
         tensors = {f"{name}.{site}": value for site, book in books for name, value in book.tensors().items()}
+        for policy, named in self.calibrated.items():
+            tensors |= {f"{_CALIBRATED}{policy}.{name}": value for name, value in named.items()}
         save_tensors(Path(path), KIND, VERSION, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "Codebook":
         """The codebook in a file. Raises UserError, naming the file, if it is missing, damaged or inconsistent."""
         path = Path(path)
-        header, tensors = load_tensors(path, KIND, (2, VERSION), _OLD_NAMES)
+        header, tensors = load_tensors(path, KIND, (2, 3, VERSION), _OLD_NAMES)
         try:
             if wrong := wrong_field(header, _HEADER):
                 raise ValueError(wrong)
+            calibrated: dict[str, dict[str, Tensor]] = {policy: {} for policy in header.get("calibration", ())}
+            for name in [name for name in tensors if name.startswith(_CALIBRATED)]:
+                policy, _, part = name.removeprefix(_CALIBRATED).partition(".")
+                calibrated[policy][part] = tensors.pop(name)
             of_site = {
                 site: {name.removesuffix(f".{site}"): tensors[name] for name in tensors if name.endswith(f".{site}")}
                 for site in header["widths"]
             }
-            book = cls({site: SiteCodebook(**named) for site, named in of_site.items()}, **header)
+            sites = {site: SiteCodebook(**named) for site, named in of_site.items()}
+            book = cls(sites, **header, calibrated=calibrated)
             problem = book.problem()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             reason = first_line(error)
@@ -169,6 +194,9 @@ class Codebook:
         if self.centroid_size not in ("fixed", "free") or self.penalty < 1 or weighted_and_free:
             settings = f"centroid size {self.centroid_size}, penalty {self.penalty} and weighting {self.weighting}"
             return f"{settings} do not go together"
+        for policy, tensors in self.calibrated.items():
+            if wrong := [name for name, value in tensors.items() if value.shape[:1] != (self.layers,)]:
+                return f"{wrong[0]} of the policy {policy} does not have a row for each of {self.layers} layers"
         return next(filter(None, (self._site_problem(site, book) for site, book in self.sites.items())), None)
 
     def _site_problem(self, site: str, book: SiteCodebook) -> str | None:
@@ -194,5 +222,6 @@ class Codebook:
         return None
 
 
-_HEADER: dict = {each.name: get_origin(each.type) or each.type for each in fields(Codebook) if each.name != "sites"}
+_HEADER: dict = {each.name: get_origin(each.type) or each.type for each in fields(Codebook)}
+del _HEADER["sites"], _HEADER["calibrated"]
 _HEADER["budget"] = list, type(None)

@@ -1,7 +1,7 @@
 """Evaluates a finished run, or compares several: tables, figures, results.json.
 
   python evaluate.py checkpoint=runs/x                         the same figures
-  python evaluate.py checkpoint=runs/x policies=[oracle,gate]  other policies
+  python evaluate.py checkpoint=runs/x policies=[oracle,exact]  other policies
   python evaluate.py checkpoint=runs/x data.score=other.txt    another text
   python evaluate.py compare='runs/paper-*' [out=FOLDER]       runs side by side
   python evaluate.py compare=[runs/x,runs/y]                   a list of runs
@@ -27,7 +27,7 @@ from apc.utils.packages import require_extra
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The run was fitted with these keys, so an evaluation can't change them.
-FITTED = ("sites", "sparsity", "active", "collect", "cluster", "predictor", "tune", "monitor")
+FITTED = ("sites", "sparsity", "active", "bytes", "collect", "cluster", "predictor", "tune", "monitor")
 FITTED_DATA = ("data.fit_windows", "data.seq_len", "data.bos")
 
 

@@ -37,7 +37,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.run.folder import Stopwatch, open_run
     from apc.run.score import check_speed, score
     from apc.run.tracking import Tracking
-    from apc.sparse.policies import check_policies, trains_predictor
+    from apc.sparse.policies import calibrated_policies, check_policies, trains_predictor
     from apc.utils import distributed
 
     check_policies(cfg)
@@ -98,6 +98,9 @@ def train(cfg: Config, wide: bool = False) -> dict:
         if cfg.stage == "tune":
             return so_far
 
+        if calibrated_policies(cfg):
+            codebook = stages.calibrate(context, codebook, predictor, fit.tokens, monitor)
+            watch.lap("calibrate")
         results = score(context, codebook, predictor, scored, run.path)
         if distributed.is_main():
             shown = [tables.policies_table(results, wide=wide), *tables.speed_tables(results, wide=wide)]

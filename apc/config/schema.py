@@ -332,6 +332,9 @@ class Config:
     active: str = "threshold"
     # Mask policies to evaluate. null: dense, exact, static, random, oracle, predicted, soft.
     policies: list[str] | None = None
+    # Share of the dense FFN's bytes that staged policies and peers read in all, predictor included. null:
+    # cluster.density.
+    bytes: float | None = None
     # Also measure decoding with the policies that know their masks before the FFN runs: tokens per second,
     # perplexity, continuations.
     speed: bool = False
@@ -358,6 +361,8 @@ class Config:
         _choose(self, "", stage=STAGES, active=("threshold", "top"))
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
+        if self.bytes is not None and not 0 < self.bytes <= 1:
+            raise UserError(f"bytes must be above 0 and at most 1, got {self.bytes}")
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
         if self.seed >= 1 << 32:

@@ -13,7 +13,9 @@ from apc.evaluate.metrics import (
     MaskMeter,
     is_below,
     layer_figures,
+    layer_reads,
     mask_figures,
+    mean_reads,
     perplexity,
     perplexity_ratio,
     site_densities,
@@ -38,13 +40,13 @@ class DenseMeters(ForwardReader):
 
     def __init__(self, ffns: list[FFN], codebook: Codebook, policies: list[MaskPolicy], meters: list[MaskMeter]):
         lookahead = max((policy.lookahead for policy in policies), default=0)
-        super().__init__(ffns, codebook, lookahead, any(policy.reads_gate for policy in policies))
+        super().__init__(ffns, codebook, lookahead, any(policy.sees_gate for policy in policies))
         self.policies, self.meters = policies, meters
 
     def see(self, tokens: MaskInputs) -> None:
         """Measures each policy's masks."""
         for policy, meter in zip(self.policies, self.meters, strict=True):
-            meter.add(tokens, policy.decide(tokens).mask)
+            meter.add(tokens, policy.decide(tokens))
 
 
 @dataclass
@@ -144,9 +146,11 @@ class Evaluator:
         for (name, policy), meter in zip(policies.items(), meters, strict=True):
             totals = meter.totals().cpu()
             record = {"policy": name, "missing": None, "excludes_finding": policy.is_bound, "masked": None}
-            records[name] = record | mask_figures(totals) | {"per_layer": layer_figures(totals)}
+            reads = layer_reads(totals, list(self.codebook.sites), self.codebook.projections)
+            per_layer = layer_figures(totals) | {"read": reads}
+            records[name] = record | mask_figures(totals) | {"read": self._reads(totals), "per_layer": per_layer}
         if "dense" in policies:
-            _complete(records["dense"], policies["dense"], losses, losses, {})
+            _complete(records["dense"], policies["dense"], losses, losses, {}, {})
         return records, losses
 
     def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: Bar) -> None:
@@ -154,19 +158,25 @@ class Evaluator:
         meter = MaskMeter(self.codebook, self.device)
         losses = self._losses(MaskedForward(self.ffns, policy, meter), [meter], bar)
         totals = meter.totals().cpu()
-        record["masked"] = mask_figures(totals)
+        record["masked"] = mask_figures(totals) | {"read": self._reads(totals)}
         record["missing"] = not_finite(losses)
         if not record["missing"]:
             self._policy_losses[policy.name] = losses
             densities = site_densities(totals, list(self.codebook.sites), self.codebook.experts)
-            _complete(record, policy, losses, dense_losses, densities)
+            _complete(record, policy, losses, dense_losses, densities, record["masked"]["read"])
+
+    def _reads(self, totals: Tensor) -> dict[str, float]:
+        """The share of each projection's weights that is read, from a meter's totals."""
+        return mean_reads(totals, list(self.codebook.sites), self.codebook.projections, self.codebook.experts)
 
 
-def _complete(record: dict, policy: MaskPolicy, losses: Tensor, dense: Tensor, densities: dict) -> None:
+def _complete(
+    record: dict, policy: MaskPolicy, losses: Tensor, dense: Tensor, densities: dict, read: dict[str, float]
+) -> None:
     """Adds perplexity, its ratio to dense and the cost to a record."""
     record["perplexity"] = perplexity(losses)
     record["ratio"], record["ratio_low"], record["ratio_high"] = perplexity_ratio(losses, dense)
-    record |= vars(policy.cost(densities))
+    record |= vars(policy.cost(densities, read))
 
 
 def not_finite(losses: Tensor) -> str | None:

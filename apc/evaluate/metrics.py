@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.evaluate.tables import MIN_WINDOWS
-from apc.sparse.policies import MaskInputs
+from apc.sparse.policies import MaskDecision, MaskInputs
 from apc.utils import distributed
 
 # A loss is suspect if it is below the dense model's by more than this many nats. Masks that drop little may help a
@@ -22,7 +22,8 @@ MIN_GAIN = 0.005
 BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes, in tokens, for which the union of the masks is measured
 _FIELDS = (
     *("active", "mask", "hits", "rows", "importance", "energy"),
-    *("rows_first", "importance_first", "energy_first", "zeros", "neurons"),
+    *("rows_first", "importance_first", "energy_first", "zeros", "neurons", "tokens"),
+    *("read_gate", "read_up", "read_down"),
     *(f"union_{batch}" for batch in BATCHES),
     *(f"neurons_{batch}" for batch in BATCHES),
 )
@@ -36,6 +37,7 @@ _RATIOS = {
     "captured_energy_first": ("energy_first", "rows_first"),
     "zeros": ("zeros", "neurons"),
 }
+PROJECTIONS = ("gate", "up", "down")  # of an FFN; those without a gate have the last two
 _UNIONS = {str(batch): (f"union_{batch}", f"neurons_{batch}") for batch in BATCHES}
 
 
@@ -52,9 +54,9 @@ class MaskMeter:
         self._sites = list(codebook.sites)
         self._sums = torch.zeros(len(self._sites), codebook.layers, len(_FIELDS), dtype=torch.float64, device=device)
 
-    def add(self, tokens: MaskInputs, mask: Tensor) -> None:
-        """Adds the masks of n tokens, bool [n, D] or [1, D]."""
-        n, D = tokens.values.shape
+    def add(self, tokens: MaskInputs, decision: MaskDecision) -> None:
+        """Adds the decision for n tokens."""
+        (n, D), mask = tokens.values.shape, decision.mask
         kept, active = mask.float().expand(n, D), tokens.active.float()
         importance, energy = (share.double() for share in tokens.captured(kept))
         first = (self.first if tokens.tokens is None else self.first[tokens.tokens]).double()
@@ -64,7 +66,9 @@ class MaskMeter:
         sums = [active.sum(-1).double().sum(), kept.sum(-1).double().sum(), hits.double().sum()]
         sums += [rest.sum(), importance @ rest, energy @ rest]
         sums += [first.sum(), importance @ first, energy @ first]
-        sums += [(tokens.values == 0).sum().double(), torch.full_like(first[0], n * D)]
+        sums += [(tokens.values == 0).sum().double(), *(torch.full_like(first[0], count) for count in (n * D, n))]
+        read = (decision.read.get(projection, mask) for projection in PROJECTIONS)
+        sums += [weights.sum().double() * n / weights.numel() for weights in read]
         self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([*sums, *unions])
 
     def totals(self) -> Tensor:
@@ -107,6 +111,28 @@ def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
     """`mask_figures` of each layer, over its sites, without unions; totals: [sites, L, fields]."""
     layers = [_ratios(layer) for layer in totals.unbind(1)]
     return {name: [layer[name] for layer in layers] for name in _RATIOS}
+
+
+def layer_reads(totals: Tensor, sites: list[str], projections: int) -> dict[str, list[float | None]]:
+    """The share of each projection's weights that each layer reads, by name; None without tokens.
+
+    totals: [sites, L, fields]; projections: 3, or 2 without a gate. A projection that no site masks is read in full.
+    """
+    shares: dict[str, list[float | None]] = {}
+    for name in PROJECTIONS[-projections:]:
+        site = "neuron" if "neuron" in sites else name
+        layers = totals[sites.index(site)] if site in sites else ()
+        found = [_ratios(layer, {name: (f"read_{name}", "tokens")})[name] for layer in layers]
+        shares[name] = found or [1.0] * totals.shape[1]
+    return shares
+
+
+def mean_reads(totals: Tensor, sites: list[str], projections: int, experts: int = 0) -> dict[str, float]:
+    """`layer_reads`, averaged over layers; experts: as in `site_densities`."""
+    if experts:
+        totals = totals.unflatten(1, (-1, experts)).sum(2)
+    reads = layer_reads(totals, sites, projections)
+    return {name: sum(share or 0.0 for share in shares) / len(shares) for name, shares in reads.items()}
 
 
 def site_densities(totals: Tensor, sites: list[str], experts: int = 0) -> dict[str, list[float]]:

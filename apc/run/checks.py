@@ -13,8 +13,8 @@ def check_model(cfg: Config, ffns: list[FFN]) -> None:
     if trains_predictor(cfg) and cfg.predictor.form == "low-bit":
         check_projections(ffns, cfg.predictor.low_bit_projections)
     for name in cfg.policies or ():
-        if POLICIES[name].reads_gate and (has_experts(ffns) or not ffns[0].gated):
-            raise UserError(f"policies: {name} needs FFNs with a gate, outside a mixture of experts; leave it out")
+        if problem := POLICIES[name].unsupported_ffns(ffns[0].gated, has_experts(ffns)):
+            raise UserError(f"policies: {name} {problem}; leave it out")
     if has_experts(ffns):
         _check_for_experts(cfg)
 

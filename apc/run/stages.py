@@ -25,9 +25,9 @@ from apc.predict.predictor import Predictor
 from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
 from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, differing, fit, make_trainer
-from apc.sparse.policies import POLICIES
+from apc.sparse.policies import POLICIES, calibrated_policies, total_bytes
+from apc.tune.calibrate import SamplePass, find_thresholds
 from apc.tune.module import TuningModule
-from apc.tune.thresholds import find_thresholds
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
@@ -144,7 +144,7 @@ def import_codebook(checkpoint: str, run: RunFolder, identity: dict) -> None:
     codebook = Codebook.load(path)
     check_patterns(path, codebook, identity)
     if distributed.is_main() and not run.codebook.is_file():
-        codebook.save(run.codebook)
+        codebook.without_calibrated().save(run.codebook)
     distributed.barrier()
 
 
@@ -182,10 +182,16 @@ def _with_thresholds(
 ) -> Predictor:
     """The predictor on the host, with thresholds if it scores single neurons and masks have a fixed size."""
     if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
-        sample = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)]
-        run = monitor.collector
-        predictor.thresholds = find_thresholds(run.model, run.ffns, codebook, predictor, sample, run.batch_windows)
+        predictor.thresholds = find_thresholds(_sample_pass(cfg, codebook, predictor, windows, monitor))
     return predictor.cpu()
+
+
+def _sample_pass(
+    cfg: Config, codebook: Codebook, predictor: Predictor | None, windows: Tensor, monitor: HeldOutMonitor
+) -> SamplePass:
+    """A pass over `collect.calibration_windows` of the fit text's windows, int64 [n, seq_len]."""
+    sample, run = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)], monitor.collector
+    return SamplePass(run.model, run.ffns, codebook, predictor, sample, run.batch_windows)
 
 
 def tune(
@@ -236,6 +242,30 @@ def _load_tuned(run: RunFolder, codebook: Codebook, predictor: Predictor | None)
         own, old = (_without(part.provenance, "tune", "codebook") for part in (tuned_predictor, predictor))
         _check_source(path, own, old, "predictor")
     return tuned, tuned_predictor
+
+
+def calibrate(
+    context: RunContext, codebook: Codebook, predictor: Predictor | None, windows: Tensor, monitor: HeldOutMonitor
+) -> Codebook:
+    """The codebook with what the run's `calibrated` policies take from fit text, which its file gets if it lacks it.
+
+    windows: of the fit text, int64 [n, seq_len]. Policies that can't run are left out.
+    """
+    cfg, run = context.cfg, context.run
+    path = run.tuned("codebook") if cfg.tune.max_epochs else run.codebook
+    for name in calibrated_policies(cfg):
+        policy, facts = POLICIES[name], dict[str, object](bytes=total_bytes(cfg))
+        if policy.forms and predictor is not None:
+            facts |= {"predictor": _digest(predictor.provenance)}
+        if policy.unsupported(codebook, predictor) or codebook.calibration.get(name) == facts:
+            continue
+        fit = _sample_pass(cfg, codebook, predictor, windows, monitor)
+        tensors = {part: value.cpu() for part, value in policy.calibrate(fit, total_bytes(cfg)).items()}
+        codebook = codebook.with_calibrated(name, tensors, facts)
+        if distributed.is_main():
+            codebook.save(path)
+        distributed.barrier()
+    return codebook
 
 
 def _without(provenance: dict, *keys: str) -> dict:

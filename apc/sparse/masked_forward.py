@@ -5,7 +5,6 @@ Shape letters: n tokens, E hidden size, D neurons at a site.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,15 +12,8 @@ from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
 from apc.data.ffn import FFN
 from apc.data.hooks import FFNHooks, FFNVisitor
-from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy
+from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, Meter
 from apc.utils.errors import UserError
-
-
-class Meter(Protocol):
-    """Measures masks, as `apc.evaluate.metrics.MaskMeter` does."""
-
-    def add(self, inputs: MaskInputs, mask: Tensor) -> None:
-        """Adds the masks of some tokens, bool [n, D] or [1, D]."""
 
 
 def activation_function(ffn: FFN) -> Callable[[Tensor], Tensor]:
@@ -58,7 +50,7 @@ class ForwardReader(FFNVisitor):
     ffns: list[FFN]
     codebook: Codebook
     lookahead: int = 0
-    reads_gate: bool = False
+    sees_gate: bool = False
     changes_output: bool = False  # whether a decision may have an output delta (at the site `neuron` only)
 
     def __post_init__(self):
@@ -69,7 +61,7 @@ class ForwardReader(FFNVisitor):
 
     def hook(self) -> FFNHooks:
         """Hooks that call this reader in the model's forward passes, until they are removed."""
-        sites = list(self.codebook.sites) + ["gate"] * self.reads_gate + ["down"] * self.changes_output
+        sites = list(self.codebook.sites) + ["gate"] * self.sees_gate + ["down"] * self.changes_output
         return FFNHooks(self.ffns, sites, self)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
@@ -83,7 +75,7 @@ class ForwardReader(FFNVisitor):
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         """Masks values [..., D] at a site, or adds the output delta at down; None leaves them as they are."""
         flat = values.flatten(0, -2)
-        if site == "gate" and self.reads_gate:
+        if site == "gate" and self.sees_gate:
             self._gate = activation_function(self.ffns[layer])(flat)
             return None
         if site == "down" and self.changes_output:
@@ -109,7 +101,7 @@ class MaskedForward(ForwardReader):
     """Applies a policy's masks; a meter, if given, measures them."""
 
     def __init__(self, ffns: list[FFN], policy: MaskPolicy, meter: Meter | None = None):
-        super().__init__(ffns, policy.codebook, policy.lookahead, policy.reads_gate, policy.changes_output)
+        super().__init__(ffns, policy.codebook, policy.lookahead, policy.sees_gate, policy.changes_output)
         self.policy, self.meter = policy, meter
         self._parts = [parts_of(ffn) for ffn in ffns]
 
@@ -122,5 +114,5 @@ class MaskedForward(ForwardReader):
         """The policy's decision."""
         decision = self.policy.decide(tokens)
         if self.meter is not None:
-            self.meter.add(tokens, decision.mask)
+            self.meter.add(tokens, decision)
         return decision

@@ -210,7 +210,8 @@ class TuningModule(StepModule):
     @torch.no_grad()
     def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:
         """The codebook and the predictor as tuned so far, copied to the host; None if the policy has no predictor."""
-        old, scores, sizes = self.codebook.to(torch.device("cpu")), self.scores.detach().cpu(), self.sizes.tolist()
+        old = self.codebook.to(torch.device("cpu")).without_calibrated()
+        scores, sizes = self.scores.detach().cpu(), self.sizes.tolist()
         book, profiles = old.sites[self.site], scores.exp()
         tuned_book = replace(
             book,

@@ -3,15 +3,29 @@
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
 from apc.predict.predictor import Predictor
-from apc.sparse.policies.base import MaskDecision, MaskInputs, MaskPolicy  # noqa: F401  # re-exported
+from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, Meter  # noqa: F401  # re-exported
 from apc.sparse.policies.bounds import Dense, Exact, Oracle, ThresholdedOracle
 from apc.sparse.policies.fixed import Random, Static
-from apc.sparse.policies.neurons import Gate, NeuronPredictor, NeuronThreshold
+from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
+from apc.sparse.policies.peers import Cats
 from apc.sparse.policies.predicted import Predicted, Soft
 from apc.utils.errors import UserError
 
-_ALL = Dense, Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, Gate, NeuronPredictor, NeuronThreshold
+_ALL = Dense, Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, NeuronPredictor, NeuronThreshold, Cats
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
+
+
+_RENAMED = {"gate": "cats"}
+
+
+def _unknown(name: str) -> str:
+    """What to choose in place of a name that is not in `POLICIES`."""
+    return f"renamed; write {_RENAMED[name]}" if name in _RENAMED else f"unknown; choose {', '.join(POLICIES)}"
+
+
+def total_bytes(cfg: Config) -> float:
+    """The share of the dense FFN's bytes that a run's `calibrated` policies read."""
+    return cfg.cluster.density if cfg.bytes is None else cfg.bytes
 
 
 def facts(name: str) -> type[MaskPolicy]:
@@ -25,7 +39,7 @@ def facts(name: str) -> type[MaskPolicy]:
 def make_policy(name: str, codebook: Codebook, predictor: Predictor | None, seed: int = 0) -> MaskPolicy:
     """The policy of this name. Raises UserError if it is unknown, or can't run with this codebook and predictor."""
     if name not in POLICIES:
-        raise UserError(f"policy {name}: unknown; choose {', '.join(POLICIES)}")
+        raise UserError(f"policy {name}: {_unknown(name)}")
     if problem := POLICIES[name].missing(codebook, predictor):
         raise UserError(f"policy {name}: {problem}")
     return POLICIES[name](codebook, predictor, seed)
@@ -67,6 +81,11 @@ def tuned_forms(cfg: Config) -> tuple[str, ...]:
     return POLICIES[cfg.tune.policy].forms
 
 
+def calibrated_policies(cfg: Config) -> list[str]:
+    """The policies to evaluate that are calibrated on fit text first."""
+    return [name for name in cfg.policies or default_policies() if POLICIES[name].calibrated]
+
+
 def trains_predictor(cfg: Config) -> bool:
     """Whether a run trains a predictor: `stage=predict` asks for it, or a tuned or evaluated policy needs one."""
     if cfg.tune.max_epochs and cfg.stage != "predict":
@@ -78,11 +97,13 @@ def check_policies(cfg: Config) -> None:
     """Raises UserError if a policy in `policies` or `tune.policy` is unknown or can't run in this configuration."""
     for name in cfg.policies or ():
         if name not in POLICIES:
-            raise UserError(f"policies: {name} is unknown; choose from {', '.join(POLICIES)}")
+            raise UserError(f"policies: {name} is {_unknown(name)}")
         policy = POLICIES[name]
         _check_form(f"policies: {name}", policy.forms, cfg.predictor.form)
         if policy.sites and not set(cfg.sites) <= set(policy.sites):
             raise UserError(f"policies: {name} needs sites=[{','.join(policy.sites)}], this run has sites={cfg.sites}")
+    for name in calibrated_policies(cfg):
+        POLICIES[name].check_bytes(total_bytes(cfg))
     tunable = [name for name, policy in POLICIES.items() if policy.tunable]
     if cfg.tune.policy not in tunable:
         raise UserError(f"tune.policy={cfg.tune.policy}: choose {', '.join(tunable)}")

@@ -4,15 +4,18 @@ Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance, quantise
+from apc.data.ffn import FFN
 from apc.predict.predictor import Predictor
 
 
@@ -26,7 +29,7 @@ class MaskInputs:
     inputs: dict[int, Tensor]  # FFN inputs [n, E], of this layer and as many before it as the predictor looks ahead
     codebook: Codebook
     measure: Importance
-    gate: Tensor | None = None  # act(gate) [n, D] for a policy with `reads_gate`
+    gate: Tensor | None = None  # act(gate) [n, D] for a policy with `sees_gate`
     tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: all tokens of it
 
     @cached_property
@@ -56,10 +59,15 @@ class MaskInputs:
 
 @dataclass(frozen=True)
 class MaskDecision:
-    """A policy's decision for n tokens."""
+    """A policy's decision for n tokens.
+
+    read: which weights of a projection (gate, up, down) are read, if not those that `mask` keeps: bool over the
+    projection's rows or columns, [n, …], or [1, …] for all tokens. Costs use its mean.
+    """
 
     mask: Tensor  # bool [n, D], or [1, D] for all tokens; True keeps a neuron
     output_delta: Tensor | None = None  # added to the FFN's output, [n, E] or [E]
+    read: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,28 @@ class PolicyCost:
     flops_share: float  # multiplications, likewise
 
 
+class Meter(Protocol):
+    """Measures decisions, as `apc.evaluate.metrics.MaskMeter` does."""
+
+    def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
+        """Adds the decision for some tokens."""
+
+
+class FitPass(Protocol):
+    """The model and a sample of the fit text, on which a policy is calibrated (`apc.tune.calibrate`)."""
+
+    model: nn.Module
+    ffns: list[FFN]
+    codebook: Codebook  # on the model's device
+    predictor: Predictor | None  # likewise
+
+    def run(self, policy: "MaskPolicy", meter: Meter) -> None:
+        """Runs the model under the policy over this rank's windows of the sample; the meter gets each decision.
+
+        With the policy `dense` the model stays as it is. What the meter counts must be summed over ranks afterwards.
+        """
+
+
 class MaskPolicy:
     """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`."""
 
@@ -78,7 +108,9 @@ class MaskPolicy:
     by_default = False  # it is evaluated if `policies` is not given
     in_sparsify = False  # `sparsify` may choose it if no policy is named; see `default_policy`
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
-    reads_gate = False  # it reads the gate projection of all neurons first
+    sees_gate = False  # it needs act(gate) of all neurons: `MaskInputs.gate`
+    experts = True  # it works in a mixture of experts
+    calibrated = False  # it needs `calibrate` on fit text, and keeps to the key `bytes` in place of the density
     uses_codebook = True  # its results depend on the codebook
     over_clusters = False  # its masks are made from clusters, so K matters
     by_cluster = False  # its mask is the centroid of one cluster, a choice of log₂ K bits
@@ -99,10 +131,18 @@ class MaskPolicy:
     @classmethod
     def missing(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
         """Why the policy can't run with this codebook and predictor; None if it can."""
+        reason = cls.unsupported(codebook, predictor)
+        if reason is None and cls.calibrated and cls.name not in codebook.calibrated:
+            return f"the codebook has no thresholds for it; run train.py with policies=[{cls.name}] again"
+        return reason
+
+    @classmethod
+    def unsupported(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        """Why the policy can't run, calibrated or not; None if it can."""
         if cls.sites and not set(codebook.sites) <= set(cls.sites):
             return f"needs the site {' or '.join(cls.sites)}"
-        if cls.reads_gate and (codebook.projections == 2 or codebook.experts):
-            return "needs FFNs with a gate, outside a mixture of experts"
+        if problem := cls.unsupported_ffns(gated=codebook.projections == 3, experts=bool(codebook.experts)):
+            return problem
         if not cls.forms:
             return None
         if predictor is None:
@@ -112,9 +152,28 @@ class MaskPolicy:
         return None
 
     @classmethod
+    def unsupported_ffns(cls, gated: bool, experts: bool) -> str | None:
+        """What the policy needs of the FFNs that these lack; None if nothing. experts: they are a mixture's."""
+        if cls.sees_gate and not (gated and (cls.experts or not experts)):
+            return "needs FFNs with a gate, outside a mixture of experts"
+        return None if cls.experts or not experts else "does not support a mixture of experts"
+
+    @classmethod
+    def check_bytes(cls, share: float) -> None:
+        """Raises UserError if a `calibrated` policy can't keep to this share of the dense FFN's bytes."""
+
+    @classmethod
+    def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
+        """What the policy takes from fit text to read this share of the dense FFN's bytes: tensors [L, …] by name.
+
+        The codebook keeps them, in `calibrated`. Only for policies with `calibrated`.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def known_before_ffn(cls) -> bool:
         """Whether the mask is known before the FFN runs: only then can a kernel skip neurons."""
-        return not cls.is_bound and not cls.reads_gate
+        return not cls.is_bound and not cls.sees_gate
 
     @property
     def kernel(self) -> str | None:
@@ -169,22 +228,18 @@ class MaskPolicy:
         """Multiplications in one layer for one token, in addition to those with the FFN rows that the mask keeps."""
         return 0.0
 
-    def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
+    def cost(self, densities: dict[str, list[float]], read: Mapping[str, float]) -> PolicyCost:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
-        The share of bytes counts the kept FFN rows and `parameters_read`; the share of FLOPs counts the kept FFN rows
-        and `multiplications`. Both are relative to the dense FFN's P·E·D, with P = 3 projections, or 2 without a gate.
-        A mask at `neuron` saves rows of all projections; a mask at gate, up or down saves rows of that projection.
+        read: the share of each projection's weights that is read, by name. The share of bytes counts these weights and
+        `parameters_read`; the share of FLOPs counts these weights and `multiplications`. Both are relative to the dense
+        FFN's P·E·D, with P = 3 projections, or 2 without a gate.
         """
         P, sites = self.codebook.projections, list(self.codebook.widths)
-        dense, kept = P * self.codebook.hidden_size * self.codebook.ffn_width, 1.0
-        for site in sites:
-            density = sum(densities[site]) / len(densities[site])
-            projections = P if site == "neuron" else 1
-            kept -= (projections - self.reads_gate) * (1 - density) / P
+        dense, kept = P * self.codebook.hidden_size * self.codebook.ffn_width, sum(read.values()) / P
         bits = sum(self.choice_bits(site, densities[site]) for site in sites)
-        read, computed = sum(map(self.parameters_read, sites)), sum(map(self.multiplications, sites))
-        return PolicyCost(bits, kept + read / dense, kept + computed / dense)
+        added, computed = sum(map(self.parameters_read, sites)), sum(map(self.multiplications, sites))
+        return PolicyCost(bits, kept + added / dense, kept + computed / dense)
 
 
 class ClusterPolicy(MaskPolicy):

@@ -1,5 +1,6 @@
 """The dense FFN, and policies that read the token's own activations: upper bounds for the others."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,8 @@ class Dense(MaskPolicy):
         """All neurons."""
         return torch.ones(1, inputs.values.shape[-1], dtype=torch.bool, device=inputs.values.device)
 
-    def cost(self, densities: dict[str, list[float]]) -> PolicyCost:
-        """The dense cost: 0 bits, all bytes and FLOPs. The densities are ignored."""
+    def cost(self, densities: dict[str, list[float]], read: Mapping[str, float]) -> PolicyCost:
+        """The dense cost: 0 bits, all bytes and FLOPs. Both arguments are ignored."""
         return PolicyCost(0.0, 1.0, 1.0)
 
 

@@ -1,28 +1,9 @@
-"""Policies that decide neuron by neuron."""
-
-from torch import Tensor
+"""Policies whose predictor scores single neurons."""
 
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.predict.predictor import Predictor
-from apc.sparse.policies.base import MaskDecision, MaskInputs, MaskPolicy, PredictorPolicy
-
-
-class Gate(MaskPolicy):
-    """Keeps the neurons with the largest |act(gate)|, the rule of CATS (Lee et al., 2024).
-
-    The gate projection runs in full; up and down are masked.
-    """
-
-    name = "gate"
-    reads_gate = True
-    sites = ("neuron",)
-    color, marker = "#56B4E9", "X"
-
-    def mask(self, inputs: MaskInputs) -> Tensor:
-        """The neurons with the largest gate activations."""
-        assert inputs.gate is not None  # `reads_gate` asks for it
-        return ops.top_mask(inputs.gate.float().abs(), self.size(inputs), check=False)
+from apc.sparse.policies.base import MaskDecision, MaskInputs, PredictorPolicy
 
 
 class NeuronPredictor(PredictorPolicy):

@@ -1,0 +1,77 @@
+"""Runs a model on a sample of the fit text under a policy, to calibrate policies and predictors.
+
+Shape letters: L layers, n windows, S tokens in a window.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apc.cluster.codebook import Codebook
+from apc.data.ffn import FFN, first_device
+from apc.predict.predictor import Predictor
+from apc.sparse.histogram import ThresholdFinder
+from apc.sparse.masked_forward import MaskedForward
+from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, Meter
+from apc.sparse.policies.neurons import NeuronPredictor
+from apc.utils import distributed
+
+
+@dataclass
+class SamplePass:
+    """Implements `FitPass`. windows: int64 [n, S], the sample, of which each rank runs its share."""
+
+    model: nn.Module
+    ffns: list[FFN]
+    codebook: Codebook
+    predictor: Predictor | None
+    windows: Tensor
+    batch_windows: int = 1
+
+    def __post_init__(self):
+        device = first_device(self.ffns)
+        self.codebook = self.codebook.to(device)
+        self.predictor = None if self.predictor is None else self.predictor.to(device)
+
+    @torch.no_grad()
+    def run(self, policy: MaskPolicy, meter: Meter) -> None:
+        """Runs the model under the policy over this rank's windows; the meter gets each decision."""
+        device, (first, last) = first_device(self.ffns), distributed.share(len(self.windows))
+        body: Any = self.model.base_model
+        hooks = MaskedForward(self.ffns, policy, meter).hook()
+        try:
+            for start in range(first, last, self.batch_windows):
+                batch = self.windows[start : min(start + self.batch_windows, last)].to(device)
+                body(input_ids=batch, use_cache=False)
+        finally:
+            hooks.remove()
+
+
+@dataclass
+class _ScoreCounter:
+    """A meter that counts the scores of neurons."""
+
+    policy: NeuronPredictor
+    finder: ThresholdFinder
+
+    def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
+        self.finder.add(inputs.layer, self.policy.outputs(inputs)[0])
+
+
+def find_thresholds(fit: SamplePass) -> Tensor:
+    """Each layer's threshold: the least score with which a neuron is kept, float32 [L], on the host.
+
+    The number of neurons kept varies by token. Over all tokens of the sample, masks of the codebook's fixed size keep a
+    certain number. The threshold is the least value that at most this number of scores reach, while the model runs
+    under such masks. An expert that gets none of these tokens keeps all neurons: −inf.
+    """
+    codebook = fit.codebook
+    policy = NeuronPredictor(codebook, fit.predictor, 0)
+    finder = ThresholdFinder(codebook.layers, first_device(fit.ffns))
+    fit.run(policy, _ScoreCounter(policy, finder))
+    sizes = [codebook.size("neuron", layer) for layer in range(codebook.layers)]
+    finder.narrow(torch.tensor(sizes, dtype=torch.float64) / codebook.widths["neuron"])
+    fit.run(policy, _ScoreCounter(policy, finder))
+    return finder.thresholds()
