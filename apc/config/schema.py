@@ -198,6 +198,9 @@ class PredictorConfig:
     bits: int = 1
     # low-bit form: which projections are copied, [gate], [up] or [gate,up].
     low_bit_projections: list[str] = field(default_factory=lambda: ["gate", "up"])
+    # low-bit form: share of inputs at which a token reads the copy, those with the largest |input| * column norm; above
+    # 0, at most 1. Kernels need 1.
+    inputs: float = 1.0
     # Predict from the FFN input of this many layers earlier. The first layers use the first layer's input.
     lookahead: int = 0
     # ce (cross-entropy; the neuron and low-bit forms classify each neuron as active or not), listwise (on
@@ -218,6 +221,13 @@ class PredictorConfig:
         chosen = list(self.low_bit_projections)
         if not chosen or [name for name in PROJECTIONS if name in chosen] != chosen:
             raise UserError(f"predictor.low_bit_projections={chosen}: choose [gate], [up] or [gate,up]")
+        if not 0 < self.inputs <= 1:
+            raise UserError(f"predictor.inputs must be above 0 and at most 1, got {self.inputs}")
+        if self.inputs < 1 and self.form != "low-bit":
+            raise UserError(
+                f"predictor.inputs={self.inputs}: predictor.form={self.form} reads all inputs; leave it out, or set "
+                "predictor.form=low-bit"
+            )
         if not 0 < self.lr < math.inf:
             raise UserError(f"predictor.lr must be above 0, got {self.lr}")
 
@@ -373,6 +383,11 @@ class Config:
         for key, needs_neuron in (("speed=true", self.speed), ("predictor.form=low-bit", low_bit)):
             if needs_neuron and sites != ["neuron"]:
                 raise UserError(f"{key} needs sites=[neuron], this run has sites={sites}")
+        if self.speed and self.predictor.inputs < 1:
+            raise UserError(
+                f"speed=true: no kernel reads a low-bit copy at predictor.inputs={self.predictor.inputs} of its inputs "
+                "yet; leave out speed=true, or set predictor.inputs=1"
+            )
         for key, wanted in (("speed", self.speed), ("tune.max_epochs", epochs)):
             if wanted and self.model.device_map:
                 raise UserError(

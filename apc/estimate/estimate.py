@@ -10,7 +10,7 @@ Shape letters: L layers, D neurons of a site, K clusters, G groups clustered apa
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from apc.data.text import check_positions, count_windows, on_hub
 from apc.estimate.exchange import Exchange
 from apc.estimate.measured_rates import rate, rates
 from apc.predict.module import PredictorModule
+from apc.predict.predictor import Predictor
 from apc.sparse.policies import default_policies, trains_predictor, tuned_forms
 from apc.tune.module import TuningModule
 from apc.utils import wheels
@@ -336,9 +337,11 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
         disk[f"patterns, {math.ceil(info.windows / shard_windows(info))} shards"] = store_bytes(info)
     disk |= {"checkpoint of the clustering": _nbytes(module.state_dict().values()), "codebook": book_bytes}
     if predictor is not None:
-        parameters = _nbytes(predictor.parameters())
-        # A checkpoint has Adam's two moments besides the weights.
-        disk |= {"checkpoint of the predictor": 3 * parameters, "predictor": parameters}
+        # A checkpoint has Adam's two moments besides the weights. The result has a low-bit copy's levels as bits.
+        disk["checkpoint of the predictor"] = 3 * _nbytes(predictor.parameters())
+        with torch.device("meta"):
+            result = Predictor(replace(predictor.predictor.header, frozen=True))
+        disk["predictor"] = _nbytes(result.state_dict().values())
     disk |= {"checkpoint of the tuning": 3 * tuned} if tuned else {}
 
     host = {"model while it loads": ranks * weights}

@@ -23,7 +23,7 @@ BATCHES = (2, 4, 8, 16, 32, 64)  # batch sizes, in tokens, for which the union o
 _FIELDS = (
     *("active", "mask", "hits", "rows", "importance", "energy"),
     *("rows_first", "importance_first", "energy_first", "zeros", "neurons", "tokens"),
-    *("read_gate", "read_up", "read_down"),
+    *("read_gate", "read_up", "read_down", "read_copy", "copy_tokens"),
     *(f"union_{batch}" for batch in BATCHES),
     *(f"neurons_{batch}" for batch in BATCHES),
 )
@@ -67,8 +67,10 @@ class MaskMeter:
         sums += [rest.sum(), importance @ rest, energy @ rest]
         sums += [first.sum(), importance @ first, energy @ first]
         sums += [(tokens.values == 0).sum().double(), *(torch.full_like(first[0], count) for count in (n * D, n))]
-        read = (decision.read.get(projection, mask) for projection in PROJECTIONS)
+        copy = decision.read.get("copy", mask.new_zeros(1, 1))
+        read = *(decision.read.get(projection, mask) for projection in PROJECTIONS), copy
         sums += [weights.sum().double() * n / weights.numel() for weights in read]
+        sums += [torch.full_like(first[0], n if "copy" in decision.read else 0)]
         self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([*sums, *unions])
 
     def totals(self) -> Tensor:
@@ -117,6 +119,7 @@ def layer_reads(totals: Tensor, sites: list[str], projections: int) -> dict[str,
     """The share of each projection's weights that each layer reads, by name; None without tokens.
 
     totals: [sites, L, fields]; projections: 3, or 2 without a gate. A projection that no site masks is read in full.
+    Under `copy`: the share of inputs at which a low-bit copy is read, if decisions say so.
     """
     shares: dict[str, list[float | None]] = {}
     for name in PROJECTIONS[-projections:]:
@@ -124,7 +127,8 @@ def layer_reads(totals: Tensor, sites: list[str], projections: int) -> dict[str,
         layers = totals[sites.index(site)] if site in sites else ()
         found = [_ratios(layer, {name: (f"read_{name}", "tokens")})[name] for layer in layers]
         shares[name] = found or [1.0] * totals.shape[1]
-    return shares
+    copies = [_ratios(layer, {"copy": ("read_copy", "copy_tokens")})["copy"] for layer in totals.unbind(1)]
+    return shares if set(copies) == {None} else shares | {"copy": copies}
 
 
 def mean_reads(totals: Tensor, sites: list[str], projections: int, experts: int = 0) -> dict[str, float]:

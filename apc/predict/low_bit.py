@@ -4,7 +4,10 @@ At one bit a weight, a copied gate takes 2.1 % of the FFN's bytes, stays full-ra
 of the same quality. The idea is SparseInfer's (Shin et al., 2024), which predicts the sign of a ReLU's input from the
 signs of weights and inputs. Here the levels, their scales and the curve from products to scores are trained.
 
-Shape letters: L layers, P projections, D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of E bits.
+The copy can be read at a token's largest inputs only, as Prox does (arXiv 2607.27591). At equal bytes, three bits on
+half of the inputs rank neurons better than two bits on three quarters of them.
+
+Shape letters: L layers, P projections, D neurons, E hidden size, n tokens, b bits, W bytes of a packed row of bits.
 """
 
 from dataclasses import dataclass
@@ -27,6 +30,33 @@ def quantised(weights: Tensor, bits: int) -> Tensor:
     """Each weight's nearest level out of −(2^b − 1)/2, …, −½, ½, …, (2^b − 1)/2, in the weights' shape and dtype."""
     half = 2 ** (bits - 1)
     return weights.floor().clamp(-half, half - 1) + 0.5
+
+
+def bit_planes(index: Tensor, bits: int) -> Tensor:
+    """The bits of levels' indices, packed: uint8 [..., M] below 2^b → uint8 [b, ..., row_bytes(M)]."""
+    return torch.stack([ops.pack((index >> bit & 1).bool()) for bit in range(bits)])
+
+
+def level_index(planes: tuple[Tensor, ...], width: int) -> Tensor:
+    """The indices that `bit_planes` packed: b planes uint8 [..., W], the lowest bit first → float32 [..., width]."""
+    index = torch.zeros((), device=planes[0].device)
+    for bit, plane in enumerate(planes):
+        index = index + ops.unpack(plane, width) * 2.0**bit
+    return index
+
+
+def at_16_bits(value: Tensor) -> Tensor:
+    """float32 rounded to the nearest bfloat16."""
+    return value.bfloat16().float()
+
+
+def column_norms(ffn: FFN, projections: list[str]) -> Tensor:
+    """The norm of each column of an FFN's projections together, float32 [E], rounded to 16 bits.
+
+    |x_i| times the norm of column i is how much input i can change the projections' outputs.
+    """
+    squares = [ffn.projection(name).float().square().sum(0) for name in projections]
+    return at_16_bits(torch.stack(squares).sum(0).sqrt())
 
 
 class _Quantise(torch.autograd.Function):
@@ -53,19 +83,37 @@ class LowBitScores(nn.Module):
     During training, `weights` float32 [L, P, D, E] are in units of the level spacing, and the forward pass rounds
     each weight to its nearest level. A frozen copy stores only the levels, as `planes` uint8 [b, L, P, D, W]:
     plane i holds bit i of each level's index. scale, slope, power: float32 [L, P, D]; bias: float32 [L, D].
+
+    inputs: the mean share of inputs at which a token reads the copy. If it is below 1, input i of a token takes part
+    if |x_i| · norms[i] reaches the layer's threshold; to the copy, the others are 0. norms: float32 [L, E];
+    input_thresholds: float32 [L]. Such a copy is stored by input, so that what a token does not need can be skipped:
+    planes uint8 [b, L, P, E, W], with the bits of an input's D weights side by side.
     """
 
     weights: nn.Parameter | None
     planes: Tensor | None
+    norms: Tensor | None
+    input_thresholds: Tensor | None
 
     def __init__(
-        self, layers: int, hidden_size: int, neurons: int, projections: list[str], bits: int, frozen: bool = False
+        self,
+        layers: int,
+        hidden_size: int,
+        neurons: int,
+        projections: list[str],
+        bits: int,
+        frozen: bool = False,
+        inputs: float = 1.0,
     ):
         super().__init__()
         self.hidden_size, self.neurons, self.projections = hidden_size, neurons, list(projections)
-        self.bits, self.frozen = bits, frozen
+        self.bits, self.frozen, self.inputs = bits, frozen, inputs
+        self.by_input = inputs < 1
         shape = (layers, len(projections), neurons)
-        planes_shape = (bits, *shape, ops.row_bytes(hidden_size))
+        rows, self._width = (hidden_size, neurons) if self.by_input else (neurons, hidden_size)
+        planes_shape = (bits, *shape[:2], rows, ops.row_bytes(self._width))
+        self.register_buffer("norms", torch.zeros(layers, hidden_size) if self.by_input else None)
+        self.register_buffer("input_thresholds", torch.zeros(layers) if self.by_input else None)
         self.weights = None if frozen else nn.Parameter(torch.zeros(*shape, hidden_size))
         self.register_buffer("planes", torch.zeros(planes_shape, dtype=torch.uint8) if frozen else None)
         self.scale, self.power = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
@@ -82,6 +130,8 @@ class LowBitScores(nn.Module):
         """Copies the model's own weights; the bias starts as the logarithm of static_energy [L, D], in any unit."""
         weights = self._stored()
         for layer, ffn in enumerate(ffns):
+            if self.norms is not None:
+                self.norms[layer] = column_norms(ffn, self.projections)
             for index, name in enumerate(self.projections):
                 rows = ffn.projection(name).float()
                 spacing = (rows.std(-1) * SPACING[self.bits]).clamp_min(torch.finfo(torch.float32).tiny)
@@ -94,25 +144,37 @@ class LowBitScores(nn.Module):
         return self._levels(self._stored()[layer])
 
     def _stored(self) -> Tensor:
-        """A view of planes [L, b, P, D, W] if frozen, of weights [L, P, D, E] if not."""
+        """A view of planes [L, b, P, D or E, W] if frozen, of weights [L, P, D, E] if not."""
         return self.weights if self.planes is None else self.planes.transpose(0, 1)  # type: ignore[return-value]
 
     def _levels(self, stored: Tensor) -> Tensor:
-        """Planes [..., b, P, D, W] if frozen, weights [..., P, D, E] if not → levels float32 [..., P, D, E]."""
+        """Planes [..., b, P, D or E, W] if frozen, weights [..., P, D, E] if not → levels float32 [..., P, D, E]."""
         if not self.frozen:
             return _Quantise.apply(stored, self.bits)
-        levels = torch.full((), 0.5 - 2 ** (self.bits - 1), device=stored.device)
-        for bit, plane in enumerate(stored.unbind(-4)):
-            levels = levels + ops.unpack(plane, self.hidden_size) * 2.0**bit
-        return levels
+        levels = level_index(stored.unbind(-4), self._width) + (0.5 - 2 ** (self.bits - 1))
+        return levels.transpose(-1, -2) if self.by_input else levels
+
+    def input_sizes(self, hidden: Tensor, layer: slice | int = slice(None)) -> Tensor:
+        """|x_i| · norms[i], float32; hidden: a layer's FFN inputs [n, E], or [L, n, E]. Only if `inputs` is below 1."""
+        assert self.norms is not None
+        return hidden.float().abs() * self.norms[layer].unsqueeze(-2)
+
+    def inputs_read(self, hidden: Tensor, layer: slice | int = slice(None)) -> Tensor:
+        """The inputs at which tokens read the copy, bool in the shape of hidden, which is as in `input_sizes`."""
+        assert self.input_thresholds is not None
+        return self.input_sizes(hidden, layer) >= self.input_thresholds[layer][..., None, None]
+
+    def _largest(self, hidden: Tensor, layer: slice | int = slice(None)) -> Tensor:
+        """FFN inputs, with 0 for those that take no part."""
+        return hidden.masked_fill(~self.inputs_read(hidden, layer), 0) if self.by_input else hidden
 
     def forward(self, hidden: Tensor) -> Tensor:
         """FFN inputs [L, n, E] → scores float32 [L, n, D]."""
-        return self._scores(hidden, self.levels(slice(None)), self.curve)
+        return self._scores(self._largest(hidden), self.levels(slice(None)), self.curve)
 
     def layer(self, layer: int) -> "LayerScores":
         """One layer's part, a view of these parameters."""
-        return LayerScores(self, self._stored()[layer], tuple(value[layer] for value in self.curve))
+        return LayerScores(self, layer, self._stored()[layer], tuple(value[layer] for value in self.curve))
 
     def unbind(self) -> list["LayerScores"]:
         """`layer` of all layers at once, sharing one gradient tensor.
@@ -120,7 +182,8 @@ class LowBitScores(nn.Module):
         Separate calls of `layer` would each allocate one the size of all layers.
         """
         curves = zip(*(value.unbind() for value in self.curve), strict=True)
-        return [LayerScores(self, *parts) for parts in zip(self._stored().unbind(), curves, strict=True)]
+        parts = zip(self._stored().unbind(), curves, strict=True)
+        return [LayerScores(self, layer, *part) for layer, part in enumerate(parts)]
 
     def _scores(self, hidden: Tensor, levels: Tensor, curve: Curve) -> Tensor:
         """hidden [G, n, E], levels [G, P, D, E], curve [G, P, D] and [G, D] → float32 [G, n, D]."""
@@ -136,8 +199,7 @@ class LowBitScores(nn.Module):
         planes = copy._stored()
         for layer in range(len(planes)):  # one at a time: the levels of all layers as floats would take gigabytes
             index = (self.levels(layer) + (2 ** (self.bits - 1) - 0.5)).to(torch.uint8)
-            for bit in range(self.bits):
-                planes[layer, bit] = ops.pack((index >> bit & 1).bool())
+            planes[layer] = bit_planes(index.transpose(-1, -2) if self.by_input else index, self.bits)
         return copy
 
     @torch.no_grad()
@@ -150,20 +212,25 @@ class LowBitScores(nn.Module):
         return copy
 
     def _empty_copy(self, frozen: bool) -> "LowBitScores":
-        """A copy with the same curve, whose weights or planes are zeros."""
+        """A copy with the same curve, norms and thresholds, whose weights or planes are zeros."""
         shape = (len(self.bias), self.hidden_size, self.neurons)
-        copy = LowBitScores(*shape, self.projections, self.bits, frozen).to(self.bias.device)
-        for target, value in zip(copy.curve, self.curve, strict=True):
-            target.copy_(value)
+        copy = LowBitScores(*shape, self.projections, self.bits, frozen, self.inputs).to(self.bias.device)
+        small = {name: value for name, value in self.state_dict().items() if name not in ("weights", "planes")}
+        copy.load_state_dict(small, strict=False)
         return copy
 
-    def parameters_read(self) -> float:
-        """Parameters of 16 bits that one layer reads for one token."""
-        return len(self.projections) * self.neurons * (self.hidden_size * self.bits / 16 + 3) + self.neurons
+    def parameters_read(self, share: float = 1.0) -> float:
+        """Parameters of 16 bits that one layer reads for one token; share: of the inputs, at which it reads levels."""
+        levels = self.hidden_size * self.bits / 16 * share
+        return len(self.projections) * self.neurons * (levels + 3) + self.neurons + self._norms_read
 
-    def multiplications(self) -> int:
+    def multiplications(self, share: float = 1.0) -> float:
         """Products that one layer computes for one token, whatever the bits of a weight."""
-        return len(self.projections) * self.neurons * (self.hidden_size + 3)
+        return len(self.projections) * self.neurons * (self.hidden_size * share + 3) + self._norms_read
+
+    @property
+    def _norms_read(self) -> int:
+        return self.hidden_size if self.by_input else 0
 
 
 def check_projections(ffns: list[FFN], projections: list[str]) -> None:
@@ -180,11 +247,13 @@ class LayerScores:
     """One layer of `LowBitScores`."""
 
     module: LowBitScores
-    stored: Tensor  # planes [b, P, D, W] if frozen, else weights [P, D, E]
+    index: int  # the layer's
+    stored: Tensor  # planes [b, P, D or E, W] if frozen, else weights [P, D, E]
     curve: Curve
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """FFN inputs [n, E] → scores float32 [n, D]."""
         curve = tuple(value.unsqueeze(0) for value in self.curve)
         levels = self.module._levels(self.stored).unsqueeze(0)
-        return self.module._scores(hidden.to(curve[-1].dtype).unsqueeze(0), levels, curve).squeeze(0)
+        hidden = self.module._largest(hidden.to(curve[-1].dtype), self.index)
+        return self.module._scores(hidden.unsqueeze(0), levels, curve).squeeze(0)

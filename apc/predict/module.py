@@ -105,7 +105,9 @@ class PredictorModule(StepModule):
         outputs = {site: codebook.k if cfg.form == "cluster" else D for site, D in info.widths.items()}
         shape = (info.layers, info.hidden_size, cfg.bottleneck)
         reads = list(cfg.low_bit_projections)
-        header = PredictorHeader(*shape, outputs, cfg.form, cfg.lookahead, bits=cfg.bits, low_bit_projections=reads)
+        header = PredictorHeader(
+            *shape, outputs, cfg.form, cfg.lookahead, bits=cfg.bits, low_bit_projections=reads, inputs=cfg.inputs
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.predictor = Predictor(header)
@@ -131,6 +133,8 @@ class PredictorModule(StepModule):
         """
         neurons = sum(self.info.widths.values()) if self.cfg.loss != "ce" else 0
         step = 8 * 4 * self.info.layers * self.cfg.batch_tokens * (sum(self.predictor.outputs.values()) + neurons)
+        if self.cfg.inputs < 1:  # the inputs' sizes, and the largest inputs
+            step += 2 * 4 * self.info.layers * self.cfg.batch_tokens * self.info.hidden_size
         books = sum(6 * book.profiles.numel() + book.centroids.numel() for book in self.codebook.sites.values())
         labels = 4 * self.info.layers * self.info.tokens * len(self.info.widths)
         return 16 * sum(value.numel() for value in self.parameters()) + step + books + labels

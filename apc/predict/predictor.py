@@ -12,18 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc.config.schema import FORMS, PROJECTIONS
-from apc.predict.low_bit import LayerScores, LowBitScores
+from apc.predict.low_bit import LayerScores, LowBitScores, at_16_bits
 from apc.utils.errors import UserError, first_line
 from apc.utils.tensor_files import load_tensors, save_tensors, wrong_field
 
-KIND, VERSION = "apc-predictor", 3
+KIND, VERSION = "apc-predictor", 4  # version 3 lacks `inputs`
 _OLD_NAMES = {"hidden": "bottleneck", "reads": "low_bit_projections"}  # in the header of version 2
 _LARGEST = 1 << 30  # sizes in a header lie below
-
-
-def at_16_bits(value: Tensor) -> Tensor:
-    """float32 rounded to the nearest bfloat16."""
-    return value.bfloat16().float()
 
 
 @dataclass(frozen=True)
@@ -37,11 +32,12 @@ class PredictorHeader:
     hidden_size: int
     bottleneck: int  # width; the low-bit form has a bottleneck only if it corrects
     outputs: dict[str, int]  # logits at each site: K clusters, or D neurons
-    form: str = "cluster"  # form, lookahead, bits and low_bit_projections are as in `PredictorConfig`
+    form: str = "cluster"  # form, lookahead, bits, low_bit_projections and inputs are as in `PredictorConfig`
     lookahead: int = 0
     corrects: bool = False  # also maps the bottleneck to a correction of the FFN's output under its mask
     bits: int = 1
     low_bit_projections: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    inputs: float = 1.0
     frozen: bool = False  # the low-bit copy is stored as bits and can't be trained
     with_thresholds: bool = False  # each layer has a threshold
 
@@ -52,6 +48,8 @@ class PredictorHeader:
             wrong.append("outputs")
         if self.form not in FORMS:
             wrong.append("form")
+        if not 0 < self.inputs <= 1 or (self.inputs < 1 and self.form != "low-bit"):
+            wrong.append("inputs")
         if wrong:
             raise ValueError(f"{wrong[0]} is {getattr(self, wrong[0])!r}"[:100])
         if self.form == "low-bit" and list(self.outputs) != ["neuron"]:
@@ -87,7 +85,7 @@ class Predictor(nn.Module):
         self.low_bit: LowBitScores | None = None
         if self.form == "low-bit":
             D = self.outputs["neuron"]
-            self.low_bit = LowBitScores(L, E, D, self.low_bit_projections, self.bits, header.frozen)
+            self.low_bit = LowBitScores(L, E, D, self.low_bit_projections, self.bits, header.frozen, header.inputs)
         has_bottleneck = self.low_bit is None or self.corrects
         self.reduce = nn.Parameter(nn.init.normal_(torch.empty(L, E, H), std=E**-0.5)) if has_bottleneck else None
         self.reduce_bias = nn.Parameter(torch.zeros(L, H)) if has_bottleneck else None
@@ -146,7 +144,7 @@ class Predictor(nn.Module):
         return {name: value for name, value in self.named_parameters() if not name.startswith("low_bit.")}
 
     def copy(self, provenance: dict | None = None, corrects: bool = False) -> "Predictor":
-        """A trainable copy without thresholds; it has a correction if this one has or `corrects` is set."""
+        """A trainable copy without thresholds of scores; it has a correction if this one has or `corrects` is set."""
         header = replace(self.header, corrects=corrects or self.corrects, frozen=False, with_thresholds=False)
         copy = Predictor(header, provenance or self.provenance)
         if self.low_bit is not None:
@@ -163,16 +161,17 @@ class Predictor(nn.Module):
         others = [value for value in self.parameters() if not any(value is one for one in curve)]
         return [{"params": values, "lr": rate} for values, rate in ((others, lr), (curve, 10 * lr)) if values]
 
-    def parameters_read(self, site: str) -> float:
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
         """Parameters of 16 bits that one layer reads for one token at `site`.
 
-        Parameters shared by several sites count at the first only.
+        copy: the share of inputs at which a low-bit copy is read. Parameters shared by several sites count at the first
+        only.
         """
-        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read())
+        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read(copy))
 
-    def multiplications(self, site: str) -> int:
+    def multiplications(self, site: str, copy: float = 1.0) -> float:
         """The number of multiplications, and of biases added, in one layer for one token at `site`."""
-        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.multiplications())
+        return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.multiplications(copy))
 
     def _bottleneck_parameters(self, site: str) -> int:
         own = [weights[site] for weights in (self.expand, self.expand_bias) if site in weights]
@@ -197,7 +196,7 @@ class Predictor(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "Predictor":
         """The predictor in a file. Raises UserError, naming the file, if it is missing, damaged or inconsistent."""
-        header, tensors = load_tensors(Path(path), KIND, (2, VERSION), _OLD_NAMES)
+        header, tensors = load_tensors(Path(path), KIND, (2, 3, VERSION), _OLD_NAMES)
         try:
             if wrong := wrong_field(header, _HEADER_TYPES):
                 raise ValueError(wrong)

@@ -127,7 +127,8 @@ def _described(predictor: Predictor) -> str:
     if predictor.form == "low-bit":
         projections = "+".join(predictor.low_bit_projections)
         correction = f", correction {E}→{H}→{E}" if predictor.corrects else ""
-        return f"low-bit {projections} at {predictor.bits} bit{correction}{lookahead}"
+        inputs = f", {predictor.header.inputs:.3g} of the inputs" if predictor.header.inputs < 1 else ""
+        return f"low-bit {projections} at {predictor.bits} bit{inputs}{correction}{lookahead}"
     return f"{predictor.form} {E}→{H}→{next(iter(predictor.outputs.values()))}{lookahead}"
 
 

@@ -26,7 +26,7 @@ from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
 from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, differing, fit, make_trainer
 from apc.sparse.policies import POLICIES, calibrated_policies, total_bytes
-from apc.tune.calibrate import SamplePass, find_thresholds
+from apc.tune.calibrate import SamplePass, find_input_thresholds, find_thresholds
 from apc.tune.module import TuningModule
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -163,6 +163,7 @@ def train_predictor(
         return predictor
     every, ffns = cfg.trainer.log_every_n_steps, monitor.collector.ffns
     module = PredictorModule(cfg.predictor, codebook, source.info, monitor.rows, cfg.seed, every, ffns)
+    _choose_inputs(cfg, codebook, module.predictor, windows, monitor, masked=False)
     policies = [name for name, policy in POLICIES.items() if policy.monitored and cfg.predictor.form in policy.forms]
     evaluator = lambda: monitor.evaluator(codebook, module.predictor)
     precision = cfg.trainer.precision
@@ -177,10 +178,21 @@ def train_predictor(
     return predictor
 
 
+def _choose_inputs(
+    cfg: Config, codebook: Codebook, predictor: Predictor, windows: Tensor, monitor: HeldOutMonitor, masked: bool
+) -> None:
+    """Sets the thresholds of a low-bit copy's inputs, if it is not read at all of them."""
+    low_bit = predictor.low_bit
+    if low_bit is not None and low_bit.input_thresholds is not None:
+        found = find_input_thresholds(_sample_pass(cfg, codebook, predictor, windows, monitor), low_bit.inputs, masked)
+        low_bit.input_thresholds.copy_(found)
+
+
 def _with_thresholds(
     cfg: Config, codebook: Codebook, predictor: Predictor, windows: Tensor, monitor: HeldOutMonitor
 ) -> Predictor:
     """The predictor on the host, with thresholds if it scores single neurons and masks have a fixed size."""
+    _choose_inputs(cfg, codebook, predictor, windows, monitor, masked=True)
     if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
         predictor.thresholds = find_thresholds(_sample_pass(cfg, codebook, predictor, windows, monitor))
     return predictor.cpu()

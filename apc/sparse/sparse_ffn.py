@@ -361,6 +361,10 @@ def check_policy(policy: MaskPolicy) -> None:
     if policy.kernel is None:
         problem = "its mask is known only after the FFN has run, so no kernel can skip neurons"
         raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies())}")
+    low_bit = None if policy.predictor is None else policy.predictor.low_bit
+    if policy.kernel == "low-bit" and low_bit is not None and low_bit.by_input:
+        problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs yet (predictor.inputs)"
+        raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
     sites = list(policy.codebook.sites)
     if sites != ["neuron"]:
         raise UserError(f"kernels need a codebook with sites=[neuron], this one has sites={sites}")

@@ -15,6 +15,7 @@ from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
 from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, Meter
+from apc.sparse.policies.bounds import Dense
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.utils import distributed
 
@@ -58,6 +59,34 @@ class _ScoreCounter:
 
     def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
         self.finder.add(inputs.layer, self.policy.outputs(inputs)[0])
+
+
+@dataclass
+class _InputCounter:
+    """A meter that counts the sizes of the inputs of a low-bit copy."""
+
+    policy: NeuronPredictor
+    finder: ThresholdFinder
+
+    def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
+        low_bit = self.policy.predictor.low_bit
+        assert low_bit is not None
+        self.finder.add(inputs.layer, low_bit.input_sizes(self.policy.hidden(inputs), inputs.layer))
+
+
+def find_input_thresholds(fit: SamplePass, share: float, masked: bool) -> Tensor:
+    """Each layer's least size of an input at which the low-bit copy is read, float32 [L], on the host.
+
+    On average over the sample, this share of the inputs is at least as large. masked: whether the model runs under the
+    predictor's masks, of the codebook's fixed size, or dense. An expert without tokens reads all inputs: −inf.
+    """
+    policy = NeuronPredictor(fit.codebook, fit.predictor, 0)
+    forward = policy if masked else Dense(fit.codebook, fit.predictor, 0)
+    finder = ThresholdFinder(fit.codebook.layers, first_device(fit.ffns))
+    fit.run(forward, _InputCounter(policy, finder))
+    finder.narrow(torch.full((fit.codebook.layers,), share, dtype=torch.float64))
+    fit.run(forward, _InputCounter(policy, finder))
+    return finder.thresholds()
 
 
 def find_thresholds(fit: SamplePass) -> Tensor:

@@ -62,7 +62,8 @@ class MaskDecision:
     """A policy's decision for n tokens.
 
     read: which weights of a projection (gate, up, down) are read, if not those that `mask` keeps: bool over the
-    projection's rows or columns, [n, …], or [1, …] for all tokens. Costs use its mean.
+    projection's rows or columns, [n, …], or [1, …] for all tokens. Costs use its mean. Under `copy`: at which inputs a
+    low-bit copy is read, if not at all of them, bool [n, E].
     """
 
     mask: Tensor  # bool [n, D], or [1, D] for all tokens; True keeps a neuron
@@ -220,25 +221,32 @@ class MaskPolicy:
         nats = [math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1) for m in sizes]  # log of D choose m
         return sum(choice / math.log(2) for choice in nats) / len(nats)
 
-    def parameters_read(self, site: str) -> float:
-        """16-bit parameters that one layer reads for one token, in addition to the FFN rows that the mask keeps."""
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+        """16-bit parameters that one layer reads for one token, in addition to the FFN rows that the mask keeps.
+
+        copy: the share of inputs at which a low-bit copy is read.
+        """
         return 0.0
 
-    def multiplications(self, site: str) -> float:
+    def multiplications(self, site: str, copy: float = 1.0) -> float:
         """Multiplications in one layer for one token, in addition to those with the FFN rows that the mask keeps."""
         return 0.0
 
     def cost(self, densities: dict[str, list[float]], read: Mapping[str, float]) -> PolicyCost:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
-        read: the share of each projection's weights that is read, by name. The share of bytes counts these weights and
-        `parameters_read`; the share of FLOPs counts these weights and `multiplications`. Both are relative to the dense
-        FFN's P·E·D, with P = 3 projections, or 2 without a gate.
+        read: the share of each projection's weights that is read, by name; under `copy` that of a low-bit copy's
+        inputs, if it was measured. The share of bytes counts these weights and `parameters_read`; the share of FLOPs
+        counts these weights and `multiplications`. Both are relative to the dense FFN's P·E·D, with P = 3 projections,
+        or 2 without a gate.
         """
         P, sites = self.codebook.projections, list(self.codebook.widths)
-        dense, kept = P * self.codebook.hidden_size * self.codebook.ffn_width, sum(read.values()) / P
+        copy = {"copy": read["copy"]} if "copy" in read else {}
+        kept = sum(share for name, share in read.items() if name != "copy") / P
+        dense = P * self.codebook.hidden_size * self.codebook.ffn_width
         bits = sum(self.choice_bits(site, densities[site]) for site in sites)
-        added, computed = sum(map(self.parameters_read, sites)), sum(map(self.multiplications, sites))
+        added = sum(self.parameters_read(site, **copy) for site in sites)
+        computed = sum(self.multiplications(site, **copy) for site in sites)
         return PolicyCost(bits, kept + added / dense, kept + computed / dense)
 
 
@@ -259,7 +267,7 @@ class ClusterPolicy(MaskPolicy):
         mask = ops.unpack(book.centroids[group, ids], inputs.values.shape[-1])
         return MaskDecision(mask, None if book.offsets is None else book.offsets[group, ids])
 
-    def parameters_read(self, site: str) -> float:
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
         """The centroid, at one bit a neuron, and the offset."""
         centroid = self.codebook.widths[site] / 16
         offset = self.codebook.hidden_size if self.codebook.sites[site].offsets is not None else 0
@@ -277,19 +285,22 @@ class PredictorPolicy(MaskPolicy):
         """Whether the predictor corrects outputs, or the clusters have offsets."""
         return self.predictor.corrects or super().changes_output
 
+    def hidden(self, inputs: MaskInputs) -> Tensor:
+        """The FFN inputs that the predictor reads, [n, E]."""
+        return inputs.inputs[self.predictor.source_layer(inputs.layer)].nan_to_num(nan=0.0)
+
     def outputs(self, inputs: MaskInputs) -> tuple[Tensor, Tensor | None]:
         """The predictor's logits float32 [n, K or D], and its correction of the FFN's output, [n, E] or None."""
-        hidden = inputs.inputs[self.predictor.source_layer(inputs.layer)].nan_to_num(nan=0.0)
-        logits, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)
+        logits, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, self.hidden(inputs))
         return logits.float(), correction
 
-    def parameters_read(self, site: str) -> float:
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
         """The predictor's parameters, and a chosen cluster's."""
-        return self.predictor.parameters_read(site) + super().parameters_read(site)
+        return self.predictor.parameters_read(site, copy) + super().parameters_read(site)
 
-    def multiplications(self, site: str) -> float:
+    def multiplications(self, site: str, copy: float = 1.0) -> float:
         """The predictor's multiplications."""
-        return self.predictor.multiplications(site) + super().multiplications(site)
+        return self.predictor.multiplications(site, copy) + super().multiplications(site)
 
 
 def own_clusters(codebook: Codebook, inputs: MaskInputs, centroids: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Policies whose predictor scores single neurons."""
 
+from torch import Tensor
+
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.predict.predictor import Predictor
@@ -28,7 +30,14 @@ class NeuronPredictor(PredictorPolicy):
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The highest scores, as many as a mask of fixed size keeps."""
         scores, correction = self.outputs(inputs)
-        return MaskDecision(ops.top_mask(scores, self.size(inputs), check=False), correction)
+        return MaskDecision(ops.top_mask(scores, self.size(inputs), check=False), correction, self.copy_read(inputs))
+
+    def copy_read(self, inputs: MaskInputs) -> dict[str, Tensor]:
+        """The entry of `MaskDecision.read` for a low-bit copy that is not read at all inputs; else nothing."""
+        low_bit = self.predictor.low_bit
+        if low_bit is None or not low_bit.by_input:
+            return {}
+        return {"copy": low_bit.inputs_read(self.hidden(inputs), inputs.layer)}
 
 
 class NeuronThreshold(NeuronPredictor):
@@ -57,4 +66,5 @@ class NeuronThreshold(NeuronPredictor):
         """The scores that reach the threshold."""
         assert self.predictor.thresholds is not None  # `missing` checks it
         scores, correction = self.outputs(inputs)
-        return MaskDecision(scores >= self.predictor.thresholds[inputs.layer], correction)
+        mask = scores >= self.predictor.thresholds[inputs.layer]
+        return MaskDecision(mask, correction, self.copy_read(inputs))
