@@ -19,6 +19,7 @@ ALGORITHMS = ("lloyd", "apc-paper", "brb-kmeans", "k-majority")  # classes: `apc
 FORMS = ("cluster", "neuron", "low-bit")
 PROJECTIONS = ("gate", "up")  # the low-bit form can copy these
 BITS = (1, 2, 3, 4)  # per weight of such a copy
+STORED_BITS = (2, 3, 4, 6, 8)  # per weight of an FFN that is stored at a few bits
 PRECISIONS = ("32-true", "bf16-mixed")  # as Lightning names them
 
 
@@ -62,6 +63,13 @@ class ModelConfig:
     revision: str | None = None
     # Allow code from the model's repository to run.
     trust_remote_code: bool = False
+    # Round the FFN's weights to so many bits each (2, 3, 4, 6 or 8) before anything is measured. null: leave them as
+    # they are, and count 16.
+    ffn_bits: int | None = None
+    # Weights of a neuron's row that share levels, if ffn_bits is given. They add about 16 / ffn_group bits to a weight.
+    ffn_group: int = 32
+    # Neurons of each FFN that stay at 16 bits, if ffn_bits is given: those with the largest down weights.
+    ffn_spared: int = 16
 
     def __post_init__(self) -> None:
         _choose(self, "model.", dtype=("auto", *DTYPES))
@@ -69,6 +77,10 @@ class ModelConfig:
             raise UserError(f"model.device={self.device}: not a device; choose auto, cpu, cuda or cuda:N")
         if self.device_map not in (None, "auto"):
             raise UserError(f"model.device_map={self.device_map}: choose auto or null")
+        if self.ffn_bits is not None and self.ffn_bits not in STORED_BITS:
+            known = ", ".join(map(str, STORED_BITS[:-1]))
+            raise UserError(f"model.ffn_bits={self.ffn_bits}: choose {known} or {STORED_BITS[-1]}, or null for 16")
+        _at_least(self, "model.", ffn_group=1, ffn_spared=0)
         if self.device_map and Path(self.path).suffix == ".gguf":
             raise UserError(
                 "model.device_map=auto: a .gguf file is unpacked on one device; give a model folder: model.path=FOLDER"
@@ -387,6 +399,11 @@ class Config:
             raise UserError(
                 f"speed=true: no kernel reads a low-bit copy at predictor.inputs={self.predictor.inputs} of its inputs "
                 "yet; leave out speed=true, or set predictor.inputs=1"
+            )
+        if self.speed and self.model.ffn_bits:
+            raise UserError(
+                f"speed=true: kernels read weights of 16 bits, not of model.ffn_bits={self.model.ffn_bits}; "
+                "leave one of the two out"
             )
         for key, wanted in (("speed", self.speed), ("tune.max_epochs", epochs)):
             if wanted and self.model.device_map:

@@ -12,6 +12,7 @@ from apc.config.schema import DTYPES, Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_calls, check_config, find_ffns, first_device
 from apc.data.loading import check_class, library_errors, load_weights
+from apc.data.quantise import quantise_ffns
 from apc.utils import hub
 from apc.utils.errors import UserError
 from apc.utils.tensor_files import raw_bytes
@@ -42,10 +43,10 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model in evaluation mode, and its tokenizer.
+    """The model in evaluation mode, and its tokenizer; its FFNs are quantised if cfg.ffn_bits is given.
 
     The model is on `device`; with a device map, at least its first layer is. Raises UserError if the model can't be
-    loaded, lacks weights, its FFNs are not supported, or its device map does not fit.
+    loaded, lacks weights, its FFNs are not supported, or its device map or its quantisation does not fit.
     """
     path = Path(cfg.path).expanduser()
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -60,6 +61,8 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     else:
         nn.Module.to(model, device)
     model.eval().requires_grad_(False)
+    if cfg.ffn_bits is not None:
+        quantise_ffns(model, cfg.ffn_bits, cfg.ffn_group, cfg.ffn_spared)
     check_calls(model, ffns)
     return model, tokenizer
 
