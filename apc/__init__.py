@@ -13,6 +13,7 @@ _MODULES = {  # the module of each public name
     "Codebook": "cluster.codebook",
     "Predictor": "predict.predictor",
     "load_run": "run.folder",
+    "quantise_ffns": "data.quantise",
     "sparsify": "sparse.sparsify",
     "restore": "sparse.sparsify",
     "load_config": "config.load",

@@ -12,13 +12,12 @@ import train
 from apc import ops
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
-from apc.data.ffn import find_ffns
+from apc.data.ffn import activation_function, find_ffns
 from apc.data.models import load_model
 from apc.ops.sparse_ffn import act
 from apc.predict.predictor import at_16_bits
 from apc.sparse import decode, sparse_ffn, timing
 from apc.sparse.decode import GreedyDecoder, attend
-from apc.sparse.masked_forward import activation_function
 from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
 

@@ -9,6 +9,7 @@ import torch
 import tiny
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.evaluate import metrics
 from apc.evaluate.evaluator import Evaluator
 from apc.evaluate.metrics import (
     BATCHES,
@@ -35,6 +36,7 @@ class FakeInputs:
 
     def __init__(self, n, D):
         self.values, self.active = torch.zeros(n, D), torch.rand(n, D) < 0.5
+        self.ffn = SimpleNamespace(module=torch.nn.Module(), width=D, device=torch.device("cpu"))
 
     def captured(self, kept):
         return torch.zeros(len(self.values)), torch.zeros(len(self.values))
@@ -104,6 +106,20 @@ def test_the_weights_read_are_those_that_the_decision_says_else_the_masks(sites,
     assert mean_reads(totals, sites, 2) == means, "an FFN without a gate has two projections"
 
 
+def test_bits_that_are_read_count_each_neurons_own(monkeypatch):
+    """Four neurons of 5, 5, 16 and 5 bits; two tokens. Gate is read at the first two, down's bits are given."""
+    monkeypatch.setattr(metrics, "neuron_bits", lambda ffn: torch.tensor([5.0, 5, 16, 5]))
+    meter, tokens = meter_for(4), FakeInputs(2, 4)
+    meter.first = torch.zeros(2, dtype=torch.bool)
+    mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    half, down = torch.tensor([[True, True, False, False, False]]), torch.tensor([[1.0, 2, 3, 4]])
+    meter.add(tokens, MaskDecision(mask, read={"gate": half}, bits={"down": down}))
+    bits = mean_reads(meter.totals(), ["neuron"], 3, field="bits", full=31 / 4)
+    assert bits == pytest.approx({"gate": 2 / 5 * 31 / 4, "up": 21 / 4, "down": 10 / 4})
+    assert mean_reads(meter.totals(), ["neuron"], 3) == pytest.approx({"gate": 0.4, "up": 0.5, "down": 0.5})
+    assert mean_reads(meter.totals(), [], 3, field="bits", full=31 / 4) == dict.fromkeys(PROJECTIONS, 31 / 4)
+
+
 @pytest.mark.parametrize(
     ("policy", "bits", "read", "computed"),
     [
@@ -137,9 +153,10 @@ def test_costs_count_each_parameter(policy, bits, read, computed):
     assert book.problem() is None
     predictor = Predictor(PredictorHeader(2, 6, 5, {"neuron": 8}, corrects=True))
     assert sum(value[0].numel() for value in predictor.parameters()) == 119
-    cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]}, dict.fromkeys(PROJECTIONS, 0.5))
+    shares, read_bits = dict.fromkeys(PROJECTIONS, 0.5), {"gate": 2.0, "up": 2.0, "down": 1.0}
+    cost = make_policy(policy, book, predictor).cost({"neuron": [0.25, 0.75]}, shares, read_bits)
     assert cost.bits == pytest.approx(bits)
-    assert cost.bytes_share == pytest.approx(0.5 + read / (3 * 6 * 40))
+    assert cost.bytes_share == pytest.approx(5 / (3 * 16) + read / (3 * 6 * 40))
     assert cost.flops_share == pytest.approx(0.5 + computed / (3 * 6 * 40))
 
 

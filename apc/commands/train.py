@@ -30,6 +30,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.config.load import to_dict
     from apc.data import overlap
     from apc.data.models import batch_windows, model_name, resolve_device, weights_digest, weights_sample
+    from apc.data.quantise import mean_bits
     from apc.evaluate import tables
     from apc.run import stages
     from apc.run.checks import check_model
@@ -58,6 +59,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     )
     facts = {"model": name, "fit": fit.source, "fit_tokens": fit.tokens.numel(), "bos": fit.bos}
     facts |= {"in_sample": cfg.data.in_sample, "weights_sample": weights_sample(model)}
+    facts |= {"ffn_bits": mean_bits(collector.ffns)}
     watch.lap("load")
 
     with ExitStack() as stack:

@@ -80,6 +80,7 @@ class Finished:
             if key not in ("policy", "max_epochs", "batch_windows") and value != getattr(defaults, key)
         ]
         tuned = tuned and ", ".join([tuned, *changed])
+        conditions["ffn_bits"] = self.conditions.get("ffn_bits") or 16
         return cluster | conditions | {"calibration_windows": cfg.collect.calibration_windows, "tuned": tuned}
 
     def is_tuned_for(self, policy: str) -> bool:

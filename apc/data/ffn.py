@@ -122,6 +122,22 @@ class LayerFFN(FFN):
             return _rows(getattr(self, name))
         return _rows(self.gate_up).chunk(2)[("gate", "up").index(name)]
 
+    def bias(self, name: str) -> Tensor | None:
+        """Biases of `gate` or `up`, [D]; None if there are none."""
+        if self.gate_up is None:
+            return getattr(self, name).bias
+        return None if self.gate_up.bias is None else self.gate_up.bias.chunk(2)[("gate", "up").index(name)]
+
+    def neurons_with(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The values at `neuron`, [n, D], for inputs [n, E], with `weights` [D, E] for its gate and up.
+
+        Without what some families do besides: multipliers, clamps, norms. Raises UserError as `activation_function`.
+        """
+        act, products = activation_function(self), {}
+        for name, rows in weights.items():
+            products[name] = F.linear(hidden, rows.to(hidden.dtype), self.bias(name))
+        return act(products["gate"]) * products["up"] if self.gated else act(products["up"])
+
 
 @dataclass(frozen=True)
 class Expert(FFN):
@@ -173,6 +189,17 @@ class Expert(FFN):
 def _rows(linear: Linear) -> Tensor:
     """A linear layer's weights with a row for each output."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def activation_function(ffn: FFN) -> Callable[[Tensor], Tensor]:
+    """The activation function between an FFN's gate and its product with up. Raises UserError if it is not found."""
+    for name in ("act_fn", "activation_fn"):
+        if hasattr(ffn.module, name):
+            return getattr(ffn.module, name)
+    problem = (
+        f"its activation function was not found ({type(ffn.module).__name__} has neither act_fn nor activation_fn)"
+    )
+    raise UserError(f"{ffn.name}: {problem}; choose kernel=None and a policy that does not read the gate")
 
 
 def first_device(ffns: list[FFN]) -> torch.device:

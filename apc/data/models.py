@@ -12,7 +12,7 @@ from apc.config.schema import DTYPES, Config, ModelConfig
 from apc.data import bundled, gguf
 from apc.data.ffn import check_calls, check_config, find_ffns, first_device
 from apc.data.loading import check_class, library_errors, load_weights
-from apc.data.quantise import quantise_ffns
+from apc.data.quantise import FULL_BITS, mean_bits, quantise_ffns
 from apc.utils import hub
 from apc.utils.errors import UserError
 from apc.utils.tensor_files import raw_bytes
@@ -200,6 +200,9 @@ def other_weights(model: nn.Module, made: dict) -> OtherWeights | None:
         condition = f"perhaps {condition}"
     name = cast("PreTrainedModel", model).config.name_or_path or type(model).__name__
     models = f"{made.get('model', 'another model')} (weights {before[:12]}), this is {name} (weights {now[:12]})"
+    fitted_bits, bits = made.get("ffn_bits", FULL_BITS), mean_bits(find_ffns(model))
+    if fitted_bits != bits:
+        models += f"; its FFNs were stored at {fitted_bits:.2f} bits, these at {bits:.2f} (see apc.quantise_ffns)"
     return OtherWeights(f"weights {condition}: the codebook was fitted with {models}", condition)
 
 

@@ -3,8 +3,8 @@
 A neuron has a row of gate, a row of up and a column of down, each of E weights. Each is cut into groups along E, so
 that a mask that drops the neuron saves its bits in all projections. A group has 2^b equally spaced levels, which span
 its values, or less if that lowers the squared error. The lowest level and the spacing take 8 bits each, as shares of
-the row's largest, which take 16 bits; GGUF's K-quants are similar. The neurons with the largest down weights are spared: their
-rows stay at 16 bits, because one large weight widens the spacing of its whole group.
+the row's largest, which take 16 bits (GGUF's K-quants are similar). The neurons with the largest down weights are
+spared: their rows stay at 16 bits, because one large weight widens the spacing of its whole group.
 
 Shape letters: D neurons, E hidden size, G groups of a row.
 """
@@ -109,6 +109,11 @@ class StoredFFN:
     levels: dict[str, Levels]
     spared: Tensor
 
+    @property
+    def bits(self) -> int:
+        """Bits of a weight of the other neurons, without their levels."""
+        return self.settings[0]
+
 
 def stored(ffn: FFN) -> StoredFFN | None:
     """How an FFN's weights are stored; None if they were not quantised."""
@@ -126,9 +131,9 @@ def neuron_bits(ffn: FFN) -> Tensor:
     """
     form = stored(ffn)
     if form is None:
-        return torch.full((ffn.width,), float(FULL_BITS))
+        return torch.full((ffn.width,), float(FULL_BITS), device=ffn.device)
     levels = form.levels["down"]
-    return torch.where(form.spared.cpu(), float(FULL_BITS), levels.bits + levels.overhead / ffn.hidden_size)
+    return torch.where(form.spared, float(FULL_BITS), levels.bits + levels.overhead / ffn.hidden_size)
 
 
 def mean_bits(ffns: list[FFN]) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.data.ffn import FFN, find_ffns
+from apc.data.quantise import mean_bits
 from apc.evaluate.metrics import (
     MaskMeter,
     is_below,
@@ -68,6 +69,7 @@ class Evaluator:
     def __post_init__(self):
         self.ffns = find_ffns(self.model)
         check_fits(self.ffns, self.codebook, self.predictor)
+        self.stored_bits = mean_bits(self.ffns)
         self.codebook = self.codebook.to(self.device)
         self.predictor = self.predictor.to(self.device) if self.predictor is not None else None
         self.share = range(*distributed.share(len(self.windows)))  # this rank's windows
@@ -148,9 +150,9 @@ class Evaluator:
             record = {"policy": name, "missing": None, "excludes_finding": policy.is_bound, "masked": None}
             reads = layer_reads(totals, list(self.codebook.sites), self.codebook.projections)
             per_layer = layer_figures(totals) | {"read": reads}
-            records[name] = record | mask_figures(totals) | {"read": self._reads(totals), "per_layer": per_layer}
+            records[name] = record | mask_figures(totals) | self._reads(totals) | {"per_layer": per_layer}
         if "dense" in policies:
-            _complete(records["dense"], policies["dense"], losses, losses, {}, {})
+            _complete(records["dense"], policies["dense"], losses, losses, {}, records["dense"])
         return records, losses
 
     def _masked(self, record: dict, policy: MaskPolicy, dense_losses: Tensor, bar: Bar) -> None:
@@ -158,25 +160,25 @@ class Evaluator:
         meter = MaskMeter(self.codebook, self.device)
         losses = self._losses(MaskedForward(self.ffns, policy, meter), [meter], bar)
         totals = meter.totals().cpu()
-        record["masked"] = mask_figures(totals) | {"read": self._reads(totals)}
+        record["masked"] = mask_figures(totals) | self._reads(totals)
         record["missing"] = not_finite(losses)
         if not record["missing"]:
             self._policy_losses[policy.name] = losses
             densities = site_densities(totals, list(self.codebook.sites), self.codebook.experts)
-            _complete(record, policy, losses, dense_losses, densities, record["masked"]["read"])
+            _complete(record, policy, losses, dense_losses, densities, record["masked"])
 
-    def _reads(self, totals: Tensor) -> dict[str, float]:
-        """The share of each projection's weights that is read, from a meter's totals."""
-        return mean_reads(totals, list(self.codebook.sites), self.codebook.projections, self.codebook.experts)
+    def _reads(self, totals: Tensor) -> dict[str, dict[str, float]]:
+        """The share of each projection's weights that is read, and the bits that are, per weight; totals: a meter's."""
+        codebook = self.codebook
+        given = totals, list(codebook.sites), codebook.projections, codebook.experts
+        return {"read": mean_reads(*given), "bits_read": mean_reads(*given, "bits", self.stored_bits)}
 
 
-def _complete(
-    record: dict, policy: MaskPolicy, losses: Tensor, dense: Tensor, densities: dict, read: dict[str, float]
-) -> None:
-    """Adds perplexity, its ratio to dense and the cost to a record."""
+def _complete(record: dict, policy: MaskPolicy, losses: Tensor, dense: Tensor, densities: dict, figures: dict) -> None:
+    """Adds perplexity, its ratio to dense and the cost to a record. figures: with `read` and `bits_read`."""
     record["perplexity"] = perplexity(losses)
     record["ratio"], record["ratio_low"], record["ratio_high"] = perplexity_ratio(losses, dense)
-    record |= vars(policy.cost(densities, read))
+    record |= vars(policy.cost(densities, figures["read"], figures["bits_read"]))
 
 
 def not_finite(losses: Tensor) -> str | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
+from apc.data.quantise import neuron_bits
 from apc.evaluate.tables import MIN_WINDOWS
 from apc.sparse.policies import MaskDecision, MaskInputs
 from apc.utils import distributed
@@ -24,6 +25,7 @@ _FIELDS = (
     *("active", "mask", "hits", "rows", "importance", "energy"),
     *("rows_first", "importance_first", "energy_first", "zeros", "neurons", "tokens"),
     *("read_gate", "read_up", "read_down", "read_copy", "copy_tokens"),
+    *("bits_gate", "bits_up", "bits_down"),
     *(f"union_{batch}" for batch in BATCHES),
     *(f"neurons_{batch}" for batch in BATCHES),
 )
@@ -67,15 +69,29 @@ class MaskMeter:
         sums += [rest.sum(), importance @ rest, energy @ rest]
         sums += [first.sum(), importance @ first, energy @ first]
         sums += [(tokens.values == 0).sum().double(), *(torch.full_like(first[0], count) for count in (n * D, n))]
+        read = {projection: decision.read.get(projection, mask) for projection in PROJECTIONS}
         copy = decision.read.get("copy", mask.new_zeros(1, 1))
-        read = *(decision.read.get(projection, mask) for projection in PROJECTIONS), copy
-        sums += [weights.sum().double() * n / weights.numel() for weights in read]
-        sums += [torch.full_like(first[0], n if "copy" in decision.read else 0)]
+        stored = neuron_bits(tokens.ffn).to(mask.device)
+        bits = [decision.bits.get(name, _stored_bits(weights, stored)) for name, weights in read.items()]
+
+        def mean(weights: Tensor) -> Tensor:
+            return weights.sum(dtype=torch.float64) * n / weights.numel()
+
+        sums += [*map(mean, (*read.values(), copy)), torch.full_like(first[0], n if "copy" in decision.read else 0)]
+        sums += map(mean, bits)
         self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([*sums, *unions])
 
     def totals(self) -> Tensor:
         """The sums over all ranks, float64 [sites, L, fields]."""
         return distributed.all_sum(self._sums.clone())
+
+
+def _stored_bits(read: Tensor, stored: Tensor) -> Tensor:
+    """The bits of the weights that are read, shaped like `read` [n, …]; stored: those of each neuron's, float32 [D].
+
+    Where `read` is not over neurons, the mean of `stored` stands for all weights.
+    """
+    return read * (stored if read.shape[-1] == len(stored) else stored.mean())
 
 
 @lru_cache(256)  # bounded, because experts get all kinds of numbers of tokens
@@ -115,27 +131,32 @@ def layer_figures(totals: Tensor) -> dict[str, list[float | None]]:
     return {name: [layer[name] for layer in layers] for name in _RATIOS}
 
 
-def layer_reads(totals: Tensor, sites: list[str], projections: int) -> dict[str, list[float | None]]:
+def layer_reads(
+    totals: Tensor, sites: list[str], projections: int, field: str = "read", full: float = 1.0
+) -> dict[str, list[float | None]]:
     """The share of each projection's weights that each layer reads, by name; None without tokens.
 
-    totals: [sites, L, fields]; projections: 3, or 2 without a gate. A projection that no site masks is read in full.
-    Under `copy`: the share of inputs at which a low-bit copy is read, if decisions say so.
+    totals: [sites, L, fields]; projections: 3, or 2 without a gate. field: `bits` for the bits read per weight. full:
+    the value of a projection that no site masks, and that is read in full. Under `copy`: the share of inputs at which a
+    low-bit copy is read, if decisions say so; not with `bits`.
     """
     shares: dict[str, list[float | None]] = {}
     for name in PROJECTIONS[-projections:]:
         site = "neuron" if "neuron" in sites else name
         layers = totals[sites.index(site)] if site in sites else ()
-        found = [_ratios(layer, {name: (f"read_{name}", "tokens")})[name] for layer in layers]
-        shares[name] = found or [1.0] * totals.shape[1]
+        found = [_ratios(layer, {name: (f"{field}_{name}", "tokens")})[name] for layer in layers]
+        shares[name] = found or [full] * totals.shape[1]
     copies = [_ratios(layer, {"copy": ("read_copy", "copy_tokens")})["copy"] for layer in totals.unbind(1)]
-    return shares if set(copies) == {None} else shares | {"copy": copies}
+    return shares if field != "read" or set(copies) == {None} else shares | {"copy": copies}
 
 
-def mean_reads(totals: Tensor, sites: list[str], projections: int, experts: int = 0) -> dict[str, float]:
+def mean_reads(
+    totals: Tensor, sites: list[str], projections: int, experts: int = 0, field: str = "read", full: float = 1.0
+) -> dict[str, float]:
     """`layer_reads`, averaged over layers; experts: as in `site_densities`."""
     if experts:
         totals = totals.unflatten(1, (-1, experts)).sum(2)
-    reads = layer_reads(totals, sites, projections)
+    reads = layer_reads(totals, sites, projections, field, full)
     return {name: sum(share or 0.0 for share in shares) / len(shares) for name, shares in reads.items()}
 
 

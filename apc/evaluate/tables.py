@@ -66,6 +66,7 @@ def condition_items(results: dict) -> list[str]:
         "IN-SAMPLE" if is_in_sample(results) else None,
         known("{}", "model"),
         known("weights {}", "weights"),
+        known("FFN at {:.2f} bits", "ffn_bits"),
         " → ".join(filter(None, texts)),
         None if is_in_sample(results) else known("{}", "split"),
         f"overlap {percent(conditions['overlap'])} %" if (conditions.get("overlap") or 0) >= 0.01 else None,

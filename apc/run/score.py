@@ -7,7 +7,9 @@ from torch import nn
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
+from apc.data.ffn import find_ffns
 from apc.data.models import batch_windows, model_name, other_weights
+from apc.data.quantise import FULL_BITS, mean_bits
 from apc.data.text import Windows, adds_bos
 from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
@@ -94,8 +96,10 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
         tuned = f"{policy}, {tuned['steps']:,} steps of {tuned['step_windows']} windows"
     algorithm = made.get("cluster", {}).get("algorithm", "lloyd")
     algorithm += f" with penalty {codebook.penalty}" if codebook.penalty > 1 else ""
+    stored_bits = mean_bits(find_ffns(model))
     return {
         "model": model_name(cfg.model),
+        "ffn_bits": None if stored_bits == FULL_BITS else round(stored_bits, 3),
         "fit": made["fit"],
         "score": scored.source,
         "split": "in-sample" if cfg.data.in_sample else "held-out",

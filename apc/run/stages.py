@@ -19,6 +19,7 @@ from apc.collect.loader import BlockLoader, PatternDataModule, ResumedDataModule
 from apc.collect.memory import keep_bytes, windows_in_block
 from apc.collect.patterns import PatternSource
 from apc.config.schema import Config
+from apc.data.quantise import mean_bits
 from apc.data.text import Windows
 from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
@@ -272,7 +273,8 @@ def calibrate(
         if policy.unsupported(codebook, predictor) or codebook.calibration.get(name) == facts:
             continue
         fit = _sample_pass(cfg, codebook, predictor, windows, monitor)
-        tensors = {part: value.cpu() for part, value in policy.calibrate(fit, total_bytes(cfg)).items()}
+        found = policy.calibrate(fit, total_bytes(cfg, mean_bits(fit.ffns)))
+        tensors = {part: value.cpu() for part, value in found.items()}
         codebook = codebook.with_calibrated(name, tensors, facts)
         if distributed.is_main():
             codebook.save(path)

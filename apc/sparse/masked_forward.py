@@ -3,28 +3,16 @@
 Shape letters: n tokens, E hidden size, D neurons at a site.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN
+from apc.data.ffn import FFN, activation_function
 from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, Meter
 from apc.utils.errors import UserError
-
-
-def activation_function(ffn: FFN) -> Callable[[Tensor], Tensor]:
-    """The activation function between an FFN's gate and its product with up. Raises UserError if it is not found."""
-    for name in ("act_fn", "activation_fn"):
-        if hasattr(ffn.module, name):
-            return getattr(ffn.module, name)
-    problem = (
-        f"its activation function was not found ({type(ffn.module).__name__} has neither act_fn nor activation_fn)"
-    )
-    raise UserError(f"{ffn.name}: {problem}; choose kernel=None and a policy that does not read the gate")
 
 
 def parts_of(ffn: FFN) -> dict[str, nn.Module]:
@@ -81,7 +69,8 @@ class ForwardReader(FFNVisitor):
         if site == "down" and self.changes_output:
             return None if self._delta is None else (flat + self._delta.to(flat.dtype)).view_as(values)
         tokens = None if self.route is None else self.route.tokens
-        inputs = MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, self._gate, tokens)
+        ffn = self.ffns[layer]
+        inputs = MaskInputs(layer, site, flat, self._inputs, self.codebook, self._measure, ffn, self._gate, tokens)
         decision = self.see(inputs)
         if decision is None:
             return None

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from apc import ops
 from apc.collect.patterns import Importance
-from apc.data.ffn import FFN, LayerFFN
+from apc.data.ffn import FFN, LayerFFN, activation_function
 from apc.ops.sparse_ffn import act
-from apc.sparse.masked_forward import activation_function, check_parts, parts_of
+from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
@@ -445,7 +445,7 @@ def _choose(hidden: Tensor, neurons: int, number: int) -> tuple[Tensor, Tensor]:
     """
     ffn = _POLICY_FFNS[number]
     values = hidden.new_empty(1).expand(len(hidden), neurons)  # only their shape: they are not known yet
-    inputs = MaskInputs(ffn.layer, "neuron", values, {ffn.source: hidden}, ffn.policy.codebook, ffn.importance)
+    inputs = MaskInputs(ffn.layer, "neuron", values, {ffn.source: hidden}, ffn.policy.codebook, ffn.importance, ffn.ffn)
     decision = ffn.policy.decide(inputs)
     masks = ops.pack(decision.mask.expand(len(hidden), neurons))
     zeros = torch.zeros_like(hidden)

@@ -2,16 +2,19 @@
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import Config
+from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, Meter  # noqa: F401  # re-exported
 from apc.sparse.policies.bounds import Dense, Exact, Oracle, ThresholdedOracle
 from apc.sparse.policies.fixed import Random, Static
 from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
 from apc.sparse.policies.peers import Cats
+from apc.sparse.policies.planes import BitPlanes
 from apc.sparse.policies.predicted import Predicted, Soft
 from apc.utils.errors import UserError
 
-_ALL = Dense, Exact, Static, Random, Oracle, ThresholdedOracle, Predicted, Soft, NeuronPredictor, NeuronThreshold, Cats
+_BOUNDS_AND_FIXED = Dense, Exact, Static, Random, Oracle, ThresholdedOracle
+_ALL = *_BOUNDS_AND_FIXED, Predicted, Soft, NeuronPredictor, NeuronThreshold, Cats, BitPlanes
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
 
 
@@ -23,9 +26,18 @@ def _unknown(name: str) -> str:
     return f"renamed; write {_RENAMED[name]}" if name in _RENAMED else f"unknown; choose {', '.join(POLICIES)}"
 
 
-def total_bytes(cfg: Config) -> float:
-    """The share of the dense FFN's bytes that a run's `calibrated` policies read."""
-    return cfg.cluster.density if cfg.bytes is None else cfg.bytes
+def total_bytes(cfg: Config, stored_bits: float = FULL_BITS) -> float:
+    """The share of the dense FFN's bytes that a run's `calibrated` policies read, of those that it is stored in.
+
+    stored_bits: of a weight, on average. Raises UserError if `bytes`, which is a share of 16 bits, exceeds them.
+    """
+    if cfg.bytes is None:
+        return cfg.cluster.density
+    share = cfg.bytes * FULL_BITS / stored_bits
+    if share > 1:
+        whole = f"the FFNs are stored at {stored_bits:.3g} bits, {stored_bits / FULL_BITS:.3g} of 16"
+        raise UserError(f"bytes={cfg.bytes:g}: {whole}; lower bytes")
+    return share
 
 
 def facts(name: str) -> type[MaskPolicy]:
@@ -102,7 +114,9 @@ def check_policies(cfg: Config) -> None:
         _check_form(f"policies: {name}", policy.forms, cfg.predictor.form)
         if policy.sites and not set(cfg.sites) <= set(policy.sites):
             raise UserError(f"policies: {name} needs sites=[{','.join(policy.sites)}], this run has sites={cfg.sites}")
-    for name in calibrated_policies(cfg):
+        if policy.ranks_by_planes and cfg.model.ffn_bits is None:
+            raise UserError(f"policies: {name} ranks neurons by the bit planes of stored weights; set model.ffn_bits")
+    for name in calibrated_policies(cfg) if cfg.model.ffn_bits is None else ():
         POLICIES[name].check_bytes(total_bytes(cfg))
     tunable = [name for name, policy in POLICIES.items() if policy.tunable]
     if cfg.tune.policy not in tunable:

@@ -16,6 +16,7 @@ from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance, quantise
 from apc.data.ffn import FFN
+from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 
 
@@ -29,6 +30,7 @@ class MaskInputs:
     inputs: dict[int, Tensor]  # FFN inputs [n, E], of this layer and as many before it as the predictor looks ahead
     codebook: Codebook
     measure: Importance
+    ffn: FFN
     gate: Tensor | None = None  # act(gate) [n, D] for a policy with `sees_gate`
     tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: all tokens of it
 
@@ -64,11 +66,14 @@ class MaskDecision:
     read: which weights of a projection (gate, up, down) are read, if not those that `mask` keeps: bool over the
     projection's rows or columns, [n, …], or [1, …] for all tokens. Costs use its mean. Under `copy`: at which inputs a
     low-bit copy is read, if not at all of them, bool [n, E].
+    bits: the bits that are read of a projection's weights, if not all stored bits of the weights that are read: float32
+    over its rows, likewise.
     """
 
     mask: Tensor  # bool [n, D], or [1, D] for all tokens; True keeps a neuron
     output_delta: Tensor | None = None  # added to the FFN's output, [n, E] or [E]
     read: Mapping[str, Tensor] = field(default_factory=dict)
+    bits: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class PolicyCost:
     """Cost of one token in one FFN, averaged over layers."""
 
     bits: float  # information in the choice of the mask
-    bytes_share: float  # bytes read, as a fraction of the dense FFN's
+    bytes_share: float  # bytes read, as a fraction of the dense FFN's at 16 bits
     flops_share: float  # multiplications, likewise
 
 
@@ -111,6 +116,7 @@ class MaskPolicy:
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
     sees_gate = False  # it needs act(gate) of all neurons: `MaskInputs.gate`
     experts = True  # it works in a mixture of experts
+    ranks_by_planes = False  # it needs an FFN that is stored at a few bits
     calibrated = False  # it needs `calibrate` on fit text, and keeps to the key `bytes` in place of the density
     uses_codebook = True  # its results depend on the codebook
     over_clusters = False  # its masks are made from clusters, so K matters
@@ -164,10 +170,16 @@ class MaskPolicy:
         """Raises UserError if a `calibrated` policy can't keep to this share of the dense FFN's bytes."""
 
     @classmethod
+    def check_ffns(cls, ffns: list[FFN], share: float) -> None:
+        """Raises UserError if a `calibrated` policy can't keep to this share of the bytes of these FFNs as stored."""
+        cls.check_bytes(share)
+
+    @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
         """What the policy takes from fit text to read this share of the dense FFN's bytes: tensors [L, …] by name.
 
-        The codebook keeps them, in `calibrated`. Only for policies with `calibrated`.
+        The bytes are those that the FFN is stored in. The codebook keeps the tensors, in `calibrated`. Only for
+        policies with `calibrated`.
         """
         raise NotImplementedError
 
@@ -232,22 +244,24 @@ class MaskPolicy:
         """Multiplications in one layer for one token, in addition to those with the FFN rows that the mask keeps."""
         return 0.0
 
-    def cost(self, densities: dict[str, list[float]], read: Mapping[str, float]) -> PolicyCost:
+    def cost(
+        self, densities: dict[str, list[float]], read: Mapping[str, float], bits: Mapping[str, float]
+    ) -> PolicyCost:
         """Cost of masks that keep these fractions of the neurons, by site and layer.
 
         read: the share of each projection's weights that is read, by name; under `copy` that of a low-bit copy's
-        inputs, if it was measured. The share of bytes counts these weights and `parameters_read`; the share of FLOPs
-        counts these weights and `multiplications`. Both are relative to the dense FFN's P·E·D, with P = 3 projections,
-        or 2 without a gate.
+        inputs, if it was measured. bits: the bits read, per weight of each projection. The share of bytes counts these
+        bits and `parameters_read`; the share of FLOPs counts the weights read and `multiplications`. Both are relative
+        to the dense FFN's P·E·D weights, at 16 bits, with P = 3 projections, or 2 without a gate.
         """
         P, sites = self.codebook.projections, list(self.codebook.widths)
+        dense = P * self.codebook.hidden_size * self.codebook.ffn_width
         copy = {"copy": read["copy"]} if "copy" in read else {}
         kept = sum(share for name, share in read.items() if name != "copy") / P
-        dense = P * self.codebook.hidden_size * self.codebook.ffn_width
-        bits = sum(self.choice_bits(site, densities[site]) for site in sites)
+        choice = sum(self.choice_bits(site, densities[site]) for site in sites)
         added = sum(self.parameters_read(site, **copy) for site in sites)
         computed = sum(self.multiplications(site, **copy) for site in sites)
-        return PolicyCost(bits, kept + added / dense, kept + computed / dense)
+        return PolicyCost(choice, sum(bits.values()) / (FULL_BITS * P) + added / dense, kept + computed / dense)
 
 
 class ClusterPolicy(MaskPolicy):

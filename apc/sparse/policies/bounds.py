@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apc.data.quantise import FULL_BITS
 from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, MaskPolicy, PolicyCost, own_clusters
 
 
@@ -21,9 +22,11 @@ class Dense(MaskPolicy):
         """All neurons."""
         return torch.ones(1, inputs.values.shape[-1], dtype=torch.bool, device=inputs.values.device)
 
-    def cost(self, densities: dict[str, list[float]], read: Mapping[str, float]) -> PolicyCost:
-        """The dense cost: 0 bits, all bytes and FLOPs. Both arguments are ignored."""
-        return PolicyCost(0.0, 1.0, 1.0)
+    def cost(
+        self, densities: dict[str, list[float]], read: Mapping[str, float], bits: Mapping[str, float]
+    ) -> PolicyCost:
+        """The dense cost: no choice, all stored bytes and all FLOPs. The first two arguments are ignored."""
+        return PolicyCost(0.0, sum(bits.values()) / (FULL_BITS * len(bits)), 1.0)
 
 
 class Exact(MaskPolicy):
