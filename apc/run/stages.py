@@ -273,7 +273,7 @@ def calibrate(
         if policy.unsupported(codebook, predictor) or codebook.calibration.get(name) == facts:
             continue
         fit = _sample_pass(cfg, codebook, predictor, windows, monitor)
-        found = policy.calibrate(fit, total_bytes(cfg, mean_bits(fit.ffns)))
+        found = policy.calibrate(fit, total_bytes(cfg, mean_bits(monitor.collector.ffns)))
         tensors = {part: value.cpu() for part, value in found.items()}
         codebook = codebook.with_calibrated(name, tensors, facts)
         if distributed.is_main():
