@@ -41,7 +41,8 @@ def make_codebook(model, planes=2, share=0.4):
     book = Codebook({"neuron": site}, {"neuron": width}, *shape, "layer", "energy", 0.5, "threshold", 0.5, **options)
     scores = [scores.flatten() for scores in slow_scores(model, planes, torch.arange(20)[None])]
     thresholds = torch.stack([values[values.isfinite()].quantile(1 - share) for values in scores])
-    tensors = {"planes": torch.full((layers,), planes), "thresholds": thresholds}
+    bits = stored(ffns[0]).bits
+    tensors = {"bits": torch.full((layers,), bits), "planes": torch.full((layers,), planes), "thresholds": thresholds}
     return book.with_calibrated("bit-planes", tensors, {"bytes": 0.2})
 
 
@@ -286,6 +287,9 @@ def test_models_without_bit_planes_are_refused():
     with pytest.raises(
         UserError, match=r"^policy bit-planes: ranks neurons by bit planes, but the FFNs are not stored"
     ):
+        model(torch.arange(4)[None])
+    sparsify(quantise_ffns(model, 3), codebook, policy="bit-planes")
+    with pytest.raises(UserError, match="^policy bit-planes: calibrated for FFNs at 4 bits, these have 3; set model"):
         model(torch.arange(4)[None])
     with pytest.raises(UserError, match="bit-planes"):
         sparsify(quantise_ffns(tiny.make_model(), **SETTINGS), codebook, policy="bit-planes", kernel="torch")

@@ -42,7 +42,7 @@ class BitPlanes(MaskPolicy):
 
     def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
         super().__init__(codebook, predictor, seed)
-        self.planes = int(codebook.calibrated[self.name]["planes"][0])
+        self.bits, self.planes = (int(codebook.calibrated[self.name][name][0]) for name in ("bits", "planes"))
 
     @classmethod
     def known_before_ffn(cls) -> bool:
@@ -60,23 +60,31 @@ class BitPlanes(MaskPolicy):
 
     @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
-        """planes: int64 [L], all equal, those with which the masks capture most energy; thresholds: float32 [L].
+        """bits, planes: int64 [L], all equal; thresholds: float32 [L].
 
-        Scores are counted for the thresholds while each token keeps its own top share of the neurons.
+        bits: of the stored weights. planes: those with which the masks capture most energy. Scores are counted for the
+        thresholds while each token keeps its own top share of the neurons.
         """
         cls.check_ffns(fit.ffns, share)
-        layers, device = fit.codebook.layers, first_device(fit.ffns)
+        layers, device, bits = fit.codebook.layers, first_device(fit.ffns), stored_form(fit.ffns[0]).bits
         meter = _CapturedEnergy(_kept_shares(fit.ffns[0], share * mean_bits(fit.ffns)), device)
         fit.run(Dense(fit.codebook, None, 0), meter)
         planes = meter.best()
-        policy, finder = _LargestScores(fit.codebook, planes, meter.shares[planes]), ThresholdFinder(layers, device)
+        policy, finder = (
+            _LargestScores(fit.codebook, bits, planes, meter.shares[planes]),
+            ThresholdFinder(layers, device),
+        )
         fit.run(policy, _ScoreCounter(policy, finder))
         finder.narrow(torch.full((layers,), policy.share, dtype=torch.float64))
         fit.run(policy, _ScoreCounter(policy, finder))
-        return {"planes": torch.full((layers,), planes), "thresholds": finder.thresholds()}
+        numbers = {"bits": torch.full((layers,), bits), "planes": torch.full((layers,), planes)}
+        return numbers | {"thresholds": finder.thresholds()}
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
-        """The neurons whose score reaches the threshold."""
+        """The neurons whose score reaches the threshold. Raises UserError if they are not stored as when calibrated."""
+        if (bits := stored_form(inputs.ffn).bits) != self.bits:
+            problem = f"calibrated for FFNs at {self.bits} bits, these have {bits}"
+            raise UserError(f"policy {self.name}: {problem}; set model.ffn_bits={self.bits}, or train another run")
         mask, parts = self.mask(inputs), ("gate", "up") if inputs.ffn.gated else ("up",)
         every, bits = mask.new_ones(1, 1), _row_bits(inputs.ffn, self.planes, mask)
         return MaskDecision(mask, read=dict.fromkeys(parts, every), bits=dict.fromkeys(parts, bits))
@@ -158,24 +166,24 @@ def _kept_shares(ffn: FFN, budget: float) -> dict[int, float]:
 class _LargestScores(BitPlanes):
     """Keeps each token's largest scores, a share of the neurons."""
 
-    def __init__(self, codebook: Codebook, planes: int, share: float):
+    def __init__(self, codebook: Codebook, bits: int, planes: int, share: float):
         MaskPolicy.__init__(self, codebook, None, 0)
-        self.planes, self.share = planes, share
+        self.bits, self.planes, self.share = bits, planes, share
 
     def mask(self, inputs: MaskInputs) -> Tensor:
-        scores = plane_scores(inputs, self.planes)
-        return ops.top_mask(scores, ops.mask_size(scores.shape[-1], self.share), check=False)
+        self.scores = plane_scores(inputs, self.planes)  # of the last call
+        return ops.top_mask(self.scores, ops.mask_size(self.scores.shape[-1], self.share), check=False)
 
 
 @dataclass
 class _ScoreCounter:
-    """A meter that counts the scores of neurons."""
+    """A meter that counts the scores by which a policy decides."""
 
-    policy: BitPlanes
+    policy: _LargestScores
     finder: ThresholdFinder
 
     def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
-        self.finder.add(inputs.layer, plane_scores(inputs, self.policy.planes))
+        self.finder.add(inputs.layer, self.policy.scores)
 
 
 class _CapturedEnergy:
