@@ -82,8 +82,8 @@ class BitPlanes(MaskPolicy):
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose score reaches the threshold. Raises UserError if they are not stored as when calibrated."""
-        if (bits := stored_form(inputs.ffn).bits) != self.bits:
-            problem = f"calibrated for FFNs at {self.bits} bits, these have {bits}"
+        if (stored_bits := stored_form(inputs.ffn).bits) != self.bits:
+            problem = f"calibrated for FFNs at {self.bits} bits, these have {stored_bits}"
             raise UserError(f"policy {self.name}: {problem}; set model.ffn_bits={self.bits}, or train another run")
         mask, parts = self.mask(inputs), ("gate", "up") if inputs.ffn.gated else ("up",)
         every, bits = mask.new_ones(1, 1), _row_bits(inputs.ffn, self.planes, mask)
@@ -94,11 +94,11 @@ class BitPlanes(MaskPolicy):
         thresholds = self.codebook.calibrated[self.name]["thresholds"]
         return plane_scores(inputs, self.planes) >= thresholds[inputs.layer]
 
-    def parameters_read(self, site: str) -> float:
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
         """The norms of the columns of down."""
         return self.codebook.widths[site]
 
-    def multiplications(self, site: str) -> float:
+    def multiplications(self, site: str, copy: float = 1.0) -> float:
         """The products with these norms."""
         return self.codebook.widths[site]
 
