@@ -19,7 +19,7 @@ from apc.data.hooks import FFNHooks
 from apc.data.quantise import mean_bits, neuron_bits, neuron_rows, quantise_ffns, stored
 from apc.evaluate import tables
 from apc.evaluate.evaluator import Evaluator
-from apc.sparse.policies.planes import BitPlanes, _bits_read, _kept_shares
+from apc.sparse.policies.planes import BitPlanes, _kept_shares
 from apc.sparse.sparsify import sparsify
 from apc.tune.calibrate import SamplePass
 from apc.utils.errors import UserError
@@ -28,22 +28,28 @@ D, E, LAYERS = 52, 32, 3
 SETTINGS = dict(bits=4, group=12, spared=3)
 
 
-def make_codebook(model, planes=2, share=0.4):
-    """Static masks of half of the neurons, and thresholds that keep about a share of them."""
+def make_codebook(model, gate=2, up=2, candidates=0.7, share=0.4):
+    """Static masks of half of the neurons, and thresholds that keep about these shares of them."""
     ffns = find_ffns(model)
     width, layers = ffns[0].width, len(ffns)
-    m = ops.mask_size(width, 0.5)
-    masks = ops.pack(ops.top_mask(torch.rand(layers, 1, width), m))
+    masks = ops.pack(ops.top_mask(torch.rand(layers, 1, width), ops.mask_size(width, 0.5)))
     one, zeros = torch.ones(layers, 1, dtype=torch.int64), torch.zeros(layers)
     site = SiteCodebook(masks, torch.rand(layers, 1, width).half(), one, masks[:, 0], zeros)
     options = dict(projections=3 if ffns[0].gated else 2)
     shape = layers, ffns[0].hidden_size, width
     book = Codebook({"neuron": site}, {"neuron": width}, *shape, "layer", "energy", 0.5, "threshold", 0.5, **options)
-    scores = [scores.flatten() for scores in slow_scores(model, planes, torch.arange(20)[None])]
-    thresholds = torch.stack([values[values.isfinite()].quantile(1 - share) for values in scores])
-    bits = stored(ffns[0]).bits
-    tensors = {"bits": torch.full((layers,), bits), "planes": torch.full((layers,), planes), "thresholds": thresholds}
+    gates, scores = zip(*slow_scores(model, gate, up, torch.arange(20)[None]), strict=True)
+    first = torch.stack([quantile(values, candidates) for values in gates])
+    second = torch.stack([quantile(values, share) for values in scores])
+    numbers = {"bits": stored(ffns[0]).bits, "gate": gate if ffns[0].gated else 0, "up": up}
+    tensors = {name: torch.full((layers,), number) for name, number in numbers.items()}
+    tensors |= {"gate_thresholds": first, "thresholds": second}
     return book.with_calibrated("bit-planes", tensors, {"bytes": 0.2})
+
+
+def quantile(values, share):
+    finite = values[values.isfinite()]
+    return finite.quantile(1 - share) if finite.numel() else torch.tensor(-math.inf)
 
 
 def slow_upper(levels, weights, planes):
@@ -75,42 +81,45 @@ class Inputs:
         return None
 
 
-def slow_scores(model, planes, tokens):
-    """Each layer's scores [n, D] in a forward pass of the model as it is; infinite for spared neurons."""
+def slow_scores(model, gate, up, tokens):
+    """Each layer's estimates [n, D] in a forward pass of the model as it is: of the gates, and of the importance."""
     ffns, reader = find_ffns(model), Inputs()
     hooks = FFNHooks(ffns, [], reader)
     with torch.no_grad():
         model(tokens)
     hooks.remove()
-    return [_layer_scores(ffn, reader.hidden[layer], planes) for layer, ffn in enumerate(ffns)]
+    return [layer_scores(ffn, reader.hidden[layer], gate, up) for layer, ffn in enumerate(ffns)]
 
 
-def _layer_scores(ffn, hidden, planes):
+def layer_scores(ffn, hidden, gate, up):
     form, module, products = stored(ffn), ffn.module, {}
     for name, rows in neuron_rows(ffn).items():
         if name != "down":
             linear = ffn.gate_up or getattr(ffn, name)
             bias = 0 if linear.bias is None else linear.bias
+            planes = gate if name == "gate" else up
             products[name] = hidden @ slow_upper(form.levels[name], rows.detach(), planes).T + bias
     act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None) or getattr(module, "act", F.gelu)
     values = act(products["gate"]) * products["up"] if ffn.gated else act(products["up"])
-    scores = values.abs() * neuron_rows(ffn)["down"].norm(dim=1)
-    return scores.detach().masked_fill(form.spared, math.inf)
+    norms = neuron_rows(ffn)["down"].norm(dim=1)
+    first = act(products["gate"]).abs() * norms if ffn.gated else torch.full_like(values, math.inf)
+    return tuple(each.detach().masked_fill(form.spared, math.inf) for each in (first, values.abs() * norms))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt", "nemotron", "arcee", "apertus"])
-@pytest.mark.parametrize("planes", [1, 3, 4])
+@pytest.mark.parametrize(("gate", "up", "candidates"), [(1, 3, 0.7), (3, 1, 0.9), (4, 4, 0.6), (2, 2, 1.0)])
 @torch.no_grad()
-def test_logits_equal_an_independent_masked_forward_pass(family, planes):
+def test_logits_equal_an_independent_masked_forward_pass(family, gate, up, candidates):
     model = quantise_ffns(tiny.make_model(family), **SETTINGS)
-    codebook, tokens = make_codebook(model, planes), torch.randint(0, tiny.VOCABULARY, (2, 11))
-    dense, thresholds, kept = model(tokens).logits, codebook.calibrated["bit-planes"]["thresholds"], []
+    codebook, tokens = make_codebook(model, gate, up, candidates), torch.randint(0, tiny.VOCABULARY, (2, 11))
+    dense, found, kept = model(tokens).logits, codebook.calibrated["bit-planes"], []
 
     class Masked(Inputs):
         def visit(self, layer, site, values):
-            scores = _layer_scores(find_ffns(model)[layer], self.hidden[layer], planes)
-            kept.append((scores >= thresholds[layer]).float().mean())
-            return values * (scores >= thresholds[layer]).view_as(values)
+            gates, scores = layer_scores(find_ffns(model)[layer], self.hidden[layer], gate, up)
+            mask = (gates >= found["gate_thresholds"][layer]) & (scores >= found["thresholds"][layer])
+            kept.append(mask.float().mean())
+            return values * mask.view_as(values)
 
     hooks = FFNHooks(find_ffns(model), ["neuron"], Masked())
     expected = model(tokens).logits
@@ -123,57 +132,74 @@ def test_logits_equal_an_independent_masked_forward_pass(family, planes):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_each_bit_that_is_read_is_counted(family):
-    """By hand: two planes and the levels of gate and up for all neurons, the rest and down for those that are kept."""
+    """By hand: three planes and the levels of gate for all neurons, two of up for candidates, the rest if kept."""
     model = quantise_ffns(tiny.make_model(family), **SETTINGS)
-    codebook, windows = make_codebook(model), torch.randint(0, tiny.VOCABULARY, (3, 9))
-    P = codebook.projections
+    codebook, windows = make_codebook(model, gate=3, up=2), torch.randint(0, tiny.VOCABULARY, (3, 9))
+    P, spared = codebook.projections, 3 / D
     levels, row = (3 * 16 + 2 * 16) / E, 4 + (3 * 16 + 2 * 16) / E
     dense, masked, static = Evaluator(model, codebook, None, windows, torch.device("cpu")).policies(
         ["dense", "bit-planes", "static"], progress=False
     )
-    spared = 3 / D
     assert dense["bytes_share"] * 16 == pytest.approx(16 * spared + row * (1 - spared))
-    density = masked["masked"]["density"]
-    assert spared < density < 1
-    gate = (1 - spared) * (2 + levels) + (density - spared) * 2 + spared * 16
+    density, candidates = masked["masked"]["density"], masked["masked"]["read"]["up"]
+    assert spared < density < candidates <= 1 and (candidates < 1) == (P == 3)
+    gate = (1 - spared) * (3 + levels) + (density - spared) * 1 + spared * 16
+    up = (candidates - spared) * (2 + levels) + (density - spared) * 2 + spared * 16
     down = (density - spared) * row + spared * 16
-    assert masked["masked"]["bits_read"] == pytest.approx(dict.fromkeys(("gate", "up")[3 - P :], gate) | {"down": down})
-    total = ((P - 1) * gate + down) / P + 16 / (P * E)  # and the norms of down, at 16 bits
+    expected = {"gate": gate, "up": up, "down": down} if P == 3 else {"up": up, "down": down}
+    assert masked["masked"]["bits_read"] == pytest.approx(expected)
+    total = sum(expected.values()) / P + 16 / (P * E)  # and the norms of down, at 16 bits
     assert masked["bytes_share"] * 16 == pytest.approx(total)
-    assert masked["flops_share"] == pytest.approx(((P - 1) * (1 + density) + density) / P + 1 / (P * E))
+    computed = (candidates + (P - 2) + P * density) / P + 1 / (P * E)
+    assert masked["flops_share"] == pytest.approx(computed)
     kept = [ops.unpack(codebook.sites["neuron"].static[layer], D) for layer in range(LAYERS)]
     bits = [(neuron_bits(ffn) * mask).mean() for ffn, mask in zip(find_ffns(model), kept, strict=True)]
     assert static["bytes_share"] * 16 == pytest.approx(float(sum(bits) / LAYERS)), "spared neurons count 16 bits"
 
 
 @pytest.mark.parametrize("budget", [3.6, 4.5, 5.5])
-def test_the_kept_share_follows_from_the_budget(budget):
-    ffn = find_ffns(quantise_ffns(tiny.make_model(width=400), **SETTINGS))[0]
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_kept_share_follows_from_the_budget(family, budget):
+    """A mask with this share of neurons, and candidates with theirs, read the budget's bits."""
+    model = quantise_ffns(tiny.make_model(family), **SETTINGS)
+    ffn, spared = find_ffns(model)[0], 3 / D
+    levels, row, P = (3 * 16 + 2 * 16) / E, 4 + (3 * 16 + 2 * 16) / E, 3 if family == "llama" else 2
     shares = _kept_shares(ffn, budget)
-    assert list(shares) == list(range(1, len(shares) + 1))
-    assert sorted(shares.values(), reverse=True) == list(shares.values()), "more planes leave less for neurons"
-    for planes, share in shares.items():
-        mask = stored(ffn).spared.clone()
-        mask[(~mask).nonzero().flatten()[: round(share * 400) - 3]] = True
-        assert _bits_read(ffn, planes, mask) == pytest.approx(budget, abs=0.02) or share == 1
+    assert shares
+    for (ranking, candidates), kept in shares.items():
+        gate = (1 - spared) * (ranking.gate + levels) + (kept - spared) * (4 - ranking.gate) + spared * 16
+        up = (candidates - spared) * (ranking.up + levels) + (kept - spared) * (4 - ranking.up) + spared * 16
+        down = (kept - spared) * row + spared * 16
+        bits = (gate * (P == 3) + up + down + 16 / E) / P
+        assert bits == pytest.approx(budget) or (kept == 1 and bits < budget)
+        assert spared < kept <= candidates
 
 
-def test_calibration_takes_the_planes_that_capture_most_and_keeps_the_share():
+def test_calibration_takes_the_ranking_that_captures_most_and_keeps_the_shares():
     model = quantise_ffns(tiny.make_model(), **SETTINGS)
-    codebook, windows = make_codebook(model), torch.randint(0, tiny.VOCABULARY, (4, 16))
-    share = 5.2 / mean_bits(find_ffns(model))
-    found = BitPlanes.calibrate(SamplePass(model, find_ffns(model), codebook, None, windows, 3), share)
-    shares = _kept_shares(find_ffns(model)[0], 5.2)
-    reader = Neurons(model)
-    captured = {}
-    for planes, kept in shares.items():
-        layers = zip(slow_scores(model, planes, windows), reader.energies(windows), strict=True)
-        masks = [(ops.top_mask(scores, ops.mask_size(D, kept)), energy) for scores, energy in layers]
-        captured[planes] = sum(((mask * energy).sum(1) / energy.sum(1)).mean() for mask, energy in masks)
-    assert len(shares) > 1 and set(found["planes"].tolist()) == {max(captured, key=captured.get)}
+    codebook, windows, budget = make_codebook(model), torch.randint(0, tiny.VOCABULARY, (4, 16)), 5.2
+    sample = SamplePass(model, find_ffns(model), codebook, None, windows, 3)
+    found = BitPlanes.calibrate(sample, budget / mean_bits(find_ffns(model)))
+    shares, energies, captured = _kept_shares(find_ffns(model)[0], budget), Neurons(model).energies(windows), {}
+    for (ranking, candidates), kept in shares.items():
+        captured[ranking, candidates] = 0
+        estimated = slow_scores(model, ranking.gate, ranking.up, windows)
+        for (gates, scores), energy in zip(estimated, energies, strict=True):
+            scores = scores.masked_fill(~ops.top_mask(gates, ops.mask_size(D, candidates)), -1)
+            mask = ops.top_mask(scores, ops.mask_size(D, kept))
+            captured[ranking, candidates] += float(((mask * energy).sum(1) / energy.sum(1)).mean())
+    best, candidates = max(captured, key=captured.get)
+    assert len({ranking for ranking, _ in shares}) > 3
+    assert {name: set(found[name].tolist()) for name in ("bits", "gate", "up")} == {
+        "bits": {4},
+        "gate": {best.gate},
+        "up": {best.up},
+    }
     calibrated = codebook.with_calibrated("bit-planes", found, {})
     (record,) = Evaluator(model, calibrated, None, windows, torch.device("cpu")).policies(["bit-planes"], False)
-    assert record["masked"]["density"] == pytest.approx(shares[int(found["planes"][0])], abs=0.05)
+    assert record["masked"]["density"] == pytest.approx(shares[best, candidates], abs=0.05)
+    assert record["masked"]["read"]["up"] == pytest.approx(candidates, abs=0.05)
+    assert record["bytes_share"] * 16 == pytest.approx(budget, abs=0.3)
 
 
 class Neurons(Inputs):
@@ -254,7 +280,7 @@ def test_a_saved_run_is_evaluated_and_used_with_its_bits(workplace):
 def test_two_ranks_calibrate_as_one(workplace):
     tiny.run_ranks(2, overrides(workplace, **{"run.name": "ranks", "trainer.batch_windows": 1}))
     one, two = (apc.load_run(workplace / "runs" / name).codebook.calibrated["bit-planes"] for name in ("four", "ranks"))
-    assert torch.equal(one["planes"], two["planes"]) and torch.equal(one["thresholds"], two["thresholds"])
+    assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize(

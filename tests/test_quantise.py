@@ -101,7 +101,7 @@ def test_equal_weights_are_kept(rows):
 @pytest.mark.parametrize(("bits", "planes"), [(4, 4), (4, 3), (4, 2), (3, 1), (8, 5)])
 def test_upper_planes_give_the_mean_of_the_levels_that_they_leave_possible(bits, planes):
     levels, index = random_levels(bits, 12)
-    upper = levels.upper(levels.value(index), planes)
+    upper = levels.upper(index, planes)
     for row, column in itertools.product(range(len(index)), range(E)):
         each, k = slow_levels(levels, row, column), int(index[row, column])
         possible = [level for other, level in enumerate(each) if other >> (bits - planes) == k >> (bits - planes)]

@@ -128,15 +128,9 @@ class LayerFFN(FFN):
             return getattr(self, name).bias
         return None if self.gate_up.bias is None else self.gate_up.bias.chunk(2)[("gate", "up").index(name)]
 
-    def neurons_with(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """The values at `neuron`, [n, D], for inputs [n, E], with `weights` [D, E] for its gate and up.
-
-        Without what some families do besides: multipliers, clamps, norms. Raises UserError as `activation_function`.
-        """
-        act, products = activation_function(self), {}
-        for name, rows in weights.items():
-            products[name] = F.linear(hidden, rows.to(hidden.dtype), self.bias(name))
-        return act(products["gate"]) * products["up"] if self.gated else act(products["up"])
+    def linear(self, name: str, hidden: Tensor, weights: Tensor) -> Tensor:
+        """`gate` or `up` of inputs [n, E] with other weights [D, E], of any type, and its own biases; [n, D]."""
+        return F.linear(hidden, weights.to(hidden.dtype), self.bias(name))
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,13 @@ class Levels:
         low, step = self._levels(index.device)
         return (low + step * _groups(index, self.group)).flatten(1)[:, : index.shape[1]]
 
-    def upper(self, rows: Tensor, planes: int) -> Tensor:
-        """Weights as far as their upper bit planes determine them, float32 [D, E]; rows: the weights, [D, E].
+    def upper(self, index: Tensor, planes: int) -> Tensor:
+        """Weights as far as their upper bit planes determine them, float32 [D, E]; index: k float32 [D, E].
 
         With the upper `planes` bits of k known, 2^(bits − planes) levels are possible. The result is their mean.
         """
         possible = 2 ** (self.bits - planes)
-        return self.value((self.index(rows) / possible).floor() * possible + (possible - 1) / 2)
+        return self.value((index / possible).floor() * possible + (possible - 1) / 2)
 
     def _levels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The lowest level and the spacing of each group, float32 [D, G, 1]."""
