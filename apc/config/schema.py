@@ -245,6 +245,28 @@ class PredictorConfig:
 
 
 @dataclass(frozen=True)
+class StagesConfig:
+    """What staged policies read."""
+
+    # How a stage keeps neurons: threshold (each neuron decides alone; the share is a mean over tokens) or top (each
+    # token's top share).
+    rule: str = "threshold"
+    # Shares of neurons whose rows of gate, up and down are read, such as [0.65,0.5,0.35]. null: chosen for each layer
+    # so that the dropped neurons cost least and `bytes` are read in all.
+    shares: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        _choose(self, "stages.", rule=("threshold", "top"))
+        shares = self.shares
+        if shares is not None and (len(shares) != 3 or not all(0 < share <= 1 for share in shares)):
+            raise UserError(f"stages.shares={shares}: give three shares above 0 and at most 1, of gate, up and down")
+        if shares is not None and not shares[0] >= shares[1] >= shares[2]:
+            raise UserError(
+                f"stages.shares={shares}: a stage reads some of the neurons that the one before read; lower it"
+            )
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Tuning codebook and predictor through the model."""
 
@@ -366,6 +388,7 @@ class Config:
     collect: CollectConfig = CollectConfig()
     cluster: ClusterConfig = ClusterConfig()
     predictor: PredictorConfig = PredictorConfig()
+    stages: StagesConfig = StagesConfig()
     tune: TuneConfig = TuneConfig()
     monitor: MonitorConfig = MonitorConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -385,6 +408,12 @@ class Config:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
         if self.bytes is not None and not 0 < self.bytes <= 1:
             raise UserError(f"bytes must be above 0 and at most 1, got {self.bytes}")
+        shares = self.stages.shares
+        if self.bytes is not None and shares is not None and sum(shares) / 3 > self.bytes:
+            raise UserError(
+                f"stages.shares={shares} add up to {sum(shares) / 3:.3f} of the FFN, more than bytes={self.bytes}; "
+                "lower them or raise bytes"
+            )
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
         if self.seed >= 1 << 32:

@@ -229,6 +229,12 @@ def _masked_column(bottom: str, key: str, wide: bool = False) -> Column:
     return Column("masked", bottom, lambda record: percent((record.get("masked") or {}).get(key)), wide)
 
 
+def _shown_read(record: dict) -> str:
+    """The shares of each projection's weights that are read, while the policy's own masks are on; a dash if unknown."""
+    read = (record.get("masked") or record).get("read")
+    return "/".join(percent(share) for share in read.values()) if read else DASH
+
+
 POLICY = Column("", "policy", lambda record: record["policy"])
 PERPLEXITY = Column("", "perplexity", lambda record: shown_perplexity(record.get("perplexity")))
 AGAINST_DENSE = Column("against", "dense ×", shown_ratio)
@@ -242,6 +248,7 @@ POLICY_COLUMNS = (
     _share_column("captured", "energy %", "captured_energy"),
     PERPLEXITY,
     AGAINST_DENSE,
+    Column("read %:", "gate/up/down", _shown_read, wide=True),
     Column("choice", "bits", lambda record: format_fixed(record.get("bits"), 1), wide=True),
     Column("bytes", "%", lambda record: percent(record.get("bytes_share")) + star(record)),
     Column("FLOPs", "%", lambda record: percent(record.get("flops_share")) + star(record), wide=True),

@@ -257,3 +257,15 @@ class LayerScores:
         levels = self.module._levels(self.stored).unsqueeze(0)
         hidden = self.module._largest(hidden.to(curve[-1].dtype), self.index)
         return self.module._scores(hidden.unsqueeze(0), levels, curve).squeeze(0)
+
+    def up_part(self, hidden: Tensor) -> Tensor | None:
+        """What the copy of up adds to the scores of FFN inputs [n, E], float32 [n, D]; None if only gate is copied."""
+        if "up" not in self.module.projections:
+            return None
+        at = self.module.projections.index("up")
+        *curve, bias = self.curve
+        levels = self.module._levels(self.stored[:, at : at + 1] if self.module.frozen else self.stored[at : at + 1])
+        hidden = self.module._largest(hidden.to(bias.dtype), self.index)
+        products = (hidden @ levels[0].T.to(hidden.dtype))[None, :, None]
+        scale, slope, power = (each[None, at : at + 1] for each in curve)
+        return ops.score_curve(products, scale, slope, power, torch.zeros_like(bias)[None])[0]

@@ -16,6 +16,7 @@ from apc.predict.low_bit import LayerScores, LowBitScores, at_16_bits
 from apc.utils.errors import UserError, first_line
 from apc.utils.tensor_files import load_tensors, save_tensors, wrong_field
 
+CORRECTION = "correction"  # the form of a predictor that only corrects outputs, and predicts nothing
 KIND, VERSION = "apc-predictor", 4  # version 3 lacks `inputs`
 _OLD_NAMES = {"hidden": "bottleneck", "reads": "low_bit_projections"}  # in the header of version 2
 _LARGEST = 1 << 30  # sizes in a header lie below
@@ -46,7 +47,7 @@ class PredictorHeader:
         wrong = [name for name, low in least.items() if not low <= getattr(self, name) < _LARGEST]
         if not self.outputs or not all(type(count) is int and 0 < count < _LARGEST for count in self.outputs.values()):
             wrong.append("outputs")
-        if self.form not in FORMS:
+        if self.form not in (*FORMS, CORRECTION):
             wrong.append("form")
         if not 0 < self.inputs <= 1 or (self.inputs < 1 and self.form != "low-bit"):
             wrong.append("inputs")
@@ -64,9 +65,9 @@ _HEADER_TYPES = {"provenance": dict} | {
 class Predictor(nn.Module):
     """A bottleneck MLP for each layer, E → H → K (or D) at each site; all layers run as one batched product.
 
-    The low-bit form scores neurons with `low_bit` instead. A predictor with a correction also maps the bottleneck
-    back to the hidden size, H → E, and adds the result to the FFN's output. The map starts at zero and is trained
-    by `apc.tune`.
+    The low-bit form scores neurons with `low_bit` instead, and the form `correction` scores nothing. A predictor with a
+    correction also maps the bottleneck back to the hidden size, H → E, and adds the result to the FFN's output. The map
+    starts at zero and is trained by `apc.tune`.
 
     thresholds: float32 [L], the least score with which a layer keeps a neuron (see `apc.tune.thresholds`), or None.
     """
@@ -91,7 +92,7 @@ class Predictor(nn.Module):
         self.reduce_bias = nn.Parameter(torch.zeros(L, H)) if has_bottleneck else None
         self.expand, self.expand_bias = nn.ParameterDict(), nn.ParameterDict()
         # Sorted, so that each site draws the same initial weights in whatever order sites are given.
-        for site, count in sorted(self.outputs.items()) if self.low_bit is None else ():
+        for site, count in sorted(self.outputs.items()) if self.form not in ("low-bit", CORRECTION) else ():
             self.expand[site] = nn.Parameter(nn.init.normal_(torch.empty(L, H, count), std=H**-0.5))
             self.expand_bias[site] = nn.Parameter(torch.zeros(L, count))
         self.correct = nn.Parameter(torch.zeros(L, H, E)) if self.corrects else None
@@ -233,4 +234,6 @@ class LayerPredictor:
             correction = torch.addmm(weights["correct_bias"], inner, weights["correct"])
         if self.scores is not None:
             return self.scores(hidden), correction
+        if f"expand.{site}" not in weights:  # the form `correction`
+            return hidden.new_zeros(len(hidden), 0), correction
         return torch.addmm(weights[f"expand_bias.{site}"], inner, weights[f"expand.{site}"]), correction

@@ -33,7 +33,7 @@ CLUSTER_KEYS = (
     "trainer.max_steps",
 )
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
-TUNE_KEYS = (*PREDICT_KEYS, "tune")
+TUNE_KEYS = (*PREDICT_KEYS, "bytes", "stages", "tune")
 SCORE_KEYS = ("data.score", "data.score_windows", "data.in_sample")
 FREE_KEYS = ("collect.dir", "collect.storage", "collect.ffn_inputs", "model.device", *SCORE_KEYS)
 

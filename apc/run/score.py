@@ -13,7 +13,7 @@ from apc.data.quantise import FULL_BITS, mean_bits
 from apc.data.text import Windows, adds_bos
 from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import CORRECTION, Predictor
 from apc.run.context import RunContext
 from apc.run.folder import commit, stage_records, write_json
 from apc.run.tracking import Tracking
@@ -133,6 +133,8 @@ def _described(predictor: Predictor) -> str:
         correction = f", correction {E}→{H}→{E}" if predictor.corrects else ""
         inputs = f", {predictor.header.inputs:.3g} of the inputs" if predictor.header.inputs < 1 else ""
         return f"low-bit {projections} at {predictor.bits} bit{inputs}{correction}{lookahead}"
+    if predictor.form == CORRECTION:
+        return f"none, correction {E}→{H}→{E}"
     return f"{predictor.form} {E}→{H}→{next(iter(predictor.outputs.values()))}{lookahead}"
 
 

@@ -22,7 +22,7 @@ from apc.config.schema import Config
 from apc.data.quantise import mean_bits
 from apc.data.text import Windows
 from apc.predict.module import PredictorModule
-from apc.predict.predictor import Predictor
+from apc.predict.predictor import CORRECTION, Predictor, PredictorHeader
 from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
 from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, differing, fit, make_trainer
@@ -194,7 +194,11 @@ def _with_thresholds(
 ) -> Predictor:
     """The predictor on the host, with thresholds if it scores single neurons and masks have a fixed size."""
     _choose_inputs(cfg, codebook, predictor, windows, monitor, masked=True)
-    if predictor.form != "cluster" and list(codebook.sites) == ["neuron"] and codebook.centroid_size == "fixed":
+    if (
+        predictor.form in ("neuron", "low-bit")
+        and list(codebook.sites) == ["neuron"]
+        and codebook.centroid_size == "fixed"
+    ):
         predictor.thresholds = find_thresholds(_sample_pass(cfg, codebook, predictor, windows, monitor))
     return predictor.cpu()
 
@@ -204,7 +208,7 @@ def _sample_pass(
 ) -> SamplePass:
     """A pass over `collect.calibration_windows` of the fit text's windows, int64 [n, seq_len]."""
     sample, run = windows[calibration_windows(len(windows), cfg.collect.calibration_windows)], monitor.collector
-    return SamplePass(run.model, run.ffns, codebook, predictor, sample, run.batch_windows)
+    return SamplePass(run.model, run.ffns, codebook, predictor, sample, run.batch_windows, cfg.stages, cfg.seed)
 
 
 def tune(
@@ -221,7 +225,10 @@ def tune(
         _drop_checkpoint(context, "tune")
         return tuned
     sample = windows[torch.linspace(0, len(windows) - 1, min(BUDGET_WINDOWS, len(windows))).round().long()]
-    module = TuningModule(cfg.tune, context.model, monitor.collector.ffns, codebook, predictor, sample, cfg.seed)
+    if POLICIES[cfg.tune.policy].corrected and cfg.tune.correction:
+        predictor = untrained_correction(cfg, codebook)
+    parts = context.model, monitor.collector.ffns, codebook, predictor, sample
+    module = TuningModule(cfg.tune, *parts, cfg.seed, total_bytes(cfg, mean_bits(monitor.collector.ffns)))
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     policies = [cfg.tune.policy]
     evaluator = lambda: monitor.evaluator(*module.tuned({}))
@@ -240,6 +247,15 @@ def tune(
     record = {"history": module.history, "budget": codebook.budget}
     _save(context, "tune", record, files, "tuned", "codebook")
     return codebook, predictor
+
+
+def untrained_correction(cfg: Config, codebook: Codebook) -> Predictor:
+    """A predictor that only corrects outputs, as tuning starts from it."""
+    shape = codebook.layers, codebook.hidden_size, cfg.predictor.bottleneck
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        header = PredictorHeader(*shape, dict(codebook.widths), CORRECTION, corrects=True)
+        return Predictor(header, {"codebook": codebook.provenance})
 
 
 def _load_tuned(run: RunFolder, codebook: Codebook, predictor: Predictor | None) -> tuple[Codebook, Predictor | None]:
@@ -268,6 +284,8 @@ def calibrate(
     path = run.tuned("codebook") if cfg.tune.max_epochs else run.codebook
     for name in calibrated_policies(cfg):
         policy, facts = POLICIES[name], dict[str, object](bytes=total_bytes(cfg))
+        if policy.staged:
+            facts |= {"stages": asdict(cfg.stages)}
         if policy.forms and predictor is not None:
             facts |= {"predictor": _digest(predictor.provenance)}
         if policy.unsupported(codebook, predictor) or codebook.calibration.get(name) == facts:

@@ -3,6 +3,7 @@
 Shape letters: L layers, n windows, S tokens in a window.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
+from apc.config.schema import StagesConfig
 from apc.data.ffn import FFN, first_device
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
@@ -17,6 +19,7 @@ from apc.sparse.masked_forward import MaskedForward
 from apc.sparse.policies import MaskDecision, MaskInputs, MaskPolicy, Meter
 from apc.sparse.policies.bounds import Dense
 from apc.sparse.policies.neurons import NeuronPredictor
+from apc.tune.costs import drop_costs
 from apc.utils import distributed
 
 
@@ -30,6 +33,8 @@ class SamplePass:
     predictor: Predictor | None
     windows: Tensor
     batch_windows: int = 1
+    stages: StagesConfig = StagesConfig()
+    seed: int = 0
 
     def __post_init__(self):
         device = first_device(self.ffns)
@@ -37,17 +42,23 @@ class SamplePass:
         self.predictor = None if self.predictor is None else self.predictor.to(device)
 
     @torch.no_grad()
-    def run(self, policy: MaskPolicy, meter: Meter) -> None:
-        """Runs the model under the policy over this rank's windows; the meter gets each decision."""
-        device, (first, last) = first_device(self.ffns), distributed.share(len(self.windows))
+    def run(self, policy: MaskPolicy, meter: Meter | None = None, whole: bool = False) -> None:
+        """Runs the model under the policy over this rank's windows, or all of them in one batch; see `FitPass`."""
+        device, every = first_device(self.ffns), len(self.windows)
+        (first, last), size = ((0, every), every) if whole else (distributed.share(every), self.batch_windows)
         body: Any = self.model.base_model
         hooks = MaskedForward(self.ffns, policy, meter).hook()
         try:
-            for start in range(first, last, self.batch_windows):
-                batch = self.windows[start : min(start + self.batch_windows, last)].to(device)
+            for start in range(first, last, size):
+                batch = self.windows[start : min(start + size, last)].to(device)
                 body(input_ids=batch, use_cache=False)
         finally:
             hooks.remove()
+
+    def costs(self, policy: MaskPolicy, visit: Callable[[MaskInputs], Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The costs of dropping neurons, window by window and layer by layer; see `FitPass`."""
+        options = dict(seed=self.seed, lookahead=policy.lookahead, sees_gate=policy.sees_gate)
+        return drop_costs(self.model, self.ffns, self.codebook, self.windows, visit, **options)
 
 
 @dataclass

@@ -5,10 +5,14 @@ what the model can leave out, and nothing else from the text. The forward pass u
 backward pass replaces a neuron's mask by the sigmoid of its score's distance to the lowest score kept, and the choice
 of a cluster by the softmax of the logits (straight-through estimators, Bengio et al., 2013).
 
+Staged policies learn their thresholds too. The loss then has a price on bytes, which rises while more than the budget
+is read and falls while less is (an augmented Lagrangian), so stages and layers share the budget out themselves.
+
 Shape letters: L layers, E hidden size, D neurons, K clusters, n tokens, S tokens in a window.
 """
 
 from dataclasses import asdict, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +27,19 @@ from apc.predict.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse.masked_forward import ForwardReader
 from apc.sparse.policies import POLICIES, MaskDecision, MaskInputs
 from apc.sparse.policies.base import own_clusters
+from apc.sparse.policies.staged import Staged, log_energy
+from apc.tune.calibrate import SamplePass
+from apc.tune.costs import drop_costs
+from apc.tune.steps import refine, step
 from apc.utils import distributed
 from apc.utils.errors import UserError
 
 SCORES_LR, OFFSETS_LR = 20.0, 2.0  # learning rates, as multiples of the predictor's
 TEMPERATURE = 0.5  # of the sigmoid in a mask's gradient
 MIN_PROFILE = 1e-3  # profiles have a mean of 1 and may be 0; scores are their logarithms
+# In units of the first step's divergence: the price of reading all of an FFN's rows at first, its change per step and
+# excess share, and the factor of the excess share's square in the loss.
+PRICE, PRICE_RATE, PRICE_SQUARE = 1.0, 5.0, 100.0
 
 
 class _Rows(torch.autograd.Function):
@@ -84,6 +95,7 @@ class TuningModule(StepModule):
 
     cfg: TuneConfig
     sizes: Tensor  # int64 [L]
+    price: Tensor | None
     budget_allocated: Tensor
 
     def __init__(
@@ -95,12 +107,16 @@ class TuningModule(StepModule):
         predictor: Predictor | None,
         windows: Tensor,
         seed: int = 0,
+        share: float = 1.0,
     ):
-        """windows: int64 [n, S], for measuring the budget. Raises UserError if codebook or predictor can't be tuned."""
+        """windows: int64 [n, S], for measuring the budget; share: of the dense FFN's bytes that a staged policy reads.
+
+        Raises UserError if codebook or predictor can't be tuned.
+        """
         super().__init__(log_every=10)
         check_tunable(cfg, codebook, predictor)
         self._policy = POLICIES[cfg.policy]
-        self.cfg, self.codebook, self.seed = cfg, codebook, seed
+        self.cfg, self.codebook, self.seed, self.share = cfg, codebook, seed, share
         self._model, self._ffns, self._windows = [model], ffns, windows  # the list keeps the model out of this state
         ((self.site, book),) = codebook.sites.items()
         by_cluster = self._policy.by_cluster
@@ -110,26 +126,40 @@ class TuningModule(StepModule):
         offsets = zeros if book.offsets is None else book.offsets.clone()
         self.offsets = nn.Parameter(offsets, requires_grad=by_cluster and cfg.offsets)
         self.predictor: Predictor | None = None
-        if self._policy.forms and predictor is not None:
+        if (self._policy.forms or self._policy.corrected) and predictor is not None:
             self.predictor = predictor.copy(corrects=cfg.correction).requires_grad_(True)
         self.register_buffer(
             "sizes", torch.tensor([codebook.size(self.site, layer) for layer in range(codebook.layers)])
         )
-        self.register_buffer("budget_allocated", torch.tensor(not cfg.budget))
+        staged = self._policy.staged
+        self.register_buffer("budget_allocated", torch.tensor(not cfg.budget and not staged))
+        self.thresholds = nn.Parameter(torch.zeros(codebook.layers, 3)) if staged else None  # by layer and stage
+        # The first step's divergence, 0 before it, and the price in units of it.
+        self.register_buffer("price", torch.tensor([0.0, PRICE]) if staged else None)
 
     def configure_optimizers(self):
         """AdamW with a one-cycle learning rate, over the parameters that the policy uses."""
         lr = self.cfg.lr
-        rates = ((self.scores, SCORES_LR * lr), (self.offsets, OFFSETS_LR * lr))
-        groups: list[dict] = [{"params": [value], "lr": rate} for value, rate in rates if value.requires_grad]
+        rates = ((self.scores, SCORES_LR * lr), (self.thresholds, SCORES_LR * lr), (self.offsets, OFFSETS_LR * lr))
+        learned = ((value, rate) for value, rate in rates if value is not None and value.requires_grad)
+        groups: list[dict] = [{"params": [value], "lr": rate} for value, rate in learned]
         groups += self.predictor.param_groups(lr) if self.predictor is not None else []
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         return self._one_cycle(optimizer, 0.15)
 
     def on_fit_start(self) -> None:
-        """Allocates the budget to the layers, unless a checkpoint did. Raises UserError if the costs are not finite."""
+        """Allocates the budget, unless a checkpoint did. Raises UserError if the costs of neurons are not finite."""
         self.codebook = self.codebook.to(self.device)
-        if not self.budget_allocated:
+        if self.thresholds is not None:
+            fit = SamplePass(self._model[0], self._ffns, self.codebook, self.predictor, self._windows, seed=self.seed)
+            policy = cast(type[Staged], self._policy)
+            self._rows_share = policy.rows_share(fit, self.share)
+            if not self.budget_allocated:
+                thresholds = policy.calibrate(fit, self.share)["thresholds"]
+                if self._policy.by_cluster:
+                    thresholds[:, 0] = thresholds[:, 0].clamp_min(MIN_PROFILE).log()
+                self.thresholds.data.copy_(thresholds.clamp_min(-100.0))
+        elif not self.budget_allocated:
             curves = self._costs().cpu()
             for layer, curve in enumerate(curves):
                 if not curve.isfinite().all():
@@ -138,26 +168,18 @@ class TuningModule(StepModule):
             total = int(self.sizes.sum())
             least = min(max(1, curves.shape[1] // 8), total // len(curves))
             self.sizes.copy_(torch.tensor(allocate_budget(curves, total, least)))
-            self.budget_allocated.fill_(True)
+        self.budget_allocated.fill_(True)
 
     def _costs(self) -> Tensor:
-        """The cost in nats of dropping only the neuron that the policy ranks r-th for a token, float64 [L, D].
-
-        It is half the mean square over tokens of the gradient to the neuron's mask, for labels drawn from the model:
-        the diagonal of the Fisher information (as in Theis et al., 2018), which needs no labels from the text.
-        """
-        windows = self._windows.to(self.device)
+        """The cost in nats of dropping only the neuron that the policy ranks r-th for a token, float64 [L, D]."""
         shape = (self.codebook.layers, self.codebook.widths[self.site])
         costs = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for window in range(*distributed.share(len(windows))):
-            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + window)
-            ranked = _MaskGradients(self)
-            logits = self._logits(windows[window : window + 1], ranked).float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            gradients = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), ranked.masks)
-            for layer, (gradient, order) in enumerate(zip(gradients, ranked.orders, strict=True)):
-                costs[layer] += gradient.float().square().gather(1, order).double().sum(0) / 2
-        return distributed.all_sum(costs) / windows.numel()
+        lookahead = 0 if self.predictor is None else self.predictor.lookahead
+        parts = self._model[0], self._ffns, self.codebook, self._windows
+        ranks = lambda tokens: self.ranking(tokens).argsort(-1, descending=True)
+        for layer, order, cost in drop_costs(*parts, ranks, self.seed, lookahead=lookahead):
+            costs[layer] += cost.gather(1, order).double().sum(0)
+        return distributed.all_sum(costs) / self._windows.numel()
 
     def _logits(self, windows: Tensor, reader: ForwardReader) -> Tensor:
         """The model's logits [n · S, vocabulary], with the reader in its forward pass."""
@@ -171,19 +193,31 @@ class TuningModule(StepModule):
         """The mean KL(dense ‖ masked) of next tokens, in nats per token. Raises UserError if it isn't finite."""
         with torch.no_grad():
             dense = self._model[0](input_ids=windows, use_cache=False).logits.flatten(0, 1)
-        masked = self._logits(windows, _TuningForward(self))
+        reader = _TuningForward(self)
+        masked = self._logits(windows, reader)
         # Gradients are averaged over ranks, which may have different numbers of windows; windows must count equally.
         weight = len(windows) * distributed.world_size() / self.step_windows
         loss = weight * ops.divergence(masked, dense).sum() / len(dense)
+        divergence = loss.detach().clone()
         if not torch.isfinite(loss):
             advice = f"lower tune.lr (now {self.cfg.lr}) or set tune.precision=32-true"
             raise UserError(f"the divergence is not finite at step {self.global_step}; {advice}")
+        read = None
+        if self.price is not None:
+            shares = torch.stack(reader.shares).mean()
+            mean = distributed.all_sum(torch.stack([weight * shares.detach(), divergence])) / distributed.world_size()
+            read, excess = mean[0], mean[0] - self._rows_share
+            unit, price = torch.where(self.price[0] > 0, self.price[0], mean[1]), self.price[1]
+            loss = loss + unit * (price + 2 * PRICE_SQUARE * excess) * weight * shares
+            self.price.copy_(torch.stack([unit, (price + PRICE_RATE * excess).clamp_min(0)]))
         if self._is_logged(batch_index):
             step = self.global_step + 1
-            divergence = distributed.all_sum(loss.detach().clone()).item() / distributed.world_size()
-            self.history.append({"step": step, "divergence": divergence})
+            record = {"divergence": distributed.all_sum(divergence).item() / distributed.world_size()}
+            if read is not None:
+                record["rows_read"] = read.item()
+            self.history.append({"step": step, **record})
             lr = self.trainer.optimizers[0].param_groups[-1]["lr"]
-            self._log({"tune/step": step, "tune/divergence": divergence, "tune/lr": lr})
+            self._log({"tune/step": step, "tune/lr": lr, **{f"tune/{name}": value for name, value in record.items()}})
         return loss
 
     def ranking(self, tokens: MaskInputs) -> Tensor:
@@ -204,8 +238,12 @@ class TuningModule(StepModule):
         """The clusters that the policy chooses, int64 [n]."""
         if self._policy.forms:
             return self._outputs(tokens)[0].argmax(-1)
-        masks = ops.pack(ops.top_mask(self.scores[tokens.layer], int(self.sizes[tokens.layer])))
-        return own_clusters(self.codebook, tokens, masks)
+        layer, scores = tokens.layer, self.scores[tokens.layer]
+        if self.thresholds is None:
+            masks = ops.top_mask(scores, int(self.sizes[layer]))
+        else:
+            masks = scores >= self.thresholds[layer, 0]
+        return own_clusters(self.codebook, tokens, ops.pack(masks))
 
     @torch.no_grad()
     def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:
@@ -221,6 +259,12 @@ class TuningModule(StepModule):
         )
         tuning = asdict(self.cfg) | {"steps": int(self.global_step), "step_windows": self.step_windows}
         codebook = replace(old, sites={self.site: tuned_book}, budget=sizes, provenance=provenance | {"tune": tuning})
+        if self.thresholds is not None:
+            thresholds = self.thresholds.detach().cpu()
+            tensors = {"thresholds": thresholds.clone()}
+            if self._policy.by_cluster:
+                tensors["masks"] = ops.pack(scores >= thresholds[:, :1, None])
+            codebook = codebook.with_calibrated(self.cfg.policy, tensors, {})
         if self.predictor is None:
             return codebook, None
         predictor = self.predictor.copy({**self.predictor.provenance, "codebook": codebook.provenance, "tune": tuning})
@@ -237,8 +281,9 @@ class _TuningForward(ForwardReader):
 
     def __init__(self, module: TuningModule):
         lookahead = module.predictor.lookahead if module.predictor is not None else 0
-        super().__init__(module._ffns, module.codebook, lookahead, changes_output=True)
+        super().__init__(module._ffns, module.codebook, lookahead, module._policy.staged, changes_output=True)
         self.module = module
+        self.shares: list[Tensor] = []  # that the stages of each layer read, float32 [3]; for a staged policy
         # Unbound once: with indexing, each layer's gradient would be as large as that of all layers.
         self.scores, self.offsets = module.scores.unbind(), module.offsets.unbind()
         self.predictors = [None] * len(self.scores) if module.predictor is None else module.predictor.unbind()
@@ -250,37 +295,56 @@ class _TuningForward(ForwardReader):
         policy, m, tau = module._policy, self.sizes[layer], TEMPERATURE
         if not policy.by_cluster:
             scores, correction = module._outputs(tokens, self.predictors[layer])
+            if policy.staged:
+                mask, counted = (self._step(layer, each) for each in (scores, scores.detach()))
+                return MaskDecision(self._refine(tokens, mask, counted, self._up_part(tokens)), correction)
             return MaskDecision(ops.straight_through(scores, m, tau, tokens.values.dtype), correction)
-        masks, offsets = ops.straight_through(self.scores[layer], m, tau), self.offsets[layer]
-        if not policy.forms:
+        scores, offsets = self.scores[layer], self.offsets[layer]
+        masks = self._step(layer, scores) if policy.staged else ops.straight_through(scores, m, tau)
+        if policy.forms:
+            logits, correction = module._outputs(tokens, self.predictors[layer])
+            ids, probabilities = logits.argmax(-1), logits.softmax(-1)
+            gradient = probabilities - probabilities.detach()  # zeros with the gradient of the softmax
+            mask = rows_of(masks, ids) + gradient @ masks.detach()
+            delta = rows_of(offsets, ids) + gradient @ offsets.detach()
+            delta = delta if correction is None else delta + correction
+        else:
             ids = module._ids(tokens)
-            return MaskDecision(rows_of(masks, ids), rows_of(offsets, ids))
-        logits, correction = module._outputs(tokens, self.predictors[layer])
-        ids, probabilities = logits.argmax(-1), logits.softmax(-1)
-        gradient = probabilities - probabilities.detach()  # zeros with the gradient of the softmax
-        mask = rows_of(masks, ids) + gradient @ masks.detach()
-        delta = rows_of(offsets, ids) + gradient @ offsets.detach()
-        return MaskDecision(mask, delta if correction is None else delta + correction)
+            mask, delta = rows_of(masks, ids), rows_of(offsets, ids)
+            correction = None if module.predictor is None else module._outputs(tokens, self.predictors[layer])[1]
+            delta = delta if correction is None else delta + correction
+        if policy.staged:
+            mask = self._refine(tokens, mask, rows_of(self._step(layer, scores.detach()), ids))
+        return MaskDecision(mask, delta)
+
+    def _step(self, layer: int, scores: Tensor) -> Tensor:
+        """The nominated neurons as 0 and 1, like scores float32 [..., D]."""
+        assert self.module.thresholds is not None
+        return step(scores, self.module.thresholds[layer, 0], TEMPERATURE)
+
+    def _up_part(self, tokens: MaskInputs) -> Tensor | None:
+        """What a low-bit copy of up adds to the scores of up, float32 [n, D]; None without one."""
+        assert self.module.predictor is not None
+        predictor = self.predictors[tokens.layer]
+        hidden = tokens.inputs[self.module.predictor.source_layer(tokens.layer)]
+        return None if predictor is None or predictor.scores is None else predictor.scores.up_part(hidden)
+
+    def _refine(self, tokens: MaskInputs, mask: Tensor, counted: Tensor, up_part: Tensor | None = None) -> Tensor:
+        """The nominated neurons [n, D] that all stages keep; see `apc.tune.steps.refine`."""
+        assert tokens.gate is not None and self.module.thresholds is not None
+        up, down = (
+            log_energy(tokens.measure(tokens.layer, tokens.site, values.detach()))
+            for values in (tokens.gate, tokens.values)
+        )
+        up = up if up_part is None else up + up_part
+        thresholds = self.module.thresholds[tokens.layer, 1:]
+        refined, shares = refine(mask, counted, up, down, thresholds, TEMPERATURE)
+        self.shares.append(shares)
+        return refined
 
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
         """values · mask [n, D]: a product, which has a gradient to the mask."""
         return values * mask.to(values.dtype)
-
-
-class _MaskGradients(_TuningForward):
-    """Gives each layer of the dense model a mask of ones with a gradient, and keeps the policy's ranking of neurons."""
-
-    def __init__(self, module: TuningModule):
-        super().__init__(module)
-        self.changes_output = False
-        self.masks: list[Tensor] = []
-        self.orders: list[Tensor] = []
-
-    def see(self, tokens: MaskInputs) -> MaskDecision:
-        with torch.no_grad():
-            self.orders.append(self.module.ranking(tokens).argsort(-1, descending=True))
-        self.masks.append(torch.ones_like(tokens.values, requires_grad=True))
-        return MaskDecision(self.masks[-1])
 
 
 def check_tunable(cfg: TuneConfig, codebook: Codebook, predictor: Predictor | None) -> None:

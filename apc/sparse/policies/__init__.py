@@ -11,10 +11,13 @@ from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
 from apc.sparse.policies.peers import Cats
 from apc.sparse.policies.planes import BitPlanes
 from apc.sparse.policies.predicted import Predicted, Soft
+from apc.sparse.policies.staged import StagedNeuron, StagedOracle, StagedPredicted, StagedStatic
 from apc.utils.errors import UserError
 
 _BOUNDS_AND_FIXED = Dense, Exact, Static, Random, Oracle, ThresholdedOracle
-_ALL = *_BOUNDS_AND_FIXED, Predicted, Soft, NeuronPredictor, NeuronThreshold, Cats, BitPlanes
+_PREDICTED = Predicted, Soft, NeuronPredictor, NeuronThreshold
+_STAGED = StagedStatic, StagedOracle, StagedPredicted, StagedNeuron
+_ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, Cats, BitPlanes
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
 
 

@@ -4,7 +4,7 @@ Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance, quantise
+from apc.config.schema import StagesConfig
 from apc.data.ffn import FFN
 from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
@@ -99,11 +100,22 @@ class FitPass(Protocol):
     ffns: list[FFN]
     codebook: Codebook  # on the model's device
     predictor: Predictor | None  # likewise
+    stages: StagesConfig
 
-    def run(self, policy: "MaskPolicy", meter: Meter) -> None:
+    def run(self, policy: "MaskPolicy", meter: Meter | None = None, whole: bool = False) -> None:
         """Runs the model under the policy over this rank's windows of the sample; the meter gets each decision.
 
         With the policy `dense` the model stays as it is. What the meter counts must be summed over ranks afterwards.
+        whole: every rank runs the whole sample, in one batch.
+        """
+
+    def costs(
+        self, policy: "MaskPolicy", visit: Callable[[MaskInputs], Tensor]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Runs the dense model over this rank's windows, for a policy whose masks `visit` looks at.
+
+        Yields, for each window and layer, the layer, what `visit` returned there, and the cost of dropping each neuron
+        for each token, in nats, float32 [n, D].
         """
 
 
@@ -118,11 +130,13 @@ class MaskPolicy:
     experts = True  # it works in a mixture of experts
     ranks_by_planes = False  # it needs an FFN that is stored at a few bits
     calibrated = False  # it needs `calibrate` on fit text, and keeps to the key `bytes` in place of the density
+    staged = False  # it reads gate, up and down in stages: see `apc.sparse.policies.staged`
     uses_codebook = True  # its results depend on the codebook
     over_clusters = False  # its masks are made from clusters, so K matters
     by_cluster = False  # its mask is the centroid of one cluster, a choice of log₂ K bits
     same_for_all = False  # it has one mask for all tokens
     forms: tuple[str, ...] = ()  # the forms of predictor that it can use; empty: it needs no predictor
+    corrected = False  # tuning gives it a predictor that only corrects outputs, though it predicts nothing
     sites: tuple[str, ...] = ()  # the only sites where it works; empty: it works at any site
     tunable = False  # `tune.policy` may name it
     tuned_as: str | None = None  # the policy whose tuning it uses, if not its own
@@ -275,10 +289,18 @@ class ClusterPolicy(MaskPolicy):
         """Whether the clusters have offsets."""
         return any(book.offsets is not None for book in self.codebook.sites.values())
 
+    def clusters(self, inputs: MaskInputs) -> Tensor:
+        """The tokens' clusters, int64 [n]."""
+        raise NotImplementedError
+
+    def centroids(self, inputs: MaskInputs) -> Tensor:
+        """The masks of the layer's clusters, uint8 [K, W]."""
+        return self.codebook.sites[inputs.site].centroids[self.codebook.group(inputs.layer)]
+
     def from_clusters(self, inputs: MaskInputs, ids: Tensor) -> MaskDecision:
         """The decision for tokens of these clusters, int64 [n]."""
         book, group = self.codebook.sites[inputs.site], self.codebook.group(inputs.layer)
-        mask = ops.unpack(book.centroids[group, ids], inputs.values.shape[-1])
+        mask = ops.unpack(self.centroids(inputs)[ids], inputs.values.shape[-1])
         return MaskDecision(mask, None if book.offsets is None else book.offsets[group, ids])
 
     def parameters_read(self, site: str, copy: float = 1.0) -> float:

@@ -55,8 +55,11 @@ class Oracle(ClusterPolicy):
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The nearest centroid."""
-        centroids = self.codebook.sites[inputs.site].centroids[self.codebook.group(inputs.layer)]
-        return self.from_clusters(inputs, own_clusters(self.codebook, inputs, centroids))
+        return self.from_clusters(inputs, self.clusters(inputs))
+
+    def clusters(self, inputs: MaskInputs) -> Tensor:
+        """The clusters whose centroids are nearest, int64 [n]."""
+        return own_clusters(self.codebook, inputs, self.centroids(inputs))
 
 
 class ThresholdedOracle(Oracle):

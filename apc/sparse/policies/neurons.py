@@ -23,7 +23,7 @@ class NeuronPredictor(PredictorPolicy):
     color, marker = "#882255", "*"
 
     @property
-    def kernel(self) -> str:
+    def kernel(self) -> str | None:
         """low-bit for a low-bit predictor, else masks."""
         return "masks" if self.predictor.low_bit is None else "low-bit"
 

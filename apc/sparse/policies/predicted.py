@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from apc import ops
 from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, PredictorPolicy, add_deltas
 
@@ -14,15 +16,23 @@ class Predicted(PredictorPolicy, ClusterPolicy):
     in_sparsify = True
     tunable = True
     monitored = True
-    gap_to = "oracle"
-    kernel = "cluster"
+    gap_to: str | None = "oracle"
     color, marker = "#D55E00", "o"
+
+    @property
+    def kernel(self) -> str | None:
+        """cluster."""
+        return "cluster"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The likeliest cluster's centroid; its offset and the correction are added to the output."""
         logits, correction = self.outputs(inputs)
         chosen = self.from_clusters(inputs, logits.argmax(-1))
         return replace(chosen, output_delta=add_deltas(chosen.output_delta, correction))
+
+    def clusters(self, inputs: MaskInputs) -> Tensor:
+        """The likeliest clusters, int64 [n]."""
+        return self.outputs(inputs)[0].argmax(-1)
 
 
 class Soft(PredictorPolicy, ClusterPolicy):

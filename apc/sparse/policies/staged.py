@@ -1,0 +1,439 @@
+"""Staged masks: what an FFN has computed already decides what it reads next.
+
+A nominating policy chooses the neurons whose rows of gate are read. Of these, the neurons with the largest
+|act(g_i)| · ‖w_i‖ have their rows of up read (w_i is the neuron's column of W_down). Of those, the neurons with the
+largest importance |act(g_i) · u_i| · ‖w_i‖ have their columns of down read. Scores are logarithms of squares, as those
+of the low-bit predictor.
+
+Shape letters: n tokens, E hidden size, D neurons, L layers, K clusters, W bytes of a packed row.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from apc import ops
+from apc.cluster.codebook import Codebook
+from apc.data.ffn import first_device
+from apc.data.quantise import FULL_BITS, mean_bits
+from apc.predict.predictor import CORRECTION, Predictor
+from apc.sparse.policies.base import ClusterPolicy, FitPass, MaskDecision, MaskInputs, MaskPolicy, add_deltas
+from apc.sparse.policies.bounds import Oracle
+from apc.sparse.policies.fixed import Static
+from apc.sparse.policies.neurons import NeuronPredictor
+from apc.sparse.policies.predicted import Predicted
+from apc.utils import distributed
+from apc.utils.errors import UserError
+
+STAGES = ("gate", "up", "down")
+LEVELS = 24  # of a token's ranking of neurons, by which shares are chosen
+
+
+def log_energy(importance: Tensor) -> Tensor:
+    """The logarithm of squared importances float32 [...]. Zero and NaN count as the smallest normal number."""
+    return 2 * importance.nan_to_num(nan=0.0).clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+class Staged(MaskPolicy):
+    """Refines the masks of the nominating policy, which is the next class in the order of inheritance.
+
+    `Codebook.calibrated` holds, by the policy's name: thresholds float32 [L, 3], the least score that each stage keeps;
+    or, with stages.rule=top, sizes int64 [L, 3], the number of neurons that each stage keeps for each token. Policies
+    whose nominations are masks also have masks uint8 [L, K, W] (K = 1 for `static`).
+    """
+
+    by_default = False
+    in_sparsify = False
+    monitored = False
+    sees_gate = True
+    experts = False
+    calibrated = True
+    staged = True
+    sites = ("neuron",)
+    gap_to: str | None = None
+
+    @property
+    def kernel(self) -> str | None:
+        """None: no kernel runs stages."""
+        return None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What calibration left for this policy, by name."""
+        return self.codebook.calibrated[self.name]
+
+    def nominate(self, inputs: MaskInputs) -> MaskDecision:
+        """The neurons whose rows of gate are read, and the output delta."""
+        return super().decide(inputs)
+
+    def up_scores(self, inputs: MaskInputs) -> Tensor:
+        """The scores that decide which rows of up are read, float32 [n, D]."""
+        assert inputs.gate is not None  # `sees_gate` asks for it
+        return log_energy(inputs.measure(inputs.layer, inputs.site, inputs.gate))
+
+    def decide(self, inputs: MaskInputs) -> MaskDecision:
+        """The neurons whose columns of down are read, and what each stage reads."""
+        nominated = self.nominate(inputs)
+        up = nominated.mask & self.kept(inputs.layer, 1, self.up_scores(inputs), nominated.mask)
+        down = up & self.kept(inputs.layer, 2, log_energy(inputs.importance), up)
+        return replace(nominated, mask=down, read={**nominated.read, "gate": nominated.mask, "up": up, "down": down})
+
+    def kept(self, layer: int, stage: int, scores: Tensor, among: Tensor) -> Tensor:
+        """The neurons that a stage keeps by their scores float32 [n, D], if the previous stage kept them, bool [n, D].
+
+        among: bool [n, D] or [1, D], the neurons that the previous stage kept; only a choice by top share needs it.
+        """
+        if "sizes" in self.tensors:
+            candidates = scores.masked_fill(~among, -torch.inf)
+            return ops.top_mask(candidates, int(self.tensors["sizes"][layer, stage]), check=False)
+        return scores >= self.tensors["thresholds"][layer, stage]
+
+    # Calibration
+
+    def nomination_scores(self, inputs: MaskInputs) -> Tensor:
+        """The scores by which the policy ranks neurons before it reads the FFN, float32 [n, D]."""
+        raise NotImplementedError
+
+    def calibrate_nomination(self, inputs: MaskInputs, share: float) -> MaskDecision:
+        """Sets what `nominate` needs in this layer to nominate this share of the neurons; returns the nomination."""
+        if "sizes" not in self.tensors:
+            self.tensors["thresholds"][inputs.layer, 0] = least_kept(self.nomination_scores(inputs), share)
+        return self.nominate(inputs)
+
+    @classmethod
+    def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
+        """The tensors with which the policy reads this share of the dense FFN's bytes on the fit text.
+
+        The stages' shares in each layer are those that tuning found, `stages.shares`, or those whose dropped neurons
+        cost least.
+        """
+        tuned = fit.codebook.calibrated.get(cls.name)
+        if tuned is not None and fit.codebook.provenance.get("tune", {}).get("policy") == cls.name:
+            return cls.with_shares(fit, cls.tuned_shares(fit, tuned, cls.rows_share(fit, share)), tuned)
+        if fit.stages.shares is not None:
+            shares = torch.tensor([fit.stages.shares] * fit.codebook.layers, dtype=torch.float64)
+        else:
+            shares = cls.cheapest_shares(fit, cls.rows_share(fit, share))
+        return cls.with_shares(fit, shares)
+
+    @classmethod
+    def tuned_shares(cls, fit: FitPass, tensors: dict[str, Tensor], total: float) -> Tensor:
+        """The shares of neurons that a tuned policy's stages keep, float64 [L, 3], scaled to the mean `total`.
+
+        Nominations that are masks can't be scaled; the other two stages then are.
+        """
+        meter = _ReadMeter(torch.zeros(fit.codebook.layers, 4, dtype=torch.float64, device=first_device(fit.ffns)))
+        fit.run(cls(fit.codebook, fit.predictor, 0), meter)
+        sums = distributed.all_sum(meter.sums).cpu()
+        shares = sums[:, :3] / sums[:, 3:]
+        scaled = shares[:, 1:] if "masks" in tensors else shares
+        scaled *= (3 * total * len(shares) - (shares.sum() - scaled.sum())) / scaled.sum()
+        return shares.cummin(1).values.clamp(1e-3, 1)
+
+    @classmethod
+    def rows_share(cls, fit: FitPass, share: float) -> float:
+        """The share of bytes that is left for the rows of gate, up and down. Raises UserError if none is."""
+        policy = cls(fit.codebook, fit.predictor, 0)
+        dense = 3 * fit.codebook.hidden_size * fit.codebook.ffn_width * mean_bits(fit.ffns) / FULL_BITS
+        left = share - policy.parameters_read("neuron") / dense
+        if left < 0.01:
+            found = f"needs {share - left:.1%} of the FFN's bytes to find its masks"
+            raise UserError(f"policies: {cls.name} {found}; raise bytes={share:g}")
+        return min(left, 1.0)
+
+    @classmethod
+    def cheapest_shares(cls, fit: FitPass, total: float) -> Tensor:
+        """The shares of neurons that the stages of each layer keep, float64 [L, 3]; their mean is `total`.
+
+        A neuron that is dropped costs half the squared gradient to its mask (see `apc.tune.costs`). Each token's
+        neurons are ranked by the scores of each stage, in `LEVELS` levels. The shares minimise the cost of the neurons
+        below the three levels where the layer cuts.
+        """
+        policy, L = cls(fit.codebook, fit.predictor, 0), fit.codebook.layers
+
+        def levels(inputs: MaskInputs) -> Tensor:
+            """Each neuron's three levels as one number, int64 [n, D]."""
+            scores = policy.nomination_scores(inputs), policy.up_scores(inputs), log_energy(inputs.importance)
+            gate, up, down = (_levels(each) for each in scores)
+            return (gate * LEVELS + up) * LEVELS + down
+
+        shape, device = (L, LEVELS**3), first_device(fit.ffns)
+        counts, costs = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+        for layer, cells, cost in fit.costs(policy, levels):
+            counts[layer] += torch.bincount(cells.flatten(), minlength=LEVELS**3)
+            costs[layer].index_add_(0, cells.flatten(), cost.flatten().double())
+        counts, costs = (distributed.all_sum(each).cpu().view(L, LEVELS, LEVELS, LEVELS) for each in (counts, costs))
+        if not costs.isfinite().all():
+            raise UserError("the cost of neurons is not finite; try model.dtype=float32 or bfloat16, or stages.shares")
+        return allocate_stages(counts, costs, total)
+
+    @classmethod
+    def with_shares(cls, fit: FitPass, shares: Tensor, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors with which the stages keep these shares of the neurons on the fit text, float64 [L, 3].
+
+        Each layer is calibrated under the masks of those before it. tensors: of a tuned policy, whose nominations stay
+        if they are masks.
+        """
+        calibrated = cls.uncalibrated(fit) | (tensors or {})
+        if fit.stages.rule == "top":
+            D = fit.codebook.widths["neuron"]
+            sizes = (shares * D).round().long().clamp(1, D).cummin(1).values
+            calibrated["sizes"] = sizes.to(calibrated.pop("thresholds").device)
+        codebook = fit.codebook.with_calibrated(cls.name, calibrated, {})
+        fit.run(_calibrating(cls, shares)(codebook, fit.predictor, 0), whole=True)
+        return calibrated
+
+    @classmethod
+    def uncalibrated(cls, fit: FitPass) -> dict[str, Tensor]:
+        """The tensors before their calibration."""
+        return {"thresholds": torch.zeros(fit.codebook.layers, 3, device=first_device(fit.ffns))}
+
+
+def _calibrating(policy: type[Staged], shares: Tensor) -> type[Staged]:
+    """The policy, which calibrates each layer on the first decision that it makes there. shares: float64 [L, 3]."""
+
+    class Calibrating(policy):  # type: ignore[valid-type,misc]
+        def decide(self, inputs: MaskInputs) -> MaskDecision:
+            gate, *rest = shares[inputs.layer].tolist()
+            nominated = self.calibrate_nomination(inputs, gate)
+            mask, read = nominated.mask, {**nominated.read, "gate": nominated.mask}
+            scores = self.up_scores(inputs), log_energy(inputs.importance)
+            for stage, (projection, share, each) in enumerate(zip(STAGES[1:], rest, scores, strict=True), 1):
+                if "sizes" not in self.tensors:
+                    self.tensors["thresholds"][inputs.layer, stage] = least_kept(each, share, mask)
+                mask = mask & self.kept(inputs.layer, stage, each, mask)
+                read[projection] = mask
+            return replace(nominated, mask=mask, read=read)
+
+    return Calibrating
+
+
+@dataclass
+class _ReadMeter:
+    """A meter that sums, for each layer, the shares of neurons that the stages read, and the tokens: float64 [L, 4]."""
+
+    sums: Tensor
+
+    def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
+        """Adds the decision for some tokens."""
+        n = len(inputs.values)
+        for stage, projection in enumerate(STAGES):
+            self.sums[inputs.layer, stage] += n * decision.read[projection].double().mean()
+        self.sums[inputs.layer, 3] += n
+
+
+def least_kept(scores: Tensor, share: float, among: Tensor | None = None) -> Tensor:
+    """The least of the scores [n, D] to keep, so that this share of all n·D neurons is kept, a float32 [].
+
+    among: bool, like scores or [1, D]; only these neurons can be kept. It is −inf if all of them are.
+    """
+    count = round(share * scores.numel())
+    candidates = scores.flatten() if among is None else scores[among.expand_as(scores)]
+    if count >= candidates.numel():
+        return scores.new_tensor(-torch.inf)
+    return candidates.kthvalue(candidates.numel() - max(1, count) + 1).values
+
+
+def _levels(scores: Tensor) -> Tensor:
+    """The level of each neuron's rank in its row, int64 [n, D]: 0 holds the highest scores, LEVELS − 1 the lowest."""
+    ranks = torch.empty_like(scores, dtype=torch.int64)
+    order = scores.argsort(-1, descending=True)
+    levels = torch.arange(scores.shape[-1], device=scores.device) * LEVELS // scores.shape[-1]
+    return ranks.scatter_(-1, order, levels.expand_as(order))
+
+
+def allocate_stages(counts: Tensor, costs: Tensor, total: float) -> Tensor:
+    """The shares that three stages keep in each layer, float64 [L, 3], with mean `total` and the least cost.
+
+    counts, costs: float64 [L, B, B, B], the number of neurons, and the cost of dropping them, by their levels in the
+    three rankings (0 is the highest). Cuts that are not on the lower convex hull of a layer's cost over its share are
+    not considered; the last step of the layer that reaches the total is taken in part.
+    """
+    kept = [each.cumsum(1).cumsum(2).cumsum(3) for each in (counts, costs)]
+    L, B = counts.shape[:2]
+    every = kept[0][:, -1, -1, -1]
+    gate, up = kept[0][:, :, -1:, -1:].expand(-1, B, B, B), kept[0][:, :, :, -1:].expand(-1, B, B, B)
+    shares = torch.stack([gate, up, kept[0]], -1).flatten(1, 3) / every.view(L, 1, 1)  # [L, B³, 3]
+    lost = (kept[1][:, -1:, -1:, -1:] - kept[1]).flatten(1)  # [L, B³]
+    hulls = [_hull(shares[layer].mean(-1), lost[layer]) for layer in range(L)]
+    chosen = torch.stack([shares[layer, hull[0]] for layer, hull in enumerate(hulls)])
+    steps = []
+    for layer, hull in enumerate(hulls):
+        for before, after in zip(hull, hull[1:], strict=False):
+            added = float(shares[layer, after].mean() - shares[layer, before].mean())
+            steps.append((float(lost[layer, before] - lost[layer, after]) / added, layer, after))
+    for _gain, layer, cell in sorted(steps, key=lambda step: -step[0]):
+        rest = L * total - float(chosen.mean(-1).sum())
+        step = shares[layer, cell] - chosen[layer]
+        part = min(1.0, rest / float(step.mean()))
+        if part <= 0:
+            break
+        chosen[layer] += part * step
+    return chosen
+
+
+def _hull(shares: Tensor, lost: Tensor) -> list[int]:
+    """The indices on the lower convex hull of `lost` over `shares`, float64 [n] each, from the least share on."""
+    best: dict[int, int] = {}  # by share in steps of 1/1024
+    for index, (share, cost) in enumerate(zip(shares.tolist(), lost.tolist(), strict=True)):
+        step = round(share * 1024)
+        if step not in best or cost < lost[best[step]]:
+            best[step] = index
+    hull: list[int] = []
+    for _step, index in sorted(best.items()):
+        x, y = float(shares[index]), float(lost[index])
+        if hull and y >= float(lost[hull[-1]]):
+            continue
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = ((float(shares[each]), float(lost[each])) for each in hull[-2:])
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+class _MaskStages(Staged):
+    """A staged policy that nominates masks out of a table; `masks` uint8 [L, K, W] are cut from scores [K, D]."""
+
+    @classmethod
+    def uncalibrated(cls, fit: FitPass) -> dict[str, Tensor]:
+        """The tensors before their calibration: with empty masks."""
+        shape = fit.codebook.layers, cls.rows(fit), ops.row_bytes(fit.codebook.widths["neuron"])
+        masks = torch.zeros(shape, dtype=torch.uint8, device=first_device(fit.ffns))
+        return super().uncalibrated(fit) | {"masks": masks}
+
+    @classmethod
+    def rows(cls, fit: FitPass) -> int:
+        """Masks in a layer, K."""
+        return fit.codebook.k
+
+    def table(self, inputs: MaskInputs) -> Tensor:
+        """The scores that the layer's masks are cut from, float32 [K, D]."""
+        return self.codebook.sites[inputs.site].profiles[self.codebook.group(inputs.layer)].float()
+
+    def calibrate_nomination(self, inputs: MaskInputs, share: float) -> MaskDecision:
+        """Cuts the layer's masks, unless it has some from tuning; returns the nomination."""
+        layer = inputs.layer
+        if not self.tensors["masks"][layer].any():
+            table = self.table(inputs)
+            if "sizes" in self.tensors:
+                masks = ops.top_mask(table, int(self.tensors["sizes"][layer, 0]))
+            else:
+                self.tensors["thresholds"][layer, 0] = least_kept(self.nomination_scores(inputs), share)
+                masks = table >= self.tensors["thresholds"][layer, 0]
+            self.tensors["masks"][layer] = ops.pack(masks)
+        return self.nominate(inputs)
+
+
+class _ClusterStages(_MaskStages, ClusterPolicy):
+    def centroids(self, inputs: MaskInputs) -> Tensor:
+        """The layer's masks, uint8 [K, W]; before they are cut, the codebook's centroids."""
+        masks = self.codebook.calibrated.get(self.name, {}).get("masks")
+        return super().centroids(inputs) if masks is None or not masks[inputs.layer].any() else masks[inputs.layer]
+
+    def nomination_scores(self, inputs: MaskInputs) -> Tensor:
+        """The profile of the token's cluster."""
+        return self.table(inputs)[self.clusters(inputs)]
+
+
+class StagedOracle(_ClusterStages, Oracle):
+    """The nearest cluster's neurons, in stages; with a correction of the output if it was tuned with one."""
+
+    name = "staged-oracle"
+    corrected = True
+    tunable = True
+    color, marker = "#117733", "D"
+
+    @classmethod
+    def unsupported(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        """Why the policy can't run, calibrated or not; None if it can."""
+        tune = codebook.provenance.get("tune", {})
+        if tune.get("policy") == cls.name and tune["correction"] and not _corrects(predictor):
+            return "was tuned with a correction; give the predictor of its run too"
+        return super().unsupported(codebook, predictor)
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether it corrects outputs, or the clusters have offsets."""
+        return _corrects(self.predictor) or super().changes_output
+
+    def nominate(self, inputs: MaskInputs) -> MaskDecision:
+        """The nearest cluster's neurons, its offset, and the correction."""
+        nominated = super().nominate(inputs)
+        if not _corrects(self.predictor):
+            return nominated
+        assert self.predictor is not None
+        hidden = inputs.inputs[inputs.layer].nan_to_num(nan=0.0)
+        _, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)
+        return replace(nominated, output_delta=add_deltas(nominated.output_delta, correction))
+
+    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+        """The centroid, the offset and the correction."""
+        correction = self.predictor.parameters_read(site) if self.predictor and _corrects(self.predictor) else 0.0
+        return super().parameters_read(site) + correction
+
+    def multiplications(self, site: str, copy: float = 1.0) -> float:
+        """Those of the correction."""
+        return self.predictor.multiplications(site) if self.predictor and _corrects(self.predictor) else 0.0
+
+
+def _corrects(predictor: Predictor | None) -> bool:
+    return predictor is not None and predictor.form == CORRECTION
+
+
+class StagedPredicted(_ClusterStages, Predicted):
+    """The likeliest cluster's neurons, in stages."""
+
+    name = "staged-predicted"
+    gap_to: str | None = "staged-oracle"
+    color, marker = "#CC6677", "o"
+
+
+class StagedNeuron(Staged, NeuronPredictor):
+    """The neurons with the highest predicted scores, in stages."""
+
+    name = "staged-neuron"
+    color, marker = "#AA4499", "*"
+
+    def nominate(self, inputs: MaskInputs) -> MaskDecision:
+        """The neurons whose scores reach the threshold, or the top scores; and the correction."""
+        scores, correction = self.outputs(inputs)
+        every = scores.new_ones(1, 1, dtype=torch.bool)
+        return MaskDecision(self.kept(inputs.layer, 0, scores, every), correction, self.copy_read(inputs))
+
+    def up_scores(self, inputs: MaskInputs) -> Tensor:
+        """The scores by the exact gate; a low-bit copy of up adds its part, an estimate of log u²."""
+        scores, copy = super().up_scores(inputs), self.predictor.layer(inputs.layer).scores
+        part = None if copy is None else copy.up_part(self.hidden(inputs))
+        return scores if part is None else scores + part
+
+    def nomination_scores(self, inputs: MaskInputs) -> Tensor:
+        """The predictor's scores."""
+        return self.outputs(inputs)[0]
+
+
+class StagedStatic(_MaskStages, Static):
+    """One set of neurons for each layer, in stages."""
+
+    name = "staged-static"
+    color, marker = "#999933", "^"
+
+    @classmethod
+    def rows(cls, fit: FitPass) -> int:
+        """One mask in a layer."""
+        return 1
+
+    def mask(self, inputs: MaskInputs) -> Tensor:
+        """The layer's mask."""
+        return ops.unpack(self.tensors["masks"][inputs.layer], inputs.values.shape[-1])
+
+    def table(self, inputs: MaskInputs) -> Tensor:
+        """The mean pattern of all rows, float32 [1, D]."""
+        sizes = self.codebook.sites[inputs.site].sizes[self.codebook.group(inputs.layer)].float()
+        return (sizes / sizes.sum() @ super().table(inputs)).unsqueeze(0)
+
+    def nomination_scores(self, inputs: MaskInputs) -> Tensor:
+        """The mean pattern, for every token."""
+        return self.table(inputs).expand(len(inputs.values), -1)

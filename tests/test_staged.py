@@ -1,0 +1,294 @@
+"""Staged masks: each stage keeps some of the one before, all read what the budget says, and tuning moves thresholds."""
+
+import json
+
+import pytest
+import torch
+
+import apc
+import tiny
+import train
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig, StagesConfig
+from apc.data.ffn import find_ffns
+from apc.data.models import load_model
+from apc.sparse.policies import POLICIES, make_policy
+from apc.sparse.policies.staged import STAGES, _hull, allocate_stages, least_kept, log_energy
+from apc.tune.calibrate import SamplePass
+from apc.tune.module import TuningModule
+from apc.tune.steps import refine, step
+from apc.utils.errors import UserError
+
+CLUSTERS = ["staged-static", "staged-oracle", "staged-predicted"]
+FORMS = [("cluster", CLUSTERS), ("low-bit", ["staged-neuron"]), ("neuron", ["staged-neuron"])]
+BYTES = 0.95  # the predictors of a model this small read much
+
+
+def run(folder, name, **changes):
+    values = {"bytes": BYTES, "run.name": name, "predictor.bottleneck": 8, "monitor.windows": 0}
+    return train.train(load_config(None, tiny.tiny_overrides(folder, **(values | changes))))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("staged"))
+    for form, policies in FORMS:
+        run(folder, form, **{"predictor.form": form, "policies": f"[dense,{','.join(policies)}]"})
+    return folder
+
+
+def loaded(folder, name):
+    """A finished run, its model, and some tokens that it was not fitted on, int64 [2, 24]."""
+    model, _ = load_model(ModelConfig(path=str(folder / "model"), device="cpu"), torch.device("cpu"))
+    tokens = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(3))
+    return apc.load_run(folder / "runs" / name), model, tokens
+
+
+def sample_pass(left, model, windows, **stages):
+    return SamplePass(model, find_ffns(model), left.codebook, left.predictor, windows, stages=StagesConfig(**stages))
+
+
+class Reads:
+    """A meter that keeps each decision's masks."""
+
+    def __init__(self):
+        self.read = []
+
+    def add(self, inputs, decision):
+        self.read.append([decision.read[stage].expand(len(inputs.values), -1) for stage in STAGES])
+        assert torch.equal(decision.mask.expand_as(self.read[-1][2]), self.read[-1][2])
+
+    def share(self):
+        return torch.stack([mask.float().mean() for layer in self.read for mask in layer]).mean().item()
+
+
+@pytest.mark.parametrize(("form", "policies"), FORMS)
+@torch.no_grad()
+def test_the_masked_forward_reads_only_what_each_stage_keeps(workplace, form, policies):
+    """An FFN that computes only the rows it may read gives the same logits."""
+    left, model, tokens = loaded(workplace, form)
+    for name in policies:
+        reads = Reads()
+        fit = sample_pass(left, model, tokens)
+        fit.run(make_policy(name, left.codebook, left.predictor), reads, whole=True)
+        logits = apc.sparsify(model, left.codebook, left.predictor, policy=name)(tokens).logits
+        apc.restore(model)
+        policy = make_policy(name, left.codebook, left.predictor)
+        inputs = {}
+
+        def forward(layer, mlp, reads=reads, policy=policy, inputs=inputs):
+            def run(hidden):
+                inputs[layer] = hidden.flatten(0, 1)
+                rows_gate, rows_up, rows_down = reads.read[layer]
+                gate = (mlp.gate_proj(hidden).flatten(0, 1) * rows_gate).view(*hidden.shape[:2], -1)
+                up = (mlp.up_proj(hidden).flatten(0, 1) * rows_up).view_as(gate)
+                values = (mlp.act_fn(gate) * up).flatten(0, 1)
+                output = mlp.down_proj((values * rows_down).view_as(gate))
+                if not policy.changes_output:
+                    return output
+                delta = policy.nominate(_inputs(policy, layer, inputs, values)).output_delta
+                return output if delta is None else output + delta.view_as(output)
+
+            return run
+
+        for layer, block in enumerate(model.model.layers):
+            block.mlp.forward = forward(layer, block.mlp)
+        assert torch.allclose(model(tokens).logits, logits, atol=2e-5)
+        for block in model.model.layers:
+            del block.mlp.forward
+
+
+def _inputs(policy, layer, hidden, values):
+    from apc.sparse.policies import MaskInputs
+
+    return MaskInputs(layer, "neuron", values, hidden, policy.codebook, lambda *_: values.abs(), None, values)
+
+
+@pytest.mark.parametrize("rule", ["threshold", "top"])
+@pytest.mark.parametrize(("form", "policies"), FORMS)
+def test_stages_nest_and_read_the_budget_on_the_calibration_text(workplace, form, policies, rule):
+    left, model, tokens = loaded(workplace, form)
+    for name in policies:
+        fit = sample_pass(left, model, tokens, rule=rule)
+        tensors = POLICIES[name].calibrate(fit, BYTES)
+        codebook = left.codebook.with_calibrated(name, tensors, {})
+        reads = Reads()
+        fit.run(make_policy(name, codebook, left.predictor), reads, whole=True)
+        for gate, up, down in reads.read:
+            assert not (down & ~up).any() and not (up & ~gate).any()
+            if rule == "top":
+                assert all(len(mask.sum(-1).unique()) == 1 for mask in (gate, up, down))
+        rows = POLICIES[name].rows_share(fit, BYTES)
+        assert rows < BYTES or name == "staged-static"
+        # A static mask has a whole number of neurons for all tokens, and shares of a fixed size are rounded.
+        assert reads.share() == pytest.approx(rows, abs=0.03 if rule == "top" or name in CLUSTERS else 0.002)
+
+
+def test_bytes_are_the_rows_that_stages_read_and_the_predictor(workplace):
+    for form, policies in FORMS:
+        results = json.loads((workplace / "runs" / form / "results.json").read_text())
+        codebook, predictor = (
+            getattr(apc.load_run(workplace / "runs" / form), part) for part in ("codebook", "predictor")
+        )
+        for record in results["policies"][1:]:
+            read = record["masked"]["read"]
+            assert read["gate"] >= read["up"] >= read["down"] == pytest.approx(record["masked"]["density"])
+            policy = make_policy(record["policy"], codebook, predictor)
+            added = policy.parameters_read("neuron") / (3 * codebook.hidden_size * codebook.ffn_width)
+            assert record["bytes_share"] == pytest.approx(sum(read.values()) / 3 + added)
+            assert record["policy"] in policies
+
+
+def test_given_shares_are_kept(workplace):
+    left, model, tokens = loaded(workplace, "low-bit")
+    fit = sample_pass(left, model, tokens, shares=[0.7, 0.5, 0.25])
+    codebook = left.codebook.with_calibrated("staged-neuron", POLICIES["staged-neuron"].calibrate(fit, 1.0), {})
+    reads = Reads()
+    fit.run(make_policy("staged-neuron", codebook, left.predictor), reads, whole=True)
+    for layer in reads.read:
+        assert [mask.float().mean().item() for mask in layer] == pytest.approx([0.7, 0.5, 0.25], abs=1e-3)
+
+
+def test_shares_cost_no_more_than_any_single_cut_for_all_layers():
+    generator = torch.Generator().manual_seed(0)
+    L, B = 3, 4
+    counts = torch.randint(1, 50, (L, B, B, B), generator=generator).double()
+    costs = torch.rand(L, B, B, B, generator=generator).double() * counts
+
+    def outcome(layer, cut):
+        gate, up, down = cut
+        read = counts[layer, :gate].sum(), counts[layer, :gate, :up].sum(), counts[layer, :gate, :up, :down].sum()
+        lost = costs[layer].sum() - costs[layer, :gate, :up, :down].sum()
+        return torch.stack(read) / counts[layer].sum(), lost
+
+    for total in (0.3, 0.5, 0.8, 1.0):
+        shares = allocate_stages(counts, costs, total)
+        assert shares.mean().item() == pytest.approx(total)
+        assert (shares[:, 0] >= shares[:, 1]).all() and (shares[:, 1] >= shares[:, 2]).all()
+    cuts = torch.cartesian_prod(*[torch.arange(1, B + 1)] * 3).tolist()
+    for layer in range(L):
+        outcomes = [outcome(layer, cut) for cut in cuts]
+        share, lost = torch.stack([read.mean() for read, _ in outcomes]), torch.stack([lost for _, lost in outcomes])
+        hull = _hull(share, lost)
+        for x, y in zip(share, lost, strict=True):  # no cut lies below the hull
+            left = max(index for index in range(len(hull)) if share[hull[index]] <= x + 1e-9)
+            right = min(left + 1, len(hull) - 1)
+            (x0, y0), (x1, y1) = ((share[hull[i]], lost[hull[i]]) for i in (left, right))
+            assert y >= (y0 if right == left else y0 + (y1 - y0) * (x - x0) / (x1 - x0)) - 1e-3 * lost.max()
+
+
+def test_the_least_kept_score_keeps_the_share():
+    scores = torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
+    among = torch.rand(40, 50, generator=torch.Generator().manual_seed(3)) < 0.6
+    assert (scores >= least_kept(scores, 0.3)).sum() == 600
+    assert ((scores >= least_kept(scores, 0.3, among)) & among).sum() == 600
+    assert least_kept(scores, 0.9, among) == -torch.inf
+
+
+def _plain_refine(nominated, counted, up_scores, down_scores, thresholds, temperature):
+    up, down = step(up_scores, thresholds[0], temperature), step(down_scores, thresholds[1], temperature)
+    free_up = step(up_scores.detach(), thresholds[0], temperature)
+    read = counted, counted * free_up, counted * free_up * down
+    return nominated * up * down, torch.stack([each.mean() for each in read])
+
+
+def test_refined_masks_have_the_gradients_of_three_steps():
+    def gradients(function):
+        generator = torch.Generator().manual_seed(5)
+        first, up, down = (torch.randn(30, 17, generator=generator).bfloat16().float() for _ in range(3))
+        first.requires_grad_(True), up.requires_grad_(True)
+        thresholds = torch.tensor([-0.25, 0.125, -0.5], requires_grad=True)
+        nominated, counted = step(first, thresholds[0], 0.5), step(first.detach(), thresholds[0], 0.5)
+        mask, shares = function(nominated, counted, up, down, thresholds[1:], 0.5)
+        ((mask * torch.randn(30, 17, generator=generator)).sum() + shares @ torch.tensor([3.0, 5.0, 7.0])).backward()
+        return mask.detach(), shares.detach(), first.grad, up.grad, thresholds.grad
+
+    for fused, plain in zip(gradients(refine), gradients(_plain_refine), strict=True):
+        assert torch.allclose(fused, plain, atol=1e-5), (fused - plain).abs().max()
+        assert fused.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "form"), [("staged-oracle", "cluster"), ("staged-predicted", "cluster"), ("staged-neuron", "low-bit")]
+)
+def test_tuning_lowers_the_divergence_and_keeps_the_budget(workplace, policy, form):
+    left, model, tokens = loaded(workplace, form)
+    rows = POLICIES[policy].rows_share(sample_pass(left, model, tokens), BYTES)
+    budget = BYTES - rows + 0.45
+    changes = {"tune.max_epochs": 25, "tune.policy": policy, "tune.batch_windows": 18, "predictor.form": form}
+    results = run(workplace, f"tuned-{policy}", policies=f"[dense,{policy}]", **changes, bytes=budget)
+    left, model, tokens = loaded(workplace, f"tuned-{policy}")
+    history = json.loads((left.folder.path / "tune.json").read_text())["history"]
+    divergences = [entry["divergence"] for entry in history]
+    assert sum(divergences[-10:]) / 10 < (1.0 if policy == "staged-oracle" else 0.93) * sum(divergences[:3]) / 3
+    assert all(0.2 < entry["rows_read"] < 0.8 for entry in history)
+    assert left.codebook.calibration[policy]["bytes"] == budget
+    fit = sample_pass(left, model, torch.cat([tokens, tokens.flip(1)]))
+    again = POLICIES[policy].calibrate(fit, budget)
+    reads = Reads()
+    fit.run(make_policy(policy, left.codebook.with_calibrated(policy, again, {}), left.predictor), reads, whole=True)
+    assert reads.share() == pytest.approx(POLICIES[policy].rows_share(fit, budget), abs=0.01)
+    if "masks" in again:
+        assert torch.equal(again["masks"], left.codebook.calibrated[policy]["masks"]), "nominations stay as tuned"
+    assert results["policies"][1]["bytes_share"] == pytest.approx(budget, abs=0.05)
+
+
+def test_a_killed_staged_tuning_resumes_to_the_same_end(workplace):
+    changes = {"tune.max_epochs": 2, "tune.policy": "staged-predicted", "tune.batch_windows": 3, "stage": "tune"}
+    changes["trainer.checkpoint_every_n_steps"] = 1
+    run(workplace, "whole", **changes)
+    with tiny.killed_after(3, TuningModule):
+        run(workplace, "killed", **changes)
+    run(workplace, "killed", **changes)
+    one, other = (apc.load_run(workplace / "runs" / name) for name in ("whole", "killed"))
+    for name, value in one.codebook.calibrated["staged-predicted"].items():
+        assert torch.equal(value, other.codebook.calibrated["staged-predicted"][name])
+    for name, value in one.predictor.state_dict().items():
+        assert torch.equal(value, other.predictor.state_dict()[name])
+
+
+def test_two_ranks_tune_staged_masks(workplace):
+    changes = {"run.name": "two", "tune.max_epochs": 1, "tune.policy": "staged-predicted", "tune.batch_windows": 2}
+    changes |= {"policies": "[staged-predicted]", "bytes": BYTES, "predictor.bottleneck": 8, "monitor.windows": 0}
+    tiny.run_ranks(2, tiny.tiny_overrides(workplace, **changes))
+    assert apc.load_run(workplace / "runs" / "two").codebook.calibration["staged-predicted"]["bytes"] == BYTES
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stages.shares=[0.5,0.6,0.4]"], "some of the neurons that the one before read"),
+        (["stages.shares=[0.5,0.4]"], "give three shares above 0 and at most 1"),
+        (["stages.shares=[0.5,0.4,0]"], "give three shares above 0 and at most 1"),
+        (["stages.shares=[1.5,0.4,0.2]"], "give three shares above 0 and at most 1"),
+        (["stages.shares=[0.9,0.8,0.7]", "bytes=0.5"], r"add up to 0\.800 of the FFN, more than bytes=0\.5"),
+        (["stages.rule=most"], "stages.rule=most: choose threshold or top"),
+    ],
+)
+def test_bad_stages_say_what_to_do(workplace, words, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, [*tiny.tiny_overrides(workplace), *words])
+
+
+def test_a_budget_below_the_predictors_bytes_is_refused(workplace):
+    with pytest.raises(
+        UserError, match=r"staged-predicted needs .* of the FFN's bytes to find its masks; raise bytes=0\.01"
+    ):
+        run(workplace, "small", bytes=0.01, policies="[staged-predicted]")
+
+
+def test_stages_need_a_gate_and_the_site_neuron(workplace, tmp_path):
+    with pytest.raises(UserError, match="staged-oracle needs sites=.neuron."):
+        run(workplace, "sites", sites="[gate,up,down]", policies="[staged-oracle]")
+    folder = tiny.make_workplace(tmp_path, "opt")
+    with pytest.raises(UserError, match="staged-oracle needs FFNs with a gate"):
+        run(folder, "opt", policies="[staged-oracle]")
+    left, model, _ = loaded(workplace, "cluster")
+    with pytest.raises(UserError, match="staged-oracle"):
+        apc.sparsify(model, left.codebook, left.predictor, policy="staged-oracle", kernel="torch")
+
+
+def test_log_energies_order_like_importances():
+    values = torch.tensor([0.0, torch.nan, 1e-30, 1e-3, 2.0])
+    energies = log_energy(values)
+    assert energies.isfinite().all() and (energies.diff() >= 0).all() and energies[0] == energies[1]
