@@ -8,14 +8,17 @@ import torch
 import apc
 import tiny
 import train
+from apc import ops
 from apc.config.load import load_config
-from apc.config.schema import ModelConfig, StagesConfig
+from apc.config.schema import ModelConfig, StagesConfig, TuneConfig
 from apc.data.ffn import find_ffns
 from apc.data.models import load_model
+from apc.predict.predictor import at_16_bits
+from apc.run import stages
 from apc.sparse.policies import POLICIES, make_policy
 from apc.sparse.policies.staged import STAGES, _hull, allocate_stages, least_kept, log_energy
 from apc.tune.calibrate import SamplePass
-from apc.tune.module import TuningModule
+from apc.tune.module import TuningModule, _TuningForward
 from apc.tune.steps import refine, step
 from apc.utils.errors import UserError
 
@@ -231,6 +234,68 @@ def test_tuning_lowers_the_divergence_and_keeps_the_budget(workplace, policy, fo
     if "masks" in again:
         assert torch.equal(again["masks"], left.codebook.calibrated[policy]["masks"]), "nominations stay as tuned"
     assert results["policies"][1]["bytes_share"] == pytest.approx(budget, abs=0.05)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize(
+    ("policy", "form"),
+    [("staged-oracle", "cluster"), ("staged-predicted", "cluster"), ("staged-neuron", "low-bit")],
+)
+def test_the_forward_pass_of_tuning_equals_the_policys(workplace, policy, form, lora):
+    left, model, tokens = loaded(workplace, form)
+    cfg = TuneConfig(max_epochs=1, policy=policy, lora=lora)
+    predictor = left.predictor
+    if policy == "staged-oracle":
+        predictor = stages.untrained_correction(load_config(None, tiny.tiny_overrides(workplace)), left.codebook)
+    module = TuningModule(cfg, model, find_ffns(model), left.codebook, predictor, tokens, share=BYTES)
+    module.on_fit_start()
+    with torch.no_grad():
+        learned = [module.offsets, *(value for name, value in module.lora.items() if name.endswith("_b"))]
+        learned += [module.predictor.correct, module.predictor.correct_bias]
+        for value in learned:
+            value.normal_(std=0.3)
+        for value in (module.offsets, *module.lora.values()):
+            value.copy_(at_16_bits(value))
+        module.predictor.rounded()
+        hooks = _TuningForward(module).hook()
+        tuning = model(input_ids=tokens).logits
+        hooks.remove()
+        codebook, predictor = module.tuned({})
+        expected = apc.sparsify(model, codebook, predictor, policy)(input_ids=tokens).logits
+        apc.restore(model)
+        dense = model(input_ids=tokens).logits
+    assert (tuning - expected).abs().max() < 1e-4 * (expected - dense).abs().max()
+    assert make_policy(policy, codebook, predictor).adapts_weights == bool(lora)
+
+
+@torch.no_grad()
+def test_low_rank_updates_are_sums_of_weights(workplace):
+    """A policy that keeps all neurons, with updates, equals the dense model whose weights have the updates."""
+    left, model, tokens = loaded(workplace, "cluster")
+    L, E, D = left.codebook.layers, left.codebook.hidden_size, left.codebook.ffn_width
+    shapes = {"gate": (E, D), "up": (E, D), "down": (D, E)}
+    tensors = {f"lora_{name}_a": torch.randn(L, 2, inputs) for name, (inputs, _) in shapes.items()}
+    tensors |= {f"lora_{name}_b": torch.randn(L, outputs, 2) / 10 for name, (_, outputs) in shapes.items()}
+    masks = ops.pack(torch.ones(L, left.codebook.k, D, dtype=torch.bool))
+    tensors |= {"thresholds": torch.full((L, 3), -torch.inf), "masks": masks}
+    codebook = left.codebook.with_calibrated("staged-oracle", tensors, {})
+    updated = apc.sparsify(model, codebook, policy="staged-oracle")(input_ids=tokens).logits
+    apc.restore(model)
+    for layer, block in enumerate(model.model.layers):
+        for name in shapes:
+            weight = getattr(block.mlp, f"{name}_proj").weight
+            weight += tensors[f"lora_{name}_b"][layer] @ tensors[f"lora_{name}_a"][layer]
+    assert torch.allclose(model(input_ids=tokens).logits, updated, atol=1e-4)
+
+
+def test_a_lora_is_tuned_and_said(workplace):
+    changes = {"tune.max_epochs": 2, "tune.policy": "staged-predicted", "tune.batch_windows": 18, "tune.lora": 2}
+    results = run(workplace, "lora", policies="[dense,staged-predicted]", **changes)
+    assert results["conditions"]["tuned"].endswith("weights adapted by a LoRA of rank 2")
+    tensors = apc.load_run(workplace / "runs" / "lora").codebook.calibrated["staged-predicted"]
+    assert tensors["lora_up_b"].abs().max() > 0 and tensors["lora_up_b"].dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"tune\.lora=2 needs a staged tune\.policy: staged-oracle, staged-predicted"):
+        run(workplace, "flat", **{**changes, "tune.policy": "predicted"})
 
 
 def test_a_killed_staged_tuning_resumes_to_the_same_end(workplace):

@@ -282,13 +282,15 @@ class TuneConfig:
     correction: bool = True
     # Also learn a vector per cluster that is added to the FFN's output.
     offsets: bool = True
+    # Rank of a LoRA of gate, up and down, which a staged policy adds to the model's weights. 0: weights stay.
+    lora: int = 0
     # Peak learning rate of the predictor, in a one-cycle schedule. Masks learn 20 times and offsets twice as fast.
     lr: float = 1e-3
     # Precision, as Lightning names it: 32-true or bf16-mixed. null: bf16-mixed on a GPU, 32-true on a CPU.
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, "tune.", max_epochs=0, batch_windows=1)
+        _at_least(self, "tune.", max_epochs=0, batch_windows=1, lora=0)
         if not 0 < self.lr < math.inf:
             raise UserError(f"tune.lr must be above 0, got {self.lr}")
         if self.precision is not None:

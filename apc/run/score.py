@@ -93,7 +93,8 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
     tuned = made.get("tune")
     if tuned:
         policy = tuned.get("policy") or tuned["arm"]  # version 0.1 called it the arm
-        tuned = f"{policy}, {tuned['steps']:,} steps of {tuned['step_windows']} windows"
+        adapted = f", weights adapted by a LoRA of rank {tuned['lora']}" if tuned.get("lora") else ""
+        tuned = f"{policy}, {tuned['steps']:,} steps of {tuned['step_windows']} windows{adapted}"
     algorithm = made.get("cluster", {}).get("algorithm", "lloyd")
     algorithm += f" with penalty {codebook.penalty}" if codebook.penalty > 1 else ""
     stored_bits = mean_bits(find_ffns(model))

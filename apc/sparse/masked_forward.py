@@ -50,7 +50,11 @@ class ForwardReader(FFNVisitor):
     def hook(self) -> FFNHooks:
         """Hooks that call this reader in the model's forward passes, until they are removed."""
         sites = list(self.codebook.sites) + ["gate"] * self.sees_gate + ["down"] * self.changes_output
-        return FFNHooks(self.ffns, sites, self)
+        return FFNHooks(self.ffns, [*sites, *(site for site in self.more_sites() if site not in sites)], self)
+
+    def more_sites(self) -> list[str]:
+        """Further sites that a subclass visits."""
+        return []
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Keeps the FFN input [..., E] for this layer and those that look back to it."""
@@ -98,6 +102,19 @@ class MaskedForward(ForwardReader):
         """Keeps the FFN input. Raises UserError if the FFN's parts were replaced: masks would miss the new ones."""
         check_parts(self.ffns[layer], self._parts[layer])
         super().enter(layer, hidden)
+
+    def more_sites(self) -> list[str]:
+        """The projections whose outputs the policy adds to."""
+        return ["gate", "up"] if self.policy.adds_to_projections else []
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        """Masks values [..., D] at a site, or adds what the policy adds to gate, up or down; None leaves them."""
+        if not self.policy.adds_to_projections or site not in ("gate", "up"):
+            return super().visit(layer, site, values)
+        updated = values + self.policy.projection_delta(layer, site, self._inputs[layer]).view_as(values)
+        if site == "gate" and self.sees_gate:
+            super().visit(layer, site, updated)
+        return updated
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
         """The policy's decision."""

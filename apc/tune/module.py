@@ -26,7 +26,7 @@ from apc.predict.module import StepModule
 from apc.predict.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse.masked_forward import ForwardReader
 from apc.sparse.policies import POLICIES, MaskDecision, MaskInputs
-from apc.sparse.policies.base import own_clusters
+from apc.sparse.policies.base import add_deltas, own_clusters
 from apc.sparse.policies.staged import Staged, log_energy
 from apc.tune.calibrate import SamplePass
 from apc.tune.costs import drop_costs
@@ -134,6 +134,7 @@ class TuningModule(StepModule):
         staged = self._policy.staged
         self.register_buffer("budget_allocated", torch.tensor(not cfg.budget and not staged))
         self.thresholds = nn.Parameter(torch.zeros(codebook.layers, 3)) if staged else None  # by layer and stage
+        self.lora = nn.ParameterDict(_low_rank(ffns, cfg.lora, seed) if staged and cfg.lora else {})
         # The first step's divergence, 0 before it, and the price in units of it.
         self.register_buffer("price", torch.tensor([0.0, PRICE]) if staged else None)
 
@@ -144,6 +145,7 @@ class TuningModule(StepModule):
         learned = ((value, rate) for value, rate in rates if value is not None and value.requires_grad)
         groups: list[dict] = [{"params": [value], "lr": rate} for value, rate in learned]
         groups += self.predictor.param_groups(lr) if self.predictor is not None else []
+        groups += [{"params": list(self.lora.values()), "lr": lr}] if self.lora else []
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         return self._one_cycle(optimizer, 0.15)
 
@@ -264,6 +266,7 @@ class TuningModule(StepModule):
             tensors = {"thresholds": thresholds.clone()}
             if self._policy.by_cluster:
                 tensors["masks"] = ops.pack(scores >= thresholds[:, :1, None])
+            tensors |= {f"lora_{name}": value.detach().cpu().bfloat16() for name, value in self.lora.items()}
             codebook = codebook.with_calibrated(self.cfg.policy, tensors, {})
         if self.predictor is None:
             return codebook, None
@@ -288,9 +291,37 @@ class _TuningForward(ForwardReader):
         self.scores, self.offsets = module.scores.unbind(), module.offsets.unbind()
         self.predictors = [None] * len(self.scores) if module.predictor is None else module.predictor.unbind()
         self.sizes = module.sizes.tolist()
+        self.lora = {name: value.unbind() for name, value in module.lora.items()}
+
+    def more_sites(self) -> list[str]:
+        """The projections whose outputs have low-rank updates."""
+        return ["gate", "up"] if self.lora else []
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
+        """Adds the low-rank updates of gate and up; masks neurons and adds the output delta as the base class does."""
+        if not self.lora or site not in ("gate", "up"):
+            return super().visit(layer, site, values)
+        updated = values + self._low_rank(layer, site, self._inputs[layer]).to(values.dtype).view_as(values)
+        if site == "gate":
+            super().visit(layer, site, updated)
+        return updated
+
+    def _low_rank(self, layer: int, projection: str, values: Tensor) -> Tensor:
+        """The product of values [n, E or D] with a projection's low-rank update."""
+        a, b = (self.lora[f"{projection}_{side}"][layer] for side in "ab")
+        return F.linear(F.linear(values, a.to(values.dtype)), b.to(values.dtype))
 
     def see(self, tokens: MaskInputs) -> MaskDecision:
         """The policy's decision, with a gradient: its mask is a float tensor of zeros and ones."""
+        decision = self._decide(tokens)
+        if not self.lora:
+            return decision
+        kept = self.apply(tokens.values, decision.mask)
+        return replace(
+            decision, output_delta=add_deltas(decision.output_delta, self._low_rank(tokens.layer, "down", kept))
+        )
+
+    def _decide(self, tokens: MaskInputs) -> MaskDecision:
         module, layer = self.module, tokens.layer
         policy, m, tau = module._policy, self.sizes[layer], TEMPERATURE
         if not policy.by_cluster:
@@ -345,6 +376,19 @@ class _TuningForward(ForwardReader):
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
         """values · mask [n, D]: a product, which has a gradient to the mask."""
         return values * mask.to(values.dtype)
+
+
+def _low_rank(ffns: list[FFN], rank: int, seed: int) -> dict[str, nn.Parameter]:
+    """Low-rank updates b @ a of gate, up and down (LoRA, Hu et al., 2021): a [L, rank, inputs], b [L, outputs, rank].
+
+    b starts at zero, a from a normal distribution of variance 1 / inputs.
+    """
+    L, E, D = len(ffns), ffns[0].hidden_size, ffns[0].site_width("neuron")
+    generator, parts = torch.Generator().manual_seed(seed), {}
+    for name, (inputs, outputs) in {"gate": (E, D), "up": (E, D), "down": (D, E)}.items():
+        parts[f"{name}_a"] = nn.Parameter(torch.randn(L, rank, inputs, generator=generator) * inputs**-0.5)
+        parts[f"{name}_b"] = nn.Parameter(torch.zeros(L, outputs, rank))
+    return parts
 
 
 def check_tunable(cfg: TuneConfig, codebook: Codebook, predictor: Predictor | None) -> None:

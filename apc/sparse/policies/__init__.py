@@ -126,6 +126,9 @@ def check_policies(cfg: Config) -> None:
         raise UserError(f"tune.policy={cfg.tune.policy}: choose {', '.join(tunable)}")
     if not cfg.tune.max_epochs:
         return
+    if cfg.tune.lora and not POLICIES[cfg.tune.policy].staged:
+        staged = ", ".join(name for name in tunable if POLICIES[name].staged)
+        raise UserError(f"tune.lora={cfg.tune.lora} needs a staged tune.policy: {staged}")
     forms = tuned_forms(cfg)
     _check_form(f"tune.policy={cfg.tune.policy}", forms, cfg.predictor.form)
     need_predictor = [name for name in cfg.policies or () if POLICIES[name].forms]

@@ -213,6 +213,15 @@ class MaskPolicy:
         return False
 
     @property
+    def adds_to_projections(self) -> bool:
+        """Whether `projection_delta` adds to the outputs of gate and up."""
+        return False
+
+    def projection_delta(self, layer: int, projection: str, hidden: Tensor) -> Tensor:
+        """What is added to the output of gate or up, [n, D]; hidden: FFN inputs [n, E]."""
+        raise NotImplementedError
+
+    @property
     def lookahead(self) -> int:
         """How many layers ahead its predictor looks; 0 without a predictor."""
         return 0 if self.predictor is None else self.predictor.lookahead

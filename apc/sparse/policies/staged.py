@@ -77,7 +77,40 @@ class Staged(MaskPolicy):
         nominated = self.nominate(inputs)
         up = nominated.mask & self.kept(inputs.layer, 1, self.up_scores(inputs), nominated.mask)
         down = up & self.kept(inputs.layer, 2, log_energy(inputs.importance), up)
-        return replace(nominated, mask=down, read={**nominated.read, "gate": nominated.mask, "up": up, "down": down})
+        return self.in_stages(inputs, nominated, up, down)
+
+    def in_stages(self, inputs: MaskInputs, nominated: MaskDecision, up: Tensor, down: Tensor) -> MaskDecision:
+        """The decision to read gate of the nominated neurons, and up and down of those in these masks, bool [n, D]."""
+        delta = nominated.output_delta
+        if self.adapts_weights:
+            kept = inputs.values.masked_fill(~down, 0)
+            delta = add_deltas(delta, self.low_rank(inputs.layer, "down", kept))
+        read = {**nominated.read, "gate": nominated.mask, "up": up, "down": down}
+        return MaskDecision(down, delta, read)
+
+    @property
+    def adapts_weights(self) -> bool:
+        """Whether tuning left low-rank updates of the weights (`tune.lora`)."""
+        return "lora_down_a" in self.codebook.calibrated.get(self.name, ())
+
+    @property
+    def adds_to_projections(self) -> bool:
+        """Whether gate and up have low-rank updates, which `projection_delta` adds to their outputs."""
+        return self.adapts_weights
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether decisions may have an output delta."""
+        return self.adapts_weights or super().changes_output
+
+    def projection_delta(self, layer: int, projection: str, hidden: Tensor) -> Tensor:
+        """What the low-rank update of gate or up adds to its output [n, D]; hidden: FFN inputs [n, E]."""
+        return self.low_rank(layer, projection, hidden)
+
+    def low_rank(self, layer: int, projection: str, values: Tensor) -> Tensor:
+        """The product of values [n, E or D] with a projection's low-rank update, in their type."""
+        a, b = (self.tensors[f"lora_{projection}_{side}"][layer].to(values.dtype) for side in "ab")
+        return values @ a.T @ b.T
 
     def kept(self, layer: int, stage: int, scores: Tensor, among: Tensor) -> Tensor:
         """The neurons that a stage keeps by their scores float32 [n, D], if the previous stage kept them, bool [n, D].
@@ -197,14 +230,13 @@ def _calibrating(policy: type[Staged], shares: Tensor) -> type[Staged]:
         def decide(self, inputs: MaskInputs) -> MaskDecision:
             gate, *rest = shares[inputs.layer].tolist()
             nominated = self.calibrate_nomination(inputs, gate)
-            mask, read = nominated.mask, {**nominated.read, "gate": nominated.mask}
+            masks = [nominated.mask]
             scores = self.up_scores(inputs), log_energy(inputs.importance)
-            for stage, (projection, share, each) in enumerate(zip(STAGES[1:], rest, scores, strict=True), 1):
+            for stage, (share, each) in enumerate(zip(rest, scores, strict=True), 1):
                 if "sizes" not in self.tensors:
-                    self.tensors["thresholds"][inputs.layer, stage] = least_kept(each, share, mask)
-                mask = mask & self.kept(inputs.layer, stage, each, mask)
-                read[projection] = mask
-            return replace(nominated, mask=mask, read=read)
+                    self.tensors["thresholds"][inputs.layer, stage] = least_kept(each, share, masks[-1])
+                masks.append(masks[-1] & self.kept(inputs.layer, stage, each, masks[-1]))
+            return self.in_stages(inputs, nominated, *masks[1:])
 
     return Calibrating
 
@@ -356,7 +388,7 @@ class StagedOracle(_ClusterStages, Oracle):
 
     @property
     def changes_output(self) -> bool:
-        """Whether it corrects outputs, or the clusters have offsets."""
+        """Whether decisions may have an output delta."""
         return _corrects(self.predictor) or super().changes_output
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
