@@ -322,3 +322,14 @@ def test_models_without_bit_planes_are_refused():
     codebook.experts = LAYERS
     with pytest.raises(UserError, match="policy bit-planes: does not support a mixture of experts"):
         sparsify(model, codebook, policy="bit-planes")
+
+
+def test_a_mixture_of_experts_runs_on_stored_bits(tmp_path):
+    folder = tiny.make_workplace(tmp_path, "mixtral")
+    results = train.train(load_config(None, overrides(folder, policies="[dense,static]", bytes="null")))
+    dense, static = results["policies"]
+    bits = (4 + (16 + 32) / E) * (D - 2) / D + 16 * 2 / D
+    assert dense["bytes_share"] == pytest.approx(bits / 16)
+    assert 0.4 * bits / 16 < static["bytes_share"] < 0.6 * bits / 16
+    with pytest.raises(UserError, match="^policies: bit-planes does not support a mixture of experts; leave it out"):
+        train.train(load_config(None, overrides(folder, policies="[bit-planes]", **{"run.name": "planes"})))
