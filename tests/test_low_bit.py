@@ -209,6 +209,8 @@ def test_a_copy_of_the_largest_inputs_is_counted_and_saved(tmp_path):
         levels = 2 * 13 * 20 * share
         assert predictor.parameters_read("neuron", share) == pytest.approx(levels * 3 / 16 + small + correction)
         assert predictor.multiplications("neuron", share) == pytest.approx(levels + 2 * 13 * 3 + 20 + correction)
+    assert predictor.parameters_read("neuron") == predictor.parameters_read("neuron", 0.5)
+    assert predictor.multiplications("neuron") == predictor.multiplications("neuron", 0.5)
     expected = predictor.rounded().layer_outputs(1, "neuron", hidden)[0]
     predictor.save(tmp_path / "predictor.safetensors")
     read = Predictor.load(tmp_path / "predictor.safetensors")

@@ -39,7 +39,7 @@ from apc.estimate.exchange import Exchange
 from apc.estimate.measured_rates import rate, rates
 from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
-from apc.sparse.policies import default_policies, trains_predictor, tuned_forms
+from apc.sparse.policies import calibrated_policies, default_policies, facts, trains_predictor, tuned_forms
 from apc.tune.module import TuningModule
 from apc.utils import wheels
 from apc.utils.errors import UserError
@@ -316,6 +316,7 @@ def estimate(cfg: Config, work: Workload, ranks: int) -> Estimate:
     predictor = predictor_module(cfg, info) if trains_predictor(cfg) else None
     book = empty_codebook(cfg, info)
     book_bytes = _nbytes(value for site in book.sites.values() for value in vars(site).values())
+    book_bytes += sum(facts(name).calibrated_bytes(book) for name in calibrated_policies(cfg))
     weights = shape.parameters * shape.dtype.itemsize
     rank_windows = math.ceil(max(last - first for first, last in blocks) / ranks)
 

@@ -219,18 +219,20 @@ class LowBitScores(nn.Module):
         copy.load_state_dict(small, strict=False)
         return copy
 
-    def parameters_read(self, share: float = 1.0) -> float:
-        """Parameters of 16 bits that one layer reads for one token; share: of the inputs, at which it reads levels."""
-        levels = self.hidden_size * self.bits / 16 * share
-        return len(self.projections) * self.neurons * (levels + 3) + self.neurons + self._norms_read
+    def parameters_read(self, share: float | None = None) -> float:
+        """Parameters of 16 bits that one layer reads for one token.
 
-    def multiplications(self, share: float = 1.0) -> float:
-        """Products that one layer computes for one token, whatever the bits of a weight."""
-        return len(self.projections) * self.neurons * (self.hidden_size * share + 3) + self._norms_read
+        share: the share of inputs at which the token reads levels; None: `inputs`. The rest is read in full.
+        """
+        levels = self.hidden_size * self.bits / 16 * (self.inputs if share is None else share)
+        norms = self.hidden_size if self.by_input else 0
+        return len(self.projections) * self.neurons * (levels + 3) + self.neurons + norms
 
-    @property
-    def _norms_read(self) -> int:
-        return self.hidden_size if self.by_input else 0
+    def multiplications(self, share: float | None = None) -> float:
+        """Products that one layer computes for one token, whatever the bits of a weight; share: as above."""
+        levels = self.hidden_size * (self.inputs if share is None else share)
+        norms = self.hidden_size if self.by_input else 0
+        return len(self.projections) * self.neurons * (levels + 3) + norms
 
 
 def check_projections(ffns: list[FFN], projections: list[str]) -> None:

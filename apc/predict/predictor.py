@@ -162,15 +162,15 @@ class Predictor(nn.Module):
         others = [value for value in self.parameters() if not any(value is one for one in curve)]
         return [{"params": values, "lr": rate} for values, rate in ((others, lr), (curve, 10 * lr)) if values]
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """Parameters of 16 bits that one layer reads for one token at `site`.
 
-        copy: the share of inputs at which a low-bit copy is read. Parameters shared by several sites count at the first
-        only.
+        copy: the share of inputs at which a low-bit copy was read; None: the share that it was made for. Parameters
+        shared by several sites count at the first only.
         """
         return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.parameters_read(copy))
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """The number of multiplications, and of biases added, in one layer for one token at `site`."""
         return self._bottleneck_parameters(site) + (0 if self.low_bit is None else self.low_bit.multiplications(copy))
 

@@ -6,6 +6,7 @@ from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, Meter  # noqa: F401  # re-exported
 from apc.sparse.policies.bounds import Dense, Exact, Oracle, ThresholdedOracle
+from apc.sparse.policies.copies import Prox
 from apc.sparse.policies.fixed import Random, Static
 from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
 from apc.sparse.policies.peers import Cats
@@ -17,7 +18,7 @@ from apc.utils.errors import UserError
 _BOUNDS_AND_FIXED = Dense, Exact, Static, Random, Oracle, ThresholdedOracle
 _PREDICTED = Predicted, Soft, NeuronPredictor, NeuronThreshold
 _STAGED = StagedStatic, StagedOracle, StagedPredicted, StagedNeuron
-_ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, Cats, BitPlanes
+_ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, Cats, Prox, BitPlanes
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
 
 

@@ -198,6 +198,11 @@ class MaskPolicy:
         raise NotImplementedError
 
     @classmethod
+    def calibrated_bytes(cls, codebook: Codebook) -> int:
+        """Bytes of the large tensors among those that `calibrate` returns for a codebook of this shape."""
+        return 0
+
+    @classmethod
     def known_before_ffn(cls) -> bool:
         """Whether the mask is known before the FFN runs: only then can a kernel skip neurons."""
         return not cls.is_bound and not cls.sees_gate
@@ -256,14 +261,14 @@ class MaskPolicy:
         nats = [math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1) for m in sizes]  # log of D choose m
         return sum(choice / math.log(2) for choice in nats) / len(nats)
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """16-bit parameters that one layer reads for one token, in addition to the FFN rows that the mask keeps.
 
-        copy: the share of inputs at which a low-bit copy is read.
+        copy: the share of inputs at which a low-bit copy was read; None: the share that it was made for.
         """
         return 0.0
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """Multiplications in one layer for one token, in addition to those with the FFN rows that the mask keeps."""
         return 0.0
 
@@ -312,7 +317,7 @@ class ClusterPolicy(MaskPolicy):
         mask = ops.unpack(self.centroids(inputs)[ids], inputs.values.shape[-1])
         return MaskDecision(mask, None if book.offsets is None else book.offsets[group, ids])
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The centroid, at one bit a neuron, and the offset."""
         centroid = self.codebook.widths[site] / 16
         offset = self.codebook.hidden_size if self.codebook.sites[site].offsets is not None else 0
@@ -339,11 +344,11 @@ class PredictorPolicy(MaskPolicy):
         logits, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, self.hidden(inputs))
         return logits.float(), correction
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The predictor's parameters, and a chosen cluster's."""
         return self.predictor.parameters_read(site, copy) + super().parameters_read(site)
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """The predictor's multiplications."""
         return self.predictor.multiplications(site, copy) + super().multiplications(site)
 

@@ -119,11 +119,11 @@ class BitPlanes(MaskPolicy):
         candidates = gates >= found["gate_thresholds"][layer]
         return candidates, candidates & (scores >= found["thresholds"][layer])
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The norms of the columns of down."""
         return self.codebook.widths[site]
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """The products with these norms."""
         return self.codebook.widths[site]
 

@@ -53,11 +53,11 @@ class Soft(PredictorPolicy, ClusterPolicy):
         offset = None if book.offsets is None else probabilities @ book.offsets[group]
         return MaskDecision(mask, add_deltas(correction, offset))
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The predictor's parameters, and all clusters' profiles and offsets."""
         return self._mixture_parameters(site) + self.predictor.parameters_read(site)
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """One for each parameter of the mixture, plus the predictor's."""
         return self._mixture_parameters(site) + self.predictor.multiplications(site)
 

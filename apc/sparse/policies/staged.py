@@ -401,12 +401,12 @@ class StagedOracle(_ClusterStages, Oracle):
         _, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)
         return replace(nominated, output_delta=add_deltas(nominated.output_delta, correction))
 
-    def parameters_read(self, site: str, copy: float = 1.0) -> float:
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The centroid, the offset and the correction."""
         correction = self.predictor.parameters_read(site) if self.predictor and _corrects(self.predictor) else 0.0
         return super().parameters_read(site) + correction
 
-    def multiplications(self, site: str, copy: float = 1.0) -> float:
+    def multiplications(self, site: str, copy: float | None = None) -> float:
         """Those of the correction."""
         return self.predictor.multiplications(site) if self.predictor and _corrects(self.predictor) else 0.0
 
