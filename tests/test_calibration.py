@@ -17,6 +17,7 @@ from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
 from apc.run import stages
+from apc.sparse.policies import POLICIES
 from apc.sparse.policies.peers import Cats
 from apc.utils.errors import UserError
 from apc.utils.tensor_files import load_tensors, save_tensors
@@ -137,12 +138,15 @@ def test_without_bytes_the_density_is_the_budget_and_a_tuned_codebook_is_calibra
     assert Codebook.load(folder.codebook).calibration == {}
 
 
-def test_two_ranks_calibrate_to_the_same_thresholds(workplace):
-    tiny.run_ranks(2, overrides(workplace, **{"run.name": "ranks"}))
-    one, two = (
-        apc.load_run(workplace / "runs" / name).codebook.calibrated["cats"]["thresholds"] for name in ("run", "ranks")
-    )
-    assert torch.equal(one, two)
+def test_two_ranks_calibrate_to_the_same_bits(workplace):
+    peers = [name for name, policy in POLICIES.items() if policy.calibrated]
+    changes = {"policies": f"[{','.join(peers)}]"}
+    run_train(workplace, **changes, **{"run.name": "one"})
+    tiny.run_ranks(2, overrides(workplace, **changes, **{"run.name": "two"}))
+    one, two = (apc.load_run(workplace / "runs" / name).codebook.calibrated for name in ("one", "two"))
+    assert sorted(one) == sorted(two) == sorted(peers)
+    for name in peers:
+        assert all(torch.equal(value, two[name][part]) for part, value in one[name].items()), name
 
 
 def test_a_codebook_of_another_run_is_copied_without_what_was_calibrated(workplace):

@@ -305,8 +305,8 @@ def test_errors_name_what_has_no_kernel(workplace, trained, capsys):
     codebook, predictor = trained("cluster")
     codebook = codebook.with_calibrated("cats", {"thresholds": torch.zeros(codebook.layers)}, {"bytes": 0.5})
     for policy, kernel, message in (
-        ("oracle", "auto", "policy oracle: its mask is known only after"),
-        ("cats", "auto", "policy cats: its mask is known only after"),
+        ("oracle", "auto", "policy oracle: its masks depend on activations inside the FFN, which no kernel"),
+        ("cats", "auto", "policy cats: its masks depend on activations inside"),
         ("predicted", "fast", "kernel=fast: choose auto, triton, torch"),
         ("predicted", "triton", "kernel=triton: the model is on cpu"),
     ):

@@ -51,7 +51,7 @@ _MEASURES = (
 _SHARES = ("bytes_share", "flops_share")
 _CONDITIONS = (
     *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "bos", "sparsity", "active", "sites", "k"),
-    *("density", "weighting", "scope", "forward", *MORE_CONDITIONS),
+    *("density", "bytes", "weighting", "scope", "forward", *MORE_CONDITIONS),
 )
 
 
@@ -124,6 +124,8 @@ def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
 def _record(run: Finished, policy: str, codebook: str) -> dict:
     free = run.conditions.get("centroid_size") == "free"
     density = "any density" if free else f"density {run.conditions['density']:g}"
+    budget = run.conditions.get("bytes")
+    density += "" if budget is None else f", bytes {budget:g}"
     return run.policies[policy] | {
         "run": run.name,
         "codebook": f"{codebook}, {density}",
@@ -148,7 +150,8 @@ def _shared_records(members: Sequence[Finished]) -> list[dict]:
             if name == "dense":  # its share of active neurons depends on the run's sparsity
                 record |= {"density": None, "coverage": None, "precision": None, "masked": None}
             else:
-                record["codebook"] = f"sparsity {run.conditions['sparsity']:g}"
+                setting = "bytes" if facts(name).calibrated else "sparsity"
+                record["codebook"] = f"{setting} {run.conditions[setting]:g}"
             key = tuple(tables.record_cells(_COLUMNS, record))
             records[key] = record
             count[key] += 1

@@ -14,9 +14,10 @@ class FFNVisitor(Protocol):
     """Receives tensors from `FFNHooks` during a forward pass, FFN by FFN."""
 
     route: Route | None = None  # the tokens of the calls that follow; None: all tokens of the pass
+    replaces_input: bool = False  # whether `enter` may replace the input; not in a mixture of experts
 
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Receives the FFN's input, [..., E]."""
+    def enter(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Receives the FFN's input, [..., E]. Returns the input that gate and up read instead, or None to keep it."""
         return None
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
@@ -56,8 +57,16 @@ class FFNHooks:
             changed = visitor.visit(layer, site, values.to(self._device))
             return None if changed is None else changed.to(values.device)
 
+        entered: list[tuple[Tensor, Tensor | None]] = []  # the input and its replacement, for the second of gate and up
+
         def input_hook(_module, inputs):
-            visitor.enter(layer, inputs[0].to(self._device))
+            hidden = inputs[0]
+            if entered and entered[0][0] is hidden:
+                replaced = entered.pop()[1]
+            else:
+                replaced = visitor.enter(layer, hidden.to(self._device))
+                entered[:] = [(hidden, replaced)] if len(readers) > 1 else []
+            return None if replaced is None else (replaced.to(hidden.device),)
 
         def output_hook(site: str):
             return lambda _module, _inputs, output: visit(site, output)
@@ -73,7 +82,9 @@ class FFNHooks:
             return None if values is None else (values,)
 
         add = self._handles.append
-        add(ffn.linears[0].register_forward_pre_hook(input_hook))
+        readers = ffn.linears[:-1] if visitor.replaces_input else ffn.linears[:1]
+        for linear in readers:
+            add(linear.register_forward_pre_hook(input_hook))
         if ffn.gate_up is not None and {"gate", "up"} & set(sites):
             add(ffn.gate_up.register_forward_hook(fused_hook))
         for site in ("gate", "up", "down"):

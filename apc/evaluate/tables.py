@@ -77,6 +77,7 @@ def condition_items(results: dict) -> list[str]:
         "sites " + "+".join(conditions["sites"]) if conditions.get("sites") else None,
         known("K {:,}", "k"),
         known("density {:g}" + free, "density"),
+        known("bytes {:g}", "bytes"),
         known("{} weighting", "weighting"),
         known("{}", "algorithm"),
         known("{} forward", "forward"),
@@ -356,7 +357,7 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
         )
     if speed["left_out"]:
         names = ", ".join(speed["left_out"])
-        notes.append(f"{DASH} {names}: known only after the FFN has run, so nothing can be skipped")
+        notes.append(f"{DASH} {names}: no kernel, because the masks depend on activations inside the FFN")
     notes += [
         f"{DASH} {record['policy']}: {record['unclear']}" for record in speed["policies"] if record.get("unclear")
     ]

@@ -17,7 +17,7 @@ from apc.predict.predictor import CORRECTION, Predictor
 from apc.run.context import RunContext
 from apc.run.folder import commit, stage_records, write_json
 from apc.run.tracking import Tracking
-from apc.sparse.policies import choose_policies, default_policies
+from apc.sparse.policies import calibrated_policies, choose_policies, default_policies, total_bytes
 from apc.utils import distributed
 
 LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
@@ -115,6 +115,7 @@ def conditions(context: RunContext, codebook: Codebook, predictor: Predictor | N
             name: getattr(codebook, name)
             for name in ("sparsity", "active", "k", "density", "centroid_size", "weighting", "scope")
         },
+        "bytes": total_bytes(cfg) if calibrated_policies(cfg) else None,
         "algorithm": None if algorithm == "lloyd" else algorithm,
         "forward": made.get("patterns", {}).get("forward"),
         "predictor": predictor and _described(predictor),

@@ -25,11 +25,12 @@ from apc.predict.module import PredictorModule
 from apc.predict.predictor import CORRECTION, Predictor, PredictorHeader
 from apc.run.context import HeldOutMonitor, RunContext
 from apc.run.folder import RunFolder, load_run, provenance, write_json
-from apc.run.trainer import SumsOnDevice, SumsOnDevices, deterministic, differing, fit, make_trainer
+from apc.run.trainer import SumsOnDevice, SumsOnDevices, differing, fit, make_trainer
 from apc.sparse.policies import POLICIES, calibrated_policies, total_bytes
 from apc.tune.calibrate import SamplePass, find_input_thresholds, find_thresholds
 from apc.tune.module import TuningModule
 from apc.utils import distributed
+from apc.utils.determinism import deterministic
 from apc.utils.errors import UserError
 
 BUDGET_WINDOWS = 16  # windows of the fit text for measuring the cost of dropping neurons
@@ -282,6 +283,7 @@ def calibrate(
     """
     cfg, run = context.cfg, context.run
     path = run.tuned("codebook") if cfg.tune.max_epochs else run.codebook
+    fit = _sample_pass(cfg, codebook, predictor, windows, monitor)
     for name in calibrated_policies(cfg):
         policy, facts = POLICIES[name], dict[str, object](bytes=total_bytes(cfg))
         if policy.staged:
@@ -290,7 +292,6 @@ def calibrate(
             facts |= {"predictor": _digest(predictor.provenance)}
         if policy.unsupported(codebook, predictor) or codebook.calibration.get(name) == facts:
             continue
-        fit = _sample_pass(cfg, codebook, predictor, windows, monitor)
         found = policy.calibrate(fit, total_bytes(cfg, mean_bits(monitor.collector.ffns)))
         tensors = {part: value.cpu() for part, value in found.items()}
         codebook = codebook.with_calibrated(name, tensors, facts)

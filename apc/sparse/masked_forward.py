@@ -56,13 +56,14 @@ class ForwardReader(FFNVisitor):
         """Further sites that a subclass visits."""
         return []
 
-    def enter(self, layer: int, hidden: Tensor) -> None:
+    def enter(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Keeps the FFN input [..., E] for this layer and those that look back to it."""
         if layer == 0 or self.route is not None:
             self._inputs.clear()
         self._inputs[layer] = hidden.flatten(0, -2)
         if layer - self.lookahead - 1 > 0:
             self._inputs.pop(layer - self.lookahead - 1, None)
+        return None
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         """Masks values [..., D] at a site, or adds the output delta at down; None leaves them as they are."""
@@ -96,16 +97,25 @@ class MaskedForward(ForwardReader):
     def __init__(self, ffns: list[FFN], policy: MaskPolicy, meter: Meter | None = None):
         super().__init__(ffns, policy.codebook, policy.lookahead, policy.sees_gate, policy.changes_output)
         self.policy, self.meter = policy, meter
+        self.replaces_input = policy.masks_input
         self._parts = [parts_of(ffn) for ffn in ffns]
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Keeps the FFN input. Raises UserError if the FFN's parts were replaced: masks would miss the new ones."""
-        check_parts(self.ffns[layer], self._parts[layer])
-        super().enter(layer, hidden)
 
     def more_sites(self) -> list[str]:
         """The projections whose outputs the policy adds to."""
-        return ["gate", "up"] if self.policy.adds_to_projections else []
+        projections = ["gate", "up"] if self.ffns[0].gated else ["up"]
+        return projections if self.policy.adds_to_projections else []
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Keeps the FFN input, and masks it if the policy does.
+
+        Raises UserError if the FFN's parts were replaced: masks would miss the new ones.
+        """
+        check_parts(self.ffns[layer], self._parts[layer])
+        super().enter(layer, hidden)
+        if not self.policy.masks_input:
+            return None
+        kept = self.policy.input_mask(layer, self._inputs[layer])
+        return self._inputs[layer].masked_fill(~kept, 0).view_as(hidden)
 
     def visit(self, layer: int, site: str, values: Tensor) -> Tensor | None:
         """Masks values [..., D] at a site, or adds what the policy adds to gate, up or down; None leaves them."""

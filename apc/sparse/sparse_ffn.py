@@ -359,7 +359,7 @@ def _by_triton(ffn: FFN, kernel: str) -> bool:
 def check_policy(policy: MaskPolicy) -> None:
     """Raises UserError unless kernels can run the policy with its codebook."""
     if policy.kernel is None:
-        problem = "its mask is known only after the FFN has run, so no kernel can skip neurons"
+        problem = "its masks depend on activations inside the FFN, which no kernel supports"
         raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies())}")
     low_bit = None if policy.predictor is None else policy.predictor.low_bit
     if policy.kernel == "low-bit" and low_bit is not None and low_bit.by_input:

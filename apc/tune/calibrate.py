@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import StagesConfig
 from apc.data.ffn import FFN, first_device
+from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
 from apc.sparse.masked_forward import MaskedForward
@@ -21,13 +22,16 @@ from apc.sparse.policies.bounds import Dense
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.tune.costs import drop_costs
 from apc.utils import distributed
+from apc.utils.determinism import deterministic
+
+GRADIENT_TOKENS = 128  # of each window
 
 
 @dataclass
 class SamplePass:
     """Implements `FitPass`. windows: int64 [n, S], the sample, of which each rank runs its share."""
 
-    model: nn.Module
+    model: Any  # a Hugging Face causal language model
     ffns: list[FFN]
     codebook: Codebook
     predictor: Predictor | None
@@ -40,6 +44,39 @@ class SamplePass:
         device = first_device(self.ffns)
         self.codebook = self.codebook.to(device)
         self.predictor = None if self.predictor is None else self.predictor.to(device)
+        S = self.windows.shape[1]
+        self.tokens = torch.linspace(0, S - 1, min(GRADIENT_TOKENS, S), device=device).round().long()
+        self._gradients: dict[int, Tensor] = {}
+
+    def own_windows(self) -> range:
+        """The windows that this rank runs."""
+        return range(*distributed.share(len(self.windows)))
+
+    @torch.no_grad()
+    def visit(self, window: int, visitor: FFNVisitor, sites: list[str]) -> None:
+        """Runs one window with a visitor of these sites."""
+        self._forward(self.model.base_model, window, FFNHooks(self.ffns, sites, visitor))
+
+    def output_gradients(self, window: int) -> Tensor:
+        """The gradients of a window's loss to each FFN's output, float32 [L, t, E]; computed once for all policies."""
+        if window in self._gradients:
+            return self._gradients[window]
+        visitor, device = _OutputZeros(), first_device(self.ffns)
+        with torch.enable_grad(), deterministic(device):
+            logits = self._forward(self.model, window, FFNHooks(self.ffns, ["down"], visitor)).logits[0].float()
+            generator = torch.Generator(device).manual_seed(window)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            gradients = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), visitor.zeros)
+        self._gradients[window] = torch.stack([gradient.flatten(0, -2)[self.tokens].float() for gradient in gradients])
+        return self._gradients[window]
+
+    def _forward(self, model: Any, window: int, hooks: FFNHooks) -> Any:
+        """The model's output for one window, with hooks that are then removed."""
+        try:
+            ids = self.windows[window : window + 1].to(first_device(self.ffns))
+            return model(input_ids=ids, use_cache=False)
+        finally:
+            hooks.remove()
 
     @torch.no_grad()
     def run(self, policy: MaskPolicy, meter: Meter | None = None, whole: bool = False) -> None:
@@ -59,6 +96,17 @@ class SamplePass:
         """The costs of dropping neurons, window by window and layer by layer; see `FitPass`."""
         options = dict(seed=self.seed, lookahead=policy.lookahead, sees_gate=policy.sees_gate)
         return drop_costs(self.model, self.ffns, self.codebook, self.windows, visit, **options)
+
+
+class _OutputZeros(FFNVisitor):
+    """Adds zeros to each FFN's output, so that it has a gradient."""
+
+    def __init__(self) -> None:
+        self.zeros: list[Tensor] = []
+
+    def visit(self, layer: int, site: str, values: Tensor) -> Tensor:
+        self.zeros.append(torch.zeros_like(values, requires_grad=True))
+        return values + self.zeros[-1]
 
 
 @dataclass

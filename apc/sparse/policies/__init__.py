@@ -9,7 +9,7 @@ from apc.sparse.policies.bounds import Dense, Exact, Oracle, ThresholdedOracle
 from apc.sparse.policies.copies import Prox
 from apc.sparse.policies.fixed import Random, Static
 from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
-from apc.sparse.policies.peers import Cats
+from apc.sparse.policies.peers import Cats, RSparse, Teal, Wina
 from apc.sparse.policies.planes import BitPlanes
 from apc.sparse.policies.predicted import Predicted, Soft
 from apc.sparse.policies.staged import StagedNeuron, StagedOracle, StagedPredicted, StagedStatic
@@ -18,10 +18,9 @@ from apc.utils.errors import UserError
 _BOUNDS_AND_FIXED = Dense, Exact, Static, Random, Oracle, ThresholdedOracle
 _PREDICTED = Predicted, Soft, NeuronPredictor, NeuronThreshold
 _STAGED = StagedStatic, StagedOracle, StagedPredicted, StagedNeuron
-_ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, Cats, Prox, BitPlanes
+_PEERS = Cats, Teal, Wina, RSparse, Prox
+_ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, *_PEERS, BitPlanes
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}
-
-
 _RENAMED = {"gate": "cats"}
 
 

@@ -17,6 +17,7 @@ from apc.cluster.codebook import Codebook
 from apc.collect.patterns import Importance, quantise
 from apc.config.schema import StagesConfig
 from apc.data.ffn import FFN
+from apc.data.hooks import FFNVisitor
 from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 
@@ -101,6 +102,8 @@ class FitPass(Protocol):
     codebook: Codebook  # on the model's device
     predictor: Predictor | None  # likewise
     stages: StagesConfig
+    windows: Tensor  # int64 [n, S], the sample; each rank runs its share
+    tokens: Tensor  # int64 [t], the tokens of each window that have `output_gradients`
 
     def run(self, policy: "MaskPolicy", meter: Meter | None = None, whole: bool = False) -> None:
         """Runs the model under the policy over this rank's windows of the sample; the meter gets each decision.
@@ -118,6 +121,18 @@ class FitPass(Protocol):
         for each token, in nats, float32 [n, D].
         """
 
+    def own_windows(self) -> range:
+        """The windows that this rank runs."""
+
+    def visit(self, window: int, visitor: FFNVisitor, sites: list[str]) -> None:
+        """Runs one window with a visitor of these sites, without gradients."""
+
+    def output_gradients(self, window: int) -> Tensor:
+        """The gradients of a window's loss to each FFN's output at `tokens`, float32 [L, t, E].
+
+        The loss is the sum over all tokens of −log p(label), for labels drawn from the model.
+        """
+
 
 class MaskPolicy:
     """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`."""
@@ -127,6 +142,7 @@ class MaskPolicy:
     in_sparsify = False  # `sparsify` may choose it if no policy is named; see `default_policy`
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
     sees_gate = False  # it needs act(gate) of all neurons: `MaskInputs.gate`
+    masks_input = False  # `input_mask` masks the input of gate and up
     experts = True  # it works in a mixture of experts
     ranks_by_planes = False  # it needs an FFN that is stored at a few bits
     calibrated = False  # it needs `calibrate` on fit text, and keeps to the key `bytes` in place of the density
@@ -223,7 +239,7 @@ class MaskPolicy:
         return False
 
     def projection_delta(self, layer: int, projection: str, hidden: Tensor) -> Tensor:
-        """What is added to the output of gate or up, [n, D]; hidden: FFN inputs [n, E]."""
+        """What is added to the output of gate or up, [n, D]; hidden: FFN inputs [n, E], before `input_mask`."""
         raise NotImplementedError
 
     @property
@@ -246,6 +262,10 @@ class MaskPolicy:
         """The neurons to keep, bool [n, D], or [1, D] for all tokens."""
         raise NotImplementedError
 
+    def input_mask(self, layer: int, hidden: Tensor) -> Tensor:
+        """Which of the FFN's inputs [n, E] gate and up read, bool [n, E]. Only for policies with `masks_input`."""
+        raise NotImplementedError
+
     def size(self, inputs: MaskInputs) -> int:
         """How many neurons a mask of fixed size keeps in this layer."""
         return self.codebook.size(inputs.site, inputs.layer)
@@ -256,10 +276,7 @@ class MaskPolicy:
             return math.log2(self.codebook.k)
         if self.same_for_all:
             return 0.0
-        D = self.codebook.widths[site]
-        sizes = [min(D, max(0, round(density * D))) for density in densities]
-        nats = [math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1) for m in sizes]  # log of D choose m
-        return sum(choice / math.log(2) for choice in nats) / len(nats)
+        return subset_bits(self.codebook.widths[site], densities)
 
     def parameters_read(self, site: str, copy: float | None = None) -> float:
         """16-bit parameters that one layer reads for one token, in addition to the FFN rows that the mask keeps.
@@ -351,6 +368,13 @@ class PredictorPolicy(MaskPolicy):
     def multiplications(self, site: str, copy: float | None = None) -> float:
         """The predictor's multiplications."""
         return self.predictor.multiplications(site, copy) + super().multiplications(site)
+
+
+def subset_bits(D: int, densities: list[float]) -> float:
+    """The bits of a choice of these fractions of D neurons, log₂ of the number of such choices, averaged."""
+    sizes = [min(D, max(0, round(density * D))) for density in densities]
+    nats = [math.lgamma(D + 1) - math.lgamma(m + 1) - math.lgamma(D - m + 1) for m in sizes]  # log of D choose m
+    return sum(choice / math.log(2) for choice in nats) / len(nats)
 
 
 def own_clusters(codebook: Codebook, inputs: MaskInputs, centroids: Tensor) -> Tensor:
