@@ -272,7 +272,7 @@ class TuneConfig:
 
     # Passes over the fit text. 0: no tuning.
     max_epochs: int = 0
-    # The tuned policy: predicted, oracle or neuron-predictor.
+    # The tuned policy: predicted, oracle, neuron-predictor, staged-predicted, staged-oracle or staged-neuron.
     policy: str = "predicted"
     # Windows per step, over all processes.
     batch_windows: int = 4
