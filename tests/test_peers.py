@@ -16,7 +16,7 @@ from apc.data.ffn import find_ffns
 from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.evaluate.evaluator import Evaluator
 from apc.sparse.policies import POLICIES, shares
-from apc.sparse.policies.peers import RSparse, Teal, Wina
+from apc.sparse.policies.peers import RSparse, Teal, Wina, low_rank_maps
 from apc.tune.calibrate import SamplePass
 from apc.utils.errors import UserError
 
@@ -313,15 +313,18 @@ def test_bytes_count_what_is_read(name):
 
 
 @torch.no_grad()
-def test_with_maps_of_full_rank_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr("apc.sparse.policies.peers.RANKS", (2 * (E + WIDTH) / WIDTH,))
-    model, book = calibrated("llama", "r-sparse", share=0.5)
-    assert book.calibrated["r-sparse"]["inner_up"].shape[1] == E
-    book.calibrated["r-sparse"]["input_thresholds"].fill_(0.5)
-    tokens = torch.randint(0, tiny.VOCABULARY, (1, 9))
+def test_with_maps_of_full_rank_nothing_is_lost():
+    model, tokens = tiny.make_model(), torch.randint(0, tiny.VOCABULARY, (1, 9))
+    made = low_rank_maps(find_ffns(model), E) | {
+        f"{kind}_thresholds": torch.full((LAYERS,), 0.5) for kind in ("input", "neuron")
+    }
+    book = make_codebook().with_calibrated("r-sparse", made, {})
     dense = model(tokens).logits
     masked = apc.sparsify(model, book, policy="r-sparse")(tokens).logits
     assert (masked - dense).norm() < 5e-3 * dense.norm()
+    without = book.with_calibrated("teal", made, {})
+    masked = apc.sparsify(model, without, policy="teal")(tokens).logits
+    assert (masked - dense).norm() > 0.1 * dense.norm()
 
 
 def test_r_sparse_takes_the_rank_that_costs_least():
@@ -338,7 +341,7 @@ def test_r_sparse_takes_the_rank_that_costs_least():
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_reads_all_or_next_to_nothing(name):
-    for share in (1.0, 0.03):
+    for share in (1.0, 0.06):
         model, book = calibrated("llama", name, share)
         made = book.calibrated[name]
         read = (2 * made["input_shares"].mean() + made["neuron_shares"].mean()) / 3

@@ -82,7 +82,8 @@ class FFNHooks:
             return None if values is None else (values,)
 
         add = self._handles.append
-        readers = ffn.linears[:-1] if visitor.replaces_input else ffn.linears[:1]
+        replaces_input = getattr(visitor, "replaces_input", False)  # visitors need not derive from FFNVisitor
+        readers = ffn.linears[:-1] if replaces_input else ffn.linears[:1]
         for linear in readers:
             add(linear.register_forward_pre_hook(input_hook))
         if ffn.gate_up is not None and {"gate", "up"} & set(sites):

@@ -208,7 +208,7 @@ class Wina(Teal):
     """
 
     name = "wina"
-    color, marker = "#661100", "d"
+    color, marker = "#661100", "8"
 
     @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
@@ -286,7 +286,7 @@ class RSparse(Teal):
         E, D = fit.codebook.hidden_size, fit.codebook.ffn_width
         each = (E + D) * fit.codebook.projections / _stored_parameters(fit)  # the share of bytes that a rank takes
         ranks = [max(1, round(part * share / each)) for part in RANKS]
-        largest = _low_rank_maps(fit.ffns, min(E, max(ranks)))
+        largest = low_rank_maps(fit.ffns, min(E, max(ranks)))
         tried = []
         for rank in ranks:
             maps = {
@@ -298,6 +298,12 @@ class RSparse(Teal):
             tried.append((cost, rank, rule, kept, maps))
         _, _, rule, kept, maps = min(tried, key=lambda one: one[:2])
         return cls._thresholds(fit, rule, kept) | maps
+
+    @classmethod
+    def calibrated_bytes(cls, codebook: Codebook) -> int:
+        """Bytes of the low-rank maps at most."""
+        dense = codebook.projections * codebook.hidden_size * codebook.ffn_width
+        return round(max(RANKS) * 2 * dense * codebook.layers)
 
     def completion(self, layer: int, projection: str, skipped: Tensor) -> Tensor:
         """The low-rank map of the skipped inputs."""
@@ -325,7 +331,7 @@ class RSparse(Teal):
         return self.parameters_read(site)
 
 
-def _low_rank_maps(ffns: list[FFN], rank: int) -> dict[str, Tensor]:
+def low_rank_maps(ffns: list[FFN], rank: int) -> dict[str, Tensor]:
     """The low-rank maps of all projections, float16, on the host; see `RSparse.calibrate`."""
     maps: dict[str, Tensor] = {}
     for name in _inputs_of(ffns[0]) + ["down"]:
