@@ -95,6 +95,17 @@ def test_costs_count_the_inputs_that_were_read(workplace):
         assert record["flops_share"] == pytest.approx(density + (levels + 2 * 52 * 3 + 32) / whole)
 
 
+def test_staged_masks_count_them_too(workplace):
+    words = {"policies": "[dense,staged-neuron]", "bytes": 0.7, "run.name": "staged"}
+    staged = run_train(workplace, **words)["policies"][1]
+    read = dict(staged["masked"]["read"])
+    copy = 2 * 52 * 32 * read.pop("copy") * 3 / 16 + 2 * 52 * 3 + 52 + 32
+    assert read["gate"] > read["down"] and staged["bytes_share"] == pytest.approx(
+        sum(read.values()) / 3 + copy / (3 * 32 * 52)
+    )
+    assert staged["bytes_share"] == pytest.approx(0.7, abs=0.07)
+
+
 def test_thresholds_of_inputs_stay_while_tuning_and_are_found_again_under_the_tuned_masks(workplace):
     tuned = run_train(workplace, **{"run.name": "tuned", "tune.max_epochs": 2, "tune.policy": "neuron-predictor"})
     folder = apc.load_run(workplace / "runs" / "tuned").folder
