@@ -13,6 +13,9 @@ import train
 from apc import ops
 from apc.cluster.codebook import KIND, VERSION, Codebook
 from apc.collect.collect import calibration_windows
+from apc.compare import tables
+from apc.compare.finished import find_runs
+from apc.compare.tables import compare
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
@@ -180,3 +183,13 @@ def test_ffns_without_a_rule_are_named(tmp_path, family, line):
     with pytest.raises(UserError, match=f"^policies: cats {line}.*; leave it out$"):
         run_train(folder)
     assert not Path(folder / "stores").exists()
+
+
+def test_peers_stand_beside_any_codebook_with_their_bytes(workplace, tmp_path):
+    run_train(workplace, **{"run.name": "more", "bytes": 0.8})
+    runs, left_out = find_runs(f"[{workplace / 'runs' / 'run'},{workplace / 'runs' / 'more'}]")
+    assert not left_out and [run.conditions["bytes"] for run in runs] in ([0.6, 0.8], [0.8, 0.6])
+    said = compare(runs, tmp_path)
+    rows = [line.split() for line in tables.table(runs, markdown=True).splitlines() if "| cats |" in line]
+    assert sorted(" ".join(row[:6]) for row in rows) == ["| 1 run | bytes 0.6", "| 1 run | bytes 0.8"]
+    assert said.count("\ncats ") == 2 and "bytes.png" in " ".join(path.name for path in tmp_path.iterdir())
