@@ -140,9 +140,9 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
     assert predicted["bytes_share"] == pytest.approx(0.5 + copy / (2 * E * D))
     assert apc.load_run(tmp_path / "runs" / "run").codebook.projections == 2
     with pytest.raises(
-        UserError, match="policies: gate needs FFNs with a gate, outside a mixture of experts; leave it"
+        UserError, match="policies: cats needs FFNs with a gate, outside a mixture of experts; leave it"
     ):
-        run_train(tmp_path, policies="[dense,gate]", **{"run.name": "gated"})
+        run_train(tmp_path, policies="[dense,cats]", **{"run.name": "gated"})
     assert not (tmp_path / "runs" / "gated").exists()
     with pytest.raises(UserError, match="policy gate: needs FFNs with a gate, outside a mixture of experts"):
         run_evaluate(tmp_path, "policies=[gate]")
@@ -168,7 +168,7 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
             "monitor.windows": "0",
             "cluster.schedule": "step",
         },
-        {"predictor.form": "neuron", "predictor.loss": "listwise", "policies": "[dense,oracle,gate,neuron-predictor]"},
+        {"predictor.form": "neuron", "predictor.loss": "listwise", "policies": "[dense,oracle,cats,neuron-predictor]"},
         {
             "predictor.form": "neuron",
             "cluster.init": "k-means++",

@@ -419,7 +419,7 @@ class StagedPredicted(_ClusterStages, Predicted):
     """The likeliest cluster's neurons, in stages."""
 
     name = "staged-predicted"
-    gap_to: str | None = "staged-oracle"
+    gap_to: str | None = None
     color, marker = "#CC6677", "o"
 
 
