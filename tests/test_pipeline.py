@@ -144,8 +144,8 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
     ):
         run_train(tmp_path, policies="[dense,cats]", **{"run.name": "gated"})
     assert not (tmp_path / "runs" / "gated").exists()
-    with pytest.raises(UserError, match="policy gate: needs FFNs with a gate, outside a mixture of experts"):
-        run_evaluate(tmp_path, "policies=[gate]")
+    with pytest.raises(UserError, match="policy cats: needs FFNs with a gate, outside a mixture of experts"):
+        run_evaluate(tmp_path, "policies=[cats]")
     run = apc.load_run(tmp_path / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))
     with pytest.raises(UserError, match="model.decoder.layers.0: it has no gate, which kernels need; use kernel=None"):
