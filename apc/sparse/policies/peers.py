@@ -114,7 +114,7 @@ class Teal(Peer):
 
     Gate and up read the inputs x with |x| above one threshold of the layer, down the inputs h with |h| above another.
     The budget is shared out by `apc.sparse.policies.shares`, over x, h and all layers. The paper shares out within
-    each layer only, by the error of the layer's output, and gives each the same bytes; that gained nothing here (LOG.md).
+    each layer only, by the error of its output, and gives each the same bytes; that gained nothing here (LOG.md).
     """
 
     name = "teal"
