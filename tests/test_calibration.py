@@ -141,7 +141,7 @@ def test_without_bytes_the_density_is_the_budget_and_a_tuned_codebook_is_calibra
 
 
 def test_two_ranks_calibrate_to_the_same_bits(workplace):
-    peers = ["cats", "teal", "wina", "r-sparse"]
+    peers = ["cats", "teal", "wina", "r-sparse", "prox"]
     changes = {"policies": f"[{','.join(peers)}]"}
     run_train(workplace, **changes, **{"run.name": "one"})
     tiny.run_ranks(2, overrides(workplace, **changes, **{"run.name": "two"}))

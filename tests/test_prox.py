@@ -193,13 +193,6 @@ def test_rows_are_counted_in_stored_bits(workplace):
     assert prox["bytes_share"] == pytest.approx(0.4, abs=0.06)
 
 
-def test_two_ranks_calibrate_to_the_same_copy_and_thresholds(workplace, codebook):
-    tiny.run_ranks(2, overrides(workplace, **{"run.name": "ranks"}))
-    two = apc.load_run(workplace / "runs" / "ranks").codebook.calibrated["prox"]
-    for name, value in codebook.calibrated["prox"].items():
-        assert torch.equal(value, two[name]), name
-
-
 def test_the_estimate_includes_the_copy(workplace):
     cfg = load_config(None, overrides(workplace))
     estimated = estimate.estimate(cfg, estimate.read_workload(cfg), 1).disk["codebook"]
