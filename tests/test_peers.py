@@ -29,9 +29,10 @@ def make_codebook(family="llama"):
     """A codebook of one cluster, for a model of this family."""
     projections = 2 if family in tiny.UNGATED_FAMILIES else 3
     mask = ops.pack(torch.ones(LAYERS, 1, WIDTH, dtype=torch.bool) & (torch.arange(WIDTH) < 26))
-    site = SiteCodebook(mask, torch.ones(LAYERS, 1, WIDTH).half(), torch.ones(LAYERS, 1).long(), mask[:, 0], torch.zeros(LAYERS))  # fmt: skip  # noqa: E501
-    shape = LAYERS, E, WIDTH
-    return Codebook({"neuron": site}, {"neuron": WIDTH}, *shape, "layer", "energy", 0.5, "top", 0.5, projections=projections)  # fmt: skip  # noqa: E501
+    profiles, sizes = torch.ones(LAYERS, 1, WIDTH).half(), torch.ones(LAYERS, 1).long()
+    site = SiteCodebook(mask, profiles, sizes, mask[:, 0], torch.zeros(LAYERS))
+    settings = ("layer", "energy", 0.5, "top", 0.5)
+    return Codebook({"neuron": site}, {"neuron": WIDTH}, LAYERS, E, WIDTH, *settings, projections=projections)
 
 
 def sample_of(model, family="llama", windows=5, **changes):
