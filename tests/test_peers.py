@@ -15,7 +15,7 @@ from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.data.ffn import find_ffns
 from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.evaluate.evaluator import Evaluator
-from apc.sparse.policies import POLICIES, shares
+from apc.sparse.policies import POLICIES, input_costs
 from apc.sparse.policies.peers import RSparse, Teal, Wina, low_rank_maps
 from apc.tune.calibrate import SamplePass
 from apc.utils.errors import UserError
@@ -189,12 +189,12 @@ def test_measuring_costs_leaves_the_model_dense(family):
     body, seen = model.get_decoder(), []
     dense = [body(window[None]).last_hidden_state for window in fit.windows]
     hook = body.register_forward_hook(lambda _, given, output: seen.append(output.last_hidden_state))
-    costs = shares.costs(fit, Teal(fit.codebook, None, 0))
+    costs = input_costs.costs(fit, Teal(fit.codebook, None, 0))
     hook.remove()
     assert len(seen) == 4, "for each window one pass with gradients, one with copies"
     for index, hidden in enumerate(seen):
         torch.testing.assert_close(hidden, dense[index // 2], rtol=1e-4, atol=1e-4)
-    assert costs.shape == (LAYERS, 2, len(shares.SKIPPED)) and costs.isfinite().all() and (costs >= 0).all()
+    assert costs.shape == (LAYERS, 2, len(input_costs.SKIPPED)) and costs.isfinite().all() and (costs >= 0).all()
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -204,7 +204,7 @@ def test_costs_are_the_fisher_information_of_what_is_skipped(name):
     fit = sample_of(model, windows=2)
     book = fit.codebook.with_calibrated(name, POLICIES[name].calibrate(fit, 0.6), {})
     rule = POLICIES[name](book, None, 0)
-    found = shares.costs(fit, rule)
+    found = input_costs.costs(fit, rule)
     layer, level, expected = 1, 5, torch.zeros(2, dtype=torch.float64)
     ffn, mlp = find_ffns(model)[layer], model.model.layers[layer].mlp
     for window, ids in enumerate(fit.windows):
@@ -224,7 +224,7 @@ def test_costs_are_the_fisher_information_of_what_is_skipped(name):
 
         def less(values, scores):
             """values without those of the lowest scores"""
-            order = scores.argsort(-1)[:, : round(shares.SKIPPED[level] * values.shape[-1])]
+            order = scores.argsort(-1)[:, : round(input_costs.SKIPPED[level] * values.shape[-1])]
             return values.scatter(1, order, 0.0)
 
         def added(kept, values, projection):
@@ -238,28 +238,6 @@ def test_costs_are_the_fisher_information_of_what_is_skipped(name):
         for kind, output in enumerate(outputs):
             expected[kind] += ((output - h @ down.T) * gradient).sum(-1).double().square().mean() / 2 / len(fit.windows)
     torch.testing.assert_close(found[layer, :, level], expected, rtol=1e-3, atol=1e-9)
-
-
-@pytest.mark.parametrize("budget", [0.0, 0.2, 0.55, 0.9, 1.0])
-def test_the_budget_is_met_and_spent_at_the_least_cost(budget):
-    """Against the linear program over convex curves; a curve with a bump is no better than its hull."""
-    from scipy.optimize import linprog
-
-    skipped = torch.tensor(shares.SKIPPED, dtype=torch.float64)
-    powers = torch.tensor([[1.5, 3.0], [2.0, 1.2], [4.0, 2.5]], dtype=torch.float64)
-    sizes = torch.tensor([[1.0, 2.0], [0.3, 0.1], [5.0, 1.0]], dtype=torch.float64)
-    curves = sizes.unsqueeze(-1) * skipped ** powers.unsqueeze(-1)
-    weights = (2 / 3, 1 / 3)
-    each = torch.tensor(weights, dtype=torch.float64)
-    kept, cost = shares.share_out(curves, weights, budget)
-    assert float((kept * each).sum() / 3) == pytest.approx(budget)
-    slopes = torch.diff(curves, prepend=torch.zeros(3, 2, 1, dtype=torch.float64), dim=-1).flatten()
-    saved = (each / 10 / 3).repeat(3).repeat_interleave(10)
-    best = linprog(slopes.numpy(), A_eq=saved[None].numpy(), b_eq=[1 - budget], bounds=(0, 1))
-    assert cost == pytest.approx(best.fun, abs=1e-9)
-    bumpy = curves.clone()
-    bumpy[0, 0, 5] += 1
-    assert shares.share_out(bumpy, weights, budget)[1] >= cost - 1e-12
 
 
 @pytest.mark.parametrize("name", ["teal", "r-sparse"])

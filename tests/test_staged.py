@@ -16,7 +16,7 @@ from apc.data.models import load_model
 from apc.predict.predictor import at_16_bits
 from apc.run import stages
 from apc.sparse.policies import POLICIES, make_policy
-from apc.sparse.policies.staged import STAGES, _hull, allocate_stages, least_kept, log_energy
+from apc.sparse.policies.staged import STAGES, least_kept, log_energy
 from apc.tune.calibrate import SamplePass
 from apc.tune.module import TuningModule, _TuningForward
 from apc.tune.steps import refine, step
@@ -150,34 +150,6 @@ def test_given_shares_are_kept(workplace):
     fit.run(make_policy("staged-neuron", codebook, left.predictor), reads, whole=True)
     for layer in reads.read:
         assert [mask.float().mean().item() for mask in layer] == pytest.approx([0.7, 0.5, 0.25], abs=1e-3)
-
-
-def test_shares_cost_no_more_than_any_single_cut_for_all_layers():
-    generator = torch.Generator().manual_seed(0)
-    L, B = 3, 4
-    counts = torch.randint(1, 50, (L, B, B, B), generator=generator).double()
-    costs = torch.rand(L, B, B, B, generator=generator).double() * counts
-
-    def outcome(layer, cut):
-        gate, up, down = cut
-        read = counts[layer, :gate].sum(), counts[layer, :gate, :up].sum(), counts[layer, :gate, :up, :down].sum()
-        lost = costs[layer].sum() - costs[layer, :gate, :up, :down].sum()
-        return torch.stack(read) / counts[layer].sum(), lost
-
-    for total in (0.3, 0.5, 0.8, 1.0):
-        shares = allocate_stages(counts, costs, total)
-        assert shares.mean().item() == pytest.approx(total)
-        assert (shares[:, 0] >= shares[:, 1]).all() and (shares[:, 1] >= shares[:, 2]).all()
-    cuts = torch.cartesian_prod(*[torch.arange(1, B + 1)] * 3).tolist()
-    for layer in range(L):
-        outcomes = [outcome(layer, cut) for cut in cuts]
-        share, lost = torch.stack([read.mean() for read, _ in outcomes]), torch.stack([lost for _, lost in outcomes])
-        hull = _hull(share, lost)
-        for x, y in zip(share, lost, strict=True):  # no cut lies below the hull
-            left = max(index for index in range(len(hull)) if share[hull[index]] <= x + 1e-9)
-            right = min(left + 1, len(hull) - 1)
-            (x0, y0), (x1, y1) = ((share[hull[i]], lost[hull[i]]) for i in (left, right))
-            assert y >= (y0 if right == left else y0 + (y1 - y0) * (x - x0) / (x1 - x0)) - 1e-3 * lost.max()
 
 
 def test_the_least_kept_score_keeps_the_share():

@@ -17,7 +17,8 @@ from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
 from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, subset_bits
 from apc.sparse.policies.bounds import Dense
-from apc.sparse.policies.shares import costs, share_out
+from apc.sparse.policies.budget import allocate_inputs
+from apc.sparse.policies.input_costs import SKIPPED, costs
 from apc.utils.errors import UserError
 
 RANKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of r-sparse: the shares of the bytes that its low-rank maps may take
@@ -113,7 +114,7 @@ class Teal(Peer):
     """Reads only the inputs of each projection that reach a threshold (TEAL, Liu et al., 2024, arXiv 2408.14690).
 
     Gate and up read the inputs x with |x| above one threshold of the layer, down the inputs h with |h| above another.
-    The budget is shared out by `apc.sparse.policies.shares`, over x, h and all layers. The paper shares out within
+    The budget is allocated by `apc.sparse.policies.budget`, over x, h and all layers. The paper shares out within
     each layer only, by the error of its output, and gives each the same bytes; that gained nothing here (LOG.md).
     """
 
@@ -129,7 +130,7 @@ class Teal(Peer):
         All float32 [L]. Thresholds are counted on the dense model, as in the paper.
         """
         rule = cls(fit.codebook, None, 0)
-        kept, _ = share_out(costs(fit, rule), _weights(fit.codebook), share)
+        kept, _ = allocate_inputs(costs(fit, rule), SKIPPED, _weights(fit.codebook), share)
         return cls._thresholds(fit, rule, kept)
 
     @classmethod
@@ -218,7 +219,7 @@ class Wina(Teal):
             "neuron_norms": torch.stack([ffn.output_norms().cpu() for ffn in fit.ffns]),
         }
         rule = cls(fit.codebook.with_calibrated(cls.name, norms, {}).to(first_device(fit.ffns)), None, 0)
-        kept, _ = share_out(costs(fit, rule), _weights(fit.codebook), rule.bytes_left(fit, share))
+        kept, _ = allocate_inputs(costs(fit, rule), SKIPPED, _weights(fit.codebook), rule.bytes_left(fit, share))
         return norms | dict(zip(("input_shares", "neuron_shares"), kept.float().T.contiguous(), strict=True))
 
     def input_scores(self, layer: int, hidden: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ class RSparse(Teal):
                 for name, value in largest.items()
             }
             rule = cls(fit.codebook.with_calibrated(cls.name, maps, {}).to(first_device(fit.ffns)), None, 0)
-            kept, cost = share_out(costs(fit, rule), _weights(fit.codebook), rule.bytes_left(fit, share))
+            kept, cost = allocate_inputs(costs(fit, rule), SKIPPED, _weights(fit.codebook), rule.bytes_left(fit, share))
             tried.append((cost, rank, rule, kept, maps))
         _, _, rule, kept, maps = min(tried, key=lambda one: one[:2])
         return cls._thresholds(fit, rule, kept) | maps

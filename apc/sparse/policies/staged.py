@@ -20,6 +20,7 @@ from apc.data.quantise import FULL_BITS, mean_bits
 from apc.predict.predictor import CORRECTION, Predictor
 from apc.sparse.policies.base import ClusterPolicy, FitPass, MaskDecision, MaskInputs, MaskPolicy, add_deltas
 from apc.sparse.policies.bounds import Oracle
+from apc.sparse.policies.budget import allocate_stages
 from apc.sparse.policies.fixed import Static
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
@@ -273,57 +274,6 @@ def _levels(scores: Tensor) -> Tensor:
     order = scores.argsort(-1, descending=True)
     levels = torch.arange(scores.shape[-1], device=scores.device) * LEVELS // scores.shape[-1]
     return ranks.scatter_(-1, order, levels.expand_as(order))
-
-
-def allocate_stages(counts: Tensor, costs: Tensor, total: float) -> Tensor:
-    """The shares that three stages keep in each layer, float64 [L, 3], with mean `total` and the least cost.
-
-    counts, costs: float64 [L, B, B, B], the number of neurons, and the cost of dropping them, by their levels in the
-    three rankings (0 is the highest). Cuts that are not on the lower convex hull of a layer's cost over its share are
-    not considered; the last step of the layer that reaches the total is taken in part.
-    """
-    kept = [each.cumsum(1).cumsum(2).cumsum(3) for each in (counts, costs)]
-    L, B = counts.shape[:2]
-    every = kept[0][:, -1, -1, -1]
-    gate, up = kept[0][:, :, -1:, -1:].expand(-1, B, B, B), kept[0][:, :, :, -1:].expand(-1, B, B, B)
-    shares = torch.stack([gate, up, kept[0]], -1).flatten(1, 3) / every.view(L, 1, 1)  # [L, B³, 3]
-    lost = (kept[1][:, -1:, -1:, -1:] - kept[1]).flatten(1)  # [L, B³]
-    hulls = [_hull(shares[layer].mean(-1), lost[layer]) for layer in range(L)]
-    chosen = torch.stack([shares[layer, hull[0]] for layer, hull in enumerate(hulls)])
-    steps = []
-    for layer, hull in enumerate(hulls):
-        for before, after in zip(hull, hull[1:], strict=False):
-            added = float(shares[layer, after].mean() - shares[layer, before].mean())
-            steps.append((float(lost[layer, before] - lost[layer, after]) / added, layer, after))
-    for _gain, layer, cell in sorted(steps, key=lambda step: -step[0]):
-        rest = L * total - float(chosen.mean(-1).sum())
-        step = shares[layer, cell] - chosen[layer]
-        part = min(1.0, rest / float(step.mean()))
-        if part <= 0:
-            break
-        chosen[layer] += part * step
-    return chosen
-
-
-def _hull(shares: Tensor, lost: Tensor) -> list[int]:
-    """The indices on the lower convex hull of `lost` over `shares`, float64 [n] each, from the least share on."""
-    best: dict[int, int] = {}  # by share in steps of 1/1024
-    for index, (share, cost) in enumerate(zip(shares.tolist(), lost.tolist(), strict=True)):
-        step = round(share * 1024)
-        if step not in best or cost < lost[best[step]]:
-            best[step] = index
-    hull: list[int] = []
-    for _step, index in sorted(best.items()):
-        x, y = float(shares[index]), float(lost[index])
-        if hull and y >= float(lost[hull[-1]]):
-            continue
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = ((float(shares[each]), float(lost[each])) for each in hull[-2:])
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull
 
 
 class _MaskStages(Staged):

@@ -1,8 +1,8 @@
-"""Shares out a budget of bytes over layers, and in each over two kinds of inputs: x of gate and up, h of down.
+"""Measures what it costs to read only part of an FFN's inputs: x of gate and up, h of down.
 
-A layer's cost of reading only the top share of x, or of h, is measured on fit text: the change of the FFN's output, and
-what it costs in nats. That is half the mean square of its product with the gradient to the output, for labels drawn
-from the model: the Fisher information, as in Theis et al., 2018. The budget is then spent where it costs least.
+The cost of reading only the top share of x, or of h, in one layer is half the mean square of (change of the FFN's
+output · gradient to the output), in nats, for labels drawn from the model: the Fisher information, as in Theis et al.,
+2018.
 
 Shape letters: n tokens, t sampled tokens, E hidden size, D neurons, L layers, J shares.
 """
@@ -91,39 +91,3 @@ def costs(fit: FitPass, rule: InputRule) -> Tensor:
         fit.visit(window, visitor, [*inputs, "neuron", "down"])
         found[window] = torch.stack(visitor.costs)
     return distributed.all_sum(found).cpu().mean(0)
-
-
-def share_out(costs: Tensor, weights: tuple[float, float], budget: float) -> tuple[Tensor, float]:
-    """The shares of x and h that each layer reads, float64 [L, 2], and their cost in nats per token.
-
-    costs: from `costs`; weights: the shares of an FFN's bytes that belong to x and to h; budget: the share of all bytes
-    to read, from 0 to 1. Costs are taken on the lower convex hull of each curve, so that spending the cheapest first is
-    the best.
-    """
-    steps = []  # (cost per byte, layer, kind, skipped share at the end, bytes saved, cost)
-    for layer, curves in enumerate(costs.tolist()):
-        for kind, curve in enumerate(curves):
-            hull = _lower_hull(list(zip([0.0, *SKIPPED], [0.0, *curve], strict=True)))
-            for (start, below), (end, above) in zip(hull, hull[1:], strict=False):
-                saved = weights[kind] * (end - start) / len(costs)
-                steps.append(((above - below) / saved, layer, kind, end, saved, above - below))
-    kept, left, total = torch.ones(len(costs), 2, dtype=torch.float64), 1 - budget, 0.0
-    for _, layer, kind, end, saved, cost in sorted(steps):
-        part = min(1.0, left / saved)
-        kept[layer, kind] -= part * (kept[layer, kind] - (1 - end))
-        left, total = left - part * saved, total + part * cost
-        if left <= 0:
-            break
-    return kept, total
-
-
-def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of the lower convex hull of points in order of x."""
-    hull: list[tuple[float, float]] = []
-    for x, y in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append((x, y))
-    return hull
