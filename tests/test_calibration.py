@@ -152,7 +152,7 @@ def test_two_ranks_calibrate_to_the_same_bits(workplace):
 
 
 def test_a_codebook_of_another_run_is_copied_without_what_was_calibrated(workplace):
-    changes = {"run.name": "copied", "checkpoint": workplace / "runs" / "run", "policies": "[dense]"}
+    changes = {"run.name": "copied", "checkpoint": workplace / "runs" / "run", "policies": "[dense]", "bytes": "null"}
     run_train(workplace, **changes)
     assert apc.load_run(workplace / "runs" / "copied").codebook.calibration == {}
 

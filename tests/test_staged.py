@@ -307,6 +307,21 @@ def test_bad_stages_say_what_to_do(workplace, words, message):
         load_config(None, [*tiny.tiny_overrides(workplace), *words])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages.rule": "top"}, "stages: no policy of this run has stages; add one to policies .staged-static, "),
+        ({"stages.shares": "[0.6,0.5,0.4]", "bytes": 0.6}, "stages: no policy of this run has stages"),
+        ({"bytes": 0.6}, r"bytes=0\.6: no policy of this run keeps to a share of bytes; add a staged policy or a peer"),
+    ],
+)
+def test_keys_that_no_policy_heeds_are_refused(workplace, changes, message):
+    values = {"policies": "[dense,static]", "run.name": "unheeded"} | changes
+    with pytest.raises(UserError, match=message):
+        train.train(load_config(None, tiny.tiny_overrides(workplace, **values)))
+    assert not (workplace / "runs" / "unheeded").exists()
+
+
 def test_a_budget_below_the_predictors_bytes_is_refused(workplace):
     with pytest.raises(
         UserError, match=r"staged-predicted needs .* of the FFN's bytes to find its masks; raise bytes=0\.01"

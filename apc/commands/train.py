@@ -38,10 +38,11 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.run.folder import Stopwatch, open_run
     from apc.run.score import check_speed, score
     from apc.run.tracking import Tracking
-    from apc.sparse.policies import calibrated_policies, check_policies, trains_predictor
+    from apc.sparse.policies import calibrated_policies, check_policies, check_used, trains_predictor
     from apc.utils import distributed
 
     check_policies(cfg)
+    check_used(cfg)
     cli.quiet_libraries(cfg.trainer.progress)  # again, after Lightning's import
     device = resolve_device(cfg.model.device, distributed.local_rank())
     distributed.start(device)
@@ -115,9 +116,10 @@ def train(cfg: Config, wide: bool = False) -> dict:
 def dry_run(cfg: Config) -> str:
     """The estimated disk space, memory and seconds of a run, as a table."""
     from apc.estimate import table
-    from apc.sparse.policies import check_policies
+    from apc.sparse.policies import check_policies, check_used
 
     check_policies(cfg)
+    check_used(cfg)
     return table.describe(cfg)
 
 

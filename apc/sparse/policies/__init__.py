@@ -1,7 +1,7 @@
 """The mask policies by name. A new policy is a class in its own file and an entry in `POLICIES`."""
 
 from apc.cluster.codebook import Codebook
-from apc.config.schema import Config
+from apc.config.schema import Config, StagesConfig
 from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, Meter  # noqa: F401  # re-exported
@@ -135,6 +135,22 @@ def check_policies(cfg: Config) -> None:
     if need_predictor and not forms:
         problem = f"need a predictor, but tune.policy={cfg.tune.policy} trains none"
         raise UserError(f"policies: {', '.join(need_predictor)} {problem}; leave them out or tune another policy")
+
+
+def check_used(cfg: Config) -> None:
+    """Raises UserError if `bytes` or `stages` are set and no policy of the run heeds them."""
+    names = [*(cfg.policies or default_policies()), *([cfg.tune.policy] if cfg.tune.max_epochs else [])]
+    policies = [POLICIES[name] for name in names]
+    if cfg.stages != StagesConfig() and not any(policy.staged for policy in policies):
+        staged = ", ".join(name for name, policy in POLICIES.items() if policy.staged)
+        raise UserError(
+            f"stages: no policy of this run has stages; add one to policies ({staged}), or leave stages out"
+        )
+    if cfg.bytes is not None and not any(policy.calibrated for policy in policies):
+        raise UserError(
+            f"bytes={cfg.bytes:g}: no policy of this run keeps to a share of bytes; add a staged policy or a peer to "
+            "policies, or leave bytes out (cluster.density sets the size of flat masks)"
+        )
 
 
 def _check_form(asking: str, forms: tuple[str, ...], form: str) -> None:
