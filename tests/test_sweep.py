@@ -272,5 +272,5 @@ def test_the_sweeps_in_configs_are_grids_of_valid_runs(file, tmp_path, capsys):
     sweep.main([str(file), f"run.dir={tmp_path}", "--dry-run"])  # an empty folder, whatever has run here before
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) > 1 and all(
-        re.fullmatch(r"to run +train.py (cluster\.|experiment=).*", line) for line in lines
+        re.fullmatch(r"to run +train.py (cluster\.|experiment=|predictor=).*", line) for line in lines
     )
