@@ -23,7 +23,7 @@ from apc.tune.steps import refine, step
 from apc.utils.errors import UserError
 
 CLUSTERS = ["staged-static", "staged-oracle", "staged-predicted"]
-FORMS = [("cluster", CLUSTERS), ("low-bit", ["staged-neuron"]), ("neuron", ["staged-neuron"])]
+FORMS = [("cluster", CLUSTERS), ("low-bit", ["staged-neuron", "staged-prox"]), ("neuron", ["staged-neuron"])]
 BYTES = 0.95  # the predictors of a model this small read much
 
 
@@ -134,10 +134,11 @@ def test_bytes_are_the_rows_that_stages_read_and_the_predictor(workplace):
             getattr(apc.load_run(workplace / "runs" / form), part) for part in ("codebook", "predictor")
         )
         for record in results["policies"][1:]:
-            read = record["masked"]["read"]
+            read = dict(record["masked"]["read"])
+            copy = {"copy": read.pop("copy")} if "copy" in read else {}
             assert read["gate"] >= read["up"] >= read["down"] == pytest.approx(record["masked"]["density"])
             policy = make_policy(record["policy"], codebook, predictor)
-            added = policy.parameters_read("neuron") / (3 * codebook.hidden_size * codebook.ffn_width)
+            added = policy.parameters_read("neuron", **copy) / (3 * codebook.hidden_size * codebook.ffn_width)
             assert record["bytes_share"] == pytest.approx(sum(read.values()) / 3 + added)
             assert record["policy"] in policies
 

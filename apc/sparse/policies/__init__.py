@@ -12,12 +12,12 @@ from apc.sparse.policies.neurons import NeuronPredictor, NeuronThreshold
 from apc.sparse.policies.peers import Cats, RSparse, Teal, Wina
 from apc.sparse.policies.planes import BitPlanes
 from apc.sparse.policies.predicted import Predicted, Soft
-from apc.sparse.policies.staged import StagedNeuron, StagedOracle, StagedPredicted, StagedStatic
+from apc.sparse.policies.staged import StagedNeuron, StagedOracle, StagedPredicted, StagedProx, StagedStatic
 from apc.utils.errors import UserError
 
 _BOUNDS_AND_FIXED = Dense, Exact, Static, Random, Oracle, ThresholdedOracle
 _PREDICTED = Predicted, Soft, NeuronPredictor, NeuronThreshold
-_STAGED = StagedStatic, StagedOracle, StagedPredicted, StagedNeuron
+_STAGED = StagedStatic, StagedOracle, StagedPredicted, StagedNeuron, StagedProx
 _PEERS = Cats, Teal, Wina, RSparse, Prox
 _ALL = *_BOUNDS_AND_FIXED, *_PREDICTED, *_STAGED, *_PEERS, BitPlanes
 POLICIES: dict[str, type[MaskPolicy]] = {policy.name: policy for policy in _ALL}

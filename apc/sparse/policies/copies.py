@@ -120,8 +120,13 @@ class Prox(MaskPolicy):
 
     def scores(self, inputs: MaskInputs) -> Tensor:
         """|act(ĝ) · û| · ‖W_down[:, i]‖, float32 [n, D]."""
+        gate, up = self.copied(inputs)
+        return inputs.measure(inputs.layer, inputs.site, gate * up)
+
+    def copied(self, inputs: MaskInputs) -> tuple[Tensor, Tensor]:
+        """act(ĝ) and û, [n, D] each."""
         hidden = _hidden(inputs).masked_fill(~self.inputs_read(inputs), 0)
-        return inputs.measure(inputs.layer, inputs.site, _neurons(inputs, hidden, self.weights(inputs.layer).mT))
+        return _gate_and_up(inputs, hidden, self.weights(inputs.layer).mT)
 
     def weights(self, layer: int) -> Tensor:
         """The copied weights of a layer, float32 [P, E, D]."""
@@ -158,13 +163,13 @@ def _hidden(inputs: MaskInputs) -> Tensor:
     return inputs.inputs[inputs.layer].nan_to_num(nan=0.0)
 
 
-def _neurons(inputs: MaskInputs, hidden: Tensor, weights: Iterable[Tensor]) -> Tensor:
-    """act(gate) · up with these weights [D, E] of gate and of up, for inputs [n, E]; [n, D]."""
+def _gate_and_up(inputs: MaskInputs, hidden: Tensor, weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """act(gate) and up with these weights [D, E] of gate and of up, for inputs [n, E]; [n, D] each."""
     ffn = inputs.ffn
     assert isinstance(ffn, LayerFFN)  # `experts` says so
     pairs = zip(PROJECTIONS, weights, strict=True)
     gate, up = (ffn.linear(name, hidden.to(ffn.device), each.to(ffn.device)) for name, each in pairs)
-    return (activation_function(ffn)(gate) * up).to(inputs.values.device)
+    return activation_function(ffn)(gate).to(inputs.values.device), up.to(inputs.values.device)
 
 
 def _copied(ffn: FFN) -> dict[str, Tensor]:
@@ -235,7 +240,8 @@ class _Captures:
 def _check_formula(inputs: MaskInputs) -> None:
     """Raises UserError unless the neurons' values are act(gate) · up, as the copy assumes."""
     ffn, values = inputs.ffn, inputs.values.float()
-    own = _neurons(inputs, inputs.inputs[inputs.layer], map(ffn.projection, PROJECTIONS)).float()
+    gate, up = _gate_and_up(inputs, inputs.inputs[inputs.layer], map(ffn.projection, PROJECTIONS))
+    own = (gate * up).float()
     error = (own - values).norm() / values.norm()
     if not error <= _MAX_ERROR:
         problem = f"its neurons are not act(gate) * up, which prox copies (they differ by {error:.1%})"

@@ -8,6 +8,7 @@ of the low-bit predictor.
 Shape letters: n tokens, E hidden size, D neurons, L layers, K clusters, W bytes of a packed row.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from apc.predict.predictor import CORRECTION, Predictor
 from apc.sparse.policies.base import ClusterPolicy, FitPass, MaskDecision, MaskInputs, MaskPolicy, add_deltas
 from apc.sparse.policies.bounds import Oracle
 from apc.sparse.policies.budget import allocate_stages
+from apc.sparse.policies.copies import Prox
 from apc.sparse.policies.fixed import Static
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
@@ -394,6 +396,44 @@ class StagedNeuron(Staged, NeuronPredictor):
     def nomination_scores(self, inputs: MaskInputs) -> Tensor:
         """The predictor's scores."""
         return self.outputs(inputs)[0]
+
+
+class StagedProx(Staged, Prox):
+    """The neurons with the highest scores by Prox's untrained copy, in stages.
+
+    `Codebook.calibrated` also holds the tensors of `prox`: its rule chooses how many bytes the copy takes.
+    """
+
+    name = "staged-prox"
+    color, marker = "#0072B2", "P"
+
+    def nominate(self, inputs: MaskInputs) -> MaskDecision:
+        """The neurons whose scores reach the threshold, or the top scores."""
+        every = inputs.values.new_ones(1, 1, dtype=torch.bool)
+        nominated = self.kept(inputs.layer, 0, self.nomination_scores(inputs), every)
+        return MaskDecision(nominated, read={"copy": self.inputs_read(inputs)})
+
+    def up_scores(self, inputs: MaskInputs) -> Tensor:
+        """The scores by the exact gate and the copy's up."""
+        assert inputs.gate is not None  # `sees_gate` asks for it
+        return log_energy(inputs.measure(inputs.layer, inputs.site, inputs.gate * self.copied(inputs)[1]))
+
+    def nomination_scores(self, inputs: MaskInputs) -> Tensor:
+        """The copy's scores, as logarithms of squares."""
+        return log_energy(self.scores(inputs))
+
+    @classmethod
+    def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
+        """The tensors of `prox` for this share of the bytes, and those of the stages."""
+        cls.check_ffns(fit.ffns, share)
+        copied = copy.copy(fit)
+        copied.codebook = fit.codebook.with_calibrated(cls.name, Prox.calibrate(fit, share), {})
+        return super().calibrate(copied, share)
+
+    @classmethod
+    def uncalibrated(cls, fit: FitPass) -> dict[str, Tensor]:
+        """The tensors before their calibration: with the copy."""
+        return super().uncalibrated(fit) | fit.codebook.calibrated[cls.name]
 
 
 class StagedStatic(_MaskStages, Static):
