@@ -1,6 +1,7 @@
 """Staged masks: each stage keeps some of the one before, all read what the budget says, and tuning moves thresholds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,6 +260,9 @@ def test_low_rank_updates_are_sums_of_weights(workplace):
             weight = getattr(block.mlp, f"{name}_proj").weight
             weight += tensors[f"lora_{name}_b"][layer] @ tensors[f"lora_{name}_a"][layer]
     assert torch.allclose(model(input_ids=tokens).logits, updated, atol=1e-4)
+    at_four_bits = replace(codebook, provenance=codebook.provenance | {"ffn_bits": 4.7})
+    merged, apart = (make_policy("staged-oracle", each, None) for each in (codebook, at_four_bits))
+    assert apart.parameters_read("neuron") == merged.parameters_read("neuron") + 3 * 2 * (E + D)
 
 
 def test_a_lora_is_tuned_and_said(workplace):

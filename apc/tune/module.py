@@ -155,7 +155,7 @@ class TuningModule(StepModule):
         if self.thresholds is not None:
             fit = SamplePass(self._model[0], self._ffns, self.codebook, self.predictor, self._windows, seed=self.seed)
             policy = cast(type[Staged], self._policy)
-            self._rows_share = policy.rows_share(fit, self.share)
+            self._rows_share = policy.rows_share(fit, self.share, self.cfg.lora)
             if not self.budget_allocated:
                 thresholds = policy.calibrate(fit, self.share)["thresholds"]
                 if self._policy.by_cluster:

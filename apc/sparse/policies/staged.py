@@ -96,6 +96,17 @@ class Staged(MaskPolicy):
         """Whether tuning left low-rank updates of the weights (`tune.lora`)."""
         return "lora_down_a" in self.codebook.calibrated.get(self.name, ())
 
+    def parameters_read(self, site: str, copy: float | None = None) -> float:
+        """The nominating policy's, and low-rank updates that can't be merged into the weights."""
+        rank = self.tensors["lora_down_a"].shape[1] if self.adapts_weights else 0
+        return super().parameters_read(site, copy) + self.unmerged_parameters(self.codebook, rank)
+
+    @staticmethod
+    def unmerged_parameters(codebook: Codebook, rank: int) -> int:
+        """16-bit parameters of a layer's updates of gate, up and down, if the FFN is stored at fewer bits; else 0."""
+        merges = codebook.provenance.get("ffn_bits", FULL_BITS) == FULL_BITS
+        return 0 if merges else 3 * rank * (codebook.hidden_size + codebook.ffn_width)
+
     @property
     def adds_to_projections(self) -> bool:
         """Whether gate and up have low-rank updates, which `projection_delta` adds to their outputs."""
@@ -168,11 +179,15 @@ class Staged(MaskPolicy):
         return shares.cummin(1).values.clamp(1e-3, 1)
 
     @classmethod
-    def rows_share(cls, fit: FitPass, share: float) -> float:
-        """The share of bytes that is left for the rows of gate, up and down. Raises UserError if none is."""
-        policy = cls(fit.codebook, fit.predictor, 0)
+    def rows_share(cls, fit: FitPass, share: float, lora: int = 0) -> float:
+        """The share of bytes that is left for the rows of gate, up and down. Raises UserError if none is.
+
+        lora: rank of the low-rank updates that the policy will have.
+        """
+        read = cls(fit.codebook, fit.predictor, 0).parameters_read("neuron")
+        read += cls.unmerged_parameters(fit.codebook, lora)
         dense = 3 * fit.codebook.hidden_size * fit.codebook.ffn_width * mean_bits(fit.ffns) / FULL_BITS
-        left = share - policy.parameters_read("neuron") / dense
+        left = share - read / dense
         if left < 0.01:
             found = f"needs {share - left:.1%} of the FFN's bytes to find its masks"
             raise UserError(f"policies: {cls.name} {found}; raise bytes={share:g}")
