@@ -52,6 +52,7 @@ class Prox(MaskPolicy):
 
     def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
         super().__init__(codebook, None, seed)
+        self._last: tuple[MaskInputs | None, tuple[Tensor, Tensor] | None] = None, None  # what `copied` returned last
 
     @classmethod
     def unsupported_ffns(cls, gated: bool, experts: bool) -> str | None:
@@ -124,9 +125,13 @@ class Prox(MaskPolicy):
         return inputs.measure(inputs.layer, inputs.site, gate * up)
 
     def copied(self, inputs: MaskInputs) -> tuple[Tensor, Tensor]:
-        """act(ĝ) and û, [n, D] each."""
-        hidden = _hidden(inputs).masked_fill(~self.inputs_read(inputs), 0)
-        return _gate_and_up(inputs, hidden, self.weights(inputs.layer).mT)
+        """act(ĝ) and û, [n, D] each; computed once if asked for again."""
+        last, outputs = self._last
+        if outputs is None or last is not inputs:
+            hidden = _hidden(inputs).masked_fill(~self.inputs_read(inputs), 0)
+            outputs = _gate_and_up(inputs, hidden, self.weights(inputs.layer).mT)
+            self._last = inputs, outputs
+        return outputs
 
     def weights(self, layer: int) -> Tensor:
         """The copied weights of a layer, float32 [P, E, D]."""
