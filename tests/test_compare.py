@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 import evaluate
 from apc.compare import figures as compare_figures
-from apc.compare import finished, tables
+from apc.compare import finished, frontier, tables
 from apc.config.load import load_config
 from apc.config.values import to_yaml
 from apc.evaluate import figures
@@ -25,6 +25,7 @@ def finish(
     name,
     *words,
     perplexity=None,
+    bytes_share=None,
     in_sample=True,
     policies=("dense", "exact", "oracle", "thresholded-oracle"),
     **conditions,
@@ -50,7 +51,7 @@ def finish(
                 "ratio_low": value / 5.5,
                 "ratio_high": value / 4.5,
                 "bits": 0.0 if policy in tables.SHARED else 3 * math.log2(cfg.cluster.k),
-                "bytes_share": density,
+                "bytes_share": (bytes_share or {}).get(policy, density),
                 "flops_share": density,
             }
         )
@@ -68,6 +69,7 @@ def finish(
         "active": "threshold",
         "k": cfg.cluster.k,
         "density": cfg.cluster.density,
+        "bytes": 0.5,
         "weighting": cfg.cluster.weighting,
         "scope": cfg.cluster.scope,
         "forward": "thresholded",
@@ -81,6 +83,17 @@ def finish(
     (path / "config.yaml").write_text(to_yaml(cfg))
     (path / "results.json").write_text(json.dumps({"conditions": known | conditions, "policies": records}))
     return finished.read_finished(path)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that gets every figure that the test draws."""
+    found = []
+    new_figure = figures.new_figure
+    monkeypatch.setattr(
+        figures, "new_figure", lambda *args, **options: found.append(new_figure(*args, **options)) or found[-1]
+    )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +150,13 @@ def test_a_line_is_one_policy_of_one_algorithm_and_density_over_clusters(grid):
         {"weights": "0123abcd"},
     ],
 )
-def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, monkeypatch):
+def test_another_model_text_or_split_never_shares_a_line_or_a_panel(tmp_path, other, drawn):
     runs = finished.ordered(
         finish(tmp_path, f"{name}-{k}", f"cluster.k={k}", **conditions)
         for name, conditions in (("one", {}), ("two", other))
         for k in (256, 512)
     )
     assert [len(line.points) for line in compare_figures.lines(runs, ("oracle",), *CLUSTERS)] == [2, 2]
-    drawn = []
-    new_figure = figures.new_figure
-    monkeypatch.setattr(
-        figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1]
-    )
     assert compare_figures.perplexity_figure(runs, tmp_path / "a.png") and len(drawn[0].axes) == 2
 
 
@@ -340,13 +348,8 @@ def test_figures_show_ours_over_the_papers_range_with_the_papers_results(grid, t
 
 
 @pytest.mark.parametrize("other", [{"model": "Other-1B"}, {"in_sample": False}], ids=["model", "held-out"])
-def test_the_papers_results_stand_only_beside_its_own_model_in_sample(tmp_path, other, monkeypatch):
+def test_the_papers_results_stand_only_beside_its_own_model_in_sample(tmp_path, other, drawn):
     runs = [finish(tmp_path, f"k{k}", f"cluster.k={k}", **other) for k in (256, 512)]
-    drawn = []
-    new_figure = figures.new_figure
-    monkeypatch.setattr(
-        figures, "new_figure", lambda *args, **options: drawn.append(new_figure(*args, **options)) or drawn[-1]
-    )
     assert compare_figures.perplexity_figure(runs, tmp_path / "a.png")
     assert compare_figures.coverage_figure(runs, tmp_path / "b.png")
     words = [text.get_text() for figure in drawn for text in figure.findobj(Text)]
@@ -359,12 +362,104 @@ def test_a_single_number_of_clusters_makes_no_figure_over_clusters(tmp_path):
     assert [path.stem for path in drawn] == ["perplexity_over_captured", "perplexity_over_bytes"]
 
 
-def test_every_point_over_bytes_is_labelled_or_only_the_best_of_too_many(grid, tmp_path):
-    few = [finish(tmp_path, f"sweep-{k}", f"cluster.k={k}") for k in (256, 512)]
-    points = compare_figures._bytes_points(few)
-    assert sorted({point.label for point in points}) == ["256", "512", "exact"]
-    many = [run for run in grid[1] if run.in_sample]
-    assert 0 < sum(bool(point.label) for point in compare_figures._bytes_points(many)) < 12
+def at_bytes(folder, name, places, *words, dense=5.0, **conditions):
+    """A run whose policies have these (share of bytes, perplexity)."""
+    stored = conditions.get("ffn_bits", 16) / 16
+    shares, perplexity = ({policy: place[i] for policy, place in places.items()} for i in (0, 1))
+    words = ("cluster.k=256", *words)
+    policies = ("dense", *places)
+    perplexity, shares = perplexity | {"dense": dense}, shares | {"dense": stored}
+    return finish(folder, name, *words, policies=policies, perplexity=perplexity, bytes_share=shares, **conditions)
+
+
+@pytest.fixture
+def budgets(tmp_path):
+    """Runs of one model at 16 and at 4 bits, in every combination of bytes that the figure treats in its own way."""
+    found = [
+        at_bytes(tmp_path, "b-one", {"oracle": (0.5, 5.5), "predicted": (0.55, 7.0), "teal": (0.52, 7.5)}),
+        at_bytes(tmp_path, "b-same", {"oracle": (0.5, 5.5), "predicted": (0.5513, 6.8)}),
+        at_bytes(tmp_path, "b-more", {"predicted": (0.7, 6.9), "teal": (0.7, 5.4), "static": (0.5, 99.0)}),
+        at_bytes(tmp_path, "b-most", {"predicted": (0.8, 5.2), "soft": (1.2, 6.0)}),
+        at_bytes(tmp_path, "b-few", {"predicted": (0.2, 6.5)}, "model.ffn_bits=4", dense=5.3, ffn_bits=4.68),
+    ]
+    return finished.ordered(found)
+
+
+def test_a_policy_has_a_series_for_each_kind_of_stored_ffn_and_dense_has_one_for_all(budgets):
+    assert len({run.comparison_key for run in budgets}) == 1
+    series = {found.name: found for found in frontier.all_series(budgets)}
+    assert set(series) == {"dense", "oracle", "predicted", "predicted, 4-bit FFN", "teal", "static", "soft"}
+    assert sorted((point.bytes, point.perplexity, point.bits) for point in series["dense"].points) == [
+        (pytest.approx(29.25), 5.3, 4),
+        (100.0, 5.0, 16),
+    ]
+    assert [point.run for point in series["predicted, 4-bit FFN"].points] == ["few"]  # without the runs' common prefix
+    assert len(series["oracle"].points) == 1 and series["oracle"].is_bound  # two runs with the same result
+
+
+def test_a_line_joins_the_best_run_of_a_policy_at_each_budget(budgets):
+    series = {found.name: found for found in frontier.all_series(budgets)}
+    # 55.0 and 55.13 % are one budget; 70 % is worse than it, though it has more bytes.
+    assert [point.run for point in frontier.best(series["predicted"].points)] == ["same", "most"]
+    assert frontier.best([]) == []
+
+
+def test_the_figure_over_bytes_tells_the_frontier_bounds_and_peers_apart(budgets, tmp_path, drawn):
+    assert compare_figures.bytes_figure(budgets, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    words = [text.get_text() for text in axes.findobj(Text)]
+    for expected in (
+        *(
+            "predicted, 4-bit FFN (few)",
+            "dense, 4-bit FFN",
+            "predicted (most)",
+            "teal",
+            "oracle",
+            "dense, 16 bits: 5.00",
+        ),
+        "not drawn, above 10.00 or more bytes than dense: static, soft",
+    ):
+        assert expected in words, expected
+    assert "predicted" not in words and "exact" not in words
+    edge, *others = axes.lines
+    assert edge.get_drawstyle() == "steps-post"
+    assert list(zip(*edge.get_data(), strict=True)) == [
+        *((20.0, 6.5), (pytest.approx(29.25), 5.3), (80.0, 5.2), (100.0, 5.0), (100, 5.0)),
+    ]  # without the oracle, which is a bound
+    joined = [line for line in others if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
+    paths = {tuple(line.get_ydata()): line for line in joined}
+    assert set(paths) == {(6.8, 5.2), (7.5, 5.4), (5.3, 5.0), (5.0, 5.0)}  # predicted, teal, dense, the dense level
+    assert paths[7.5, 5.4].is_dashed() and not paths[6.8, 5.2].is_dashed()
+    assert axes.get_yscale() == "log" and axes.get_xlim()[0] < 10 and axes.get_xlim()[1] > 100
+
+
+def test_a_policy_far_from_dense_is_still_drawn_but_not_one_of_no_use(tmp_path):
+    def limit(*perplexities):
+        names = ("predicted", "soft", "static")
+        places = {name: (0.5, value) for name, value in zip(names, perplexities, strict=False)}
+        return frontier.largest_useful(frontier.all_series([at_bytes(tmp_path, f"r{perplexities}", places)]))
+
+    assert limit(6.0) == 10.0 and limit(6.0, 15.0) == 15.0 and limit(6.0, 15.0, 21.0) == 15.0
+
+
+def test_every_table_says_which_dense_model_a_ratio_is_against(budgets, tmp_path):
+    text = tables.table(budgets)
+    assert "4 runs: FFN at 16 bits, any codebook\ndense " in text
+    assert "1 run: FFN at 4.68 bits, any codebook\ndense " in text
+    assert "b-few: apc-paper, FFN at 4.68 bits, density" in text and finished.OWN_DENSE[:50] in text
+    alone = tables.table([run for run in budgets if run.name == "b-few"])
+    assert "FFN at 4.68 bits" in alone and finished.OWN_DENSE[:50] in alone
+    assert "16 bits" not in tables.table([run for run in budgets if run.name != "b-few"])
+    rows = csv.DictReader(tables.table_csv(budgets).splitlines())
+    assert {row["run"] for row in rows if row["ffn_bits"] == "4.68"} == {"b-few"}
+
+
+def test_levels_of_dense_models_are_told_apart_by_their_bits(tmp_path, drawn):
+    runs = [at_bytes(tmp_path, f"k{k}", {"oracle": (0.5, 9.0)}, f"cluster.k={k}") for k in (256, 512)]
+    runs += [at_bytes(tmp_path, "few", {"oracle": (0.2, 9.5)}, "model.ffn_bits=4", dense=5.3, ffn_bits=4.68)]
+    assert compare_figures.perplexity_figure(finished.ordered(runs), tmp_path / "a.png")
+    words = [text.get_text() for text in drawn[0].findobj(Text)]
+    assert "dense, FFN at 16 bits: 5.00" in words and "dense, FFN at 4.68 bits: 5.30" in words
 
 
 def test_runs_without_policies_of_clusters_give_a_table_and_no_figures(tmp_path):

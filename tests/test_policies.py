@@ -21,6 +21,7 @@ from apc.data.models import load_model
 from apc.evaluate.figures import perplexity_figure
 from apc.evaluate.tables import policies_table
 from apc.sparse.policies import POLICIES, MaskPolicy, kernel_policies
+from apc.sparse.policies.base import PEER_COLOR
 
 PACKAGE = Path(apc.__file__).parent
 FOLDERS = ("evaluate", "compare", "estimate")  # they read a policy's facts, and need no name but that of dense
@@ -62,6 +63,14 @@ def workplace(tmp_path_factory):
 def results(workplace, monkeypatch):
     monkeypatch.setitem(POLICIES, "toy", Toy)
     return json.loads((workplace / "runs" / "run" / "results.json").read_text())
+
+
+def test_figures_tell_all_policies_apart_and_peers_are_grey():
+    looks = {(policy.color, policy.marker) for policy in POLICIES.values()}
+    assert len(looks) == len(POLICIES)
+    peers = {name for name, policy in POLICIES.items() if policy.is_peer}
+    assert peers == {"cats", "teal", "wina", "r-sparse", "prox"}
+    assert {name for name, policy in POLICIES.items() if policy.color == PEER_COLOR} == peers
 
 
 def test_results_have_the_cost_that_the_policy_states(results):

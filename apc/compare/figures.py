@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apc.compare.finished import Finished, comparison_items, variants
+from apc.compare import frontier
+from apc.compare.finished import Finished, bits_shown, comparison_items, variants
 from apc.evaluate import figures, tables
 from apc.sparse.policies import POLICIES, facts
 
@@ -36,7 +36,10 @@ PAPER_COVERAGE = 0.7934
 PAPER_PERPLEXITIES = {"nearest centroids": 12.49, "active neurons": 6.45, "dense": 5.3}  # its best; dense is rounded
 PAPER_NOTE = "grey: the paper's results on the same model, also in-sample"
 _MAX_NAME = 60  # letters of a variant's name in a legend
-_MAX_LABELS = 20  # up to this many points are all labelled by run; with more, only the best
+_FRONTIER: dict[str, Any] = dict(
+    drawstyle="steps-post", color="#F0C808", linewidth=9, alpha=0.45, zorder=1.2, solid_capstyle="butt"
+)
+_PEER_DASHES, _FEW_BITS_DASHES = (0, (4, 2)), (0, (1, 1.5))
 _COLUMNS = 3  # panels side by side
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))  # one per policy
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#4D4D4D")  # one per codebook
@@ -192,7 +195,8 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
     every = [point for group in points for point in group if any(point[0].get(key) for key in shares)]
     if not every:
         return False
-    figure = _new_figure("Perplexity against the share that the masks keep", places, 0.9 + 3.4 * len(places))
+    notes = ["dense: the model with its FFN stored at the same bits"] if any(map(bits_shown, places)) else []
+    figure = _new_figure("Perplexity against the share that the masks keep", places, 0.9 + 3.4 * len(places), notes)
     grid = figure.subplots(len(places), 2, squeeze=False, sharey="row")
     for row, members, group in zip(grid, places, points, strict=True):
         figures.log_axis(row[0], "y")
@@ -213,50 +217,98 @@ def map_figure(runs: Sequence[Finished], path: Path) -> bool:
 
 
 def bytes_figure(runs: Sequence[Finished], path: Path) -> bool:
-    """Perplexity over the bytes that a token reads, a point for each policy of each run, labelled by run."""
-    groups = [(members, _bytes_points(members)) for members in _places(runs)]
-    groups = [(members, points) for members, points in groups if points]
+    """Perplexity over the bytes that a token reads: a line for each policy, and the frontier of all of them.
+
+    A line joins the runs of a policy that are better than all its runs with at most as many bytes.
+    """
+    groups = [(members, frontier.all_series(members)) for members in _places(runs)]
+    groups = [(members, every) for members, every in groups if any(map(frontier.Series.is_worth_drawing, every))]
     if not groups:
         return False
     places = [members for members, _ in groups]
-    figure = _new_figure("Perplexity over the FFN bytes read per token", places, 0.9 + 4.6 * len(places))
+    figure = _new_figure("Perplexity over the FFN bytes read per token", places, 0.9 + 5.4 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
-    _marker_legend(figure, [point.policy for _, points in groups for point in points])
-    for axes, (members, points) in zip(grid, groups, strict=True):
+    _bytes_legend(figure, [series for _, every in groups for series in every])
+    for axes, (members, every) in zip(grid, groups, strict=True):
         _place_title(axes, members[0], places)
-        figures.draw_bytes(axes, points, [policy for run in members for policy in run.policies.values()])
-    if not all(point.label for _, points in groups for point in points):
-        words = "labelled: the lowest perplexity at that many bytes or fewer"
-        look: dict[str, Any] = dict(transform=grid[-1].transAxes, fontsize=9, color=figures.MUTED)
-        grid[-1].text(0.99, 0.98, words, ha="right", va="top", **look)
+        _draw_bytes(axes, every)
     figure.savefig(path)
     return True
 
 
-def _bytes_points(members: Sequence[Finished]) -> list[figures.BytesPoint]:
-    """All policies except dense, as points.
+def _draw_bytes(axes: Axes, every: Sequence[frontier.Series]) -> None:
+    points, limit = [point for series in every for point in series.points], frontier.largest_useful(every)
+    inside = {point for point in points if point.perplexity <= limit and point.bytes <= 100}
+    figures.log_axis(axes, "y")
+    low, top = (pick(point.perplexity for point in inside) for pick in (min, max))
+    room = 1.01 * (top / low) ** 0.07
+    axes.set_ylim(low / room, top * room)
+    start = min([10.0, *(point.bytes for point in inside)])
+    axes.set_xlim(start - 2, 102)
+    axes.set_xticks(range(10 * math.floor(start / 10), 101, 10))
+    usable = (point for series in every if not series.is_bound for point in series.points if point in inside)
+    front = frontier.best(usable)
+    if front:
+        edge = [(point.bytes, point.perplexity) for point in front]
+        axes.plot(*zip(*edge, (100, edge[-1][1]), strict=True), **_FRONTIER)
+    labels = []
+    for series in every:
+        line, look = frontier.best(series.points), _series_look(series)
+        if not series.is_bound:
+            axes.plot([point.bytes for point in line], [point.perplexity for point in line], **look | {"marker": ""})
+        shown = [point for point in line if point in inside]
+        named = {point: series.label(point) for point in shown if point in front or series.bits is None}
+        named = named or {point: series.name for point in shown[:1]}
+        for point in (point for point in series.points if point in inside):
+            alone = dict(alpha=1, zorder=3) if point in line else dict(alpha=0.35, zorder=1.8)
+            axes.plot(point.bytes, point.perplexity, **look | alone | {"linestyle": "none"})
+            labels.append(figures.Label(point.bytes, point.perplexity, named.get(point, ""), look["color"]))
+    level = frontier.dense_perplexity(every)
+    if level is not None:
+        axes.axhline(level, color=figures.INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+        text = f"dense, 16 bits: {tables.shown_perplexity(level)}"
+        _level_label(axes, text, (0.965, level), figures.INK, above=False, side="right")
+    if left_out := Counter(series.name for series in every for point in series.points if point not in inside):
+        names = ", ".join(name + f"\xa0({count})" * (count > 1) for name, count in left_out.items())
+        text = f"not drawn, above {tables.shown_perplexity(limit)} or more bytes than dense: {names}"
+        small: dict[str, Any] = dict(transform=axes.transAxes, fontsize=8.5, color=figures.MUTED, ha="right")
+        axes.text(1, 1.01, tables.wrapped(text, 70), va="bottom", **small)
+    figures.finer_ticks(axes)
+    xlabel = "FFN bytes read per token, % of the dense FFN at 16 bits"
+    figures.plain_axes(axes, xlabel, "perplexity (log scale)")
+    figures.place_labels(axes, labels)
 
-    A policy whose result does not depend on the codebook appears once. With more than `_MAX_LABELS` points, only the
-    Pareto front is labelled: a point gets a label if no other point with at most as many bytes (rounded to whole per
-    cent) has a lower perplexity. Bounds are not compared and get no label, unless all points are bounds.
-    """
-    prefix = os.path.commonprefix([run.name for run in members]).rfind("-") + 1 if len(members) > 1 else 0
-    points = {}
-    for run in members:
-        for name, policy in run.policies.items():
-            point = figures.BytesPoint(run.name[prefix:] if facts(name).uses_codebook else name, policy)
-            if name != "dense" and point.is_finite():
-                points[(point.label, name, *(round(value, 2) for value in point.place))] = point
-    if len(points) <= _MAX_LABELS:
-        return list(points.values())
-    usable = [point for point in points.values() if not point.policy.get("excludes_finding")] or list(points.values())
-    places = [(round(point.place[0]), point.place[1]) for point in usable]
-    best = [
-        point
-        for point, (size, perplexity) in zip(usable, places, strict=True)
-        if not any(other[0] <= size and other[1] < perplexity for other in places)
+
+def _series_look(series: frontier.Series) -> dict[str, Any]:
+    """The line and markers of a series; a bound's markers are hollow."""
+    color, marker = figures.style(series.policy)
+    if series.bits is None:
+        color, marker = figures.INK, "s"
+    dashes = _FEW_BITS_DASHES if series.few_bits else _PEER_DASHES if facts(series.policy).is_peer else "solid"
+    face = "white" if series.is_bound else color
+    return dict(color=color, marker=marker, linestyle=dashes, linewidth=1.6, markersize=7, markerfacecolor=face)
+
+
+def _bytes_legend(figure: Figure, every: Sequence[frontier.Series]) -> None:
+    """Explains the looks that occur in these series."""
+    from matplotlib.lines import Line2D
+
+    dot: dict[str, Any] = dict(marker="o", linestyle="none")
+    peer = dict(color=figures.MUTED, linestyle=_PEER_DASHES)
+    looks: list[tuple[str, bool, dict]] = [
+        ("frontier: best of all at these bytes or fewer", any(map(frontier.Series.is_usable, every)), _FRONTIER),
+        ("peers", any(facts(series.policy).is_peer for series in every), peer),
+        ("FFN stored at few bits", any(series.few_bits for series in every), dict(linestyle=_FEW_BITS_DASHES)),
+        ("bound", any(series.is_bound for series in every), dot | dict(markerfacecolor="white")),
+        (
+            "worse than its policy's best at these bytes",
+            any(len(series.points) > len(frontier.best(series.points)) for series in every),
+            dot | dict(alpha=0.35),
+        ),
     ]
-    return [point if point in best else figures.BytesPoint("", point.policy) for point in points.values()]
+    black: dict[str, Any] = dict(color=figures.INK, linewidth=1.6)
+    handles = [Line2D([], [], label=label, **black | look) for label, occurs, look in looks if occurs]
+    _legend_below(figure, handles, columns=2)
 
 
 def _places(runs: Sequence[Finished]) -> list[list[Finished]]:
@@ -442,15 +494,18 @@ def _cluster_axis(axes: Axes, ticks: Sequence[float], beside_paper: bool, most: 
 def _own_levels(axes: Axes, members: Sequence[Finished], value: Value) -> None:
     """Draws the policies without a codebook as dashed horizontal lines with their values; equal values share a line."""
     levels: dict[tuple[str, str], float] = {}
+    bits = bits_shown(members)
     for policy in WITHOUT_CODEBOOK:
         for run in members:
             level = value(run, run.policies[policy]) if policy in run.policies else None
             if level is not None and not (policy == "dense" and level == 100):
-                levels.setdefault((policy, tables.shown_perplexity(level)), level)
-    for (policy, text), level in levels.items():
+                name = f"{policy}, {bits[run.folder]}:" if bits else policy
+                levels.setdefault((name, tables.shown_perplexity(level)), level)
+    for (name, text), level in levels.items():
+        policy = name.partition(",")[0]
         color = figures.style(policy)[0]
         axes.axhline(level, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=1.6)
-        _level_label(axes, f"{policy} {text}", (0.01, level), color, above=policy != "dense", side="left")
+        _level_label(axes, f"{name} {text}", (0.01, level), color, above=policy != "dense", side="left")
     low, high = axes.get_ylim()
     if levels and axes.get_yscale() == "log":  # room for the words under the lowest level
         axes.set_ylim(min(low, min(levels.values()) * (low / high) ** 0.07), high)
@@ -458,9 +513,6 @@ def _own_levels(axes: Axes, members: Sequence[Finished], value: Value) -> None:
 
 def _level_label(axes: Axes, text: str, at: tuple[float, float], color: str, above: bool, side: str) -> None:
     """Small words right above or below a horizontal line, with a white rim that keeps them readable over curves."""
-    from matplotlib.patheffects import withStroke
-
     look: dict[str, Any] = dict(fontsize=8.5, color=color, zorder=4, va="bottom" if above else "top", ha=side)
-    rim = [withStroke(linewidth=2.2, foreground="white")]
     place = at, (0, 2 if above else -2), ("axes fraction", "data"), "offset points"
-    axes.annotate(text, *place, path_effects=rim, **look)
+    axes.annotate(text, *place, path_effects=figures.white_rim(), **look)

@@ -12,12 +12,17 @@ from pathlib import Path
 
 from apc.config.load import load_saved
 from apc.config.schema import Config, TuneConfig
+from apc.data.quantise import FULL_BITS
 from apc.evaluate import tables
 from apc.run.folder import RunFolder, read_results
 from apc.sparse.policies import facts
 from apc.utils.errors import UserError
 
 MORE_CONDITIONS = ("overlap", "weights")  # shown where a run has them
+OWN_DENSE = (
+    "FFN at b bits: against dense and gap compare with models whose FFN is stored at b bits too; bytes are a share "
+    "of the FFN at 16 bits."
+)
 _WITHOUT_KEY = ("algorithm", "weighting", "scope", "sites")  # settings whose values speak for themselves
 
 
@@ -80,7 +85,7 @@ class Finished:
             if key not in ("policy", "max_epochs", "batch_windows") and value != getattr(defaults, key)
         ]
         tuned = tuned and ", ".join([tuned, *changed])
-        conditions["ffn_bits"] = self.conditions.get("ffn_bits") or 16
+        conditions["ffn_bits"] = self.conditions.get("ffn_bits") or FULL_BITS
         return cluster | conditions | {"calibration_windows": cfg.collect.calibration_windows, "tuned": tuned}
 
     def is_tuned_for(self, policy: str) -> bool:
@@ -179,16 +184,25 @@ def variants(runs: Sequence[Finished], own: Callable[[Finished], dict] = lambda 
     every = [own(run) for run in runs]
     keys = dict.fromkeys(key for settings in every for key in ("algorithm", *settings))
     shown = [key for key in keys if key == "algorithm" or len({str(settings.get(key)) for settings in every}) > 1]
+    shown += ["ffn_bits"] if bits_shown(runs) and "ffn_bits" not in shown else []
     return {
         run.folder: ", ".join(_setting(key, settings[key]) for key in shown if key in settings)
         for run, settings in zip(runs, every, strict=True)
     }
 
 
+def bits_shown(runs: Sequence[Finished]) -> dict[Path, str]:
+    """The bits of each run's FFNs in words, by folder; empty if all are stored at 16 bits."""
+    few = any(run.settings["ffn_bits"] != FULL_BITS for run in runs)
+    return {run.folder: _setting("ffn_bits", run.settings["ffn_bits"]) for run in runs} if few else {}
+
+
 def _setting(key: str, value: object) -> str:
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     if key == "tuned":
         return f"tuned for {text}" if value else "not tuned"
+    if key == "ffn_bits":
+        return f"FFN at {value:.3g} bits"
     if key in _WITHOUT_KEY:
         return text
     return f"{key.replace('_', ' ')} {'dense' if value is None else text}"

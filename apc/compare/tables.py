@@ -17,7 +17,16 @@ from operator import itemgetter
 from pathlib import Path
 
 from apc.compare.figures import save_figures
-from apc.compare.finished import MORE_CONDITIONS, Finished, comparison_items, find_runs, ordered, variants
+from apc.compare.finished import (
+    MORE_CONDITIONS,
+    OWN_DENSE,
+    Finished,
+    bits_shown,
+    comparison_items,
+    find_runs,
+    ordered,
+    variants,
+)
 from apc.config.load import CONFIGS, load_config, load_saved, overrides_between
 from apc.config.schema import Config
 from apc.evaluate import tables
@@ -51,7 +60,7 @@ _MEASURES = (
 _SHARES = ("bytes_share", "flops_share")
 _CONDITIONS = (
     *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "bos", "sparsity", "active", "sites", "k"),
-    *("density", "bytes", "weighting", "scope", "forward", *MORE_CONDITIONS),
+    *("density", "bytes", "ffn_bits", "weighting", "scope", "forward", *MORE_CONDITIONS),
 )
 
 
@@ -111,6 +120,7 @@ def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
     every = markdown or wide
     notes = [f"{run.name}: {warning}" for run in runs for warning in tables.warnings(run.results)]
     notes += [tables.MEANINGS, *tables.footnotes(record for run in runs for record in run.policies.values())]
+    notes += [OWN_DENSE] if bits_shown(runs) else []
     notes += [GAPS, PREDICTIONS] if every else [f"{tables.MORE} Commands that make each run again: comparison.md."]
     notes += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []
     commands = [f"{run.name}: {command(run)}" for run in runs] if every else []
@@ -143,15 +153,17 @@ def _shared_records(members: Sequence[Finished]) -> list[dict]:
     Empty for a single run.
     """
     count: Counter[tuple[str, ...]] = Counter()
-    records = {}
+    records, bits = {}, bits_shown(members)
     for name in SHARED if len(members) > 1 else ():
         for run in [run for run in members if name in run.policies]:
-            record = _record(run, name, "") | {"run": "", "k": None, "codebook": ""}
+            record = _record(run, name, "") | {"run": "", "k": None}
+            settings = [bits.get(run.folder)]
             if name == "dense":  # its share of active neurons depends on the run's sparsity
                 record |= {"density": None, "coverage": None, "precision": None, "masked": None}
             else:
                 setting = "bytes" if facts(name).calibrated else "sparsity"
-                record["codebook"] = f"{setting} {run.conditions[setting]:g}"
+                settings.insert(0, f"{setting} {run.conditions[setting]:g}")
+            record["codebook"] = ", ".join(filter(None, settings))
             key = tuple(tables.record_cells(_COLUMNS, record))
             records[key] = record
             count[key] += 1

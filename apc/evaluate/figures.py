@@ -31,6 +31,7 @@ from apc.sparse.policies import facts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import AbstractPathEffect
 
 INK, MUTED, _GRID, ALARM = "#1A1A1A", "#595959", "#E3E3E3", "#B2182B"
 DPI = 160
@@ -220,7 +221,7 @@ def draw_bytes(axes: Axes, points: Sequence[BytesPoint], policies: Iterable[dict
         axes.annotate(f"dense {shown_perplexity(value)}", *place, fontsize=9, ha="right", va="top")
     finer_ticks(axes)
     log = " (log scale)" if logarithmic else ""
-    plain_axes(axes, xlabel="FFN bytes read per token, % of dense; hollow: bound", ylabel=f"perplexity{log}")
+    plain_axes(axes, xlabel="FFN bytes read per token, % of dense at 16 bits; hollow: bound", ylabel=f"perplexity{log}")
     place_labels(axes, labels)
 
 
@@ -456,7 +457,7 @@ def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
             continue
         at = (label.x, label.y)
         words = axes.annotate(label.text, at, offsets[0], textcoords="offset points", fontsize=9, va="center")
-        words.set(color=label.color, zorder=4, annotation_clip=False)
+        words.set(color=label.color, zorder=4, annotation_clip=False, path_effects=white_rim())
         words.set_in_layout(False)
         for dx, dy in offsets:
             words.set(position=(dx, dy), ha="left" if dx > 0 else "right")
@@ -468,6 +469,13 @@ def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
         if abs(dy) > 8:
             line = dict(arrowstyle="-", color=label.color, linewidth=0.6, shrinkA=0, shrinkB=4)
             axes.annotate("", at, (dx, dy), textcoords="offset points", arrowprops=line)
+
+
+def white_rim() -> list[AbstractPathEffect]:
+    """Path effects that keep small words readable over curves."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.2, foreground="white")]
 
 
 def _laid_out(axes: Axes) -> Figure:

@@ -21,6 +21,8 @@ from apc.data.hooks import FFNVisitor
 from apc.data.quantise import FULL_BITS
 from apc.predict.predictor import Predictor
 
+PEER_COLOR = "#767676"  # figures draw the rules of other authors grey
+
 
 @dataclass
 class MaskInputs:
@@ -158,6 +160,7 @@ class MaskPolicy:
     tuned_as: str | None = None  # the policy whose tuning it uses, if not its own
     monitored = False  # it is measured on held-out text while its predictor trains
     gap_to: str | None = None  # the policy that tables compare it with: the gap is in nats per token
+    is_peer = False  # a rule of other authors, to compare with
     color = "#332288"  # its colour in figures
     marker = "p"  # its marker in figures
     wide_line = False  # figures draw it as a wide pale line below a line that coincides with it

@@ -19,7 +19,7 @@ from apc.data.quantise import FULL_BITS, mean_bits
 from apc.predict.low_bit import bit_planes, column_norms, level_index, quantised
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
-from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy
+from apc.sparse.policies.base import PEER_COLOR, FitPass, MaskDecision, MaskInputs, MaskPolicy
 from apc.sparse.policies.bounds import Dense
 from apc.utils import distributed
 from apc.utils.errors import UserError
@@ -44,11 +44,12 @@ class Prox(MaskPolicy):
     """
 
     name = "prox"
+    is_peer = True
     experts = False
     calibrated = True
     uses_codebook = False
     sites = ("neuron",)
-    color, marker = "#6699CC", "d"
+    color, marker = PEER_COLOR, "d"
 
     def __init__(self, codebook: Codebook, predictor: Predictor | None, seed: int):
         super().__init__(codebook, None, seed)

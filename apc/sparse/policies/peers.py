@@ -15,7 +15,7 @@ from apc.data.ffn import FFN, first_device
 from apc.data.quantise import FULL_BITS, mean_bits
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
-from apc.sparse.policies.base import FitPass, MaskDecision, MaskInputs, MaskPolicy, subset_bits
+from apc.sparse.policies.base import PEER_COLOR, FitPass, MaskDecision, MaskInputs, MaskPolicy, subset_bits
 from apc.sparse.policies.bounds import Dense
 from apc.sparse.policies.budget import allocate_inputs
 from apc.sparse.policies.input_costs import SKIPPED, costs
@@ -27,6 +27,7 @@ RANKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of r-sparse: the shares of the bytes t
 class Peer(MaskPolicy):
     """A policy of other authors, calibrated on fit text. It uses no clusters."""
 
+    is_peer = True
     experts = False
     calibrated = True
     uses_codebook = False
@@ -58,7 +59,7 @@ class Cats(Peer):
 
     name = "cats"
     sees_gate = True
-    color, marker = "#56B4E9", "X"
+    color, marker = PEER_COLOR, "X"
 
     @classmethod
     def check_bytes(cls, share: float) -> None:
@@ -121,7 +122,7 @@ class Teal(Peer):
     name = "teal"
     masks_input = True
     completes = False
-    color, marker = "#AA4499", "p"
+    color, marker = PEER_COLOR, "p"
 
     @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
@@ -209,7 +210,7 @@ class Wina(Teal):
     """
 
     name = "wina"
-    color, marker = "#661100", "8"
+    color, marker = PEER_COLOR, "H"
 
     @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:
@@ -279,7 +280,7 @@ class RSparse(Teal):
     adds_to_projections = True
     changes_output = True
     completes = True
-    color, marker = "#999933", ">"
+    color, marker = PEER_COLOR, ">"
 
     @classmethod
     def calibrate(cls, fit: FitPass, share: float) -> dict[str, Tensor]:

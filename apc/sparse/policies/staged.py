@@ -387,14 +387,14 @@ class StagedPredicted(_ClusterStages, Predicted):
 
     name = "staged-predicted"
     gap_to: str | None = None
-    color, marker = "#CC6677", "o"
+    color, marker = "#332288", "s"
 
 
 class StagedNeuron(Staged, NeuronPredictor):
     """The neurons with the highest predicted scores, in stages."""
 
     name = "staged-neuron"
-    color, marker = "#AA4499", "*"
+    color, marker = "#56B4E9", "D"
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores; and the correction."""
@@ -420,6 +420,7 @@ class StagedProx(Staged, Prox):
     """
 
     name = "staged-prox"
+    is_peer = False  # Prox has no stages
     color, marker = "#0072B2", "P"
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
