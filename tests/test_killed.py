@@ -245,10 +245,14 @@ def test_too_little_memory_is_an_error_of_one_line(capsys):
     def on_a_gpu():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
+    def below_torch():
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` …")
+
     for allocate, where in (
         (lambda: bytearray(1 << 62), "this machine"),
         (lambda: torch.empty(1 << 46), "this machine"),
         (on_a_gpu, "the GPU"),
+        (below_torch, "the GPU"),
     ):
         with pytest.raises(SystemExit, match="2"), exits.one_line_errors("the same command goes on"):
             allocate()

@@ -1,6 +1,7 @@
 """A sweep runs every combination of its grid once, resumes, and continues after a run that fails."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -99,7 +100,7 @@ def test_a_run_whose_speed_was_not_measured_is_not_finished(tmp_path):
 class Done:
     """Replaces a run's process by one that has succeeded."""
 
-    wait = staticmethod(lambda: 0)
+    poll = staticmethod(lambda: 0)
 
 
 def test_a_sigterm_ends_the_running_runs_and_no_other_starts(workplace, tmp_path, monkeypatch):
@@ -134,15 +135,198 @@ def test_a_sigterm_ends_the_running_runs_and_no_other_starts(workplace, tmp_path
     assert not (tmp_path / "grid-seed3.began").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_on_several_gpus_each_run_has_its_own(workplace, monkeypatch):
-    devices = []
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(
-        sweep.subprocess, "Popen", lambda command, env, **options: devices.append(env["CUDA_VISIBLE_DEVICES"]) or Done
-    )
-    file = write_sweep(workplace / "many.yaml", **{"seed": list(range(9))})
-    sweep.main([str(file), *words_for(workplace)])
-    assert len(devices) == 9 and set(devices) <= {"0", "1", "2"}
+GB = 10**9
+
+
+class Machine:
+    """Replaces GPUs of 80 GB, the processes of runs on them, and the clock, which advances while the sweep sleeps.
+
+    A run holds 5 GB at first and `size` GB in the second half of its `lasts` seconds. If its GPU has less, it ends with
+    the error of train.py. events: what happened, in order.
+    """
+
+    def __init__(self, lasts=10.0, others=0, **sizes):
+        self.lasts, self.others, self.sizes = lasts, others, sizes
+        self.now, self.events, self.processes, self.most = 0.0, [], [], 0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        assert self.now < 1000, "the sweep does not end"
+
+    def free_memory(self, gpu):
+        return (80 - self.others) * GB - sum(process.held() for process in self.alive(str(gpu)))
+
+    def alive(self, gpu):
+        return [process for process in self.processes if process.code is None and process.gpu == gpu]
+
+    def popen(self, command, stdout, env, **options):
+        self.processes.append(Process(self, command[command.index("train.py") + 1 :], stdout.name, env))
+        return self.processes[-1]
+
+
+class Process:
+    def __init__(self, machine, words, log, env):
+        self.machine, self.log, self.cfg = machine, Path(log), load_config(None, words)
+        self.gpu, self.began, self.code = env.get("CUDA_VISIBLE_DEVICES", "0"), machine.now, None
+        self.name = self.cfg.run.name.partition("-")[2]
+        machine.events.append(f"{self.name} starts")
+        machine.most = max(machine.most, len(machine.alive(self.gpu)) + 1)
+
+    def held(self):
+        whole = self.machine.now - self.began >= self.machine.lasts / 2
+        return (self.machine.sizes.get(self.name, 35) if whole else 5) * GB
+
+    def poll(self):
+        if self.code is None and sum(process.held() for process in self.machine.alive(self.gpu)) > 80 * GB:
+            self.log.write_text("error: the GPU has no memory left (x); lower y\nwandb: offline\n")
+            self.end(2)
+        elif self.code is None and self.machine.now - self.began >= self.machine.lasts:
+            folder = self.log.with_suffix("")
+            folder.mkdir()
+            (folder / "config.yaml").write_text(to_yaml(self.cfg))
+            held = {"gpu_bytes": 3 * GB, "tune": {"gpu_bytes": self.held()}}  # as a run resumed after its tuning
+            (folder / "results.json").write_text(json.dumps({"policies": []} | held))
+            self.end(0)
+        return self.code
+
+    def end(self, code):
+        self.code = code
+        self.machine.events.append(f"{self.name} {'fails' if code == 2 else 'ends' if code == 0 else 'stops'}")
+
+    def terminate(self):
+        if self.code is None:
+            self.end(143)
+
+    def wait(self):
+        return self.code
+
+
+@pytest.fixture
+def on_gpus(tmp_path, monkeypatch):
+    """Runs a sweep of the given seeds on a machine: on_gpus(machine, seeds, jobs=…, gpus=…, minutes=…, words=[…])."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(machine, seeds, jobs, gpus=1, minutes=None, words=()):
+        monkeypatch.setattr(sweep.subprocess, "Popen", machine.popen)
+        monkeypatch.setattr(sweep, "time", machine)
+        found = sweep.Sweep("grid", "train.py", [], [], [], {"seed": seeds})
+        grid = sweep.trials(found, [f"run.dir={tmp_path}", "collect.storage=device", *words])
+        try:
+            return sweep.run(grid, sweep.Runner(["train.py"], jobs, gpus, minutes, machine.free_memory))
+        finally:
+            assert signal.getsignal(signal.SIGTERM) == before
+            assert not [process for process in machine.processes if process.code is None]
+
+    return run
+
+
+def test_runs_share_a_gpu_as_far_as_its_memory_goes(on_gpus, capsys):
+    machine = Machine()
+    assert on_gpus(machine, [1, 2, 3, 4, 5], jobs=3) == []
+    assert machine.events == [
+        *("seed1 starts", "seed1 ends", "seed2 starts", "seed3 starts", "seed2 ends", "seed3 ends"),
+        *("seed4 starts", "seed5 starts", "seed4 ends", "seed5 ends"),
+    ]
+    waits = [line for line in capsys.readouterr().out.splitlines() if "waits" in line]
+    assert waits == [
+        "grid-seed2: waits for the end of grid-seed1: "
+        "only a finished run shows how much GPU memory a run of this sweep needs",
+        "grid-seed4: waits for 36.0 GB of GPU 0, which the largest finished run needed; "
+        "8.0 GB are left beside grid-seed2 and grid-seed3",
+    ]
+    machine = Machine()  # the finished runs of an earlier call tell the size, too
+    on_gpus(machine, [1, 2, 3, 4, 5, 6, 7], jobs=3)
+    assert machine.events == ["seed6 starts", "seed7 starts", "seed6 ends", "seed7 ends"]
+
+
+@pytest.mark.parametrize("others", [0, 12], ids=["too-large", "another-program"])
+def test_a_run_alone_on_a_gpu_always_starts(on_gpus, others):
+    machine = Machine(others=others, seed1=70 if others == 0 else 35)
+    assert on_gpus(machine, [1, 2, 3], jobs=3) == [] and machine.most == 1
+    assert [event for event in machine.events if "starts" in event] == ["seed1 starts", "seed2 starts", "seed3 starts"]
+
+
+def test_a_run_that_lacks_memory_beside_others_is_repeated_alone(on_gpus, capsys):
+    machine = Machine(seed3=50)
+    assert on_gpus(machine, [1, 2, 3, 4, 5], jobs=2) == []
+    assert machine.events == [
+        *("seed1 starts", "seed1 ends", "seed2 starts", "seed3 starts", "seed2 fails", "seed3 ends"),
+        *("seed2 starts", "seed2 ends", "seed4 starts", "seed4 ends", "seed5 starts", "seed5 ends"),
+    ]
+    said = capsys.readouterr().out
+    assert "grid-seed2: lacked GPU memory beside other runs; is repeated alone on a GPU\n" in said
+    assert "FAILED" not in said
+
+
+def test_a_run_that_lacks_memory_alone_has_failed(on_gpus):
+    machine = Machine(seed3=90)
+    (line,) = on_gpus(machine, [1, 2, 3, 4], jobs=2)
+    assert line == "grid-seed3: exit code 2: wandb: offline"
+    assert machine.events[4:] == [
+        *("seed2 fails", "seed3 fails", "seed2 starts", "seed2 ends", "seed3 starts", "seed3 fails"),
+        *("seed4 starts", "seed4 ends"),
+    ]
+
+
+def test_a_run_that_measures_speed_has_its_gpu_alone(on_gpus, capsys):
+    machine = Machine(seed1=5, seed2=5, seed3=5)
+    on_gpus(machine, [1, 2, 3], jobs=3, words=["speed=true"])
+    assert machine.most == 1
+    assert "grid-seed2: waits for the end of grid-seed1, because it needs GPU 0 alone" in capsys.readouterr().out
+
+
+def test_runs_without_a_gpu_do_not_wait_for_one(on_gpus):
+    machine = Machine()
+    machine.free_memory = None
+    on_gpus(machine, [1, 2, 3], jobs=3, words=["model.device=cpu"])
+    assert machine.most == 3
+
+
+def test_after_the_minutes_no_run_starts_and_all_stop(on_gpus, capsys):
+    machine = Machine(lasts=50, seed1=5, seed2=5, seed3=5)
+    with pytest.raises(Terminated) as end:
+        on_gpus(machine, [1, 2, 3, 4], jobs=2, minutes=1)
+    assert end.value.code == 143 and 60 <= machine.now < 61
+    assert machine.events == [
+        *("seed1 starts", "seed1 ends", "seed2 starts", "seed3 starts", "seed2 stops", "seed3 stops")
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3:] == [
+        "grid-seed2: stopped (143)",
+        "grid-seed3: stopped (143)",
+        "time is up; 1 of 4 runs have finished",
+    ]
+    assert on_gpus(Machine(lasts=50), [1, 2, 3, 4], jobs=2, minutes=3) == []  # the same command does the rest
+    with pytest.raises(UserError, match="--minutes must be more than 0, got -1"):
+        sweep.main(["grid.yaml", "--minutes", "-1"])
+
+
+def test_an_interrupted_sweep_leaves_no_run_behind(on_gpus):
+    machine = Machine()
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    machine.sleep = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        on_gpus(machine, [1, 2], jobs=2)
+    assert machine.events == ["seed1 starts", "seed1 stops"]
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, {"0", "1"}), ("5, 7", {"5", "7"})])
+def test_each_gpu_has_equally_many_runs(on_gpus, monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = Machine()
+    machine.free_memory = None  # as many jobs as GPUs: it is not asked for
+    on_gpus(machine, list(range(6)), jobs=2, gpus=2)
+    assert machine.most == 1 and {process.gpu for process in machine.processes} == expected
+    began = [process.began for process in machine.processes]
+    assert began[0] == began[1] < began[2] == began[3] < began[4] == began[5]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,18 @@
 apc sweep configs/sweep/demo.yaml                    every combination, one after the other, or one on each GPU
 apc sweep configs/sweep/demo.yaml data.fit=a.txt     with overrides for all of them
 apc sweep configs/sweep/demo.yaml --dry-run          prints the runs and stops
+apc sweep configs/sweep/demo.yaml --jobs 3           up to three runs at a time, as far as the GPUs' memory allows
+apc sweep configs/sweep/demo.yaml --minutes 9        a part of nine minutes; the same command runs the next part
 
 A run's name is the sweep's name and the run's own values; W&B groups the runs by sweep. The same command resumes a
 sweep: it skips finished runs and resumes the others. It writes a row per policy of each finished run to
 <run.dir>/<sweep>.csv, and compares the runs in <run.dir>/<sweep>.comparison/, as `evaluate.py compare=` does.
+
+With more jobs than GPUs, runs share GPUs. A run starts beside others if as much memory is left as the largest finished
+run of the sweep held of its GPU (`gpu_bytes` in results.json) and 1 GB for its process; until a run has finished, none
+starts beside another. A run that lacks memory beside others is repeated once, alone on a GPU. Runs with speed=true
+never share one. With --minutes, no run starts after that time, and running ones are asked to save their state and end;
+the exit code is then 143, as after a SIGTERM.
 
 A run's command comes from the file's `command:`, which is read as W&B's agent reads it. The default is ${env}
 ${interpreter} ${program} ${args_no_hyphens}. Words after the program (a YAML file, overrides) apply to every run.
@@ -16,26 +24,29 @@ import argparse
 import csv
 import io
 import itertools
+import math
 import os
-import queue
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from apc.commands.sharing import Guest, SharedGPUs, free_gpu_memory
 from apc.config.load import CONFIGS, load_config, split_file
 from apc.config.schema import Config
 from apc.config.values import as_word, parse_yaml, typed
 from apc.run.folder import RunFolder, check_same, check_scored, read_results
 from apc.sparse.policies import check_policies
 from apc.utils.errors import Terminated, UserError
+from apc.utils.exits import GPU_IS_FULL
 from apc.utils.files import write_atomic
 from apc.utils.packages import require_extra
 
@@ -46,6 +57,7 @@ PATTERN_KEYS = ("sites", "sparsity", "active", "model", "data", "collect", "moni
 _DIES_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execvp(sys.argv[1], sys.argv[1:])"
 )
+_PAUSE = 0.1  # seconds between two looks at the running trials
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
 # Entries of a sweep file that only W&B's server uses.
 SERVER_KEYS = ("name", "description", "entity", "metric", "early_terminate", "run_cap")
@@ -233,66 +245,152 @@ def _short(key: str, value: object) -> str:
     return key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9._]+", "_", str(value))
 
 
-def run(grid: list[Trial], launcher: list[str], jobs: int, gpus: int) -> list[str]:
-    """Runs the unfinished trials, `jobs` at a time, each on its own GPU if there are several.
+@dataclass(eq=False)
+class Process:
+    """A trial that runs."""
 
-    launcher: the words of the command up to and including the program.
+    trial: Trial
+    popen: subprocess.Popen
+    guest: Guest | None  # its place on a GPU
 
-    Returns a line per failed run. On a SIGTERM it passes the signal to its runs, waits until they have saved their
-    state, and raises Terminated.
+
+class Runner:
+    """Runs trials, `jobs` at a time, each on the GPU with the fewest of them.
+
+    launcher: the words of the command up to and including the program; gpus: their number; minutes: after so many, all
+    runs are stopped; free_memory: see `SharedGPUs`.
     """
-    places: queue.Queue[int] = queue.Queue()
-    running: dict[str, subprocess.Popen] = {}
-    asked = threading.Event()
 
-    def ask(signum: int, frame: object) -> None:
-        asked.set()
-        for process in list(running.values()):
-            process.terminate()
+    def __init__(
+        self,
+        launcher: list[str],
+        jobs: int,
+        gpus: int,
+        minutes: float | None = None,
+        free_memory: Callable[[int], int] = free_gpu_memory,
+    ) -> None:
+        self.launcher, self.jobs = launcher, jobs
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.gpus = SharedGPUs(gpus, jobs, free_memory) if gpus else None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.devices = visible.split(",") if visible else list(map(str, range(gpus)))
+        self.running: list[Process] = []
+        self.waiting: deque[Trial] = deque()
+        self.again: deque[Trial] = deque()  # those that lacked memory beside others; each gets a GPU alone
+        self.failed: list[str] = []  # a line for each
+        self.stopped = False
 
-    for place in range(jobs):
-        places.put(place)
+    def stop(self, *_: object) -> None:
+        """Asks the running trials to save their state and end, and starts no other. Usable as a signal handler."""
+        self.stopped = True
+        for process in list(self.running):
+            process.popen.terminate()
 
-    def one(trial: Trial) -> str | None:
-        if trial.finished:
-            print(f"{trial.name}: already finished", flush=True)
-            return None
-        place = places.get()
-        if asked.is_set():
-            places.put(place)
-            return None
+    def run(self, trials: list[Trial]) -> None:
+        """Runs the unfinished ones of these trials until all have ended, or until it is stopped.
+
+        Raises UserError, before any starts, if the folder of one holds another run.
+        """
+        for trial in trials:
+            if trial.finished:
+                self._learn(trial)
+                print(f"{trial.name}: already finished", flush=True)
+            else:
+                self.waiting.append(trial)
+        told = set()  # names of the trials that were said to wait
         try:
-            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus > 1 else {})
-            trial.log.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{trial.name}: running, output in {trial.log}", flush=True)
-            with open(trial.log, "w") as log:
-                command = [sys.executable, "-c", _DIES_WITH_PARENT, *launcher, *trial.words]
-                running[trial.name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-                if asked.is_set():  # the signal came during the start
-                    running[trial.name].terminate()
-                code = running[trial.name].wait()
-        finally:
-            running.pop(trial.name, None)
-            places.put(place)
-        if code == 0:
-            print(f"{trial.name}: done", flush=True)
-            return None
-        last = (trial.log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
-        print(f"{trial.name}: FAILED ({code}): {last}", flush=True)
-        return f"{trial.name}: exit code {code}: {last}"
+            while self.running or ((self.waiting or self.again) and not self.stopped):
+                if time.monotonic() >= self.deadline and not self.stopped:
+                    self.stop()
+                for process in list(self.running):
+                    code = process.popen.poll()
+                    if code is not None:
+                        self._end(process, code)
+                queue = self.again or self.waiting  # the former first, or others would keep all GPUs busy
+                if queue and len(self.running) < self.jobs and not self.stopped:
+                    alone = queue is self.again or queue[0].config.speed  # other runs would slow a measurement down
+                    gpu, lacks = self._find_gpu(queue[0], alone)
+                    if not lacks:
+                        self._start(queue.popleft(), gpu, alone)
+                        continue
+                    if queue[0].name not in told:
+                        told.add(queue[0].name)
+                        print(f"{queue[0].name}: waits for {lacks}", flush=True)
+                time.sleep(_PAUSE)
+        except BaseException:  # Ctrl-C too: no run stays behind
+            self.stop()
+            for process in self.running:
+                process.popen.wait()
+            raise
 
+    def _learn(self, trial: Trial) -> None:
+        """Notes what GPU memory a finished trial held: in its last process, and in those that ended its trainings."""
+        if self.gpus is not None:
+            results = read_results(trial.folder.results) or {}
+            parts = (results, *(results.get(stage) or {} for stage in ("cluster", "predictor", "tune")))
+            self.gpus.learn(max(part.get("gpu_bytes") or 0 for part in parts))
+
+    def _find_gpu(self, trial: Trial, alone: bool) -> tuple[int | None, str]:
+        """The GPU for a trial, None if it uses none; and what it has to wait for, empty if nothing."""
+        if self.gpus is None or trial.config.model.device == "cpu":
+            return None, ""
+        return self.gpus.find(alone)
+
+    def _start(self, trial: Trial, gpu: int | None, alone: bool) -> None:
+        environment = dict(os.environ)
+        if gpu is not None and len(self.devices) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices[gpu].strip()
+        trial.log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{trial.name}: running, output in {trial.log}", flush=True)
+        guest = None if gpu is None or self.gpus is None else self.gpus.enter(trial.name, gpu, alone)
+        with open(trial.log, "w") as log:
+            command = [sys.executable, "-c", _DIES_WITH_PARENT, *self.launcher, *trial.words]
+            popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.running.append(Process(trial, popen, guest))
+        if self.stopped:  # a signal came during the start
+            popen.terminate()
+
+    def _end(self, process: Process, code: int) -> None:
+        self.running.remove(process)
+        trial, guest = process.trial, process.guest
+        if guest is not None and self.gpus is not None:
+            self.gpus.leave(guest)
+        lines = (trial.log.read_text(errors="replace").strip() or "no output").splitlines()
+        if code == 0:
+            self._learn(trial)
+            print(f"{trial.name}: done", flush=True)
+        elif self.stopped:
+            print(f"{trial.name}: stopped ({code})", flush=True)
+        elif guest is not None and guest.had_company and any(line.startswith(GPU_IS_FULL) for line in lines):
+            self.again.append(trial)
+            print(f"{trial.name}: lacked GPU memory beside other runs; is repeated alone on a GPU", flush=True)
+        else:
+            self.failed.append(f"{trial.name}: exit code {code}: {lines[-1]}")
+            print(f"{trial.name}: FAILED ({code}): {lines[-1]}", flush=True)
+
+
+def run(grid: list[Trial], runner: Runner) -> list[str]:
+    """Runs the unfinished trials; returns a line for each that failed.
+
+    At the deadline, or on a SIGTERM, it passes a SIGTERM to the running trials, waits until they have saved their
+    state, and raises Terminated. Raises UserError as `Runner.run` does.
+    """
     # One trial for each set of patterns goes first: the others then find those patterns on the disk.
     shared = [trial for trial in reversed(grid) if trial.config.collect.storage == "disk"]
-    first = {str([getattr(trial.config, key) for key in PATTERN_KEYS]): trial for trial in shared}.values()
-    before = signal.signal(signal.SIGTERM, ask)
+    first = list({str([getattr(trial.config, key) for key in PATTERN_KEYS]): trial for trial in shared}.values())
+    before = signal.signal(signal.SIGTERM, runner.stop)
     try:
-        with ThreadPoolExecutor(jobs) as workers:
-            lines = [*workers.map(one, first), *workers.map(one, [trial for trial in grid if trial not in first])]
+        runner.run(first)
+        if not runner.stopped:
+            runner.run([trial for trial in grid if trial not in first])
     finally:
         signal.signal(signal.SIGTERM, before)
-    if asked.is_set():
+    if runner.stopped:
+        if time.monotonic() >= runner.deadline:
+            finished = sum(trial.finished for trial in grid)
+            print(f"time is up; {finished} of {len(grid)} runs have finished", flush=True)
         raise Terminated
-    return [line for line in lines if line]
+    return runner.failed
 
 
 def summary(grid: list[Trial]) -> str:
@@ -314,6 +412,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="a W&B sweep file, method grid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU")
+    what = "stop all runs after so many minutes; the same command goes on from there"
+    parser.add_argument("--minutes", type=float, metavar="N", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print the runs and stop")
     parser.add_argument("--wide", action="store_true", help="print the table with all columns, in lines of any length")
     options = parser.parse_intermixed_args(words)
@@ -323,6 +423,8 @@ def main(words: list[str] | None = None) -> None:
 
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
+    if options.minutes is not None and not options.minutes > 0:
+        raise UserError(f"--minutes must be more than 0, got {options.minutes:g}")
     sweep = read_sweep(options.file)
     grid = trials(sweep, options.overrides)
     if options.dry_run:
@@ -334,7 +436,7 @@ def main(words: list[str] | None = None) -> None:
     program = [sweep.program] if Path(sweep.program).is_file() else ["-m", "apc", Path(sweep.program).stem]
     meanings = {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": program}
     launcher = [part for word in sweep.launcher for part in meanings.get(word, [word])]
-    failed = run(grid, launcher, options.jobs or max(1, gpus), gpus)
+    failed = run(grid, Runner(launcher, options.jobs or max(1, gpus), gpus, options.minutes))
     path = Path(grid[0].config.run.dir) / f"{options.file.stem}.csv"
     write_atomic(path, summary(grid).encode())
     finished = [read_finished(trial.folder.path) for trial in grid if trial.folder.results.is_file()]

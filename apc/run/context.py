@@ -36,6 +36,10 @@ class RunContext:
     tracking: Tracking
     watch: Stopwatch
 
+    def gpu_bytes(self) -> int | None:
+        """The most bytes of the GPU that torch has held in this process so far; None without a GPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+
 
 def load_inputs(
     cfg: Config, device: torch.device

@@ -56,6 +56,7 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
         "policies": records,
         **stage_records(context.run),
         "seconds": watch.seconds,  # laps add to it
+        "gpu_bytes": context.gpu_bytes(),
     }
     if distributed.is_main():
         write_json(folder / "results.json", results)
@@ -63,6 +64,7 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
         if cfg.speed:  # last, so that all other results are saved if it fails
             results["speed"] = _measure_speed(context, codebook, predictor, scored, measured)
             watch.lap("speed")
+            results["gpu_bytes"] = context.gpu_bytes()
             write_json(folder / "results.json", results)
             _publish_speed(results, folder, context.tracking)
     distributed.barrier()

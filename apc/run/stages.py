@@ -97,7 +97,7 @@ def _save(
     record: content of the stage's JSON file; name, kind: of the W&B artifact that stores the last of `files`.
     """
     if distributed.is_main():
-        write_json(context.run.history(stage), record)
+        write_json(context.run.history(stage), record | {"gpu_bytes": context.gpu_bytes()})
         for path, made in files.items():
             made.save(path)
         context.tracking.artifact(name, kind, list(files)[-1])

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from apc.utils.errors import Terminated, UserError, first_line
 from apc.utils.files import FULL
 
+GPU_IS_FULL = "error: the GPU has no memory left"  # how the line begins; `apc sweep` looks for it
 GO_ON = "the same command with this run.name goes on from here"
+
+_CUDA_IS_FULL = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # from libraries below torch's allocator
 
 
 @contextmanager
@@ -40,14 +43,16 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         # torch has a class for a GPU without memory, but only a message for the host.
         torch = sys.modules.get("torch")
-        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        on_gpu = torch is not None and (
+            isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _CUDA_IS_FULL)
+        )
         if isinstance(error, RuntimeError) and not on_gpu and "DefaultCPUAllocator" not in str(error):
             raise
-        where = "the GPU" if on_gpu else "this machine"
+        begin = GPU_IS_FULL if on_gpu else "error: this machine has no memory left"
         advice = (
             "lower trainer.batch_windows, collect.batch_tokens or predictor.batch_tokens, or set collect.storage=disk"
         )
-        _end(f"error: {where} has no memory left ({first_line(error)}); {advice}; {after_interrupt}")
+        _end(f"{begin} ({first_line(error)}); {advice}; {after_interrupt}")
     except KeyboardInterrupt:
         _end(f"interrupted; {after_interrupt}", 130)
     except Terminated:
