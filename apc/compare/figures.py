@@ -295,10 +295,11 @@ def _bytes_legend(figure: Figure, every: Sequence[frontier.Series]) -> None:
 
     dot: dict[str, Any] = dict(marker="o", linestyle="none")
     peer = dict(color=figures.MUTED, linestyle=_PEER_DASHES)
+    joined = [series for series in every if len(frontier.best(series.points)) > 1]
     looks: list[tuple[str, bool, dict]] = [
         ("frontier: best of all at these bytes or fewer", any(map(frontier.Series.is_usable, every)), _FRONTIER),
         ("peers", any(facts(series.policy).is_peer for series in every), peer),
-        ("FFN stored at few bits", any(series.few_bits for series in every), dict(linestyle=_FEW_BITS_DASHES)),
+        ("FFN stored at few bits", any(series.few_bits for series in joined), dict(linestyle=_FEW_BITS_DASHES)),
         ("bound", any(series.is_bound for series in every), dot | dict(markerfacecolor="white")),
         (
             "worse than its policy's best at these bytes",
