@@ -360,3 +360,11 @@ def test_a_device_map_is_one_process_and_decodes_nothing(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             cli.main("", lambda cfg: {})
         assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], 0.53), (["policies=[dense]"], None), (["policies=[dense,teal]", "bytes=0.6"], 0.6), (["bytes=0.4"], 0.4)],
+)
+def test_the_bytes_of_the_demo_are_for_its_own_policies(words, expected):
+    assert load_config(None, words).bytes == expected

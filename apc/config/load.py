@@ -70,8 +70,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         raise UserError(f"experiment={experiment}: renamed; write experiment={RENAMED_EXPERIMENTS[experiment]}")
     files = [Path(path)] if path is not None else []
     given = [*_read_groups(names), dotlist]
-    if experiment is None and _is_bundled([*_read_files(files), *given]):
+    if experiment is None and _is_bundled(sources := [*_read_files(files), *given]):
         experiment = "demo"
+        if any("policies" in source for source in sources) and not any("bytes" in source for source in sources):
+            dotlist["bytes"] = None  # the demo's is for its own policies
     if experiment:
         files.insert(0, _group_file("experiment", experiment))
     cfg = _merge([*_read_files(files), *given])

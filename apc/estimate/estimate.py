@@ -39,7 +39,7 @@ from apc.estimate.exchange import Exchange
 from apc.estimate.measured_rates import rate, rates
 from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
-from apc.sparse.policies import calibrated_policies, default_policies, facts, trains_predictor, tuned_forms
+from apc.sparse.policies import calibrated_policies, chosen_policies, facts, trains_predictor, tuned_forms
 from apc.tune.module import TuningModule
 from apc.utils import wheels
 from apc.utils.errors import UserError
@@ -390,7 +390,7 @@ def stage_work(cfg: Config, work: Workload) -> dict[str, dict[str, float]]:
     fit, score = work.fit_windows * S, work.score_windows * S
     calibrated = min(cfg.collect.calibration_windows, work.fit_windows) * S if cfg.active == "threshold" else 0
     neurons = shape.layers * sum(shape.widths.values())
-    masked = sum(policy != "dense" for policy in cfg.policies or default_policies())
+    masked = sum(policy != "dense" for policy in chosen_policies(cfg))
     amounts: dict[str, dict[str, float]] = {
         "collect": {"FLOPs": 2 * shape.body * (fit + calibrated), "reads": neurons * (fit + calibrated)},
         "evaluate": {"FLOPs": 2 * shape.parameters * score * (1 + masked), "reads": neurons * score * (1 + 2 * masked)},

@@ -12,7 +12,7 @@ from apc.data.models import model_name
 from apc.estimate.estimate import Estimate, Seconds, Workload, estimate, known, pattern_info, read_workload
 from apc.estimate.exchange import GPUS_PER_HOST
 from apc.evaluate import tables
-from apc.sparse.policies import default_policies, trains_predictor
+from apc.sparse.policies import chosen_policies, trains_predictor
 
 RANKS = (1, 8)  # columns that are always shown, besides one for trainer.devices
 WIDTH = 110  # characters per line
@@ -46,7 +46,7 @@ def _heading(cfg: Config, work: Workload) -> list[str]:
         f"(shape: {shape.origin})",
         f"fit    {cfg.data.fit}: {fit}{monitored}",
         f"score  {cfg.data.score}: {score}{', IN-SAMPLE' if cfg.data.in_sample else ''}",
-        f"policies   {', '.join(cfg.policies or default_policies())}"
+        f"policies   {', '.join(chosen_policies(cfg))}"
         + ("" if trains_predictor(cfg) else "; none needs a predictor, so none is trained"),
     ]
 

@@ -17,7 +17,7 @@ from apc.predict.predictor import CORRECTION, Predictor
 from apc.run.context import RunContext
 from apc.run.folder import commit, stage_records, write_json
 from apc.run.tracking import Tracking
-from apc.sparse.policies import calibrated_policies, choose_policies, default_policies, total_bytes
+from apc.sparse.policies import calibrated_policies, chosen_policies, total_bytes, usable_policies
 from apc.utils import distributed
 
 LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
@@ -31,17 +31,17 @@ def check_speed(cfg: Config, model: nn.Module) -> None:
     if cfg.speed:
         from apc.evaluate import speed  # imports transformers' attention, which takes seconds
 
-        speed.check(model, cfg.policies or default_policies(), cfg.data.seq_len)
+        speed.check(model, chosen_policies(cfg), cfg.data.seq_len)
 
 
 def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, folder: Path) -> dict:
     """Scores the policies, writes `folder`/results.json and figures/, and returns the results (docs/files.md)."""
     cfg, device, watch = context.cfg, context.device, context.watch
-    names, left_out = choose_policies(cfg.policies, codebook, predictor)
+    names, left_out = usable_policies(cfg, codebook, predictor)
     missing = [{"policy": name, "missing": reason} for name, reason in left_out.items()]
     batch = batch_windows(cfg, device)
     evaluator = Evaluator(context.model, codebook, predictor, scored.tokens, device, batch, cfg.seed)
-    order = cfg.policies or default_policies()
+    order = chosen_policies(cfg)
     other = other_weights(context.model, codebook.provenance)
     if distributed.is_main():
         if other is not None:

@@ -60,9 +60,10 @@ def make_policy(name: str, codebook: Codebook, predictor: Predictor | None, seed
     return POLICIES[name](codebook, predictor, seed)
 
 
-def default_policies() -> list[str]:
-    """The policies that are evaluated if `policies` is not given."""
-    return [name for name, policy in POLICIES.items() if policy.by_default]
+def chosen_policies(cfg: Config) -> list[str]:
+    """The policies to evaluate: `policies`, or the default ones. Some of these are left out if `bytes` is not given."""
+    defaults = (name for name, policy in POLICIES.items() if policy.by_default)
+    return cfg.policies or [name for name in defaults if cfg.bytes is not None or not POLICIES[name].calibrated]
 
 
 def default_policy(codebook: Codebook, predictor: Predictor | None) -> str:
@@ -76,17 +77,15 @@ def kernel_policies() -> list[str]:
     return [name for name, policy in POLICIES.items() if policy.known_before_ffn() and name != "dense"]
 
 
-def choose_policies(
-    asked: list[str] | None, codebook: Codebook, predictor: Predictor | None
-) -> tuple[list[str], dict[str, str]]:
-    """The policies to run, and the reason for each default policy that can't run.
+def usable_policies(cfg: Config, codebook: Codebook, predictor: Predictor | None) -> tuple[list[str], dict[str, str]]:
+    """The chosen policies that can run, and the reason for each default policy that can't.
 
     Raises UserError if a policy that was asked for by name can't run.
     """
-    names = asked or default_policies()
+    names = chosen_policies(cfg)
     reasons = {name: POLICIES[name].missing(codebook, predictor) for name in names}
     left_out = {name: reason for name, reason in reasons.items() if reason}
-    if asked and left_out:
+    if cfg.policies and left_out:
         raise UserError("; ".join(f"policy {name}: {reason}" for name, reason in left_out.items()))
     return [name for name in names if name not in left_out], left_out
 
@@ -98,14 +97,14 @@ def tuned_forms(cfg: Config) -> tuple[str, ...]:
 
 def calibrated_policies(cfg: Config) -> list[str]:
     """The policies to evaluate that are calibrated on fit text first."""
-    return [name for name in cfg.policies or default_policies() if POLICIES[name].calibrated]
+    return [name for name in chosen_policies(cfg) if POLICIES[name].calibrated]
 
 
 def trains_predictor(cfg: Config) -> bool:
     """Whether a run trains a predictor: `stage=predict` asks for it, or a tuned or evaluated policy needs one."""
     if cfg.tune.max_epochs and cfg.stage != "predict":
         return bool(tuned_forms(cfg))
-    return cfg.stage == "predict" or any(POLICIES[name].forms for name in cfg.policies or default_policies())
+    return cfg.stage == "predict" or any(POLICIES[name].forms for name in chosen_policies(cfg))
 
 
 def check_policies(cfg: Config) -> None:
@@ -139,7 +138,7 @@ def check_policies(cfg: Config) -> None:
 
 def check_used(cfg: Config) -> None:
     """Raises UserError if `bytes` or `stages` are set and no policy of the run heeds them."""
-    names = [*(cfg.policies or default_policies()), *([cfg.tune.policy] if cfg.tune.max_epochs else [])]
+    names = [*(chosen_policies(cfg)), *([cfg.tune.policy] if cfg.tune.max_epochs else [])]
     policies = [POLICIES[name] for name in names]
     if cfg.stages != StagesConfig() and not any(policy.staged for policy in policies):
         staged = ", ".join(name for name, policy in POLICIES.items() if policy.staged)

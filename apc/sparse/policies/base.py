@@ -5,7 +5,7 @@ Shape letters: n tokens, E hidden size, D neurons at a site, K clusters.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -37,6 +37,13 @@ class MaskInputs:
     ffn: FFN
     gate: Tensor | None = None  # act(gate) [n, D] for a policy with `sees_gate`
     tokens: Tensor | None = None  # int64 [n], the tokens' places in the forward pass; None: all tokens of it
+
+    def some(self, places: Tensor) -> "MaskInputs":
+        """The same for the tokens at these places, int64 [m]."""
+        inputs = {layer: hidden[places] for layer, hidden in self.inputs.items()}
+        gate = None if self.gate is None else self.gate[places]
+        tokens = places if self.tokens is None else self.tokens[places]
+        return replace(self, values=self.values[places], inputs=inputs, gate=gate, tokens=tokens)
 
     @cached_property
     def importance(self) -> Tensor:
@@ -140,7 +147,7 @@ class MaskPolicy:
     """Decides masks. A subclass states its facts as class attributes and overrides `mask`, or `decide`."""
 
     name = ""  # its name in `policies=[…]`, tables and results.json
-    by_default = False  # it is evaluated if `policies` is not given
+    by_default = False  # it is evaluated if `policies` is not given; a `calibrated` one only if `bytes` is
     in_sparsify = False  # `sparsify` may choose it if no policy is named; see `default_policy`
     is_bound = False  # it reads the token's own activations: a bound, not a method to use
     sees_gate = False  # it needs act(gate) of all neurons: `MaskInputs.gate`

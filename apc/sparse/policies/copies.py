@@ -95,7 +95,7 @@ class Prox(MaskPolicy):
         rows = {part: min(rest, 1.0) for part, rest in left.items() if rest > 0}
         found = _thresholds(fit, dense, list(rows), lambda inputs: [copy.input_sizes(inputs)] * len(rows))
         choices = [_LargestScores(codebook(inputs=each), kept) for each, kept in zip(found, rows.values(), strict=True)]
-        captures = _Captures(choices, device)
+        captures = _Captures(choices, fit)
         fit.run(dense, captures)
         best = int(distributed.all_sum(captures.sums).argmax())
         chosen, (part, kept) = choices[best], list(rows.items())[best]
@@ -230,16 +230,21 @@ class _Counter:
 
 
 class _Captures:
-    """A meter that sums the shares of importance that policies' masks capture, int64 [policies]."""
+    """A meter that sums the shares of importance that policies' masks capture, int64 [policies].
 
-    def __init__(self, policies: list[_LargestScores], device: torch.device):
-        self.policies = policies
-        self.sums = torch.zeros(len(policies), dtype=torch.int64, device=device)
+    It looks at the tokens `FitPass.tokens` of each window.
+    """
+
+    def __init__(self, policies: list[_LargestScores], fit: FitPass):
+        self.policies, self.fit = policies, fit
+        self.sums = torch.zeros(len(policies), dtype=torch.int64, device=fit.tokens.device)
 
     def add(self, inputs: MaskInputs, decision: MaskDecision) -> None:
-        _check_formula(inputs)
+        starts = torch.arange(0, len(inputs.values), self.fit.windows.shape[1], device=inputs.values.device)
+        some = inputs.some((starts.unsqueeze(1) + self.fit.tokens.to(starts.device)).flatten())
+        _check_formula(some)
         for place, policy in enumerate(self.policies):
-            importance, _ = inputs.captured(policy.decide(inputs).mask.float())
+            importance, _ = some.captured(policy.decide(some).mask.float())
             self.sums[place] += (importance.double() * _UNITS).round().long().sum()
 
 

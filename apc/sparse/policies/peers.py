@@ -120,6 +120,7 @@ class Teal(Peer):
     """
 
     name = "teal"
+    by_default = True
     masks_input = True
     completes = False
     color, marker = PEER_COLOR, "p"
@@ -210,6 +211,7 @@ class Wina(Teal):
     """
 
     name = "wina"
+    by_default = False
     color, marker = PEER_COLOR, "H"
 
     @classmethod
@@ -277,6 +279,7 @@ class RSparse(Teal):
     """
 
     name = "r-sparse"
+    by_default = False
     adds_to_projections = True
     changes_output = True
     completes = True

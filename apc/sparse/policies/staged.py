@@ -420,6 +420,7 @@ class StagedProx(Staged, Prox):
     """
 
     name = "staged-prox"
+    by_default = True
     is_peer = False  # Prox has no stages
     color, marker = "#0072B2", "P"
 
