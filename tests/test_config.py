@@ -185,7 +185,7 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("sites=[neuron,gate]", r"sites=\['neuron', 'gate'\]: `neuron` is one mask"),
         ("sites=[gates]", r"sites=\['gates'\]: choose"),
         ("policies=[oracle,orcale]", "policies: orcale is unknown; choose dense, exact"),
-        ("model=mistral8b", "model=mistral8b: no such group file; choose bundled, mistral7b"),
+        ("model=mistral8b", "model=mistral8b: no such group file; choose bundled, gemma3-270m, mistral7b"),
         ("experiment=none", "experiment=none: no such group file"),
         ("stage=evaluate", "stage=evaluate: choose collect, cluster, predict, tune or all"),
         ("model.dtype=int8", "model.dtype=int8: choose auto, float32"),
@@ -297,7 +297,7 @@ def test_help_lists_keys_and_groups_and_print_config_stops_there():
     for expected in (
         "cluster.k=256",
         "Clusters in a codebook",
-        "model=bundled|mistral7b",
+        "model=bundled|gemma3-270m|mistral7b",
         "experiment=wikitext2",
         "data.seq_len=",
     ):

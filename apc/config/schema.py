@@ -51,7 +51,7 @@ class RunConfig:
 class ModelConfig:
     """The model and how it is loaded."""
 
-    # `bundled`, a Hugging Face id, a model folder, or a .gguf file.
+    # `bundled` (SmolLM2-135M-Instruct), `bundled:gemma3-270m`, a Hugging Face id, a model folder, or a .gguf file.
     path: str = "bundled"
     # float32, bfloat16 or float16. auto: as stored (a .gguf file: float32).
     dtype: str = "auto"

