@@ -67,6 +67,7 @@ ACTIVATIONS = {
     "gpt2": lambda x: F.gelu(x, approximate="tanh"),
     "opt": F.relu,
     "arcee": lambda x: F.relu(x).square(),
+    "gemma3": lambda x: F.gelu(x, approximate="tanh"),
 }
 
 
@@ -186,6 +187,7 @@ def test_gate_and_up_both_read_the_replaced_input_in_whatever_order_they_run(fam
 def test_measuring_costs_leaves_the_model_dense(family):
     model = tiny.make_model(family).requires_grad_(False)
     fit = sample_of(model, family, windows=2)
+    assert [norm is not None for norm in fit.norms] == [family in ("gemma2", "gemma3")] * LAYERS
     body, seen = model.get_decoder(), []
     dense = [body(window[None]).last_hidden_state for window in fit.windows]
     hook = body.register_forward_hook(lambda _, given, output: seen.append(output.last_hidden_state))
@@ -197,26 +199,38 @@ def test_measuring_costs_leaves_the_model_dense(family):
     assert costs.shape == (LAYERS, 2, len(input_costs.SKIPPED)) and costs.isfinite().all() and (costs >= 0).all()
 
 
+def test_dropping_all_of_an_ffn_costs_more_than_dropping_half_of_it_also_before_a_norm():
+    """The loss does not depend on the length of a norm's input, so gradients before it would give 0."""
+    model = tiny.make_model("gemma3").requires_grad_(False)
+    fit = sample_of(model, windows=2)
+    assert fit.norms == [block.post_feedforward_layernorm for block in model.model.layers]
+    costs = input_costs.costs(fit, Teal(fit.codebook, None, 0))
+    assert (costs[..., -1] > costs[..., input_costs.SKIPPED.index(0.5)]).all()
+
+
 @pytest.mark.parametrize("name", PEERS)
-def test_costs_are_the_fisher_information_of_what_is_skipped(name):
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_costs_are_the_fisher_information_of_what_is_skipped(family, name):
     """For one layer and token set: gradients and changed outputs from replaced forwards."""
-    model = tiny.make_model().requires_grad_(False)
+    model = tiny.make_model(family).requires_grad_(False)
     fit = sample_of(model, windows=2)
     book = fit.codebook.with_calibrated(name, POLICIES[name].calibrate(fit, 0.6), {})
     rule = POLICIES[name](book, None, 0)
     found = input_costs.costs(fit, rule)
     layer, level, expected = 1, 5, torch.zeros(2, dtype=torch.float64)
-    ffn, mlp = find_ffns(model)[layer], model.model.layers[layer].mlp
+    ffn, block, act = find_ffns(model)[layer], model.model.layers[layer], ACTIVATIONS[family]
+    last = block.post_feedforward_layernorm if family == "gemma3" else block.mlp
+    update = last if family == "gemma3" else lambda output: output
     for window, ids in enumerate(fit.windows):
         zeros, seen = torch.zeros(12, E, requires_grad=True), {}
 
-        def forward(x):
-            seen["x"] = x[0].detach()  # noqa: B023
-            return type(mlp).forward(mlp, x) + zeros[None]  # noqa: B023
-
-        mlp.forward = forward
+        handles = [
+            block.mlp.register_forward_pre_hook(lambda _, given: seen.update(x=given[0][0].detach())),  # noqa: B023
+            last.register_forward_hook(lambda _, given, output: output + zeros[None]),  # noqa: B023
+        ]
         logits = model(ids[None]).logits[0]
-        del mlp.forward
+        for handle in handles:
+            handle.remove()
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(window))
         (gradient,) = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), zeros)
         gate, up, down = (weights[0] for weights in weights_of(ffn))
@@ -230,13 +244,14 @@ def test_costs_are_the_fisher_information_of_what_is_skipped(name):
         def added(kept, values, projection):
             return rule.completion(layer, projection, values - kept) if rule.completes else 0
 
-        h = F.silu(x @ gate.T) * (x @ up.T)
+        h = act(x @ gate.T) * (x @ up.T)
         kept = less(x, rule.input_scores(layer, x))
-        few = F.silu(kept @ gate.T + added(kept, x, "gate")) * (kept @ up.T + added(kept, x, "up"))
+        few = act(kept @ gate.T + added(kept, x, "gate")) * (kept @ up.T + added(kept, x, "up"))
         kept_h = less(h, rule.neuron_scores(layer, h))
         outputs = few @ down.T, kept_h @ down.T + added(kept_h, h, "down")
         for kind, output in enumerate(outputs):
-            expected[kind] += ((output - h @ down.T) * gradient).sum(-1).double().square().mean() / 2 / len(fit.windows)
+            change = update(output) - update(h @ down.T)
+            expected[kind] += (change * gradient).sum(-1).double().square().mean() / 2 / len(fit.windows)
     torch.testing.assert_close(found[layer, :, level], expected, rtol=1e-3, atol=1e-9)
 
 

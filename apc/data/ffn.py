@@ -353,6 +353,36 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
     return max(slots, default=0)
 
 
+def norms_behind(model: nn.Module, ffns: list[FFN]) -> list[nn.Module | None]:
+    """For each FFN, the norm that reads its output before that joins the residual stream, as in Gemma 2 and 3; or None.
+
+    It is a module whose parameters are vectors and whose input is the output of `down`. Runs the model on two tokens.
+    """
+    base: Any = model.base_model
+    outputs: dict[int, Tensor] = {}  # by FFN
+    norms: list[nn.Module | None] = [None] * len(ffns)
+
+    def keep(place: int):
+        return lambda _module, _inputs, output: outputs.update({place: output})
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        for place, output in outputs.items():
+            if inputs and inputs[0] is output:
+                norms[place] = module
+
+    handles = [ffn.down.register_forward_hook(keep(i)) for i, ffn in enumerate(ffns) if isinstance(ffn, LayerFFN)]
+    for module in base.modules():
+        if {value.dim() for value in module.parameters()} == {1}:
+            handles.append(module.register_forward_pre_hook(look))
+    try:
+        with torch.inference_mode():
+            base(input_ids=torch.tensor([[1, 2]], device=first_device(ffns)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return norms
+
+
 def _check_experts(kind: str, expert: FFN, slots: int) -> None:
     """Raises UserError unless a layer's experts compute what `routed` computes; compares them on random inputs."""
     module: Any = expert.module

@@ -5,14 +5,15 @@ Shape letters: L layers, n windows, S tokens in a window.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apc.cluster.codebook import Codebook
 from apc.config.schema import StagesConfig
-from apc.data.ffn import FFN, first_device
+from apc.data.ffn import FFN, LayerFFN, first_device, norms_behind
 from apc.data.hooks import FFNHooks, FFNVisitor
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
@@ -48,6 +49,11 @@ class SamplePass:
         self.tokens = torch.linspace(0, S - 1, min(GRADIENT_TOKENS, S), device=device).round().long()
         self._gradients: dict[int, Tensor] = {}
 
+    @cached_property
+    def norms(self) -> list[nn.Module | None]:
+        """The norm behind each FFN; see `norms_behind`."""
+        return norms_behind(self.model, self.ffns)
+
     def own_windows(self) -> range:
         """The windows that this rank runs."""
         return range(*distributed.share(len(self.windows)))
@@ -57,20 +63,28 @@ class SamplePass:
         """Runs one window with a visitor of these sites."""
         self._forward(self.model.base_model, window, FFNHooks(self.ffns, sites, visitor))
 
+    def residual_update(self, layer: int, output: Tensor) -> Tensor:
+        """What outputs [..., E] of a layer's FFN add to the residual stream; see `FitPass`."""
+        norm = self.norms[layer]
+        return output if norm is None else norm(output.to(self.ffns[layer].device)).to(output.device)
+
     def output_gradients(self, window: int) -> Tensor:
-        """The gradients of a window's loss to each FFN's output, float32 [L, t, E]; computed once for all policies."""
+        """The gradients to each FFN's `residual_update`; see `FitPass`. Computed once for all policies."""
         if window in self._gradients:
             return self._gradients[window]
-        visitor, device = _OutputZeros(), first_device(self.ffns)
+        pairs = zip(self.ffns, self.norms, strict=True)
+        added = _AddedZeros([norm or ffn.down for ffn, norm in pairs if isinstance(ffn, LayerFFN)])
+        device = first_device(self.ffns)
         with torch.enable_grad(), deterministic(device):
-            logits = self._forward(self.model, window, FFNHooks(self.ffns, ["down"], visitor)).logits[0].float()
+            logits = self._forward(self.model, window, added).logits[0].float()
             generator = torch.Generator(device).manual_seed(window)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            gradients = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), visitor.zeros)
-        self._gradients[window] = torch.stack([gradient.flatten(0, -2)[self.tokens].float() for gradient in gradients])
+            gradients = torch.autograd.grad(-logits.log_softmax(-1).gather(1, labels).sum(), added.zeros)
+        flat = [gradient.flatten(0, -2).to(device)[self.tokens].float() for gradient in gradients]
+        self._gradients[window] = torch.stack(flat)
         return self._gradients[window]
 
-    def _forward(self, model: Any, window: int, hooks: FFNHooks) -> Any:
+    def _forward(self, model: Any, window: int, hooks: "FFNHooks | _AddedZeros") -> Any:
         """The model's output for one window, with hooks that are then removed."""
         try:
             ids = self.windows[window : window + 1].to(first_device(self.ffns))
@@ -98,15 +112,21 @@ class SamplePass:
         return drop_costs(self.model, self.ffns, self.codebook, self.windows, visit, **options)
 
 
-class _OutputZeros(FFNVisitor):
-    """Adds zeros to each FFN's output, so that it has a gradient."""
+class _AddedZeros:
+    """Adds zeros to the outputs of modules in each forward pass, so that they have gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         self.zeros: list[Tensor] = []
+        self._handles = [module.register_forward_hook(self._add) for module in modules]
 
-    def visit(self, layer: int, site: str, values: Tensor) -> Tensor:
-        self.zeros.append(torch.zeros_like(values, requires_grad=True))
-        return values + self.zeros[-1]
+    def _add(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        self.zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + self.zeros[-1]
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass

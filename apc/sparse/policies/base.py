@@ -136,8 +136,11 @@ class FitPass(Protocol):
     def visit(self, window: int, visitor: FFNVisitor, sites: list[str]) -> None:
         """Runs one window with a visitor of these sites, without gradients."""
 
+    def residual_update(self, layer: int, output: Tensor) -> Tensor:
+        """What outputs [..., E] of a layer's FFN add to the residual stream: behind the norm, if one follows."""
+
     def output_gradients(self, window: int) -> Tensor:
-        """The gradients of a window's loss to each FFN's output at `tokens`, float32 [L, t, E].
+        """The gradients of a window's loss to each FFN's `residual_update` at `tokens`, float32 [L, t, E].
 
         The loss is the sum over all tokens of −log p(label), for labels drawn from the model.
         """

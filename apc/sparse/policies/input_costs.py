@@ -2,7 +2,8 @@
 
 The cost of reading only the top share of x, or of h, in one layer is half the mean square of (change of the FFN's
 output · gradient to the output), in nats, for labels drawn from the model: the Fisher information, as in Theis et al.,
-2018.
+2018. If a norm follows the FFN, as in Gemma, both are taken behind it. A norm ignores the length of its input, so the
+gradient before it is orthogonal to the output, and dropping the whole output would seem to cost nothing.
 
 Shape letters: n tokens, t sampled tokens, E hidden size, D neurons, L layers, J shares.
 """
@@ -38,14 +39,14 @@ class InputRule(Protocol):
 class _CostVisitor(FFNVisitor):
     """Appends copies of some tokens to each FFN's input, which read fewer inputs, and compares their outputs.
 
-    The model itself runs dense. tokens: int64 [t], which are copied; gradients: of their outputs, [L, t, E]. costs: of
+    The model itself runs dense. fit: its `tokens` are copied; gradients: its `output_gradients`, [L, t, E]. costs: of
     each layer, float64 [2, J].
     """
 
     replaces_input = True
 
-    def __init__(self, rule: InputRule, tokens: Tensor, gradients: Tensor):
-        self.rule, self.tokens, self.gradients = rule, tokens, gradients
+    def __init__(self, rule: InputRule, fit: FitPass, gradients: Tensor):
+        self.rule, self.fit, self.tokens, self.gradients = rule, fit, fit.tokens, gradients
         self.costs: list[Tensor] = []
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ class _CostVisitor(FFNVisitor):
         if site != "down":
             return flat.unsqueeze(0)
         own = flat[: self._count]
-        copies = flat[self._count :].float().unflatten(0, (2, len(SKIPPED), len(self.tokens)))
-        changes = copies - own.float()[self.tokens]
+        updates, copies = (self.fit.residual_update(layer, part).float() for part in (own, flat[self._count :]))
+        changes = copies.unflatten(0, (2, len(SKIPPED), len(self.tokens))) - updates[self.tokens]
         nats = (changes * self.gradients[layer]).sum(-1).double()
         self.costs.append(nats.square().mean(-1) / 2)
         return own.view(*self._shape[:-1], own.shape[-1])
@@ -87,7 +88,7 @@ def costs(fit: FitPass, rule: InputRule) -> Tensor:
     found = torch.zeros(shape, dtype=torch.float64, device=first_device(fit.ffns))
     inputs = (["gate", "up"] if fit.ffns[0].gated else ["up"]) if rule.completes else []
     for window in fit.own_windows():
-        visitor = _CostVisitor(rule, fit.tokens, fit.output_gradients(window))
+        visitor = _CostVisitor(rule, fit, fit.output_gradients(window))
         fit.visit(window, visitor, [*inputs, "neuron", "down"])
         found[window] = torch.stack(visitor.costs)
     return distributed.all_sum(found).cpu().mean(0)
