@@ -86,9 +86,30 @@ def test_every_combination_runs_once_and_the_table_has_them_all(workplace, monke
             sweep.main([*words, word])
 
 
+def test_several_files_are_one_sweep(tmp_path, capsys):
+    one = write_sweep(tmp_path / "one.yaml", **{"cluster.k": [3, 4], "seed": 1})
+    other = write_sweep(tmp_path / "other.yaml", **{"seed": [5, 6]})
+    again = write_sweep((tmp_path / "again").mkdir() or tmp_path / "again" / "one.yaml", **{"cluster.k": [4, 5]})
+    sweep.main([str(one), str(other), f"run.dir={tmp_path}", "--dry-run"])
+    runs = [line.partition("run.name=")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert runs == ["one-k3", "one-k4", "other-seed5", "other-seed6"]
+    grid = [trial for file in (one, other) for trial in sweep.trials(sweep.read_sweep(file), [f"run.dir={tmp_path}"])]
+    for trial in grid[1:3]:
+        trial.folder.path.mkdir()
+        trial.folder.results.write_text('{"policies": [{"policy": "dense"}]}')
+    rows = list(csv.DictReader(sweep.summary(grid).splitlines()))
+    assert [(row["run"], row["cluster.k"], row["seed"]) for row in rows] == [
+        ("one-k4", "4", ""), ("other-seed5", "", "5")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="two of the sweep files have a run called one-k4; rename one of the files"):
+        sweep.main([str(one), str(again)])
+    with pytest.raises(UserError, match="seed=1: not a sweep file; give one first"):
+        sweep.main(["seed=1", str(one)])
+
+
 def test_a_run_whose_speed_was_not_measured_is_not_finished(tmp_path):
     words = [f"run.dir={tmp_path}", "run.name=a", "speed=true"]
-    trial = sweep.Trial("a", {}, words, load_config(None, words))
+    (trial,) = sweep.trials(sweep.Sweep("a", "train.py", [], [], [], {}), words[:1] + words[2:])
     trial.folder.path.mkdir()
     trial.folder.config.write_text(to_yaml(trial.config))
     trial.folder.results.write_text('{"policies": []}')
@@ -212,10 +233,10 @@ def on_gpus(tmp_path, monkeypatch):
     def run(machine, seeds, jobs, gpus=1, minutes=None, words=()):
         monkeypatch.setattr(sweep.subprocess, "Popen", machine.popen)
         monkeypatch.setattr(sweep, "time", machine)
-        found = sweep.Sweep("grid", "train.py", [], [], [], {"seed": seeds})
+        found = sweep.Sweep("grid", "train.py", ["train.py"], [], [], {"seed": seeds})
         grid = sweep.trials(found, [f"run.dir={tmp_path}", "collect.storage=device", *words])
         try:
-            return sweep.run(grid, sweep.Runner(["train.py"], jobs, gpus, minutes, machine.free_memory))
+            return sweep.run(grid, sweep.Runner(jobs, gpus, minutes, machine.free_memory))
         finally:
             assert signal.getsignal(signal.SIGTERM) == before
             assert not [process for process in machine.processes if process.code is None]

@@ -1,10 +1,11 @@
-"""Runs the grid of a W&B sweep file on this machine, without a server.
+"""Runs the grids of W&B sweep files on this machine, without a server.
 
 apc sweep configs/sweep/demo.yaml                    every combination, one after the other, or one on each GPU
 apc sweep configs/sweep/demo.yaml data.fit=a.txt     with overrides for all of them
 apc sweep configs/sweep/demo.yaml --dry-run          prints the runs and stops
 apc sweep configs/sweep/demo.yaml --jobs 3           up to three runs at a time, as far as the GPUs' memory allows
 apc sweep configs/sweep/demo.yaml --minutes 9        a part of nine minutes; the same command runs the next part
+apc sweep a.yaml b.yaml                              the runs of several files, in one table
 
 A run's name is the sweep's name and the run's own values; W&B groups the runs by sweep. The same command resumes a
 sweep: it skips finished runs and resumes the others. It writes a row per policy of each finished run to
@@ -32,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,24 @@ class Sweep:
     after: list[str]  # those after them
     parameters: dict[str, list]
 
+    @property
+    def command(self) -> list[str]:
+        """The words that start a run, up to and including the program."""
+        program = [self.program] if Path(self.program).is_file() else ["-m", "apc", Path(self.program).stem]
+        meanings = {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": program}
+        return [part for word in self.launcher for part in meanings.get(word, [word])]
+
+    @property
+    def shown(self) -> list[str]:
+        """The same as `--dry-run` prints it."""
+        return [self.program] if "${program}" in self.launcher else self.launcher
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of the sweep."""
+    """One combination of a sweep."""
 
+    sweep: Sweep
     name: str
     values: dict[str, object]  # of the parameters with more than one value
     words: list[str]  # all arguments of train.py
@@ -234,7 +248,7 @@ def trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
         file, changes = split_file([word for word in words if word != "--wide"])
         cfg = load_config(file, changes)
         check_policies(cfg)
-        by_name[name] = Trial(name, values, words, cfg)
+        by_name[name] = Trial(sweep, name, values, words, cfg)
     return list(by_name.values())
 
 
@@ -257,19 +271,17 @@ class Process:
 class Runner:
     """Runs trials, `jobs` at a time, each on the GPU with the fewest of them.
 
-    launcher: the words of the command up to and including the program; gpus: their number; minutes: after so many, all
-    runs are stopped; free_memory: see `SharedGPUs`.
+    gpus: their number; minutes: after so many, all runs are stopped; free_memory: see `SharedGPUs`.
     """
 
     def __init__(
         self,
-        launcher: list[str],
         jobs: int,
         gpus: int,
         minutes: float | None = None,
         free_memory: Callable[[int], int] = free_gpu_memory,
     ) -> None:
-        self.launcher, self.jobs = launcher, jobs
+        self.jobs = jobs
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.gpus = SharedGPUs(gpus, jobs, free_memory) if gpus else None
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -344,7 +356,7 @@ class Runner:
         print(f"{trial.name}: running, output in {trial.log}", flush=True)
         guest = None if gpu is None or self.gpus is None else self.gpus.enter(trial.name, gpu, alone)
         with open(trial.log, "w") as log:
-            command = [sys.executable, "-c", _DIES_WITH_PARENT, *self.launcher, *trial.words]
+            command = [sys.executable, "-c", _DIES_WITH_PARENT, *trial.sweep.command, *trial.words]
             popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         self.running.append(Process(trial, popen, guest))
         if self.stopped:  # a signal came during the start
@@ -397,11 +409,12 @@ def summary(grid: list[Trial]) -> str:
     """CSV with a row per policy of each finished run."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(["run", *grid[0].values, "policy", *FIGURES])
+    keys = list(dict.fromkeys(key for trial in grid for key in trial.values))
+    table.writerow(["run", *keys, "policy", *FIGURES])
     for trial in grid:
         for record in (read_results(trial.folder.results) or {}).get("policies", []):
             figures = (record.get(figure) for figure in FIGURES)
-            table.writerow([trial.name, *trial.values.values(), record["policy"], *figures])
+            table.writerow([trial.name, *map(trial.values.get, keys), record["policy"], *figures])
     return out.getvalue()
 
 
@@ -409,8 +422,8 @@ def main(words: list[str] | None = None) -> None:
     """The command `apc sweep`. words: its arguments; None: those of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="apc sweep", description=__doc__, formatter_class=raw)
-    parser.add_argument("file", type=Path, help="a W&B sweep file, method grid")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    what = "W&B sweep files, method grid; then overrides for every run"
+    parser.add_argument("words", nargs="+", metavar="FILE or key=value", help=what)
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU")
     what = "stop all runs after so many minutes; the same command goes on from there"
     parser.add_argument("--minutes", type=float, metavar="N", help=what)
@@ -425,19 +438,22 @@ def main(words: list[str] | None = None) -> None:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
     if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"--minutes must be more than 0, got {options.minutes:g}")
-    sweep = read_sweep(options.file)
-    grid = trials(sweep, options.overrides)
+    files = list(itertools.takewhile(lambda word: "=" not in word, options.words))
+    sweeps = [read_sweep(Path(file)) for file in files]
+    if not sweeps:
+        raise UserError(f"{options.words[0]}: not a sweep file; give one first, e.g. configs/sweep/demo.yaml")
+    grid = [trial for sweep in sweeps for trial in trials(sweep, options.words[len(files) :])]
+    for name, count in Counter(trial.name for trial in grid).items():
+        if count > 1:
+            raise UserError(f"two of the sweep files have a run called {name}; rename one of the files")
     if options.dry_run:
-        shown = [sweep.program] if "${program}" in sweep.launcher else sweep.launcher
         for trial in grid:
-            print(f"{'finished' if trial.finished else 'to run  '}  {shlex.join(shown)} {shlex.join(trial.words)}")
+            shown = shlex.join([*trial.sweep.shown, *trial.words])
+            print(f"{'finished' if trial.finished else 'to run  '}  {shown}")
         return
     gpus = torch.cuda.device_count()
-    program = [sweep.program] if Path(sweep.program).is_file() else ["-m", "apc", Path(sweep.program).stem]
-    meanings = {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": program}
-    launcher = [part for word in sweep.launcher for part in meanings.get(word, [word])]
-    failed = run(grid, Runner(launcher, options.jobs or max(1, gpus), gpus, options.minutes))
-    path = Path(grid[0].config.run.dir) / f"{options.file.stem}.csv"
+    failed = run(grid, Runner(options.jobs or max(1, gpus), gpus, options.minutes))
+    path = Path(grid[0].config.run.dir) / f"{'+'.join(sweep.name for sweep in sweeps)}.csv"
     write_atomic(path, summary(grid).encode())
     finished = [read_finished(trial.folder.path) for trial in grid if trial.folder.results.is_file()]
     if finished:
