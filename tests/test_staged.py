@@ -275,6 +275,31 @@ def test_a_lora_is_tuned_and_said(workplace):
         run(workplace, "flat", **{**changes, "tune.policy": "predicted"})
 
 
+def test_the_model_at_16_bits_teaches_one_at_few_bits(workplace, monkeypatch):
+    """The first step's divergence is from the model whose FFNs are not rounded."""
+    seen = []
+
+    class Seen(TuningModule):
+        def training_step(self, windows, batch_index):
+            reader = _TuningForward(self)
+            with torch.no_grad():
+                masked = self._logits(windows, reader)
+                teacher = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), windows.device)[0]
+                expected = [
+                    ops.divergence(masked, model(input_ids=windows).logits.flatten(0, 1)).mean()
+                    for model in (teacher, self._model[0])
+                ]
+            seen.append((self.history, *expected))
+            return super().training_step(windows, batch_index)
+
+    monkeypatch.setattr(stages, "TuningModule", Seen)
+    changes = {"tune.max_epochs": 1, "tune.policy": "staged-predicted", "tune.batch_windows": 18, "model.ffn_bits": 2}
+    run(workplace, "bits", policies="[staged-predicted]", **changes, bytes=0.4)
+    history, from_16_bits, from_2_bits = seen[0]
+    assert history[0]["divergence"] == pytest.approx(float(from_16_bits), rel=1e-4)
+    assert from_16_bits > 1.01 * from_2_bits
+
+
 def test_a_killed_staged_tuning_resumes_to_the_same_end(workplace):
     changes = {"tune.max_epochs": 2, "tune.policy": "staged-predicted", "tune.batch_windows": 3, "stage": "tune"}
     changes["trainer.checkpoint_every_n_steps"] = 1

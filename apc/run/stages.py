@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from apc.collect.loader import BlockLoader, PatternDataModule, ResumedDataModule
 from apc.collect.memory import keep_bytes, windows_in_block
 from apc.collect.patterns import PatternSource
 from apc.config.schema import Config
+from apc.data.models import load_model
 from apc.data.quantise import mean_bits
 from apc.data.text import Windows
 from apc.predict.module import PredictorModule
@@ -229,7 +230,8 @@ def tune(
     if POLICIES[cfg.tune.policy].corrected and cfg.tune.correction:
         predictor = untrained_correction(cfg, codebook)
     parts = context.model, monitor.collector.ffns, codebook, predictor, sample
-    module = TuningModule(cfg.tune, *parts, cfg.seed, total_bytes(cfg, mean_bits(monitor.collector.ffns)))
+    teacher = None if cfg.model.ffn_bits is None else load_model(replace(cfg.model, ffn_bits=None), device)[0]
+    module = TuningModule(cfg.tune, *parts, cfg.seed, total_bytes(cfg, mean_bits(monitor.collector.ffns)), teacher)
     precision = cfg.tune.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     policies = [cfg.tune.policy]
     evaluator = lambda: monitor.evaluator(*module.tuned({}))

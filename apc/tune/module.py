@@ -108,8 +108,11 @@ class TuningModule(StepModule):
         windows: Tensor,
         seed: int = 0,
         share: float = 1.0,
+        teacher: nn.Module | None = None,
     ):
         """windows: int64 [n, S], for measuring the budget; share: of the dense FFN's bytes that a staged policy reads.
+
+        teacher: the model from which the masked one must not diverge; None: the dense model.
 
         Raises UserError if codebook or predictor can't be tuned.
         """
@@ -117,7 +120,8 @@ class TuningModule(StepModule):
         check_tunable(cfg, codebook, predictor)
         self._policy = POLICIES[cfg.policy]
         self.cfg, self.codebook, self.seed, self.share = cfg, codebook, seed, share
-        self._model, self._ffns, self._windows = [model], ffns, windows  # the list keeps the model out of this state
+        self._model, self._ffns, self._windows = [model], ffns, windows  # lists keep the models out of this state
+        self._teacher = [model if teacher is None else teacher]
         ((self.site, book),) = codebook.sites.items()
         by_cluster = self._policy.by_cluster
         scores = book.profiles.float().clamp_min(MIN_PROFILE).log()
@@ -194,7 +198,7 @@ class TuningModule(StepModule):
     def training_step(self, windows: Tensor, batch_index: int) -> Tensor:
         """The mean KL(dense ‖ masked) of next tokens, in nats per token. Raises UserError if it isn't finite."""
         with torch.no_grad():
-            dense = self._model[0](input_ids=windows, use_cache=False).logits.flatten(0, 1)
+            dense = self._teacher[0](input_ids=windows, use_cache=False).logits.flatten(0, 1)
         reader = _TuningForward(self)
         masked = self._logits(windows, reader)
         # Gradients are averaged over ranks, which may have different numbers of windows; windows must count equally.
