@@ -1,5 +1,6 @@
 """Without a GPU: Triton's interpreter, and no `gpu` tests. For every test: the same seed."""
 
+import gc
 import os
 
 import pytest
@@ -24,6 +25,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every training collects garbage; going through all imported modules each time takes longer than a fit
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ def run(tmp_path_factory):
     """(folder, results) of a small run on the bundled model and text, tracked offline."""
     folder = tmp_path_factory.mktemp("bundled")
     words = [
-        "data.fit_windows=10",
+        "data.fit_windows=12",
         "data.score_windows=1",
-        "data.seq_len=256",
-        "cluster.k=16",
-        "cluster.max_epochs=4",
+        "data.seq_len=128",
+        "cluster.k=8",
+        "cluster.max_epochs=2",
         "collect.calibration_windows=2",
-        "predictor.max_epochs=3",
+        "predictor.max_epochs=2",
         "predictor.batch_tokens=256",
         "trainer.progress=false",
         "tracking.wandb=offline",

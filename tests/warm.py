@@ -1,5 +1,7 @@
 """Imports and compiles everything that a run needs, in the process from which the tests' processes are forked."""
 
+import gc
+
 import matplotlib.figure
 import torch
 
@@ -13,4 +15,5 @@ for power in (1, 2):
     ops.assign_weighted(torch.ones(2, 9, dtype=torch.uint8), ops.pack(torch.ones(2, 9, dtype=torch.bool)), power)
 ops.assign(ops.pack(torch.ones(2, 9, dtype=torch.bool)), ops.pack(torch.ones(2, 9, dtype=torch.bool)))
 matplotlib.figure.Figure().savefig("/dev/null", format="png")
+gc.freeze()
 __all__ = ["collect", "estimate", "train"]
