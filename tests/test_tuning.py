@@ -36,7 +36,7 @@ def run(folder, *words, **changes):
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tiny.make_workplace(tmp_path_factory.mktemp("tuning"))
-    run(folder, **{"tune.max_epochs": 0, "run.name": "plain"})
+    run(folder, stage="predict", **{"tune.max_epochs": 0, "run.name": "plain"})
     return folder
 
 
@@ -125,7 +125,7 @@ def test_the_cost_of_a_neuron_is_its_share_of_the_divergence(workplace):
 
 @pytest.mark.parametrize(("policy", "form"), POLICIES)
 def test_the_forward_pass_of_tuning_equals_the_policys(workplace, policy, form):
-    run(workplace, **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
+    run(workplace, stage="predict", **{"tune.max_epochs": 0, "predictor.form": form, "run.name": f"start-{form}"})
     left = apc.load_run(workplace / "runs" / f"start-{form}")
     module, model, windows = module_for(
         workplace, TuneConfig(max_epochs=1, policy=policy, correction=policy != "oracle"), left.codebook, left.predictor
@@ -170,7 +170,7 @@ def test_the_divergence_falls_and_the_tuned_files_are_used(workplace, policy, fo
     assert torch.equal(counts, torch.tensor(history["budget"], dtype=counts.dtype).unsqueeze(1).expand_as(counts))
 
 
-@pytest.mark.parametrize("kill_at", [0, 2, 6, 9, 14])
+@pytest.mark.parametrize("kill_at", [0, 6, 9])
 def test_a_killed_run_resumes_to_the_same_end(workplace, kill_at):
     settings = {"stage": "tune", "trainer.checkpoint_every_n_steps": 1}
     run(workplace, **settings, **{"run.name": "whole"})
@@ -221,12 +221,12 @@ def test_bad_settings_say_what_to_do(workplace, changes, message):
         run(workplace, **changes)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["predicted", "oracle"])
-def test_the_same_seed_gives_the_same_codebook(workplace, device, policy):
+def test_the_same_seed_gives_the_same_codebook(workplace, policy):
     codebooks = []
     for name in ("once", "twice"):
-        settings = {"model.device": device, "run.name": f"{name}-{policy}-{device}", "tune.policy": policy}
+        settings = {"model.device": "cuda", "run.name": f"{name}-{policy}", "tune.policy": policy}
         run(workplace, stage="tune", **settings)
         codebooks.append(apc.load_run(workplace / "runs" / settings["run.name"]).codebook.sites["neuron"].tensors())
     assert all(torch.equal(value, codebooks[1][name]) for name, value in codebooks[0].items())
