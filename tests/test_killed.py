@@ -5,8 +5,6 @@ import os
 import random
 import secrets
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +24,8 @@ from apc.run.tracking import read_metrics
 from apc.utils import exits, signals
 from apc.utils.errors import Terminated, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 # `make soak` sets more kills, and stage `all`, whose table and plots take most of a small run.
-KILLS = int(os.environ.get("APC_KILLS", 20))
+KILLS = int(os.environ.get("APC_KILLS", 12))
 STAGE = os.environ.get("APC_STAGE", "tune")
 SETTINGS = {
     "trainer.checkpoint_every_n_steps": 1,
@@ -166,25 +163,23 @@ def ranks_of(launcher):
     return ranks
 
 
-def launched(words, rows):
+def launched(words, stderr, rows):
     """Starts ranks that train a predictor and waits until it has logged more than `rows` rows.
 
     Returns the launcher and the number of rows.
     """
-    launcher = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    launcher = tiny.start(words, stderr)
     deadline, metrics = (
         time.monotonic() + 120,
         next(Path(word[8:]) for word in words if word.startswith("run.dir=")) / "ranks" / "metrics.jsonl",
     )
     while (count := metrics.read_text().count('"predictor/step"') if metrics.is_file() else 0) <= rows:
-        assert time.monotonic() < deadline and launcher.poll() is None
+        assert time.monotonic() < deadline and launcher.is_alive()
         time.sleep(0.05)
     return launcher, count
 
 
-def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_fewer_ranks_resume(workplace):
+def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_fewer_ranks_resume(workplace, tmp_path):
     """In one long epoch, within which no checkpoint is due."""
     changes = {
         "run.name": "ranks",
@@ -195,22 +190,21 @@ def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_
     }
     changes |= {"predictor.max_epochs": 1, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1}
     words = words_for(workplace, **changes, **{"trainer.devices": 2})
-    launcher, rows = launched(words, 0)
-    os.kill(launcher.pid, signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143 and "terminated; the same command" in errors and "Traceback" not in errors
+    launcher, rows = launched(words, stderr := tmp_path / "stderr", 0)
+    launcher.terminate()
+    launcher.join(timeout=60)
+    errors = stderr.read_text()
+    assert launcher.exitcode == 143 and "terminated; the same command" in errors and "Traceback" not in errors
     run = workplace / "runs" / "ranks"
     kept = torch.load(run / "checkpoints" / "predictor.ckpt", weights_only=True)["global_step"]
     assert kept >= rows > 0
 
-    launcher, rows = launched(words, kept)
+    launcher, rows = launched(words, stderr, kept)
     os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
-    began = time.monotonic()
-    _, errors = launcher.communicate(timeout=100)
-    assert time.monotonic() - began < 60 and launcher.returncode not in (0, None)
-    assert (
-        "error: rank 1 was killed (SIGKILL, perhaps out of memory), and all others with it; the same command" in errors
-    )
+    launcher.join(timeout=60)
+    assert launcher.exitcode not in (0, None)
+    line = "error: rank 1 was killed (SIGKILL, perhaps out of memory), and all others with it; the same command"
+    assert line in stderr.read_text()
     assert not run.joinpath("predictor.safetensors").exists()
 
     for name, stage in (("ranks", "predict"), ("alone", "cluster")):

@@ -81,7 +81,7 @@ def test_masks_of_any_number_of_neurons(way, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "H", "K"), [(1, 20, 100), (3, 64, 17), (4, 7, 1)])
 def test_a_cluster_is_predicted_and_its_mask_correction_and_offset_used(way, device, dtype, n, H, K):
-    E, D = 48, 200
+    E, D = 48, 200 if device == "cuda" else 50  # the interpreter is slow for each neuron
     hidden, gate, up, down = random_ffn(n, E, D, dtype, device)
     ffn = ffn_for(way, (hidden, gate, up, down))
     hidden *= torch.tensor([1.0, 300.0, 0.01, 5.0], device=device)[:n, None].to(dtype)
@@ -224,15 +224,14 @@ def test_models_sizes_on_hopper(dtype, n, E, D):
     assert close(output, ops.sparse_ffn_triton(*arguments).double(), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "E", "D", "candidates", "activation", "later", "listed"),
+    ("dtype", "tokens", "E", "D", "candidates", "activation", "later", "listed"),
     [
-        (1, 4096, 14336, 128, "silu", 512, True),
-        (1, 4096, 14336, 128, "silu", 0, False),
-        (4, 8192, 28672, 0, "gelu", 700, False),
-        (3, 576, 1536, 32, "gelu_tanh", 0, True),
-        (2, 8, 1, 1, "relu", 3, False),
+        (torch.bfloat16, 1, 4096, 14336, 128, "silu", 512, True),
+        (torch.float16, 1, 4096, 14336, 128, "silu", 0, False),
+        (torch.bfloat16, 4, 8192, 28672, 0, "gelu", 700, False),
+        (torch.float16, 3, 576, 1536, 32, "gelu_tanh", 0, True),
+        (torch.float16, 2, 8, 1, 1, "relu", 3, False),
     ],
 )
 def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activation, later, listed):

@@ -218,19 +218,24 @@ def in_ranks(ranks: int, function: Callable, *arguments) -> None:
     assert codes == [0] * ranks, f"exit codes {codes}; the ranks' output is above"
 
 
-def start(words: list[str]) -> multiprocessing.Process:
-    """Starts `train.py` with these words, forked from a process that has imported everything. The caller ends it."""
-    process = _forkserver().Process(target=_program, args=(words,))
+def start(words: list[str], stderr: Path | None = None) -> multiprocessing.Process:
+    """Starts `train.py` with these words, forked from a process that has imported everything. The caller ends it.
+
+    stderr: the file that takes what it and its ranks write there.
+    """
+    process = _forkserver().Process(target=_program, args=(words, stderr))
     process.start()
     return process
 
 
-def _program(words: list[str]) -> None:
+def _program(words: list[str], stderr: Path | None) -> None:
     import train
     from apc.run import cli
 
+    if stderr is not None:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
-    sys.argv = ["train.py", *words]
+    sys.argv = [str(ROOT / "train.py"), *words]
     cli.main(train.__doc__, train.train)
 
 
