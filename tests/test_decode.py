@@ -150,7 +150,7 @@ def test_weights_are_stored_once_and_restored(workplace, trained, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("policy", "form", "changes"), POLICIES)
+@pytest.mark.parametrize(("policy", "form", "changes"), [POLICIES[i] for i in (1, 3, 4, 5, 6, 9)])
 def test_torch_compile_traces_a_whole_step(workplace, trained, device, policy, form, changes):
     """The first layer calls all operations: Inductor takes minutes for one that first comes up in a late layer."""
     model, token, called = model_on(workplace, device), WINDOWS[:1, :1].to(device), []
@@ -222,8 +222,7 @@ def ffns_of(model):
     return ffn.projection("gate"), ffn.projection("up"), ffn.down.weight.T
 
 
-@pytest.mark.parametrize("policy", ["dense", "predicted"])
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize(("policy", "lookahead"), [("dense", 0), ("predicted", 1)])
 def test_torch_compile_traces_a_whole_step_of_a_decoder(workplace, trained, policy, lookahead):
     """The trace includes cache and attention; parts left out would run uncompiled from the eighth layer on."""
     model = model_on(workplace, "cpu")

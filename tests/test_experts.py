@@ -56,7 +56,7 @@ def test_experts_without_tokens_are_told_and_left_out_of_averages(workplace, cap
 @pytest.mark.parametrize("form", ["neuron", "low-bit"])
 def test_thresholds_keep_all_neurons_of_an_expert_that_got_no_token(workplace, form):
     policies = "[dense,neuron-predictor,neuron-threshold]"
-    run_train(workplace, policies=policies, **{"predictor.form": form, "run.name": form})
+    run_train(workplace, policies=policies, stage="predict", **{"predictor.form": form, "run.name": form})
     thresholds = apc.load_run(workplace / "runs" / form).predictor.thresholds
     assert (thresholds == -torch.inf).nonzero().flatten().tolist() == IDLE and not thresholds.isnan().any()
 

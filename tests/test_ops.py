@@ -444,8 +444,8 @@ def test_cut_or_fill_never_drops_an_active_neuron_for_an_inactive_one():
     assert cut == [[3], [1, 3], [0, 1, 3], [0, 1, 3, 4], [0, 1, 3, 4, 5]]
 
 
-@pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("D", [1, 7, 128, 130, 257, 1536])
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("D", [1, 7, 130, 257, 1536])
 @pytest.mark.parametrize(("kind", "device"), IMPLEMENTATIONS)
 def test_binarize_has_exactly_m_ones_and_equals_reference(kind, device, D, density):
     m = ops.mask_size(D, density)
