@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
         "1"  # Triton reads it when a kernel is decorated, so set it before importing apc.ops
     )
 
-LONGEST = ["test_killed", "test_ops", "test_pipeline", "test_bundled", "test_baselines", "test_tuning"]
+LONGEST = ["test_pipeline", "test_bundled", "test_killed", "test_tuning"]
 
 
 def pytest_configure(config):

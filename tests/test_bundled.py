@@ -26,6 +26,7 @@ def run(tmp_path_factory):
         "predictor.max_epochs=2",
         "predictor.batch_tokens=256",
         "trainer.progress=false",
+        "monitor.every=2",
         "tracking.wandb=offline",
         f"collect.dir={folder / 'stores'}",
         f"run.dir={folder}",
