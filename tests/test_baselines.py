@@ -308,7 +308,7 @@ def test_a_run_fills_the_table_and_a_killed_one_gives_the_same_codebook(workplac
     policies = {record["policy"]: record for record in results["policies"]}
     assert not any(record["missing"] for record in policies.values())
     assert (
-        policies["oracle"]["density"] != policies["random"]["density"]
+        policies["oracle"]["density"] != policies["soft"]["density"]
         and results["conditions"]["centroid_size"] == "free"
     )
     whole = load_run(workplace / "runs" / f"whole-{kind}").codebook

@@ -38,10 +38,9 @@ def run(tmp_path_factory):
 
 def test_perplexities_rise_from_bound_to_baseline(run):
     perplexity = {record["policy"]: record["perplexity"] for record in run[1]["policies"]}
-    assert (
-        perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"] < perplexity["random"]
-    )
+    assert perplexity["dense"] < perplexity["exact"] < perplexity["oracle"] < perplexity["static"]
     assert max(perplexity["predicted"], perplexity["soft"]) < perplexity["static"]
+    assert perplexity["exact"] < perplexity["staged-prox"] < perplexity["teal"] < perplexity["oracle"]
     assert perplexity["dense"] < 25 and perplexity["exact"] < 1.1 * perplexity["dense"]
 
 

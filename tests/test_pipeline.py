@@ -60,14 +60,12 @@ def test_a_model_of_each_form_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
     policies = {record["policy"]: record for record in results["policies"]}
-    assert list(policies) == ["dense", "exact", "static", "random", "oracle", "predicted", "soft"]
+    assert list(policies) == ["dense", "exact", "static", "oracle", "predicted", "soft"]
     assert policies["dense"]["perplexity"] > 1 and policies["dense"]["ratio"] == 1.0
     assert all(abs(policies[name]["density"] - 0.5) < 0.1 for name in policies if name != "dense")
     assert (
         policies["exact"]["coverage"] == 1.0
-        and policies["oracle"]["captured_energy"]
-        > policies["static"]["captured_energy"]
-        > policies["random"]["captured_energy"]
+        and policies["oracle"]["captured_energy"] > policies["static"]["captured_energy"]
     )
     run = apc.load_run(tmp_path / "runs" / "run")
     model, _ = load_model(ModelConfig(path=str(tmp_path / "model"), device="cpu"), torch.device("cpu"))

@@ -376,7 +376,7 @@ class Config:
     sparsity: float = 0.5
     # Active neurons: those at or above the layer's importance threshold (threshold), or each token's top share (top).
     active: str = "threshold"
-    # Mask policies to evaluate. null: dense, exact, static, random, oracle, predicted, soft; if `bytes` is given, also
+    # Mask policies to evaluate. null: dense, exact, static, oracle, predicted, soft; if `bytes` is given, also
     # staged-prox and teal.
     policies: list[str] | None = None
     # Share of the dense FFN's bytes that staged policies and peers read in all, predictor included. null:

@@ -28,7 +28,6 @@ class Random(MaskPolicy):
     """Keeps a random set of neurons at each site of each layer, drawn from the seed."""
 
     name = "random"
-    by_default = True
     same_for_all = True
     color, marker = "#8C8C8C", "v"
 
