@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 
+from apc.ops import _numba, reference
 from apc.ops import assign_cpu as module
-from apc.ops import reference
 from apc.ops.assign_cpu import assign_cpu, assign_weighted_cpu
 
 SHAPES = [  # (G, N, K, D)
@@ -202,7 +202,7 @@ def test_any_number_of_threads_gives_the_same(pool, way, threads, monkeypatch, f
     few = rows[:, :30]
     monkeypatch.setattr(module, "_FEW", 0)
     if pool == "python":
-        monkeypatch.setattr(module, "_process", object())
+        monkeypatch.setattr(_numba, "_process", object())
     elif not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         pytest.skip("this torch has no OpenMP")
     expected = (

@@ -134,14 +134,16 @@ def test_a_later_layers_cluster_is_predicted_with_the_ffn(device, by_triton, fin
     own, later = (ops.PredictorWeights(*predictor) for predictor in predictors)
     kept = ops.pack(torch.rand(K, D, device=device) < 0.5)
     candidates = ops.predict_clusters(hidden, own, by_triton).candidates
-    alone = ops.sparse_ffn(hidden, weights, ops.ActiveNeurons(kept, candidates), by_triton=by_triton)
+    alone = ops.sparse_ffn(
+        hidden, weights, ops.ActiveNeurons(kept, candidates), kernel="triton" if by_triton else "torch"
+    )
     expected = ops.predict_clusters(hidden, later, by_triton)
     finds = finds and by_triton and ops.can_prefetch(weights)
     next_layer, active_list = ops.NextLayer(D, kept, candidates) if finds else None, None
     for _ in range(3 if device == "cuda" else 1):
         active = ops.ActiveNeurons(kept, candidates, active_list)
         output, prediction, active_list = ops.sparse_ffn_ahead(
-            hidden, weights, active, later, next_layer=next_layer, by_triton=by_triton
+            hidden, weights, active, later, next_layer=next_layer, kernel="triton" if by_triton else "torch"
         )
         assert torch.equal(output, alone) and (active_list is None) != finds
         assert torch.equal(chosen(prediction.candidates), chosen(expected.candidates))
@@ -293,11 +295,11 @@ def test_the_ops_can_be_compiled():
     predictor = torch.randn(4, 16), torch.zeros(4), torch.randn(9, 4), torch.zeros(9)
     torch.library.opcheck(
         torch.ops.apc.sparse_ffn,
-        (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, False, None),
+        (hidden, gate, up, down, ops.pack(torch.rand(2, 64) < 0.5), "silu", *[None] * 6, "torch", None),
         **checked,
     )
     candidates = ops.predict_clusters(hidden, ops.PredictorWeights(*predictor), by_triton=False).candidates
     masks = ops.pack(torch.rand(9, 64) < 0.5)
-    ahead = hidden, gate, up, down, masks, "silu", *candidates, *[None] * 4, True, None, *predictor
+    ahead = hidden, gate, up, down, masks, "silu", *candidates, *[None] * 4, "triton", None, *predictor
     torch.library.opcheck(torch.ops.apc.sparse_ffn, ahead, **checked)
     torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, *predictor, False), **checked)

@@ -122,7 +122,7 @@ def measure(
             if ffns is not None:
                 record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
                 record["bytes_held"] = bytes_held if on_gpu else None
-                record["pays_up_to"] = crossover if ffns.by_triton else None
+                record["pays_up_to"] = None if ffns.kernel == "torch" else crossover
             records.append(record)
             if on_gpu:
                 times.append(_time(name, decoder, prompts[:1]))

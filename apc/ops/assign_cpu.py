@@ -13,23 +13,30 @@ machines with different CPUs. Importing this module imports numba, so import it 
 Shape letters: see `apc.ops`. Addresses and strides are in bytes.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import cast
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, extending, njit, types
+from numba import cfunc, njit, types
 from torch import Tensor
 
+from apc.ops._numba import (
+    intrinsic,
+    load_byte,
+    load_int,
+    load_unsigned,
+    load_word,
+    next_number,
+    on_threads,
+    store_byte,
+    store_int,
+    store_unsigned,
+    store_word,
+)
 from apc.ops.bits import empty_results
-
-# numba's stub asks the caller for the typing context, too.
-intrinsic = cast(Callable[[Callable], Callable], extending.intrinsic)
 
 _BITS = 5  # neurons per lookup
 _ENTRY = 64  # bytes of a table's entry: one cache line
@@ -147,12 +154,7 @@ def _spans(N: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> None:
-    """Call function(*task, address of `scratch` bytes of memory) for all tasks, on as many threads as torch uses.
-
-    These are torch's own threads, through the OpenMP runtime that torch has loaded. After an operation they
-    spin on their cores for some milliseconds, so a second set of threads ran slower than a single thread.
-    Without OpenMP: a thread pool.
-    """
+    """Call function(*task, address of `scratch` bytes of memory) for all tasks, on as many threads as torch uses."""
     if not tasks:
         return
     threads = torch.get_num_threads() if len(tasks) > 1 else 1
@@ -161,18 +163,9 @@ def _run(function: Callable, tasks: list[tuple[int, ...]], scratch: int = 0) -> 
     table = np.array(tasks, np.int64).reshape(-1, _ARGUMENTS)
     state = np.array([0, 0, len(tasks), table.ctypes.data, memory.ctypes.data, scratch], np.int64)
     worker = _worker(function)
-    if threads == 1:
-        worker.ctypes(state.ctypes.data)
-    elif hasattr(_process, "GOMP_parallel"):
-        # Always use all of torch's threads: with a different number, OpenMP rebuilds its team.
-        _process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(worker.ctypes, state.ctypes.data) for _ in range(threads)]:
-                future.result()
+    on_threads(worker, state, threads)
 
 
-_process = ctypes.CDLL(None)  # all libraries that the process has loaded; ctypes releases the GIL during a call
 _own = threading.local()
 
 
@@ -192,24 +185,24 @@ def _worker(function: Callable):
 
     @cfunc(types.void(types.intp))
     def work(state):
-        scratch = _load_int(state + 32) + _next(state + 8) * _load_int(state + 40)
-        task = _next(state)
-        while task < _load_int(state + 16):
-            at = _load_int(state + 24) + task * 8 * _ARGUMENTS
+        scratch = load_int(state + 32) + next_number(state + 8) * load_int(state + 40)
+        task = next_number(state)
+        while task < load_int(state + 16):
+            at = load_int(state + 24) + task * 8 * _ARGUMENTS
             function(
-                _load_int(at),
-                _load_int(at + 8),
-                _load_int(at + 16),
-                _load_int(at + 24),
-                _load_int(at + 32),
-                _load_int(at + 40),
-                _load_int(at + 48),
-                _load_int(at + 56),
-                _load_int(at + 64),
-                _load_int(at + 72),
+                load_int(at),
+                load_int(at + 8),
+                load_int(at + 16),
+                load_int(at + 24),
+                load_int(at + 32),
+                load_int(at + 40),
+                load_int(at + 48),
+                load_int(at + 56),
+                load_int(at + 64),
+                load_int(at + 72),
                 scratch,
             )
-            task = _next(state)
+            task = next_number(state)
 
     return work
 
@@ -228,50 +221,6 @@ def _every(lane_bits: int, values: int | list[int], lanes: int = _ENTRY) -> ir.C
     return ir.Constant(
         ir.VectorType(ir.IntType(lane_bits), lanes), [values] * lanes if isinstance(values, int) else values
     )
-
-
-def _memory_operations(bits: int, numba_type: types.Integer):
-    """(load, store) of a little-endian integer of `bits` bits at any address.
-
-    In numba it is zero-extended to numba_type.
-    """
-    element = ir.IntType(bits)
-
-    @intrinsic
-    def load(context, address):
-        def generate(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(args[0], element.as_pointer()), align=1)
-            return value if bits == 64 else builder.zext(value, ir.IntType(64))
-
-        return numba_type(types.intp), generate
-
-    @intrinsic
-    def store(context, address, value):
-        def generate(context, builder, signature, args):
-            value = args[1] if bits == 64 else builder.trunc(args[1], element)
-            builder.store(value, builder.inttoptr(args[0], element.as_pointer()), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.intp, numba_type), generate
-
-    return load, store
-
-
-_load_byte, _store_byte = _memory_operations(8, types.int64)
-_load_word, _store_word = _memory_operations(32, types.int64)
-_load_int, _store_int = _memory_operations(64, types.int64)
-_load, _store = _memory_operations(64, types.uint64)
-
-
-@intrinsic
-def _next(context, address):
-    """The int64 at this address, which is incremented atomically."""
-
-    def generate(context, builder, signature, args):
-        at = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", at, ir.IntType(64)(1), "monotonic")
-
-    return types.int64(types.intp), generate
 
 
 @intrinsic
@@ -406,7 +355,7 @@ def _keep_best(context, best, ids, sums, cluster):
 def _pattern_of(row, span, W):
     """The 5 bytes of a row from 5·span on, in the lowest 40 bits. Bytes past the row's end are 0 and are not read."""
     past = span * _SPAN_BYTES + 8 - W
-    return _load(row + span * _SPAN_BYTES) if past <= 0 else _load(row + W - 8) >> np.uint64(8 * past)
+    return load_unsigned(row + span * _SPAN_BYTES) if past <= 0 else load_unsigned(row + W - 8) >> np.uint64(8 * past)
 
 
 @njit(nogil=True)
@@ -418,7 +367,7 @@ def _patterns_of(rows, stride, count, W, spans, patterns):
     for first in range(0, count, 8):
         for span in range(spans):
             for n in range(first, min(first + 8, count)):
-                _store(patterns + 8 * (span * count + n), _pattern_of(rows + n * stride, span, W))
+                store_unsigned(patterns + 8 * (span * count + n), _pattern_of(rows + n * stride, span, W))
 
 
 @njit(nogil=True)
@@ -442,7 +391,7 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
                     # Lanes past the last cluster are zero, so they never win a tie against the lower lanes.
                     pattern = _pattern_of(centroids + (k0 + lane) * W, span, W) if k0 + lane < last else np.uint64(0)
                     for j in range(_SPAN_BYTES):
-                        _store_byte(columns + j * _CENTROIDS + lane, np.int64(pattern >> np.uint64(8 * j)))
+                        store_byte(columns + j * _CENTROIDS + lane, np.int64(pattern >> np.uint64(8 * j)))
                 for i in range(_SPAN):
                     _bit_of_bytes(planes + i * _ENTRY, columns + i // 8 * _ENTRY, i % 8)
                 for i in range(_SPAN):
@@ -450,7 +399,7 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
                     for offset in range(0, doubled, _ENTRY):
                         _add_bytes(entry + doubled + offset, entry + offset, planes + i * _ENTRY)
                 for n in range(count):
-                    _look_up_bytes(sums + n * _ENTRY, scratch, _load(patterns + 8 * (span * count + n)))
+                    _look_up_bytes(sums + n * _ENTRY, scratch, load_unsigned(patterns + 8 * (span * count + n)))
                 if span % _SPANS_IN_BYTE == _SPANS_IN_BYTE - 1 or span == spans - 1:
                     for n in range(count):
                         _widen(totals + n * 2 * _ENTRY, sums + n * _ENTRY)
@@ -458,7 +407,7 @@ def _assign_by_tables(rows, stride, N, W, centroids, first, last, keys, tile, sp
                 best = _take_best(totals + n * 2 * _ENTRY)
                 key = _key(best >> 6, k0 + _CENTROIDS - 1 - (best & 63))
                 at = keys + 8 * (n0 + n)
-                _store_int(at, key if k0 == first else max(key, _load_int(at)))
+                store_int(at, key if k0 == first else max(key, load_int(at)))
 
 
 @njit(nogil=True)
@@ -470,7 +419,7 @@ def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, 
     clusters = max(1, _COUNTED // W)
     fours = N - N % 4
     for n in range(N):
-        _store_int(keys + 8 * n, -1)
+        store_int(keys + 8 * n, -1)
     for k0 in range(first, last, clusters):
         for n in range(0, fours, 4):
             row = rows + n * stride
@@ -479,11 +428,11 @@ def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, 
                 centroid = centroids + k * W
                 ones_0 = ones_1 = ones_2 = ones_3 = 0
                 for w in range(0, W, 8):
-                    word = _load(centroid + w)
-                    ones_0 += _ones(_load(row + w) & word)
-                    ones_1 += _ones(_load(row + stride + w) & word)
-                    ones_2 += _ones(_load(row + 2 * stride + w) & word)
-                    ones_3 += _ones(_load(row + 3 * stride + w) & word)
+                    word = load_unsigned(centroid + w)
+                    ones_0 += _ones(load_unsigned(row + w) & word)
+                    ones_1 += _ones(load_unsigned(row + stride + w) & word)
+                    ones_2 += _ones(load_unsigned(row + 2 * stride + w) & word)
+                    ones_3 += _ones(load_unsigned(row + 3 * stride + w) & word)
                 best_0, best_1 = max(best_0, _key(ones_0, k)), max(best_1, _key(ones_1, k))
                 best_2, best_3 = max(best_2, _key(ones_2, k)), max(best_3, _key(ones_3, k))
             _raise(keys + 8 * n, best_0)
@@ -496,7 +445,7 @@ def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, 
             for k in range(k0, min(k0 + clusters, last)):
                 ones = 0
                 for w in range(0, W, 8):
-                    ones += _ones(_load(row + w) & _load(centroids + k * W + w))
+                    ones += _ones(load_unsigned(row + w) & load_unsigned(centroids + k * W + w))
                 best = max(best, _key(ones, k))
             _raise(keys + 8 * n, best)
 
@@ -504,7 +453,7 @@ def _assign_by_counting(rows, stride, N, W, centroids, first, last, keys, tile, 
 @njit(nogil=True)
 def _raise(at, key):
     """The int64 at this address = the larger of itself and key."""
-    _store_int(at, max(_load_int(at), key))
+    store_int(at, max(load_int(at), key))
 
 
 @njit(nogil=True)
@@ -528,7 +477,7 @@ def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, c
     for n0 in range(0, N, _WEIGHTED_ROWS):
         rows = min(_WEIGHTED_ROWS, N - n0)
         for lane in range(_WEIGHTED_ROWS):
-            _store_word(best + 4 * lane, -1)
+            store_word(best + 4 * lane, -1)
         for k0 in range(0, K, _CLUSTERS):
             clusters = min(_CLUSTERS, K - k0)
             for k in range(clusters):
@@ -538,20 +487,20 @@ def _assign_weighted(importance, stride, N, D, patterns, K, spans, power, ids, c
                 for lane in range(rows):
                     row = importance + (n0 + lane) * stride + span * _SPAN
                     for i in range(width):
-                        value = _load_byte(row + i)
-                        _store_word(planes + i * _ENTRY + 4 * lane, value * value if power == 2 else value)
+                        value = load_byte(row + i)
+                        store_word(planes + i * _ENTRY + 4 * lane, value * value if power == 2 else value)
                 for i in range(width, _SPAN):
                     for lane in range(rows):
-                        _store_word(planes + i * _ENTRY + 4 * lane, 0)
+                        store_word(planes + i * _ENTRY + 4 * lane, 0)
                 for i in range(_SPAN):
                     entry, doubled = scratch + i // _BITS * _TABLE, _ENTRY << (i % _BITS)
                     for offset in range(0, doubled, _ENTRY):
                         _add_words(entry + doubled + offset, entry + offset, planes + i * _ENTRY)
                 for k in range(clusters):
-                    _look_up_words(sums + k * _ENTRY, scratch, _load(patterns + 8 * (span * K + k0 + k)))
+                    _look_up_words(sums + k * _ENTRY, scratch, load_unsigned(patterns + 8 * (span * K + k0 + k)))
             for k in range(clusters):
                 _keep_best(best, best_ids, sums + k * _ENTRY, k0 + k)
         for lane in range(rows):
-            _store_int(ids + 8 * (n0 + lane), _load_word(best_ids + 4 * lane))
+            store_int(ids + 8 * (n0 + lane), load_word(best_ids + 4 * lane))
             if captured:
-                _store_word(captured + 4 * (n0 + lane), _load_word(best + 4 * lane))
+                store_word(captured + 4 * (n0 + lane), load_word(best + 4 * lane))

@@ -257,7 +257,7 @@ def sparse_ffn(
     weights: FFNWeights,
     active: ActiveNeurons,
     delta: OutputDelta = _NO_DELTA,
-    by_triton: bool | None = None,
+    kernel: str | None = None,
 ) -> Tensor:
     """The FFN's output over each token's active neurons i: Σ_i act(x · gate_i) · (x · up_i) · down_i, plus `delta`.
 
@@ -266,8 +266,8 @@ def sparse_ffn(
         weights: matrices [D, E] of hidden's type.
         active: masks per token; or masks per cluster, with the candidates for each token's cluster.
         delta: terms to add to the output.
-        by_triton: use the kernels, which take up to `MAX_TOKENS` tokens and a hidden size of up to 16,384. None: on a
-            GPU with such a hidden size.
+        kernel: `triton` (on a GPU, hidden sizes of up to 16,384), `numba` (on the CPU) or `torch`. The first two take
+            up to `MAX_TOKENS` tokens. None: `triton` on a GPU with such a hidden size, else `torch`.
 
     Returns:
         float [n, E] of hidden's type. The kernels add in float32, in the same order each time, and round the product of
@@ -276,8 +276,8 @@ def sparse_ffn(
     Raises:
         ValueError: for other shapes or types, or an unknown activation.
     """
-    by_triton = _use_kernels(hidden) if by_triton is None else by_triton
-    n, E = check_hidden(hidden, by_triton)
+    kernel = _kernel_for(hidden) if kernel is None else kernel
+    n, E = check_hidden(hidden, kernel != "torch")
     D = len(weights.gate)
     if weights.activation not in ACTIVATIONS:
         raise ValueError(f"activation {weights.activation}: choose {', '.join(ACTIVATIONS)}")
@@ -294,11 +294,11 @@ def sparse_ffn(
         )
     if delta.offsets is not None and (candidates is None or delta.offsets.shape != (len(masks), E)):
         raise ValueError(f"offsets {describe(delta.offsets)} must be [{len(masks)}, {E}], and need candidates")
-    return torch.ops.apc.sparse_ffn(hidden, *_flat(weights, active, delta), by_triton, active.active_list)[0]
+    return torch.ops.apc.sparse_ffn(hidden, *_flat(weights, active, delta), kernel, active.active_list)[0]
 
 
-def _use_kernels(hidden: Tensor) -> bool:
-    return not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN
+def _kernel_for(hidden: Tensor) -> str:
+    return "triton" if not on_cpu(hidden) and hidden.shape[-1] <= MAX_HIDDEN else "torch"
 
 
 def _flat(weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta) -> tuple:
@@ -421,14 +421,14 @@ def sparse_ffn_ahead(
     later: PredictorWeights,
     delta: OutputDelta = _NO_DELTA,
     next_layer: NextLayer | None = None,
-    by_triton: bool | None = None,
+    kernel: str | None = None,
 ) -> tuple[Tensor, Prediction, Tensor | None]:
     """`sparse_ffn` by clusters, and in the same call `predict_clusters` of these tokens for a later layer.
 
     On Hopper the same kernels do both, so the prediction costs only the time to read the predictor's weights.
 
     Args:
-        hidden, weights, active, delta, by_triton: as for `sparse_ffn`; `active` must have candidates.
+        hidden, weights, active, delta, kernel: as for `sparse_ffn`; `active` must have candidates.
         later: the later layer's predictor.
         next_layer: the next FFN, if `can_prefetch` accepts it: its active neurons are listed.
 
@@ -438,15 +438,14 @@ def sparse_ffn_ahead(
 
     Without kernels it raises ValueError as `sparse_ffn` and `predict_clusters` do.
     """
-    by_triton = _use_kernels(hidden) if by_triton is None else by_triton
-    if not by_triton:
-        output = sparse_ffn(hidden, weights, active, delta, by_triton)
-        return output, predict_clusters(hidden, later, by_triton), None
+    kernel = _kernel_for(hidden) if kernel is None else kernel
+    if kernel != "triton":
+        return sparse_ffn(hidden, weights, active, delta, kernel), predict_clusters(hidden, later, False), None
     neurons, next_masks, next_candidates = next_layer or (0, None, None)
     output, inner, logits, clusters, next_list = torch.ops.apc.sparse_ffn(
         hidden,
         *_flat(weights, active, delta),
-        True,
+        "triton",
         active.active_list,
         *later,
         neurons,
@@ -471,7 +470,7 @@ def _sparse_ffn(
     correct: Tensor | None,
     bias: Tensor | None,
     offsets: Tensor | None,
-    by_triton: bool,
+    kernel: str,
     active_list: Tensor | None,
     reduce: Tensor | None = None,
     reduce_bias: Tensor | None = None,
@@ -491,8 +490,8 @@ def _sparse_ffn(
     _wait_for(active_list)
     weights, delta = FFNWeights(gate, up, down, activation), OutputDelta(inner, correct, bias, offsets)
     active = ActiveNeurons(masks, _candidates(values, ids), active_list)
-    if not by_triton:
-        return _by_torch(hidden, weights, active, delta), *_empty(hidden)
+    if kernel != "triton":
+        return _on_host(hidden, weights, active, delta, kernel), *_empty(hidden)
     if reduce is None or reduce_bias is None or expand is None or expand_bias is None:
         kernels = sparse_ffn_hopper if is_supported(gate, up, down) else sparse_ffn_triton
         return kernels(hidden, weights, active, delta), *_empty(hidden)
@@ -522,7 +521,7 @@ def _(
     correct: Tensor | None,
     bias: Tensor | None,
     offsets: Tensor | None,
-    by_triton: bool,
+    kernel: str,
     active_list: Tensor | None,
     reduce: Tensor | None = None,
     reduce_bias: Tensor | None = None,
@@ -573,23 +572,34 @@ def _with_prediction(
     return output, prediction
 
 
-def _by_torch(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta) -> Tensor:
-    """`sparse_ffn` in plain torch."""
-    gate, up, down, activation = weights
+def _on_host(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta, kernel: str) -> Tensor:
+    """`sparse_ffn` by numba, or in plain torch on any device."""
     chosen = None
     if active.candidates is not None:
         values, ids = active.candidates
         chosen = torch.where(values == values.amax(-1, keepdim=True), ids, torch.iinfo(torch.int32).max).amin(-1).long()
-    kept = unpack(active.masks if chosen is None else active.masks[chosen], len(gate))
-    neurons = kept.any(0).nonzero().squeeze(1)
-    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
-    output = (x @ down[neurons]).float()
+    masks = active.masks if chosen is None else active.masks[chosen]
+    if kernel == "numba":
+        from apc.ops.sparse_ffn_cpu import sparse_ffn_cpu  # imports numba
+
+        output = sparse_ffn_cpu(hidden, weights, masks)
+    else:
+        output = _by_torch(hidden, weights, masks)
     inner, correct, bias, offsets = delta
     if inner is not None and correct is not None and bias is not None:
         output = output + inner @ correct.float() + bias
     if offsets is not None:
         output = output + offsets[chosen].float()
     return output.to(hidden.dtype)
+
+
+def _by_torch(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor:
+    """Σ_i act(x · gate_i) · (x · up_i) · down_i over each token's neurons, float32 [n, E]; masks: uint8 [n, W]."""
+    gate, up, down, activation = weights
+    kept = unpack(masks, len(gate))
+    neurons = kept.any(0).nonzero().squeeze(1)
+    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
+    return (x @ down[neurons]).float()
 
 
 def can_prefetch(weights: FFNWeights) -> bool:

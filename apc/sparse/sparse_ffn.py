@@ -13,7 +13,6 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,10 @@ from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
-from apc.sparse.timing import graph_time
+from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
 
-KERNELS = ("auto", "triton", "torch")
+KERNELS = ("auto", "triton", "numba", "torch")
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
 _BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
@@ -149,10 +148,10 @@ class SparseFFNs:
     def __init__(self, ffns: list[FFN], policy: MaskPolicy, kernel: str, max_sparse_tokens: float | None):
         """Raises UserError for a policy, a codebook or an FFN that has no kernel."""
         self.policy = policy
-        self.by_triton = _by_triton(ffns[0], kernel)
-        default_max = ops.MAX_TOKENS if self.by_triton else 1
+        self.kernel = _chosen_kernel(layer_ffns(ffns)[0], kernel)
+        default_max = 1 if self.kernel == "torch" else ops.MAX_TOKENS
         self.max_sparse_tokens = default_max if max_sparse_tokens is None else max_sparse_tokens
-        self._measures_crossover = max_sparse_tokens is None and self.by_triton and kernel == "auto"
+        self._measures_crossover = max_sparse_tokens is None and self.kernel != "torch" and kernel == "auto"
         self._ffns, self._lookahead = layer_ffns(ffns), policy.lookahead
         self._importance = Importance(ffns)
         self._activations = [activation_of(ffn) for ffn in self._ffns]
@@ -190,7 +189,7 @@ class SparseFFNs:
                 self._own_forwards.append(ffn.module.__dict__.get("forward"))
                 dense_calls.append(ffn.module.forward)
                 store_transposed(ffn)
-                sparse = make(self.policy, layer, ffn, activation, self.by_triton, self._importance)
+                sparse = make(self.policy, layer, ffn, activation, self.kernel, self._importance)
                 self._sparse.append(sparse)
                 check_formula(ffn, sparse.weights)
                 ffn.module.forward = self._forward(layer, ffn.module.forward)
@@ -205,7 +204,7 @@ class SparseFFNs:
         if self._lookahead:
             self._predicting = [sparse for sparse in self._sparse if isinstance(sparse, _ClusterFFN)]
         if self._measures_crossover:
-            with torch.cuda.device(self._ffns[0].down.weight.device):  # a CUDA graph belongs to the current device
+            with torch.cuda.device_of(self._ffns[0].down.weight):  # a CUDA graph belongs to the current device
                 self.max_sparse_tokens = self._crossover(dense_calls)
         return self
 
@@ -213,8 +212,8 @@ class SparseFFNs:
     def _crossover(self, dense: list[Callable]) -> int:
         """The most tokens in a call for which all layers' FFNs together are faster sparse than dense.
 
-        Tokens get random clusters. For one token, sparse FFNs must also beat the time to read all weights at copy
-        bandwidth: dense FFNs tuned by torch.compile are that fast, the model's own may be slower. If one token is
+        Tokens get random clusters. For one token on a GPU, sparse FFNs must also beat the time to read all weights at
+        copy bandwidth: dense FFNs tuned by torch.compile are that fast, the model's own may be slower. If one token is
         not faster sparse, everything runs dense, even if two tokens would be faster.
         """
         weight, k = self._ffns[0].down.weight, max(self.policy.codebook.k, 1)
@@ -223,9 +222,9 @@ class SparseFFNs:
             hidden = torch.randn((n, len(weight)), dtype=weight.dtype, device=device, generator=generator)
             inputs = dict.fromkeys(range(len(self._ffns)), hidden)
             clusters = torch.randint(k, (n, 1), device=device, generator=generator).int()
-            dense_ms = _time(lambda: [call(hidden.unsqueeze(0)) for call in dense])  # noqa: B023
-            sparse_ms = _time(lambda: [call(hidden, inputs, clusters) for call in self._sparse])  # noqa: B023
-            if n == 1:
+            dense_ms = _time(lambda: [call(hidden.unsqueeze(0)) for call in dense], device)  # noqa: B023
+            sparse_ms = _time(lambda: [call(hidden, inputs, clusters) for call in self._sparse], device)  # noqa: B023
+            if n == 1 and device.type == "cuda":
                 dense_ms = min(dense_ms, self._time_to_read())
             if sparse_ms > _MAX_TIME_RATIO * dense_ms:
                 return n - 1
@@ -236,7 +235,7 @@ class SparseFFNs:
         downs = [ffn.down.weight.T for ffn in self._ffns]
         targets = [torch.empty_like(downs[0]) for _ in range(math.ceil(_BEYOND_CACHE / downs[0].nbytes))]
         pairs = list(zip(itertools.cycle(targets), downs, strict=False))
-        return 3 / 2 * _time(lambda: [target.copy_(down) for target, down in pairs])
+        return 3 / 2 * _time(lambda: [target.copy_(down) for target, down in pairs], downs[0].device)
 
     def remove(self) -> None:
         """Takes the sparse FFNs out, and stores the down projections as before; does nothing a second time."""
@@ -302,7 +301,7 @@ class SparseFFNs:
             self._active_lists.clear()
         self._inputs[layer] = hidden
         self._inputs.pop(layer - self._lookahead - 1, None)
-        if len(hidden) > ops.MAX_TOKENS and self.by_triton:
+        if len(hidden) > ops.MAX_TOKENS and self.kernel == "triton":
             outputs = []
             for start in range(0, len(hidden), ops.MAX_TOKENS):
                 part = slice(start, start + ops.MAX_TOKENS)
@@ -319,7 +318,7 @@ class SparseFFNs:
         delta = sparse.delta(prediction)
         target = layer + self._lookahead
         if target >= len(self._predicting):
-            return ops.sparse_ffn(hidden, sparse.weights, active, delta, self.by_triton)
+            return ops.sparse_ffn(hidden, sparse.weights, active, delta, sparse.kernel_for(hidden))
         coming, next_layer = self._predictions.get(layer + 1), None
         # The next layer's active neurons can be listed if its clusters are predicted by now or by this call.
         if self._can_prefetch[layer + 1] and (coming is not None or self._lookahead == 1):
@@ -328,32 +327,28 @@ class SparseFFNs:
             next_layer = ops.NextLayer(width, centroids, candidates)
         later = self._predicting[target].predictor
         output, self._predictions[target], next_list = ops.sparse_ffn_ahead(
-            hidden, sparse.weights, active, later, delta, next_layer, self.by_triton
+            hidden, sparse.weights, active, later, delta, next_layer, sparse.kernel_for(hidden)
         )
         if next_list is not None:
             self._active_lists[layer + 1] = next_list
         return output
 
 
-def _time(calls: Callable[[], object]) -> float:
-    """GPU time of `calls` in ms; they must read more than fits the GPU's cache, which is not flushed."""
-    return graph_time(calls, repeats=3, flush_cache=False)
+def _time(calls: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of `calls` in ms; they must read more than fits the device's cache, which is not flushed."""
+    return graph_time(calls, repeats=3, flush_cache=False) if device.type == "cuda" else host_time(calls)
 
 
-@cache  # once in a process
-def _warn_no_triton() -> None:
-    message = "apc: no Triton kernels on the CPU; sparse FFNs run by torch, which shows quality, not speed"
-    print(message, file=sys.stderr)
-
-
-def _by_triton(ffn: FFN, kernel: str) -> bool:
+def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
+    """triton, numba or torch. Raises UserError for an unknown kernel, or one that the FFN's device lacks."""
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks on a dense forward pass")
-    if kernel == "triton" and ffn.device.type != "cuda":
-        raise UserError(f"kernel=triton: the model is on {ffn.device}; move it to an NVIDIA GPU, or use kernel=torch")
-    if kernel == "auto" and ffn.device.type != "cuda":
-        _warn_no_triton()
-    return ffn.device.type == "cuda" and kernel != "torch"
+    devices, device = {"triton": "cuda", "numba": "cpu"}, ffn.device.type
+    chosen = kernel if kernel != "auto" else next((name for name, on in devices.items() if on == device), "auto")
+    if devices.get(chosen, device) != device or chosen == "auto":
+        problem = f"the model is on {ffn.device}, and kernels run on NVIDIA GPUs (triton) and on the CPU (numba)"
+        raise UserError(f"kernel={kernel}: {problem}; move it, or use kernel=torch")
+    return chosen
 
 
 def check_policy(policy: MaskPolicy) -> None:
@@ -386,11 +381,12 @@ class _SparseFFN:
         layer: int,
         ffn: LayerFFN,
         activation: str,
-        by_triton: bool,
+        kernel: str,
         importance: Importance,
     ):
         self.policy, self.layer, self.importance = policy, layer, importance
-        self.ffn, self.activation, self.by_triton = ffn, activation, by_triton
+        self.ffn, self.activation, self.kernel = ffn, activation, kernel
+        self.by_triton = kernel == "triton"
         self.source = layer if policy.predictor is None else policy.predictor.source_layer(layer)
         self._parts, self._device, self._dtype = parts_of(ffn), ffn.down.weight.device, ffn.down.weight.dtype
 
@@ -399,6 +395,10 @@ class _SparseFFN:
         """The module's weights as they are now."""
         gate, up = self.ffn.projection("gate").detach(), self.ffn.projection("up").detach()
         return ops.FFNWeights(gate, up, self.ffn.down.weight.detach().T, self.activation)
+
+    def kernel_for(self, hidden: Tensor) -> str:
+        """The kernel for inputs [n, E]: with many tokens torch, whose products use each weight that they read often."""
+        return "torch" if self.kernel == "numba" and len(hidden) > ops.MAX_TOKENS else self.kernel
 
     def follow_changes(self) -> None:
         """Stores new down weights in transposed form. Raises UserError for changes that this FFN can't follow."""
@@ -430,7 +430,7 @@ class _PolicyFFN(_SparseFFN):
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         masks, delta = torch.ops.apc.choose(inputs[self.source], self.ffn.width, self.number)
-        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), by_triton=self.by_triton) + delta
+        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), kernel=self.kernel_for(hidden)) + delta
 
 
 _NUMBERS = itertools.count()
@@ -486,7 +486,7 @@ class _ClusterFFN(_SparseFFN):
         if clusters is not None:
             prediction = ops.Prediction(prediction.bottleneck, ops.Candidates(clusters.float(), clusters))
         active = ops.ActiveNeurons(self.centroids, prediction.candidates)
-        return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.by_triton)
+        return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.kernel_for(hidden))
 
     def predict(self, inputs: dict[int, Tensor]) -> ops.Prediction:
         return ops.predict_clusters(inputs[self.source], self.predictor, self.by_triton)
@@ -525,7 +525,7 @@ class _LowBitFFN(_SparseFFN):
         masks = ops.low_bit_scores(source, self.planes, self.curve, self.threshold, by_triton)
         if self.size is not None:
             masks = torch.ops.apc.top_packed(masks, self.size)
-        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), delta, by_triton)
+        return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), delta, self.kernel_for(hidden))
 
 
 @torch.library.custom_op("apc::top_packed", mutates_args=())

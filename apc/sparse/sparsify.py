@@ -69,11 +69,11 @@ def sparsify(
             `static` without a predictor.
         seed: decides the masks of the policy `random`.
         kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
-            mask keeps: `triton` by Triton kernels, `torch` by torch, `auto` by Triton kernels if the model is on an
-            NVIDIA GPU. Kernels need a policy that knows its masks before the FFN runs.
-        max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` on a GPU measures
-            the crossover (0 if sparse is never faster, as in small models), `triton` uses the kernels' limit, and
-            `torch` uses one token. math.inf: all calls run sparse.
+            mask keeps: `triton` on an NVIDIA GPU, `numba` on the CPU, `torch` by torch, `auto` by that of the first
+            two that the model's device has. Kernels need a policy that knows its masks before the FFN runs.
+        max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` measures the
+            crossover (0 if sparse is never faster), `triton` and `numba` use the kernels' limit, and `torch` uses one
+            token. math.inf: all calls run sparse.
         scoring: with a kernel, calls of any number of tokens run sparse, so that scores of whole sequences are those of
             the masked model. Without a kernel, masks apply to all tokens anyway.
         strict: decides what happens if the model's weights are not those that the codebook was fitted with. True: an
