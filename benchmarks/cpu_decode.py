@@ -57,9 +57,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
     H = min(512, E // 8)
     predictors = [
-        ops.PredictorWeights(
-            torch.randn(H, E).to(dtype), torch.zeros(H), torch.randn(CLUSTERS, H).to(dtype), torch.zeros(CLUSTERS)
-        )
+        ops.PredictorWeights(torch.randn(H, E), torch.zeros(H), torch.randn(CLUSTERS, H), torch.zeros(CLUSTERS))
         for _ in range(L)
     ]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
@@ -86,7 +84,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     calls = {name: lambda arm=arm: [arm(layer) for layer in range(L)] for name, arm in arms.items()}
     seconds = {name: [each / L for each in times] for name, times in time_cpu(calls, repeats).items()}
     weights, slowest = 3 * E * D * dtype.itemsize, statistics.median(seconds["torch, dense"])
-    predictor = H * (E + CLUSTERS) * dtype.itemsize
+    predictor = 4 * H * (E + CLUSTERS)  # in float32, as `sparsify` stores it on a CPU
     read = dict(zip(arms, (weights, weights, DENSITY * weights, DENSITY * weights + predictor), strict=True))
     kind = str(dtype).removeprefix("torch.")
     return [

@@ -540,8 +540,11 @@ def _(scores: Tensor, m: int) -> Tensor:
 
 
 def _converters(device: torch.device) -> list:
-    """Conversions of a tensor to bfloat16, exact for trained parameters (already rounded), and to float32."""
-    types = (torch.bfloat16, torch.float32)
+    """Conversions of a tensor to bfloat16, exact for trained parameters (already rounded), and to float32.
+
+    On the CPU both convert to float32, the type that torch's products there would convert to in each call.
+    """
+    types = (torch.float32 if device.type == "cpu" else torch.bfloat16, torch.float32)
     return [lambda value, dtype=dtype: value.detach().to(device, dtype).contiguous() for dtype in types]
 
 

@@ -422,7 +422,7 @@ class StagedProx(Staged, Prox):
     name = "staged-prox"
     by_default = True
     is_peer = False  # Prox has no stages
-    color, marker = "#0072B2", "P"
+    color, marker = "#B22222", "P"
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores."""
