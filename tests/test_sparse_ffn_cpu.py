@@ -57,6 +57,21 @@ def test_the_operation_adds_what_torch_adds_and_rounds_to_the_models_type():
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "n", "kernel", "message"),
+    [
+        (torch.float64, 1, "numba", "kernel numba takes 16 or 32 bits on the CPU, got hidden float64"),
+        (torch.float32, 5, "numba", "the kernels take up to 4 tokens"),
+        (torch.float32, 1, "fast", "kernel fast: choose triton, numba, torch"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(dtype, n, kernel, message):
+    hidden, weights = ffn(n, 40, 32, dtype)
+    active = ops.ActiveNeurons(ops.pack(torch.ones(n, 40, dtype=torch.bool)))
+    with pytest.raises(ValueError, match=message):
+        ops.sparse_ffn(hidden, weights, active, kernel=kernel)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_repeat_their_bits(threads):
     before = torch.get_num_threads()

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 
-from apc.commands.sharing import Guest, SharedGPUs, free_gpu_memory
+from apc.commands.shared_gpus import Guest, SharedGPUs, free_gpu_memory
 from apc.config.load import CONFIGS, load_config, split_file
 from apc.config.schema import Config
 from apc.config.values import as_word, parse_yaml, typed

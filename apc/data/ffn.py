@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -329,12 +330,7 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
         return hook
 
     handles = [one.register_forward_pre_hook(record(layer), with_kwargs=True) for layer, one in enumerate(called)]
-    try:
-        with torch.inference_mode():
-            base(input_ids=torch.tensor([[1, 2]], device=first_device(ffns)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _probe(base, ffns, handles)
     kind, order = type(model).__name__, [layer for layer, _ in calls]
     for layer, name in enumerate(names):
         if order.count(layer) != 1:
@@ -351,6 +347,16 @@ def check_calls(model: nn.Module, ffns: list[FFN]) -> int:
     for place in modules.values():
         _check_experts(kind, ffns[place], max(slots))
     return max(slots, default=0)
+
+
+def _probe(base: Any, ffns: list[FFN], handles: list[RemovableHandle]) -> None:
+    """Runs the model's body on two tokens, and then removes the hooks."""
+    try:
+        with torch.inference_mode():
+            base(input_ids=torch.tensor([[1, 2]], device=first_device(ffns)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def norms_behind(model: nn.Module, ffns: list[FFN]) -> list[nn.Module | None]:
@@ -374,12 +380,7 @@ def norms_behind(model: nn.Module, ffns: list[FFN]) -> list[nn.Module | None]:
     for module in base.modules():
         if {value.dim() for value in module.parameters()} == {1}:
             handles.append(module.register_forward_pre_hook(look))
-    try:
-        with torch.inference_mode():
-            base(input_ids=torch.tensor([[1, 2]], device=first_device(ffns)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _probe(base, ffns, handles)
     return norms
 
 

@@ -44,6 +44,7 @@ from apc.ops.predict import (
 )
 from apc.ops.sparse_ffn_sm90 import aligned, empty_active_list, find_hopper, is_supported, rows_hopper
 
+KERNELS = ("triton", "numba", "torch")
 MAX_HIDDEN = 2**14  # the largest hidden size whose sums fit a program
 # ROWS: neurons that a program reads at a time; STAGES: how many of these reads are in flight.
 _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}
@@ -274,10 +275,14 @@ def sparse_ffn(
         gate and up to hidden's type, as a model does.
 
     Raises:
-        ValueError: for other shapes or types, or an unknown activation.
+        ValueError: for other shapes or types, an unknown activation or kernel, or one for another device.
     """
     kernel = _kernel_for(hidden) if kernel is None else kernel
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel {kernel}: choose {', '.join(KERNELS)}")
     n, E = check_hidden(hidden, kernel != "torch")
+    if kernel == "numba" and (hidden.device.type != "cpu" or hidden.dtype.itemsize > 4):
+        raise ValueError(f"kernel numba takes 16 or 32 bits on the CPU, got hidden {describe(hidden)}")
     D = len(weights.gate)
     if weights.activation not in ACTIVATIONS:
         raise ValueError(f"activation {weights.activation}: choose {', '.join(ACTIVATIONS)}")

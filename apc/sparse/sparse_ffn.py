@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import FFN, LayerFFN, activation_function
-from apc.ops.sparse_ffn import act
+from apc.ops.sparse_ffn import KERNELS, act
 from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
@@ -30,7 +30,6 @@ from apc.sparse.policies.predicted import Predicted
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
 
-KERNELS = ("auto", "triton", "numba", "torch")
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
 _BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
@@ -341,8 +340,10 @@ def _time(calls: Callable[[], object], device: torch.device) -> float:
 
 def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
     """triton, numba or torch. Raises UserError for an unknown kernel, or one that the FFN's device lacks."""
-    if kernel not in KERNELS:
-        raise UserError(f"kernel={kernel}: choose {', '.join(KERNELS)}, or None for masks on a dense forward pass")
+    if kernel not in ("auto", *KERNELS):
+        raise UserError(
+            f"kernel={kernel}: choose auto, {', '.join(KERNELS)}, or None for masks on a dense forward pass"
+        )
     devices, device = {"triton": "cuda", "numba": "cpu"}, ffn.device.type
     chosen = kernel if kernel != "auto" else next((name for name, on in devices.items() if on == device), "auto")
     if devices.get(chosen, device) != device or chosen == "auto":
@@ -465,19 +466,19 @@ class _ClusterFFN(_SparseFFN):
         weights = self.weights
         book, group = policy.codebook.sites["neuron"], policy.codebook.group(layer)
         parts = policy.predictor.layer(layer).weights
-        to_bf16, to_fp32 = _converters(weights.down.device)
+        to_stored, to_fp32 = _converters(weights.down.device)
         self.predictor = ops.PredictorWeights(
-            to_bf16(parts["reduce"].T),
+            to_stored(parts["reduce"].T),
             to_fp32(parts["reduce_bias"]),
-            to_bf16(parts["expand.neuron"].T),
+            to_stored(parts["expand.neuron"].T),
             to_fp32(parts["expand_bias.neuron"]),
         )
         self.centroids = book.centroids[group].to(weights.down.device).contiguous()  # uint8 [K, W]
         # [H, E] and float32 [E]
         self.correct = (
-            (to_bf16(parts["correct"]), to_fp32(parts["correct_bias"])) if policy.predictor.corrects else None
+            (to_stored(parts["correct"]), to_fp32(parts["correct_bias"])) if policy.predictor.corrects else None
         )
-        self.offsets = None if book.offsets is None else to_bf16(book.offsets[group])  # [K, E]
+        self.offsets = None if book.offsets is None else to_stored(book.offsets[group])  # [K, E]
         same_type = self.predictor.reduce.dtype == weights.gate.dtype
         self.can_prefetch = self.by_triton and same_type and ops.can_prefetch(weights)
 
@@ -507,7 +508,7 @@ class _LowBitFFN(_SparseFFN):
         assert predictor.low_bit is not None  # the policy's kernel is low-bit
         thresholds = predictor.thresholds if policy.by_threshold else None
         parts, scores = predictor.layer(layer).weights, predictor.low_bit.freeze().layer(layer)
-        to_bf16, to_fp32 = _converters(device)
+        to_stored, to_fp32 = _converters(device)
         # Masks keep the scores above the threshold, float32 [], or a fixed number of the highest ones.
         self.threshold = None if thresholds is None else to_fp32(thresholds[layer])
         self.size = policy.codebook.size("neuron", layer) if thresholds is None else None
@@ -515,8 +516,8 @@ class _LowBitFFN(_SparseFFN):
         self.curve = ops.ScoreCurve(*map(to_fp32, scores.curve))
         # Weights and biases to the bottleneck, [H, E] and float32 [H], and from it, [H, E] and float32 [E]. None
         # without a correction.
-        self.reduce = (to_bf16(parts["reduce"].T), to_fp32(parts["reduce_bias"])) if predictor.corrects else None
-        self.correct = (to_bf16(parts["correct"]), to_fp32(parts["correct_bias"])) if predictor.corrects else None
+        self.reduce = (to_stored(parts["reduce"].T), to_fp32(parts["reduce_bias"])) if predictor.corrects else None
+        self.correct = (to_stored(parts["correct"]), to_fp32(parts["correct_bias"])) if predictor.corrects else None
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         source, by_triton, delta = inputs[self.source], self.by_triton, ops.OutputDelta()
@@ -540,9 +541,10 @@ def _(scores: Tensor, m: int) -> Tensor:
 
 
 def _converters(device: torch.device) -> list:
-    """Conversions of a tensor to bfloat16, exact for trained parameters (already rounded), and to float32.
+    """Conversions of a predictor's matrices and of its other values, to the types that they are stored in.
 
-    On the CPU both convert to float32, the type that torch's products there would convert to in each call.
+    Matrices: bfloat16, which is exact because training rounded them; on the CPU float32, to which torch would convert
+    them in each call. Other values: float32.
     """
     types = (torch.float32 if device.type == "cpu" else torch.bfloat16, torch.float32)
     return [lambda value, dtype=dtype: value.detach().to(device, dtype).contiguous() for dtype in types]
