@@ -48,13 +48,9 @@ REMOVED = {
 
 RENAMED_EXPERIMENTS = {
     "cluster-5": "cluster-k512",
-    "cluster-20": "cluster-k2048",
     "low-bit-5": "low-bit-1",
-    "low-bit-20": "low-bit-3",
     "neuron-5": "neuron-48",
-    "neuron-20": "neuron-196",
     "static-5": "static",
-    "oracle-11": "oracle-k2048",
 }
 
 

@@ -282,7 +282,10 @@ def least_kept(scores: Tensor, share: float, among: Tensor | None = None) -> Ten
     candidates = scores.flatten() if among is None else scores[among.expand_as(scores)]
     if count >= candidates.numel():
         return scores.new_tensor(-torch.inf)
-    return candidates.kthvalue(candidates.numel() - max(1, count) + 1).values
+    place = candidates.numel() - max(1, count)
+    if candidates.is_cuda:  # where kthvalue uses one multiprocessor only
+        return candidates.sort().values[place]
+    return candidates.kthvalue(place + 1).values
 
 
 def _levels(scores: Tensor) -> Tensor:
