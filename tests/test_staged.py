@@ -242,6 +242,28 @@ def test_the_forward_pass_of_tuning_equals_the_policys(workplace, policy, form, 
     assert make_policy(policy, codebook, predictor).adapts_weights == bool(lora)
 
 
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_kernels_give_the_masked_models_logits(workplace, kernel, lora):
+    left, model, tokens = loaded(workplace, "low-bit")
+    cfg = TuneConfig(max_epochs=1, policy="staged-neuron", lora=lora)
+    module = TuningModule(cfg, model, find_ffns(model), left.codebook, left.predictor, tokens, share=BYTES)
+    module.on_fit_start()
+    with torch.no_grad():
+        for value in (*(each for name, each in module.lora.items() if name[-1] == "b"), module.predictor.correct):
+            value.normal_(std=0.3)
+        parts = module.tuned({})
+        expected = apc.sparsify(model, *parts, policy="staged-neuron")(input_ids=tokens).logits
+        dense = apc.restore(model)(input_ids=tokens).logits
+        logits = apc.sparsify(model, *parts, policy="staged-neuron", kernel=kernel, scoring=True)(tokens).logits
+        apc.sparsify(model, *parts, policy="staged-neuron", kernel=kernel, max_sparse_tokens=1)
+        one_token = model(input_ids=tokens[:1, :1]).logits
+        apc.restore(model)
+    tolerance = 1e-4 * (expected - dense).abs().max()
+    assert (logits - expected).abs().max() < tolerance
+    assert (one_token - expected[:1, :1]).abs().max() < tolerance
+
+
 @torch.no_grad()
 def test_low_rank_updates_are_sums_of_weights(workplace):
     """A policy that keeps all neurons, with updates, equals the dense model whose weights have the updates."""

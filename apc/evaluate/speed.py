@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from apc import ops
 from apc.cluster.codebook import Codebook
-from apc.data.ffn import find_ffns
+from apc.data.ffn import find_ffns, first_device
 from apc.evaluate.metrics import perplexity, perplexity_ratio
 from apc.predict.predictor import Predictor
 from apc.sparse.decode import GreedyDecoder, cache_keyword, config_of
-from apc.sparse.policies import kernel_policies
+from apc.sparse.policies import kernel_policies, make_policy
 from apc.sparse.sparse_ffn import SparseFFNs, check_model
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import UserError
@@ -50,9 +50,9 @@ TIMED_STEPS = 32  # of a policy, in all rounds together
 
 def check(model: nn.Module, policies: Sequence[str], seq_len: int) -> None:
     """Raises UserError unless a policy and the model's FFNs have kernels, and windows of `seq_len` are long enough."""
-    if not set(policies) & set(kernel_policies()):
-        problem = f"none of policies=[{','.join(policies)}] knows its mask before the FFN runs"
-        raise UserError(f"speed=true: {problem}; add one of {', '.join(kernel_policies())}")
+    if not set(policies) & set(known := kernel_policies(first_device(find_ffns(model)).type)):
+        problem = f"no kernel on this device runs any of policies=[{','.join(policies)}]"
+        raise UserError(f"speed=true: {problem}; add one of {', '.join(known)}")
     if seq_len < 4:
         problem = f"windows of {seq_len} tokens are too short for a prompt and a continuation"
         raise UserError(f"speed=true: {problem}; raise data.seq_len")
@@ -82,7 +82,9 @@ def measure(
     Raises UserError as `check` does.
     """
     check(model, list(bytes_shares), windows.shape[1])
-    names = [name for name in bytes_shares if name in kernel_policies()]
+    known = kernel_policies(first_device(find_ffns(model)).type)
+    runs = lambda name: name in known and make_policy(name, codebook, predictor, seed).kernel is not None
+    names = [name for name in bytes_shares if runs(name)]
     left_out = [name for name in bytes_shares if name != "dense" and name not in names]
     windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
     half = windows.shape[1] // 2

@@ -31,11 +31,15 @@ from apc.ops.ffn_arguments import (
     MAX_TOKENS,
     ActiveNeurons,
     Candidates,
+    Correction,
     FFNWeights,
+    LowBitCopy,
+    LowRank,
     NextLayer,
     OutputDelta,
     Prediction,
     PredictorWeights,
+    Stages,
 )
 from apc.ops.kl_div import divergence, divergence_triton
 from apc.ops.low_bit import low_bit_scores, low_bit_scores_triton
@@ -50,18 +54,23 @@ from apc.ops.sparse_ffn import (
     sparse_ffn_triton,
     use_side_stream,
 )
+from apc.ops.staged_ffn import staged_ffn
 from apc.ops.topk import straight_through, straight_through_triton, top_mask, top_mask_triton
 
 __all__ = [
     "ActiveNeurons",
     "Candidates",
+    "Correction",
     "FFNWeights",
+    "LowBitCopy",
+    "LowRank",
     "MAX_TOKENS",
     "NextLayer",
     "OutputDelta",
     "Prediction",
     "PredictorWeights",
     "ScoreCurve",
+    "Stages",
     "accumulate",
     "accumulate_triton",
     "accumulate_weighted",
@@ -101,6 +110,7 @@ __all__ = [
     "sparse_ffn_ahead",
     "sparse_ffn_hopper",
     "sparse_ffn_triton",
+    "staged_ffn",
     "straight_through",
     "straight_through_triton",
     "top_mask",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from apc.ops.score_curve import ScoreCurve
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # the CUDA kernel knows them by these indices
 MAX_TOKENS = 4  # tokens per call of the kernels, which keep the sums of all tokens in registers
 EPSILON = torch.finfo(torch.float32).eps  # what torch's rms_norm adds to the mean square of a float32 input
@@ -68,3 +70,40 @@ class NextLayer(NamedTuple):
     neurons: int
     masks: Tensor  # uint8 [K, W]
     candidates: Candidates | None = None  # None: those that the same call predicts
+
+
+class LowBitCopy(NamedTuple):
+    """A copy of gate and up at few bits that scores neurons, and when a token's input takes part in it."""
+
+    planes: Tensor  # uint8 [b, P, D, W], or by input [b, P, E, W], the lowest bit first
+    curve: ScoreCurve
+    projections: tuple[str, ...]  # of gate and up, those that are copied
+    norms: Tensor | None = None  # float32 [E]; with these, the copy lies by input
+    least: Tensor | None = None  # float32 []: the least |x_i| · norms_i of an input that takes part
+
+
+class LowRank(NamedTuple):
+    """Low-rank updates b · a of the three projections, each (a [r, inputs], b [outputs, r])."""
+
+    gate: tuple[Tensor, Tensor]
+    up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+
+
+class Correction(NamedTuple):
+    """What is added to an FFN's output: SiLU(rms_norm(x) · reduceᵀ + reduce_bias) · correct + correct_bias."""
+
+    reduce: Tensor  # float [H, E]
+    reduce_bias: Tensor  # float32 [H]
+    correct: Tensor  # float [H, E]
+    correct_bias: Tensor  # float32 [E]
+
+
+class Stages(NamedTuple):
+    """How a staged FFN decides, besides its weights."""
+
+    copy: LowBitCopy
+    thresholds: Tensor  # float32 [3]: the least score with which rows of gate, up and down are read
+    norms: Tensor  # float32 [D], of the neurons' columns of the down projection
+    low_rank: LowRank | None = None
+    correction: Correction | None = None

@@ -27,6 +27,7 @@ from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
+from apc.sparse.policies.staged import StagedNeuron
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
 
@@ -156,7 +157,7 @@ class SparseFFNs:
         self._activations = [activation_of(ffn) for ffn in self._ffns]
         for ffn in self._ffns:
             check_call(ffn)
-        check_policy(policy)
+        check_policy(policy, self.kernel, layer_ffns(ffns)[0].device.type)
         self._multipliers = [multipliers(ffn) for ffn in self._ffns]
         if set(self._multipliers) != {(1.0, 1.0)} and (policy.lookahead or policy.changes_output):
             problem = "it has multipliers, which kernels support without lookahead, correction and offsets only"
@@ -222,7 +223,7 @@ class SparseFFNs:
             inputs = dict.fromkeys(range(len(self._ffns)), hidden)
             clusters = torch.randint(k, (n, 1), device=device, generator=generator).int()
             dense_ms = _time(lambda: [call(hidden.unsqueeze(0)) for call in dense], device)  # noqa: B023
-            sparse_ms = _time(lambda: [call(hidden, inputs, clusters) for call in self._sparse], device)  # noqa: B023
+            sparse_ms = _time(lambda: [call.timed(hidden, inputs, clusters) for call in self._sparse], device)  # noqa: B023
             if n == 1 and device.type == "cuda":
                 dense_ms = min(dense_ms, self._time_to_read())
             if sparse_ms > _MAX_TIME_RATIO * dense_ms:
@@ -352,11 +353,13 @@ def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
     return chosen
 
 
-def check_policy(policy: MaskPolicy) -> None:
-    """Raises UserError unless kernels can run the policy with its codebook."""
+def check_policy(policy: MaskPolicy, kernel: str, device: str) -> None:
+    """Raises UserError unless this kernel, on a device of this type, can run the policy with its codebook."""
     if policy.kernel is None:
         problem = "its masks depend on activations inside the FFN, which no kernel supports"
-        raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies())}")
+        raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies(device))}")
+    if policy.kernel == "stages" and kernel == "triton":
+        raise UserError(f"policy {policy.name}: no kernel runs stages on a GPU yet; use kernel=None, or the CPU")
     low_bit = None if policy.predictor is None else policy.predictor.low_bit
     if policy.kernel == "low-bit" and low_bit is not None and low_bit.by_input:
         problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs yet (predictor.inputs)"
@@ -419,6 +422,10 @@ class _SparseFFN:
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters: int32 [n, 1], replace predicted ones."""
         raise NotImplementedError
+
+    def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
+        """A call as usual in decoding, for random hidden [n, E]."""
+        return self(hidden, inputs, clusters)
 
 
 class _PolicyFFN(_SparseFFN):
@@ -529,6 +536,67 @@ class _LowBitFFN(_SparseFFN):
         return ops.sparse_ffn(hidden, self.weights, ops.ActiveNeurons(masks), delta, self.kernel_for(hidden))
 
 
+class _StagedFFN(_SparseFFN):
+    """An FFN in the stages of a low-bit copy."""
+
+    def __init__(self, policy: StagedNeuron, layer: int, *given):
+        super().__init__(policy, layer, *given)
+        predictor, tensors, parts = policy.predictor, policy.tensors, policy.predictor.layer(layer).weights
+        assert predictor.low_bit is not None  # the policy's kernel is stages
+        low_bit, scores = predictor.low_bit, predictor.low_bit.freeze().layer(layer)
+        norms, least = (None if each is None else each[layer] for each in (low_bit.norms, low_bit.input_thresholds))
+        curve, self._share = ops.ScoreCurve(*scores.curve), low_bit.inputs
+        copy = ops.LowBitCopy(scores.stored, curve, tuple(low_bit.projections), norms, least)
+        low_rank = correction = None
+        if policy.adapts_weights:
+            pair = lambda name: (tensors[f"lora_{name}_a"][layer], tensors[f"lora_{name}_b"][layer])
+            low_rank = ops.LowRank(pair("gate"), pair("up"), pair("down"))
+        if predictor.corrects:
+            own = parts["reduce"].T, parts["reduce_bias"], parts["correct"], parts["correct_bias"]
+            correction = ops.Correction(*own)
+        self.stages = ops.Stages(copy, tensors["thresholds"][layer], self.ffn.output_norms(), low_rank, correction)
+        self._on_cpu = None
+        if self.kernel == "numba":
+            from apc.ops.staged_ffn_cpu import StagedCPU  # imports numba
+
+            self._on_cpu = StagedCPU(self.stages, self.weights)
+        self.number = next(_NUMBERS)
+        _STAGED_FFNS[self.number] = self
+
+    def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
+        return torch.ops.apc.staged(hidden, self.number) if torch.compiler.is_compiling() else self.compute(hidden)
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """The output [n, E] for hidden [n, E], in its type."""
+        weights = self.weights
+        if self._on_cpu is None or len(hidden) > ops.MAX_TOKENS:
+            return ops.staged_ffn(hidden, weights, self.stages)
+        return torch.stack([self._on_cpu(token, weights).to(hidden.dtype) for token in hidden])
+
+    def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
+        """A call for inputs that are scaled so that each token reads the copy at its usual share of them."""
+        copy = self.stages.copy
+        if copy.norms is not None and copy.least is not None and copy.least > 0:
+            sizes = hidden.float().abs() * copy.norms
+            usual = sizes.quantile(1 - self._share, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            hidden = (hidden * (copy.least / usual)).to(hidden.dtype)
+        return self(hidden, inputs, clusters)
+
+
+_STAGED_FFNS: weakref.WeakValueDictionary[int, _StagedFFN] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("apc::staged", mutates_args=())
+def _staged(hidden: Tensor, number: int) -> Tensor:
+    """The output of a `_StagedFFN` by its number, [n, E]: one operation for torch.compile."""
+    return _STAGED_FFNS[number].compute(hidden)
+
+
+@_staged.register_fake
+def _(hidden: Tensor, number: int) -> Tensor:
+    return torch.empty_like(hidden)
+
+
 @torch.library.custom_op("apc::top_packed", mutates_args=())
 def _top_packed(scores: Tensor, m: int) -> Tensor:
     """Packed masks uint8 [n, W] of the m largest scores in each row; scores: float [n, D]."""
@@ -550,4 +618,9 @@ def _converters(device: torch.device) -> list:
     return [lambda value, dtype=dtype: value.detach().to(device, dtype).contiguous() for dtype in types]
 
 
-_SPARSE_FFNS: dict[str, type[_SparseFFN]] = {"cluster": _ClusterFFN, "low-bit": _LowBitFFN, "masks": _PolicyFFN}
+_SPARSE_FFNS: dict[str, type[_SparseFFN]] = {
+    "cluster": _ClusterFFN,
+    "low-bit": _LowBitFFN,
+    "masks": _PolicyFFN,
+    "stages": _StagedFFN,
+}

@@ -72,9 +72,9 @@ def default_policy(codebook: Codebook, predictor: Predictor | None) -> str:
     return max(usable, key=lambda policy: bool(policy.forms)).name
 
 
-def kernel_policies() -> list[str]:
-    """The policies that can skip neurons: their masks are known before the FFN runs."""
-    return [name for name, policy in POLICIES.items() if policy.known_before_ffn() and name != "dense"]
+def kernel_policies(device: str) -> list[str]:
+    """The policies that can skip neurons on a device of this type, cuda or cpu."""
+    return [name for name, policy in POLICIES.items() if policy.has_kernel_on(device) and name != "dense"]
 
 
 def usable_policies(cfg: Config, codebook: Codebook, predictor: Predictor | None) -> tuple[list[str], dict[str, str]]:

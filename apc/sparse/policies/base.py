@@ -236,9 +236,17 @@ class MaskPolicy:
         """Whether the mask is known before the FFN runs: only then can a kernel skip neurons."""
         return not cls.is_bound and not cls.sees_gate
 
+    @classmethod
+    def has_kernel_on(cls, device: str) -> bool:
+        """Whether kernels on a device of this type, cuda or cpu, run it; `kernel` says if this one's parts fit."""
+        return cls.known_before_ffn()
+
     @property
     def kernel(self) -> str | None:
-        """The kind of sparse FFN that runs it: cluster, low-bit or masks (see `apc.sparse.sparse_ffn`); None: none."""
+        """The kind of sparse FFN that runs it: cluster, low-bit, masks or stages (see `apc.sparse.sparse_ffn`).
+
+        None: no kernel does.
+        """
         return "masks" if self.known_before_ffn() else None
 
     @property

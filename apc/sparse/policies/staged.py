@@ -58,7 +58,7 @@ class Staged(MaskPolicy):
 
     @property
     def kernel(self) -> str | None:
-        """None: no kernel runs stages."""
+        """None: no kernel runs these stages."""
         return None
 
     @property
@@ -398,6 +398,17 @@ class StagedNeuron(Staged, NeuronPredictor):
 
     name = "staged-neuron"
     color, marker = "#56B4E9", "D"
+
+    @classmethod
+    def has_kernel_on(cls, device: str) -> bool:
+        """On the CPU only."""
+        return device == "cpu"
+
+    @property
+    def kernel(self) -> str | None:
+        """stages, for a low-bit copy of the same layer whose stages keep neurons by thresholds."""
+        fits = self.predictor.low_bit is not None and "sizes" not in self.tensors and not self.predictor.lookahead
+        return "stages" if fits else None
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores; and the correction."""

@@ -1,0 +1,68 @@
+"""The staged FFN of a low-bit copy, by its definition in plain torch; `staged_ffn_cpu.py` is its kernel.
+
+Shape letters: see `apc.ops`; r rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apc.ops.bits import unpack
+from apc.ops.ffn_arguments import FFNWeights, LowBitCopy, LowRank, Stages
+from apc.ops.score_curve import score_curve
+from apc.ops.sparse_ffn import act
+
+
+def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
+    """The FFN's output [n, E] for hidden [n, E], in its type; all rows are read.
+
+    A neuron's row of gate counts if its score by the copy reaches the first threshold. Its row of up counts if also
+    2 log(|act(g)| · norm), plus what a copy of up adds to the score, reaches the second; its row of down if also
+    2 log(|act(g) · u| · norm) reaches the third.
+    """
+    x, (gate, up, down) = hidden.float(), (matrix.float() for matrix in weights[:3])
+    scores, of_up = _scores(x, stages.copy, len(gate))
+    kept = scores >= stages.thresholds[0]
+    values = act(x @ gate.T + _update(x, stages.low_rank, "gate"), weights.activation)
+    kept &= _log_energy(values, stages.norms) + of_up >= stages.thresholds[1]
+    values = values * (x @ up.T + _update(x, stages.low_rank, "up"))
+    kept &= _log_energy(values, stages.norms) >= stages.thresholds[2]
+    values = values.masked_fill(~kept, 0)
+    output = values @ down + _update(values, stages.low_rank, "down")
+    if stages.correction is not None:
+        reduce, reduce_bias, correct, correct_bias = (each.float() for each in stages.correction)
+        inner = F.silu(F.rms_norm(x, x.shape[-1:]) @ reduce.T + reduce_bias)
+        output = output + inner @ correct + correct_bias
+    return output.to(hidden.dtype)
+
+
+def _scores(x: Tensor, copy: LowBitCopy, neurons: int) -> tuple[Tensor, Tensor]:
+    """Each neuron's score float32 [n, D], and the part of it that a copy of up adds, 0 without one."""
+    by_input = copy.norms is not None
+    index = sum(unpack(plane, neurons if by_input else x.shape[-1]) * 2.0**bit for bit, plane in enumerate(copy.planes))
+    levels = index + (0.5 - 2 ** (len(copy.planes) - 1))  # [P, E, D] or [P, D, E]
+    if copy.norms is None or copy.least is None:
+        levels = levels.transpose(-1, -2)
+    else:
+        x = x.masked_fill(~(x.abs() * copy.norms >= copy.least), 0)
+    products = torch.einsum("ne,ped->npd", x, levels)
+    scale, slope, power, bias = (each[None] for each in copy.curve)
+    every = score_curve(products[None], scale, slope, power, bias)[0]
+    if copy.projections[-1] != "up":
+        return every, torch.zeros_like(every)
+    no_bias = torch.zeros_like(bias)
+    return every, score_curve(products[None, :, -1:], scale[:, -1:], slope[:, -1:], power[:, -1:], no_bias)[0]
+
+
+def _update(values: Tensor, low_rank: LowRank | None, projection: str) -> Tensor:
+    """What the low-rank update of a projection adds to its outputs; 0 without one."""
+    if low_rank is None:
+        return values.new_zeros(())
+    a, b = (each.float() for each in getattr(low_rank, projection))
+    return values @ a.T @ b.T
+
+
+def _log_energy(values: Tensor, norms: Tensor) -> Tensor:
+    """The logarithm of squared importances float32 [n, D]; zero and NaN count as the smallest normal number."""
+    importance = (values.abs() * norms).nan_to_num(nan=0.0)
+    return 2 * importance.clamp_min(torch.finfo(torch.float32).tiny).log()

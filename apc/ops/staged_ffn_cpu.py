@@ -1,0 +1,381 @@
+"""The staged FFN on the CPU, in numba: each neuron decides alone which of its rows are read.
+
+A task takes some ranges of 128 neurons. For a range it adds up the copy's levels at the token's largest inputs, turns
+the sums into scores, and lists the neurons that reach the first threshold. It multiplies their rows of gate with the
+inputs and keeps the neurons whose activations are large enough, does the same with up, and adds the rows of down of the
+neurons that are left. Four rows are read together; meanwhile the memory is asked for the next four. The task that ends
+last adds the parts in a fixed order, so a number of threads gives the same bits each time.
+
+A function is compiled at its first call. Importing this module imports numba, so import it only where it is needed.
+
+Shape letters: see `apc.ops`; r rank, padded to whole vectors; `padded` E, padded to whole steps. Addresses, strides and
+lengths are in bytes unless they say more.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import cfunc, njit, types
+from torch import Tensor
+
+from apc.ops._numba import load_int, next_number, on_threads, store_int
+from apc.ops._vectors import (
+    LANES,
+    STEP,
+    activate,
+    add_floats,
+    add_levels,
+    add_rows,
+    add_scaled,
+    arrange,
+    arranged_at,
+    clear_floats,
+    dot_floats,
+    dots,
+    element,
+    end,
+    load_float,
+    load_int32,
+    score_range,
+    store_float,
+    store_int32,
+)
+from apc.ops.bits import pack, unpack
+from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, FFNWeights, Stages
+
+RANGE = 128  # neurons whose scores are computed together
+_R = 4  # rows that are read together
+_TASKS = 8  # of a thread, at most
+_TINY = float(torch.finfo(torch.float32).tiny)
+# Places in a task's scratch: sums and scores of a range, what a copy of up adds, the neurons that are left, their
+# activations, addresses of rows, and sums of these.
+_SUMS, _SCORES, _UPS, _LEFT, _VALUES, _ROWS, _DOTS, _SCRATCH = 0, 1024, 1536, 2048, 2560, 3072, 3072 + 16 * _R, 3584
+# The int64 values that a call passes to its tasks, by place: addresses, then numbers.
+_STATE = (
+    *("x", "gate", "up", "down", "levels", "inputs", "values", "curve", "norms", "limits", "sizes", "before", "given"),
+    *("reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch", "output"),
+    *(
+        "next",
+        "ended",
+        "tasks",
+        "ranges",
+        "E",
+        "D",
+        "gate_stride",
+        "up_stride",
+        "down_stride",
+        "count",
+        "rank",
+        "inner",
+    ),
+    "activation",
+)
+_AT = {name: 8 * index for index, name in enumerate(_STATE)}
+
+
+class StagedCPU:
+    """One layer's staged FFN: what a call needs besides the weights, laid out for the kernel."""
+
+    def __init__(self, stages: Stages, weights: FFNWeights) -> None:
+        copy, (D, E), dtype = stages.copy, weights.gate.shape, weights.gate.dtype
+        self._dtype, self._kind = dtype, (len(copy.projections), len(copy.planes), "up" in copy.projections)
+        ranges, self._padded = -(-D // RANGE), -(-E // STEP) * STEP
+        order = torch.tensor([arranged_at(e, E, dtype == torch.bfloat16) for e in range(E)])
+        low_rank, correction = stages.low_rank, stages.correction
+        self._rank = 0 if low_rank is None else -(-len(low_rank.gate[0]) // LANES) * LANES
+
+        def by_neuron(value: Tensor, fill: float = 0.0) -> Tensor:
+            return F.pad(value.float(), (0, ranges * RANGE - D), value=fill)
+
+        def arranged(*rows: Tensor) -> Tensor:
+            out = torch.zeros(sum(map(len, rows)), self._padded)
+            out[:, order] = torch.cat([torch.zeros(0, E), *(each.float() for each in rows)])
+            return out
+
+        def grown(a: Tensor) -> Tensor:
+            return F.pad(a.float(), (0, 0, 0, self._rank - len(a)))
+
+        before, after = [], []
+        tensors: dict[str, Tensor] = {}
+        if low_rank is not None:
+            before += [grown(low_rank.gate[0]), grown(low_rank.up[0])]
+            after.append(grown(low_rank.down[1].T))
+            tensors = {f"{name}_b": grown(pair[1].T).T for name, pair in (("gate", low_rank.gate), ("up", low_rank.up))}
+            tensors["down_a"] = grown(low_rank.down[0]).T
+        if correction is not None:
+            before.append(correction.reduce)
+            after += [correction.correct, correction.correct_bias[None]]
+            tensors["reduce_bias"] = correction.reduce_bias.float()
+        inner = 0 if correction is None else len(correction.reduce)
+        scale, slope, power, bias = copy.curve
+        nominate, up, down = stages.thresholds.tolist()
+        tensors |= {
+            "levels": _laid_out(copy.planes, copy.norms is not None, E, D),
+            "curve": torch.cat(
+                [by_neuron(each) for each in (scale, slope, power)] + [by_neuron(bias, -math.inf)[None]]
+            ),
+            "norms": by_neuron(stages.norms),
+            # The first threshold, the second, e to half of the third, and the least size of an input.
+            "limits": torch.tensor([nominate, up, _half_exp(down), -math.inf if copy.least is None else copy.least]),
+            "sizes": torch.zeros(E) if copy.norms is None else copy.norms.float(),
+            "before": arranged(*before),
+            "after": arranged(*after),
+            # What `before` gives for the token, the factor of the correction's bias, and the sum of the copy's inputs.
+            "given": torch.ones(2 * self._rank + inner + 2),
+            "x": torch.zeros(self._padded),
+            "inputs": torch.zeros(E, dtype=torch.int32),
+            "values": torch.zeros(E),
+            "output": torch.zeros(E),
+        }
+        self._tensors = {name: value.contiguous() for name, value in tensors.items()}
+        self._state = np.zeros(len(_STATE), np.int64)
+        self._set(E=E, D=D, ranges=ranges, rank=self._rank, inner=inner)
+        self._set(activation=ACTIVATIONS.index(weights.activation))
+        self._set(**{name: value.data_ptr() for name, value in self._tensors.items()})
+        self._tasks = 0
+
+    def _set(self, **values: int) -> None:
+        for name, value in values.items():
+            self._state[_STATE.index(name)] = value
+
+    def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
+        """The output for one token, float32 [E]; hidden [E], of the weights' type. A later call overwrites it."""
+        threads, hidden = torch.get_num_threads(), hidden.contiguous()
+        if (tasks := min(self._state[_STATE.index("ranges")], threads * _TASKS)) != self._tasks:
+            self._tasks = tasks
+            parts = self._tensors["parts"] = torch.zeros(tasks, self._padded + self._rank)
+            scratch = self._tensors["scratch"] = torch.zeros(tasks, _SCRATCH, dtype=torch.uint8)
+            self._set(tasks=tasks, parts=parts.data_ptr(), scratch=scratch.data_ptr())
+        size = weights.gate.element_size()
+        for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+            self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+        self._set(next=0, ended=0)
+        _begin(self._dtype)(self._state.ctypes.data, hidden.data_ptr())
+        on_threads(_worker(self._dtype, *self._kind), self._state, threads)
+        return self._tensors["output"]
+
+
+def _half_exp(threshold: float) -> float:
+    """The importance whose squared logarithm is the threshold; of the smallest importances 0."""
+    return math.exp(threshold / 2) if threshold > 2 * math.log(_TINY) else 0.0
+
+
+def _laid_out(planes: Tensor, by_input: bool, E: int, D: int) -> Tensor:
+    """The copy's bits, uint8 [ranges, E, P, b, RANGE / 8]: side by side what a range of neurons reads of an input."""
+    if not by_input:
+        planes = torch.stack([pack(unpack(plane, E).bool().transpose(-1, -2)) for plane in planes])
+    b, P = planes.shape[:2]
+    return planes.view(b, P, E, -1, RANGE // 8).permute(3, 2, 1, 0, 4)
+
+
+@cache
+def _begin(dtype: torch.dtype):
+    """A function that arranges a token's inputs, chooses the copy's, and multiplies the rows of `before` with them."""
+    load, size, arrange_inputs = element(dtype), dtype.itemsize, arrange(dtype)
+    x_at, inputs_at, values_at, sizes_at, limits_at, before_at, given_at, bias_at, count_at, E_at, rank_at, inner_at = (
+        _AT[name]
+        for name in (
+            *("x", "inputs", "values", "sizes", "limits", "before", "given", "reduce_bias", "count", "E", "rank"),
+            "inner",
+        )
+    )
+
+    @njit(nogil=True)
+    def begin(state, hidden):
+        x, E, given = load_int(state + x_at), load_int(state + E_at), load_int(state + given_at)
+        padded, rank, inner = (E + STEP - 1) // STEP * STEP, load_int(state + rank_at), load_int(state + inner_at)
+        arrange_inputs(hidden, 1, E, padded, x)
+        least, sizes = load_float(load_int(state + limits_at) + 12), load_int(state + sizes_at)
+        inputs, values = load_int(state + inputs_at), load_int(state + values_at)
+        count, total = 0, np.float32(0)
+        for e in range(E):
+            value = load(hidden + size * e)
+            if abs(value) * load_float(sizes + 4 * e) >= least:
+                store_int32(inputs + 4 * count, e)
+                store_float(values + 4 * count, value)
+                total += value
+                count += 1
+        store_int(state + count_at, count)
+        vectors, before = padded // LANES, load_int(state + before_at)
+        for row in range(2 * rank + inner):
+            store_float(given + 4 * row, dot_floats(before + 4 * padded * row, x, vectors))
+        scale = 1.0 / math.sqrt(dot_floats(x, x, vectors) / E + EPSILON)
+        for row in range(inner):
+            place = given + 4 * (2 * rank + row)
+            y = load_float(place) * scale + load_float(load_int(state + bias_at) + 4 * row)
+            store_float(place, np.float32(y / (1.0 + math.exp(-y))))
+        store_float(given + 4 * (2 * rank + inner + 1), total)
+
+    return begin
+
+
+@cache
+def _worker(dtype: torch.dtype, P: int, bits: int, copies_up: bool):
+    """A C function that takes tasks from a state until none is left."""
+    multiply, add, load, size = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R), element(dtype), dtype.itemsize
+    levels, score = add_levels(P, bits, RANGE), score_range(P, bits, RANGE, copies_up)
+    evens_first, read_bytes = dtype == torch.bfloat16, P * bits * RANGE // 8
+    at = _AT
+    next_at, ended_at, tasks_at, ranges_at, E_at, D_at = (
+        at[name] for name in ("next", "ended", "tasks", "ranges", "E", "D")
+    )
+    x_at, levels_at, inputs_at, values_at, curve_at, norms_at, limits_at, given_at = (
+        at[name] for name in ("x", "levels", "inputs", "values", "curve", "norms", "limits", "given")
+    )
+    gate_at, up_at, down_at, gate_b_at, up_b_at, down_a_at = (
+        at[name] for name in ("gate", "up", "down", "gate_b", "up_b", "down_a")
+    )
+    gate_stride_at, up_stride_at, down_stride_at = (at[f"{name}_stride"] for name in ("gate", "up", "down"))
+    after_at, parts_at, scratch_at, output_at, count_at, rank_at, inner_at, activation_at = (
+        at[name] for name in ("after", "parts", "scratch", "output", "count", "rank", "inner", "activation")
+    )
+
+    @njit(nogil=True)
+    def point(table, left, first, count, rows, stride):
+        """Writes the addresses of the rows of R neurons from `first` on; beyond `count` those of the last one."""
+        for i in range(_R):
+            store_int(table + 8 * i, rows + load_int32(left + 4 * min(first + i, count - 1)) * stride)
+
+    @njit(nogil=True)
+    def product(state, table, i, sums, b, a, rank):
+        """The product of row i of the table with the inputs; its whole steps are in sums."""
+        x, E = load_int(state + x_at), load_int(state + E_at)
+        total, row = load_float(sums + 4 * i), load_int(table + 8 * i)
+        for e in range(E // STEP * STEP, E):
+            total += load(row + size * e) * load_float(x + 4 * e)
+        return total if rank == 0 else total + dot_floats(b, a, rank // LANES)
+
+    @njit(nogil=True)
+    def nominate(state, number, scratch):
+        """Lists the neurons of a range that reach the first threshold, and returns how many they are."""
+        E, D, count = load_int(state + E_at), load_int(state + D_at), load_int(state + count_at)
+        rank, inner = load_int(state + rank_at), load_int(state + inner_at)
+        wide, first = 4 * RANGE * load_int(state + ranges_at), RANGE * number
+        base = load_int(state + levels_at) + number * E * read_bytes
+        levels(base, load_int(state + inputs_at), load_int(state + values_at), count, scratch + _SUMS)
+        total = load_float(load_int(state + given_at) + 4 * (2 * rank + inner + 1))
+        curve = load_int(state + curve_at) + 4 * first
+        score(scratch + _SUMS, curve, wide, total, scratch + _SCORES, scratch + _UPS)
+        least, m = load_float(load_int(state + limits_at)), 0
+        for i in range(min(RANGE, D - first)):
+            if load_float(scratch + _SCORES + 4 * i) >= least:
+                store_int32(scratch + _LEFT + 4 * m, first + i)
+                m += 1
+        return m
+
+    @njit(nogil=True)
+    def gate_stage(state, first, m, scratch):
+        """Keeps the listed neurons with a large activation, writes it to the values, and returns how many they are."""
+        x, E, rank = load_int(state + x_at), load_int(state + E_at), load_int(state + rank_at)
+        rows, stride, b = load_int(state + gate_at), load_int(state + gate_stride_at), load_int(state + gate_b_at)
+        given, norms = load_int(state + given_at), load_int(state + norms_at)
+        activation, least = load_int(state + activation_at), load_float(load_int(state + limits_at) + 4)
+        table, ahead, left, kept = scratch + _ROWS, scratch + _ROWS + 8 * _R, scratch + _LEFT, 0
+        point(table, left, 0, m, rows, stride)
+        for start in range(0, m, _R):
+            point(ahead, left, start + _R, m, rows, stride)
+            multiply(table, ahead, x, 4 * E, E // STEP, scratch + _DOTS)
+            for i in range(min(_R, m - start)):
+                neuron = load_int32(left + 4 * (start + i))
+                value = activate(
+                    product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank), activation
+                )
+                size = abs(value) * load_float(norms + 4 * neuron)
+                size = size if size > _TINY else _TINY  # also of NaN
+                extra = load_float(scratch + _UPS + 4 * (neuron - first)) if copies_up else 0.0
+                if 2.0 * math.log(size) + extra >= least:
+                    store_int32(left + 4 * kept, neuron)
+                    store_float(scratch + _VALUES + 4 * kept, np.float32(value))
+                    kept += 1
+            table, ahead = ahead, table
+        return kept
+
+    @njit(nogil=True)
+    def up_stage(state, m, scratch):
+        """Keeps the listed neurons with a large importance, writes their values, and returns how many they are."""
+        x, E, rank = load_int(state + x_at), load_int(state + E_at), load_int(state + rank_at)
+        rows, stride, b = load_int(state + up_at), load_int(state + up_stride_at), load_int(state + up_b_at)
+        given, norms = load_int(state + given_at) + 4 * rank, load_int(state + norms_at)
+        least = load_float(load_int(state + limits_at) + 8)
+        table, ahead, left, kept = scratch + _ROWS, scratch + _ROWS + 8 * _R, scratch + _LEFT, 0
+        point(table, left, 0, m, rows, stride)
+        for start in range(0, m, _R):
+            point(ahead, left, start + _R, m, rows, stride)
+            multiply(table, ahead, x, 4 * E, E // STEP, scratch + _DOTS)
+            for i in range(min(_R, m - start)):
+                neuron = load_int32(left + 4 * (start + i))
+                value = product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank)
+                value *= load_float(scratch + _VALUES + 4 * (start + i))
+                size = abs(value) * load_float(norms + 4 * neuron)
+                if size >= least or (least == 0 and size != size):
+                    store_int32(left + 4 * kept, neuron)
+                    store_float(scratch + _VALUES + 4 * kept, np.float32(value))
+                    kept += 1
+            table, ahead = ahead, table
+        return kept
+
+    @njit(nogil=True)
+    def down_stage(state, m, scratch, out):
+        """Adds the listed neurons' rows of down, times their values, to out, float32 [padded + r]."""
+        E, rank = load_int(state + E_at), load_int(state + rank_at)
+        rows, stride, a = load_int(state + down_at), load_int(state + down_stride_at), load_int(state + down_a_at)
+        padded = (E + STEP - 1) // STEP * STEP
+        table, ahead, left = scratch + _ROWS, scratch + _ROWS + 8 * _R, scratch + _LEFT
+        point(table, left, 0, m, rows, stride)
+        for start in range(0, m, _R):
+            point(ahead, left, start + _R, m, rows, stride)
+            for i in range(m, start + _R):
+                store_float(scratch + _VALUES + 4 * i, np.float32(0))
+            factors = scratch + _VALUES + 4 * start
+            add(table, ahead, factors, out, 4 * padded, E // STEP)
+            for i in range(min(_R, m - start)):
+                factor, row = load_float(factors + 4 * i), load_int(table + 8 * i)
+                for e in range(E // STEP * STEP, E):
+                    store_float(out + 4 * e, load_float(out + 4 * e) + factor * load(row + size * e))
+                if rank:
+                    neuron = load_int32(left + 4 * (start + i))
+                    add_scaled(out + 4 * padded, a + 4 * rank * neuron, factor, rank // LANES)
+            table, ahead = ahead, table
+
+    @njit(nogil=True)
+    def finish(state):
+        """Adds the parts, low-rank update and correction, and writes the output, float32 [E]."""
+        E, rank, inner = load_int(state + E_at), load_int(state + rank_at), load_int(state + inner_at)
+        padded, parts, output = (E + STEP - 1) // STEP * STEP, load_int(state + parts_at), load_int(state + output_at)
+        for task in range(1, load_int(state + tasks_at)):
+            add_floats(parts, parts + 4 * (padded + rank) * task, (padded + rank) // LANES)
+        after, given = load_int(state + after_at), load_int(state + given_at) + 8 * rank
+        for row in range(rank):
+            add_scaled(parts, after + 4 * padded * row, load_float(parts + 4 * (padded + row)), padded // LANES)
+        for row in range(inner + 1 if inner else 0):
+            factor = load_float(given + 4 * row)
+            add_scaled(parts, after + 4 * padded * (rank + row), factor, padded // LANES)
+        for e in range(E):
+            store_float(output + 4 * e, load_float(parts + 4 * arranged_at(e, E, evens_first)))
+
+    @cfunc(types.void(types.intp))
+    def work(state):
+        tasks, ranges = load_int(state + tasks_at), load_int(state + ranges_at)
+        E, rank = load_int(state + E_at), load_int(state + rank_at)
+        length = (E + STEP - 1) // STEP * STEP + rank
+        task = next_number(state + next_at)
+        while task < tasks:
+            out, scratch = (
+                load_int(state + parts_at) + 4 * length * task,
+                load_int(state + scratch_at) + _SCRATCH * task,
+            )
+            clear_floats(out, length // LANES)
+            for number in range(ranges * task // tasks, ranges * (task + 1) // tasks):
+                m = nominate(state, number, scratch)
+                m = gate_stage(state, RANGE * number, m, scratch) if m else 0
+                m = up_stage(state, m, scratch) if m else 0
+                if m:
+                    down_stage(state, m, scratch, out)
+            if end(state + ended_at) == tasks - 1:
+                finish(state)
+            task = next_number(state + next_at)
+
+    return work

@@ -1,0 +1,124 @@
+"""The staged FFN's kernel on the CPU agrees with its definition in plain torch."""
+
+import math
+
+import pytest
+import torch
+
+from apc import ops
+from apc.ops.ffn_arguments import Correction, LowBitCopy, LowRank, Stages
+from apc.ops.score_curve import ScoreCurve
+from apc.ops.staged_ffn import staged_ffn
+
+
+def example(D, E, dtype, bits=3, projections=("gate", "up"), by_input=True, rank=5, inner=3, activation="silu", seed=0):
+    """(hidden [E], weights, stages) that keep about half, a third and a quarter of the neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    weights = ops.FFNWeights(*(randn(D, E).mul_(0.3).to(dtype) for _ in range(3)), activation)
+    P, rows, width = len(projections), *((E, D) if by_input else (D, E))
+    index = torch.randint(2**bits, (P, rows, width), generator=generator)
+    planes = torch.stack([ops.pack((index >> bit & 1).bool()) for bit in range(bits)])
+    curve = ScoreCurve(0.2 * randn(P, D), 0.3 * randn(P, D), 1 + 0.1 * randn(P, D), 0.2 * randn(D))
+    copy = LowBitCopy(planes, curve, projections)
+    if by_input:
+        copy = copy._replace(norms=randn(E).abs() + 0.1, least=torch.tensor(0.4))
+    low_rank = correction = None
+    if rank:
+        low_rank = LowRank(*((0.1 * randn(rank, i), 0.1 * randn(o, rank)) for i, o in ((E, D), (E, D), (D, E))))
+    if inner:
+        correction = Correction(0.1 * randn(inner, E), randn(inner), randn(inner, E), randn(E))
+    norms = randn(D).abs() + 0.1
+    stages = Stages(copy, torch.tensor([1.0, 0.5, 1.0]), norms, low_rank, correction)
+    return randn(E).to(dtype), weights, stages
+
+
+def by_numba(hidden, weights, stages):
+    from apc.ops.staged_ffn_cpu import StagedCPU
+
+    return StagedCPU(stages, weights)(hidden, weights).clone()
+
+
+def agree(output, hidden, weights, stages):
+    exact = ops.FFNWeights(*(matrix.float() for matrix in weights[:3]), weights.activation)
+    expected = staged_ffn(hidden.float()[None], exact, stages)[0]
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * (1 + expected.abs().max().item()))
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "E", "settings"),
+    [
+        (torch.float32, 300, 96, {}),
+        (torch.float32, 129, 45, {"bits": 1, "activation": "gelu"}),
+        (torch.float32, 40, 33, {"projections": ("up",), "inner": 0, "activation": "relu"}),
+        (torch.float32, 257, 70, {"by_input": False, "bits": 2, "rank": 17, "activation": "gelu_tanh"}),
+        (torch.bfloat16, 300, 96, {}),
+        (torch.bfloat16, 128, 45, {"projections": ("gate",), "rank": 0}),
+        (torch.float16, 129, 70, {}),
+        (torch.float16, 1, 7, {"rank": 0, "inner": 0}),
+    ],
+)
+def test_it_equals_the_definition(dtype, D, E, settings):
+    hidden, weights, stages = example(D, E, dtype, **settings)
+    agree(by_numba(hidden, weights, stages), hidden, weights, stages)
+
+
+def test_each_stage_decides():
+    hidden, weights, stages = example(600, 64, torch.float32)
+    outputs = [agree(by_numba(hidden, weights, stages), hidden, weights, stages)]
+    for stage in range(3):
+        thresholds = stages.thresholds.clone()
+        for least in (-math.inf, math.inf):
+            thresholds[stage] = least
+            changed = stages._replace(thresholds=thresholds)
+            outputs.append(agree(by_numba(hidden, weights, changed), hidden, weights, changed))
+    assert len({tuple(output.tolist()) for output in outputs}) == 5  # no neuron is kept three times
+    assert torch.equal(outputs[2], outputs[4]) and torch.equal(outputs[2], outputs[6])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_repeat_their_bits(threads):
+    before = torch.get_num_threads()
+    hidden, weights, stages = example(1500, 80, torch.float32)
+    try:
+        torch.set_num_threads(threads)
+        first = by_numba(hidden, weights, stages)
+        assert all(torch.equal(first, by_numba(hidden, weights, stages)) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    agree(first, hidden, weights, stages)
+
+
+def test_rows_that_are_not_read_may_hold_anything():
+    hidden, weights, stages = example(400, 64, torch.float32, rank=0)
+    expected = by_numba(hidden, weights, stages)
+    _, plain = stages.copy, staged_ffn(hidden[None], weights, stages)
+    for matrix, stage in zip(weights[:3], range(3), strict=True):
+        thresholds = torch.full((3,), -math.inf)
+        thresholds[: stage + 1] = stages.thresholds[: stage + 1]
+        kept = _kept(hidden, weights, stages, stage)
+        matrix[~kept] = math.nan
+    assert torch.equal(by_numba(hidden, weights, stages), expected) and plain.isfinite().all()
+
+
+def _kept(hidden, weights, stages, stage):
+    """The neurons whose rows this stage reads, bool [D]; NaNs in rows that earlier stages drop do not matter."""
+    from apc.ops.sparse_ffn import act
+    from apc.ops.staged_ffn import _log_energy, _scores
+
+    gate, up, _ = (matrix.nan_to_num(nan=0.0) for matrix in weights[:3])
+    scores, of_up = _scores(hidden[None], stages.copy, len(gate))
+    values = act(hidden @ gate.T, weights.activation)[None]
+    kept = scores >= stages.thresholds[0]
+    if stage > 0:
+        kept &= _log_energy(values, stages.norms) + of_up >= stages.thresholds[1]
+    if stage > 1:
+        kept &= _log_energy(values * (hidden @ up.T), stages.norms) >= stages.thresholds[2]
+    return kept[0]
+
+
+def test_nan_shows_in_the_output():
+    hidden, weights, stages = example(200, 64, torch.float32)
+    hidden[3] = math.nan
+    assert by_numba(hidden, weights, stages).isnan().all()
