@@ -140,9 +140,7 @@ def test_a_model_is_run_and_evaluated_with_the_saved_predictor(workplace):
 @pytest.mark.parametrize("policy", ["neuron-predictor", "neuron-threshold"])
 def test_kernels_refuse_it_in_one_line(workplace, policy):
     run, model = apc.load_run(workplace / "runs" / "run"), model_of(workplace)
-    line = (
-        f"^policy {policy}: no kernel reads a low-bit copy at 0.4 of its inputs yet .*; use kernel=None, or a predictor"
-    )
+    line = f"^policy {policy}: no kernel reads a low-bit copy at 0.4 of its inputs for it .*; use kernel=None, or"
     with pytest.raises(UserError, match=line):
         apc.sparsify(model, run.codebook, run.predictor, policy, kernel="torch")
 

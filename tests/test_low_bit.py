@@ -268,7 +268,7 @@ def test_an_impossible_share_of_inputs_in_a_header_is_named(inputs):
 
 def test_speed_of_the_largest_inputs_is_refused(tmp_path):
     words = {"predictor.form": "low-bit", "predictor.inputs": 0.5, "speed": "true"}
-    with pytest.raises(UserError, match="speed=true: no kernel reads a low-bit copy at predictor.inputs=0.5"):
+    with pytest.raises(UserError, match="speed=true: only staged-neuron reads a copy at predictor.inputs=0.5"):
         load_config(None, tiny.tiny_overrides(tmp_path, **words))
 
 

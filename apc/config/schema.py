@@ -427,10 +427,10 @@ class Config:
         for key, needs_neuron in (("speed=true", self.speed), ("predictor.form=low-bit", low_bit)):
             if needs_neuron and sites != ["neuron"]:
                 raise UserError(f"{key} needs sites=[neuron], this run has sites={sites}")
-        if self.speed and self.predictor.inputs < 1:
+        if self.speed and self.predictor.inputs < 1 and "staged-neuron" not in (self.policies or ()):
             raise UserError(
-                f"speed=true: no kernel reads a low-bit copy at predictor.inputs={self.predictor.inputs} of its inputs "
-                "yet; leave out speed=true, or set predictor.inputs=1"
+                f"speed=true: only staged-neuron reads a copy at predictor.inputs={self.predictor.inputs} of its "
+                "inputs; leave out speed=true, or set predictor.inputs=1"
             )
         if self.speed and self.model.ffn_bits:
             raise UserError(

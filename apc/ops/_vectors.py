@@ -226,33 +226,32 @@ def add_scaled(context, out, row, factor, vectors):
 
 
 @cache
-def add_levels(P: int, bits: int, neurons: int):
+def add_levels(P: int, neurons: int):
     """A function that adds up the levels of a low-bit copy for a range of neurons.
 
-    It takes the address of the range's bits, uint8 [E, P, bits, neurons / 8], of `count` inputs int32 and their values
-    float32, count, and where the sums of value · index go, float32 [P, neurons].
+    It takes the address of the range's indices of levels, of `count` inputs int32 and their values float32, count, and
+    where the sums of value · index go, float32 [P, neurons]. Indices are half bytes, uint8 [E, P, neurons / 2]: 16
+    bytes hold 16 neurons in their lower halves and the next 16 in their upper halves.
     """
 
     @intrinsic
     def function(context, table, inputs, values, count, sums):
         def generate(context, builder, signature, args):
             table, inputs, values, count, sums = args
-            flags, read = ir.VectorType(ir.IntType(1), LANES), P * bits * neurons // 8
+            bytes16, read = ir.VectorType(ir.IntType(8), LANES), P * neurons // 2
             totals = [cgutils.alloca_once_value(builder, _zeros()) for _ in range(P * neurons // LANES)]
             with cgutils.for_range(builder, count) as loop:
                 at = builder.mul(loop.index, _LONG(4))
                 number = builder.zext(builder.load(_at(builder, inputs, at, _INT), align=4), _LONG)
                 value = _spread(builder, builder.load(_at(builder, values, at, _FLOAT), align=4))
                 base = builder.add(table, builder.mul(number, _LONG(read)))
-                for bit in range(bits):
-                    for i, total in enumerate(totals):
-                        p, group = divmod(i, neurons // LANES)
-                        place = (p * bits + bit) * neurons // 8 + group * LANES // 8
-                        word = builder.load(_at(builder, base, place, ir.IntType(LANES)), align=1)
-                        before = builder.load(total)
-                        after = builder.fadd(before, value)
-                        builder.store(builder.select(builder.bitcast(word, flags), after, before), total)
-                    value = builder.fadd(value, value)
+                for pair in range(len(totals) // 2):
+                    both = builder.zext(builder.load(_at(builder, base, pair * LANES, bytes16), align=1), _INTS)
+                    low = builder.and_(both, ir.Constant(_INTS, [15] * LANES))
+                    high = builder.lshr(both, ir.Constant(_INTS, [4] * LANES))
+                    for index, total in zip((low, high), totals[2 * pair : 2 * pair + 2], strict=True):
+                        level = builder.sitofp(index, _FLOATS)  # from 0 to 15, so signed conversion does as well
+                        builder.store(_multiply_add(builder, level, value, builder.load(total)), total)
             for i, total in enumerate(totals):
                 builder.store(builder.load(total), _at(builder, sums, i * VECTOR, _FLOATS), align=4)
             return context.get_dummy_value()
@@ -285,19 +284,19 @@ def _logarithm(builder: ir.IRBuilder, y: ir.Value) -> ir.Value:
 
 
 @cache
-def score_range(P: int, bits: int, neurons: int, copies_up: bool):
+def score_range(P: int, neurons: int, copies_up: bool):
     """A function that turns a range's sums into scores, as `score_curve` does.
 
     It takes the addresses of what `add_levels` wrote and of the range's part of scale, slope and power [P] and bias,
-    each float32 and `wide` bytes apart; wide; the sum of the inputs' values; where scores go, float32 [neurons]; and
-    where the last projection's part of them goes, if that is up.
+    each float32 and `wide` bytes apart; wide; what is added to each sum; where scores go, float32 [neurons]; and where
+    the last projection's part of them goes, if that is up.
     """
 
     @intrinsic
-    def function(context, sums, curve, wide, total, scores, ups):
+    def function(context, sums, curve, wide, shift, scores, ups):
         def generate(context, builder, signature, args):
-            sums, curve, wide, total, scores, ups = args
-            shift = builder.fmul(_spread(builder, total), _constant(0.5 - 2 ** (bits - 1)))
+            sums, curve, wide, shift, scores, ups = args
+            shift = _spread(builder, shift)
             with cgutils.for_range(builder, _LONG(neurons // LANES)) as loop:
                 offset = builder.mul(loop.index, _LONG(VECTOR))
 
@@ -366,6 +365,32 @@ def store_float(context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), generate
+
+
+@cache
+def store_element(dtype: torch.dtype):
+    """A function that stores a float32 as this type, rounded to the nearest."""
+
+    @intrinsic
+    def store(context, address, value):
+        def generate(context, builder, signature, args):
+            address, value = args
+            if dtype == torch.float32:
+                builder.store(value, _at(builder, address, 0, _FLOAT), align=4)
+            elif dtype == torch.float16:
+                builder.store(builder.fptrunc(value, _HALF), _at(builder, address, 0, _HALF), align=2)
+            else:
+                bits, short = builder.bitcast(value, _INT), ir.IntType(16)
+                odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))  # ties go to the even neighbour
+                rounded = builder.lshr(builder.add(bits, builder.add(odd, _INT(0x7FFF))), _INT(16))
+                is_nan = builder.fcmp_unordered("uno", value, value)
+                rounded = builder.select(is_nan, _INT(0x7FC0), rounded)
+                builder.store(builder.trunc(rounded, short), _at(builder, address, 0, short), align=2)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.float32), generate
+
+    return store
 
 
 @intrinsic

@@ -40,10 +40,11 @@ from apc.ops._vectors import (
     load_float,
     load_int32,
     score_range,
+    store_element,
     store_float,
     store_int32,
 )
-from apc.ops.bits import pack, unpack
+from apc.ops.bits import unpack
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, FFNWeights, Stages
 
 RANGE = 128  # neurons whose scores are computed together
@@ -73,7 +74,9 @@ _STATE = (
     ),
     "activation",
 )
-_AT = {name: 8 * index for index, name in enumerate(_STATE)}
+_PLACE = {name: index for index, name in enumerate(_STATE)}
+_AT = {name: 8 * index for name, index in _PLACE.items()}
+_NEXT, _ENDED, _OUTPUT = (_PLACE[name] for name in ("next", "ended", "output"))
 
 
 class StagedCPU:
@@ -81,7 +84,7 @@ class StagedCPU:
 
     def __init__(self, stages: Stages, weights: FFNWeights) -> None:
         copy, (D, E), dtype = stages.copy, weights.gate.shape, weights.gate.dtype
-        self._dtype, self._kind = dtype, (len(copy.projections), len(copy.planes), "up" in copy.projections)
+        kind = len(copy.projections), "up" in copy.projections
         ranges, self._padded = -(-D // RANGE), -(-E // STEP) * STEP
         order = torch.tensor([arranged_at(e, E, dtype == torch.bfloat16) for e in range(E)])
         low_rank, correction = stages.low_rank, stages.correction
@@ -112,50 +115,61 @@ class StagedCPU:
         inner = 0 if correction is None else len(correction.reduce)
         scale, slope, power, bias = copy.curve
         nominate, up, down = stages.thresholds.tolist()
+        least = -math.inf if copy.least is None else float(copy.least)
         tensors |= {
             "levels": _laid_out(copy.planes, copy.norms is not None, E, D),
             "curve": torch.cat(
                 [by_neuron(each) for each in (scale, slope, power)] + [by_neuron(bias, -math.inf)[None]]
             ),
             "norms": by_neuron(stages.norms),
-            # The first threshold, the second, e to half of the third, and the least size of an input.
-            "limits": torch.tensor([nominate, up, _half_exp(down), -math.inf if copy.least is None else copy.least]),
+            # The first threshold, the second, e to half of the third, the least size of an input, the lowest level.
+            "limits": torch.tensor([nominate, up, _half_exp(down), least, 0.5 - 2 ** (len(copy.planes) - 1)]),
             "sizes": torch.zeros(E) if copy.norms is None else copy.norms.float(),
             "before": arranged(*before),
             "after": arranged(*after),
-            # What `before` gives for the token, the factor of the correction's bias, and the sum of the copy's inputs.
+            # What `before` gives for the token, the factor of the correction's bias, what is added to a copy's sums.
             "given": torch.ones(2 * self._rank + inner + 2),
             "x": torch.zeros(self._padded),
             "inputs": torch.zeros(E, dtype=torch.int32),
             "values": torch.zeros(E),
-            "output": torch.zeros(E),
         }
         self._tensors = {name: value.contiguous() for name, value in tensors.items()}
         self._state = np.zeros(len(_STATE), np.int64)
         self._set(E=E, D=D, ranges=ranges, rank=self._rank, inner=inner)
         self._set(activation=ACTIVATIONS.index(weights.activation))
         self._set(**{name: value.data_ptr() for name, value in self._tensors.items()})
-        self._tasks = 0
+        self._address, self._threads = self._state.ctypes.data, 0
+        self._weights: FFNWeights | None = None  # those of the last call
+        self._begin, self._worker = _begin(dtype), _worker(dtype, *kind)
 
     def _set(self, **values: int) -> None:
         for name, value in values.items():
-            self._state[_STATE.index(name)] = value
+            self._state[_PLACE[name]] = value
 
     def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
-        """The output for one token, float32 [E]; hidden [E], of the weights' type. A later call overwrites it."""
-        threads, hidden = torch.get_num_threads(), hidden.contiguous()
-        if (tasks := min(self._state[_STATE.index("ranges")], threads * _TASKS)) != self._tasks:
-            self._tasks = tasks
-            parts = self._tensors["parts"] = torch.zeros(tasks, self._padded + self._rank)
-            scratch = self._tensors["scratch"] = torch.zeros(tasks, _SCRATCH, dtype=torch.uint8)
-            self._set(tasks=tasks, parts=parts.data_ptr(), scratch=scratch.data_ptr())
-        size = weights.gate.element_size()
-        for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
-            self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
-        self._set(next=0, ended=0)
-        _begin(self._dtype)(self._state.ctypes.data, hidden.data_ptr())
-        on_threads(_worker(self._dtype, *self._kind), self._state, threads)
-        return self._tensors["output"]
+        """The outputs [n, E] for hidden [n, E], of the weights' type, one token after the other."""
+        threads, state = torch.get_num_threads(), self._state
+        if threads != self._threads:
+            self._make_tasks(threads)
+        if weights is not self._weights:
+            self._weights, size = weights, weights.gate.element_size()
+            for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+                self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+        hidden = hidden.contiguous()
+        output = torch.empty_like(hidden)
+        first, out, row = hidden.data_ptr(), output.data_ptr(), hidden.nbytes // len(hidden)
+        for start in range(0, hidden.nbytes, row):
+            state[_NEXT] = state[_ENDED] = 0
+            state[_OUTPUT] = out + start
+            self._begin(self._address, first + start)
+            on_threads(self._worker, state, threads)
+        return output
+
+    def _make_tasks(self, threads: int) -> None:
+        self._threads, tasks = threads, min(int(self._state[_PLACE["ranges"]]), threads * _TASKS)
+        parts = self._tensors["parts"] = torch.zeros(tasks, self._padded + self._rank)
+        scratch = self._tensors["scratch"] = torch.zeros(tasks, _SCRATCH, dtype=torch.uint8)
+        self._set(tasks=tasks, parts=parts.data_ptr(), scratch=scratch.data_ptr())
 
 
 def _half_exp(threshold: float) -> float:
@@ -164,11 +178,14 @@ def _half_exp(threshold: float) -> float:
 
 
 def _laid_out(planes: Tensor, by_input: bool, E: int, D: int) -> Tensor:
-    """The copy's bits, uint8 [ranges, E, P, b, RANGE / 8]: side by side what a range of neurons reads of an input."""
-    if not by_input:
-        planes = torch.stack([pack(unpack(plane, E).bool().transpose(-1, -2)) for plane in planes])
-    b, P = planes.shape[:2]
-    return planes.view(b, P, E, -1, RANGE // 8).permute(3, 2, 1, 0, 4)
+    """The copy's indices of levels, uint8 [ranges, E, P, RANGE / 2]: side by side what a range reads of an input."""
+    P, index = planes.shape[1], torch.zeros((), dtype=torch.uint8)
+    for bit, plane in enumerate(planes):
+        each = unpack(plane, D) if by_input else unpack(plane, E).transpose(-1, -2)
+        index = index + each.to(torch.uint8) * 2**bit  # uint8 [P, E, D]
+    index = F.pad(index, (0, -D % RANGE)).view(P, E, -1, RANGE // (2 * LANES), 2, LANES)
+    both = index[..., 0, :] + 16 * index[..., 1, :]
+    return both.flatten(-2).permute(2, 1, 0, 3)
 
 
 @cache
@@ -207,17 +224,18 @@ def _begin(dtype: torch.dtype):
             place = given + 4 * (2 * rank + row)
             y = load_float(place) * scale + load_float(load_int(state + bias_at) + 4 * row)
             store_float(place, np.float32(y / (1.0 + math.exp(-y))))
-        store_float(given + 4 * (2 * rank + inner + 1), total)
+        store_float(given + 4 * (2 * rank + inner + 1), total * load_float(load_int(state + limits_at) + 16))
 
     return begin
 
 
 @cache
-def _worker(dtype: torch.dtype, P: int, bits: int, copies_up: bool):
+def _worker(dtype: torch.dtype, P: int, copies_up: bool):
     """A C function that takes tasks from a state until none is left."""
     multiply, add, load, size = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R), element(dtype), dtype.itemsize
-    levels, score = add_levels(P, bits, RANGE), score_range(P, bits, RANGE, copies_up)
-    evens_first, read_bytes = dtype == torch.bfloat16, P * bits * RANGE // 8
+    store = store_element(dtype)
+    levels, score = add_levels(P, RANGE), score_range(P, RANGE, copies_up)
+    evens_first, read_bytes = dtype == torch.bfloat16, P * RANGE // 2
     at = _AT
     next_at, ended_at, tasks_at, ranges_at, E_at, D_at = (
         at[name] for name in ("next", "ended", "tasks", "ranges", "E", "D")
@@ -256,9 +274,9 @@ def _worker(dtype: torch.dtype, P: int, bits: int, copies_up: bool):
         wide, first = 4 * RANGE * load_int(state + ranges_at), RANGE * number
         base = load_int(state + levels_at) + number * E * read_bytes
         levels(base, load_int(state + inputs_at), load_int(state + values_at), count, scratch + _SUMS)
-        total = load_float(load_int(state + given_at) + 4 * (2 * rank + inner + 1))
+        shift = load_float(load_int(state + given_at) + 4 * (2 * rank + inner + 1))
         curve = load_int(state + curve_at) + 4 * first
-        score(scratch + _SUMS, curve, wide, total, scratch + _SCORES, scratch + _UPS)
+        score(scratch + _SUMS, curve, wide, shift, scratch + _SCORES, scratch + _UPS)
         least, m = load_float(load_int(state + limits_at)), 0
         for i in range(min(RANGE, D - first)):
             if load_float(scratch + _SCORES + 4 * i) >= least:
@@ -342,7 +360,7 @@ def _worker(dtype: torch.dtype, P: int, bits: int, copies_up: bool):
 
     @njit(nogil=True)
     def finish(state):
-        """Adds the parts, low-rank update and correction, and writes the output, float32 [E]."""
+        """Adds the parts, low-rank update and correction, and writes the output [E] in the weights' type."""
         E, rank, inner = load_int(state + E_at), load_int(state + rank_at), load_int(state + inner_at)
         padded, parts, output = (E + STEP - 1) // STEP * STEP, load_int(state + parts_at), load_int(state + output_at)
         for task in range(1, load_int(state + tasks_at)):
@@ -354,7 +372,7 @@ def _worker(dtype: torch.dtype, P: int, bits: int, copies_up: bool):
             factor = load_float(given + 4 * row)
             add_scaled(parts, after + 4 * padded * (rank + row), factor, padded // LANES)
         for e in range(E):
-            store_float(output + 4 * e, load_float(parts + 4 * arranged_at(e, E, evens_first)))
+            store(output + size * e, load_float(parts + 4 * arranged_at(e, E, evens_first)))
 
     @cfunc(types.void(types.intp))
     def work(state):

@@ -355,15 +355,15 @@ def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
 
 def check_policy(policy: MaskPolicy, kernel: str, device: str) -> None:
     """Raises UserError unless this kernel, on a device of this type, can run the policy with its codebook."""
+    low_bit = None if policy.predictor is None else policy.predictor.low_bit
+    if policy.kernel is None and policy.known_before_ffn() and low_bit is not None:
+        problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs for it (predictor.inputs)"
+        raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
     if policy.kernel is None:
         problem = "its masks depend on activations inside the FFN, which no kernel supports"
         raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies(device))}")
     if policy.kernel == "stages" and kernel == "triton":
         raise UserError(f"policy {policy.name}: no kernel runs stages on a GPU yet; use kernel=None, or the CPU")
-    low_bit = None if policy.predictor is None else policy.predictor.low_bit
-    if policy.kernel == "low-bit" and low_bit is not None and low_bit.by_input:
-        problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs yet (predictor.inputs)"
-        raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
     sites = list(policy.codebook.sites)
     if sites != ["neuron"]:
         raise UserError(f"kernels need a codebook with sites=[neuron], this one has sites={sites}")
@@ -393,12 +393,20 @@ class _SparseFFN:
         self.by_triton = kernel == "triton"
         self.source = layer if policy.predictor is None else policy.predictor.source_layer(layer)
         self._parts, self._device, self._dtype = parts_of(ffn), ffn.down.weight.device, ffn.down.weight.dtype
+        self._linears = list(ffn.linears)
+        self._addresses, self._weights = self._weight_addresses(), self._view_weights()
+
+    def _weight_addresses(self) -> list[int]:
+        return [linear.weight.data_ptr() for linear in self._linears]
+
+    def _view_weights(self) -> ops.FFNWeights:
+        gate, up = self.ffn.projection("gate").detach(), self.ffn.projection("up").detach()
+        return ops.FFNWeights(gate, up, self.ffn.down.weight.detach().T, self.activation)
 
     @property
     def weights(self) -> ops.FFNWeights:
-        """The module's weights as they are now."""
-        gate, up = self.ffn.projection("gate").detach(), self.ffn.projection("up").detach()
-        return ops.FFNWeights(gate, up, self.ffn.down.weight.detach().T, self.activation)
+        """The module's weights as they are now, or were at the last `follow_changes`."""
+        return self._view_weights() if torch.compiler.is_compiling() else self._weights
 
     def kernel_for(self, hidden: Tensor) -> str:
         """The kernel for inputs [n, E]: with many tokens torch, whose products use each weight that they read often."""
@@ -407,17 +415,20 @@ class _SparseFFN:
     def follow_changes(self) -> None:
         """Stores new down weights in transposed form. Raises UserError for changes that this FFN can't follow."""
         check_parts(self.ffn, self._parts)
-        down = self.ffn.down.weight
         for name, part in self._parts.items():
             if part._forward_hooks or part._forward_pre_hooks:
                 problem = f"its {name} has forward hooks, which a kernel does not call"
                 raise UserError(f"{self.ffn.name}: {problem}; remove them, or use kernel=None")
+        if self._weight_addresses() == self._addresses:
+            return
+        down = self.ffn.down.weight
         if down.device != self._device or down.dtype != self._dtype:
             now, before = f"{down.dtype} on {down.device}", f"{self._dtype} on {self._device}"
             problem = f"its weights are {now}, at sparsify they were {before}"
             raise UserError(f"{self.ffn.name}: {problem}; call apc.sparsify again")
         if not down.T.is_contiguous():
             store_transposed(self.ffn)
+        self._addresses, self._weights = self._weight_addresses(), self._view_weights()
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         """The output [n, E]. inputs: FFN inputs [n, E] by layer; clusters: int32 [n, 1], replace predicted ones."""
@@ -568,10 +579,9 @@ class _StagedFFN(_SparseFFN):
 
     def compute(self, hidden: Tensor) -> Tensor:
         """The output [n, E] for hidden [n, E], in its type."""
-        weights = self.weights
         if self._on_cpu is None or len(hidden) > ops.MAX_TOKENS:
-            return ops.staged_ffn(hidden, weights, self.stages)
-        return torch.stack([self._on_cpu(token, weights).to(hidden.dtype) for token in hidden])
+            return ops.staged_ffn(hidden, self.weights, self.stages)
+        return self._on_cpu(hidden, self.weights)
 
     def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
         """A call for inputs that are scaled so that each token reads the copy at its usual share of them."""

@@ -24,8 +24,9 @@ class NeuronPredictor(PredictorPolicy):
 
     @property
     def kernel(self) -> str | None:
-        """low-bit for a low-bit predictor, else masks."""
-        return "masks" if self.predictor.low_bit is None else "low-bit"
+        """low-bit for a low-bit predictor, unless it is read at some inputs only; else masks."""
+        low_bit = self.predictor.low_bit
+        return "masks" if low_bit is None else None if low_bit.by_input else "low-bit"
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The highest scores, as many as a mask of fixed size keeps."""
