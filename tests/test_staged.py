@@ -264,6 +264,17 @@ def test_kernels_give_the_masked_models_logits(workplace, kernel, lora):
     assert (one_token - expected[:1, :1]).abs().max() < tolerance
 
 
+def test_the_crossover_is_measured_while_as_many_rows_are_read_as_calibrated(workplace):
+    left, model, _ = loaded(workplace, "low-bit")
+    parts = left.codebook, left.predictor
+    ffns = apc.sparse.sparsify.handle_of(apc.sparsify(model, *parts, policy="staged-neuron", kernel="auto"))
+    read = make_policy("staged-neuron", *parts).parameters_read("neuron") / (3 * left.codebook.hidden_size * left.codebook.ffn_width)
+    for ffn in ffns._sparse:
+        hidden = torch.randn(64, model.config.hidden_size) * ffn._usual_scale
+        assert ops.staged_reads(hidden, ffn.weights, ffn.stages) == pytest.approx(BYTES - read, abs=0.12)
+    apc.restore(model)
+
+
 @torch.no_grad()
 def test_low_rank_updates_are_sums_of_weights(workplace):
     """A policy that keeps all neurons, with updates, equals the dense model whose weights have the updates."""

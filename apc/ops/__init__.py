@@ -54,7 +54,7 @@ from apc.ops.sparse_ffn import (
     sparse_ffn_triton,
     use_side_stream,
 )
-from apc.ops.staged_ffn import staged_ffn
+from apc.ops.staged_ffn import staged_ffn, staged_reads
 from apc.ops.topk import straight_through, straight_through_triton, top_mask, top_mask_triton
 
 __all__ = [
@@ -111,6 +111,7 @@ __all__ = [
     "sparse_ffn_hopper",
     "sparse_ffn_triton",
     "staged_ffn",
+    "staged_reads",
     "straight_through",
     "straight_through_triton",
     "top_mask",

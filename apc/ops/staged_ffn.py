@@ -20,13 +20,8 @@ def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
     2 log(|act(g)| · norm), plus what a copy of up adds to the score, reaches the second; its row of down if also
     2 log(|act(g) · u| · norm) reaches the third.
     """
-    x, (gate, up, down) = hidden.float(), (matrix.float() for matrix in weights[:3])
-    scores, of_up = _scores(x, stages.copy, len(gate))
-    kept = scores >= stages.thresholds[0]
-    values = act(x @ gate.T + _update(x, stages.low_rank, "gate"), weights.activation)
-    kept &= _log_energy(values, stages.norms) + of_up >= stages.thresholds[1]
-    values = values * (x @ up.T + _update(x, stages.low_rank, "up"))
-    kept &= _log_energy(values, stages.norms) >= stages.thresholds[2]
+    x, down = hidden.float(), weights.down.float()
+    values, (*_, kept) = _staged_values(x, weights, stages)
     values = values.masked_fill(~kept, 0)
     output = values @ down + _update(values, stages.low_rank, "down")
     if stages.correction is not None:
@@ -34,6 +29,24 @@ def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
         inner = F.silu(F.rms_norm(x, x.shape[-1:]) @ reduce.T + reduce_bias)
         output = output + inner @ correct + correct_bias
     return output.to(hidden.dtype)
+
+
+def staged_reads(hidden: Tensor, weights: FFNWeights, stages: Stages) -> float:
+    """The mean share of rows of gate, up and down that a staged FFN reads for hidden [n, E]."""
+    _, masks = _staged_values(hidden.float(), weights, stages)
+    return torch.stack(masks).float().mean().item()
+
+
+def _staged_values(x: Tensor, weights: FFNWeights, stages: Stages) -> tuple[Tensor, list[Tensor]]:
+    """act(g) · u float32 [n, D] for x float32 [n, E], and the neurons that each stage keeps, bool [n, D]."""
+    gate, up = weights.gate.float(), weights.up.float()
+    scores, of_up = _scores(x, stages.copy, len(gate))
+    masks = [scores >= stages.thresholds[0]]
+    values = act(x @ gate.T + _update(x, stages.low_rank, "gate"), weights.activation)
+    masks.append(masks[-1] & (_log_energy(values, stages.norms) + of_up >= stages.thresholds[1]))
+    values = values * (x @ up.T + _update(x, stages.low_rank, "up"))
+    masks.append(masks[-1] & (_log_energy(values, stages.norms) >= stages.thresholds[2]))
+    return values, masks
 
 
 def _scores(x: Tensor, copy: LowBitCopy, neurons: int) -> tuple[Tensor, Tensor]:

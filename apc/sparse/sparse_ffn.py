@@ -7,6 +7,7 @@ measured on the GPU at hand, so that sparse FFNs are never slower than dense one
 Shape letters: n tokens, E hidden size, D neurons, W bytes of a packed row, H bottleneck, K clusters.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -556,7 +557,7 @@ class _StagedFFN(_SparseFFN):
         assert predictor.low_bit is not None  # the policy's kernel is stages
         low_bit, scores = predictor.low_bit, predictor.low_bit.freeze().layer(layer)
         norms, least = (None if each is None else each[layer] for each in (low_bit.norms, low_bit.input_thresholds))
-        curve, self._share = ops.ScoreCurve(*scores.curve), low_bit.inputs
+        curve = ops.ScoreCurve(*scores.curve)
         copy = ops.LowBitCopy(scores.stored, curve, tuple(low_bit.projections), norms, least)
         low_rank = correction = None
         if policy.adapts_weights:
@@ -584,13 +585,25 @@ class _StagedFFN(_SparseFFN):
         return self._on_cpu(hidden, self.weights)
 
     def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
-        """A call for inputs that are scaled so that each token reads the copy at its usual share of them."""
-        copy = self.stages.copy
-        if copy.norms is not None and copy.least is not None and copy.least > 0:
-            sizes = hidden.float().abs() * copy.norms
-            usual = sizes.quantile(1 - self._share, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            hidden = (hidden * (copy.least / usual)).to(hidden.dtype)
-        return self(hidden, inputs, clusters)
+        """A call for inputs that are scaled so that as many rows are read as on the text of the calibration."""
+        return self(hidden * self._usual_scale, inputs, clusters)
+
+    @functools.cached_property
+    def _usual_scale(self) -> float:
+        """The factor by which random inputs of variance 1 make it read its share of rows; 1 if that is not known."""
+        total = self.policy.codebook.calibration.get(self.policy.name, {}).get("bytes")
+        if total is None:
+            return 1.0
+        D, E = self.weights.gate.shape
+        share = total - self.policy.parameters_read("neuron") / (3 * D * E)
+        generator = torch.Generator(self._device).manual_seed(0)
+        hidden = torch.randn((ops.MAX_TOKENS, E), device=self._device, generator=generator)
+        low, high = -10.0, 10.0  # powers of two; larger inputs read more
+        for _ in range(9):
+            middle = (low + high) / 2
+            read = ops.staged_reads((hidden * 2**middle).to(self._dtype), self.weights, self.stages)
+            low, high = (low, middle) if read > share else (middle, high)
+        return 2.0**low
 
 
 _STAGED_FFNS: weakref.WeakValueDictionary[int, _StagedFFN] = weakref.WeakValueDictionary()
