@@ -266,12 +266,19 @@ def test_kernels_give_the_masked_models_logits(workplace, kernel, lora):
 
 def test_the_crossover_is_measured_while_as_many_rows_are_read_as_calibrated(workplace):
     left, model, _ = loaded(workplace, "low-bit")
-    parts = left.codebook, left.predictor
-    ffns = apc.sparse.sparsify.handle_of(apc.sparsify(model, *parts, policy="staged-neuron", kernel="auto"))
-    read = make_policy("staged-neuron", *parts).parameters_read("neuron") / (3 * left.codebook.hidden_size * left.codebook.ffn_width)
-    for ffn in ffns._sparse:
-        hidden = torch.randn(64, model.config.hidden_size) * ffn._usual_scale
-        assert ops.staged_reads(hidden, ffn.weights, ffn.stages) == pytest.approx(BYTES - read, abs=0.12)
+    hidden = torch.randn(64, left.codebook.hidden_size)
+    reads = lambda ffn, scale: ops.staged_reads(scale * hidden, ffn.weights, ffn.stages)
+
+    def sparse_ffn(codebook):
+        apc.sparsify(model, codebook, left.predictor, policy="staged-neuron", kernel="numba")
+        return apc.sparse.sparsify.handle_of(model)._sparse[0]
+
+    found = make_policy("staged-neuron", left.codebook, left.predictor).parameters_read("neuron")
+    dense = 3 * left.codebook.hidden_size * left.codebook.ffn_width
+    usual = reads(sparse_ffn(left.codebook), 0.5)
+    tensors = left.codebook.calibrated["staged-neuron"]
+    ffn = sparse_ffn(left.codebook.with_calibrated("staged-neuron", tensors, {"bytes": usual + found / dense}))
+    assert reads(ffn, ffn._usual_scale) == pytest.approx(usual, abs=0.08) != reads(ffn, 0.01)
     apc.restore(model)
 
 
