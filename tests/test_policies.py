@@ -113,7 +113,7 @@ def test_a_loaded_run_names_its_best_policy_that_is_no_bound(workplace, results)
 
 
 def test_kernels_run_the_policy(workplace, results):
-    assert "toy" in kernel_policies()
+    assert "toy" in kernel_policies("cpu") and "toy" in kernel_policies("cuda")
     codebook = apc.load_run(workplace / "runs" / "run").codebook
     model, _ = load_model(ModelConfig(path=str(workplace / "model"), device="cpu"), torch.device("cpu"))
     tokens = torch.arange(6)[None]

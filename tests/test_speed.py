@@ -177,7 +177,11 @@ def test_results_are_saved_before_speed_is_measured(workplace, monkeypatch):
             {},
             r"speed=true: .*: its activation ReLUSquared.* has no kernel .*; leave out speed=",
         ),
-        ({}, {"policies": "[dense,oracle]"}, r"speed=true: none of policies=\[dense,oracle\] knows its mask"),
+        (
+            {},
+            {"policies": "[dense,oracle]"},
+            r"speed=true: no kernel on this device runs any of policies=\[dense,oracle\]",
+        ),
         ({}, {"data.seq_len": 3, "data.fit_windows": 40}, "speed=true: windows of 3 tokens are too short"),
     ],
     ids=["biases", "activation", "policies", "windows"],
@@ -222,7 +226,7 @@ def test_steps_score_as_one_forward_pass(workplace, policy, dense_prefill):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["policies=[dense,oracle]"], r"speed=true: none of policies=\[dense,oracle\] knows its mask"),
+        (["policies=[dense,oracle]"], r"speed=true: no kernel on this device runs any of policies=\[dense,oracle\]"),
         (["policies=[dense,predicted]", "speed=perhaps"], "speed"),
     ],
 )
