@@ -122,3 +122,15 @@ def test_nan_shows_in_the_output():
     hidden, weights, stages = example(200, 64, torch.float32)
     hidden[3] = math.nan
     assert by_numba(hidden, weights, stages).isnan().all()
+
+
+def test_calls_from_several_threads_do_not_mix():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from apc.ops.staged_ffn_cpu import StagedCPU
+
+    _, weights, stages = example(500, 64, torch.float32)
+    layer, tokens = StagedCPU(stages, weights), torch.randn(64, 1, 64)
+    expected = [layer(token, weights) for token in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(lambda token: layer(token, weights), tokens), expected))

@@ -13,6 +13,7 @@ lengths are in bytes unless they say more.
 """
 
 import math
+import threading
 from functools import cache
 
 import numpy as np
@@ -138,7 +139,7 @@ class StagedCPU:
         self._set(E=E, D=D, ranges=ranges, rank=self._rank, inner=inner)
         self._set(activation=ACTIVATIONS.index(weights.activation))
         self._set(**{name: value.data_ptr() for name, value in self._tensors.items()})
-        self._address, self._threads = self._state.ctypes.data, 0
+        self._address, self._threads, self._lock = self._state.ctypes.data, 0, threading.Lock()
         self._weights: FFNWeights | None = None  # those of the last call
         self._begin, self._worker = _begin(dtype), _worker(dtype, *kind)
 
@@ -149,20 +150,21 @@ class StagedCPU:
     def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
         """The outputs [n, E] for hidden [n, E], of the weights' type, one token after the other."""
         threads, state = torch.get_num_threads(), self._state
-        if threads != self._threads:
-            self._make_tasks(threads)
-        if weights is not self._weights:
-            self._weights, size = weights, weights.gate.element_size()
-            for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
-                self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
-        hidden = hidden.contiguous()
-        output = torch.empty_like(hidden)
-        first, out, row = hidden.data_ptr(), output.data_ptr(), hidden.nbytes // len(hidden)
-        for start in range(0, hidden.nbytes, row):
-            state[_NEXT] = state[_ENDED] = 0
-            state[_OUTPUT] = out + start
-            self._begin(self._address, first + start)
-            on_threads(self._worker, state, threads)
+        with self._lock:  # calls from several of Python's threads share the buffers
+            if threads != self._threads:
+                self._make_tasks(threads)
+            if weights is not self._weights:
+                self._weights, size = weights, weights.gate.element_size()
+                for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+                    self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+            hidden = hidden.contiguous()
+            output = torch.empty_like(hidden)
+            first, out, row = hidden.data_ptr(), output.data_ptr(), hidden.nbytes // len(hidden)
+            for start in range(0, hidden.nbytes, row):
+                state[_NEXT] = state[_ENDED] = 0
+                state[_OUTPUT] = out + start
+                self._begin(self._address, first + start)
+                on_threads(self._worker, state, threads)
         return output
 
     def _make_tasks(self, threads: int) -> None:

@@ -576,7 +576,9 @@ class _StagedFFN(_SparseFFN):
         _STAGED_FFNS[self.number] = self
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
-        return torch.ops.apc.staged(hidden, self.number) if torch.compiler.is_compiling() else self.compute(hidden)
+        if torch.compiler.is_compiling() or (hidden.requires_grad and torch.is_grad_enabled()):
+            return torch.ops.apc.staged(hidden, self.number)  # whose backward pass is an error
+        return self.compute(hidden)
 
     def compute(self, hidden: Tensor) -> Tensor:
         """The output [n, E] for hidden [n, E], in its type."""
