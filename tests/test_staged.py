@@ -14,10 +14,11 @@ from apc.config.load import load_config
 from apc.config.schema import ModelConfig, StagesConfig, TuneConfig
 from apc.data.ffn import find_ffns
 from apc.data.models import load_model
+from apc.ops.staged_ffn import log_energy
 from apc.predict.predictor import at_16_bits
 from apc.run import stages
 from apc.sparse.policies import POLICIES, make_policy
-from apc.sparse.policies.staged import STAGES, least_kept, log_energy
+from apc.sparse.policies.staged import STAGES, least_kept
 from apc.tune.calibrate import SamplePass
 from apc.tune.module import TuningModule, _TuningForward
 from apc.tune.steps import refine, step

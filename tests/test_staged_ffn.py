@@ -105,16 +105,16 @@ def test_rows_that_are_not_read_may_hold_anything():
 def _kept(hidden, weights, stages, stage):
     """The neurons whose rows this stage reads, bool [D]; NaNs in rows that earlier stages drop do not matter."""
     from apc.ops.sparse_ffn import act
-    from apc.ops.staged_ffn import _log_energy, _scores
+    from apc.ops.staged_ffn import _scores, log_energy
 
     gate, up, _ = (matrix.nan_to_num(nan=0.0) for matrix in weights[:3])
     scores, of_up = _scores(hidden[None], stages.copy, len(gate))
     values = act(hidden @ gate.T, weights.activation)[None]
     kept = scores >= stages.thresholds[0]
     if stage > 0:
-        kept &= _log_energy(values, stages.norms) + of_up >= stages.thresholds[1]
+        kept &= log_energy(values.abs() * stages.norms) + of_up >= stages.thresholds[1]
     if stage > 1:
-        kept &= _log_energy(values * (hidden @ up.T), stages.norms) >= stages.thresholds[2]
+        kept &= log_energy((values * (hidden @ up.T)).abs() * stages.norms) >= stages.thresholds[2]
     return kept[0]
 
 

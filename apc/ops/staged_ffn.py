@@ -43,9 +43,9 @@ def _staged_values(x: Tensor, weights: FFNWeights, stages: Stages) -> tuple[Tens
     scores, of_up = _scores(x, stages.copy, len(gate))
     masks = [scores >= stages.thresholds[0]]
     values = act(x @ gate.T + _update(x, stages.low_rank, "gate"), weights.activation)
-    masks.append(masks[-1] & (_log_energy(values, stages.norms) + of_up >= stages.thresholds[1]))
+    masks.append(masks[-1] & (log_energy(values.abs() * stages.norms) + of_up >= stages.thresholds[1]))
     values = values * (x @ up.T + _update(x, stages.low_rank, "up"))
-    masks.append(masks[-1] & (_log_energy(values, stages.norms) >= stages.thresholds[2]))
+    masks.append(masks[-1] & (log_energy(values.abs() * stages.norms) >= stages.thresholds[2]))
     return values, masks
 
 
@@ -75,7 +75,6 @@ def _update(values: Tensor, low_rank: LowRank | None, projection: str) -> Tensor
     return values @ a.T @ b.T
 
 
-def _log_energy(values: Tensor, norms: Tensor) -> Tensor:
-    """The logarithm of squared importances float32 [n, D]; zero and NaN count as the smallest normal number."""
-    importance = (values.abs() * norms).nan_to_num(nan=0.0)
-    return 2 * importance.clamp_min(torch.finfo(torch.float32).tiny).log()
+def log_energy(importance: Tensor) -> Tensor:
+    """The logarithm of squared importances float32 [...]. Zero and NaN count as the smallest normal number."""
+    return 2 * importance.nan_to_num(nan=0.0).clamp_min(torch.finfo(torch.float32).tiny).log()

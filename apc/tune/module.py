@@ -22,12 +22,13 @@ from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.config.schema import TuneConfig
 from apc.data.ffn import FFN
+from apc.ops.staged_ffn import log_energy
 from apc.predict.module import StepModule
 from apc.predict.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse.masked_forward import ForwardReader
 from apc.sparse.policies import POLICIES, MaskDecision, MaskInputs
 from apc.sparse.policies.base import add_deltas, own_clusters
-from apc.sparse.policies.staged import Staged, log_energy
+from apc.sparse.policies.staged import Staged
 from apc.tune.calibrate import SamplePass
 from apc.tune.costs import drop_costs
 from apc.tune.steps import refine, step

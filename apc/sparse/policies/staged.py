@@ -18,6 +18,7 @@ from apc import ops
 from apc.cluster.codebook import Codebook
 from apc.data.ffn import first_device
 from apc.data.quantise import FULL_BITS, mean_bits
+from apc.ops.staged_ffn import log_energy
 from apc.predict.predictor import CORRECTION, Predictor
 from apc.sparse.policies.base import ClusterPolicy, FitPass, MaskDecision, MaskInputs, MaskPolicy, add_deltas
 from apc.sparse.policies.bounds import Oracle
@@ -31,11 +32,6 @@ from apc.utils.errors import UserError
 
 STAGES = ("gate", "up", "down")
 LEVELS = 24  # of a token's ranking of neurons, by which shares are chosen
-
-
-def log_energy(importance: Tensor) -> Tensor:
-    """The logarithm of squared importances float32 [...]. Zero and NaN count as the smallest normal number."""
-    return 2 * importance.nan_to_num(nan=0.0).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 class Staged(MaskPolicy):
