@@ -44,7 +44,7 @@ def test_a_run_loads_and_is_evaluated_to_the_same_perplexities(workplace, run, m
 
 def test_finished_runs_of_the_documentation_are_compared():
     runs, left_out = finished.find_runs(f"{ROOT}/docs/runs/*")
-    assert len(runs) == 47 and not left_out
+    assert len(runs) == 50 and not left_out
     assert "neuron-threshold" in tables.table(runs)
 
 
