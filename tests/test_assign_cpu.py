@@ -202,7 +202,7 @@ def test_any_number_of_threads_gives_the_same(pool, way, threads, monkeypatch, f
     few = rows[:, :30]
     monkeypatch.setattr(module, "_FEW", 0)
     if pool == "python":
-        monkeypatch.setattr(_numba, "_process", object())
+        monkeypatch.setattr(_numba, "process", object())
     elif not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         pytest.skip("this torch has no OpenMP")
     expected = (

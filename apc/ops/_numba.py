@@ -11,7 +11,7 @@ from numba import extending, types
 
 # numba's stub asks the caller for the typing context, too.
 intrinsic = cast(Callable[[Callable], Callable], extending.intrinsic)
-_process = ctypes.CDLL(None)  # all libraries that the process has loaded; ctypes releases the GIL during a call
+process = ctypes.CDLL(None)  # all libraries that the process has loaded; ctypes releases the GIL during a call
 
 
 def on_threads(worker: Any, state: np.ndarray, threads: int) -> None:
@@ -23,9 +23,9 @@ def on_threads(worker: Any, state: np.ndarray, threads: int) -> None:
     """
     if threads == 1:
         worker.ctypes(state.ctypes.data)
-    elif hasattr(_process, "GOMP_parallel"):
+    elif hasattr(process, "GOMP_parallel"):
         # Always use all of torch's threads: with a different number, OpenMP rebuilds its team.
-        _process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
+        process.GOMP_parallel(ctypes.c_void_p(worker.address), ctypes.c_void_p(state.ctypes.data), threads, 0)
     else:
         with ThreadPoolExecutor(threads) as pool:
             for future in [pool.submit(worker.ctypes, state.ctypes.data) for _ in range(threads)]:

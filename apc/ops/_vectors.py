@@ -18,6 +18,7 @@ from apc.ops._numba import intrinsic
 LANES = 16
 VECTOR = 4 * LANES  # bytes of a vector of floats
 STEP = 2 * LANES  # elements of a row that a step reads
+LEVELS_AHEAD = 32  # inputs whose levels are on their way while those of another are added
 _FLOAT, _INT, _LONG, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.HalfType()
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
@@ -225,13 +226,45 @@ def add_scaled(context, out, row, factor, vectors):
     return types.void(types.intp, types.intp, types.float32, types.intp), generate
 
 
+@intrinsic
+def exponentials(context, values, shift, vectors):
+    """Replaces vectors of floats x by exp(x − shift), and returns their sum. shift must be at least each x.
+
+    exp(y) is 2ⁿ · exp(f · ln 2) with y / ln 2 = n + f, |f| ≤ 1/2, by the Taylor series to the sixth power (relative
+    error 2e-7). Below exp(−87) it returns about that.
+    """
+
+    def generate(context, builder, signature, args):
+        values, shift, vectors = args
+        shift, total = _spread(builder, shift), cgutils.alloca_once_value(builder, _zeros())
+        nearest = _declared(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS])
+        with cgutils.for_range(builder, vectors) as loop:
+            place = _at(builder, values, builder.mul(loop.index, _LONG(VECTOR)), _FLOATS)
+            y = builder.fmul(builder.fsub(builder.load(place, align=4), shift), _constant(1 / math.log(2)))
+            y = builder.select(builder.fcmp_ordered("<", y, _constant(-126.0)), _constant(-126.0), y)
+            n = builder.call(nearest, [y])
+            x = builder.fmul(builder.fsub(y, n), _constant(math.log(2)))
+            series = _constant(1 / math.factorial(6))
+            for power in range(5, -1, -1):
+                series = _multiply_add(builder, series, x, _constant(1 / math.factorial(power)))
+            exponent = builder.add(builder.fptosi(n, _INTS), ir.Constant(_INTS, [127] * LANES))
+            scale = builder.bitcast(builder.shl(exponent, ir.Constant(_INTS, [23] * LANES)), _FLOATS)
+            value = builder.fmul(series, scale)
+            builder.store(value, place, align=4)
+            builder.store(builder.fadd(builder.load(total), value), total)
+        return _sum(builder, builder.load(total))
+
+    return types.float32(types.intp, types.float32, types.intp), generate
+
+
 @cache
 def add_levels(P: int, neurons: int):
     """A function that adds up the levels of a low-bit copy for a range of neurons.
 
-    It takes the address of the range's indices of levels, of `count` inputs int32 and their values float32, count, and
-    where the sums of value · index go, float32 [P, neurons]. Indices are half bytes, uint8 [E, P, neurons / 2]: 16
-    bytes hold 16 neurons in their lower halves and the next 16 in their upper halves.
+    It takes the address of the range's indices of levels, of `count` inputs int32 (and `LEVELS_AHEAD` more, which it
+    asks the memory for) and their values float32, count, and where the sums of value · index go, float32 [P, neurons].
+    Indices are half bytes, uint8 [E, P, neurons / 2]: 16 bytes hold 16 neurons in their lower halves and the next 16
+    in their upper halves.
     """
 
     @intrinsic
@@ -245,6 +278,8 @@ def add_levels(P: int, neurons: int):
                 number = builder.zext(builder.load(_at(builder, inputs, at, _INT), align=4), _LONG)
                 value = _spread(builder, builder.load(_at(builder, values, at, _FLOAT), align=4))
                 base = builder.add(table, builder.mul(number, _LONG(read)))
+                later = builder.load(_at(builder, inputs, builder.add(at, _LONG(4 * LEVELS_AHEAD)), _INT), align=4)
+                _prefetch(builder, table, builder.mul(builder.zext(later, _LONG), _LONG(read)), read)
                 for pair in range(len(totals) // 2):
                     both = builder.zext(builder.load(_at(builder, base, pair * LANES, bytes16), align=1), _INTS)
                     low = builder.and_(both, ir.Constant(_INTS, [15] * LANES))

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from apc.ops._numba import load_int, next_number, on_threads, store_int
+from apc.ops._numba import load_int, next_number, store_int
+from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
+    LEVELS_AHEAD,
     STEP,
     activate,
     add_floats,
@@ -57,27 +59,11 @@ _TINY = float(torch.finfo(torch.float32).tiny)
 _SUMS, _SCORES, _UPS, _LEFT, _VALUES, _ROWS, _DOTS, _SCRATCH = 0, 1024, 1536, 2048, 2560, 3072, 3072 + 16 * _R, 3584
 # The int64 values that a call passes to its tasks, by place: addresses, then numbers.
 _STATE = (
-    *("x", "gate", "up", "down", "levels", "inputs", "values", "curve", "norms", "limits", "sizes", "before", "given"),
-    *("reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch", "output"),
-    *(
-        "next",
-        "ended",
-        "tasks",
-        "ranges",
-        "E",
-        "D",
-        "gate_stride",
-        "up_stride",
-        "down_stride",
-        "count",
-        "rank",
-        "inner",
-    ),
-    "activation",
+    *("next", "ended", "hidden", "output", "x", "gate", "up", "down", "levels", "inputs", "values", "curve", "norms"),
+    *("limits", "sizes", "before", "given", "reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch"),
+    *("tasks", "ranges", "E", "D", "gate_stride", "up_stride", "down_stride", "count", "rank", "inner", "activation"),
 )
-_PLACE = {name: index for index, name in enumerate(_STATE)}
-_AT = {name: 8 * index for name, index in _PLACE.items()}
-_NEXT, _ENDED, _OUTPUT = (_PLACE[name] for name in ("next", "ended", "output"))
+_AT = {name: 8 * index for index, name in enumerate(_STATE)}
 
 
 class StagedCPU:
@@ -128,50 +114,70 @@ class StagedCPU:
             "sizes": torch.zeros(E) if copy.norms is None else copy.norms.float(),
             "before": arranged(*before),
             "after": arranged(*after),
-            # What `before` gives for the token, the factor of the correction's bias, what is added to a copy's sums.
-            "given": torch.ones(2 * self._rank + inner + 2),
-            "x": torch.zeros(self._padded),
-            "inputs": torch.zeros(E, dtype=torch.int32),
-            "values": torch.zeros(E),
         }
-        self._tensors = {name: value.contiguous() for name, value in tensors.items()}
-        self._state = np.zeros(len(_STATE), np.int64)
-        self._set(E=E, D=D, ranges=ranges, rank=self._rank, inner=inner)
-        self._set(activation=ACTIVATIONS.index(weights.activation))
-        self._set(**{name: value.data_ptr() for name, value in self._tensors.items()})
-        self._address, self._threads, self._lock = self._state.ctypes.data, 0, threading.Lock()
-        self._weights: FFNWeights | None = None  # those of the last call
-        self._begin, self._worker = _begin(dtype), _worker(dtype, *kind)
-
-    def _set(self, **values: int) -> None:
-        for name, value in values.items():
-            self._state[_PLACE[name]] = value
+        self.tensors = {name: value.contiguous() for name, value in tensors.items()}
+        self.numbers = {"E": E, "D": D, "ranges": ranges, "rank": self._rank, "inner": inner}
+        self.numbers["activation"] = ACTIVATIONS.index(weights.activation)
+        self.functions = _begin(dtype), _worker(dtype, *kind)
+        self._call, self._lock = StagedCall(self), threading.Lock()
 
     def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
         """The outputs [n, E] for hidden [n, E], of the weights' type, one token after the other."""
-        threads, state = torch.get_num_threads(), self._state
+        threads, hidden = torch.get_num_threads(), hidden.contiguous()
+        output = torch.empty_like(hidden)
         with self._lock:  # calls from several of Python's threads share the buffers
-            if threads != self._threads:
-                self._make_tasks(threads)
-            if weights is not self._weights:
-                self._weights, size = weights, weights.gate.element_size()
-                for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
-                    self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
-            hidden = hidden.contiguous()
-            output = torch.empty_like(hidden)
-            first, out, row = hidden.data_ptr(), output.data_ptr(), hidden.nbytes // len(hidden)
-            for start in range(0, hidden.nbytes, row):
-                state[_NEXT] = state[_ENDED] = 0
-                state[_OUTPUT] = out + start
-                self._begin(self._address, first + start)
-                on_threads(self._worker, state, threads)
+            self._call.prepare(weights, threads)
+            for x, y in zip(hidden, output, strict=True):
+                self._call.point_at(x, y)
+                self._call.program.run(threads)
         return output
 
-    def _make_tasks(self, threads: int) -> None:
-        self._threads, tasks = threads, min(int(self._state[_PLACE["ranges"]]), threads * _TASKS)
-        parts = self._tensors["parts"] = torch.zeros(tasks, self._padded + self._rank)
-        scratch = self._tensors["scratch"] = torch.zeros(tasks, _SCRATCH, dtype=torch.uint8)
-        self._set(tasks=tasks, parts=parts.data_ptr(), scratch=scratch.data_ptr())
+
+class StagedCall:
+    """A layer's call for one token, with buffers of its own: the functions of `program` compute it."""
+
+    def __init__(self, staged: StagedCPU) -> None:
+        E, rank, inner = (staged.numbers[name] for name in ("E", "rank", "inner"))
+        self._length = -(-E // STEP) * STEP
+        self._tensors = {
+            # What `before` gives for the token, the factor of the correction's bias, what is added to a copy's sums.
+            "given": torch.ones(2 * rank + inner + 2),
+            "x": torch.zeros(self._length),
+            "inputs": torch.zeros(E + LEVELS_AHEAD, dtype=torch.int32),
+            "values": torch.zeros(E),
+        }
+        self._staged, self._threads = staged, 0
+        self._weights: FFNWeights | None = None  # those of the last call
+        self.state, self.program = np.zeros(len(_STATE), np.int64), Program()
+        self._set(**staged.numbers)
+        self._set(**{name: value.data_ptr() for name, value in (staged.tensors | self._tensors).items()})
+        self.add_to(self.program)
+
+    def add_to(self, program: Program) -> None:
+        """Appends the functions to a program."""
+        begin, worker = self._staged.functions
+        program.add(begin, self.state)
+        program.add(worker, self.state, on_all=True)
+
+    def point_at(self, hidden: Tensor, output: Tensor) -> None:
+        """Sets where the token's input and output are, [E] of the weights' type."""
+        self._set(hidden=hidden.data_ptr(), output=output.data_ptr())
+
+    def prepare(self, weights: FFNWeights, threads: int) -> None:
+        """Sets the weights and the number of threads for the calls to come."""
+        if weights is not self._weights:
+            self._weights, size = weights, weights.gate.element_size()
+            for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+                self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+        if threads != self._threads:
+            self._threads, tasks = threads, min(self._staged.numbers["ranges"], threads * _TASKS)
+            parts = self._tensors["parts"] = torch.zeros(tasks, self._length + self._staged.numbers["rank"])
+            scratch = self._tensors["scratch"] = torch.zeros(tasks, _SCRATCH, dtype=torch.uint8)
+            self._set(tasks=tasks, parts=parts.data_ptr(), scratch=scratch.data_ptr())
+
+    def _set(self, **values: int) -> None:
+        for name, value in values.items():
+            self.state[_AT[name] // 8] = value
 
 
 def _half_exp(threshold: float) -> float:
@@ -194,16 +200,16 @@ def _laid_out(planes: Tensor, by_input: bool, E: int, D: int) -> Tensor:
 def _begin(dtype: torch.dtype):
     """A function that arranges a token's inputs, chooses the copy's, and multiplies the rows of `before` with them."""
     load, size, arrange_inputs = element(dtype), dtype.itemsize, arrange(dtype)
-    x_at, inputs_at, values_at, sizes_at, limits_at, before_at, given_at, bias_at, count_at, E_at, rank_at, inner_at = (
-        _AT[name]
-        for name in (
-            *("x", "inputs", "values", "sizes", "limits", "before", "given", "reduce_bias", "count", "E", "rank"),
-            "inner",
-        )
+    hidden_at, x_at, inputs_at, values_at, sizes_at, limits_at = (
+        _AT[name] for name in ("hidden", "x", "inputs", "values", "sizes", "limits")
+    )
+    before_at, given_at, bias_at, count_at, E_at, rank_at, inner_at = (
+        _AT[name] for name in ("before", "given", "reduce_bias", "count", "E", "rank", "inner")
     )
 
-    @njit(nogil=True)
-    def begin(state, hidden):
+    @cfunc(types.void(types.intp))
+    def begin(state):
+        hidden = load_int(state + hidden_at)
         x, E, given = load_int(state + x_at), load_int(state + E_at), load_int(state + given_at)
         padded, rank, inner = (E + STEP - 1) // STEP * STEP, load_int(state + rank_at), load_int(state + inner_at)
         arrange_inputs(hidden, 1, E, padded, x)

@@ -1,4 +1,4 @@
-"""Greedy decoding without waiting for the host: each step is one CUDA graph.
+"""Greedy decoding without the host's overhead: each step is one CUDA graph, or one call of compiled code on the CPU.
 
 Shape letters: B sequences, n tokens, S capacity of the cache in tokens, d size of an attention head.
 """
@@ -6,7 +6,7 @@ Shape letters: B sequences, n tokens, S capacity of the cache in tokens, d size 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from apc import ops
 from apc.sparse.timing import graph_time
 from apc.utils.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from apc.sparse.decode_cpu import ModelStep
 
 _ATTENTION = "apc-sdpa"
 
@@ -93,16 +96,23 @@ def _tuning_by_graphs() -> Iterator[None]:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
 
-    batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: a
-    torch.compile mode that does not use CUDA graphs itself, or None to compile nothing; early: whether, on Hopper, a
-    compiled kernel may start before the previous kernel has ended, and wait for it on the GPU (torch's experimental
-    option `triton.enable_pdl`).
+    On the CPU, a step of one sequence is one call of our own kernel (`apc.ops.decode_cpu`), dense or sparse, whose
+    logits are float32. `reason` says why a model's steps run through the model itself instead; None if they do not.
+
+    batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: on a GPU a
+    torch.compile mode that does not use CUDA graphs itself; None for the model's own step, on the CPU too; early:
+    whether, on Hopper, a compiled kernel may start before the previous kernel has ended, and wait for it on the GPU
+    (torch's experimental option `triton.enable_pdl`).
     """
+
+    reason: str | None
 
     def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=config_of(model), max_cache_len=length)
         self._keyword = cache_keyword(model)
+        accepts = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._last_only = {"logits_to_keep": 1} if accepts else {}
         self._call = model.forward
         if mode and self.device.type == "cuda":
             self._call = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
@@ -111,6 +121,12 @@ class GreedyDecoder:
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._early = early
+        self.reason = None
+        if self.device.type != "cpu":
+            self.reason = "it is not on the CPU"
+        elif not mode or batch > 1:
+            self.reason = "mode=None" if not mode else f"it decodes {batch} sequences at once"
+        self._on_cpu: ModelStep | None = None
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> None:
@@ -119,10 +135,23 @@ class GreedyDecoder:
         self.cache.reset()
         logits = self._last_logits(self.model, tokens.to(self.device))
         self.token.copy_(logits.argmax(-1, keepdim=True))
+        if self.reason is None and self._on_cpu is None:
+            self._prepare(lambda step: step.check(int(tokens[0, -1]), tokens.shape[1] - 1, logits))
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
         """The logits [batch, vocabulary] after tokens int64 [batch, n], which go into the cache."""
-        return call(input_ids=tokens, use_cache=True, **{self._keyword: self.cache}).logits[:, -1]
+        return call(input_ids=tokens, use_cache=True, **self._last_only, **{self._keyword: self.cache}).logits[:, -1]
+
+    def _prepare(self, check: Callable[["ModelStep"], None] | None = None) -> None:
+        """Makes the CPU's step for the model as it is now, or notes why there is none."""
+        from apc.sparse.decode_cpu import ModelStep, NotSupported  # imports numba
+
+        try:
+            self._on_cpu = ModelStep(self.model, self.cache)
+            if check is not None:
+                check(self._on_cpu)
+        except NotSupported as error:
+            self._on_cpu, self.reason = None, str(error)
 
     def _reserve(self, count: int, reset: bool = False) -> None:
         """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""
@@ -169,9 +198,14 @@ class GreedyDecoder:
     def step(self) -> Tensor:
         """Computes the next `token` without waiting; the next step overwrites the returned `logits` [batch, words]."""
         self._reserve(1)
+        if self._on_cpu is not None and not self._on_cpu.is_current():
+            self._prepare()
         if self._graph is not None:
             with torch.cuda.device(self.device):
                 self._graph.replay()
+        elif self._on_cpu is not None:
+            self.logits = self._on_cpu(int(self.token), self._cached - 1)
+            self.token.fill_(int(self.logits.numpy().argmax()))
         else:
             self._step()
         assert self.logits is not None

@@ -238,6 +238,10 @@ class SparseFFNs:
         pairs = list(zip(itertools.cycle(targets), downs, strict=False))
         return 3 / 2 * _time(lambda: [target.copy_(down) for target, down in pairs], downs[0].device)
 
+    def kernel_ffns(self) -> list:
+        """For each layer an `ops.decode_cpu.SparseFFN`, or None if it has none."""
+        return [sparse.for_step() for sparse in self._sparse]
+
     def remove(self) -> None:
         """Takes the sparse FFNs out, and stores the down projections as before; does nothing a second time."""
         for handle in self._handles:
@@ -439,6 +443,10 @@ class _SparseFFN:
         """A call as usual in decoding, for random hidden [n, E]."""
         return self(hidden, inputs, clusters)
 
+    def for_step(self):
+        """What `ops.decode_cpu` takes as this FFN; None if that can't compute it."""
+        return None
+
 
 class _PolicyFFN(_SparseFFN):
     """An FFN under masks that the policy itself decides for each token."""
@@ -589,6 +597,14 @@ class _StagedFFN(_SparseFFN):
     def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
         """A call for inputs that are scaled so that as many rows are read as on the text of the calibration."""
         return self(hidden * self._usual_scale, inputs, clusters)
+
+    def for_step(self):
+        """The kernel with the weights as they are now; None without one."""
+        if self._on_cpu is None:
+            return None
+        from apc.ops.decode_cpu import SparseFFN  # imports numba
+
+        return SparseFFN(self._on_cpu, self.weights)
 
     @functools.cached_property
     def _usual_scale(self) -> float:

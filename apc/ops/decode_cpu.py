@@ -1,0 +1,490 @@
+"""A decoding step of one token on the CPU, in numba: all that lies between the token and its logits.
+
+It covers models of Llama's kind: RMS norms before attention and FFN, rotary embeddings, heads that share keys, a gated
+FFN. The step is a list of small functions (`_program.py`): a norm, a product of a matrix's rows with a vector,
+attention. Each reads its weights once, on all threads. Between them the values are float32; what a norm gives is
+rounded to the weights' type, as in transformers. In place of a layer's FFN there can be the calls of a sparse one, or
+any Python function.
+
+A function is compiled at its first use (5 s together). Importing this module imports numba.
+
+Shape letters: see `apc.ops`; R rows of a matrix, h heads, d size of a head, S tokens that fit into the cache. Addresses
+and strides are in bytes unless they say more.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import carray, cfunc, from_dtype, njit, types
+from torch import Tensor
+
+from apc.ops._numba import load_int, next_number, store_int
+from apc.ops._program import Program
+from apc.ops._vectors import (
+    LANES,
+    STEP,
+    activate,
+    add_rows,
+    arranged_at,
+    clear_floats,
+    dot_floats,
+    dots,
+    element,
+    exponentials,
+    load_float,
+    store_element,
+    store_float,
+)
+from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
+from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
+
+_R = 4  # rows that are read together
+_TASKS = 8  # of a thread, at most
+_STORED, _ADDED, _GATED = 0, 1, 2  # what `_product` does with its products
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _state(*names: str) -> np.dtype:
+    """The type of a function's state: int64 values, numbers and addresses."""
+    return np.dtype([(name, np.int64) for name in names])
+
+
+_COUNTERS, _CELL = ("next", "ended"), ("token", "position")
+_CACHE = ("cell", "d", "heads", "key_heads", "keys", "values", "head_stride", "token_stride", "numbers", "queries")
+_EMBED = _state("cell", "rows", "stride", "E", "out")
+_NORM = _state("residual", "delta", "weight", "numbers", "E", "hidden", "x")
+_PRODUCT = _state(*_COUNTERS, "tasks", "rows", "count", "x", "length", "biases", "out", "activation")
+_ROTATE = _state(*_CACHE, "qkv", "cos", "sin", "query_norm", "key_norm")
+_ATTEND = _state(*_COUNTERS, *_CACHE, "scores", "row", "out")
+
+
+def _function(state: np.dtype):
+    """A decorator that compiles a function of the address of a state to a C function."""
+    return cfunc(types.void(types.CPointer(from_dtype(state))))
+
+
+class AttentionWeights(NamedTuple):
+    """What attention reads in a layer."""
+
+    norm: Tensor  # [E], of the norm before it
+    projections: Sequence[Tensor]  # of query [h · d, E], key and value [key heads · d, E], and output [E, h · d]
+    biases: Sequence[Tensor | None]  # of the projections
+    head_norms: Sequence[Tensor | None]  # [d], of each query and each key
+    keys: Tensor  # [key heads, S, d], the cache
+    values: Tensor  # [key heads, S, d]
+
+
+class DenseFFN(NamedTuple):
+    """A gated FFN as models store it."""
+
+    gate: Tensor  # [D, E]
+    up: Tensor  # [D, E]
+    down: Tensor  # [E, D]
+    activation: str  # one of `ACTIVATIONS`
+
+
+class SparseFFN(NamedTuple):
+    """A staged FFN with its weights."""
+
+    staged: StagedCPU
+    weights: FFNWeights
+
+
+AnyFFN = DenseFFN | SparseFFN | Callable[[Tensor], Tensor]  # a function maps [1, E] to [1, E]
+
+
+class Layer(NamedTuple):
+    """A layer: attention, then an FFN, each after a norm."""
+
+    attention: AttentionWeights
+    ffn_norm: Tensor  # [E]
+    ffn: AnyFFN
+
+
+class DecoderWeights(NamedTuple):
+    """All weights of a model of Llama's kind, of one type in `TYPES`."""
+
+    embedding: Tensor  # [V, E]
+    layers: Sequence[Layer]
+    norm: Tensor  # [E], the last one
+    head: Tensor  # [V, E]
+    cos: Tensor  # [S, d], of the rotary embedding
+    sin: Tensor  # [S, d]
+    epsilon: float  # of all norms
+    scaling: float  # of the products of queries and keys
+
+
+class StepCPU:
+    """One step of a decoder whose caches hold the earlier tokens.
+
+    Raises ValueError for weights of several types or whose rows aren't contiguous, and for heads whose size isn't a
+    multiple of 32.
+    """
+
+    def __init__(self, weights: DecoderWeights) -> None:
+        self._weights, dtype = weights, weights.embedding.dtype
+        V, E = weights.embedding.shape
+        d = weights.cos.shape[1]
+        self._check(dtype, d)
+        self._kept: list[Tensor] = []  # what the states have the addresses of
+        self._shared: list[np.ndarray] = []  # states whose tasks depend on the number of threads
+        self._staged: list[tuple[StagedCall, FFNWeights]] = []
+        self._threads, self._lock, self._dtype = 0, threading.Lock(), dtype
+        # Token and position, then what the functions pass on.
+        self._cell = np.zeros(2, np.int64)
+        self._numbers = self._keep(torch.tensor([weights.epsilon, weights.scaling], dtype=torch.float32))
+        self._cos, self._sin = (self._keep(each.detach().float().contiguous()) for each in (weights.cos, weights.sin))
+        self._residual, self._x = self._floats(E), self._floats(E)
+        self._hidden, self._output = (self._keep(torch.zeros(1, E, dtype=dtype)) for _ in range(2))
+        self.logits = self._keep(torch.zeros(1, -(-V // _R) * _R))
+        # Programs, and between them Python functions that take `_hidden` and fill `_output`.
+        self._parts: list[Program | Callable[[Tensor], Tensor]] = [Program()]
+        rows, stride = weights.embedding, weights.embedding.stride(0) * dtype.itemsize
+        cell = self._cell.ctypes.data
+        self._add(_embed(dtype), _EMBED, cell=cell, rows=rows, stride=stride, E=E, out=self._residual)
+        delta: Tensor | None = None
+        for layer in weights.layers:
+            self._add_norm(layer.attention.norm, delta)
+            self._add_attention(layer.attention, d)
+            self._add_norm(layer.ffn_norm, None)
+            delta = self._add_ffn(layer.ffn)
+        self._add_norm(weights.norm, delta)
+        self._add_product([weights.head], [None], self._x, self.logits)
+        self.logits = self.logits[:, :V]
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        """The logits float32 [1, V] after a token, whose key and value go into the caches at this position.
+
+        The next step overwrites them. Raises IndexError for a token that the model doesn't have, and for a position
+        beyond the caches.
+        """
+        vocabulary, length = len(self._weights.embedding), len(self._weights.cos)
+        for name, value, count in (("token", token, vocabulary), ("position", position, length)):
+            if not 0 <= value < count:
+                raise IndexError(f"{name} {value} is not below {count}")
+        threads = torch.get_num_threads()
+        with self._lock:
+            if threads != self._threads:
+                self._make_tasks(threads)
+            self._cell[:] = token, position
+            for part in self._parts:
+                if isinstance(part, Program):
+                    part.run(threads)
+                else:
+                    self._output.copy_(part(self._hidden))
+        return self.logits
+
+    def _check(self, dtype: torch.dtype, d: int) -> None:
+        matrices = [self._weights.embedding, self._weights.norm, self._weights.head]
+        for layer in self._weights.layers:
+            attention, ffn = layer.attention, layer.ffn
+            matrices += [*attention.projections, attention.keys, attention.values, attention.norm, layer.ffn_norm]
+            matrices += [each for each in (*attention.biases, *attention.head_norms) if each is not None]
+            matrices += [ffn.gate, ffn.up, ffn.down] if isinstance(ffn, DenseFFN) else []
+        kinds = {matrix.dtype for matrix in matrices}
+        if kinds != {dtype} or dtype not in TYPES:
+            raise ValueError(f"weights of type {', '.join(sorted(map(str, kinds)))}")
+        if any(matrix.stride(-1) != 1 for matrix in matrices):
+            raise ValueError("weights whose rows are not contiguous")
+        if d % STEP:
+            raise ValueError(f"heads of size {d}, which is not a multiple of {STEP}")
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _floats(self, count: int) -> Tensor:
+        """Zeros float32 [count], padded to whole steps."""
+        return self._keep(torch.zeros(-(-count // STEP) * STEP))
+
+    def _add(self, function, kind: np.dtype, **values: int | Tensor | None) -> np.ndarray:
+        """Appends a function with a state of these values; a tensor stands for its address, None for 0."""
+        state = np.zeros(1, kind)
+        for name, value in values.items():
+            state[name] = value.data_ptr() if isinstance(value, Tensor) else value or 0
+        self._program.add(function, state.view(np.int64), on_all=kind.names is not None and "next" in kind.names)
+        return state
+
+    @property
+    def _program(self) -> Program:
+        program = self._parts[-1]
+        assert isinstance(program, Program)
+        return program
+
+    def _add_norm(self, weight: Tensor, delta: Tensor | None) -> None:
+        """`_residual` += delta; `_hidden` and `_x` get its norm times the weight."""
+        self._add(
+            _norm(self._dtype), _NORM, residual=self._residual, delta=delta, weight=weight,
+            numbers=self._numbers, E=len(weight), hidden=self._hidden, x=self._x,
+        )  # fmt: skip
+
+    def _add_product(
+        self,
+        matrices: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        x: Tensor,
+        out: Tensor,
+        kind: int = 0,
+        activation: int = 0,
+    ) -> None:
+        """`out` gets the products of the matrices' rows with x. kind: see `_product`."""
+        length, rows = matrices[0].shape[1], [_rows(matrix) for matrix in matrices]
+        table = torch.stack(rows, dim=1).flatten() if kind == _GATED else torch.cat(rows)
+        count, added = len(table), None
+        table = torch.cat([table, table[-1:].expand(2 * _R)])  # the last group is read, and one more asked for
+        if any(bias is not None for bias in biases):
+            none = [torch.zeros(len(matrix), dtype=torch.int64) for matrix in matrices]
+            added = self._keep(torch.cat([no if b is None else _rows(b) for no, b in zip(none, biases, strict=True)]))
+        state = self._add(
+            _product(self._dtype, kind), _PRODUCT, rows=self._keep(table), count=count,
+            x=x, length=length, biases=added, out=out, activation=activation,
+        )  # fmt: skip
+        self._shared.append(state)
+
+    def _add_attention(self, weights: AttentionWeights, d: int) -> None:
+        """`_residual` += attention of `_x`."""
+        *inner, out = weights.projections
+        *inner_biases, out_bias = weights.biases
+        (key_heads, S, _), heads = weights.keys.shape, len(inner[0]) // d
+        qkv, attended = self._floats((heads + 2 * key_heads) * d), self._floats(heads * d)
+        queries, scores = self._floats(heads * d), self._keep(torch.zeros(heads, -(-S // LANES) * LANES + 4 * _R))
+        place: dict[str, int | Tensor] = {
+            "cell": self._cell.ctypes.data,
+            "d": d,
+            "heads": heads,
+            "key_heads": key_heads,
+        }
+        place |= {"numbers": self._numbers, "queries": queries}
+        size = self._dtype.itemsize
+        caches: dict[str, int | Tensor] = {"keys": weights.keys, "values": weights.values}
+        caches |= {"head_stride": size * weights.keys.stride(0), "token_stride": size * weights.keys.stride(1)}
+        assert weights.keys.stride() == weights.values.stride()
+        self._add_product(inner, inner_biases, self._x, qkv)
+        self._add(
+            _rotate(self._dtype), _ROTATE, **place, **caches, qkv=qkv, cos=self._cos, sin=self._sin,
+            query_norm=weights.head_norms[0], key_norm=weights.head_norms[1],
+        )  # fmt: skip
+        self._add(
+            _attend(self._dtype), _ATTEND, **place, **caches, scores=scores, row=4 * scores.shape[1], out=attended
+        )
+        self._add_product([out], [out_bias], attended, self._residual, _ADDED)
+
+    def _add_ffn(self, ffn: AnyFFN) -> Tensor | None:
+        """Appends an FFN. Returns what the next norm is to add to `_residual`, if this FFN doesn't do it."""
+        if isinstance(ffn, DenseFFN):
+            active = self._floats(len(ffn.gate))
+            self._add_product(
+                [ffn.gate, ffn.up], [None, None], self._x, active, _GATED, ACTIVATIONS.index(ffn.activation)
+            )
+            self._add_product([ffn.down], [None], active, self._residual, _ADDED)
+            return None
+        if isinstance(ffn, SparseFFN):
+            call = StagedCall(ffn.staged)
+            call.point_at(self._hidden, self._output)
+            call.add_to(self._program)
+            self._staged.append((call, ffn.weights))
+        else:
+            self._parts += [ffn, Program()]
+        return self._output
+
+    def _make_tasks(self, threads: int) -> None:
+        self._threads = threads
+        for call, weights in self._staged:
+            call.prepare(weights, threads)
+        for state in self._shared:
+            state["tasks"] = np.minimum(-(-state["count"] // _R), threads * _TASKS)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The addresses of a matrix's rows or a vector's elements, int64."""
+    return matrix.data_ptr() + matrix.element_size() * matrix.stride(0) * torch.arange(len(matrix))
+
+
+@cache
+def _embed(dtype: torch.dtype):
+    """A function that copies a token's row of the embedding."""
+    load, size = element(dtype), dtype.itemsize
+
+    @_function(_EMBED)
+    def embed(state):
+        s = carray(state, 1)[0]
+        row = s.rows + load_int(s.cell) * s.stride
+        for e in range(s.E):
+            store_float(s.out + 4 * e, load(row + size * e))
+
+    return embed
+
+
+@cache
+def _norm(dtype: torch.dtype):
+    """A function that adds to the residual, and writes its norm in the weights' type, and arranged as float32."""
+    load, store, size, evens_first = element(dtype), store_element(dtype), dtype.itemsize, dtype == torch.bfloat16
+
+    @_function(_NORM)
+    def norm(state):
+        s = carray(state, 1)[0]
+        residual, weight, hidden, x, E = s.residual, s.weight, s.hidden, s.x, s.E
+        if s.delta:
+            for e in range(E):
+                store_float(residual + 4 * e, load_float(residual + 4 * e) + load(s.delta + size * e))
+        square = dot_floats(residual, residual, (E + LANES - 1) // LANES)
+        scale = np.float32(1.0 / np.sqrt(square / E + load_float(s.numbers)))
+        for e in range(E):
+            store(hidden + size * e, load_float(residual + 4 * e) * scale * load(weight + size * e))
+            store_float(x + 4 * arranged_at(e, E, evens_first), load(hidden + size * e))
+
+    return norm
+
+
+@cache
+def _product(dtype: torch.dtype, kind: int):
+    """A function that multiplies rows with arranged inputs x.
+
+    It stores the products, or adds them to `out`, or, of pairs of rows, stores act(first) · second, arranged.
+    """
+    multiply, load, size = dots(dtype, 1, _R, _R), element(dtype), dtype.itemsize
+    evens_first = dtype == torch.bfloat16
+
+    @njit(nogil=True)
+    def multiply_groups(s, first, last, sums):
+        x, whole, out = s.x, s.length // STEP, s.out
+        for start in range(_R * first, _R * last, _R):
+            table = s.rows + 8 * start
+            multiply(table, table + 8 * _R, x, 0, whole, sums)
+            for i in range(min(_R, s.count - start)):
+                total, row = load_float(sums + 4 * i), load_int(table + 8 * i)
+                for e in range(STEP * whole, s.length):
+                    total += load(row + size * e) * load_float(x + 4 * e)
+                place = out + 4 * (start + i)
+                bias = load_int(s.biases + 8 * (start + i)) if s.biases else 0
+                if bias:
+                    total += load(bias)
+                if kind == _STORED:
+                    store_float(place, total)
+                elif kind == _ADDED:
+                    store_float(place, load_float(place) + total)
+                elif i % 2 == 0:
+                    store_float(sums + 4 * i, total)
+                else:
+                    value = np.float32(activate(load_float(sums + 4 * (i - 1)), s.activation) * total)
+                    store_float(out + 4 * arranged_at((start + i) // 2, s.count // 2, evens_first), value)
+
+    @_function(_PRODUCT)
+    def work(state):
+        s, sums = carray(state, 1)[0], np.empty(_R, np.float32)
+        counter, groups = carray(state, 1).ctypes.data, (s.count + _R - 1) // _R
+        task = next_number(counter)
+        while task < s.tasks:
+            multiply_groups(s, groups * task // s.tasks, groups * (task + 1) // s.tasks, sums.ctypes.data)
+            task = next_number(counter)
+
+    return work
+
+
+@cache
+def _rotate(dtype: torch.dtype):
+    """A function that normalises and rotates queries and keys, and writes keys and values into the cache."""
+    load, store, size, evens_first = element(dtype), store_element(dtype), dtype.itemsize, dtype == torch.bfloat16
+
+    @njit(nogil=True)
+    def normalise(head, d, weight, epsilon):
+        square = np.float32(0)
+        for j in range(d):
+            square += load_float(head + 4 * j) * load_float(head + 4 * j)
+        scale = np.float32(1.0 / np.sqrt(square / d + epsilon))
+        for j in range(d):
+            store_float(head + 4 * j, load_float(head + 4 * j) * scale * load(weight + size * j))
+
+    @njit(nogil=True)
+    def rotate(head, d, cos, sin):
+        for j in range(d // 2):
+            other = j + d // 2
+            a, b = load_float(head + 4 * j), load_float(head + 4 * other)
+            store_float(head + 4 * j, a * load_float(cos + 4 * j) - b * load_float(sin + 4 * j))
+            store_float(head + 4 * other, b * load_float(cos + 4 * other) + a * load_float(sin + 4 * other))
+
+    @_function(_ROTATE)
+    def work(state):
+        s = carray(state, 1)[0]
+        position, d, heads, key_heads = load_int(s.cell + 8), s.d, s.heads, s.key_heads
+        angles, place, epsilon = 4 * d * position, s.token_stride * position, load_float(s.numbers)
+        for head in range(heads + key_heads):
+            own, weight = s.qkv + 4 * d * head, s.query_norm if head < heads else s.key_norm
+            if weight:
+                normalise(own, d, weight, epsilon)
+            rotate(own, d, s.cos + angles, s.sin + angles)
+            for j in range(d):
+                value = load_float(own + 4 * j)
+                if head < heads:
+                    store_float(s.queries + 4 * (d * head + arranged_at(j, d, evens_first)), value)
+                else:
+                    store(s.keys + s.head_stride * (head - heads) + place + size * j, value)
+        for head in range(key_heads):
+            own, target = s.qkv + 4 * d * (heads + key_heads + head), s.values + s.head_stride * head + place
+            for j in range(d):
+                store(target + size * j, load_float(own + 4 * j))
+
+    return work
+
+
+@cache
+def _attend(dtype: torch.dtype):
+    """A function that computes the attention of one token, head by head, arranged."""
+    multiply, add = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R)
+
+    @njit(nogil=True)
+    def point(table, rows, stride, start, count):
+        """Writes the addresses of R rows from `start` on; beyond `count` those of the last one."""
+        for i in range(_R):
+            store_int(table + 8 * i, rows + stride * min(start + i, count - 1))
+
+    @njit(nogil=True)
+    def weigh(query, keys, stride, count, d, scaling, scores, table):
+        """Writes the softmax of the scores, without the division by the sum, which it returns."""
+        ahead, largest = table + 8 * _R, np.float32(-np.inf)
+        point(table, keys, stride, 0, count)
+        for start in range(0, count, _R):
+            point(ahead, keys, stride, start + _R, count)
+            multiply(table, ahead, query, 0, d // STEP, scores + 4 * start)
+            table, ahead = ahead, table
+        for j in range(count):
+            score = load_float(scores + 4 * j) * scaling
+            store_float(scores + 4 * j, score)
+            largest = max(largest, score)
+        vectors = (count + LANES - 1) // LANES
+        for j in range(count, LANES * vectors):
+            store_float(scores + 4 * j, np.float32(-np.inf))
+        return exponentials(scores, largest, vectors)
+
+    @njit(nogil=True)
+    def mix(scores, total, values, stride, count, d, table, out):
+        """Writes the values' mean, weighted by the scores."""
+        ahead = table + 8 * _R
+        clear_floats(out, d // LANES)
+        for j in range(count, count + _R):
+            store_float(scores + 4 * j, np.float32(0))
+        point(table, values, stride, 0, count)
+        for start in range(0, count, _R):
+            point(ahead, values, stride, start + _R, count)
+            add(table, ahead, scores + 4 * start, out, 0, d // STEP)
+            table, ahead = ahead, table
+        for j in range(d):
+            store_float(out + 4 * j, load_float(out + 4 * j) / total)
+
+    @_function(_ATTEND)
+    def work(state):
+        s, tables, counter = carray(state, 1)[0], np.empty(2 * _R, np.int64), carray(state, 1).ctypes.data
+        count, d, stride, scaling = load_int(s.cell + 8) + 1, s.d, s.token_stride, load_float(s.numbers + 4)
+        head = next_number(counter)
+        while head < s.heads:
+            first, scores = s.head_stride * (head // (s.heads // s.key_heads)), s.scores + s.row * head
+            query, out, table = s.queries + 4 * d * head, s.out + 4 * d * head, tables.ctypes.data
+            total = weigh(query, s.keys + first, stride, count, d, scaling, scores, table)
+            mix(scores, total, s.values + first, stride, count, d, table, out)
+            head = next_number(counter)
+
+    return work

@@ -1,0 +1,213 @@
+"""A decoding step by the CPU's kernel equals the model's own, and a model that it can't compute keeps its own step."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import apc
+import tiny
+import train
+from apc.config.load import load_config
+from apc.sparse.decode import GreedyDecoder
+from apc.sparse.decode_cpu import ModelStep
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+TOKENS = torch.randint(61, (1, 7), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(kind="llama", dtype=torch.float32, **changes):
+    """A model of two layers with random weights, norms and biases."""
+    settings = dict(
+        vocab_size=61, hidden_size=72, intermediate_size=45, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, pad_token_id=0, sliding_window=None,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | changes)).eval()
+    for name, weight in model.named_parameters():
+        shift = 1.0 if "norm" in name else 0.0
+        weight.data = shift + 0.2 * torch.randn(weight.shape, generator=generator)
+    return model.to(dtype)
+
+
+def logits_of(decoder, tokens=TOKENS, steps=5):
+    """The logits of the steps after a text, with given tokens, float32 [steps, V]."""
+    decoder.prefill(tokens)
+    logits = []
+    for token in range(steps):
+        decoder.token.fill_(token)
+        logits.append(decoder.step()[0].float().clone())
+    return torch.stack(logits)
+
+
+def agree(model, tolerance):
+    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+    expected = logits_of(plain)
+    assert ((logits_of(fast) - expected).norm() / expected.norm()).item() < tolerance
+    return fast
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_step_equals_the_models_own(kind, dtype):
+    """Qwen2 has biases, Qwen3 norms of the heads; E, D and V are no multiples of what the kernel reads at once."""
+    decoder = agree(model_of(kind, dtype), TOLERANCE[dtype])
+    assert decoder.reason is None
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 4, "head_dim": 64}, {"attention_bias": True}])
+def test_other_heads_and_all_biases(changes):
+    assert agree(model_of(**changes), 1e-5).reason is None
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+def test_other_activations(activation):
+    assert agree(model_of(hidden_act=activation), 1e-5).reason is None
+
+
+def test_it_decodes_as_generate_does():
+    model = model_of()
+    expected = model.generate(TOKENS, max_new_tokens=9, do_sample=False, eos_token_id=None)[:, TOKENS.shape[1] :]
+    decoder = GreedyDecoder(model, 1, 16)
+    for _ in range(2):  # a second text takes the place of the first
+        assert torch.equal(decoder.decode(TOKENS, 9), expected)
+    assert decoder.reason is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_repeat_their_bits(threads):
+    """Also more threads than cores."""
+    model, before = model_of(), torch.get_num_threads()
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    step = ModelStep(model, decoder.cache)
+    steps = lambda: torch.cat([step(token, TOKENS.shape[1] + token).clone() for token in range(5)])
+    expected = steps()
+    torch.set_num_threads(threads)
+    try:
+        first = steps()
+        assert torch.equal(steps(), first)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(first, expected)
+
+
+def test_nan_reaches_the_logits():
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    model.model.layers[1].self_attn.k_proj.weight.data[3, 5] = math.nan
+    assert decoder.step().isnan().all()
+
+
+def test_changed_weights_are_followed():
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.mul_(1.5)  # in place
+        layer.self_attn.q_proj.weight = torch.nn.Parameter(layer.self_attn.q_proj.weight * 0.5)  # elsewhere in memory
+    plain = GreedyDecoder(model, 1, 16, mode=None)
+    plain.cache = decoder.cache
+    before, position = decoder.token.clone(), decoder._cached
+    fast = decoder.step().clone()
+    plain.token.copy_(before)
+    for layer_cache in plain.cache.layers:
+        layer_cache.cumulative_length.fill_(position)
+    plain._cached = position
+    torch.testing.assert_close(plain.step(), fast)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("decode-cpu"))
+    tiny.save_model(folder / "model", head_dim=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_of(workplace):
+    """A function that returns the run of a predictor's form."""
+
+    def run(form, **settings):
+        words = tiny.tiny_overrides(workplace, **{"run.name": form, "predictor.form": form}, **settings)
+        train.train(load_config(None, words))
+        return apc.load_run(workplace / "runs" / form)
+
+    return run
+
+
+def test_a_model_in_stages(workplace, run_of):
+    """The step runs the stages' kernel, also after the model went dense and sparse again."""
+    run = run_of("low-bit", policies="[staged-neuron]", bytes=0.6, **{"predictor.inputs": 0.5})
+    model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    decoders = {mode: GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None)}
+    dense = logits_of(decoders["default"])
+    for _ in range(2):
+        apc.sparsify(model, run.codebook, run.predictor, "staged-neuron", kernel="numba", max_sparse_tokens=1)
+        fast, plain = (logits_of(decoder) for decoder in decoders.values())
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(fast, dense)
+        apc.restore(model)
+        torch.testing.assert_close(logits_of(decoders["default"]), dense)
+    assert decoders["default"].reason is None
+
+
+@pytest.mark.parametrize("kernel", ["numba", None])
+def test_other_sparse_ffns_are_called(workplace, run_of, kernel):
+    """Of clusters, and masks without a kernel: the step calls the FFN's module."""
+    run = run_of("cluster")
+    model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    apc.sparsify(model, run.codebook, run.predictor, "predicted", kernel=kernel)
+    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+    torch.testing.assert_close(logits_of(fast), logits_of(plain), rtol=1e-4, atol=1e-4)
+    assert fast.reason is None
+
+
+REFUSED = [
+    (lambda: model_of(head_dim=16), "heads of size 16, which is not a multiple of 32"),
+    (lambda: model_of("gemma3_text", sliding_window=8), "it knows LlamaForCausalLM, MistralForCausalLM, "),
+    (lambda: model_of("mistral", sliding_window=8), "its cache has a StaticSlidingWindowLayer"),
+    (lambda: model_of(dtype=torch.float64), "LlamaForCausalLM: model.layers.0.mlp holds a Linear of torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED)
+def test_another_model_keeps_its_own_step(make, reason):
+    decoder = agree(make(), 1e-6)
+    assert decoder.reason.startswith(reason)
+
+
+CHANGES = {
+    "it has forward hooks": lambda model: model.model.norm.register_forward_hook(lambda *_: None),
+    "it is in training mode": lambda model: model.train(),
+    "its head is not": lambda model: setattr(model, "lm_head", torch.nn.Linear(72, 61)),
+    "the kernel's logits differ from": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 1.0),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_a_changed_model_keeps_its_own_step(reason):
+    model = model_of()
+    CHANGES[reason](model)
+    assert agree(model, 1e-6).reason.startswith(reason)
+
+
+def test_several_sequences_take_the_models_own_step():
+    decoder = GreedyDecoder(model_of(), 2, 16)
+    decoder.prefill(TOKENS.expand(2, -1))
+    assert decoder.step().shape == (2, 61)
+    assert decoder.reason == "it decodes 2 sequences at once"
+
+
+@pytest.mark.parametrize(
+    ("token", "position", "problem"), [(61, 0, "token 61"), (-1, 0, "token -1"), (0, 16, "position 16")]
+)
+def test_what_is_out_of_range_is_refused(token, position, problem):
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    with pytest.raises(IndexError, match=f"{problem} is not below"):
+        ModelStep(model, decoder.cache)(token, position)
