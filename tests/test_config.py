@@ -98,8 +98,9 @@ def test_every_value_of_a_configuration_survives_the_command_line():
         ("tune.lr=.5", 0.5),
         ("tune.lr=2", 2.0),
         ("tune.lr=1E+1", 10.0),
-        ("speed=True", True),  # as W&B's agent writes it
-        ("speed=false", False),
+        ("speed=True", "true"),  # as W&B's agent writes it
+        ("speed=best", "best"),
+        ("tune.budget=True", True),
         ("run.name=None", None),
         ("run.name='null'", "null"),
         ('run.name="a\\u00e9"', "aé"),
@@ -209,8 +210,8 @@ def test_the_configuration_is_read_only_and_survives_its_own_yaml(tmp_path):
         ("sparsity=.inf", "sparsity=.inf: not a finite number"),
         ("tune.lr=1e999", "tune.lr=1e999: not a finite number"),
         ("tune.lr=1_0", "tune.lr=1_0: not a finite number"),
-        ("speed=on", "speed=on: choose true or false"),
-        ("speed=1", "speed=1: choose true or false"),
+        ("speed=on", "speed=on: choose false, true or best"),
+        ("tune.budget=1", "tune.budget=1: choose true or false"),
         ("run.name=", "run.name=: no value; write run.name=null for none, or leave it out"),
         ("data.seq_len=null", "data.seq_len=null: it needs a value, such as its default, data.seq_len=1024"),
         ("sites=null", r"sites=null: it needs a value, such as its default, sites=\[neuron\]"),
@@ -346,7 +347,7 @@ def test_a_device_map_is_one_process_and_decodes_nothing(monkeypatch, capsys):
             ["trainer=ddp"],
             "model.device_map=auto: spreads one process over all GPUs; set trainer.devices=1, or leave it out",
         ),
-        (["speed=true"], "model.device_map=auto: speed=True needs the model on one device; leave one of the two out"),
+        (["speed=true"], "model.device_map=auto: speed=true needs the model on one device; leave one of the two out"),
         (
             ["tune.max_epochs=2"],
             "model.device_map=auto: tune.max_epochs=2 needs the model on one device; leave one of the two out",

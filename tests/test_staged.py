@@ -267,6 +267,21 @@ def test_kernels_give_the_masked_models_logits(workplace, kernel, lora):
     assert (one_token - expected[:1, :1]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
+def test_kernels_run_an_untrained_copy_in_stages(workplace, kernel):
+    left, model, tokens = loaded(workplace, "low-bit")
+    with torch.no_grad():
+        expected = apc.sparsify(model, left.codebook, policy="staged-prox")(input_ids=tokens).logits
+        dense = apc.restore(model)(input_ids=tokens).logits
+        logits = apc.sparsify(model, left.codebook, policy="staged-prox", kernel=kernel, scoring=True)(tokens).logits
+        apc.sparsify(model, left.codebook, policy="staged-prox", kernel=kernel, max_sparse_tokens=1)
+        one_token = model(input_ids=tokens[:1, :1]).logits
+    apc.restore(model)
+    tolerance = 1e-4 * (expected - dense).abs().max()
+    assert (logits - expected).abs().max() < tolerance
+    assert (one_token - expected[:1, :1]).abs().max() < tolerance
+
+
 def test_the_crossover_is_measured_while_as_many_rows_are_read_as_calibrated(workplace):
     left, model, _ = loaded(workplace, "low-bit")
     hidden = torch.randn(64, left.codebook.hidden_size)

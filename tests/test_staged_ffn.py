@@ -6,12 +6,24 @@ import pytest
 import torch
 
 from apc import ops
-from apc.ops.ffn_arguments import Correction, LowBitCopy, LowRank, Stages
+from apc.ops.ffn_arguments import GROUP, Correction, LowBitCopy, LowRank, SpacedCopy, Stages
 from apc.ops.score_curve import ScoreCurve
 from apc.ops.staged_ffn import staged_ffn
 
 
-def example(D, E, dtype, bits=3, projections=("gate", "up"), by_input=True, rank=5, inner=3, activation="silu", seed=0):
+def example(
+    D,
+    E,
+    dtype,
+    bits=3,
+    projections=("gate", "up"),
+    by_input=True,
+    rank=5,
+    inner=3,
+    activation="silu",
+    seed=0,
+    spaced=False,
+):
     """(hidden [E], weights, stages) that keep about half, a third and a quarter of the neurons."""
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
@@ -23,13 +35,17 @@ def example(D, E, dtype, bits=3, projections=("gate", "up"), by_input=True, rank
     copy = LowBitCopy(planes, curve, projections)
     if by_input:
         copy = copy._replace(norms=randn(E).abs() + 0.1, least=torch.tensor(0.4))
+    thresholds = torch.tensor([1.0, 0.5, 1.0])
+    if spaced:
+        spacings = (0.1 + 0.1 * randn(2, E, -(-D // GROUP)).abs()).bfloat16()
+        copy, thresholds = SpacedCopy(planes, spacings, copy.norms, copy.least), torch.tensor([2.0, 4.0, 4.0])
     low_rank = correction = None
     if rank:
         low_rank = LowRank(*((0.1 * randn(rank, i), 0.1 * randn(o, rank)) for i, o in ((E, D), (E, D), (D, E))))
     if inner:
         correction = Correction(0.1 * randn(inner, E), randn(inner), randn(inner, E), randn(E))
     norms = randn(D).abs() + 0.1
-    stages = Stages(copy, torch.tensor([1.0, 0.5, 1.0]), norms, low_rank, correction)
+    stages = Stages(copy, thresholds, norms, low_rank, correction)
     return randn(E).to(dtype), weights, stages
 
 
@@ -57,6 +73,8 @@ def agree(output, hidden, weights, stages):
         (torch.bfloat16, 128, 45, {"projections": ("gate",), "rank": 0}),
         (torch.float16, 129, 70, {}),
         (torch.float16, 1, 7, {"rank": 0, "inner": 0}),
+        (torch.float32, 300, 96, {"spaced": True, "bits": 4}),
+        (torch.bfloat16, 129, 70, {"spaced": True, "bits": 4, "rank": 0, "inner": 0, "activation": "gelu_tanh"}),
     ],
 )
 def test_it_equals_the_definition(dtype, D, E, settings):
@@ -64,8 +82,9 @@ def test_it_equals_the_definition(dtype, D, E, settings):
     agree(by_numba(hidden, weights, stages), hidden, weights, stages)
 
 
-def test_each_stage_decides():
-    hidden, weights, stages = example(600, 64, torch.float32)
+@pytest.mark.parametrize("spaced", [False, True])
+def test_each_stage_decides(spaced):
+    hidden, weights, stages = example(600, 64, torch.float32, spaced=spaced)
     outputs = [agree(by_numba(hidden, weights, stages), hidden, weights, stages)]
     for stage in range(3):
         thresholds = stages.thresholds.clone()
@@ -108,7 +127,7 @@ def _kept(hidden, weights, stages, stage):
     from apc.ops.staged_ffn import _scores, log_energy
 
     gate, up, _ = (matrix.nan_to_num(nan=0.0) for matrix in weights[:3])
-    scores, of_up = _scores(hidden[None], stages.copy, len(gate))
+    scores, of_up = _scores(hidden[None], stages, weights)
     values = act(hidden @ gate.T, weights.activation)[None]
     kept = scores >= stages.thresholds[0]
     if stage > 0:

@@ -123,7 +123,7 @@ class Trial:
             return False
         check_same(self.folder, self.config)
         check_scored(self.folder, self.config)
-        return not self.config.speed or "speed" in results
+        return self.config.speed != "true" or "speed" in results
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -320,7 +320,9 @@ class Runner:
                         self._end(process, code)
                 queue = self.again or self.waiting  # the former first, or others would keep all GPUs busy
                 if queue and len(self.running) < self.jobs and not self.stopped:
-                    alone = queue is self.again or queue[0].config.speed  # other runs would slow a measurement down
+                    alone = (
+                        queue is self.again or queue[0].config.speed == "true"
+                    )  # other runs would slow a measurement down
                     gpu, lacks = self._find_gpu(queue[0], alone)
                     if not lacks:
                         self._start(queue.popleft(), gpu, alone)

@@ -382,9 +382,9 @@ class Config:
     # Share of the dense FFN's bytes that staged policies and peers read in all, predictor included. null:
     # cluster.density.
     bytes: float | None = None
-    # Also measure decoding with the policies that know their masks before the FFN runs: tokens per second,
-    # perplexity, continuations.
-    speed: bool = False
+    # Also measure decoding: tokens per second, perplexity, continuations. true: with all policies that have a kernel
+    # on this device. best: with the one of them that has the lowest perplexity, if any.
+    speed: str = "false"
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -406,7 +406,8 @@ class Config:
                 f"sites={sites}: `neuron` is one mask for all three projections and stands alone; "
                 "choose [neuron] or [gate,up,down]"
             )
-        _choose(self, "", stage=STAGES, active=("threshold", "top"))
+        object.__setattr__(self, "speed", self.speed.lower())  # W&B's agent writes True
+        _choose(self, "", stage=STAGES, active=("threshold", "top"), speed=("false", "true", "best"))
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must lie between 0 and 1, got {self.sparsity}")
         if self.bytes is not None and not 0 < self.bytes <= 1:
@@ -424,23 +425,23 @@ class Config:
         if self.policies is not None and not self.policies:
             raise UserError("policies=[]: names none; leave it out for the defaults, or choose some")
         low_bit = self.predictor.form == "low-bit"
-        for key, needs_neuron in (("speed=true", self.speed), ("predictor.form=low-bit", low_bit)):
+        for key, needs_neuron in (("speed=true", self.speed == "true"), ("predictor.form=low-bit", low_bit)):
             if needs_neuron and sites != ["neuron"]:
                 raise UserError(f"{key} needs sites=[neuron], this run has sites={sites}")
-        if self.speed and self.predictor.inputs < 1 and "staged-neuron" not in (self.policies or ()):
+        if self.speed == "true" and self.predictor.inputs < 1 and "staged-neuron" not in (self.policies or ()):
             raise UserError(
                 f"speed=true: only staged-neuron reads a copy at predictor.inputs={self.predictor.inputs} of its "
                 "inputs; leave out speed=true, or set predictor.inputs=1"
             )
-        if self.speed and self.model.ffn_bits:
+        if self.speed == "true" and self.model.ffn_bits:
             raise UserError(
                 f"speed=true: kernels read weights of 16 bits, not of model.ffn_bits={self.model.ffn_bits}; "
                 "leave one of the two out"
             )
-        for key, wanted in (("speed", self.speed), ("tune.max_epochs", epochs)):
+        for key, wanted in (("speed=true", self.speed == "true"), (f"tune.max_epochs={epochs}", epochs)):
             if wanted and self.model.device_map:
                 raise UserError(
-                    f"model.device_map={self.model.device_map}: {key}={wanted} needs the model on one device; "
+                    f"model.device_map={self.model.device_map}: {key} needs the model on one device; "
                     "leave one of the two out"
                 )
         if epochs:

@@ -42,7 +42,7 @@ from apc.utils.progress import Bar
 from apc.utils.progress import progress as progress_bar
 
 WINDOWS = 32  # most windows to score
-CONTINUED = 4  # windows whose prompts are also continued greedily
+CONTINUED = 4  # windows whose prompts are also continued greedily; one if nothing is scored
 NEW_TOKENS = 64  # of each continuation
 ROUNDS = {"cpu": 8, "cuda": 2}  # how often a policy is timed
 TIMED_STEPS = 32  # of a policy, in all rounds together
@@ -63,6 +63,15 @@ def check(model: nn.Module, policies: Sequence[str], seq_len: int) -> None:
         raise UserError(f"speed=true: {problem}; leave out speed=true for this model") from error
 
 
+def with_kernels(
+    model: nn.Module, codebook: Codebook, predictor: Predictor | None, policies: Sequence[str], seed: int = 0
+) -> list[str]:
+    """Those of the policies that a kernel runs on the model's device, as codebook and predictor are."""
+    known = kernel_policies(first_device(find_ffns(model)).type)
+    runs = lambda name: name in known and make_policy(name, codebook, predictor, seed).kernel is not None
+    return [name for name in policies if runs(name)]
+
+
 @torch.no_grad()
 def measure(
     model: nn.Module,
@@ -73,22 +82,22 @@ def measure(
     bytes_shares: Mapping[str, float | None],
     seed: int = 0,
     progress: bool = True,
+    known: Mapping[str, dict] | None = None,
 ) -> dict:
     """Speed and quality of the dense model and of the policies with kernels, at batch 1. Leaves the model dense.
 
     `apc.evaluate.tables.speed_tables` shows the result. windows: int64 [n, S], S at least 4; bytes_shares: the policies
-    with the bytes that they read, as shares of the dense FFN's, or None if unknown.
+    with the bytes that they read, as shares of the dense FFN's, or None if unknown; known: records of the dense model
+    and these policies as `Evaluator.policies` returns them, whose perplexities are shown, and nothing is scored here.
 
     Raises UserError as `check` does.
     """
     check(model, list(bytes_shares), windows.shape[1])
-    known = kernel_policies(first_device(find_ffns(model)).type)
-    runs = lambda name: name in known and make_policy(name, codebook, predictor, seed).kernel is not None
-    names = [name for name in bytes_shares if runs(name)]
+    names = with_kernels(model, codebook, predictor, list(bytes_shares), seed)
     left_out = [name for name in bytes_shares if name != "dense" and name not in names]
     windows = windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()]
     half = windows.shape[1] // 2
-    prompts = windows[:CONTINUED, :half]
+    prompts = windows[: CONTINUED if known is None else 1, :half]
     restore(model)
     records: list[dict] = []
     times: list[Timing] = []
@@ -100,7 +109,8 @@ def measure(
         assert handle is None or isinstance(handle, SparseFFNs)  # as with any kernel
         return handle
 
-    with progress_bar(len(windows) * (1 + 2 * len(names)), "speed", enabled=progress) as bar:
+    scored = len(windows) if known is None else 0
+    with progress_bar(scored * (1 + 2 * len(names)), "speed", enabled=progress) as bar:
         scorer = _Scorer(model, windows, half, bar)
         on_gpu = scorer.device.type == "cuda"
         for name in ("dense", *names):
@@ -113,13 +123,13 @@ def measure(
             decoder = _recorded(model, windows, half)
             if on_gpu:
                 times.append(_time(name, decoder, prompts[:1]))
-            losses, difference = scorer.score(decoder, ffns, dense_prefill=True)
-            if ffns is None:
-                dense = all_sparse = losses
+            if known is None:
+                record = scorer.record(name, decoder, ffns)
             else:
-                all_sparse, _ = scorer.score(decoder, ffns, dense_prefill=False)
+                same = ("policy", "perplexity", "ratio", "ratio_low", "ratio_high")
+                record = {key: known[name][key] for key in same}
+                record |= dict.fromkeys(("perplexity_masked", "divergence", "agreement"))
             continued = torch.cat([decoder.decode(prompt, NEW_TOKENS) for prompt in prompts.split(1)]).cpu()
-            record = _record(name, dense, losses, all_sparse) | difference
             record |= {"continued": continued.tolist(), "text": _texts(tokenizer, continued)}
             if ffns is not None:
                 record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
@@ -147,7 +157,7 @@ def measure(
         record |= {"seconds_per_token": statistics.median(own), "seconds_low": min(own), "seconds_high": max(own)}
         record |= speed_up(ratios[record["policy"]], bytes_shares.get(record["policy"]))
     return {
-        "windows": len(windows),
+        "windows": scored,
         "prompt": half,
         "policies": records,
         "left_out": left_out,
@@ -223,8 +233,18 @@ class _Scorer:
         self.device = next(model.parameters()).device
         self.keyword = cache_keyword(model)
         self.teacher: list[Tensor] = []
+        self.dense = torch.zeros(0)  # the dense model's losses
 
-    def score(
+    def record(self, name: str, decoder: GreedyDecoder, ffns: SparseFFNs | None) -> dict:
+        """The record of the model with its present FFNs, without times. The dense model's is the first."""
+        losses, difference = self._score(decoder, ffns, dense_prefill=True)
+        if ffns is None:
+            self.dense = all_sparse = losses
+        else:
+            all_sparse, _ = self._score(decoder, ffns, dense_prefill=False)
+        return _record(name, self.dense, losses, all_sparse) | difference
+
+    def _score(
         self, decoder: GreedyDecoder, ffns: SparseFFNs | None, dense_prefill: bool
     ) -> tuple[Tensor, dict[str, float | None]]:
         """The losses of the model with its present FFNs, float64 [n], and its difference from the dense model.

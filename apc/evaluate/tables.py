@@ -284,6 +284,12 @@ _SPEED_COLUMNS = (
         "extra", "MB", lambda record: format_fixed(record.get("bytes_held") and record["bytes_held"] / 1e6, 1), True
     ),
 )
+_QUICK_SPEED_COLUMNS = (
+    *_SPEED_COLUMNS[:4],
+    Column("", "perplexity", lambda record: shown_perplexity(record["perplexity"])),
+    AGAINST_DENSE,
+    *_SPEED_COLUMNS[9:],
+)
 
 
 def policies_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
@@ -342,11 +348,17 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     if not speed:
         return []
     conditions = {"device": "an unnamed device", "dtype": ""} | (results.get("conditions") or {})
+    perplexities, divergence = "Perplexity: of the table above. ", ""
+    columns: tuple[Column, ...] = _QUICK_SPEED_COLUMNS
+    if speed["windows"]:
+        perplexities = (
+            f"Perplexity: second halves of {speed['windows']:,} score windows, given their first halves. prefilled: "
+            "after a dense prefill. "
+        )
+        divergence, columns = " Divergence: KL(dense ‖ policy) per token after a dense prefill.", _SPEED_COLUMNS
     notes = [
         f"One sequence on {conditions['device']}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
-        f"Perplexity: second halves of {speed['windows']:,} score windows, given their first halves. "
-        "prefilled: after a dense prefill. speed-up: median of rounds that time policies in turn ± half their range. "
-        "Divergence: KL(dense ‖ policy) per token after a dense prefill.",
+        f"{perplexities}speed-up: median of rounds that time policies in turn ± half their range.{divergence}",
         *footnotes(speed["policies"]),
     ]
     if markdown or wide:
@@ -370,7 +382,7 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
         elif not wide:
             lines = [wrapped(line, line_width(), indent="    ") for line in lines]
         texts.append("\n".join(lines))
-    grid = record_grid(_SPEED_COLUMNS, speed["policies"], markdown, wide)
+    grid = record_grid(columns, speed["policies"], markdown, wide)
     return [_document(results, [grid], notes, markdown, wide), "\n\n".join(texts)]
 
 

@@ -28,6 +28,7 @@ from apc.ops.assign_hamming import assign_hamming
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
 from apc.ops.bits import mask_size, pack, pack_triton, popcount, popcount_triton, row_bytes, unpack
 from apc.ops.ffn_arguments import (
+    GROUP,
     MAX_TOKENS,
     ActiveNeurons,
     Candidates,
@@ -39,6 +40,7 @@ from apc.ops.ffn_arguments import (
     OutputDelta,
     Prediction,
     PredictorWeights,
+    SpacedCopy,
     Stages,
 )
 from apc.ops.kl_div import divergence, divergence_triton
@@ -62,6 +64,7 @@ __all__ = [
     "Candidates",
     "Correction",
     "FFNWeights",
+    "GROUP",
     "LowBitCopy",
     "LowRank",
     "MAX_TOKENS",
@@ -70,6 +73,7 @@ __all__ = [
     "Prediction",
     "PredictorWeights",
     "ScoreCurve",
+    "SpacedCopy",
     "Stages",
     "accumulate",
     "accumulate_triton",

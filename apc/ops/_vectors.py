@@ -258,21 +258,24 @@ def exponentials(context, values, shift, vectors):
 
 
 @cache
-def add_levels(P: int, neurons: int):
+def add_levels(P: int, neurons: int, group: int = 0, lowest: float = 0.0):
     """A function that adds up the levels of a low-bit copy for a range of neurons.
 
-    It takes the address of the range's indices of levels, of `count` inputs int32 (and `LEVELS_AHEAD` more, which it
-    asks the memory for) and their values float32, count, and where the sums of value · index go, float32 [P, neurons].
-    Indices are half bytes, uint8 [E, P, neurons / 2]: 16 bytes hold 16 neurons in their lower halves and the next 16
-    in their upper halves.
+    It takes the addresses of the range's indices of levels, of their spacings, of `count` inputs int32 (and
+    `LEVELS_AHEAD` more, which it asks the memory for) and of their values float32; count; and where the sums of value ·
+    index go, float32 [P, neurons]. Indices are half bytes, uint8 [E, P, neurons / 2]: 16 bytes hold 16 neurons in their
+    lower halves and the next 16 in their upper halves. With a group of neurons that share a spacing, bfloat16 [E, P,
+    neurons / group], it sums value · spacing · (index + lowest); without one it reads no spacings.
     """
 
     @intrinsic
-    def function(context, table, inputs, values, count, sums):
+    def function(context, table, spacings, inputs, values, count, sums):
         def generate(context, builder, signature, args):
-            table, inputs, values, count, sums = args
+            table, spacings, inputs, values, count, sums = args
             bytes16, read = ir.VectorType(ir.IntType(8), LANES), P * neurons // 2
             totals = [cgutils.alloca_once_value(builder, _zeros()) for _ in range(P * neurons // LANES)]
+            groups = P * neurons // group if group else 0
+            shifts = [cgutils.alloca_once_value(builder, _zeros()) for _ in range(groups)]
             with cgutils.for_range(builder, count) as loop:
                 at = builder.mul(loop.index, _LONG(4))
                 number = builder.zext(builder.load(_at(builder, inputs, at, _INT), align=4), _LONG)
@@ -280,7 +283,15 @@ def add_levels(P: int, neurons: int):
                 base = builder.add(table, builder.mul(number, _LONG(read)))
                 later = builder.load(_at(builder, inputs, builder.add(at, _LONG(4 * LEVELS_AHEAD)), _INT), align=4)
                 _prefetch(builder, table, builder.mul(builder.zext(later, _LONG), _LONG(read)), read)
+                spaced = []
+                for place, shift in enumerate(shifts):
+                    start = builder.add(spacings, builder.mul(number, _LONG(2 * groups)))
+                    bits = builder.load(_at(builder, start, 2 * place, ir.IntType(16)), align=2)
+                    spacing = builder.bitcast(builder.shl(builder.zext(bits, _INT), _INT(16)), _FLOAT)
+                    spaced.append(builder.fmul(value, _spread(builder, spacing)))
+                    builder.store(builder.fadd(builder.load(shift), spaced[-1]), shift)
                 for pair in range(len(totals) // 2):
+                    value = spaced[2 * LANES * pair // group] if group else value
                     both = builder.zext(builder.load(_at(builder, base, pair * LANES, bytes16), align=1), _INTS)
                     low = builder.and_(both, ir.Constant(_INTS, [15] * LANES))
                     high = builder.lshr(both, ir.Constant(_INTS, [4] * LANES))
@@ -288,10 +299,13 @@ def add_levels(P: int, neurons: int):
                         level = builder.sitofp(index, _FLOATS)  # from 0 to 15, so signed conversion does as well
                         builder.store(_multiply_add(builder, level, value, builder.load(total)), total)
             for i, total in enumerate(totals):
-                builder.store(builder.load(total), _at(builder, sums, i * VECTOR, _FLOATS), align=4)
+                value = builder.load(total)
+                if group:
+                    value = _multiply_add(builder, builder.load(shifts[LANES * i // group]), _constant(lowest), value)
+                builder.store(value, _at(builder, sums, i * VECTOR, _FLOATS), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 5), generate
+        return types.void(*[types.intp] * 6), generate
 
     return function
 

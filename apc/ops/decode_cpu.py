@@ -19,15 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
+from apc.ops._products import ADDED, COUNTERS, GATED, STORED, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
     STEP,
-    activate,
     add_rows,
     arranged_at,
     clear_floats,
@@ -43,28 +43,14 @@ from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
 _R = 4  # rows that are read together
-_TASKS = 8  # of a thread, at most
-_STORED, _ADDED, _GATED = 0, 1, 2  # what `_product` does with its products
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _state(*names: str) -> np.dtype:
-    """The type of a function's state: int64 values, numbers and addresses."""
-    return np.dtype([(name, np.int64) for name in names])
-
-
-_COUNTERS, _CELL = ("next", "ended"), ("token", "position")
 _CACHE = ("cell", "d", "heads", "key_heads", "keys", "values", "head_stride", "token_stride", "numbers", "queries")
-_EMBED = _state("cell", "rows", "stride", "E", "out")
-_NORM = _state("residual", "delta", "weight", "numbers", "E", "hidden", "x")
-_PRODUCT = _state(*_COUNTERS, "tasks", "rows", "count", "x", "length", "biases", "out", "activation")
-_ROTATE = _state(*_CACHE, "qkv", "cos", "sin", "query_norm", "key_norm")
-_ATTEND = _state(*_COUNTERS, *_CACHE, "scores", "row", "out")
-
-
-def _function(state: np.dtype):
-    """A decorator that compiles a function of the address of a state to a C function."""
-    return cfunc(types.void(types.CPointer(from_dtype(state))))
+_EMBED = state_type("cell", "rows", "stride", "E", "out")
+_NORM = state_type("residual", "delta", "weight", "numbers", "E", "hidden", "x")
+_ROTATE = state_type(*_CACHE, "qkv", "cos", "sin", "query_norm", "key_norm")
+_ATTEND = state_type(*COUNTERS, *_CACHE, "scores", "row", "out")
 
 
 class AttentionWeights(NamedTuple):
@@ -228,21 +214,13 @@ class StepCPU:
         biases: Sequence[Tensor | None],
         x: Tensor,
         out: Tensor,
-        kind: int = 0,
+        kind: int = STORED,
         activation: int = 0,
     ) -> None:
-        """`out` gets the products of the matrices' rows with x. kind: see `_product`."""
-        length, rows = matrices[0].shape[1], [_rows(matrix) for matrix in matrices]
-        table = torch.stack(rows, dim=1).flatten() if kind == _GATED else torch.cat(rows)
-        count, added = len(table), None
-        table = torch.cat([table, table[-1:].expand(2 * _R)])  # the last group is read, and one more asked for
-        if any(bias is not None for bias in biases):
-            none = [torch.zeros(len(matrix), dtype=torch.int64) for matrix in matrices]
-            added = self._keep(torch.cat([no if b is None else _rows(b) for no, b in zip(none, biases, strict=True)]))
-        state = self._add(
-            _product(self._dtype, kind), _PRODUCT, rows=self._keep(table), count=count,
-            x=x, length=length, biases=added, out=out, activation=activation,
-        )  # fmt: skip
+        """`out` gets the products of the matrices' rows with x, as `_products.product` says."""
+        function, state, kept = product_of(matrices, biases, x, out, kind, activation)
+        self._kept += kept
+        self._program.add(function, state.view(np.int64), on_all=True)
         self._shared.append(state)
 
     def _add_attention(self, weights: AttentionWeights, d: int) -> None:
@@ -271,16 +249,16 @@ class StepCPU:
         self._add(
             _attend(self._dtype), _ATTEND, **place, **caches, scores=scores, row=4 * scores.shape[1], out=attended
         )
-        self._add_product([out], [out_bias], attended, self._residual, _ADDED)
+        self._add_product([out], [out_bias], attended, self._residual, ADDED)
 
     def _add_ffn(self, ffn: AnyFFN) -> Tensor | None:
         """Appends an FFN. Returns what the next norm is to add to `_residual`, if this FFN doesn't do it."""
         if isinstance(ffn, DenseFFN):
             active = self._floats(len(ffn.gate))
             self._add_product(
-                [ffn.gate, ffn.up], [None, None], self._x, active, _GATED, ACTIVATIONS.index(ffn.activation)
+                [ffn.gate, ffn.up], [None, None], self._x, active, GATED, ACTIVATIONS.index(ffn.activation)
             )
-            self._add_product([ffn.down], [None], active, self._residual, _ADDED)
+            self._add_product([ffn.down], [None], active, self._residual, ADDED)
             return None
         if isinstance(ffn, SparseFFN):
             call = StagedCall(ffn.staged)
@@ -296,12 +274,7 @@ class StepCPU:
         for call, weights in self._staged:
             call.prepare(weights, threads)
         for state in self._shared:
-            state["tasks"] = np.minimum(-(-state["count"] // _R), threads * _TASKS)
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    """The addresses of a matrix's rows or a vector's elements, int64."""
-    return matrix.data_ptr() + matrix.element_size() * matrix.stride(0) * torch.arange(len(matrix))
+            set_tasks(state, threads)
 
 
 @cache
@@ -309,7 +282,7 @@ def _embed(dtype: torch.dtype):
     """A function that copies a token's row of the embedding."""
     load, size = element(dtype), dtype.itemsize
 
-    @_function(_EMBED)
+    @c_function(_EMBED)
     def embed(state):
         s = carray(state, 1)[0]
         row = s.rows + load_int(s.cell) * s.stride
@@ -324,7 +297,7 @@ def _norm(dtype: torch.dtype):
     """A function that adds to the residual, and writes its norm in the weights' type, and arranged as float32."""
     load, store, size, evens_first = element(dtype), store_element(dtype), dtype.itemsize, dtype == torch.bfloat16
 
-    @_function(_NORM)
+    @c_function(_NORM)
     def norm(state):
         s = carray(state, 1)[0]
         residual, weight, hidden, x, E = s.residual, s.weight, s.hidden, s.x, s.E
@@ -338,51 +311,6 @@ def _norm(dtype: torch.dtype):
             store_float(x + 4 * arranged_at(e, E, evens_first), load(hidden + size * e))
 
     return norm
-
-
-@cache
-def _product(dtype: torch.dtype, kind: int):
-    """A function that multiplies rows with arranged inputs x.
-
-    It stores the products, or adds them to `out`, or, of pairs of rows, stores act(first) · second, arranged.
-    """
-    multiply, load, size = dots(dtype, 1, _R, _R), element(dtype), dtype.itemsize
-    evens_first = dtype == torch.bfloat16
-
-    @njit(nogil=True)
-    def multiply_groups(s, first, last, sums):
-        x, whole, out = s.x, s.length // STEP, s.out
-        for start in range(_R * first, _R * last, _R):
-            table = s.rows + 8 * start
-            multiply(table, table + 8 * _R, x, 0, whole, sums)
-            for i in range(min(_R, s.count - start)):
-                total, row = load_float(sums + 4 * i), load_int(table + 8 * i)
-                for e in range(STEP * whole, s.length):
-                    total += load(row + size * e) * load_float(x + 4 * e)
-                place = out + 4 * (start + i)
-                bias = load_int(s.biases + 8 * (start + i)) if s.biases else 0
-                if bias:
-                    total += load(bias)
-                if kind == _STORED:
-                    store_float(place, total)
-                elif kind == _ADDED:
-                    store_float(place, load_float(place) + total)
-                elif i % 2 == 0:
-                    store_float(sums + 4 * i, total)
-                else:
-                    value = np.float32(activate(load_float(sums + 4 * (i - 1)), s.activation) * total)
-                    store_float(out + 4 * arranged_at((start + i) // 2, s.count // 2, evens_first), value)
-
-    @_function(_PRODUCT)
-    def work(state):
-        s, sums = carray(state, 1)[0], np.empty(_R, np.float32)
-        counter, groups = carray(state, 1).ctypes.data, (s.count + _R - 1) // _R
-        task = next_number(counter)
-        while task < s.tasks:
-            multiply_groups(s, groups * task // s.tasks, groups * (task + 1) // s.tasks, sums.ctypes.data)
-            task = next_number(counter)
-
-    return work
 
 
 @cache
@@ -407,7 +335,7 @@ def _rotate(dtype: torch.dtype):
             store_float(head + 4 * j, a * load_float(cos + 4 * j) - b * load_float(sin + 4 * j))
             store_float(head + 4 * other, b * load_float(cos + 4 * other) + a * load_float(sin + 4 * other))
 
-    @_function(_ROTATE)
+    @c_function(_ROTATE)
     def work(state):
         s = carray(state, 1)[0]
         position, d, heads, key_heads = load_int(s.cell + 8), s.d, s.heads, s.key_heads
@@ -475,7 +403,7 @@ def _attend(dtype: torch.dtype):
         for j in range(d):
             store_float(out + 4 * j, load_float(out + 4 * j) / total)
 
-    @_function(_ATTEND)
+    @c_function(_ATTEND)
     def work(state):
         s, tables, counter = carray(state, 1)[0], np.empty(2 * _R, np.int64), carray(state, 1).ctypes.data
         count, d, stride, scaling = load_int(s.cell + 8) + 1, s.d, s.token_stride, load_float(s.numbers + 4)

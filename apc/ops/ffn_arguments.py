@@ -12,6 +12,7 @@ from apc.ops.score_curve import ScoreCurve
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # the CUDA kernel knows them by these indices
 MAX_TOKENS = 4  # tokens per call of the kernels, which keep the sums of all tokens in registers
+GROUP = 64  # consecutive neurons that share a spacing in a `SpacedCopy`
 EPSILON = torch.finfo(torch.float32).eps  # what torch's rms_norm adds to the mean square of a float32 input
 
 
@@ -82,6 +83,15 @@ class LowBitCopy(NamedTuple):
     least: Tensor | None = None  # float32 []: the least |x_i| · norms_i of an input that takes part
 
 
+class SpacedCopy(NamedTuple):
+    """A copy of gate and up that gives their outputs: levels by input, with a spacing for each group of neurons."""
+
+    planes: Tensor  # uint8 [b, 2, E, W], the lowest bit first
+    spacings: Tensor  # bfloat16 [2, E, ⌈D / GROUP⌉]
+    norms: Tensor  # float32 [E]
+    least: Tensor  # float32 []: the least |x_i| · norms_i of an input that takes part
+
+
 class LowRank(NamedTuple):
     """Low-rank updates b · a of the three projections, each (a [r, inputs], b [outputs, r])."""
 
@@ -102,7 +112,7 @@ class Correction(NamedTuple):
 class Stages(NamedTuple):
     """How a staged FFN decides, besides its weights."""
 
-    copy: LowBitCopy
+    copy: LowBitCopy | SpacedCopy
     thresholds: Tensor  # float32 [3]: the least score with which rows of gate, up and down are read
     norms: Tensor  # float32 [D], of the neurons' columns of the down projection
     low_rank: LowRank | None = None

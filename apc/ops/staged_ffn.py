@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apc.ops.bits import unpack
-from apc.ops.ffn_arguments import FFNWeights, LowBitCopy, LowRank, Stages
+from apc.ops.ffn_arguments import GROUP, FFNWeights, LowRank, SpacedCopy, Stages
 from apc.ops.score_curve import score_curve
 from apc.ops.sparse_ffn import act
 
@@ -18,7 +18,8 @@ def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
 
     A neuron's row of gate counts if its score by the copy reaches the first threshold. Its row of up counts if also
     2 log(|act(g)| · norm), plus what a copy of up adds to the score, reaches the second; its row of down if also
-    2 log(|act(g) · u| · norm) reaches the third.
+    2 log(|act(g) · u| · norm) reaches the third. A `SpacedCopy` gives ĝ and û, the score is 2 log(|act(ĝ) · û| · norm),
+    and it adds 2 log|û|.
     """
     x, down = hidden.float(), weights.down.float()
     values, (*_, kept) = _staged_values(x, weights, stages)
@@ -40,7 +41,7 @@ def staged_reads(hidden: Tensor, weights: FFNWeights, stages: Stages) -> float:
 def _staged_values(x: Tensor, weights: FFNWeights, stages: Stages) -> tuple[Tensor, list[Tensor]]:
     """act(g) · u float32 [n, D] for x float32 [n, E], and the neurons that each stage keeps, bool [n, D]."""
     gate, up = weights.gate.float(), weights.up.float()
-    scores, of_up = _scores(x, stages.copy, len(gate))
+    scores, of_up = _scores(x, stages, weights)
     masks = [scores >= stages.thresholds[0]]
     values = act(x @ gate.T + _update(x, stages.low_rank, "gate"), weights.activation)
     masks.append(masks[-1] & (log_energy(values.abs() * stages.norms) + of_up >= stages.thresholds[1]))
@@ -49,15 +50,20 @@ def _staged_values(x: Tensor, weights: FFNWeights, stages: Stages) -> tuple[Tens
     return values, masks
 
 
-def _scores(x: Tensor, copy: LowBitCopy, neurons: int) -> tuple[Tensor, Tensor]:
+def _scores(x: Tensor, stages: Stages, weights: FFNWeights) -> tuple[Tensor, Tensor]:
     """Each neuron's score float32 [n, D], and the part of it that a copy of up adds, 0 without one."""
+    copy, (D, E) = stages.copy, weights.gate.shape
     by_input = copy.norms is not None
-    index = sum(unpack(plane, neurons if by_input else x.shape[-1]) * 2.0**bit for bit, plane in enumerate(copy.planes))
+    index = sum(unpack(plane, D if by_input else E) * 2.0**bit for bit, plane in enumerate(copy.planes))
     levels = index + (0.5 - 2 ** (len(copy.planes) - 1))  # [P, E, D] or [P, D, E]
     if copy.norms is None or copy.least is None:
         levels = levels.transpose(-1, -2)
     else:
         x = x.masked_fill(~(x.abs() * copy.norms >= copy.least), 0)
+    if isinstance(copy, SpacedCopy):
+        levels = levels * copy.spacings.float().repeat_interleave(GROUP, -1)[..., :D]
+        gate, up = torch.einsum("ne,ped->pnd", x, levels)
+        return log_energy((act(gate, weights.activation) * up).abs() * stages.norms), log_energy(up.abs())
     products = torch.einsum("ne,ped->npd", x, levels)
     scale, slope, power, bias = (each[None] for each in copy.curve)
     every = score_curve(products[None], scale, slope, power, bias)[0]

@@ -48,7 +48,7 @@ from apc.ops._vectors import (
     store_int32,
 )
 from apc.ops.bits import unpack
-from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, FFNWeights, Stages
+from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, GROUP, FFNWeights, SpacedCopy, Stages
 
 RANGE = 128  # neurons whose scores are computed together
 _R = 4  # rows that are read together
@@ -59,7 +59,22 @@ _TINY = float(torch.finfo(torch.float32).tiny)
 _SUMS, _SCORES, _UPS, _LEFT, _VALUES, _ROWS, _DOTS, _SCRATCH = 0, 1024, 1536, 2048, 2560, 3072, 3072 + 16 * _R, 3584
 # The int64 values that a call passes to its tasks, by place: addresses, then numbers.
 _STATE = (
-    *("next", "ended", "hidden", "output", "x", "gate", "up", "down", "levels", "inputs", "values", "curve", "norms"),
+    *(
+        "next",
+        "ended",
+        "hidden",
+        "output",
+        "x",
+        "gate",
+        "up",
+        "down",
+        "levels",
+        "spacings",
+        "inputs",
+        "values",
+        "curve",
+        "norms",
+    ),
     *("limits", "sizes", "before", "given", "reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch"),
     *("tasks", "ranges", "E", "D", "gate_stride", "up_stride", "down_stride", "count", "rank", "inner", "activation"),
 )
@@ -71,7 +86,10 @@ class StagedCPU:
 
     def __init__(self, stages: Stages, weights: FFNWeights) -> None:
         copy, (D, E), dtype = stages.copy, weights.gate.shape, weights.gate.dtype
-        kind = len(copy.projections), "up" in copy.projections
+        spaced = isinstance(copy, SpacedCopy)
+        projections = ("gate", "up") if isinstance(copy, SpacedCopy) else copy.projections
+        lowest = 0.5 - 2 ** (len(copy.planes) - 1)
+        kind = len(projections), "up" in projections, lowest if spaced else 0.0
         ranges, self._padded = -(-D // RANGE), -(-E // STEP) * STEP
         order = torch.tensor([arranged_at(e, E, dtype == torch.bfloat16) for e in range(E)])
         low_rank, correction = stages.low_rank, stages.correction
@@ -100,17 +118,22 @@ class StagedCPU:
             after += [correction.correct, correction.correct_bias[None]]
             tensors["reduce_bias"] = correction.reduce_bias.float()
         inner = 0 if correction is None else len(correction.reduce)
-        scale, slope, power, bias = copy.curve
-        nominate, up, down = stages.thresholds.tolist()
+        limits = [_half_exp(each) for each in stages.thresholds.tolist()]
+        if isinstance(copy, SpacedCopy):
+            tensors["spacings"] = _spacings_laid_out(copy.spacings, ranges)
+        else:
+            scale, slope, power, bias = copy.curve
+            tensors["curve"] = torch.cat(
+                [by_neuron(each) for each in (scale, slope, power)] + [by_neuron(bias, -math.inf)[None]]
+            )
+            limits[:2] = stages.thresholds[:2].tolist()
         least = -math.inf if copy.least is None else float(copy.least)
         tensors |= {
             "levels": _laid_out(copy.planes, copy.norms is not None, E, D),
-            "curve": torch.cat(
-                [by_neuron(each) for each in (scale, slope, power)] + [by_neuron(bias, -math.inf)[None]]
-            ),
             "norms": by_neuron(stages.norms),
-            # The first threshold, the second, e to half of the third, the least size of an input, the lowest level.
-            "limits": torch.tensor([nominate, up, _half_exp(down), least, 0.5 - 2 ** (len(copy.planes) - 1)]),
+            # The least of each stage (a curve's scores are compared as logarithms of squares), the least size of an
+            # input, the lowest level.
+            "limits": torch.tensor([*limits, least, lowest]),
             "sizes": torch.zeros(E) if copy.norms is None else copy.norms.float(),
             "before": arranged(*before),
             "after": arranged(*after),
@@ -196,6 +219,12 @@ def _laid_out(planes: Tensor, by_input: bool, E: int, D: int) -> Tensor:
     return both.flatten(-2).permute(2, 1, 0, 3)
 
 
+def _spacings_laid_out(spacings: Tensor, ranges: int) -> Tensor:
+    """The spacings bfloat16 [P, E, G] by range, [ranges, E, P, RANGE / GROUP]."""
+    padded = F.pad(spacings, (0, ranges * RANGE // GROUP - spacings.shape[-1]))
+    return padded.unflatten(-1, (ranges, -1)).permute(2, 1, 0, 3)
+
+
 @cache
 def _begin(dtype: torch.dtype):
     """A function that arranges a token's inputs, chooses the copy's, and multiplies the rows of `before` with them."""
@@ -238,18 +267,20 @@ def _begin(dtype: torch.dtype):
 
 
 @cache
-def _worker(dtype: torch.dtype, P: int, copies_up: bool):
-    """A C function that takes tasks from a state until none is left."""
+def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
+    """A C function that takes tasks from a state until none is left. lowest: a `SpacedCopy`'s lowest level, or 0."""
     multiply, add, load, size = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R), element(dtype), dtype.itemsize
     store = store_element(dtype)
-    levels, score = add_levels(P, RANGE), score_range(P, RANGE, copies_up)
+    spaced = lowest != 0
+    levels = add_levels(P, RANGE, GROUP, lowest) if spaced else add_levels(P, RANGE)
+    score = score_range(P, RANGE, copies_up)
     evens_first, read_bytes = dtype == torch.bfloat16, P * RANGE // 2
     at = _AT
     next_at, ended_at, tasks_at, ranges_at, E_at, D_at = (
         at[name] for name in ("next", "ended", "tasks", "ranges", "E", "D")
     )
-    x_at, levels_at, inputs_at, values_at, curve_at, norms_at, limits_at, given_at = (
-        at[name] for name in ("x", "levels", "inputs", "values", "curve", "norms", "limits", "given")
+    spacings_at, x_at, levels_at, inputs_at, values_at, curve_at, norms_at, limits_at, given_at = (
+        at[name] for name in ("spacings", "x", "levels", "inputs", "values", "curve", "norms", "limits", "given")
     )
     gate_at, up_at, down_at, gate_b_at, up_b_at, down_a_at = (
         at[name] for name in ("gate", "up", "down", "gate_b", "up_b", "down_a")
@@ -275,13 +306,35 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool):
         return total if rank == 0 else total + dot_floats(b, a, rank // LANES)
 
     @njit(nogil=True)
+    def reaches(size, least):
+        """Whether an importance is at least that; a least of 0 also lets NaN pass."""
+        return size >= least or (least == 0 and size != size)
+
+    @njit(nogil=True)
+    def nominate_by_products(state, first, scratch):
+        """`nominate` for sums that are the copy's outputs of gate and up."""
+        norms, activation = load_int(state + norms_at) + 4 * first, load_int(state + activation_at)
+        least, m = load_float(load_int(state + limits_at)), 0
+        for i in range(min(RANGE, load_int(state + D_at) - first)):
+            up = load_float(scratch + _SUMS + 4 * (RANGE + i))
+            size = abs(activate(load_float(scratch + _SUMS + 4 * i), activation) * up) * load_float(norms + 4 * i)
+            store_float(scratch + _UPS + 4 * i, up)
+            if reaches(size, least):
+                store_int32(scratch + _LEFT + 4 * m, first + i)
+                m += 1
+        return m
+
+    @njit(nogil=True)
     def nominate(state, number, scratch):
         """Lists the neurons of a range that reach the first threshold, and returns how many they are."""
         E, D, count = load_int(state + E_at), load_int(state + D_at), load_int(state + count_at)
         rank, inner = load_int(state + rank_at), load_int(state + inner_at)
         wide, first = 4 * RANGE * load_int(state + ranges_at), RANGE * number
         base = load_int(state + levels_at) + number * E * read_bytes
-        levels(base, load_int(state + inputs_at), load_int(state + values_at), count, scratch + _SUMS)
+        spacings = load_int(state + spacings_at) + number * E * 2 * P * RANGE // GROUP
+        levels(base, spacings, load_int(state + inputs_at), load_int(state + values_at), count, scratch + _SUMS)
+        if spaced:
+            return nominate_by_products(state, first, scratch)
         shift = load_float(load_int(state + given_at) + 4 * (2 * rank + inner + 1))
         curve = load_int(state + curve_at) + 4 * first
         score(scratch + _SUMS, curve, wide, shift, scratch + _SCORES, scratch + _UPS)
@@ -310,9 +363,13 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool):
                     product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank), activation
                 )
                 size = abs(value) * load_float(norms + 4 * neuron)
-                size = size if size > _TINY else _TINY  # also of NaN
-                extra = load_float(scratch + _UPS + 4 * (neuron - first)) if copies_up else 0.0
-                if 2.0 * math.log(size) + extra >= least:
+                up = load_float(scratch + _UPS + 4 * (neuron - first)) if copies_up else 0.0
+                if spaced:
+                    keeps = reaches(abs(up) * size, least)
+                else:
+                    size = size if size > _TINY else _TINY  # also of NaN
+                    keeps = 2.0 * math.log(size) + up >= least
+                if keeps:
                     store_int32(left + 4 * kept, neuron)
                     store_float(scratch + _VALUES + 4 * kept, np.float32(value))
                     kept += 1
@@ -336,7 +393,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool):
                 value = product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank)
                 value *= load_float(scratch + _VALUES + 4 * (start + i))
                 size = abs(value) * load_float(norms + 4 * neuron)
-                if size >= least or (least == 0 and size != size):
+                if reaches(size, least):
                     store_int32(left + 4 * kept, neuron)
                     store_float(scratch + _VALUES + 4 * kept, np.float32(value))
                     kept += 1

@@ -19,6 +19,8 @@ from apc.run.folder import commit, stage_records, write_json
 from apc.run.tracking import Tracking
 from apc.sparse.policies import calibrated_policies, chosen_policies, total_bytes, usable_policies
 from apc.utils import distributed
+from apc.utils.errors import UserError
+from apc.utils.wheels import log
 
 LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
 TABLE_FIGURES = ("perplexity", "ratio", *LAYER_FIGURES, "captured_energy", "bits", "bytes_share", "flops_share")
@@ -28,7 +30,7 @@ SPEED_FIGURES = ("seconds_per_token", "times_dense", "perplexity", "perplexity_m
 
 def check_speed(cfg: Config, model: nn.Module) -> None:
     """Raises UserError if `speed=true` can't be had with this model and configuration; call it before any training."""
-    if cfg.speed:
+    if cfg.speed == "true":
         from apc.evaluate import speed  # imports transformers' attention, which takes seconds
 
         speed.check(model, chosen_policies(cfg), cfg.data.seq_len)
@@ -61,25 +63,53 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, context.tracking)
-        if cfg.speed:  # last, so that all other results are saved if it fails
-            results["speed"] = _measure_speed(context, codebook, predictor, scored, measured)
+        # Last, so that all other results are saved if it fails.
+        if cfg.speed != "false":
+            timed = _timed(context, codebook, predictor, measured)
+            results["speed"] = _measure_speed(context, codebook, predictor, scored, timed, measured) if timed else None
             watch.lap("speed")
             results["gpu_bytes"] = context.gpu_bytes()
             write_json(folder / "results.json", results)
-            _publish_speed(results, folder, context.tracking)
+            if timed:
+                _publish_speed(results, folder, context.tracking)
     distributed.barrier()
     return results
 
 
-def _measure_speed(
-    context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, measured: list[dict]
-) -> dict:
-    """The results' `speed`. measured: the records of the policies that were scored."""
+def _timed(
+    context: RunContext, codebook: Codebook, predictor: Predictor | None, measured: list[dict]
+) -> dict[str, float | None]:
+    """The scored policies whose speed is measured, with the bytes that they read. `speed=best` may have none."""
+    cfg, shares = context.cfg, {record["policy"]: record.get("bytes_share") for record in measured}
+    if cfg.speed == "true":
+        return shares
     from apc.evaluate import speed
 
-    cfg, bytes_shares = context.cfg, {record["policy"]: record.get("bytes_share") for record in measured}
+    try:
+        speed.check(context.model, list(shares), cfg.data.seq_len)
+    except UserError as error:
+        log(f"speed=best: not measured ({error})")
+        return {}
+    able = speed.with_kernels(context.model, codebook, predictor, list(shares), cfg.seed)
+    best = min((record["perplexity"], record["policy"]) for record in measured if record["policy"] in able)[1:]
+    return {name: shares[name] for name in best}
+
+
+def _measure_speed(
+    context: RunContext,
+    codebook: Codebook,
+    predictor: Predictor | None,
+    scored: Windows,
+    timed: dict[str, float | None],
+    measured: list[dict],
+) -> dict:
+    """The results' `speed` for policies with the bytes that they read. measured: the records of the scored policies."""
+    from apc.evaluate import speed
+
+    cfg = context.cfg
     parts = context.model, context.tokenizer, codebook, predictor
-    return speed.measure(*parts, scored.tokens, bytes_shares, cfg.seed, cfg.trainer.progress)
+    known = {record["policy"]: record for record in measured} if cfg.speed == "best" else None
+    return speed.measure(*parts, scored.tokens, timed, cfg.seed, cfg.trainer.progress, known)
 
 
 def _print_row(record: dict) -> None:

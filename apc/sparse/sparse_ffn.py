@@ -28,7 +28,7 @@ from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
-from apc.sparse.policies.staged import StagedNeuron
+from apc.sparse.policies.staged import StagedNeuron, StagedProx
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
 
@@ -494,12 +494,18 @@ class _ClusterFFN(_SparseFFN):
         book, group = policy.codebook.sites["neuron"], policy.codebook.group(layer)
         parts = policy.predictor.layer(layer).weights
         to_stored, to_fp32 = _converters(weights.down.device)
+        to_rows = _converters(weights.down.device, by_torch=self.kernel != "numba")[0]
         self.predictor = ops.PredictorWeights(
-            to_stored(parts["reduce"].T),
+            to_rows(parts["reduce"].T),
             to_fp32(parts["reduce_bias"]),
-            to_stored(parts["expand.neuron"].T),
+            to_rows(parts["expand.neuron"].T),
             to_fp32(parts["expand_bias.neuron"]),
         )
+        self._on_cpu = None
+        if self.kernel == "numba":
+            from apc.ops.predict_cpu import PredictorCPU  # imports numba
+
+            self._on_cpu = PredictorCPU(self.predictor, weights.gate.dtype)
         self.centroids = book.centroids[group].to(weights.down.device).contiguous()  # uint8 [K, W]
         # [H, E] and float32 [E]
         self.correct = (
@@ -517,7 +523,10 @@ class _ClusterFFN(_SparseFFN):
         return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.kernel_for(hidden))
 
     def predict(self, inputs: dict[int, Tensor]) -> ops.Prediction:
-        return ops.predict_clusters(inputs[self.source], self.predictor, self.by_triton)
+        hidden = inputs[self.source]
+        if self._on_cpu is None or len(hidden) > ops.MAX_TOKENS or torch.compiler.is_compiling():
+            return ops.predict_clusters(hidden, self.predictor, self.by_triton)
+        return self._on_cpu(hidden)
 
     def delta(self, prediction: ops.Prediction) -> ops.OutputDelta:
         """The correction from the bottleneck and the clusters' offsets, where there are any."""
@@ -559,22 +568,18 @@ class _LowBitFFN(_SparseFFN):
 class _StagedFFN(_SparseFFN):
     """An FFN in the stages of a low-bit copy."""
 
-    def __init__(self, policy: StagedNeuron, layer: int, *given):
+    def __init__(self, policy: StagedNeuron | StagedProx, layer: int, *given):
         super().__init__(policy, layer, *given)
-        predictor, tensors, parts = policy.predictor, policy.tensors, policy.predictor.layer(layer).weights
-        assert predictor.low_bit is not None  # the policy's kernel is stages
-        low_bit, scores = predictor.low_bit, predictor.low_bit.freeze().layer(layer)
-        norms, least = (None if each is None else each[layer] for each in (low_bit.norms, low_bit.input_thresholds))
-        curve = ops.ScoreCurve(*scores.curve)
-        copy = ops.LowBitCopy(scores.stored, curve, tuple(low_bit.projections), norms, least)
-        low_rank = correction = None
+        predictor, tensors, low_rank, correction = policy.predictor, policy.tensors, None, None
         if policy.adapts_weights:
             pair = lambda name: (tensors[f"lora_{name}_a"][layer], tensors[f"lora_{name}_b"][layer])
             low_rank = ops.LowRank(pair("gate"), pair("up"), pair("down"))
-        if predictor.corrects:
+        if predictor is not None and predictor.corrects:
+            parts = predictor.layer(layer).weights
             own = parts["reduce"].T, parts["reduce_bias"], parts["correct"], parts["correct_bias"]
             correction = ops.Correction(*own)
-        self.stages = ops.Stages(copy, tensors["thresholds"][layer], self.ffn.output_norms(), low_rank, correction)
+        copy, thresholds = policy.stored_copy(layer), tensors["thresholds"][layer]
+        self.stages = ops.Stages(copy, thresholds, self.ffn.output_norms(), low_rank, correction)
         self._on_cpu = None
         if self.kernel == "numba":
             from apc.ops.staged_ffn_cpu import StagedCPU  # imports numba
@@ -649,13 +654,13 @@ def _(scores: Tensor, m: int) -> Tensor:
     return scores.new_empty((len(scores), ops.row_bytes(scores.shape[1])), dtype=torch.uint8)
 
 
-def _converters(device: torch.device) -> list:
+def _converters(device: torch.device, by_torch: bool = True) -> list:
     """Conversions of a predictor's matrices and of its other values, to the types that they are stored in.
 
-    Matrices: bfloat16, which is exact because training rounded them; on the CPU float32, to which torch would convert
-    them in each call. Other values: float32.
+    Matrices: bfloat16, which is exact because training rounded them; by torch on the CPU float32, to which it would
+    convert them in each call. Other values: float32.
     """
-    types = (torch.float32 if device.type == "cpu" else torch.bfloat16, torch.float32)
+    types = (torch.float32 if device.type == "cpu" and by_torch else torch.bfloat16, torch.float32)
     return [lambda value, dtype=dtype: value.detach().to(device, dtype).contiguous() for dtype in types]
 
 

@@ -16,6 +16,7 @@ from apc.cluster.codebook import Codebook
 from apc.config.schema import PROJECTIONS
 from apc.data.ffn import FFN, LayerFFN, activation_function, first_device
 from apc.data.quantise import FULL_BITS, mean_bits
+from apc.ops import GROUP
 from apc.predict.low_bit import bit_planes, column_norms, level_index, quantised
 from apc.predict.predictor import Predictor
 from apc.sparse.histogram import ThresholdFinder
@@ -25,7 +26,6 @@ from apc.utils import distributed
 from apc.utils.errors import UserError
 
 BITS = 4  # of a copied weight
-GROUP = 64  # weights of one input to consecutive neurons share a spacing of 16 bits
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)  # of inputs, among which the fit text chooses
 _UNITS = 1 << 20  # captured shares are summed as integers of these, so that sums over ranks are exact
 _MAX_ERROR = 0.03  # relative, of act(gate) * up in 16 bits

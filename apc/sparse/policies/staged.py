@@ -406,6 +406,14 @@ class StagedNeuron(Staged, NeuronPredictor):
         fits = self.predictor.low_bit is not None and "sizes" not in self.tensors and not self.predictor.lookahead
         return "stages" if fits else None
 
+    def stored_copy(self, layer: int) -> ops.LowBitCopy:
+        """The copy that a layer's kernel reads."""
+        low_bit = self.predictor.low_bit
+        assert low_bit is not None  # `kernel` says so
+        scores = low_bit.freeze().layer(layer)
+        norms, least = (None if each is None else each[layer] for each in (low_bit.norms, low_bit.input_thresholds))
+        return ops.LowBitCopy(scores.stored, ops.ScoreCurve(*scores.curve), tuple(low_bit.projections), norms, least)
+
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores; and the correction."""
         scores, correction = self.outputs(inputs)
@@ -433,6 +441,23 @@ class StagedProx(Staged, Prox):
     by_default = True
     is_peer = False  # Prox has no stages
     color, marker = "#B22222", "P"
+
+    @classmethod
+    def has_kernel_on(cls, device: str) -> bool:
+        """On the CPU only."""
+        return device == "cpu"
+
+    @property
+    def kernel(self) -> str | None:
+        """stages, if they keep neurons by thresholds."""
+        return None if "sizes" in self.tensors else "stages"
+
+    def stored_copy(self, layer: int) -> ops.SpacedCopy:
+        """The copy that a layer's kernel reads."""
+        tensors = self.tensors
+        return ops.SpacedCopy(
+            tensors["planes"][layer], tensors["spacings"][layer], tensors["norms"][layer], tensors["inputs"][layer]
+        )
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores."""

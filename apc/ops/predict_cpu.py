@@ -1,0 +1,82 @@
+"""Predicts each token's cluster on the CPU, in numba: `apc.ops.predict_clusters` without torch's overhead.
+
+Importing this module imports numba. Shape letters: see `apc.ops`.
+"""
+
+import threading
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from apc.ops._products import ACTIVATED, c_function, product_of, set_tasks, state_type
+from apc.ops._program import Program
+from apc.ops._vectors import LANES, STEP, arranged_at, dot_floats, element, load_float, store_float
+from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, Candidates, Prediction, PredictorWeights
+
+_BEGIN = state_type("hidden", "E", "x")
+
+
+class PredictorCPU:
+    """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16 or float16, biases float32.
+
+    dtype: the type of the inputs.
+    """
+
+    def __init__(self, weights: PredictorWeights, dtype: torch.dtype) -> None:
+        (H, E), K, kind = weights.reduce.shape, len(weights.expand), weights.reduce.dtype
+        padded = lambda count: -(-count // STEP) * STEP
+        x, self._inner, self._logits = torch.zeros(padded(E)), torch.zeros(padded(H)), torch.zeros(padded(K))
+        self._order = torch.tensor([arranged_at(h, H, kind == torch.bfloat16) for h in range(H)])
+        self._begin = np.zeros(1, _BEGIN)
+        self._begin["E"], self._begin["x"] = E, x.data_ptr()
+        silu = ACTIVATIONS.index("silu")
+        reduce = product_of([weights.reduce], [weights.reduce_bias], x, self._inner, ACTIVATED, silu)
+        expand = product_of([weights.expand], [weights.expand_bias], self._inner, self._logits)
+        self._program, self._products = Program(), [state for _, state, _ in (reduce, expand)]
+        self._program.add(_begin(dtype, kind), self._begin.view(np.int64))
+        for function, state, _ in (reduce, expand):
+            self._program.add(function, state.view(np.int64), on_all=True)
+        self._kept = [weights, reduce, expand]
+        self._K, self._threads, self._lock = K, 0, threading.Lock()
+
+    def __call__(self, hidden: Tensor) -> Prediction:
+        """As `predict_clusters`, with one candidate a token, for hidden [n, E]. Of NaN it makes some cluster."""
+        threads, hidden = torch.get_num_threads(), hidden.contiguous()
+        inner, logits, clusters = [], [], []
+        with self._lock:  # calls from several of Python's threads share the buffers
+            if threads != self._threads:
+                self._threads = threads
+                for state in self._products:
+                    set_tasks(state, threads)
+            for row in hidden:
+                self._begin["hidden"] = row.data_ptr()
+                self._program.run(threads)
+                best = int(self._logits.numpy()[: self._K].argmax())
+                inner.append(self._inner[self._order])
+                clusters.append([best])
+                logits.append([self._logits[best].item()])
+        return Prediction(
+            torch.stack(inner), Candidates(torch.tensor(logits), torch.tensor(clusters, dtype=torch.int32))
+        )
+
+
+@cache
+def _begin(dtype: torch.dtype, kind: torch.dtype):
+    """A function that writes inputs of one type, divided by their root mean square, arranged for rows of another."""
+    load, size, evens_first = element(dtype), dtype.itemsize, kind == torch.bfloat16
+
+    @c_function(_BEGIN)
+    def begin(state):
+        s = carray(state, 1)[0]
+        hidden, x, E = s.hidden, s.x, s.E
+        for e in range(E):
+            store_float(x + 4 * arranged_at(e, E, evens_first), load(hidden + size * e))
+        vectors = (E + LANES - 1) // LANES
+        scale = np.float32(1.0 / np.sqrt(dot_floats(x, x, vectors) / E + EPSILON))
+        for e in range(E):
+            store_float(x + 4 * e, load_float(x + 4 * e) * scale)
+
+    return begin
