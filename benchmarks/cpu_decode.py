@@ -1,16 +1,15 @@
 """FFNs and whole decoding steps of one token on the CPU, dense and sparse: `python benchmarks/cpu_decode.py --help`.
 
 Weights are random and rotate over several layers, so that no cache holds them. With `--run`, steps are those of the
-bundled model, sparse as that run decides, and also llama.cpp's (package llama-cpp-python, if installed) with the same
-weights. Each output is compared with a reference before anything is timed. All arms take turns. The share is that of the
-bandwidth at which torch sums 1 GB on as many threads. Shape letters: see `apc.ops`.
+bundled model, sparse as that run decides, and also llama.cpp's with the same weights (package llama-cpp-python, if it
+is installed). Each output is compared with a reference before anything is timed. All arms take turns. The share is that
+of the bandwidth at which torch sums 1 GB on as many threads. Shape letters: see `apc.ops`.
 """
 
 import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from apc.ops.predict_cpu import PredictorCPU
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
 
-# E, D, layers that rotate in FFNs, layers of a whole model, size of a head.
-SHAPES = {"smollm2": (576, 1536, 30, 30, 64), "1b": (2048, 8192, 4, 16, 64), "7b": (4096, 14336, 2, 6, 128)}
+# E, D, layers that rotate in FFNs, layers of a whole model, size of a head, heads of keys.
+SHAPES = {"smollm2": (576, 1536, 30, 30, 64, 3), "1b": (2048, 8192, 4, 16, 64, 8), "7b": (4096, 14336, 2, 6, 128, 8)}
 CLUSTERS, DENSITY, VOCABULARY, PROMPT = 2048, 0.5, 32_000, 256
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 STEPS = 8  # timed together
@@ -135,10 +134,10 @@ def check(name: str, output: Tensor, x: Tensor, weights: ops.FFNWeights, active:
 
 def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth: float) -> list[Row]:
     """Rows for the steps of a model with random weights, half of its neurons kept by random clusters."""
-    E, D, _, L, d = SHAPES[shape]
+    E, D, _, L, d, key_heads = SHAPES[shape]
     config = AutoConfig.for_model(
         "llama", hidden_size=E, intermediate_size=D, num_hidden_layers=L, num_attention_heads=E // d, head_dim=d,
-        num_key_value_heads=max(1, E // d // 3), vocab_size=VOCABULARY, max_position_embeddings=4096,
+        num_key_value_heads=key_heads, vocab_size=VOCABULARY, max_position_embeddings=4096,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     masks = torch.stack([ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)])
@@ -213,7 +212,7 @@ def step_rows(
 
 
 def real_steps(dtype: torch.dtype, options: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """Rows for the steps of the bundled model after text that it wrote, dense, sparse as a run decides, and llama.cpp's."""
+    """Rows for steps of the bundled model after text that it wrote: dense, sparse as a run decides, llama.cpp's."""
     run = apc.load_run(options.run)
     config = ModelConfig(path="bundled", dtype=str(dtype).removeprefix("torch."), device="cpu")
     load = lambda: load_model(config, torch.device("cpu"))

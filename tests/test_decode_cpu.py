@@ -10,6 +10,7 @@ import apc
 import tiny
 import train
 from apc.config.load import load_config
+from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.decode_cpu import ModelStep
 
@@ -131,10 +132,11 @@ def workplace(tmp_path_factory):
 def run_of(workplace):
     """A function that returns the run of a predictor's form."""
 
-    def run(form, **settings):
-        words = tiny.tiny_overrides(workplace, **{"run.name": form, "predictor.form": form}, **settings)
+    def run(form, name=None, **settings):
+        name = name or form
+        words = tiny.tiny_overrides(workplace, **{"run.name": name, "predictor.form": form}, **settings)
         train.train(load_config(None, words))
-        return apc.load_run(workplace / "runs" / form)
+        return apc.load_run(workplace / "runs" / name)
 
     return run
 
@@ -155,12 +157,36 @@ def test_a_model_in_stages(workplace, run_of):
     assert decoders["default"].reason is None
 
 
-@pytest.mark.parametrize("kernel", ["numba", None])
-def test_other_sparse_ffns_are_called(workplace, run_of, kernel):
-    """Of clusters, and masks without a kernel: the step calls the FFN's module."""
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_model_of_clusters(workplace, run_of, lookahead, changed):
+    """The step predicts the clusters itself; as after tuning there can be corrections and offsets."""
+    run = run_of("cluster", name=f"ahead-{lookahead}", **{"predictor.lookahead": lookahead})
+    codebook, predictor, generator = run.codebook, run.predictor, torch.Generator().manual_seed(3)
+    if changed:
+        predictor = predictor.copy(corrects=True)
+        with torch.no_grad():
+            for value in (predictor.correct, predictor.correct_bias):
+                value.normal_(std=0.3, generator=generator)
+        book = codebook.sites["neuron"]
+        size = (*book.profiles.shape[:2], codebook.hidden_size)
+        book.offsets = at_16_bits(torch.randn(size, generator=generator))
+    predictor = predictor.requires_grad_(False).eval().rounded()
+    model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    dense = logits_of(GreedyDecoder(model, 1, 16))
+    apc.sparsify(model, codebook, predictor, "predicted", kernel="numba", max_sparse_tokens=1)
+    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+    expected = logits_of(plain)
+    torch.testing.assert_close(logits_of(fast), expected, rtol=1e-4, atol=1e-4)
+    assert fast.reason is None and not torch.allclose(expected, dense, atol=1e-2)
+
+
+@pytest.mark.parametrize(("policy", "kernel"), [("soft", "numba"), ("predicted", "torch"), ("predicted", None)])
+def test_other_sparse_ffns_are_called(workplace, run_of, policy, kernel):
+    """Masks that a policy decides in Python, and masks without a kernel: the step calls the FFN's module."""
     run = run_of("cluster")
     model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
-    apc.sparsify(model, run.codebook, run.predictor, "predicted", kernel=kernel)
+    apc.sparsify(model, run.codebook, run.predictor, policy, kernel=kernel)
     fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
     torch.testing.assert_close(logits_of(fast), logits_of(plain), rtol=1e-4, atol=1e-4)
     assert fast.reason is None

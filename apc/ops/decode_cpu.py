@@ -39,6 +39,7 @@ from apc.ops._vectors import (
     store_element,
     store_float,
 )
+from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
@@ -73,14 +74,14 @@ class DenseFFN(NamedTuple):
     activation: str  # one of `ACTIVATIONS`
 
 
-class SparseFFN(NamedTuple):
+class StagedFFN(NamedTuple):
     """A staged FFN with its weights."""
 
     staged: StagedCPU
     weights: FFNWeights
 
 
-AnyFFN = DenseFFN | SparseFFN | Callable[[Tensor], Tensor]  # a function maps [1, E] to [1, E]
+AnyFFN = DenseFFN | StagedFFN | ClusterFFN | Callable[[Tensor], Tensor]  # a function maps [1, E] to [1, E]
 
 
 class Layer(NamedTuple):
@@ -133,11 +134,19 @@ class StepCPU:
         cell = self._cell.ctypes.data
         self._add(_embed(dtype), _EMBED, cell=cell, rows=rows, stride=stride, E=E, out=self._residual)
         delta: Tensor | None = None
-        for layer in weights.layers:
+        self._clusters = {
+            number: ClusterCall(layer.ffn)
+            for number, layer in enumerate(weights.layers)
+            if isinstance(layer.ffn, ClusterFFN)
+        }
+        for number, layer in enumerate(weights.layers):
             self._add_norm(layer.attention.norm, delta)
             self._add_attention(layer.attention, d)
             self._add_norm(layer.ffn_norm, None)
-            delta = self._add_ffn(layer.ffn)
+            for call in self._clusters.values():
+                if call.source == number:
+                    call.decide(self._program, self._hidden)
+            delta = self._add_ffn(number, layer.ffn)
         self._add_norm(weights.norm, delta)
         self._add_product([weights.head], [None], self._x, self.logits)
         self.logits = self.logits[:, :V]
@@ -251,7 +260,7 @@ class StepCPU:
         )
         self._add_product([out], [out_bias], attended, self._residual, ADDED)
 
-    def _add_ffn(self, ffn: AnyFFN) -> Tensor | None:
+    def _add_ffn(self, number: int, ffn: AnyFFN) -> Tensor | None:
         """Appends an FFN. Returns what the next norm is to add to `_residual`, if this FFN doesn't do it."""
         if isinstance(ffn, DenseFFN):
             active = self._floats(len(ffn.gate))
@@ -260,7 +269,10 @@ class StepCPU:
             )
             self._add_product([ffn.down], [None], active, self._residual, ADDED)
             return None
-        if isinstance(ffn, SparseFFN):
+        if isinstance(ffn, ClusterFFN):
+            self._clusters[number].compute(self._program, self._x, self._residual)
+            return None
+        if isinstance(ffn, StagedFFN):
             call = StagedCall(ffn.staged)
             call.point_at(self._hidden, self._output)
             call.add_to(self._program)
@@ -273,6 +285,8 @@ class StepCPU:
         self._threads = threads
         for call, weights in self._staged:
             call.prepare(weights, threads)
+        for cluster_call in self._clusters.values():
+            cluster_call.prepare(threads)
         for state in self._shared:
             set_tasks(state, threads)
 

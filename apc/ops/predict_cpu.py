@@ -22,42 +22,52 @@ _BEGIN = state_type("hidden", "E", "x")
 class PredictorCPU:
     """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16 or float16, biases float32.
 
-    dtype: the type of the inputs.
+    dtype: the type of the inputs. inner: the bottleneck, arranged, float32 [padded H]; logits: float32 [padded K].
     """
 
     def __init__(self, weights: PredictorWeights, dtype: torch.dtype) -> None:
         (H, E), K, kind = weights.reduce.shape, len(weights.expand), weights.reduce.dtype
         padded = lambda count: -(-count // STEP) * STEP
-        x, self._inner, self._logits = torch.zeros(padded(E)), torch.zeros(padded(H)), torch.zeros(padded(K))
+        x, self.inner, self.logits = torch.zeros(padded(E)), torch.zeros(padded(H)), torch.zeros(padded(K))
         self._order = torch.tensor([arranged_at(h, H, kind == torch.bfloat16) for h in range(H)])
         self._begin = np.zeros(1, _BEGIN)
         self._begin["E"], self._begin["x"] = E, x.data_ptr()
         silu = ACTIVATIONS.index("silu")
-        reduce = product_of([weights.reduce], [weights.reduce_bias], x, self._inner, ACTIVATED, silu)
-        expand = product_of([weights.expand], [weights.expand_bias], self._inner, self._logits)
-        self._program, self._products = Program(), [state for _, state, _ in (reduce, expand)]
-        self._program.add(_begin(dtype, kind), self._begin.view(np.int64))
-        for function, state, _ in (reduce, expand):
-            self._program.add(function, state.view(np.int64), on_all=True)
+        reduce = product_of([weights.reduce], [weights.reduce_bias], x, self.inner, ACTIVATED, silu)
+        expand = product_of([weights.expand], [weights.expand_bias], self.inner, self.logits)
+        self._functions, self._products = (_begin(dtype, kind), reduce[0], expand[0]), (reduce[1], expand[1])
         self._kept = [weights, reduce, expand]
-        self._K, self._threads, self._lock = K, 0, threading.Lock()
+        self._K, self._threads, self._lock, self._program = K, 0, threading.Lock(), Program()
+        self.add_to(self._program)
+
+    def add_to(self, program: Program, hidden: Tensor | None = None) -> None:
+        """Appends the functions to a program; they read FFN inputs [1, E] there, and write `inner` and `logits`."""
+        if hidden is not None:
+            self._begin["hidden"] = hidden.data_ptr()
+        program.add(self._functions[0], self._begin.view(np.int64))
+        for function, state in zip(self._functions[1:], self._products, strict=True):
+            program.add(function, state.view(np.int64), on_all=True)
+
+    def prepare(self, threads: int) -> None:
+        """Sets the number of threads for the calls to come."""
+        if threads != self._threads:
+            self._threads = threads
+            for state in self._products:
+                set_tasks(state, threads)
 
     def __call__(self, hidden: Tensor) -> Prediction:
         """As `predict_clusters`, with one candidate a token, for hidden [n, E]. Of NaN it makes some cluster."""
         threads, hidden = torch.get_num_threads(), hidden.contiguous()
         inner, logits, clusters = [], [], []
         with self._lock:  # calls from several of Python's threads share the buffers
-            if threads != self._threads:
-                self._threads = threads
-                for state in self._products:
-                    set_tasks(state, threads)
+            self.prepare(threads)
             for row in hidden:
                 self._begin["hidden"] = row.data_ptr()
                 self._program.run(threads)
-                best = int(self._logits.numpy()[: self._K].argmax())
-                inner.append(self._inner[self._order])
+                best = int(self.logits.numpy()[: self._K].argmax())
+                inner.append(self.inner[self._order])
                 clusters.append([best])
-                logits.append([self._logits[best].item()])
+                logits.append([self.logits[best].item()])
         return Prediction(
             torch.stack(inner), Candidates(torch.tensor(logits), torch.tensor(clusters, dtype=torch.int32))
         )

@@ -41,15 +41,15 @@ from apc.ops._vectors import (
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
 
 _SUMS = 4  # neurons × tokens whose sums a loop holds in registers
-_SCRATCH = 1024  # bytes that a task needs for addresses and sums of these
-_TASK = 128  # kept neurons that are worth a task
-_TASKS = 8  # of a thread, at most
+SCRATCH = 1024  # bytes that a task needs for addresses and sums of these
+TASK = 128  # kept neurons that are worth a task
+TASKS = 8  # of a thread, at most
 # The int64 values that a call passes to its tasks, by place.
-_STATE = (
+STATE = (
     *("next", "ended", "tasks", "gate", "up", "down", "gate_stride", "up_stride", "down_stride", "x", "E"),
     *("neurons", "m", "kept", "parts", "scratch", "output", "activation"),
 )
-_AT = {name: 8 * index for index, name in enumerate(_STATE)}
+_AT = {name: 8 * index for index, name in enumerate(STATE)}
 
 
 def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor:
@@ -63,29 +63,29 @@ def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor
     kept = torch.empty((D, n), dtype=torch.float32)
     neurons = torch.empty(D, dtype=torch.int32)
     masks, hidden = masks.contiguous(), hidden.contiguous()
-    m = _list_kept(masks.data_ptr(), n, masks.shape[1], D, neurons.data_ptr(), kept.data_ptr())
+    m = list_kept(masks.data_ptr(), n, masks.shape[1], D, neurons.data_ptr(), kept.data_ptr())
     output = torch.empty((n, E), dtype=torch.float32)
     if m == 0:
         return output.zero_()
     threads = torch.get_num_threads()
-    tasks = threads * max(1, min(_TASKS, m // (threads * _TASK)))
+    tasks = threads * max(1, min(TASKS, m // (threads * TASK)))
     padded = -(-E // STEP) * STEP
     work = torch.empty((1 + tasks, n, padded), dtype=torch.float32)  # the inputs, and each task's part
-    scratch = torch.empty((tasks, _SCRATCH), dtype=torch.uint8)
+    scratch = torch.empty((tasks, SCRATCH), dtype=torch.uint8)
     arrange(hidden.dtype)(hidden.data_ptr(), n, E, padded, work.data_ptr())
     at = {"gate": gate.data_ptr(), "up": up.data_ptr(), "down": down.data_ptr()}
     size = gate.element_size()
     at |= {f"{name}_stride": size * each.stride(0) for name, each in (("gate", gate), ("up", up), ("down", down))}
     at |= {"x": work.data_ptr(), "E": E, "neurons": neurons.data_ptr(), "m": m, "kept": kept.data_ptr()}
     at |= {"parts": work[1:].data_ptr(), "scratch": scratch.data_ptr(), "output": output.data_ptr()}
-    state = np.array([at.get(name, 0) for name in _STATE], np.int64)
-    state[_STATE.index("tasks")], state[_STATE.index("activation")] = tasks, ACTIVATIONS.index(activation)
-    on_threads(_worker(hidden.dtype, n), state, threads)
+    state = np.array([at.get(name, 0) for name in STATE], np.int64)
+    state[STATE.index("tasks")], state[STATE.index("activation")] = tasks, ACTIVATIONS.index(activation)
+    on_threads(worker(hidden.dtype, n), state, threads)
     return output
 
 
 @njit(nogil=True)
-def _list_kept(masks, n, W, D, neurons, kept):
+def list_kept(masks, n, W, D, neurons, kept):
     """The number m of neurons that any token keeps. Writes them to int32 [m], and who keeps them to float32 [m, n]."""
     count = 0
     for byte in range((D + 7) // 8):
@@ -103,7 +103,7 @@ def _list_kept(masks, n, W, D, neurons, kept):
 
 
 @cache
-def _worker(dtype: torch.dtype, n: int):
+def worker(dtype: torch.dtype, n: int):
     """A C function that takes tasks from a state until none is left, for weights of this type and n tokens."""
     R = max(1, _SUMS // n)
     multiply, add = dots(dtype, n, 2 * R, R), add_rows(dtype, n, R, 2 * R)
@@ -171,7 +171,7 @@ def _worker(dtype: torch.dtype, n: int):
         number = next_number(state + next_at)
         while number < tasks:
             first, last = m * number // tasks, m * (number + 1) // tasks
-            task(state, first, last, parts + 4 * n * padded * number, scratch + _SCRATCH * number)
+            task(state, first, last, parts + 4 * n * padded * number, scratch + SCRATCH * number)
             if end(state + ended_at) == tasks - 1:
                 for other in range(1, tasks):
                     add_floats(parts, parts + 4 * n * padded * other, n * padded // LANES)

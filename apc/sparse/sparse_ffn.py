@@ -239,7 +239,7 @@ class SparseFFNs:
         return 3 / 2 * _time(lambda: [target.copy_(down) for target, down in pairs], downs[0].device)
 
     def kernel_ffns(self) -> list:
-        """For each layer an `ops.decode_cpu.SparseFFN`, or None if it has none."""
+        """For each layer what `ops.decode_cpu` takes as its FFN, or None if it can't compute it."""
         return [sparse.for_step() for sparse in self._sparse]
 
     def remove(self) -> None:
@@ -522,6 +522,15 @@ class _ClusterFFN(_SparseFFN):
         active = ops.ActiveNeurons(self.centroids, prediction.candidates)
         return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.kernel_for(hidden))
 
+    def for_step(self):
+        """The kernel with the weights as they are now; None without one."""
+        if self._on_cpu is None:
+            return None
+        from apc.ops.cluster_ffn_cpu import ClusterFFN  # imports numba
+
+        correct = None if self.correct is None else (self.correct[0].to(self.predictor.reduce.dtype), self.correct[1])
+        return ClusterFFN(self.weights, self.predictor, self.centroids, correct, self.offsets, self.source)
+
     def predict(self, inputs: dict[int, Tensor]) -> ops.Prediction:
         hidden = inputs[self.source]
         if self._on_cpu is None or len(hidden) > ops.MAX_TOKENS or torch.compiler.is_compiling():
@@ -607,9 +616,9 @@ class _StagedFFN(_SparseFFN):
         """The kernel with the weights as they are now; None without one."""
         if self._on_cpu is None:
             return None
-        from apc.ops.decode_cpu import SparseFFN  # imports numba
+        from apc.ops.decode_cpu import StagedFFN  # imports numba
 
-        return SparseFFN(self._on_cpu, self.weights)
+        return StagedFFN(self._on_cpu, self.weights)
 
     @functools.cached_property
     def _usual_scale(self) -> float:
