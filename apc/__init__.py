@@ -16,6 +16,7 @@ _MODULES = {  # the module of each public name
     "quantise_ffns": "data.quantise",
     "sparsify": "sparse.sparsify",
     "restore": "sparse.sparsify",
+    "GreedyDecoder": "sparse.decode",
     "load_config": "config.load",
     "UserError": "utils.errors",
 }

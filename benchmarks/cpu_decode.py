@@ -24,6 +24,10 @@ from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
+from apc.ops import _products
+from apc.ops._program import Program
+from apc.ops._vectors import STEP, arranged_at
+from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.predict_cpu import PredictorCPU
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
@@ -80,12 +84,10 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
     H = min(512, E // 8)
     random = lambda rows, columns: torch.randn(rows, columns).bfloat16()
-    predictors = [
-        PredictorCPU(
-            ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)), dtype
-        )
-        for _ in range(L)
+    heads = [
+        ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)) for _ in range(L)
     ]
+    predictors = [PredictorCPU(head, dtype) for head in heads]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
     every = ops.ActiveNeurons(ops.pack(torch.ones(1, D, dtype=torch.bool)))
     halves = [ops.ActiveNeurons(each[:1]) for each in masks]
@@ -104,14 +106,25 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
         "apc, half": lambda layer: ops.sparse_ffn(x, layers[layer], halves[layer], kernel="numba"),
         "apc, half, predicted": predicted,
     }
+    rounded = [_products.RoundedFFN(*map(_products.rounded_rows, each[:3]), "silu") for each in layers]
+    all_masks = ops.pack(torch.ones(CLUSTERS, D, dtype=torch.bool))
+    eights = {
+        "apc, all neurons, 8 bits": [at_8_bits(x, *each, all_masks) for each in zip(rounded, heads, strict=True)],
+        "apc, half, predicted, 8 bits": [at_8_bits(x, *each) for each in zip(rounded, heads, masks, strict=True)],
+    }
+    dynamic = [dynamic_int8(layer) for layer in layers]
     own = ops.ActiveNeurons(masks[0], predictors[0](x).candidates)
     for name, active in zip(arms, (every, every, halves[0], own), strict=True):
         check(name, arms[name](0), x, layers[0], active)
     calls = {name: lambda arm=arm: [arm(layer) for layer in range(L)] for name, arm in arms.items()}
+    calls |= {name: lambda each=each: [call() for call in each] for name, each in eights.items()}
+    calls["torch, dense, int8"] = lambda: [layer(x.float()) for layer in dynamic]
     seconds = {name: [each / L for each in times] for name, times in time_cpu(calls, repeats).items()}
     weights, slowest = 3 * E * D * dtype.itemsize, statistics.median(seconds["torch, dense"])
     predictor = 2 * H * (E + CLUSTERS)
-    read = dict(zip(arms, (weights, weights, DENSITY * weights, DENSITY * weights + predictor), strict=True))
+    at_8 = 3 * E * D
+    moved = (weights, weights, DENSITY * weights, DENSITY * weights + predictor, at_8, DENSITY * at_8 + predictor, at_8)
+    read = dict(zip(calls, moved, strict=True))
     kind = str(dtype).removeprefix("torch.")
     return [
         row(
@@ -121,6 +134,48 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
         )
         for name, times in seconds.items()
     ]  # fmt: skip
+
+
+def at_8_bits(
+    x: Tensor, rounded: _products.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
+) -> Callable[[], None]:
+    """A call of an FFN at 8 bits under the predicted cluster's mask, checked against its definition."""
+    E, dtype, threads = x.shape[1], x.dtype, torch.get_num_threads()
+    order = torch.tensor([arranged_at(e, E, dtype == torch.bfloat16) for e in range(E)])
+    inputs, output, program = torch.zeros(-(-E // STEP) * STEP), torch.zeros(-(-E // STEP) * STEP), Program()
+    inputs[order] = x[0].float()
+    call = ClusterCall(ClusterFFN(rounded, head, masks, None, None, 0), dtype)
+    call.decide(program, x)
+    call.compute(program, inputs, output)
+    call.prepare(threads)
+    program.run(threads)
+    matrices = []
+    for rows in (rounded.gate, rounded.up, rounded.down):
+        matrices.append((rows.values[:, order] if rows.evens_first else rows.values) * rows.scales[:, None])
+    candidates = ops.predict_clusters(x, ops.PredictorWeights(*(each.float() for each in head)), False).candidates
+    active = ops.ActiveNeurons(masks, candidates)
+    expected = ops.sparse_ffn(x.float(), ops.FFNWeights(*matrices), active, kernel="torch")[0]
+    error = ((output[:E] - expected).norm() / expected.norm()).item()
+    if not error < 1e-4:
+        raise AssertionError(f"8 bits: differs from the definition by {error:.2%}")
+    return lambda: (call, x, inputs, output, program.run(threads))[-1]  # in memory as long as the call
+
+
+def dynamic_int8(weights: ops.FFNWeights) -> nn.Module:
+    """torch's dense FFN with weights of 8 bits, which also rounds its inputs to 8 bits."""
+
+    class FFN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            D, E = weights.gate.shape
+            self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((E, D), (E, D), (D, E)))
+            for own, matrix in ((self.gate, weights.gate), (self.up, weights.up), (self.down, weights.down.T)):
+                own.weight.data = matrix.float()
+
+        def forward(self, x):
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    return torch.ao.quantization.quantize_dynamic(FFN(), {nn.Linear}, dtype=torch.qint8)
 
 
 def check(name: str, output: Tensor, x: Tensor, weights: ops.FFNWeights, active: ops.ActiveNeurons) -> None:
@@ -148,7 +203,11 @@ def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth
     predictor = Predictor(PredictorHeader(L, E, min(512, E // 8), {"neuron": CLUSTERS})).requires_grad_(False)
     sparse = copy.deepcopy(model)
     apc.sparsify(sparse, codebook, predictor.eval().rounded(), "predicted", kernel="numba", max_sparse_tokens=1)
-    arms = {"apc, half, predicted": GreedyDecoder(sparse, 1, 2 * PROMPT), **dense_arms(model, options)}
+    arms = {
+        "apc, half, predicted": GreedyDecoder(sparse, 1, 2 * PROMPT),
+        "apc, half, 8 bits": GreedyDecoder(sparse, 1, 2 * PROMPT, bits=8),
+        **dense_arms(model, options),
+    }
     tokens = torch.randint(VOCABULARY, (1, PROMPT))
     yield_rows = step_rows(f"step, {shape}", arms, tokens, model, (L, D), options, bandwidth)
     return list(yield_rows)
@@ -156,7 +215,8 @@ def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth
 
 def dense_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, GreedyDecoder]:
     """Decoders of a dense model: our kernel, torch's step and, if asked for, the compiled one."""
-    arms = {"apc, dense": GreedyDecoder(model, 1, 2 * PROMPT)}
+    arms = {bits: GreedyDecoder(model, 1, 2 * PROMPT, bits=bits) for bits in (None, 8)}
+    arms = {"apc, dense": arms[None], "apc, dense, 8 bits": arms[8]}
     arms["torch, eager"] = GreedyDecoder(model, 1, 2 * PROMPT, mode=None)
     if options.compile:
         arms["torch.compile"] = GreedyDecoder(model, 1, 2 * PROMPT, mode=None)
@@ -206,6 +266,8 @@ def step_rows(
             f"{best / medians[name]:.2f} × as fast as torch, {medians['apc, dense'] / medians[name]:.2f} × as apc dense"
         )
         facts = {"ok": True, "note": f"{1 / medians[name]:.1f} tokens/s, {ratio}, after {PROMPT} tokens"}
+        if name.endswith("8 bits"):
+            facts["note"] += f", {medians['apc, dense, 8 bits'] / medians[name]:.2f} × as apc dense at 8 bits"
         if name in ("apc, dense", "torch, eager", "torch.compile"):
             facts |= {"moved": read, "ceiling": bandwidth, "share_of": "reading"}
         yield row(f"{operation} on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(), **facts)

@@ -1,6 +1,7 @@
 """A decoding step by the CPU's kernel equals the model's own, and a model that it can't compute keeps its own step."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import apc
 import tiny
 import train
 from apc.config.load import load_config
+from apc.ops._products import rounded_rows
 from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.decode_cpu import ModelStep
+from apc.utils.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 TOKENS = torch.randint(61, (1, 7), generator=torch.Generator().manual_seed(1))
@@ -42,8 +45,8 @@ def logits_of(decoder, tokens=TOKENS, steps=5):
     return torch.stack(logits)
 
 
-def agree(model, tolerance):
-    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+def agree(model, tolerance, bits=None):
+    fast, plain = GreedyDecoder(model, 1, 16, bits=bits), GreedyDecoder(model, 1, 16, mode=None)
     expected = logits_of(plain)
     assert ((logits_of(fast) - expected).norm() / expected.norm()).item() < tolerance
     return fast
@@ -65,6 +68,42 @@ def test_other_heads_and_all_biases(changes):
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
 def test_other_activations(activation):
     assert agree(model_of(hidden_act=activation), 1e-5).reason is None
+
+
+def at_8_bits(model, sparse=False):
+    """The model with matrices of values that rounding to 8 bits keeps; those of down by neuron for sparse FFNs."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            by_column = sparse and "down" in name
+            weight = linear.weight.data.float()
+            rows = rounded_rows(weight.T if by_column else weight)
+            rounded = rows.values * rows.scales[:, None]
+            linear.weight.data = (rounded.T if by_column else rounded).to(linear.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_step_at_8_bits(kind, dtype):
+    decoder = agree(at_8_bits(model_of(kind, dtype)), 1.5 * TOLERANCE[dtype], bits=8)
+    assert decoder.reason is None
+
+
+def test_rounding_to_8_bits_changes_little():
+    model = model_of()
+    exact, rounded = (logits_of(GreedyDecoder(model, 1, 16, bits=bits)) for bits in (None, 8))
+    assert 1e-4 < ((rounded - exact).norm() / exact.norm()).item() < 0.05
+
+
+def test_8_bits_without_the_kernel_are_refused():
+    with pytest.raises(ValueError, match="bits=4: choose None or 8"):
+        GreedyDecoder(model_of(), 1, 16, bits=4)
+    for decoder, reason in (
+        (GreedyDecoder(model_of(head_dim=16), 1, 16, bits=8), "heads of size 16"),
+        (GreedyDecoder(model_of(), 1, 16, mode=None, bits=8), "mode=None"),
+    ):
+        with pytest.raises(UserError, match=f"^bits=8: {reason}.*; leave bits out"):
+            decoder.prefill(TOKENS)
 
 
 def test_it_decodes_as_generate_does():
@@ -155,6 +194,17 @@ def test_a_model_in_stages(workplace, run_of):
         apc.restore(model)
         torch.testing.assert_close(logits_of(decoders["default"]), dense)
     assert decoders["default"].reason is None
+
+
+@pytest.mark.parametrize(("form", "policy"), [("low-bit", "staged-neuron"), ("cluster", "predicted")])
+def test_a_sparse_model_at_8_bits(workplace, run_of, form, policy):
+    settings = dict(policies="[staged-neuron]", bytes=0.6, **{"predictor.inputs": 0.5}) if form == "low-bit" else {}
+    run = run_of(form, **settings)
+    model = at_8_bits(AutoModelForCausalLM.from_pretrained(workplace / "model").eval(), sparse=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other weights than the run's
+        apc.sparsify(model, run.codebook, run.predictor, policy, kernel="numba", max_sparse_tokens=1)
+    assert agree(model, 1e-4, bits=8).reason is None
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])

@@ -151,6 +151,31 @@ def test_a_speed_up_is_a_median_or_unclear(ratios, bytes_share, speed_up, unclea
     assert re.match(unclear, found["unclear"]) if unclear else found["unclear"] is None
 
 
+def best_of(workplace, name, policies):
+    words = [f"checkpoint={workplace / 'runs' / 'run'}", "speed=best", f"policies=[{policies}]", f"run.name={name}"]
+    return evaluate.evaluate(evaluate.config_of_run(None, words))
+
+
+def test_best_times_one_policy_and_scores_nothing_again(workplace, capsys):
+    results = best_of(workplace, "best", "dense,exact,static,predicted")
+    scored, said = (
+        {record["policy"]: record for record in results["policies"]},
+        " ".join(capsys.readouterr().out.split()),
+    )
+    best = min(("static", "predicted"), key=lambda name: scored[name]["perplexity"])
+    assert [record["policy"] for record in results["speed"]["policies"]] == ["dense", best]
+    for record in results["speed"]["policies"]:
+        assert record["perplexity"] == scored[record["policy"]]["perplexity"] and record["divergence"] is None
+    assert results["speed"]["windows"] == 0 and len(results["speed"]["prompts"]) == 1
+    assert "Perplexity: of the table above." in said and "divergence" not in said.partition("tokens/s")[2]
+    assert (workplace / "runs" / "run" / "evaluations" / "best" / "figures" / "speed.png").is_file()
+
+
+def test_best_of_none_is_said_and_not_an_error(workplace, capsys):
+    assert best_of(workplace, "none", "dense,exact")["speed"] is None
+    assert "speed=best: not measured (speed=true: no kernel on this device runs any of" in capsys.readouterr().err
+
+
 def test_results_are_saved_before_speed_is_measured(workplace, monkeypatch):
     def fails(*given):
         raise UserError("no kernel after all")

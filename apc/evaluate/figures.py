@@ -241,15 +241,16 @@ def speed_figure(results: dict, path: Path) -> bool:
         axes.plot(rate, policy["perplexity"], marker, color=color, markersize=8)
         ends = [1 / policy[key] for key in ("seconds_low", "seconds_high") if key in policy]  # not in older results
         axes.plot(ends, [policy["perplexity"]] * len(ends), color=color, linewidth=4, alpha=0.25, zorder=1.8)
-        if policy["policy"] != "dense":
+        if policy["policy"] != "dense" and policy["perplexity_masked"]:
             axes.plot(rate, policy["perplexity_masked"], marker, color=color, markersize=8, markerfacecolor="white")
         labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
-    values = [policy[key] for policy in policies for key in ("perplexity", "perplexity_masked")]
+    values = [policy[key] for policy in policies for key in ("perplexity", "perplexity_masked") if policy[key]]
     if max(values) / min(values) > _LOG_FROM:
         log_axis(axes, "y")
     axes.margins(0.18)
     axes.set_xlim(0, 1.15 / min(policy.get("seconds_low", policy["seconds_per_token"]) for policy in policies))
-    ylabel = "perplexity; hollow: prefill sparse too"
+    hollow = any(policy["perplexity_masked"] for policy in policies if policy["policy"] != "dense")
+    ylabel = "perplexity; hollow: prefill sparse too" if hollow else "perplexity"
     plain_axes(axes, xlabel="tokens per second, one sequence; bar: range of rounds", ylabel=ylabel)
     place_labels(axes, labels)
     return _save(figure, path)

@@ -4,8 +4,9 @@ Importing this module imports numba. Addresses are in bytes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +32,51 @@ def c_function(state: np.dtype):
     return cfunc(types.void(types.CPointer(from_dtype(state))))
 
 
-PRODUCT = state_type(*COUNTERS, "tasks", "rows", "count", "x", "length", "biases", "out", "activation")
+PRODUCT = state_type(*COUNTERS, "tasks", "rows", "count", "x", "length", "scales", "biases", "out", "activation")
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """A matrix whose rows are rounded to 8 bits."""
+
+    values: Tensor  # int8 [R, n]
+    scales: Tensor  # float32 [R]
+    evens_first: bool  # how the elements of a step are ordered
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix."""
+        return self.values.shape
+
+
+def rounded_rows(matrix: Tensor) -> RoundedRows:
+    """A matrix [R, n] rounded to the nearest of 255 multiples of each row's scale, its largest size over 127.
+
+    Elements are in the order of vectors of the matrix's own type, so that inputs need to be arranged only once.
+    """
+    evens_first = matrix.dtype == torch.bfloat16
+    n, floats = matrix.shape[1], matrix.detach().float()
+    order = torch.tensor([arranged_at(e, n, evens_first) for e in range(n)])
+    scales = (floats.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    values = torch.empty(matrix.shape, dtype=torch.int8)
+    values[:, order] = (floats / scales[:, None]).round().to(torch.int8)
+    return RoundedRows(values, scales, evens_first)
+
+
+Rows = Tensor | RoundedRows
+
+
+class RoundedFFN(NamedTuple):
+    """The matrices of a gated FFN at 8 bits, all [D, E]."""
+
+    gate: RoundedRows
+    up: RoundedRows
+    down: RoundedRows
+    activation: str
 
 
 def product_of(
-    matrices: Sequence[Tensor],
+    matrices: Sequence[Rows],
     biases: Sequence[Tensor | None],
     x: Tensor,
     out: Tensor,
@@ -44,20 +85,28 @@ def product_of(
 ) -> tuple[Any, np.ndarray, list[Tensor]]:
     """The function that multiplies the matrices' rows with x, its state, and what to keep in memory as long as these.
 
-    matrices: of one type and width, GATED two of the same shape; biases: a vector for each matrix, of one type, or
+    matrices: of one kind and width, GATED two of the same shape; biases: a vector for each matrix, of one type, or
     None; x, out: float32, x arranged, out with room for three more products; activation: a number in `ACTIVATIONS`.
     """
-    rows, state = [_rows(matrix) for matrix in matrices], np.zeros(1, PRODUCT)
-    dtype, bias_dtype = matrices[0].dtype, next((bias.dtype for bias in biases if bias is not None), torch.float32)
+    values = [matrix if isinstance(matrix, Tensor) else matrix.values for matrix in matrices]
+    rows, state, dtype = [_rows(each) for each in values], np.zeros(1, PRODUCT), values[0].dtype
+    bias_dtype = next((bias.dtype for bias in biases if bias is not None), torch.float32)
+    evens_first = dtype == torch.bfloat16
+    scales = [matrix.scales for matrix in matrices if isinstance(matrix, RoundedRows)]
     table = torch.stack(rows, dim=1).flatten() if kind == GATED else torch.cat(rows)
     state["count"], state["length"], state["activation"] = len(table), matrices[0].shape[1], activation
     kept = [torch.cat([table, table[-1:].expand(2 * _R)])]  # the last group is read, and one more asked for
     if any(bias is not None for bias in biases):
-        none = [torch.zeros(len(matrix), dtype=torch.int64) for matrix in matrices]
+        none = [torch.zeros(len(each), dtype=torch.int64) for each in values]
         kept.append(torch.cat([no if b is None else _rows(b) for no, b in zip(none, biases, strict=True)]))
         state["biases"] = kept[1].data_ptr()
+    if scales:
+        assert isinstance(matrices[0], RoundedRows)  # all of one kind
+        evens_first = matrices[0].evens_first
+        kept.append(torch.stack(scales, dim=1).flatten() if kind == GATED else torch.cat(scales))
+        state["scales"] = kept[-1].data_ptr()
     state["rows"], state["x"], state["out"] = kept[0].data_ptr(), x.data_ptr(), out.data_ptr()
-    return product(dtype, kind, bias_dtype), state, [*kept, x, out]
+    return product(dtype, kind, bias_dtype, evens_first), state, [*kept, *values, x, out]
 
 
 def set_tasks(state: np.ndarray, threads: int) -> None:
@@ -71,14 +120,13 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 @cache
-def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype):
-    """A function that multiplies rows with arranged inputs x.
+def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype, evens_first: bool):
+    """A function that multiplies rows with arranged inputs x; int8 rows have scales.
 
     STORED: it stores the products; ADDED: it adds them to `out`; ACTIVATED: it stores act(product), arranged; GATED: of
     pairs of rows it stores act(first) · second, arranged.
     """
     multiply, load, size, load_bias = dots(dtype, 1, _R, _R), element(dtype), dtype.itemsize, element(bias_dtype)
-    evens_first = dtype == torch.bfloat16
 
     @njit(nogil=True)
     def multiply_groups(s, first, last, sums):
@@ -90,6 +138,8 @@ def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype):
                 total, row = load_float(sums + 4 * i), load_int(table + 8 * i)
                 for e in range(STEP * whole, s.length):
                     total += load(row + size * e) * load_float(x + 4 * e)
+                if s.scales:
+                    total *= load_float(s.scales + 4 * (start + i))
                 place = out + 4 * (start + i)
                 bias = load_int(s.biases + 8 * (start + i)) if s.biases else 0
                 if bias:

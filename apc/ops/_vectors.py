@@ -53,7 +53,14 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, size: 
 
 
 def _load_step(builder: ir.IRBuilder, dtype: torch.dtype, row: ir.Value, offset: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The 32 elements of a step as two vectors of floats; of bfloat16, the even ones and the odd ones."""
+    """The 32 elements of a step as two vectors of floats; of bfloat16, the even ones and the odd ones.
+
+    Rows of int8 are stored in that order where a model's values are bfloat16 (`rounded_rows`).
+    """
+    if dtype == torch.int8:
+        stored = ir.VectorType(ir.IntType(8), LANES)
+        low, high = (builder.load(_at(builder, builder.add(row, offset), LANES * i, stored), align=1) for i in range(2))
+        return tuple(builder.sitofp(builder.sext(part, _INTS), _FLOATS) for part in (low, high))
     if dtype == torch.bfloat16:  # the upper halves of floats
         pairs = builder.load(_at(builder, row, offset, _INTS), align=1)
         even = builder.shl(pairs, ir.Constant(_INTS, [16] * LANES))
@@ -392,6 +399,9 @@ def element(dtype: torch.dtype):
         def generate(context, builder, signature, args):
             if dtype == torch.float32:
                 return builder.load(_at(builder, args[0], 0, _FLOAT), align=4)
+            if dtype == torch.int8:
+                byte = builder.load(_at(builder, args[0], 0, ir.IntType(8)), align=1)
+                return builder.sitofp(byte, _FLOAT)
             bits = builder.load(_at(builder, args[0], 0, ir.IntType(16)), align=2)
             if dtype == torch.bfloat16:
                 return builder.bitcast(builder.shl(builder.zext(bits, _INT), _INT(16)), _FLOAT)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from apc.ops import sparse_ffn_cpu as flat
 from apc.ops._numba import load_int, store_int
-from apc.ops._products import ADDED, c_function, product_of, set_tasks, state_type
+from apc.ops._products import ADDED, RoundedFFN, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, clear_floats, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights, PredictorWeights
 from apc.ops.predict_cpu import PredictorCPU
+from apc.ops.staged_ffn_cpu import addresses
 
 _CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "kept", "worker", "threads", "output", "E", "cluster")
 _FINISH = state_type("residual", "output", "E", "offsets", "cluster")
@@ -26,7 +27,7 @@ _FINISH = state_type("residual", "output", "E", "offsets", "cluster")
 class ClusterFFN(NamedTuple):
     """What decides a layer's FFN and what is added to its output."""
 
-    weights: FFNWeights
+    weights: FFNWeights | RoundedFFN
     predictor: PredictorWeights  # reduce and expand of one type
     masks: Tensor  # uint8 [K, W]
     correct: tuple[Tensor, Tensor] | None  # [H, E] of reduce's type and float32 [E]
@@ -37,8 +38,9 @@ class ClusterFFN(NamedTuple):
 class ClusterCall:
     """A layer's call for one token, with buffers of its own; its functions go into a program."""
 
-    def __init__(self, ffn: ClusterFFN) -> None:
-        (D, E), dtype = ffn.weights.gate.shape, ffn.weights.gate.dtype
+    def __init__(self, ffn: ClusterFFN, dtype: torch.dtype) -> None:
+        """dtype: the model's."""
+        D, E = ffn.weights.gate.shape
         self._ffn, self._dtype, self.source = ffn, dtype, ffn.source
         self._predictor = PredictorCPU(ffn.predictor, dtype)
         self._padded = -(-E // STEP) * STEP
@@ -62,13 +64,12 @@ class ClusterCall:
 
     def compute(self, program: Program, x: Tensor, residual: Tensor) -> None:
         """Appends the FFN of arranged inputs x, whose output is added to the residual; both float32 [padded]."""
-        ffn, (gate, up, down, activation) = self._ffn, self._ffn.weights
-        E, size = gate.shape[1], gate.element_size()
-        for name, matrix in (("gate", gate), ("up", up), ("down", down)):
-            self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+        ffn, weights, E = self._ffn, self._ffn.weights, self._ffn.weights.gate.shape[1]
+        self._set(**addresses(weights))
         self._set(x=x.data_ptr(), E=E, neurons=self._neurons.data_ptr(), kept=self._kept.data_ptr())
-        self._set(output=self._output.data_ptr(), activation=ACTIVATIONS.index(activation))
-        program.add(flat.worker(self._dtype, 1), self._state, on_all=True)
+        self._set(output=self._output.data_ptr(), activation=ACTIVATIONS.index(weights.activation))
+        rows_dtype = torch.int8 if isinstance(weights, RoundedFFN) else None
+        program.add(flat.worker(self._dtype, 1, rows_dtype), self._state, on_all=True)
         if ffn.correct is not None:
             correct, bias = ffn.correct
             rows = correct.T.contiguous()

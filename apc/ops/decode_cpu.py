@@ -23,7 +23,18 @@ from numba import carray, njit
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
-from apc.ops._products import ADDED, COUNTERS, GATED, STORED, c_function, product_of, set_tasks, state_type
+from apc.ops._products import (
+    ADDED,
+    COUNTERS,
+    GATED,
+    STORED,
+    RoundedFFN,
+    Rows,
+    c_function,
+    product_of,
+    set_tasks,
+    state_type,
+)
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -58,7 +69,7 @@ class AttentionWeights(NamedTuple):
     """What attention reads in a layer."""
 
     norm: Tensor  # [E], of the norm before it
-    projections: Sequence[Tensor]  # of query [h · d, E], key and value [key heads · d, E], and output [E, h · d]
+    projections: Sequence[Rows]  # of query [h · d, E], key and value [key heads · d, E], and output [E, h · d]
     biases: Sequence[Tensor | None]  # of the projections
     head_norms: Sequence[Tensor | None]  # [d], of each query and each key
     keys: Tensor  # [key heads, S, d], the cache
@@ -68,9 +79,9 @@ class AttentionWeights(NamedTuple):
 class DenseFFN(NamedTuple):
     """A gated FFN as models store it."""
 
-    gate: Tensor  # [D, E]
-    up: Tensor  # [D, E]
-    down: Tensor  # [E, D]
+    gate: Rows  # [D, E]
+    up: Rows  # [D, E]
+    down: Rows  # [E, D]
     activation: str  # one of `ACTIVATIONS`
 
 
@@ -78,7 +89,7 @@ class StagedFFN(NamedTuple):
     """A staged FFN with its weights."""
 
     staged: StagedCPU
-    weights: FFNWeights
+    weights: FFNWeights | RoundedFFN
 
 
 AnyFFN = DenseFFN | StagedFFN | ClusterFFN | Callable[[Tensor], Tensor]  # a function maps [1, E] to [1, E]
@@ -93,12 +104,12 @@ class Layer(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """All weights of a model of Llama's kind, of one type in `TYPES`."""
+    """All weights of a model of Llama's kind, of one type in `TYPES`, or matrices rounded to 8 bits from it."""
 
     embedding: Tensor  # [V, E]
     layers: Sequence[Layer]
     norm: Tensor  # [E], the last one
-    head: Tensor  # [V, E]
+    head: Rows  # [V, E]
     cos: Tensor  # [S, d], of the rotary embedding
     sin: Tensor  # [S, d]
     epsilon: float  # of all norms
@@ -119,7 +130,7 @@ class StepCPU:
         self._check(dtype, d)
         self._kept: list[Tensor] = []  # what the states have the addresses of
         self._shared: list[np.ndarray] = []  # states whose tasks depend on the number of threads
-        self._staged: list[tuple[StagedCall, FFNWeights]] = []
+        self._staged: list[tuple[StagedCall, FFNWeights | RoundedFFN]] = []
         self._threads, self._lock, self._dtype = 0, threading.Lock(), dtype
         # Token and position, then what the functions pass on.
         self._cell = np.zeros(2, np.int64)
@@ -135,7 +146,7 @@ class StepCPU:
         self._add(_embed(dtype), _EMBED, cell=cell, rows=rows, stride=stride, E=E, out=self._residual)
         delta: Tensor | None = None
         self._clusters = {
-            number: ClusterCall(layer.ffn)
+            number: ClusterCall(layer.ffn, dtype)
             for number, layer in enumerate(weights.layers)
             if isinstance(layer.ffn, ClusterFFN)
         }
@@ -174,16 +185,17 @@ class StepCPU:
         return self.logits
 
     def _check(self, dtype: torch.dtype, d: int) -> None:
-        matrices = [self._weights.embedding, self._weights.norm, self._weights.head]
+        matrices: list[Rows] = [self._weights.embedding, self._weights.norm, self._weights.head]
         for layer in self._weights.layers:
             attention, ffn = layer.attention, layer.ffn
             matrices += [*attention.projections, attention.keys, attention.values, attention.norm, layer.ffn_norm]
             matrices += [each for each in (*attention.biases, *attention.head_norms) if each is not None]
             matrices += [ffn.gate, ffn.up, ffn.down] if isinstance(ffn, DenseFFN) else []
-        kinds = {matrix.dtype for matrix in matrices}
+        tensors = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        kinds = {tensor.dtype for tensor in tensors}
         if kinds != {dtype} or dtype not in TYPES:
             raise ValueError(f"weights of type {', '.join(sorted(map(str, kinds)))}")
-        if any(matrix.stride(-1) != 1 for matrix in matrices):
+        if any(tensor.stride(-1) != 1 for tensor in tensors):
             raise ValueError("weights whose rows are not contiguous")
         if d % STEP:
             raise ValueError(f"heads of size {d}, which is not a multiple of {STEP}")
@@ -219,7 +231,7 @@ class StepCPU:
 
     def _add_product(
         self,
-        matrices: Sequence[Tensor],
+        matrices: Sequence[Rows],
         biases: Sequence[Tensor | None],
         x: Tensor,
         out: Tensor,
@@ -236,7 +248,7 @@ class StepCPU:
         """`_residual` += attention of `_x`."""
         *inner, out = weights.projections
         *inner_biases, out_bias = weights.biases
-        (key_heads, S, _), heads = weights.keys.shape, len(inner[0]) // d
+        (key_heads, S, _), heads = weights.keys.shape, inner[0].shape[0] // d
         qkv, attended = self._floats((heads + 2 * key_heads) * d), self._floats(heads * d)
         queries, scores = self._floats(heads * d), self._keep(torch.zeros(heads, -(-S // LANES) * LANES + 4 * _R))
         place: dict[str, int | Tensor] = {
@@ -263,7 +275,7 @@ class StepCPU:
     def _add_ffn(self, number: int, ffn: AnyFFN) -> Tensor | None:
         """Appends an FFN. Returns what the next norm is to add to `_residual`, if this FFN doesn't do it."""
         if isinstance(ffn, DenseFFN):
-            active = self._floats(len(ffn.gate))
+            active = self._floats(ffn.gate.shape[0])
             self._add_product(
                 [ffn.gate, ffn.up], [None, None], self._x, active, GATED, ACTIVATIONS.index(ffn.activation)
             )
@@ -273,7 +285,7 @@ class StepCPU:
             self._clusters[number].compute(self._program, self._x, self._residual)
             return None
         if isinstance(ffn, StagedFFN):
-            call = StagedCall(ffn.staged)
+            call = StagedCall(ffn.staged, torch.int8 if isinstance(ffn.weights, RoundedFFN) else None)
             call.point_at(self._hidden, self._output)
             call.add_to(self._program)
             self._staged.append((call, ffn.weights))

@@ -48,6 +48,7 @@ TASKS = 8  # of a thread, at most
 STATE = (
     *("next", "ended", "tasks", "gate", "up", "down", "gate_stride", "up_stride", "down_stride", "x", "E"),
     *("neurons", "m", "kept", "parts", "scratch", "output", "activation"),
+    *("gate_scales", "up_scales", "down_scales"),
 )
 _AT = {name: 8 * index for index, name in enumerate(STATE)}
 
@@ -103,11 +104,14 @@ def list_kept(masks, n, W, D, neurons, kept):
 
 
 @cache
-def worker(dtype: torch.dtype, n: int):
-    """A C function that takes tasks from a state until none is left, for weights of this type and n tokens."""
-    R = max(1, _SUMS // n)
-    multiply, add = dots(dtype, n, 2 * R, R), add_rows(dtype, n, R, 2 * R)
-    load, size = element(dtype), dtype.itemsize
+def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
+    """A C function that takes tasks from a state until none is left, for a model's type and n tokens.
+
+    rows_dtype: that of the weights, if another; int8 rows have scales.
+    """
+    R, rows_dtype = max(1, _SUMS // n), rows_dtype or dtype
+    multiply, add = dots(rows_dtype, n, 2 * R, R), add_rows(rows_dtype, n, R, 2 * R)
+    load, size, scaled = element(rows_dtype), rows_dtype.itemsize, rows_dtype == torch.int8
     evens_first = dtype == torch.bfloat16
     next_at, ended_at, tasks_at, gate_at, up_at, down_at = map(
         _AT.get, ("next", "ended", "tasks", "gate", "up", "down")
@@ -115,6 +119,7 @@ def worker(dtype: torch.dtype, n: int):
     gate_stride_at, up_stride_at, down_stride_at = map(_AT.get, ("gate_stride", "up_stride", "down_stride"))
     x_at, E_at, neurons_at, m_at, kept_at = map(_AT.get, ("x", "E", "neurons", "m", "kept"))
     parts_at, scratch_at, output_at, activation_at = map(_AT.get, ("parts", "scratch", "output", "activation"))
+    gate_scales_at, up_scales_at, down_scales_at = map(_AT.get, ("gate_scales", "up_scales", "down_scales"))
 
     @njit(nogil=True)
     def point(table, state, first, last):
@@ -147,6 +152,11 @@ def worker(dtype: torch.dtype, n: int):
                         g += load(gates + size * e) * value
                         u += load(ups + size * e) * value
                     keeps = start + i < last and load_float(kept + 4 * ((start + i) * n + token)) > 0
+                    if scaled:
+                        place = 4 * load_int32(load_int(state + neurons_at) + 4 * min(start + i, last - 1))
+                        g *= load_float(load_int(state + gate_scales_at) + place)
+                        u *= load_float(load_int(state + up_scales_at) + place)
+                        u *= load_float(load_int(state + down_scales_at) + place) if keeps else np.float32(0)
                     factor = np.float32(activate(g, activation) * u) if keeps else np.float32(0)
                     store_float(factors + 4 * (n * i + token), factor)
             add(rows + 16 * R, following, factors, out, row, steps)

@@ -23,6 +23,7 @@ from numba import cfunc, njit, types
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
+from apc.ops._products import RoundedFFN, RoundedRows
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -77,6 +78,7 @@ _STATE = (
     ),
     *("limits", "sizes", "before", "given", "reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch"),
     *("tasks", "ranges", "E", "D", "gate_stride", "up_stride", "down_stride", "count", "rank", "inner", "activation"),
+    *("gate_scales", "up_scales", "down_scales"),
 )
 _AT = {name: 8 * index for index, name in enumerate(_STATE)}
 
@@ -141,7 +143,7 @@ class StagedCPU:
         self.tensors = {name: value.contiguous() for name, value in tensors.items()}
         self.numbers = {"E": E, "D": D, "ranges": ranges, "rank": self._rank, "inner": inner}
         self.numbers["activation"] = ACTIVATIONS.index(weights.activation)
-        self.functions = _begin(dtype), _worker(dtype, *kind)
+        self.dtype, self.kind = dtype, kind
         self._call, self._lock = StagedCall(self), threading.Lock()
 
     def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
@@ -159,7 +161,9 @@ class StagedCPU:
 class StagedCall:
     """A layer's call for one token, with buffers of its own: the functions of `program` compute it."""
 
-    def __init__(self, staged: StagedCPU) -> None:
+    def __init__(self, staged: StagedCPU, rows_dtype: torch.dtype | None = None) -> None:
+        """rows_dtype: that of the weights, if not the model's; int8 rows have scales."""
+        self._functions = _begin(staged.dtype), _worker(staged.dtype, rows_dtype or staged.dtype, *staged.kind)
         E, rank, inner = (staged.numbers[name] for name in ("E", "rank", "inner"))
         self._length = -(-E // STEP) * STEP
         self._tensors = {
@@ -170,7 +174,7 @@ class StagedCall:
             "values": torch.zeros(E),
         }
         self._staged, self._threads = staged, 0
-        self._weights: FFNWeights | None = None  # those of the last call
+        self._weights: FFNWeights | RoundedFFN | None = None  # those of the last call
         self.state, self.program = np.zeros(len(_STATE), np.int64), Program()
         self._set(**staged.numbers)
         self._set(**{name: value.data_ptr() for name, value in (staged.tensors | self._tensors).items()})
@@ -178,7 +182,7 @@ class StagedCall:
 
     def add_to(self, program: Program) -> None:
         """Appends the functions to a program."""
-        begin, worker = self._staged.functions
+        begin, worker = self._functions
         program.add(begin, self.state)
         program.add(worker, self.state, on_all=True)
 
@@ -186,12 +190,11 @@ class StagedCall:
         """Sets where the token's input and output are, [E] of the weights' type."""
         self._set(hidden=hidden.data_ptr(), output=output.data_ptr())
 
-    def prepare(self, weights: FFNWeights, threads: int) -> None:
+    def prepare(self, weights: FFNWeights | RoundedFFN, threads: int) -> None:
         """Sets the weights and the number of threads for the calls to come."""
         if weights is not self._weights:
-            self._weights, size = weights, weights.gate.element_size()
-            for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
-                self._set(**{name: matrix.data_ptr(), f"{name}_stride": size * matrix.stride(0)})
+            self._weights = weights
+            self._set(**addresses(weights))
         if threads != self._threads:
             self._threads, tasks = threads, min(self._staged.numbers["ranges"], threads * _TASKS)
             parts = self._tensors["parts"] = torch.zeros(tasks, self._length + self._staged.numbers["rank"])
@@ -201,6 +204,17 @@ class StagedCall:
     def _set(self, **values: int) -> None:
         for name, value in values.items():
             self.state[_AT[name] // 8] = value
+
+
+def addresses(weights: FFNWeights | RoundedFFN) -> dict[str, int]:
+    """What a state holds of an FFN's weights: addresses of gate, up and down, strides, and addresses of scales."""
+    found: dict[str, int] = {}
+    for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+        values = matrix if isinstance(matrix, Tensor) else matrix.values
+        found |= {name: values.data_ptr(), f"{name}_stride": values.element_size() * values.stride(0)}
+        if isinstance(matrix, RoundedRows):
+            found[f"{name}_scales"] = matrix.scales.data_ptr()
+    return found
 
 
 def _half_exp(threshold: float) -> float:
@@ -267,10 +281,11 @@ def _begin(dtype: torch.dtype):
 
 
 @cache
-def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
+def _worker(dtype: torch.dtype, rows_dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
     """A C function that takes tasks from a state until none is left. lowest: a `SpacedCopy`'s lowest level, or 0."""
-    multiply, add, load, size = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R), element(dtype), dtype.itemsize
-    store = store_element(dtype)
+    multiply, add = dots(rows_dtype, 1, _R, _R), add_rows(rows_dtype, 1, _R, _R)
+    load, size, scaled = element(rows_dtype), rows_dtype.itemsize, rows_dtype == torch.int8
+    store, dtype_size = store_element(dtype), dtype.itemsize
     spaced = lowest != 0
     levels = add_levels(P, RANGE, GROUP, lowest) if spaced else add_levels(P, RANGE)
     score = score_range(P, RANGE, copies_up)
@@ -282,6 +297,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
     spacings_at, x_at, levels_at, inputs_at, values_at, curve_at, norms_at, limits_at, given_at = (
         at[name] for name in ("spacings", "x", "levels", "inputs", "values", "curve", "norms", "limits", "given")
     )
+    gate_scales_at, up_scales_at, down_scales_at = (at[f"{name}_scales"] for name in ("gate", "up", "down"))
     gate_at, up_at, down_at, gate_b_at, up_b_at, down_a_at = (
         at[name] for name in ("gate", "up", "down", "gate_b", "up_b", "down_a")
     )
@@ -297,12 +313,14 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
             store_int(table + 8 * i, rows + load_int32(left + 4 * min(first + i, count - 1)) * stride)
 
     @njit(nogil=True)
-    def product(state, table, i, sums, b, a, rank):
-        """The product of row i of the table with the inputs; its whole steps are in sums."""
+    def product(state, table, i, sums, b, a, rank, scale):
+        """The product of row i of the table with the inputs; its whole steps are in sums. scale: an address or 0."""
         x, E = load_int(state + x_at), load_int(state + E_at)
         total, row = load_float(sums + 4 * i), load_int(table + 8 * i)
         for e in range(E // STEP * STEP, E):
             total += load(row + size * e) * load_float(x + 4 * e)
+        if scaled:
+            total *= load_float(scale)
         return total if rank == 0 else total + dot_floats(b, a, rank // LANES)
 
     @njit(nogil=True)
@@ -352,6 +370,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
         rows, stride, b = load_int(state + gate_at), load_int(state + gate_stride_at), load_int(state + gate_b_at)
         given, norms = load_int(state + given_at), load_int(state + norms_at)
         activation, least = load_int(state + activation_at), load_float(load_int(state + limits_at) + 4)
+        scales = load_int(state + gate_scales_at)
         table, ahead, left, kept = scratch + _ROWS, scratch + _ROWS + 8 * _R, scratch + _LEFT, 0
         point(table, left, 0, m, rows, stride)
         for start in range(0, m, _R):
@@ -360,7 +379,8 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
             for i in range(min(_R, m - start)):
                 neuron = load_int32(left + 4 * (start + i))
                 value = activate(
-                    product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank), activation
+                    product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank, scales + 4 * neuron),
+                    activation,
                 )
                 size = abs(value) * load_float(norms + 4 * neuron)
                 up = load_float(scratch + _UPS + 4 * (neuron - first)) if copies_up else 0.0
@@ -382,7 +402,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
         x, E, rank = load_int(state + x_at), load_int(state + E_at), load_int(state + rank_at)
         rows, stride, b = load_int(state + up_at), load_int(state + up_stride_at), load_int(state + up_b_at)
         given, norms = load_int(state + given_at) + 4 * rank, load_int(state + norms_at)
-        least = load_float(load_int(state + limits_at) + 8)
+        least, scales = load_float(load_int(state + limits_at) + 8), load_int(state + up_scales_at)
         table, ahead, left, kept = scratch + _ROWS, scratch + _ROWS + 8 * _R, scratch + _LEFT, 0
         point(table, left, 0, m, rows, stride)
         for start in range(0, m, _R):
@@ -390,7 +410,9 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
             multiply(table, ahead, x, 4 * E, E // STEP, scratch + _DOTS)
             for i in range(min(_R, m - start)):
                 neuron = load_int32(left + 4 * (start + i))
-                value = product(state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank)
+                value = product(
+                    state, table, i, scratch + _DOTS, b + 4 * rank * neuron, given, rank, scales + 4 * neuron
+                )
                 value *= load_float(scratch + _VALUES + 4 * (start + i))
                 size = abs(value) * load_float(norms + 4 * neuron)
                 if reaches(size, least):
@@ -412,7 +434,14 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
             point(ahead, left, start + _R, m, rows, stride)
             for i in range(m, start + _R):
                 store_float(scratch + _VALUES + 4 * i, np.float32(0))
-            factors = scratch + _VALUES + 4 * start
+            values = scratch + _VALUES + 4 * start
+            factors = values
+            if scaled:
+                factors = scratch + _DOTS
+                for i in range(_R):
+                    neuron = load_int32(left + 4 * min(start + i, m - 1))
+                    scale = load_float(load_int(state + down_scales_at) + 4 * neuron)
+                    store_float(factors + 4 * i, load_float(values + 4 * i) * scale)
             add(table, ahead, factors, out, 4 * padded, E // STEP)
             for i in range(min(_R, m - start)):
                 factor, row = load_float(factors + 4 * i), load_int(table + 8 * i)
@@ -420,7 +449,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
                     store_float(out + 4 * e, load_float(out + 4 * e) + factor * load(row + size * e))
                 if rank:
                     neuron = load_int32(left + 4 * (start + i))
-                    add_scaled(out + 4 * padded, a + 4 * rank * neuron, factor, rank // LANES)
+                    add_scaled(out + 4 * padded, a + 4 * rank * neuron, load_float(values + 4 * i), rank // LANES)
             table, ahead = ahead, table
 
     @njit(nogil=True)
@@ -437,7 +466,7 @@ def _worker(dtype: torch.dtype, P: int, copies_up: bool, lowest: float):
             factor = load_float(given + 4 * row)
             add_scaled(parts, after + 4 * padded * (rank + row), factor, padded // LANES)
         for e in range(E):
-            store(output + size * e, load_float(parts + 4 * arranged_at(e, E, evens_first)))
+            store(output + dtype_size * e, load_float(parts + 4 * arranged_at(e, E, evens_first)))
 
     @cfunc(types.void(types.intp))
     def work(state):

@@ -102,12 +102,25 @@ class GreedyDecoder:
     batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: on a GPU a
     torch.compile mode that does not use CUDA graphs itself; None for the model's own step, on the CPU too; early:
     whether, on Hopper, a compiled kernel may start before the previous kernel has ended, and wait for it on the GPU
-    (torch's experimental option `triton.enable_pdl`).
+    (torch's experimental option `triton.enable_pdl`); bits: 8 makes the CPU's steps read matrices rounded to 8 bits,
+    with a scale for each row. They are held beside the model's own, which prefill uses. `prefill` raises UserError
+    if the steps are not our kernel's.
     """
 
     reason: str | None
 
-    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = "default", early: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        length: int,
+        mode: str | None = "default",
+        early: bool = False,
+        bits: int | None = None,
+    ):
+        if bits not in (None, 8):
+            raise ValueError(f"bits={bits}: choose None or 8")
+        self._bits = bits
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=config_of(model), max_cache_len=length)
         self._keyword = cache_keyword(model)
@@ -137,6 +150,8 @@ class GreedyDecoder:
         self.token.copy_(logits.argmax(-1, keepdim=True))
         if self.reason is None and self._on_cpu is None:
             self._prepare(lambda step: step.check(int(tokens[0, -1]), tokens.shape[1] - 1, logits))
+        if self._bits is not None and self.reason is not None:
+            raise UserError(f"bits={self._bits}: {self.reason}; leave bits out")
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
         """The logits [batch, vocabulary] after tokens int64 [batch, n], which go into the cache."""
@@ -147,7 +162,7 @@ class GreedyDecoder:
         from apc.sparse.decode_cpu import ModelStep, NotSupported  # imports numba
 
         try:
-            self._on_cpu = ModelStep(self.model, self.cache)
+            self._on_cpu = ModelStep(self.model, self.cache, self._bits)
             if check is not None:
                 check(self._on_cpu)
         except NotSupported as error:

@@ -10,6 +10,7 @@ from transformers.cache_utils import StaticLayer
 
 from apc.data.ffn import find_ffns
 from apc.ops import decode_cpu as kernels  # imports numba
+from apc.ops._products import RoundedFFN, RoundedRows, Rows, rounded_rows
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
@@ -27,10 +28,11 @@ class NotSupported(Exception):
 class ModelStep:
     """The step of a model after a cache, as long as both stay as they are.
 
+    bits: None, or 8: the step reads matrices rounded to 8 bits, which are held beside the model's own.
     Raises NotSupported for a model that the kernel can't compute.
     """
 
-    def __init__(self, model: nn.Module, cache: StaticCache) -> None:
+    def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
         self._model, self._handle = model, handle_of(model)
         self._places = [
             (parts, name)
@@ -42,7 +44,7 @@ class ModelStep:
         self._contents, self._limit = self._current_contents(), self._max_sparse_tokens()
         try:
             self.decoder = _decoder(model, cache, _ffn_calls(model, self._handle))
-            self._step = kernels.StepCPU(self.decoder)
+            self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
         except (UserError, ValueError) as error:
             raise NotSupported(str(error)) from error
 
@@ -58,7 +60,8 @@ class ModelStep:
     def check(self, token: int, position: int, logits: Tensor) -> None:
         """Raises NotSupported unless a step gives a prefill's logits [1, V]; that prefill ended with this token.
 
-        FFNs run as they did in the prefill of position + 1 tokens: often dense, where the step runs sparse.
+        FFNs run as they did in the prefill of position + 1 tokens: often dense, where the step runs sparse. Nothing is
+        rounded to fewer bits.
         """
         sparse = self._handle if isinstance(self._handle, SparseFFNs) else None
         before = 0.0 if sparse is None else sparse.max_sparse_tokens
@@ -84,6 +87,33 @@ class ModelStep:
 
     def _max_sparse_tokens(self) -> float | None:
         return self._handle.max_sparse_tokens if isinstance(self._handle, SparseFFNs) else None
+
+
+def _rounded(decoder: kernels.DecoderWeights) -> kernels.DecoderWeights:
+    """The same with its matrices rounded to 8 bits, without the embedding and what a sparse FFN reads besides rows."""
+
+    def ffn_of(ffn: kernels.AnyFFN) -> kernels.AnyFFN:
+        if isinstance(ffn, kernels.DenseFFN):
+            gate, up, down = map(_rounded_rows, (ffn.gate, ffn.up, ffn.down))
+            return kernels.DenseFFN(gate, up, down, ffn.activation)
+        if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
+            gate, up, down = map(_rounded_rows, (ffn.weights.gate, ffn.weights.up, ffn.weights.down))
+            return ffn._replace(weights=RoundedFFN(gate, up, down, ffn.weights.activation))
+        return ffn
+
+    layers = [
+        layer._replace(
+            attention=layer.attention._replace(projections=[*map(_rounded_rows, layer.attention.projections)]),
+            ffn=ffn_of(layer.ffn),
+        )
+        for layer in decoder.layers
+    ]
+    return decoder._replace(layers=layers, head=_rounded_rows(decoder.head))
+
+
+def _rounded_rows(matrix: Rows) -> RoundedRows:
+    assert isinstance(matrix, Tensor)  # nothing is rounded yet
+    return rounded_rows(matrix)
 
 
 def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
