@@ -33,7 +33,7 @@ from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
 
 # E, D, layers that rotate in FFNs, layers of a whole model, size of a head, heads of keys.
-SHAPES = {"smollm2": (576, 1536, 30, 30, 64, 3), "1b": (2048, 8192, 4, 16, 64, 8), "7b": (4096, 14336, 2, 6, 128, 8)}
+SHAPES = {"smollm2": (576, 1536, 30, 30, 64, 3), "1b": (2048, 8192, 4, 16, 64, 8), "7b": (4096, 14336, 2, 12, 128, 8)}
 CLUSTERS, DENSITY, VOCABULARY, PROMPT = 2048, 0.5, 32_000, 256
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 STEPS = 8  # timed together
@@ -77,87 +77,84 @@ def read_bandwidth() -> float:
 
 @torch.no_grad()
 def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list[Row]:
-    """Rows for the FFNs of a shape: dense by torch and by apc, sparse under given masks, and under predicted ones."""
+    """Rows for the FFNs of a shape: dense by torch, and ours dense and sparse, as in a decoding step."""
     E, D, L, *_ = SHAPES[shape]
-    x = torch.randn(1, E).to(dtype)
+    H, x = min(512, E // 8), torch.randn(1, E).to(dtype)
     layers = [ops.FFNWeights(*(torch.randn(D, E).mul_(0.02).to(dtype) for _ in range(3))) for _ in range(L)]
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
-    H = min(512, E // 8)
+    rounded = [_products.RoundedFFN(*map(_products.rounded_rows, each[:3]), "silu") for each in layers]
+    dynamic = [dynamic_int8(layer) for layer in layers]
     random = lambda rows, columns: torch.randn(rows, columns).bfloat16()
     heads = [
         ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)) for _ in range(L)
     ]
-    predictors = [PredictorCPU(head, dtype) for head in heads]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
-    every = ops.ActiveNeurons(ops.pack(torch.ones(1, D, dtype=torch.bool)))
-    halves = [ops.ActiveNeurons(each[:1]) for each in masks]
+    predictors, every = [PredictorCPU(head, dtype) for head in heads], ops.pack(torch.ones(CLUSTERS, D) > 0)
 
     def dense(layer: int) -> Tensor:
         gate, up, _, _ = layers[layer]
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), downs[layer])
 
-    def predicted(layer: int) -> Tensor:
-        candidates = predictors[layer](x).candidates
-        return ops.sparse_ffn(x, layers[layer], ops.ActiveNeurons(masks[layer], candidates), kernel="numba")
+    def from_python(layer: int) -> Tensor:
+        active = ops.ActiveNeurons(masks[layer], predictors[layer](x).candidates)
+        return ops.sparse_ffn(x, layers[layer], active, kernel="numba")
 
-    arms: dict[str, Callable[[int], Tensor]] = {
-        "torch, dense": dense,
-        "apc, all neurons": lambda layer: ops.sparse_ffn(x, layers[layer], every, kernel="numba"),
-        "apc, half": lambda layer: ops.sparse_ffn(x, layers[layer], halves[layer], kernel="numba"),
-        "apc, half, predicted": predicted,
-    }
-    rounded = [_products.RoundedFFN(*map(_products.rounded_rows, each[:3]), "silu") for each in layers]
-    all_masks = ops.pack(torch.ones(CLUSTERS, D, dtype=torch.bool))
-    eights = {
-        "apc, all neurons, 8 bits": [at_8_bits(x, *each, all_masks) for each in zip(rounded, heads, strict=True)],
-        "apc, half, predicted, 8 bits": [at_8_bits(x, *each) for each in zip(rounded, heads, masks, strict=True)],
-    }
-    dynamic = [dynamic_int8(layer) for layer in layers]
-    own = ops.ActiveNeurons(masks[0], predictors[0](x).candidates)
-    for name, active in zip(arms, (every, every, halves[0], own), strict=True):
-        check(name, arms[name](0), x, layers[0], active)
+    arms: dict[str, Callable[[int], object]] = {"torch, dense": dense, "apc, from Python, half, predicted": from_python}
+    full, predictor = 3 * E * D, 2 * H * (E + CLUSTERS)
+    moved = {"torch, dense": full * dtype.itemsize, "apc, from Python, half, predicted": full * dtype.itemsize / 2}
+    for label, kind, chosen, size in (
+        ("all neurons", layers, [every] * L, full * dtype.itemsize),
+        ("half, predicted", layers, masks, DENSITY * full * dtype.itemsize),
+        ("all neurons, 8 bits", rounded, [every] * L, full),
+        ("half, predicted, 8 bits", rounded, masks, DENSITY * full),
+    ):
+        calls_in_step = [in_step(x, *each) for each in zip(kind, heads, chosen, strict=True)]
+        arms[f"apc, {label}"] = lambda layer, calls=calls_in_step: calls[layer]()
+        moved[f"apc, {label}"] = size + predictor
+    arms["torch, dense, int8"], moved["torch, dense, int8"] = (lambda layer: dynamic[layer](x.float())), full
+    active = ops.ActiveNeurons(masks[0], predictors[0](x).candidates)
+    check("apc, from Python", from_python(0), x, layers[0], active)
+    check("torch", dense(0), x, layers[0], ops.ActiveNeurons(every[:1]))
     calls = {name: lambda arm=arm: [arm(layer) for layer in range(L)] for name, arm in arms.items()}
-    calls |= {name: lambda each=each: [call() for call in each] for name, each in eights.items()}
-    calls["torch, dense, int8"] = lambda: [layer(x.float()) for layer in dynamic]
     seconds = {name: [each / L for each in times] for name, times in time_cpu(calls, repeats).items()}
-    weights, slowest = 3 * E * D * dtype.itemsize, statistics.median(seconds["torch, dense"])
-    predictor = 2 * H * (E + CLUSTERS)
-    at_8 = 3 * E * D
-    moved = (weights, weights, DENSITY * weights, DENSITY * weights + predictor, at_8, DENSITY * at_8 + predictor, at_8)
-    read = dict(zip(calls, moved, strict=True))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     kind = str(dtype).removeprefix("torch.")
-    return [
-        row(
-            f"FFN on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(),
-            ok=True, moved=round(read[name]), ceiling=bandwidth, share_of="reading",
-            note=f"E {E}, {slowest / statistics.median(times):.2f} × as fast as torch",
-        )
-        for name, times in seconds.items()
-    ]  # fmt: skip
+    rows = []
+    for name, times in seconds.items():
+        bits = ", 8 bits" if "8" in name else ""
+        torch_dense, own = "torch, dense, int8" if bits else "torch, dense", f"apc, all neurons{bits}"
+        ratios = f"{medians[torch_dense] / medians[name]:.2f} × as fast as {torch_dense}"
+        note = f"E {E}, {ratios}, {medians[own] / medians[name]:.2f} × as {own}"
+        facts = {"ok": True, "moved": round(moved[name]), "ceiling": bandwidth, "share_of": "reading", "note": note}
+        rows.append(row(f"FFN on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(), **facts))
+    return rows
 
 
-def at_8_bits(
-    x: Tensor, rounded: _products.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
-) -> Callable[[], None]:
-    """A call of an FFN at 8 bits under the predicted cluster's mask, checked against its definition."""
+def in_step(
+    x: Tensor, weights: ops.FFNWeights | _products.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
+) -> Callable[[], object]:
+    """A call of an FFN under the predicted cluster's mask as in a decoding step, checked against its definition."""
     E, dtype, threads = x.shape[1], x.dtype, torch.get_num_threads()
     order = torch.tensor([arranged_at(e, E, dtype == torch.bfloat16) for e in range(E)])
     inputs, output, program = torch.zeros(-(-E // STEP) * STEP), torch.zeros(-(-E // STEP) * STEP), Program()
     inputs[order] = x[0].float()
-    call = ClusterCall(ClusterFFN(rounded, head, masks, None, None, 0), dtype)
+    call = ClusterCall(ClusterFFN(weights, head, masks, None, None, 0), dtype)
     call.decide(program, x)
     call.compute(program, inputs, output)
     call.prepare(threads)
     program.run(threads)
     matrices = []
-    for rows in (rounded.gate, rounded.up, rounded.down):
-        matrices.append((rows.values[:, order] if rows.evens_first else rows.values) * rows.scales[:, None])
+    for rows in (weights.gate, weights.up, weights.down):
+        if isinstance(rows, Tensor):
+            matrices.append(rows.float())
+        else:
+            matrices.append((rows.values[:, order] if rows.evens_first else rows.values) * rows.scales[:, None])
     candidates = ops.predict_clusters(x, ops.PredictorWeights(*(each.float() for each in head)), False).candidates
     active = ops.ActiveNeurons(masks, candidates)
     expected = ops.sparse_ffn(x.float(), ops.FFNWeights(*matrices), active, kernel="torch")[0]
     error = ((output[:E] - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
-        raise AssertionError(f"8 bits: differs from the definition by {error:.2%}")
+        raise AssertionError(f"an FFN in a step differs from its definition by {error:.2%}")
     return lambda: (call, x, inputs, output, program.run(threads))[-1]  # in memory as long as the call
 
 
@@ -209,8 +206,7 @@ def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth
         **dense_arms(model, options),
     }
     tokens = torch.randint(VOCABULARY, (1, PROMPT))
-    yield_rows = step_rows(f"step, {shape}", arms, tokens, model, (L, D), options, bandwidth)
-    return list(yield_rows)
+    return list(step_rows(f"step, {shape}", arms, tokens, model, (L, D), options, bandwidth))
 
 
 def dense_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, GreedyDecoder]:
