@@ -8,7 +8,7 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constrai
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train: .venv/ready ## run `python train.py` on the bundled model and text (3 to 5 minutes on two CPU cores)
+train: .venv/ready ## run `python train.py` on the bundled model and text (4 to 6 minutes on two CPU cores)
 	$(BIN)/python train.py
 
 # One test file per core, in name order: most tests start small processes or Triton's interpreter, which use one core.
