@@ -24,7 +24,7 @@ from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
-from apc.ops import _products
+from apc.ops import rounded as rounding
 from apc.ops._program import Program
 from apc.ops._vectors import STEP, arranged_at
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
@@ -82,7 +82,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     H, x = min(512, E // 8), torch.randn(1, E).to(dtype)
     layers = [ops.FFNWeights(*(torch.randn(D, E).mul_(0.02).to(dtype) for _ in range(3))) for _ in range(L)]
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
-    rounded = [_products.RoundedFFN(*map(_products.rounded_rows, each[:3]), "silu") for each in layers]
+    rounded = [rounding.RoundedFFN(*map(rounding.rounded_rows, each[:3]), "silu") for each in layers]
     dynamic = [dynamic_int8(layer) for layer in layers]
     random = lambda rows, columns: torch.randn(rows, columns).bfloat16()
     heads = [
@@ -131,7 +131,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
 
 
 def in_step(
-    x: Tensor, weights: ops.FFNWeights | _products.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
+    x: Tensor, weights: ops.FFNWeights | rounding.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
 ) -> Callable[[], object]:
     """A call of an FFN under the predicted cluster's mask as in a decoding step, checked against its definition."""
     E, dtype, threads = x.shape[1], x.dtype, torch.get_num_threads()

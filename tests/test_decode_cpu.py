@@ -11,10 +11,10 @@ import apc
 import tiny
 import train
 from apc.config.load import load_config
-from apc.ops._products import rounded_rows
+from apc.ops.rounded import rounded_rows
 from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
-from apc.sparse.decode_cpu import ModelStep
+from apc.sparse.decode_cpu import ModelStep, NotSupported
 from apc.utils.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -150,13 +150,12 @@ def test_changed_weights_are_followed():
         layer.mlp.up_proj.weight.mul_(1.5)  # in place
         layer.self_attn.q_proj.weight = torch.nn.Parameter(layer.self_attn.q_proj.weight * 0.5)  # elsewhere in memory
     plain = GreedyDecoder(model, 1, 16, mode=None)
-    plain.cache = decoder.cache
-    before, position = decoder.token.clone(), decoder._cached
+    plain.cache, plain._cached = decoder.cache, decoder._cached
+    before = decoder.token.clone()
     fast = decoder.step().clone()
     plain.token.copy_(before)
     for layer_cache in plain.cache.layers:
-        layer_cache.cumulative_length.fill_(position)
-    plain._cached = position
+        layer_cache.cumulative_length.fill_(plain._cached)
     torch.testing.assert_close(plain.step(), fast)
 
 
@@ -207,6 +206,20 @@ def test_a_sparse_model_at_8_bits(workplace, run_of, form, policy):
     assert agree(model, 1e-4, bits=8).reason is None
 
 
+def test_a_sparse_model_that_runs_dense(workplace, run_of):
+    """If sparse calls were never faster, a step reads all neurons; changed weights are followed."""
+    run = run_of("cluster")
+    model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    apc.sparsify(model, run.codebook, run.predictor, "predicted", kernel="numba", max_sparse_tokens=0)
+    assert agree(model, 1e-5).reason is None
+    apc.sparsify(model, run.codebook, run.predictor, "predicted", kernel="numba", max_sparse_tokens=1)
+    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+    logits_of(fast)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = torch.nn.Parameter(3 * mlp.up_proj.weight.detach())
+    torch.testing.assert_close(logits_of(fast), logits_of(plain), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_model_of_clusters(workplace, run_of, lookahead, changed):
@@ -244,8 +257,8 @@ def test_other_sparse_ffns_are_called(workplace, run_of, policy, kernel):
 
 REFUSED = [
     (lambda: model_of(head_dim=16), "heads of size 16, which is not a multiple of 32"),
-    (lambda: model_of("gemma3_text", sliding_window=8), "it knows LlamaForCausalLM, MistralForCausalLM, "),
-    (lambda: model_of("mistral", sliding_window=8), "its cache has a StaticSlidingWindowLayer"),
+    (lambda: model_of("gemma3_text", sliding_window=8), "the kernel knows LlamaForCausalLM, MistralForCausalLM, "),
+    (lambda: model_of("mistral", sliding_window=8), "the cache has a StaticSlidingWindowLayer"),
     (lambda: model_of(dtype=torch.float64), "LlamaForCausalLM: model.layers.0.mlp holds a Linear of torch.float64"),
 ]
 
@@ -256,26 +269,88 @@ def test_another_model_keeps_its_own_step(make, reason):
     assert decoder.reason.startswith(reason)
 
 
+def replace_forward(module):
+    own = module.forward
+    module.forward = lambda *given: 2 * own(*given)
+
+
 CHANGES = {
-    "it has forward hooks": lambda model: model.model.norm.register_forward_hook(lambda *_: None),
-    "it is in training mode": lambda model: model.train(),
-    "its head is not": lambda model: setattr(model, "lm_head", torch.nn.Linear(72, 61)),
-    "the kernel's logits differ from": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 1.0),
+    "the model has forward hooks": lambda model: model.model.norm.register_forward_hook(lambda *_: None),
+    "the model is in training mode": lambda model: model.train(),
+    "the head is not": lambda model: setattr(model, "lm_head", torch.nn.Linear(72, 61)),
+    "a module's forward is replaced": lambda model: replace_forward(model.model.layers[0].self_attn.k_proj),
+    "the kernel's logits differ from": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 1.0),
+    "weights that are not in the CPU's memory": lambda model: setattr(model.model, "norm", model.model.norm.to("meta")),
 }
 
 
-@pytest.mark.parametrize("reason", CHANGES)
+@pytest.mark.parametrize("reason", [*CHANGES][:-1])
 def test_a_changed_model_keeps_its_own_step(reason):
+    """The first text too: a refused check leaves no trace in the cache."""
     model = model_of()
     CHANGES[reason](model)
     assert agree(model, 1e-6).reason.startswith(reason)
+
+
+def test_weights_elsewhere_are_refused():
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    CHANGES[[*CHANGES][-1]](model)
+    with pytest.raises(NotSupported, match=[*CHANGES][-1]):
+        ModelStep(model, decoder.cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _module, _given, out: 2 * out),
+        lambda model: replace_forward(model.model.layers[0].mlp.gate_proj),
+    ],
+)
+def test_a_changed_ffn_is_called(change):
+    model = model_of()
+    change(model)
+    assert agree(model, 1e-5).reason is None
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_changes_between_texts_are_followed(bits):
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16, bits=bits)
+    logits_of(decoder)
+    with torch.no_grad():
+        for parameter in model.model.layers[0].self_attn.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(logits_of(decoder), logits_of(GreedyDecoder(model, 1, 16, bits=bits)))
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    if bits is None:
+        decoder.prefill(TOKENS)
+        assert decoder.reason == "the model has forward hooks"
+        hook.remove()
+        decoder.prefill(TOKENS)
+        assert decoder.reason is None
+    else:
+        with pytest.raises(UserError, match="^bits=8: the model has forward hooks; leave bits out"):
+            decoder.step()
+
+
+def test_the_cache_can_go_on_with_torchs_step():
+    model = model_of()
+    decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
+    expected = logits_of(plain, steps=4)
+    logits_of(decoder, steps=3)
+    decoder.token.fill_(3)
+    model.model.norm.register_forward_hook(lambda *_: None)  # so the next step is torch's
+    torch.testing.assert_close(decoder.step()[0], expected[-1], rtol=1e-4, atol=1e-4)
+    assert decoder.reason == "the model has forward hooks"
 
 
 def test_several_sequences_take_the_models_own_step():
     decoder = GreedyDecoder(model_of(), 2, 16)
     decoder.prefill(TOKENS.expand(2, -1))
     assert decoder.step().shape == (2, 61)
-    assert decoder.reason == "it decodes 2 sequences at once"
+    assert decoder.reason == "the decoder has 2 sequences at once"
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,32 @@ def test_best_times_one_policy_and_scores_nothing_again(workplace, capsys):
     assert (workplace / "runs" / "run" / "evaluations" / "best" / "figures" / "speed.png").is_file()
 
 
+def test_best_needs_no_dense_policy(workplace):
+    dense, static = best_of(workplace, "without-dense", "static")["speed"]["policies"]
+    assert [dense["policy"], static["policy"]] == ["dense", "static"] and dense["ratio"] == 1
+    assert static["perplexity"] == pytest.approx(static["ratio"] * dense["perplexity"])
+
+
 def test_best_of_none_is_said_and_not_an_error(workplace, capsys):
     assert best_of(workplace, "none", "dense,exact")["speed"] is None
-    assert "speed=best: not measured (speed=true: no kernel on this device runs any of" in capsys.readouterr().err
+    assert "speed=best: not measured (no kernel on this device runs any of policies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"sites": "[gate,up,down]", "policies": "[dense,static]"}, "kernels need sites=[neuron]"),
+        ({"model.ffn_bits": 4, "policies": "[dense,static]"}, "kernels need weights of 16 bits on one device"),
+        (
+            {"predictor.form": "low-bit", "predictor.inputs": 0.5, "policies": "[dense,neuron-threshold]"},
+            "none of the policies has a kernel as it was calibrated",
+        ),
+    ],
+)
+def test_best_says_why_it_can_not_be_had(tmp_path, capsys, settings, reason):
+    folder = tiny.make_workplace(tmp_path)
+    results = train.train(load_config(None, tiny.tiny_overrides(folder, speed="best", **settings)))
+    assert results["speed"] is None and f"speed=best: not measured ({reason}" in capsys.readouterr().err
 
 
 def test_results_are_saved_before_speed_is_measured(workplace, monkeypatch):

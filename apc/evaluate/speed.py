@@ -131,6 +131,7 @@ def measure(
                 record |= dict.fromkeys(("perplexity_masked", "divergence", "agreement"))
             continued = torch.cat([decoder.decode(prompt, NEW_TOKENS) for prompt in prompts.split(1)]).cpu()
             record |= {"continued": continued.tolist(), "text": _texts(tokenizer, continued)}
+            record["own_steps"] = decoder.reason
             if ffns is not None:
                 record["agrees_for"] = _mean_agreement(records[0]["continued"], record["continued"])
                 record["bytes_held"] = bytes_held if on_gpu else None

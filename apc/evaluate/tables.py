@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -284,11 +284,11 @@ _SPEED_COLUMNS = (
         "extra", "MB", lambda record: format_fixed(record.get("bytes_held") and record["bytes_held"] / 1e6, 1), True
     ),
 )
-_QUICK_SPEED_COLUMNS = (
-    *_SPEED_COLUMNS[:4],
-    Column("", "perplexity", lambda record: shown_perplexity(record["perplexity"])),
-    AGAINST_DENSE,
-    *_SPEED_COLUMNS[9:],
+# Without what is scored while decoding: the perplexities are those of the main table.
+_QUICK_SPEED_COLUMNS = tuple(
+    replace(column, top="", bottom="perplexity") if column.bottom == "prefilled" else column
+    for column in _SPEED_COLUMNS
+    if column.bottom not in ("all sparse", "nats", "next token %")
 )
 
 
@@ -373,6 +373,8 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     notes += [
         f"{DASH} {record['policy']}: {record['unclear']}" for record in speed["policies"] if record.get("unclear")
     ]
+    reasons = {record.get("own_steps") for record in speed["policies"]} - {None}
+    notes += [f"{DASH} steps ran through the model itself, not our kernel: {reason}" for reason in sorted(reasons)]
     texts = []
     for index, prompt in enumerate(speed["prompts"]):
         lines = [f"… {' '.join(prompt.split())[-200:].lstrip()}"]

@@ -4,9 +4,8 @@ Importing this module imports numba. Addresses are in bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from apc.ops._numba import load_int, next_number
 from apc.ops._vectors import STEP, activate, arranged_at, dots, element, load_float, store_float
+from apc.ops.rounded import RoundedRows, Rows
 
 STORED, ADDED, ACTIVATED, GATED = range(4)  # what `product` does with its products
 COUNTERS = ("next", "ended")  # the first values of a function's state that runs on all threads
@@ -33,46 +33,6 @@ def c_function(state: np.dtype):
 
 
 PRODUCT = state_type(*COUNTERS, "tasks", "rows", "count", "x", "length", "scales", "biases", "out", "activation")
-
-
-@dataclass(frozen=True)
-class RoundedRows:
-    """A matrix whose rows are rounded to 8 bits."""
-
-    values: Tensor  # int8 [R, n]
-    scales: Tensor  # float32 [R]
-    evens_first: bool  # how the elements of a step are ordered
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the matrix."""
-        return self.values.shape
-
-
-def rounded_rows(matrix: Tensor) -> RoundedRows:
-    """A matrix [R, n] rounded to the nearest of 255 multiples of each row's scale, its largest size over 127.
-
-    Elements are in the order of vectors of the matrix's own type, so that inputs need to be arranged only once.
-    """
-    evens_first = matrix.dtype == torch.bfloat16
-    n, floats = matrix.shape[1], matrix.detach().float()
-    order = torch.tensor([arranged_at(e, n, evens_first) for e in range(n)])
-    scales = (floats.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    values = torch.empty(matrix.shape, dtype=torch.int8)
-    values[:, order] = (floats / scales[:, None]).round().to(torch.int8)
-    return RoundedRows(values, scales, evens_first)
-
-
-Rows = Tensor | RoundedRows
-
-
-class RoundedFFN(NamedTuple):
-    """The matrices of a gated FFN at 8 bits, all [D, E]."""
-
-    gate: RoundedRows
-    up: RoundedRows
-    down: RoundedRows
-    activation: str
 
 
 def product_of(

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from apc.ops import sparse_ffn_cpu as flat
 from apc.ops._numba import load_int, store_int
-from apc.ops._products import ADDED, RoundedFFN, c_function, product_of, set_tasks, state_type
+from apc.ops._products import ADDED, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, clear_floats, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights, PredictorWeights
 from apc.ops.predict_cpu import PredictorCPU
+from apc.ops.rounded import RoundedFFN
 from apc.ops.staged_ffn_cpu import addresses
 
 _CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "kept", "worker", "threads", "output", "E", "cluster")
@@ -25,14 +26,14 @@ _FINISH = state_type("residual", "output", "E", "offsets", "cluster")
 
 
 class ClusterFFN(NamedTuple):
-    """What decides a layer's FFN and what is added to its output."""
+    """What decides a layer's FFN and what is added to its output; without predictor and masks it reads all neurons."""
 
     weights: FFNWeights | RoundedFFN
-    predictor: PredictorWeights  # reduce and expand of one type
-    masks: Tensor  # uint8 [K, W]
-    correct: tuple[Tensor, Tensor] | None  # [H, E] of reduce's type and float32 [E]
-    offsets: Tensor | None  # float32 [K, E]
-    source: int  # the layer whose FFN input decides
+    predictor: PredictorWeights | None = None  # reduce and expand of one type
+    masks: Tensor | None = None  # uint8 [K, W]
+    correct: tuple[Tensor, Tensor] | None = None  # [H, E] of reduce's type and float32 [E]
+    offsets: Tensor | None = None  # float32 [K, E]
+    source: int = 0  # the layer whose FFN input decides
 
 
 class ClusterCall:
@@ -42,10 +43,10 @@ class ClusterCall:
         """dtype: the model's."""
         D, E = ffn.weights.gate.shape
         self._ffn, self._dtype, self.source = ffn, dtype, ffn.source
-        self._predictor = PredictorCPU(ffn.predictor, dtype)
+        self._predictor = None if ffn.predictor is None else PredictorCPU(ffn.predictor, dtype)
         self._padded = -(-E // STEP) * STEP
         self._output, self._cluster = torch.zeros(self._padded), np.zeros(1, np.int64)
-        self._neurons, self._kept = torch.zeros(D, dtype=torch.int32), torch.zeros(D)
+        self._neurons, self._kept = torch.arange(D, dtype=torch.int32), torch.ones(D)
         self._x = torch.zeros(self._padded)
         self._choose, self._state = np.zeros(1, _CHOOSE), np.zeros(len(flat.STATE), np.int64)
         self._products: list[np.ndarray] = []
@@ -54,6 +55,8 @@ class ClusterCall:
     def decide(self, program: Program, hidden: Tensor) -> None:
         """Appends the choice of the cluster by an FFN input [1, E] and the listing of its neurons."""
         ffn, (D, E), choose = self._ffn, self._ffn.weights.gate.shape, self._choose
+        if self._predictor is None or ffn.masks is None:
+            return
         self._predictor.add_to(program, hidden)
         values = {"logits": self._predictor.logits, "masks": ffn.masks, "neurons": self._neurons, "kept": self._kept}
         for name, tensor in (values | {"output": self._output}).items():
@@ -70,7 +73,7 @@ class ClusterCall:
         self._set(output=self._output.data_ptr(), activation=ACTIVATIONS.index(weights.activation))
         rows_dtype = torch.int8 if isinstance(weights, RoundedFFN) else None
         program.add(flat.worker(self._dtype, 1, rows_dtype), self._state, on_all=True)
-        if ffn.correct is not None:
+        if ffn.correct is not None and self._predictor is not None:
             correct, bias = ffn.correct
             rows = correct.T.contiguous()
             function, state, kept = product_of([rows], [bias], self._predictor.inner, residual, ADDED)
@@ -85,7 +88,11 @@ class ClusterCall:
 
     def prepare(self, threads: int) -> None:
         """Sets the number of threads for the calls to come."""
-        self._predictor.prepare(threads)
+        if self._predictor is None:
+            D = self._ffn.weights.gate.shape[0]
+            self._set(m=D, tasks=threads * max(1, min(flat.TASKS, D // (threads * flat.TASK))))
+        else:
+            self._predictor.prepare(threads)
         for state in self._products:
             set_tasks(state, threads)
         tasks = threads * flat.TASKS

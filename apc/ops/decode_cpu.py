@@ -6,7 +6,7 @@ attention. Each reads its weights once, on all threads. Between them the values 
 rounded to the weights' type, as in transformers. In place of a layer's FFN there can be the calls of a sparse one, or
 any Python function.
 
-A function is compiled at its first use (5 s together). Importing this module imports numba.
+A function is compiled at its first use (4 s together). Importing this module imports numba.
 
 Shape letters: see `apc.ops`; R rows of a matrix, h heads, d size of a head, S tokens that fit into the cache. Addresses
 and strides are in bytes unless they say more.
@@ -23,18 +23,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
-from apc.ops._products import (
-    ADDED,
-    COUNTERS,
-    GATED,
-    STORED,
-    RoundedFFN,
-    Rows,
-    c_function,
-    product_of,
-    set_tasks,
-    state_type,
-)
+from apc.ops._products import ADDED, COUNTERS, GATED, STORED, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -52,6 +41,7 @@ from apc.ops._vectors import (
 )
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
+from apc.ops.rounded import RoundedFFN, Rows
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
 _R = 4  # rows that are read together
@@ -116,11 +106,15 @@ class DecoderWeights(NamedTuple):
     scaling: float  # of the products of queries and keys
 
 
+class Unsupported(ValueError):
+    """Weights that the kernel can't read; the message says why."""
+
+
 class StepCPU:
     """One step of a decoder whose caches hold the earlier tokens.
 
-    Raises ValueError for weights of several types or whose rows aren't contiguous, and for heads whose size isn't a
-    multiple of 32.
+    Raises Unsupported for weights of several types, outside the process's own memory or whose rows aren't contiguous,
+    and for heads whose size isn't a multiple of 32.
     """
 
     def __init__(self, weights: DecoderWeights) -> None:
@@ -194,11 +188,14 @@ class StepCPU:
         tensors = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
         kinds = {tensor.dtype for tensor in tensors}
         if kinds != {dtype} or dtype not in TYPES:
-            raise ValueError(f"weights of type {', '.join(sorted(map(str, kinds)))}")
+            raise Unsupported(f"weights of type {', '.join(sorted(map(str, kinds)))}")
         if any(tensor.stride(-1) != 1 for tensor in tensors):
-            raise ValueError("weights whose rows are not contiguous")
+            raise Unsupported("weights whose rows are not contiguous")
+        plain = (Tensor, torch.nn.Parameter)  # others, as torchao's, only look like tensors
+        if any(type(each) not in plain or each.device.type != "cpu" or not each.data_ptr() for each in tensors):
+            raise Unsupported("weights that are not in the CPU's memory as plain tensors")
         if d % STEP:
-            raise ValueError(f"heads of size {d}, which is not a multiple of {STEP}")
+            raise Unsupported(f"heads of size {d}, which is not a multiple of {STEP}")
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)

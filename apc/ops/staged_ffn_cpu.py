@@ -23,7 +23,6 @@ from numba import cfunc, njit, types
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
-from apc.ops._products import RoundedFFN, RoundedRows
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -50,6 +49,7 @@ from apc.ops._vectors import (
 )
 from apc.ops.bits import unpack
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, GROUP, FFNWeights, SpacedCopy, Stages
+from apc.ops.rounded import RoundedFFN, RoundedRows
 
 RANGE = 128  # neurons whose scores are computed together
 _R = 4  # rows that are read together

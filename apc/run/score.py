@@ -85,14 +85,24 @@ def _timed(
         return shares
     from apc.evaluate import speed
 
-    try:
-        speed.check(context.model, list(shares), cfg.data.seq_len)
-    except UserError as error:
-        log(f"speed=best: not measured ({error})")
+    reason = None
+    if context.device.type != "cpu":
+        reason = "it is for CPUs; speed=true also measures on a GPU"
+    elif list(cfg.sites) != ["neuron"]:
+        reason = f"kernels need sites=[neuron], this run has sites={list(cfg.sites)}"
+    elif cfg.model.ffn_bits or cfg.model.device_map:
+        reason = "kernels need weights of 16 bits on one device"
+    else:
+        try:
+            speed.check(context.model, list(shares), cfg.data.seq_len)
+        except UserError as error:
+            reason = str(error).removeprefix("speed=true: ")
+    able = [] if reason else speed.with_kernels(context.model, codebook, predictor, list(shares), cfg.seed)
+    if not able:
+        log(f"speed=best: not measured ({reason or 'none of the policies has a kernel as it was calibrated'})")
         return {}
-    able = speed.with_kernels(context.model, codebook, predictor, list(shares), cfg.seed)
-    best = min((record["perplexity"], record["policy"]) for record in measured if record["policy"] in able)[1:]
-    return {name: shares[name] for name in best}
+    best = min((record["perplexity"], record["policy"]) for record in measured if record["policy"] in able)[1]
+    return {best: shares[best]}
 
 
 def _measure_speed(
@@ -108,7 +118,12 @@ def _measure_speed(
 
     cfg = context.cfg
     parts = context.model, context.tokenizer, codebook, predictor
-    known = {record["policy"]: record for record in measured} if cfg.speed == "best" else None
+    known = None
+    if cfg.speed == "best":
+        known = {record["policy"]: record for record in measured}
+        one = next(iter(timed))
+        dense = {"policy": "dense", "perplexity": known[one]["perplexity"] / known[one]["ratio"]}
+        known.setdefault("dense", dense | dict.fromkeys(("ratio", "ratio_low", "ratio_high"), 1.0))
     return speed.measure(*parts, scored.tokens, timed, cfg.seed, cfg.trainer.progress, known)
 
 

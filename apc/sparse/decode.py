@@ -97,7 +97,8 @@ class GreedyDecoder:
     """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
 
     On the CPU, a step of one sequence is one call of our own kernel (`apc.ops.decode_cpu`), dense or sparse, whose
-    logits are float32. `reason` says why a model's steps run through the model itself instead; None if they do not.
+    logits are float32. `reason` says after `prefill` why steps on a CPU run through the model itself instead; None if
+    they do not.
 
     batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: on a GPU a
     torch.compile mode that does not use CUDA graphs itself; None for the model's own step, on the CPU too; early:
@@ -134,11 +135,9 @@ class GreedyDecoder:
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._early = early
-        self.reason = None
-        if self.device.type != "cpu":
-            self.reason = "it is not on the CPU"
-        elif not mode or batch > 1:
-            self.reason = "mode=None" if not mode else f"it decodes {batch} sequences at once"
+        self.reason, self._may_use_kernel = None, self.device.type == "cpu" and bool(mode) and batch == 1
+        if self.device.type == "cpu" and not self._may_use_kernel:
+            self.reason = "mode=None" if not mode else f"the decoder has {batch} sequences at once"
         self._on_cpu: ModelStep | None = None
 
     @torch.no_grad()
@@ -148,10 +147,9 @@ class GreedyDecoder:
         self.cache.reset()
         logits = self._last_logits(self.model, tokens.to(self.device))
         self.token.copy_(logits.argmax(-1, keepdim=True))
-        if self.reason is None and self._on_cpu is None:
+        if self._may_use_kernel and (self._on_cpu is None or not self._on_cpu.is_current()):
             self._prepare(lambda step: step.check(int(tokens[0, -1]), tokens.shape[1] - 1, logits))
-        if self._bits is not None and self.reason is not None:
-            raise UserError(f"bits={self._bits}: {self.reason}; leave bits out")
+        self._check_bits()
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
         """The logits [batch, vocabulary] after tokens int64 [batch, n], which go into the cache."""
@@ -161,12 +159,18 @@ class GreedyDecoder:
         """Makes the CPU's step for the model as it is now, or notes why there is none."""
         from apc.sparse.decode_cpu import ModelStep, NotSupported  # imports numba
 
+        self.reason = None
         try:
             self._on_cpu = ModelStep(self.model, self.cache, self._bits)
             if check is not None:
                 check(self._on_cpu)
         except NotSupported as error:
             self._on_cpu, self.reason = None, str(error)
+
+    def _check_bits(self) -> None:
+        """Raises UserError if steps should read rounded weights and can't."""
+        if self._bits is not None and self._on_cpu is None:
+            raise UserError(f"bits={self._bits}: {self.reason or 'the model is not on the CPU'}; leave bits out")
 
     def _reserve(self, count: int, reset: bool = False) -> None:
         """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""
@@ -215,6 +219,7 @@ class GreedyDecoder:
         self._reserve(1)
         if self._on_cpu is not None and not self._on_cpu.is_current():
             self._prepare()
+            self._check_bits()
         if self._graph is not None:
             with torch.cuda.device(self.device):
                 self._graph.replay()

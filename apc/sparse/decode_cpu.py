@@ -10,13 +10,14 @@ from transformers.cache_utils import StaticLayer
 
 from apc.data.ffn import find_ffns
 from apc.ops import decode_cpu as kernels  # imports numba
-from apc.ops._products import RoundedFFN, RoundedRows, Rows, rounded_rows
+from apc.ops.rounded import RoundedFFN, RoundedRows, Rows, rounded_rows
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
 
 # Classes of transformers whose models compute what the kernel computes.
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_ROTARY = ("default", "linear", "llama3", "yarn")  # kinds of rotary embeddings that do not depend on the text's length
 # How far logits may be from the model's own, relative to their size; rounding alone gives less than half of it.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -33,57 +34,74 @@ class ModelStep:
     """
 
     def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
-        self._model, self._handle = model, handle_of(model)
+        self._model, self._handle, self._bits = model, handle_of(model), bits
+        self._modules = list(model.modules())
         self._places = [
             (parts, name)
-            for module in model.modules()
+            for module in self._modules
             for parts in (module._modules, module._parameters)
-            for name, part in parts.items()
-            if part is not None
+            for name in parts
         ]
-        self._contents, self._limit = self._current_contents(), self._max_sparse_tokens()
         try:
             self.decoder = _decoder(model, cache, _ffn_calls(model, self._handle))
             self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
-        except (UserError, ValueError) as error:
-            raise NotSupported(str(error)) from error
+        except (UserError, kernels.Unsupported) as error:
+            raise NotSupported(str(error).removesuffix("; use kernel=None")) from error
+        self._lengths = [layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)]
+        self._contents, self._limit = self._current_contents(), self._max_sparse_tokens()
 
     def __call__(self, token: int, position: int) -> Tensor:
         """The logits float32 [1, V] after a token at this position; the next step overwrites them."""
-        return self._step(token, position)
+        logits = self._step(token, position)
+        for length in self._lengths:  # as torch's own step would leave it
+            length.fill_(position + 1)
+        return logits
 
     def is_current(self) -> bool:
-        """Whether the model has the weights and the sparse FFNs that the step reads."""
+        """Whether the model has the weights, hooks and sparse FFNs that the step knows.
+
+        With bits, weights that were written through `.data` are not noticed.
+        """
         same = self._handle is handle_of(self._model) and self._limit == self._max_sparse_tokens()
         return same and self._contents == self._current_contents()
 
     def check(self, token: int, position: int, logits: Tensor) -> None:
         """Raises NotSupported unless a step gives a prefill's logits [1, V]; that prefill ended with this token.
 
-        FFNs run as they did in the prefill of position + 1 tokens: often dense, where the step runs sparse. Nothing is
-        rounded to fewer bits.
+        The FFNs of a sparse model run as they did in the prefill of position + 1 tokens: often dense, where the step
+        runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
         """
         sparse = self._handle if isinstance(self._handle, SparseFFNs) else None
         before = 0.0 if sparse is None else sparse.max_sparse_tokens
+        decoder = self.decoder
+        if self._handle is not None:
+            calls = zip(decoder.layers, _module_calls(self._model), strict=True)
+            decoder = decoder._replace(layers=[layer._replace(ffn=call) for layer, call in calls])
+        caches = [each[:, position] for layer in decoder.layers for each in layer.attention[-2:]]
+        written = [each.clone() for each in caches]
         try:
             if sparse is not None and position >= before:
                 sparse.max_sparse_tokens = 0
-            layers = [
-                layer._replace(ffn=call)
-                for layer, call in zip(self.decoder.layers, _module_calls(self._model), strict=True)
-            ]
-            own = kernels.StepCPU(self.decoder._replace(layers=layers))(token, position)
+            exact = decoder is self.decoder and self._bits is None
+            own = (self._step if exact else kernels.StepCPU(decoder))(token, position)
         finally:
             if sparse is not None:
                 sparse.max_sparse_tokens = before
+            for each, values in zip(caches, written, strict=True):
+                each.copy_(values)
         error = ((own - logits.float()).norm() / logits.float().norm()).item()
         if not error < _TOLERANCES[logits.dtype]:
             raise NotSupported(f"the kernel's logits differ from the model's by {error:.1%}")
 
     def _current_contents(self) -> list[int]:
-        """Which modules and which memory the model consists of."""
+        """Which modules, hooks and memory the model consists of; with bits also the versions of its parameters."""
         parts = [parts.get(name) for parts, name in self._places]
-        return [part.data_ptr() if isinstance(part, Tensor) else id(part) for part in parts]
+        found = [part.data_ptr() if isinstance(part, Tensor) else id(part) for part in parts]
+        if self._bits is not None:
+            found += [part._version for part in parts if isinstance(part, Tensor)]
+        for module in self._modules:
+            found += [len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
+        return found
 
     def _max_sparse_tokens(self) -> float | None:
         return self._handle.max_sparse_tokens if isinstance(self._handle, SparseFFNs) else None
@@ -127,13 +145,13 @@ def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
 
 def _ffn_calls(model: nn.Module, handle: Handle | None) -> Sequence[kernels.AnyFFN]:
     """For each layer what the kernel takes as its FFN."""
-    if isinstance(handle, SparseFFNs) and handle.max_sparse_tokens >= 1:
+    if isinstance(handle, SparseFFNs):
         return [own or call for own, call in zip(handle.kernel_ffns(), _module_calls(model), strict=True)]
     if handle is not None:
         return _module_calls(model)
     calls: list[kernels.AnyFFN] = []
     for ffn, call in zip(layer_ffns(find_ffns(model)), _module_calls(model), strict=True):
-        own_forward = "forward" in ffn.module.__dict__ or bool(_hooks(ffn.module))
+        own_forward = any(_is_changed(part) for part in ffn.module.modules())
         try:
             check_call(ffn)
             activation = activation_of(ffn)
@@ -147,14 +165,25 @@ def _ffn_calls(model: nn.Module, handle: Handle | None) -> Sequence[kernels.AnyF
     return calls
 
 
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class does."""
+    return bool(_hooks(module)) or "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+
+
 def _hooks(module: nn.Module) -> list[Callable]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _of_one_sequence(cached: Tensor | None) -> Tensor:
+    if cached is None:
+        raise NotSupported("the cache is empty")
+    return cached[0]
 
 
 def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> kernels.DecoderWeights:
     """The model's weights as the kernel takes them."""
     if type(model).__name__ not in _CLASSES or type(model).__module__.split(".")[0] != "transformers":
-        raise NotSupported(f"it knows {', '.join(_CLASSES)}")
+        raise NotSupported(f"the kernel knows {', '.join(_CLASSES)}")
     body, handle = model.model, handle_of(model)
     parts = [body.embed_tokens, body.norm, model.lm_head]
     layers: list[kernels.Layer] = []
@@ -164,9 +193,9 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         head_norms = [getattr(attention, f"{name}_norm", None) for name in ("q", "k")]
         parts += [block, attention, *norms, *projections, *(norm for norm in head_norms if norm is not None)]
         if any(type(linear) is not nn.Linear for linear in projections):
-            raise NotSupported("its attention has projections that are not plain linear layers")
+            raise NotSupported("the attention has projections that are not plain linear layers")
         if type(layer_cache) is not StaticLayer:
-            raise NotSupported(f"its cache has a {type(layer_cache).__name__}")
+            raise NotSupported(f"the cache has a {type(layer_cache).__name__}")
         layers.append(
             kernels.Layer(
                 kernels.AttentionWeights(
@@ -174,24 +203,27 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
                     [linear.weight.detach() for linear in projections],
                     [linear.bias for linear in projections],
                     [None if norm is None else norm.weight for norm in head_norms],
-                    *(cached[0] for cached in (layer_cache.keys, layer_cache.values) if cached is not None),
+                    keys=_of_one_sequence(layer_cache.keys),
+                    values=_of_one_sequence(layer_cache.values),
                 ),
                 norms[1].weight,
                 ffn,
             )
         )
-    for part in (model, body, *parts):
+    for part in (model, body, body.rotary_emb, *parts):
+        if "forward" in part.__dict__ or hasattr(part, "_hf_hook"):
+            raise NotSupported("a module's forward is replaced")
         if any(getattr(hook, "__self__", None) is not handle or handle is None for hook in _hooks(part)):
-            raise NotSupported("it has forward hooks")
+            raise NotSupported("the model has forward hooks")
     if type(model.lm_head) is not nn.Linear or model.lm_head.bias is not None:
-        raise NotSupported("its head is not a plain linear layer")
+        raise NotSupported("the head is not a plain linear layer")
     if model.training:
-        raise NotSupported("it is in training mode")
+        raise NotSupported("the model is in training mode")
     length = layers[0].attention.keys.shape[1]
     cos, sin = body.rotary_emb(body.embed_tokens.weight[:1], torch.arange(length)[None])
     attention = body.layers[0].self_attn
-    if cos.shape[-1] != attention.head_dim or "dynamic" in body.rotary_emb.rope_type:
-        raise NotSupported("its rotary embedding covers a part of each head, or depends on the text's length")
+    if cos.shape[-1] != attention.head_dim or body.rotary_emb.rope_type not in _ROTARY:
+        raise NotSupported("the rotary embedding covers a part of each head, or depends on the text's length")
     return kernels.DecoderWeights(
         embedding=body.embed_tokens.weight.detach(),
         layers=layers,

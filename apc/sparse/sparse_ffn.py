@@ -239,7 +239,16 @@ class SparseFFNs:
         return 3 / 2 * _time(lambda: [target.copy_(down) for target, down in pairs], downs[0].device)
 
     def kernel_ffns(self) -> list:
-        """For each layer what `ops.decode_cpu` takes as its FFN, or None if it can't compute it."""
+        """For each layer what `ops.decode_cpu` takes as its FFN, or None if it can't compute it.
+
+        Dense FFNs if calls of one token run dense. Raises UserError for changes that the FFNs can't follow.
+        """
+        for sparse in self._sparse:
+            sparse.follow_changes()
+        if self.max_sparse_tokens < 1:
+            from apc.ops.cluster_ffn_cpu import ClusterFFN  # imports numba
+
+            return [ClusterFFN(sparse.weights) for sparse in self._sparse]
         return [sparse.for_step() for sparse in self._sparse]
 
     def remove(self) -> None:

@@ -1,0 +1,52 @@
+"""Matrices rounded to 8 bits, as the kernels for decoding on the CPU read them.
+
+Importing this module imports numba.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apc.ops._vectors import arranged_at
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """A matrix whose rows are rounded to 8 bits."""
+
+    values: Tensor  # int8 [R, n]
+    scales: Tensor  # float32 [R]
+    evens_first: bool  # how the elements of a step are ordered
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix."""
+        return self.values.shape
+
+
+def rounded_rows(matrix: Tensor) -> RoundedRows:
+    """A matrix [R, n] rounded to the nearest of 255 multiples of each row's scale, its largest size over 127.
+
+    Elements are in the order of vectors of the matrix's own type, so that inputs need to be arranged only once.
+    """
+    evens_first = matrix.dtype == torch.bfloat16
+    n, floats = matrix.shape[1], matrix.detach().float()
+    order = torch.tensor([arranged_at(e, n, evens_first) for e in range(n)])
+    scales = (floats.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    values = torch.empty(matrix.shape, dtype=torch.int8)
+    values[:, order] = (floats / scales[:, None]).round().to(torch.int8)
+    return RoundedRows(values, scales, evens_first)
+
+
+Rows = Tensor | RoundedRows
+
+
+class RoundedFFN(NamedTuple):
+    """The matrices of a gated FFN at 8 bits, all [D, E]."""
+
+    gate: RoundedRows
+    up: RoundedRows
+    down: RoundedRows
+    activation: str
