@@ -153,7 +153,8 @@ class GreedyDecoder:
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
         """The logits [batch, vocabulary] after tokens int64 [batch, n], which go into the cache."""
-        return call(input_ids=tokens, use_cache=True, **self._last_only, **{self._keyword: self.cache}).logits[:, -1]
+        named = {self._keyword: self.cache} | (self._last_only if tokens.shape[1] > 1 else {})
+        return call(input_ids=tokens, use_cache=True, **named).logits[:, -1]
 
     def _prepare(self, check: Callable[["ModelStep"], None] | None = None) -> None:
         """Makes the CPU's step for the model as it is now, or notes why there is none."""
