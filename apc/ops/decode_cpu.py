@@ -15,7 +15,7 @@ and strides are in bytes unless they say more.
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from apc.ops._numba import load_int, next_number, store_int
-from apc.ops._products import ADDED, COUNTERS, GATED, STORED, c_function, product_of, set_tasks, state_type
+from apc.ops._products import ADDED, COUNTERS, GATED, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -226,17 +226,9 @@ class StepCPU:
             numbers=self._numbers, E=len(weight), hidden=self._hidden, x=self._x,
         )  # fmt: skip
 
-    def _add_product(
-        self,
-        matrices: Sequence[Rows],
-        biases: Sequence[Tensor | None],
-        x: Tensor,
-        out: Tensor,
-        kind: int = STORED,
-        activation: int = 0,
-    ) -> None:
-        """`out` gets the products of the matrices' rows with x, as `_products.product` says."""
-        function, state, kept = product_of(matrices, biases, x, out, kind, activation)
+    def _add_product(self, *given: Any) -> None:
+        """Appends the function that `product_of` makes of these arguments."""
+        function, state, kept = product_of(*given)
         self._kept += kept
         self._program.add(function, state.view(np.int64), on_all=True)
         self._shared.append(state)

@@ -1,4 +1,4 @@
-"""Matrices rounded to 8 bits, as the kernels for decoding on the CPU read them.
+"""Matrices rounded to 8 bits, as the kernels for decoding on the CPU read them, and where an FFN's weights are.
 
 Importing this module imports numba.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apc.ops._vectors import arranged_at
+from apc.ops.ffn_arguments import FFNWeights
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,14 @@ class RoundedFFN(NamedTuple):
     up: RoundedRows
     down: RoundedRows
     activation: str
+
+
+def addresses(weights: FFNWeights | RoundedFFN) -> dict[str, int]:
+    """What a state holds of an FFN's weights: addresses of gate, up and down, strides, and addresses of scales."""
+    found: dict[str, int] = {}
+    for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+        values = matrix if isinstance(matrix, Tensor) else matrix.values
+        found |= {name: values.data_ptr(), f"{name}_stride": values.element_size() * values.stride(0)}
+        if isinstance(matrix, RoundedRows):
+            found[f"{name}_scales"] = matrix.scales.data_ptr()
+    return found

@@ -39,6 +39,7 @@ from apc.ops._vectors import (
     store_int32,
 )
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
+from apc.ops.rounded import addresses
 
 _SUMS = 4  # neurons × tokens whose sums a loop holds in registers
 SCRATCH = 1024  # bytes that a task needs for addresses and sums of these
@@ -59,8 +60,7 @@ def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor
     hidden: [n, E], n up to 4, of the weights' type (float32, bfloat16 or float16); masks: packed, uint8 [n, W]. Tokens
     share the rows that any of them keeps. The caller has checked shapes and types.
     """
-    gate, up, down, activation = weights
-    (n, E), D = hidden.shape, len(gate)
+    (n, E), D = hidden.shape, len(weights.gate)
     kept = torch.empty((D, n), dtype=torch.float32)
     neurons = torch.empty(D, dtype=torch.int32)
     masks, hidden = masks.contiguous(), hidden.contiguous()
@@ -74,13 +74,11 @@ def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor
     work = torch.empty((1 + tasks, n, padded), dtype=torch.float32)  # the inputs, and each task's part
     scratch = torch.empty((tasks, SCRATCH), dtype=torch.uint8)
     arrange(hidden.dtype)(hidden.data_ptr(), n, E, padded, work.data_ptr())
-    at = {"gate": gate.data_ptr(), "up": up.data_ptr(), "down": down.data_ptr()}
-    size = gate.element_size()
-    at |= {f"{name}_stride": size * each.stride(0) for name, each in (("gate", gate), ("up", up), ("down", down))}
-    at |= {"x": work.data_ptr(), "E": E, "neurons": neurons.data_ptr(), "m": m, "kept": kept.data_ptr()}
+    at = addresses(weights) | {"x": work.data_ptr(), "E": E, "m": m}
+    at |= {"neurons": neurons.data_ptr(), "kept": kept.data_ptr()}
     at |= {"parts": work[1:].data_ptr(), "scratch": scratch.data_ptr(), "output": output.data_ptr()}
     state = np.array([at.get(name, 0) for name in STATE], np.int64)
-    state[STATE.index("tasks")], state[STATE.index("activation")] = tasks, ACTIVATIONS.index(activation)
+    state[STATE.index("tasks")], state[STATE.index("activation")] = tasks, ACTIVATIONS.index(weights.activation)
     on_threads(worker(hidden.dtype, n), state, threads)
     return output
 

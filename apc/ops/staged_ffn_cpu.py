@@ -49,7 +49,7 @@ from apc.ops._vectors import (
 )
 from apc.ops.bits import unpack
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, GROUP, FFNWeights, SpacedCopy, Stages
-from apc.ops.rounded import RoundedFFN, RoundedRows
+from apc.ops.rounded import RoundedFFN, addresses
 
 RANGE = 128  # neurons whose scores are computed together
 _R = 4  # rows that are read together
@@ -204,17 +204,6 @@ class StagedCall:
     def _set(self, **values: int) -> None:
         for name, value in values.items():
             self.state[_AT[name] // 8] = value
-
-
-def addresses(weights: FFNWeights | RoundedFFN) -> dict[str, int]:
-    """What a state holds of an FFN's weights: addresses of gate, up and down, strides, and addresses of scales."""
-    found: dict[str, int] = {}
-    for name, matrix in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
-        values = matrix if isinstance(matrix, Tensor) else matrix.values
-        found |= {name: values.data_ptr(), f"{name}_stride": values.element_size() * values.stride(0)}
-        if isinstance(matrix, RoundedRows):
-            found[f"{name}_scales"] = matrix.scales.data_ptr()
-    return found
 
 
 def _half_exp(threshold: float) -> float:

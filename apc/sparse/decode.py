@@ -18,7 +18,7 @@ from apc.sparse.timing import graph_time
 from apc.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from apc.sparse.decode_cpu import ModelStep
+    from apc.sparse.model_step import ModelStep
 
 _ATTENTION = "apc-sdpa"
 
@@ -158,7 +158,7 @@ class GreedyDecoder:
 
     def _prepare(self, check: Callable[["ModelStep"], None] | None = None) -> None:
         """Makes the CPU's step for the model as it is now, or notes why there is none."""
-        from apc.sparse.decode_cpu import ModelStep, NotSupported  # imports numba
+        from apc.sparse.model_step import ModelStep, NotSupported  # imports numba
 
         self.reason = None
         try:
