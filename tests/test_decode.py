@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import apc
 import tiny
@@ -12,6 +13,7 @@ import train
 from apc import ops
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
+from apc.data import attention
 from apc.data.ffn import activation_function, find_ffns
 from apc.data.models import load_model
 from apc.ops.sparse_ffn import act
@@ -291,6 +293,25 @@ def test_attention_with_shared_key_heads_equals_repeated_keys(n):
     repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
     assert torch.allclose(output, expected.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_key_heads_give_the_attention_of_transformers(masked):
+    query, key, value = (torch.randn(2, heads, 7, 8) for heads in (6, 3, 3))
+    mask = torch.rand(2, 1, 7, 7).add(torch.eye(7)) > 0.4 if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    output, _ = attention.sdpa(module, query, key, value, mask, scaling=0.3)
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_takes_torchs_fused_attention(workplace):
+    model = model_on(workplace, "cuda")
+    assert model.config._attn_implementation == attention.NAME
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION), torch.inference_mode():
+        model(input_ids=WINDOWS.cuda())
 
 
 def test_only_steps_replace_the_models_attention(workplace, monkeypatch):

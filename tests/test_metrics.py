@@ -54,7 +54,7 @@ def test_unions_equal_a_slow_count(n):
         tokens, mask = FakeInputs(n, D), torch.rand(n, D) < 0.2
         meter.first = torch.zeros(n, dtype=torch.bool)
         meter.add(tokens, MaskDecision(mask))
-        order = _shuffled(n).tolist()
+        order = _shuffled(n, torch.device("cpu")).tolist()
         assert sorted(order) == list(range(n))
         for batch in BATCHES:
             for start in range(0, n - batch + 1, batch):

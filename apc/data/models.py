@@ -62,6 +62,10 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     else:
         nn.Module.to(model, device)
     model.eval().requires_grad_(False)
+    if first.type == "cuda" and model.dtype == torch.float32:
+        from apc.data.attention import use_sdpa  # imports transformers' attention, which takes seconds
+
+        use_sdpa(model)
     if cfg.ffn_bits is not None:
         quantise_ffns(model, cfg.ffn_bits, cfg.ffn_group, cfg.ffn_spared)
     check_calls(model, ffns)

@@ -54,63 +54,74 @@ class MaskMeter:
 
     def __init__(self, codebook: Codebook, device: torch.device):
         self._sites = list(codebook.sites)
+        self._bits: dict[int, Tensor] = {}  # by layer
         self._sums = torch.zeros(len(self._sites), codebook.layers, len(_FIELDS), dtype=torch.float64, device=device)
 
     def add(self, tokens: MaskInputs, decision: MaskDecision) -> None:
         """Adds the decision for n tokens."""
         (n, D), mask = tokens.values.shape, decision.mask
-        kept, active = mask.float().expand(n, D), tokens.active.float()
-        importance, energy = (share.double() for share in tokens.captured(kept))
+        kept, active = mask.expand(n, D), tokens.active
+        importance, energy = (share.double() for share in tokens.captured(kept.float()))
         first = (self.first if tokens.tokens is None else self.first[tokens.tokens]).double()
         rest = 1 - first
-        hits = torch.linalg.vecdot(active, kept)  # float32 holds the counts of a row exactly, but not those of all rows
-        unions = _unions(kept[_shuffled(n).to(kept.device)] if len(mask) > 1 else kept)
-        sums = [active.sum(-1).double().sum(), kept.sum(-1).double().sum(), hits.double().sum()]
+        sums = [active.sum(), mask.sum() * (n // len(mask)), (active & kept).sum()]
         sums += [rest.sum(), importance @ rest, energy @ rest]
         sums += [first.sum(), importance @ first, energy @ first]
-        sums += [(tokens.values == 0).sum().double(), *(torch.full_like(first[0], count) for count in (n * D, n))]
+        sums += [(tokens.values == 0).sum(), *(torch.full_like(first[0], count) for count in (n * D, n))]
         read = {projection: decision.read.get(projection, mask) for projection in PROJECTIONS}
+        counts = {id(weights): _token_counts(weights, n) for weights in read.values()}
         copy = decision.read.get("copy", mask.new_zeros(1, 1))
-        stored = neuron_bits(tokens.ffn).to(mask.device)
-        bits = [decision.bits.get(name, _stored_bits(weights, stored)) for name, weights in read.items()]
+        sums += [*(counts[id(weights)].mean() for weights in read.values()), _token_counts(copy, n).mean()]
+        sums += [torch.full_like(first[0], n if "copy" in decision.read else 0)]
+        for name, weights in read.items():
+            bits = counts[id(weights)]
+            if name in decision.bits:
+                sums.append(_token_counts(decision.bits[name], n).mean())
+            else:
+                stored = self._stored_bits(tokens)
+                # Where weights are not those of neurons, the mean stands for all.
+                sums.append((bits * stored).mean() if len(bits) == len(stored) else bits.mean() * stored.mean())
+        unions = _unions(kept[_shuffled(n, mask.device)] if len(mask) > 1 else kept)
+        place = self._sites.index(tokens.site), tokens.layer
+        self._sums[place] += torch.stack([each.double() for each in sums + unions])
 
-        def mean(weights: Tensor) -> Tensor:
-            return weights.sum(dtype=torch.float64) * n / weights.numel()
-
-        sums += [*map(mean, (*read.values(), copy)), torch.full_like(first[0], n if "copy" in decision.read else 0)]
-        sums += map(mean, bits)
-        self._sums[self._sites.index(tokens.site), tokens.layer] += torch.stack([*sums, *unions])
+    def _stored_bits(self, tokens: MaskInputs) -> Tensor:
+        """The bits stored for a weight of each neuron of the tokens' FFN, float64 [D]."""
+        if tokens.layer not in self._bits:
+            self._bits[tokens.layer] = neuron_bits(tokens.ffn).to(self._sums)
+        return self._bits[tokens.layer]
 
     def totals(self) -> Tensor:
         """The sums over all ranks, float64 [sites, L, fields]."""
         return distributed.all_sum(self._sums.clone())
 
 
-def _stored_bits(read: Tensor, stored: Tensor) -> Tensor:
-    """The bits of the weights that are read, shaped like `read` [n, …]; stored: those of each neuron's, float32 [D].
+def _token_counts(weights: Tensor, n: int) -> Tensor:
+    """The sums over n tokens of weights [n, width], or [1, width] for all of them, float64 [width].
 
-    Where `read` is not over neurons, the mean of `stored` stands for all weights.
+    Exact for bool: float32 holds counts of up to 2²⁴ tokens.
     """
-    return read * (stored if read.shape[-1] == len(stored) else stored.mean())
+    dtype = torch.float32 if weights.dtype == torch.bool else torch.float64
+    return weights.sum(0, dtype=dtype).double() * (n // len(weights))
 
 
 @lru_cache(256)  # bounded, because experts get all kinds of numbers of tokens
-def _shuffled(n: int) -> Tensor:
+def _shuffled(n: int, device: torch.device) -> Tensor:
     """A random order in which n tokens form batches, the same for all layers and policies."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(device)
 
 
 def _unions(kept: Tensor) -> list[Tensor]:
     """For each batch size, the sizes of its unions of masks, summed over batches; then D times the number of batches.
 
     The union of a batch is the set of neurons that at least one of its tokens keeps. Consecutive tokens form batches;
-    tokens that do not fill a batch are left out. kept: the masks as float32 [n, D]. Each result is a float64 [].
+    tokens that do not fill a batch are left out. kept: the masks, bool [n, D]. Each result is an int64 [].
     """
     ones, neurons = [], []
     for _ in BATCHES:
         pairs = len(kept) // 2
-        kept = torch.maximum(kept[0 : 2 * pairs : 2], kept[1 : 2 * pairs : 2])
-        ones.append(kept.sum(-1).double().sum())
+        kept = kept[0 : 2 * pairs : 2] | kept[1 : 2 * pairs : 2]
+        ones.append(kept.sum())
         neurons.append(torch.full_like(ones[-1], kept.numel()))
     return ones + neurons
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, StaticCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from apc import ops
+from apc.data import attention
 from apc.sparse.timing import graph_time
 from apc.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from apc.sparse.model_step import ModelStep
 
-_ATTENTION = "apc-sdpa"
+_ATTENTION = "apc-decode"
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -47,7 +47,7 @@ def attend(
     per_head = attention_mask is not None and attention_mask.shape[1] != 1
     adds_terms = others.get("softcap") is not None or others.get("position_bias") is not None
     if query.shape[2] > 1 or per_head or adds_terms:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return attention.sdpa(module, query, key, value, attention_mask, **others)
     d, scaling = query.shape[3], others.get("scaling")
     grouped = query.reshape(len(query), key.shape[1], -1, d)
     scores = (grouped @ key.mT).float() * (d**-0.5 if scaling is None else scaling)
@@ -61,10 +61,10 @@ def attend(
 
 @contextlib.contextmanager
 def _grouped_attention(model: nn.Module) -> Iterator[None]:
-    """Within the block, replaces the model's attention with `attend` if it is `sdpa`."""
+    """Within the block, replaces the model's attention with `attend` if it is `sdpa`, or ours."""
     config = config_of(model)
     before = config._attn_implementation
-    if before == "sdpa":
+    if before in ("sdpa", attention.NAME):
         AttentionInterface.register(_ATTENTION, attend)
         AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
         config._attn_implementation = _ATTENTION

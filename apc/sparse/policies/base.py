@@ -63,11 +63,16 @@ class MaskInputs:
         """Each neuron's energy, the square of its importance, float32 [n, D]."""
         return self.importance.square()
 
+    @cached_property
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """The sums of importance and energy over neurons, above 0, float32 [n] each."""
+        tiny = torch.finfo(torch.float32).tiny
+        return self.importance.sum(-1).clamp_min(tiny), self.energy.sum(-1).clamp_min(tiny)
+
     def captured(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of importance and energy that a mask float32 [n, D] captures, float32 [n] each."""
-        tiny, both = torch.finfo(torch.float32).tiny, (self.importance, self.energy)
-        importance, energy = (torch.linalg.vecdot(each, kept) / each.sum(-1).clamp_min(tiny) for each in both)
-        return importance, energy
+        importance, energy = (torch.linalg.vecdot(each, kept) for each in (self.importance, self.energy))
+        return importance / self.totals[0], energy / self.totals[1]
 
 
 @dataclass(frozen=True)
