@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from apc.data.models import load_model
 from apc.ops.staged_ffn import log_energy
 from apc.predict.predictor import at_16_bits
 from apc.run import stages
-from apc.sparse.policies import POLICIES, make_policy
-from apc.sparse.policies.staged import STAGES, least_kept
+from apc.sparse.policies import POLICIES, MaskInputs, make_policy
+from apc.sparse.policies.staged import STAGES, best_clusters, least_kept
 from apc.tune.calibrate import SamplePass
 from apc.tune.module import TuningModule, _TuningForward
 from apc.tune.steps import refine, step
@@ -104,9 +105,31 @@ def test_the_masked_forward_reads_only_what_each_stage_keeps(workplace, form, po
 
 
 def _inputs(policy, layer, hidden, values):
-    from apc.sparse.policies import MaskInputs
-
     return MaskInputs(layer, "neuron", values, hidden, policy.codebook, lambda *_: values.abs(), None, values)
+
+
+@pytest.mark.parametrize("K", [5, 30], ids=["all-are-candidates", "eight-are-candidates"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_best_cluster_has_the_least_error_of_those_that_capture_most(K, tuned):
+    n, D, E = 20, 24, 10
+    down, h = torch.randn(E, D), torch.randn(n, D)
+    masks = torch.rand(K, D) < torch.rand(K, 1)
+    offsets, correction = (torch.randn(K, E), torch.randn(n, E)) if tuned else (None, None)
+    importance = h.abs() * down.norm(dim=0)
+    ffn = SimpleNamespace(down_matrix=down)
+    inputs = MaskInputs(0, "neuron", h, {}, None, lambda *_: importance, ffn)
+    chosen = best_clusters(inputs, masks, offsets, correction).tolist()
+    for token, choice in enumerate(chosen):
+        energy, captured, errors = importance[token].square(), [], []
+        for k, mask in enumerate(masks):
+            price = 0.05 * mask.float().mean()
+            captured.append((energy[mask].sum() / energy.sum() - price).item())
+            lost = down[:, ~mask] @ h[token, ~mask]
+            lost = lost - offsets[k] - correction[token] if tuned else lost
+            errors.append((lost.square().sum() / energy.sum() + price).item())
+        candidates = sorted(range(K), key=lambda k: -captured[k])[:8]
+        assert captured[choice] >= captured[candidates[-1]] - 1e-6
+        assert errors[choice] == pytest.approx(min(errors[k] for k in candidates), abs=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["threshold", "top"])

@@ -28,7 +28,7 @@ from apc.predict.predictor import LayerPredictor, Predictor, at_16_bits
 from apc.sparse.masked_forward import ForwardReader
 from apc.sparse.policies import POLICIES, MaskDecision, MaskInputs
 from apc.sparse.policies.base import add_deltas, own_clusters
-from apc.sparse.policies.staged import Staged
+from apc.sparse.policies.staged import Staged, best_clusters
 from apc.tune.calibrate import SamplePass
 from apc.tune.costs import drop_costs
 from apc.tune.steps import refine, step
@@ -247,10 +247,9 @@ class TuningModule(StepModule):
             return self._outputs(tokens)[0].argmax(-1)
         layer, scores = tokens.layer, self.scores[tokens.layer]
         if self.thresholds is None:
-            masks = ops.top_mask(scores, int(self.sizes[layer]))
-        else:
-            masks = scores >= self.thresholds[layer, 0]
-        return own_clusters(self.codebook, tokens, ops.pack(masks))
+            return own_clusters(self.codebook, tokens, ops.pack(ops.top_mask(scores, int(self.sizes[layer]))))
+        correction = None if self.predictor is None else self._outputs(tokens)[1]
+        return best_clusters(tokens, scores >= self.thresholds[layer, 0], self.offsets[layer], correction)
 
     @torch.no_grad()
     def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:

@@ -31,6 +31,8 @@ from apc.utils import distributed
 from apc.utils.errors import UserError
 
 STAGES = ("gate", "up", "down")
+CANDIDATES = 8  # clusters that `best_clusters` compares by the FFN's output
+SIZE_PRICE = 0.05  # of keeping all neurons, in units of a token's energy
 LEVELS = 24  # of a token's ranking of neurons, by which shares are chosen
 
 
@@ -336,8 +338,33 @@ class _ClusterStages(_MaskStages, ClusterPolicy):
         return self.table(inputs)[self.clusters(inputs)]
 
 
+def best_clusters(inputs: MaskInputs, masks: Tensor, offsets: Tensor | None, correction: Tensor | None) -> Tensor:
+    """The clusters whose masks change the FFN's output least, int64 [n].
+
+    The masks that capture most energy are compared by their squared error: that of the output of the kept neurons, plus
+    the cluster's offset, plus the correction. Both count as shares of the token's energy. Masks may have different
+    sizes, so each pays `SIZE_PRICE` times the share of neurons that it keeps.
+
+    masks: bool [K, D]; offsets: float32 [K, E]; correction: [n, E].
+    """
+    h, weights = inputs.values.nan_to_num(nan=0.0), inputs.ffn.down_matrix.to(inputs.values.device)
+    total, price = inputs.totals[1].unsqueeze(1), SIZE_PRICE * masks.float().mean(1)
+    captured = inputs.energy @ masks.T.float() / total
+    candidates = (captured - price).topk(min(CANDIDATES, len(masks)), dim=1).indices
+    errors = []
+    for ids in candidates.T:
+        error = (h.masked_fill(masks[ids], 0) @ weights.T.to(h.dtype)).float()
+        error = error if offsets is None else error - offsets[ids]
+        error = error if correction is None else error - correction.float()
+        errors.append(error.square().sum(1) / total[:, 0] + price[ids])
+    return candidates.gather(1, torch.stack(errors, 1).argmin(1, keepdim=True)).squeeze(1)
+
+
 class StagedOracle(_ClusterStages, Oracle):
-    """The nearest cluster's neurons, in stages; with a correction of the output if it was tuned with one."""
+    """The best cluster's neurons, in stages; with a correction of the output if it was tuned with one.
+
+    See `best_clusters`.
+    """
 
     name = "staged-oracle"
     corrected = True
@@ -357,15 +384,24 @@ class StagedOracle(_ClusterStages, Oracle):
         """Whether decisions may have an output delta."""
         return _corrects(self.predictor) or super().changes_output
 
+    def clusters(self, inputs: MaskInputs) -> Tensor:
+        """The best clusters, int64 [n]."""
+        masks = ops.unpack(self.centroids(inputs), inputs.values.shape[-1])
+        offsets = self.codebook.sites[inputs.site].offsets
+        offsets = None if offsets is None else offsets[self.codebook.group(inputs.layer)]
+        return best_clusters(inputs, masks, offsets, self._correction(inputs))
+
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
-        """The nearest cluster's neurons, its offset, and the correction."""
+        """The best cluster's neurons, its offset, and the correction."""
         nominated = super().nominate(inputs)
-        if not _corrects(self.predictor):
-            return nominated
-        assert self.predictor is not None
+        return replace(nominated, output_delta=add_deltas(nominated.output_delta, self._correction(inputs)))
+
+    def _correction(self, inputs: MaskInputs) -> Tensor | None:
+        """The correction of the FFN's output, [n, E]; None without one."""
+        if self.predictor is None or not _corrects(self.predictor):
+            return None
         hidden = inputs.inputs[inputs.layer].nan_to_num(nan=0.0)
-        _, correction = self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)
-        return replace(nominated, output_delta=add_deltas(nominated.output_delta, correction))
+        return self.predictor.layer_outputs(inputs.layer, inputs.site, hidden)[1]
 
     def parameters_read(self, site: str, copy: float | None = None) -> float:
         """The centroid, the offset and the correction."""
