@@ -88,6 +88,12 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     heads = [
         ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)) for _ in range(L)
     ]
+    heads_at_8_bits = [
+        rounding.RoundedPredictor(
+            rounding.rounded_rows(head.reduce), head.reduce_bias, rounding.rounded_rows(head.expand), head.expand_bias
+        )
+        for head in heads
+    ]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
     predictors, every = [PredictorCPU(head, dtype) for head in heads], ops.pack(torch.ones(CLUSTERS, D) > 0)
 
@@ -100,17 +106,17 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
         return ops.sparse_ffn(x, layers[layer], active, kernel="numba")
 
     arms: dict[str, Callable[[int], object]] = {"torch, dense": dense, "apc, from Python, half, predicted": from_python}
-    full, predictor = 3 * E * D, 2 * H * (E + CLUSTERS)
+    full, predictor = 3 * E * D, H * (E + CLUSTERS)
     moved = {"torch, dense": full * dtype.itemsize, "apc, from Python, half, predicted": full * dtype.itemsize / 2}
-    for label, kind, chosen, size in (
-        ("all neurons", layers, [every] * L, full * dtype.itemsize),
-        ("half, predicted", layers, masks, DENSITY * full * dtype.itemsize),
-        ("all neurons, 8 bits", rounded, [every] * L, full),
-        ("half, predicted, 8 bits", rounded, masks, DENSITY * full),
+    for label, kind, used, chosen, size in (
+        ("all neurons", layers, heads, [every] * L, full * dtype.itemsize + 2 * predictor),
+        ("half, predicted", layers, heads, masks, DENSITY * full * dtype.itemsize + 2 * predictor),
+        ("all neurons, 8 bits", rounded, heads_at_8_bits, [every] * L, full + predictor),
+        ("half, predicted, 8 bits", rounded, heads_at_8_bits, masks, DENSITY * full + predictor),
     ):
-        calls_in_step = [in_step(x, *each) for each in zip(kind, heads, chosen, strict=True)]
+        calls_in_step = [in_step(x, *each) for each in zip(kind, used, chosen, strict=True)]
         arms[f"apc, {label}"] = lambda layer, calls=calls_in_step: calls[layer]()
-        moved[f"apc, {label}"] = size + predictor
+        moved[f"apc, {label}"] = size
     arms["torch, dense, int8"], moved["torch, dense, int8"] = (lambda layer: dynamic[layer](x.float())), full
     active = ops.ActiveNeurons(masks[0], predictors[0](x).candidates)
     check("apc, from Python", from_python(0), x, layers[0], active)
@@ -131,7 +137,10 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
 
 
 def in_step(
-    x: Tensor, weights: ops.FFNWeights | rounding.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
+    x: Tensor,
+    weights: ops.FFNWeights | rounding.RoundedFFN,
+    head: ops.PredictorWeights | rounding.RoundedPredictor,
+    masks: Tensor,
 ) -> Callable[[], object]:
     """A call of an FFN under the predicted cluster's mask as in a decoding step, checked against its definition."""
     E, dtype, threads = x.shape[1], x.dtype, torch.get_num_threads()
@@ -143,19 +152,23 @@ def in_step(
     call.compute(program, inputs, output)
     call.prepare(threads)
     program.run(threads)
-    matrices = []
-    for rows in (weights.gate, weights.up, weights.down):
-        if isinstance(rows, Tensor):
-            matrices.append(rows.float())
-        else:
-            matrices.append((rows.values[:, order] if rows.evens_first else rows.values) * rows.scales[:, None])
-    candidates = ops.predict_clusters(x, ops.PredictorWeights(*(each.float() for each in head)), False).candidates
+    candidates = ops.predict_clusters(x, ops.PredictorWeights(*map(exact, head)), False).candidates
     active = ops.ActiveNeurons(masks, candidates)
-    expected = ops.sparse_ffn(x.float(), ops.FFNWeights(*matrices), active, kernel="torch")[0]
+    matrices = ops.FFNWeights(*map(exact, weights[:3]))
+    expected = ops.sparse_ffn(x.float(), matrices, active, kernel="torch")[0]
     error = ((output[:E] - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
         raise AssertionError(f"an FFN in a step differs from its definition by {error:.2%}")
     return lambda: (call, x, inputs, output, program.run(threads))[-1]  # in memory as long as the call
+
+
+def exact(rows: rounding.Rows) -> Tensor:
+    """The values of a matrix or vector, float32."""
+    if isinstance(rows, Tensor):
+        return rows.float()
+    n = rows.shape[1]
+    order = torch.tensor([arranged_at(e, n, rows.evens_first) for e in range(n)])
+    return rows.values[:, order] * rows.scales[:, None]
 
 
 def dynamic_int8(weights: ops.FFNWeights) -> nn.Module:

@@ -62,7 +62,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> tuple["PreTrainedModel
     else:
         nn.Module.to(model, device)
     model.eval().requires_grad_(False)
-    if first.type == "cuda" and model.dtype == torch.float32:
+    if device.type == "cuda" and model.dtype == torch.float32:
         from apc.data.attention import use_sdpa  # imports transformers' attention, which takes seconds
 
         use_sdpa(model)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, types
+from numba import extending, njit, types
 
 # numba's stub asks the caller for the typing context, too.
 intrinsic = cast(Callable[[Callable], Callable], extending.intrinsic)
@@ -63,6 +63,16 @@ load_byte, store_byte = _memory_operations(8, types.int64)
 load_word, store_word = _memory_operations(32, types.int64)
 load_int, store_int = _memory_operations(64, types.int64)
 load_unsigned, store_unsigned = _memory_operations(64, types.uint64)
+
+
+@njit(nogil=True)
+def task_start(count, task, tasks):
+    """The first of `count` items that a task takes, up to those of the next one; `count` for the task after the last.
+
+    Tasks get smaller and smaller, down to 1 / tasks² of the items, so that threads of unequal speed end together.
+    """
+    left = tasks - task
+    return count - count * left * left // (tasks * tasks)
 
 
 @intrinsic

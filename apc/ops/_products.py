@@ -12,9 +12,9 @@ import torch
 from numba import carray, cfunc, from_dtype, njit, types
 from torch import Tensor
 
-from apc.ops._numba import load_int, next_number
+from apc.ops._numba import load_int, next_number, task_start
 from apc.ops._vectors import STEP, activate, arranged_at, dots, element, load_float, store_float
-from apc.ops.rounded import RoundedRows, Rows
+from apc.ops.rounded import RoundedRows, Rows, evens_first
 
 STORED, ADDED, ACTIVATED, GATED = range(4)  # what `product` does with its products
 COUNTERS = ("next", "ended")  # the first values of a function's state that runs on all threads
@@ -51,7 +51,6 @@ def product_of(
     values = [matrix if isinstance(matrix, Tensor) else matrix.values for matrix in matrices]
     rows, state, dtype = [_rows(each) for each in values], np.zeros(1, PRODUCT), values[0].dtype
     bias_dtype = next((bias.dtype for bias in biases if bias is not None), torch.float32)
-    evens_first = dtype == torch.bfloat16
     scales = [matrix.scales for matrix in matrices if isinstance(matrix, RoundedRows)]
     table = torch.stack(rows, dim=1).flatten() if kind == GATED else torch.cat(rows)
     state["count"], state["length"], state["activation"] = len(table), matrices[0].shape[1], activation
@@ -61,12 +60,10 @@ def product_of(
         kept.append(torch.cat([no if b is None else _rows(b) for no, b in zip(none, biases, strict=True)]))
         state["biases"] = kept[1].data_ptr()
     if scales:
-        assert isinstance(matrices[0], RoundedRows)  # all of one kind
-        evens_first = matrices[0].evens_first
         kept.append(torch.stack(scales, dim=1).flatten() if kind == GATED else torch.cat(scales))
         state["scales"] = kept[-1].data_ptr()
     state["rows"], state["x"], state["out"] = kept[0].data_ptr(), x.data_ptr(), out.data_ptr()
-    return product(dtype, kind, bias_dtype, evens_first), state, [*kept, *values, x, out]
+    return product(dtype, kind, bias_dtype, evens_first(matrices[0])), state, [*kept, *values, x, out]
 
 
 def set_tasks(state: np.ndarray, threads: int) -> None:
@@ -80,7 +77,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 @cache
-def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype, evens_first: bool):
+def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype, evens: bool):
     """A function that multiplies rows with arranged inputs x; int8 rows have scales.
 
     STORED: it stores the products; ADDED: it adds them to `out`; ACTIVATED: it stores act(product), arranged; GATED: of
@@ -110,12 +107,12 @@ def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype, evens_first:
                     store_float(place, load_float(place) + total)
                 elif kind == ACTIVATED:
                     value = np.float32(activate(total, s.activation))
-                    store_float(out + 4 * arranged_at(start + i, s.count, evens_first), value)
+                    store_float(out + 4 * arranged_at(start + i, s.count, evens), value)
                 elif i % 2 == 0:
                     store_float(sums + 4 * i, total)
                 else:
                     value = np.float32(activate(load_float(sums + 4 * (i - 1)), s.activation) * total)
-                    store_float(out + 4 * arranged_at((start + i) // 2, s.count // 2, evens_first), value)
+                    store_float(out + 4 * arranged_at((start + i) // 2, s.count // 2, evens), value)
 
     @c_function(PRODUCT)
     def work(state):
@@ -123,7 +120,8 @@ def product(dtype: torch.dtype, kind: int, bias_dtype: torch.dtype, evens_first:
         counter, groups = carray(state, 1).ctypes.data, (s.count + _R - 1) // _R
         task = next_number(counter)
         while task < s.tasks:
-            multiply_groups(s, groups * task // s.tasks, groups * (task + 1) // s.tasks, sums.ctypes.data)
+            first, last = task_start(groups, task, s.tasks), task_start(groups, task + 1, s.tasks)
+            multiply_groups(s, first, last, sums.ctypes.data)
             task = next_number(counter)
 
     return work

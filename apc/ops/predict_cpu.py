@@ -15,27 +15,28 @@ from apc.ops._products import ACTIVATED, c_function, product_of, set_tasks, stat
 from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, arranged_at, dot_floats, element, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, Candidates, Prediction, PredictorWeights
+from apc.ops.rounded import RoundedPredictor, evens_first
 
 _BEGIN = state_type("hidden", "E", "x")
 
 
 class PredictorCPU:
-    """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16 or float16, biases float32.
+    """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16, float16 or 8 bits.
 
     dtype: the type of the inputs. inner: the bottleneck, arranged, float32 [padded H]; logits: float32 [padded K].
     """
 
-    def __init__(self, weights: PredictorWeights, dtype: torch.dtype) -> None:
-        (H, E), K, kind = weights.reduce.shape, len(weights.expand), weights.reduce.dtype
+    def __init__(self, weights: PredictorWeights | RoundedPredictor, dtype: torch.dtype) -> None:
+        (H, E), K, evens = weights.reduce.shape, weights.expand.shape[0], evens_first(weights.reduce)
         padded = lambda count: -(-count // STEP) * STEP
         x, self.inner, self.logits = torch.zeros(padded(E)), torch.zeros(padded(H)), torch.zeros(padded(K))
-        self._order = torch.tensor([arranged_at(h, H, kind == torch.bfloat16) for h in range(H)])
+        self._order = torch.tensor([arranged_at(h, H, evens) for h in range(H)])
         self._begin = np.zeros(1, _BEGIN)
         self._begin["E"], self._begin["x"] = E, x.data_ptr()
         silu = ACTIVATIONS.index("silu")
         reduce = product_of([weights.reduce], [weights.reduce_bias], x, self.inner, ACTIVATED, silu)
         expand = product_of([weights.expand], [weights.expand_bias], self.inner, self.logits)
-        self._functions, self._products = (_begin(dtype, kind), reduce[0], expand[0]), (reduce[1], expand[1])
+        self._functions, self._products = (_begin(dtype, evens), reduce[0], expand[0]), (reduce[1], expand[1])
         self._kept = [weights, reduce, expand]
         self._K, self._threads, self._lock, self._program = K, 0, threading.Lock(), Program()
         self.add_to(self._program)
@@ -74,16 +75,16 @@ class PredictorCPU:
 
 
 @cache
-def _begin(dtype: torch.dtype, kind: torch.dtype):
-    """A function that writes inputs of one type, divided by their root mean square, arranged for rows of another."""
-    load, size, evens_first = element(dtype), dtype.itemsize, kind == torch.bfloat16
+def _begin(dtype: torch.dtype, evens: bool):
+    """A function that writes inputs of one type, divided by their root mean square, arranged for the predictor."""
+    load, size = element(dtype), dtype.itemsize
 
     @c_function(_BEGIN)
     def begin(state):
         s = carray(state, 1)[0]
         hidden, x, E = s.hidden, s.x, s.E
         for e in range(E):
-            store_float(x + 4 * arranged_at(e, E, evens_first), load(hidden + size * e))
+            store_float(x + 4 * arranged_at(e, E, evens), load(hidden + size * e))
         vectors = (E + LANES - 1) // LANES
         scale = np.float32(1.0 / np.sqrt(dot_floats(x, x, vectors) / E + EPSILON))
         for e in range(E):

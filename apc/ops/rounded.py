@@ -32,16 +32,20 @@ def rounded_rows(matrix: Tensor) -> RoundedRows:
 
     Elements are in the order of vectors of the matrix's own type, so that inputs need to be arranged only once.
     """
-    evens_first = matrix.dtype == torch.bfloat16
-    n, floats = matrix.shape[1], matrix.detach().float()
-    order = torch.tensor([arranged_at(e, n, evens_first) for e in range(n)])
+    n, floats, evens = matrix.shape[1], matrix.detach().float(), evens_first(matrix)
+    order = torch.tensor([arranged_at(e, n, evens) for e in range(n)])
     scales = (floats.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     values = torch.empty(matrix.shape, dtype=torch.int8)
     values[:, order] = (floats / scales[:, None]).round().to(torch.int8)
-    return RoundedRows(values, scales, evens_first)
+    return RoundedRows(values, scales, evens)
 
 
 Rows = Tensor | RoundedRows
+
+
+def evens_first(rows: Rows) -> bool:
+    """How the elements of a step are ordered in inputs of these rows."""
+    return rows.evens_first if isinstance(rows, RoundedRows) else rows.dtype == torch.bfloat16
 
 
 class RoundedFFN(NamedTuple):
@@ -51,6 +55,15 @@ class RoundedFFN(NamedTuple):
     up: RoundedRows
     down: RoundedRows
     activation: str
+
+
+class RoundedPredictor(NamedTuple):
+    """`PredictorWeights` with matrices of 8 bits."""
+
+    reduce: RoundedRows  # [H, E]
+    reduce_bias: Tensor  # float32 [H]
+    expand: RoundedRows  # [K, H]
+    expand_bias: Tensor  # float32 [K]
 
 
 def addresses(weights: FFNWeights | RoundedFFN) -> dict[str, int]:

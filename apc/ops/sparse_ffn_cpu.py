@@ -19,7 +19,7 @@ import torch
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from apc.ops._numba import load_byte, load_int, next_number, on_threads, store_int
+from apc.ops._numba import load_byte, load_int, next_number, on_threads, store_int, task_start
 from apc.ops._vectors import (
     LANES,
     STEP,
@@ -178,7 +178,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
         padded = (E + STEP - 1) // STEP * STEP
         number = next_number(state + next_at)
         while number < tasks:
-            first, last = m * number // tasks, m * (number + 1) // tasks
+            first, last = task_start(m, number, tasks), task_start(m, number + 1, tasks)
             task(state, first, last, parts + 4 * n * padded * number, scratch + SCRATCH * number)
             if end(state + ended_at) == tasks - 1:
                 for other in range(1, tasks):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from apc.ops._numba import load_int, next_number, store_int
+from apc.ops._numba import load_int, next_number, store_int, task_start
 from apc.ops._program import Program
 from apc.ops._vectors import (
     LANES,
@@ -469,7 +469,7 @@ def _worker(dtype: torch.dtype, rows_dtype: torch.dtype, P: int, copies_up: bool
                 load_int(state + scratch_at) + _SCRATCH * task,
             )
             clear_floats(out, length // LANES)
-            for number in range(ranges * task // tasks, ranges * (task + 1) // tasks):
+            for number in range(task_start(ranges, task, tasks), task_start(ranges, task + 1, tasks)):
                 m = nominate(state, number, scratch)
                 m = gate_stage(state, RANGE * number, m, scratch) if m else 0
                 m = up_stage(state, m, scratch) if m else 0

@@ -10,7 +10,7 @@ from transformers.cache_utils import StaticLayer
 
 from apc.data.ffn import find_ffns
 from apc.ops import decode_cpu as kernels  # imports numba
-from apc.ops.rounded import RoundedFFN, RoundedRows, Rows, rounded_rows
+from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_rows
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
@@ -108,7 +108,10 @@ class ModelStep:
 
 
 def _rounded(decoder: kernels.DecoderWeights) -> kernels.DecoderWeights:
-    """The same with its matrices rounded to 8 bits, without the embedding and what a sparse FFN reads besides rows."""
+    """The same with its matrices rounded to 8 bits.
+
+    The embedding stays, and of a sparse FFN what is neither a row nor a predictor of clusters.
+    """
 
     def ffn_of(ffn: kernels.AnyFFN) -> kernels.AnyFFN:
         if isinstance(ffn, kernels.DenseFFN):
@@ -116,7 +119,11 @@ def _rounded(decoder: kernels.DecoderWeights) -> kernels.DecoderWeights:
             return kernels.DenseFFN(gate, up, down, ffn.activation)
         if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
             gate, up, down = map(_rounded_rows, (ffn.weights.gate, ffn.weights.up, ffn.weights.down))
-            return ffn._replace(weights=RoundedFFN(gate, up, down, ffn.weights.activation))
+            ffn = ffn._replace(weights=RoundedFFN(gate, up, down, ffn.weights.activation))
+        if isinstance(ffn, kernels.ClusterFFN) and ffn.predictor is not None:
+            reduce, reduce_bias, expand, expand_bias = ffn.predictor
+            rounded = RoundedPredictor(_rounded_rows(reduce), reduce_bias, _rounded_rows(expand), expand_bias)
+            ffn = ffn._replace(predictor=rounded)
         return ffn
 
     layers = [
