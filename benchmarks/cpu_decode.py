@@ -82,7 +82,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     H, x = min(512, E // 8), torch.randn(1, E).to(dtype)
     layers = [ops.FFNWeights(*(torch.randn(D, E).mul_(0.02).to(dtype) for _ in range(3))) for _ in range(L)]
     downs = [weights.down.T.contiguous() for weights in layers]  # as models store it
-    rounded = [rounding.RoundedFFN(*map(rounding.rounded_rows, each[:3]), "silu") for each in layers]
+    rounded = [rounding.rounded_ffn(weights) for weights in layers]
     dynamic = [dynamic_int8(layer) for layer in layers]
     random = lambda rows, columns: torch.randn(rows, columns).bfloat16()
     heads = [

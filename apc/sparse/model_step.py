@@ -10,7 +10,7 @@ from transformers.cache_utils import StaticLayer
 
 from apc.data.ffn import find_ffns
 from apc.ops import decode_cpu as kernels  # imports numba
-from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_rows
+from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_ffn, rounded_rows
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
@@ -118,8 +118,8 @@ def _rounded(decoder: kernels.DecoderWeights) -> kernels.DecoderWeights:
             gate, up, down = map(_rounded_rows, (ffn.gate, ffn.up, ffn.down))
             return kernels.DenseFFN(gate, up, down, ffn.activation)
         if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
-            gate, up, down = map(_rounded_rows, (ffn.weights.gate, ffn.weights.up, ffn.weights.down))
-            ffn = ffn._replace(weights=RoundedFFN(gate, up, down, ffn.weights.activation))
+            assert not isinstance(ffn.weights, RoundedFFN)
+            ffn = ffn._replace(weights=rounded_ffn(ffn.weights))
         if isinstance(ffn, kernels.ClusterFFN) and ffn.predictor is not None:
             reduce, reduce_bias, expand, expand_bias = ffn.predictor
             rounded = RoundedPredictor(_rounded_rows(reduce), reduce_bias, _rounded_rows(expand), expand_bias)
