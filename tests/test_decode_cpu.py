@@ -16,6 +16,7 @@ from apc.ops._program import Program
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.rounded import rounded_rows
 from apc.predict.predictor import at_16_bits
+from apc.sparse import sparse_ffn
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStep, NotSupported
 from apc.utils.errors import UserError
@@ -196,6 +197,29 @@ def test_a_model_in_stages(workplace, run_of):
         apc.restore(model)
         torch.testing.assert_close(logits_of(decoders["default"]), dense)
     assert decoders["default"].reason is None
+
+
+@pytest.mark.parametrize("projections", ["[gate,up]", "[gate]"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_model_of_low_bit_masks(workplace, run_of, monkeypatch, projections, changed):
+    """Scores above a threshold are the first of the stages, and the others keep all; also with a correction."""
+    run = run_of("low-bit", name=f"flat-{projections[1:-1]}", **{"predictor.low_bit_projections": projections})
+    predictor, generator = run.predictor.copy(corrects=changed), torch.Generator().manual_seed(3)
+    predictor.thresholds = run.predictor.thresholds
+    if changed:
+        with torch.no_grad():
+            for value in (predictor.correct, predictor.correct_bias):
+                value.normal_(std=0.3, generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    dense = logits_of(GreedyDecoder(model, 1, 16))
+    predictor = predictor.requires_grad_(False).eval().rounded()
+    apc.sparsify(model, run.codebook, predictor, "neuron-threshold", kernel="numba", max_sparse_tokens=1)
+    fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
+    expected = logits_of(plain)
+    fast.prefill(TOKENS)
+    monkeypatch.setattr(sparse_ffn._LowBitFFN, "__call__", None)  # so no step calls it from Python
+    torch.testing.assert_close(logits_of(fast), expected, rtol=1e-4, atol=1e-4)
+    assert fast.reason is None and not torch.allclose(expected, dense, atol=1e-2)
 
 
 @pytest.mark.parametrize(("form", "policy"), [("low-bit", "staged-neuron"), ("cluster", "predicted")])

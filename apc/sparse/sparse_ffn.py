@@ -14,6 +14,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ from apc.sparse.policies.predicted import Predicted
 from apc.sparse.policies.staged import StagedNeuron, StagedProx
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from apc.ops.decode_cpu import StagedFFN
+    from apc.ops.staged_ffn_cpu import StagedCPU
 
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
@@ -572,6 +577,25 @@ class _LowBitFFN(_SparseFFN):
         # without a correction.
         self.reduce = (to_stored(parts["reduce"].T), to_fp32(parts["reduce_bias"])) if predictor.corrects else None
         self.correct = (to_stored(parts["correct"]), to_fp32(parts["correct_bias"])) if predictor.corrects else None
+        self._projections, self._looks_ahead = tuple(predictor.low_bit.projections), predictor.lookahead > 0
+
+    def for_step(self):
+        """The kernel for stages, of which only the first leaves neurons out; None without one or for a fixed number."""
+        if self.kernel != "numba" or self.threshold is None or self._looks_ahead:
+            return None
+        return _staged_step(self._on_cpu, self.weights)
+
+    @functools.cached_property
+    def _on_cpu(self):
+        from apc.ops.staged_ffn_cpu import StagedCPU  # imports numba
+
+        assert self.threshold is not None  # `for_step` checks it
+        copy = ops.LowBitCopy(self.planes, self.curve, self._projections)
+        every = self.threshold.new_tensor(-torch.inf)
+        thresholds, correction = torch.stack([self.threshold, every, every]), None
+        if self.reduce is not None and self.correct is not None:
+            correction = ops.Correction(*self.reduce, *self.correct)
+        return StagedCPU(ops.Stages(copy, thresholds, self.ffn.output_norms(), None, correction), self.weights)
 
     def __call__(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor | None = None) -> Tensor:
         source, by_triton, delta = inputs[self.source], self.by_triton, ops.OutputDelta()
@@ -623,11 +647,7 @@ class _StagedFFN(_SparseFFN):
 
     def for_step(self):
         """The kernel with the weights as they are now; None without one."""
-        if self._on_cpu is None:
-            return None
-        from apc.ops.decode_cpu import StagedFFN  # imports numba
-
-        return StagedFFN(self._on_cpu, self.weights)
+        return None if self._on_cpu is None else _staged_step(self._on_cpu, self.weights)
 
     @functools.cached_property
     def _usual_scale(self) -> float:
@@ -645,6 +665,13 @@ class _StagedFFN(_SparseFFN):
             read = ops.staged_reads((hidden * 2**middle).to(self._dtype), self.weights, self.stages)
             low, high = (low, middle) if read > share else (middle, high)
         return 2.0**low
+
+
+def _staged_step(staged: "StagedCPU", weights: ops.FFNWeights) -> "StagedFFN":
+    """What a decoding step on the CPU takes as its FFN."""
+    from apc.ops.decode_cpu import StagedFFN  # imports numba
+
+    return StagedFFN(staged, weights)
 
 
 _STAGED_FFNS: weakref.WeakValueDictionary[int, _StagedFFN] = weakref.WeakValueDictionary()
