@@ -306,6 +306,22 @@ def test_repeated_key_heads_give_the_attention_of_transformers(masked):
     assert torch.allclose(output, expected, atol=1e-6)
 
 
+def test_a_model_with_repeated_key_heads_decodes_as_before(workplace):
+    """Also a padded batch, whose attention has a mask, and our decoder, which replaces the attention for a step."""
+    model, padded = model_on(workplace, "cpu"), torch.ones_like(WINDOWS)
+    padded[0, :4] = 0
+    before = [model(WINDOWS).logits, model(WINDOWS, attention_mask=padded).logits]
+    written = model.generate(WINDOWS[:1], max_new_tokens=6, do_sample=False)
+    attention.use_sdpa(model)
+    assert model.config._attn_implementation == attention.NAME
+    for expected, mask in zip(before, (None, padded), strict=True):
+        assert torch.allclose(model(WINDOWS, attention_mask=mask).logits, expected, atol=1e-5)
+    assert torch.equal(model.generate(WINDOWS[:1], max_new_tokens=6, do_sample=False), written)
+    decoded = GreedyDecoder(model, 1, 40, mode=None).decode(WINDOWS[:1], 6)
+    assert torch.equal(decoded, written[:, WINDOWS.shape[1] :])
+    assert model.config._attn_implementation == attention.NAME
+
+
 @pytest.mark.gpu
 def test_float32_on_a_gpu_takes_torchs_fused_attention(workplace):
     model = model_on(workplace, "cuda")
