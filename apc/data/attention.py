@@ -1,13 +1,12 @@
 """Attention of transformers' models in float32 on a GPU."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "apc-sdpa"
+_NO_GROUPS = nn.Module()  # with it, transformers neither repeats key heads nor passes grouped ones
 
 
 def sdpa(
@@ -25,8 +24,8 @@ def sdpa(
     if groups == 1 or query.shape[2] == 1 or query.dtype != torch.float32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-    repeated: nn.Module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # type: ignore[assignment]
-    return sdpa_attention_forward(repeated, query, key, value, attention_mask, **others)
+    others.setdefault("is_causal", getattr(module, "is_causal", True))
+    return sdpa_attention_forward(_NO_GROUPS, query, key, value, attention_mask, **others)
 
 
 def use_sdpa(model: PreTrainedModel) -> None:

@@ -341,9 +341,9 @@ class _ClusterStages(_MaskStages, ClusterPolicy):
 def best_clusters(inputs: MaskInputs, masks: Tensor, offsets: Tensor | None, correction: Tensor | None) -> Tensor:
     """The clusters whose masks change the FFN's output least, int64 [n].
 
-    The masks that capture most energy are compared by their squared error: that of the output of the kept neurons, plus
-    the cluster's offset, plus the correction. Both count as shares of the token's energy. Masks may have different
-    sizes, so each pays `SIZE_PRICE` times the share of neurons that it keeps.
+    The `CANDIDATES` masks that capture most energy are compared by the squared error of the output. The output is that
+    of the kept neurons, plus the cluster's offset and the correction. Captured energy and squared error are shares of
+    the token's energy. Masks have different sizes, so each pays `SIZE_PRICE` times the share of neurons that it keeps.
 
     masks: bool [K, D]; offsets: float32 [K, E]; correction: [n, E].
     """
