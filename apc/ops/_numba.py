@@ -76,6 +76,16 @@ def task_start(count, task, tasks):
 
 
 @intrinsic
+def lowest_bit(context, value):
+    """The place of the lowest bit of an int64 that is not zero."""
+
+    def generate(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def next_number(context, address):
     """The int64 at this address, which is incremented atomically."""
 

@@ -15,12 +15,12 @@ from apc.ops import sparse_ffn_cpu as flat
 from apc.ops._numba import load_int, store_int
 from apc.ops._products import ADDED, c_function, product_of, set_tasks, state_type
 from apc.ops._program import Program
-from apc.ops._vectors import LANES, STEP, clear_floats, load_float, store_float
+from apc.ops._vectors import LANES, STEP, add_floats, clear_floats, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights, PredictorWeights
 from apc.ops.predict_cpu import PredictorCPU
 from apc.ops.rounded import RoundedFFN, RoundedPredictor, addresses
 
-_CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "kept", "worker", "threads", "output", "E", "cluster")
+_CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "worker", "threads", "output", "E", "cluster")
 _FINISH = state_type("residual", "output", "E", "offsets", "cluster")
 
 
@@ -45,7 +45,7 @@ class ClusterCall:
         self._predictor = None if ffn.predictor is None else PredictorCPU(ffn.predictor, dtype)
         self._padded = -(-E // STEP) * STEP
         self._output, self._cluster = torch.zeros(self._padded), np.zeros(1, np.int64)
-        self._neurons, self._kept = torch.arange(D, dtype=torch.int32), torch.ones(D)
+        self._neurons = torch.arange(D, dtype=torch.int32)
         self._x = torch.zeros(self._padded)
         self._choose, self._state = np.zeros(1, _CHOOSE), np.zeros(len(flat.STATE), np.int64)
         self._products: list[np.ndarray] = []
@@ -57,7 +57,7 @@ class ClusterCall:
         if self._predictor is None or ffn.masks is None:
             return
         self._predictor.add_to(program, hidden)
-        values = {"logits": self._predictor.logits, "masks": ffn.masks, "neurons": self._neurons, "kept": self._kept}
+        values = {"logits": self._predictor.logits, "masks": ffn.masks, "neurons": self._neurons}
         for name, tensor in (values | {"output": self._output}).items():
             choose[name] = tensor.data_ptr()
         choose["K"], choose["W"], choose["D"], choose["E"] = len(ffn.masks), ffn.masks.shape[1], D, E
@@ -68,7 +68,7 @@ class ClusterCall:
         """Appends the FFN of arranged inputs x, whose output is added to the residual; both float32 [padded]."""
         ffn, weights, E = self._ffn, self._ffn.weights, self._ffn.weights.gate.shape[1]
         self._set(**addresses(weights))
-        self._set(x=x.data_ptr(), E=E, neurons=self._neurons.data_ptr(), kept=self._kept.data_ptr())
+        self._set(x=x.data_ptr(), E=E, neurons=self._neurons.data_ptr())
         self._set(output=self._output.data_ptr(), activation=ACTIVATIONS.index(weights.activation))
         rows_dtype = torch.int8 if isinstance(weights, RoundedFFN) else None
         program.add(flat.worker(self._dtype, 1, rows_dtype), self._state, on_all=True)
@@ -118,7 +118,7 @@ def _choose():
             if logit > largest:
                 largest, best = logit, k
         store_int(s.cluster, best)
-        m = flat.list_kept(s.masks + best * s.W, 1, s.W, s.D, s.neurons, s.kept)
+        m = flat.list_kept(s.masks + best * s.W, 1, s.W, s.D, s.neurons, 0)
         store_int(s.worker + m_at, m)
         tasks = s.threads * max(1, min(flat.TASKS, m // (s.threads * flat.TASK)))
         store_int(s.worker + tasks_at, tasks if m else 0)
@@ -136,7 +136,11 @@ def _finish():
     def finish(state):
         s = carray(state, 1)[0]
         offset = s.offsets + 4 * s.E * load_int(s.cluster) if s.offsets else 0
-        for e in range(s.E):
+        vectors = s.E // LANES
+        add_floats(s.residual, s.output, vectors)
+        if offset:
+            add_floats(s.residual, offset, vectors)
+        for e in range(vectors * LANES, s.E):
             value = load_float(s.residual + 4 * e) + load_float(s.output + 4 * e)
             store_float(s.residual + 4 * e, value + load_float(offset + 4 * e) if offset else value)
 

@@ -19,7 +19,7 @@ import torch
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from apc.ops._numba import load_byte, load_int, next_number, on_threads, store_int, task_start
+from apc.ops._numba import load_byte, load_int, lowest_bit, next_number, on_threads, store_int, task_start
 from apc.ops._vectors import (
     LANES,
     STEP,
@@ -85,19 +85,30 @@ def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor
 
 @njit(nogil=True)
 def list_kept(masks, n, W, D, neurons, kept):
-    """The number m of neurons that any token keeps. Writes them to int32 [m], and who keeps them to float32 [m, n]."""
+    """The number m of neurons that any token keeps. Writes them to int32 [m].
+
+    For several tokens it also writes who keeps them, to float32 [m, n].
+    """
     count = 0
-    for byte in range((D + 7) // 8):
+    for start in range(0, W, 8):
         union = 0
         for token in range(n):
-            union |= load_byte(masks + token * W + byte)
-        for bit in range(8 if union else 0):
-            if union >> bit & 1 and 8 * byte + bit < D:
-                store_int32(neurons + 4 * count, 8 * byte + bit)
-                for token in range(n):
-                    keeps = load_byte(masks + token * W + byte) >> bit & 1
-                    store_float(kept + 4 * (n * count + token), np.float32(keeps))
-                count += 1
+            row = masks + token * W + start
+            if start + 8 <= W:
+                union |= load_int(row)
+            else:
+                for byte in range(W - start):
+                    union |= load_byte(row + byte) << 8 * byte
+        while union:
+            neuron = 8 * start + lowest_bit(union)
+            union &= union - 1
+            if neuron >= D:
+                break
+            store_int32(neurons + 4 * count, neuron)
+            for token in range(n if n > 1 else 0):
+                keeps = load_byte(masks + token * W + neuron // 8) >> neuron % 8 & 1
+                store_float(kept + 4 * (n * count + token), np.float32(keeps))
+            count += 1
     return count
 
 
@@ -149,7 +160,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
                         value = load_float(x + token * row + 4 * e)
                         g += load(gates + size * e) * value
                         u += load(ups + size * e) * value
-                    keeps = start + i < last and load_float(kept + 4 * ((start + i) * n + token)) > 0
+                    keeps = start + i < last and (n == 1 or load_float(kept + 4 * ((start + i) * n + token)) > 0)
                     if scaled:
                         place = 4 * load_int32(load_int(state + neurons_at) + 4 * min(start + i, last - 1))
                         g *= load_float(load_int(state + gate_scales_at) + place)
