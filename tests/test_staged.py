@@ -110,7 +110,8 @@ def _inputs(policy, layer, hidden, values):
 
 @pytest.mark.parametrize("K", [5, 30], ids=["all-are-candidates", "eight-are-candidates"])
 @pytest.mark.parametrize("tuned", [False, True])
-def test_the_best_cluster_has_the_least_error_of_those_that_capture_most(K, tuned):
+@pytest.mark.parametrize("staged", [False, True])
+def test_the_best_cluster_has_the_least_error_of_those_that_capture_most(K, tuned, staged):
     n, D, E = 20, 24, 10
     down, h = torch.randn(E, D), torch.randn(n, D)
     masks = torch.rand(K, D) < torch.rand(K, 1)
@@ -118,11 +119,12 @@ def test_the_best_cluster_has_the_least_error_of_those_that_capture_most(K, tune
     importance = h.abs() * down.norm(dim=0)
     ffn = SimpleNamespace(down_matrix=down)
     inputs = MaskInputs(0, "neuron", h, {}, None, lambda *_: importance, ffn)
-    chosen = best_clusters(inputs, masks, offsets, correction).tolist()
+    later = torch.rand(n, D) < 0.7 if staged else torch.ones(n, D, dtype=torch.bool)
+    chosen = best_clusters(inputs, masks, later if staged else None, offsets, correction).tolist()
     for token, choice in enumerate(chosen):
         energy, captured, errors = importance[token].square(), [], []
-        for k, mask in enumerate(masks):
-            price = 0.05 * mask.float().mean()
+        for k, nominated in enumerate(masks):
+            price, mask = 0.05 * nominated.float().mean(), nominated & later[token]
             captured.append((energy[mask].sum() / energy.sum() - price).item())
             lost = down[:, ~mask] @ h[token, ~mask]
             lost = lost - offsets[k] - correction[token] if tuned else lost

@@ -249,7 +249,10 @@ class TuningModule(StepModule):
         if self.thresholds is None:
             return own_clusters(self.codebook, tokens, ops.pack(ops.top_mask(scores, int(self.sizes[layer]))))
         correction = None if self.predictor is None else self._outputs(tokens)[1]
-        return best_clusters(tokens, scores >= self.thresholds[layer, 0], self.offsets[layer], correction)
+        nominated, up, down = self.thresholds[layer]
+        up_scores, down_scores = _stage_scores(tokens)
+        later = (up_scores >= up) & (down_scores >= down)
+        return best_clusters(tokens, scores >= nominated, later, self.offsets[layer], correction)
 
     @torch.no_grad()
     def tuned(self, provenance: dict) -> tuple[Codebook, Predictor | None]:
@@ -366,11 +369,8 @@ class _TuningForward(ForwardReader):
 
     def _refine(self, tokens: MaskInputs, mask: Tensor, counted: Tensor, up_part: Tensor | None = None) -> Tensor:
         """The nominated neurons [n, D] that all stages keep; see `apc.tune.steps.refine`."""
-        assert tokens.gate is not None and self.module.thresholds is not None
-        up, down = (
-            log_energy(tokens.measure(tokens.layer, tokens.site, values.detach()))
-            for values in (tokens.gate, tokens.values)
-        )
+        assert self.module.thresholds is not None
+        up, down = _stage_scores(tokens)
         up = up if up_part is None else up + up_part
         thresholds = self.module.thresholds[tokens.layer, 1:]
         refined, shares = refine(mask, counted, up, down, thresholds, TEMPERATURE)
@@ -380,6 +380,15 @@ class _TuningForward(ForwardReader):
     def apply(self, values: Tensor, mask: Tensor) -> Tensor:
         """values · mask [n, D]: a product, which has a gradient to the mask."""
         return values * mask.to(values.dtype)
+
+
+def _stage_scores(tokens: MaskInputs) -> tuple[Tensor, Tensor]:
+    """The scores by which the stages up and down keep neurons, float32 [n, D] each."""
+    assert tokens.gate is not None
+    gate, values = (
+        log_energy(tokens.measure(tokens.layer, tokens.site, each.detach())) for each in (tokens.gate, tokens.values)
+    )
+    return gate, values
 
 
 def _low_rank(ffns: list[FFN], rank: int, seed: int) -> dict[str, nn.Parameter]:

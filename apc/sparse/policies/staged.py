@@ -236,7 +236,8 @@ class Staged(MaskPolicy):
     @classmethod
     def uncalibrated(cls, fit: FitPass) -> dict[str, Tensor]:
         """The tensors before their calibration."""
-        return {"thresholds": torch.zeros(fit.codebook.layers, 3, device=first_device(fit.ffns))}
+        shape = fit.codebook.layers, len(STAGES)
+        return {"thresholds": torch.full(shape, -torch.inf, device=first_device(fit.ffns))}
 
 
 def _calibrating(policy: type[Staged], shares: Tensor) -> type[Staged]:
@@ -338,24 +339,32 @@ class _ClusterStages(_MaskStages, ClusterPolicy):
         return self.table(inputs)[self.clusters(inputs)]
 
 
-def best_clusters(inputs: MaskInputs, masks: Tensor, offsets: Tensor | None, correction: Tensor | None) -> Tensor:
-    """The clusters whose masks change the FFN's output least, int64 [n].
+def best_clusters(
+    inputs: MaskInputs, masks: Tensor, later: Tensor | None, offsets: Tensor | None, correction: Tensor | None
+) -> Tensor:
+    """The clusters with which the FFN's output changes least, int64 [n].
 
     The `CANDIDATES` masks that capture most energy are compared by the squared error of the output. The output is that
-    of the kept neurons, plus the cluster's offset and the correction. Captured energy and squared error are shares of
-    the token's energy. Masks have different sizes, so each pays `SIZE_PRICE` times the share of neurons that it keeps.
+    of the neurons that all stages keep, plus the cluster's offset and the correction. Captured energy and squared error
+    are shares of the token's energy. Masks have different sizes, so each pays `SIZE_PRICE` times the share of neurons
+    that it keeps.
 
-    masks: bool [K, D]; offsets: float32 [K, E]; correction: [n, E].
+    masks: bool [K, D]; later: bool [n, D], the neurons that the stages after gate keep if they are nominated; offsets:
+    float32 [K, E]; correction: [n, E].
     """
     h, weights = inputs.values.nan_to_num(nan=0.0), inputs.ffn.down_matrix.to(inputs.values.device)
     total, price = inputs.totals[1].unsqueeze(1), SIZE_PRICE * masks.float().mean(1)
-    captured = inputs.energy @ masks.T.float() / total
-    candidates = (captured - price).topk(min(CANDIDATES, len(masks)), dim=1).indices
+    energy, missing = inputs.energy, None if correction is None else -correction.float()
+    if later is not None:
+        energy, dropped = energy * later, h.masked_fill(later, 0)
+        missing = add_deltas(missing, (dropped @ weights.T.to(h.dtype)).float())
+        h = h.masked_fill(~later, 0)
+    candidates = (energy @ masks.T.float() / total - price).topk(min(CANDIDATES, len(masks)), dim=1).indices
     errors = []
     for ids in candidates.T:
         error = (h.masked_fill(masks[ids], 0) @ weights.T.to(h.dtype)).float()
         error = error if offsets is None else error - offsets[ids]
-        error = error if correction is None else error - correction.float()
+        error = error if missing is None else error + missing
         errors.append(error.square().sum(1) / total[:, 0] + price[ids])
     return candidates.gather(1, torch.stack(errors, 1).argmin(1, keepdim=True)).squeeze(1)
 
@@ -389,7 +398,15 @@ class StagedOracle(_ClusterStages, Oracle):
         masks = ops.unpack(self.centroids(inputs), inputs.values.shape[-1])
         offsets = self.codebook.sites[inputs.site].offsets
         offsets = None if offsets is None else offsets[self.codebook.group(inputs.layer)]
-        return best_clusters(inputs, masks, offsets, self._correction(inputs))
+        return best_clusters(inputs, masks, self._later(inputs), offsets, self._correction(inputs))
+
+    def _later(self, inputs: MaskInputs) -> Tensor | None:
+        """The neurons that the stages after gate keep if they are nominated, bool [n, D]; None if that is not known."""
+        tensors = self.codebook.calibrated.get(self.name, {})
+        if "thresholds" not in tensors:
+            return None
+        up, down = tensors["thresholds"][inputs.layer, 1:]
+        return (self.up_scores(inputs) >= up) & (log_energy(inputs.importance) >= down)
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The best cluster's neurons, its offset, and the correction."""
