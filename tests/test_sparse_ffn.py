@@ -66,6 +66,47 @@ def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation)
     assert device == "cpu" or torch.equal(output, function(hidden, weights, active))
 
 
+@pytest.mark.parametrize(("way", "device"), [each for each in WAYS if each != WAYS[-1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "E", "D", "with_part"), [(1, 48, 300, False), (1, 33, 40, True), (3, 40, 70, True)])
+def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, dtype, n, E, D, with_part):
+    D = D if device == "cuda" else min(D, 50)
+    hidden, gate, up, down = random_ffn(n, E, D, dtype, device)
+    kept = torch.rand(n, D, device=device) < 0.7
+    norms, up_part = torch.rand(D, device=device) + 0.5, torch.randn(n, D, device=device) if with_part else None
+    x, wide = hidden.double(), [value.double() for value in (gate, up, down)]
+    gates = F.silu(x @ wide[0].T)
+    first = 2 * (gates.abs() * norms).log() + (0 if up_part is None else up_part)
+    second = 2 * ((gates * (x @ wide[1].T)).abs() * norms).log()
+    active = ops.ActiveNeurons(ops.pack(kept))
+    for quantiles in ((0.3, 0.3), (0.0, 0.5), (0.5, 0.0), (1.0, 0.0), (0.0, 0.0)):
+        thresholds = torch.stack([_least(scores, q) for scores, q in zip((first, second), quantiles, strict=True)])
+        passed = kept & (first >= thresholds[0])
+        read_up, passed = passed.any(0), passed & (second >= thresholds[1])
+        matrices = [matrix.clone() for matrix in (gate, up, down)]
+        for matrix, read in zip(matrices, (kept.any(0), read_up, passed.any(0)), strict=True):
+            if way != "torch":
+                matrix[~read] = torch.nan
+        refinement = ops.Refinement(thresholds.float(), norms, up_part)
+        weights = ops.FFNWeights(*matrices)
+        if way == "torch":
+            output = ops.sparse_ffn(hidden, weights, active, kernel="torch", refinement=refinement)
+        else:
+            output = ops.sparse_ffn_triton(hidden, weights, active, refinement=refinement)
+        assert close(output, expected(hidden, gate, up, down, passed, "silu"), dtype)
+
+
+def _least(scores, share):
+    """A threshold above about this share of the scores, amid the widest gap near by, which rounding can't cross."""
+    if share in (0.0, 1.0):
+        return scores.new_tensor(torch.inf if share else -torch.inf)
+    ordered = scores.flatten().sort().values
+    middle = round(share * len(ordered))
+    near = ordered[max(0, middle - 5) : middle + 5]
+    gap = (near[1:] - near[:-1]).argmax()
+    return (near[gap] + near[gap + 1]) / 2
+
+
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_masks_of_any_number_of_neurons(way, device):
     tensors = random_ffn(1, 40, 150, torch.bfloat16 if way == "hopper" else torch.float32, device)

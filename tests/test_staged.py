@@ -104,6 +104,21 @@ def test_the_masked_forward_reads_only_what_each_stage_keeps(workplace, form, po
             del block.mlp.forward
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_clusters_run_in_stages_by_a_kernel(workplace, device):
+    left, model, tokens = loaded(workplace, "cluster")
+    model, tokens, given = model.to(device), tokens.to(device), (left.codebook, left.predictor, "staged-predicted")
+    logits = apc.sparsify(model, *given)(tokens).logits
+    kernel = "torch" if device == "cpu" else "triton"
+    assert torch.allclose(apc.sparsify(model, *given, kernel=kernel, scoring=True)(tokens).logits, logits, atol=2e-5)
+    dense = apc.restore(model)(tokens).logits
+    assert (dense - logits).abs().max() > 1e-3
+    if device == "cpu":
+        with pytest.raises(UserError, match="staged-predicted: no kernel runs it on the CPU yet; use kernel=torch"):
+            apc.sparsify(model, *given, kernel="numba")
+
+
 def _inputs(policy, layer, hidden, values):
     return MaskInputs(layer, "neuron", values, hidden, policy.codebook, lambda *_: values.abs(), None, values)
 
@@ -352,7 +367,12 @@ def test_a_lora_is_tuned_and_said(workplace):
     changes = {"tune.max_epochs": 2, "tune.policy": "staged-predicted", "tune.batch_windows": 18, "tune.lora": 2}
     results = run(workplace, "lora", policies="[dense,staged-predicted]", **changes)
     assert results["conditions"]["tuned"].endswith("weights adapted by a LoRA of rank 2")
-    tensors = apc.load_run(workplace / "runs" / "lora").codebook.calibrated["staged-predicted"]
+    left, model, _ = loaded(workplace, "lora")
+    tensors = left.codebook.calibrated["staged-predicted"]
+    with pytest.raises(
+        UserError, match=r"staged-predicted: no kernel .* adapted weights \(tune.lora\); use kernel=None"
+    ):
+        apc.sparsify(model, left.codebook, left.predictor, "staged-predicted", kernel="torch")
     assert tensors["lora_up_b"].abs().max() > 0 and tensors["lora_up_b"].dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"tune\.lora=2 needs a staged tune\.policy: staged-oracle, staged-predicted"):
         run(workplace, "flat", **{**changes, "tune.policy": "predicted"})

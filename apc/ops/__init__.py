@@ -40,6 +40,7 @@ from apc.ops.ffn_arguments import (
     OutputDelta,
     Prediction,
     PredictorWeights,
+    Refinement,
     SpacedCopy,
     Stages,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "OutputDelta",
     "Prediction",
     "PredictorWeights",
+    "Refinement",
     "ScoreCurve",
     "SpacedCopy",
     "Stages",

@@ -56,6 +56,16 @@ class ActiveNeurons(NamedTuple):
     active_list: Tensor | None = None  # the same neurons listed per thread block, from `sparse_ffn_ahead`
 
 
+class Refinement(NamedTuple):
+    """Which active neurons have their rows of up and down read, and not only that of gate; w is a column of W_down."""
+
+    # float32 [2]: the least 2 log(|act(gate · x)| · ‖w‖), plus `up_part`, with which up is read, and the least
+    # 2 log(|act(gate · x) · (up · x)| · ‖w‖) with which down is read
+    thresholds: Tensor
+    norms: Tensor  # float32 [D], ‖w‖
+    up_part: Tensor | None = None  # float32 [n, D]
+
+
 class OutputDelta(NamedTuple):
     """Terms added to an FFN's output: bottleneck · correct + correct_bias, and the offset of each token's cluster."""
 

@@ -32,6 +32,7 @@ from apc.ops.ffn_arguments import (
     OutputDelta,
     Prediction,
     PredictorWeights,
+    Refinement,
 )
 from apc.ops.predict import (
     check_hidden,
@@ -48,6 +49,7 @@ KERNELS = ("triton", "numba", "torch")
 MAX_HIDDEN = 2**14  # the largest hidden size whose sums fit a program
 # ROWS: neurons that a program reads at a time; STAGES: how many of these reads are in flight.
 _ROWS_TILE = {"ROWS": 2, "STAGES": 3, "num_warps": 4}
+_STAGED_TILE = {"ROWS": 2, "STAGES": 1, "num_warps": 4}  # loads depend on loads, so none can be in flight ahead
 _PROGRAMS = 1  # programs of `rows` on each multiprocessor
 _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
 _PARTS = 256  # parts of the output added at a time, at most
@@ -102,15 +104,21 @@ def _rows_kernel(
     masks_ptr,  # uint32 [K or n, words]
     values_ptr,  # float32 [n, candidates], read if BY_CLUSTER
     ids_ptr,  # int32 [n, candidates], read if BY_CLUSTER
+    thresholds_ptr,  # float32 [2], read if STAGED, like norms
+    norms_ptr,  # float32 [D]
+    up_part_ptr,  # float32 [n, D], read if UP_PART
     partial_ptr,  # float32 [programs, n, E], out
     tokens,
     E,
+    D,
     words,
     candidates,
     gate_stride,
     up_stride,
     down_stride,
     BY_CLUSTER: tl.constexpr,
+    STAGED: tl.constexpr,  # whether a neuron's rows of up and down are read only if it passes the thresholds
+    UP_PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
     N: tl.constexpr,  # n, rounded up to a power of two
     ROWS: tl.constexpr,
@@ -154,19 +162,28 @@ def _rows_kernel(
         inside = rank < last
         neuron = tl.where(inside, 32 * word_at + place, 0).to(tl.int64)[:, None]
         read = inside[:, None] & (e < E)[None, :]
-        gate = tl.load(gate_ptr + neuron * gate_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + neuron * up_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
-        down = tl.load(down_ptr + neuron * down_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
-        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION) * tl.sum(
-            up[None, :, :] * hidden[:, None, :], axis=2
-        )
+        kept = (n < tokens)[:, None] & inside[None, :]
         if N > 1:  # a neuron may be kept by another token's mask only
-            own = tl.load(
-                masks_ptr + mask_of[:, None] * words + word_at[None, :],
-                mask=(n < tokens)[:, None] & inside[None, :],
-                other=0,
-            )
-            x = tl.where((own >> place[None, :]) & 1 != 0, x, 0.0)
+            own = tl.load(masks_ptr + mask_of[:, None] * words + word_at[None, :], mask=kept, other=0)
+            kept = kept & ((own >> place[None, :]) & 1 != 0)
+        gate = tl.load(gate_ptr + neuron * gate_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION)
+        if STAGED:  # comparisons let NaN pass, so that it shows in the output
+            norms = tl.load(norms_ptr + tl.sum(neuron, axis=1), mask=inside, other=0.0)[None, :]
+            importance = tl.abs(x) * norms
+            if UP_PART:
+                part = tl.load(up_part_ptr + n[:, None] * D + tl.sum(neuron, axis=1)[None, :], mask=kept, other=0.0)
+                importance = importance * tl.exp(0.5 * part)
+            kept = kept & ~(importance < tl.exp(0.5 * tl.load(thresholds_ptr)))
+            read = read & (tl.max(kept.to(tl.int32), axis=0) > 0)[:, None]
+        up = tl.load(up_ptr + neuron * up_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        x = x * tl.sum(up[None, :, :] * hidden[:, None, :], axis=2)
+        if STAGED:
+            kept = kept & ~(tl.abs(x) * norms < tl.exp(0.5 * tl.load(thresholds_ptr + 1)))
+            read = read & (tl.max(kept.to(tl.int32), axis=0) > 0)[:, None]
+        down = tl.load(down_ptr + neuron * down_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
+        if N > 1 or STAGED:
+            x = tl.where(kept, x, 0.0)
         x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
         sums += x[:, :, None] * down[None, :, :]
     at = (tl.program_id(0) * tokens + n)[:, None] * E + e[None, :]
@@ -259,6 +276,7 @@ def sparse_ffn(
     active: ActiveNeurons,
     delta: OutputDelta = _NO_DELTA,
     kernel: str | None = None,
+    refinement: Refinement | None = None,
 ) -> Tensor:
     """The FFN's output over each token's active neurons i: Σ_i act(x · gate_i) · (x · up_i) · down_i, plus `delta`.
 
@@ -269,6 +287,8 @@ def sparse_ffn(
         delta: terms to add to the output.
         kernel: `triton` (on a GPU, hidden sizes of up to 16,384), `numba` (on the CPU) or `torch`. The first two take
             up to `MAX_TOKENS` tokens. None: `triton` on a GPU with such a hidden size, else `torch`.
+        refinement: leaves out neurons, and so rows of up and down, by what has been computed of them. A neuron whose
+            value is NaN stays. Not for `numba`.
 
     Returns:
         float [n, E] of hidden's type. The kernels add in float32, in the same order each time, and round the product of
@@ -299,7 +319,17 @@ def sparse_ffn(
         )
     if delta.offsets is not None and (candidates is None or delta.offsets.shape != (len(masks), E)):
         raise ValueError(f"offsets {describe(delta.offsets)} must be [{len(masks)}, {E}], and need candidates")
-    return torch.ops.apc.sparse_ffn(hidden, *_flat(weights, active, delta), kernel, active.active_list)[0]
+    if refinement is not None:
+        thresholds, norms, up_part = refinement
+        given = {"thresholds": (thresholds, (2,)), "norms": (norms, (D,)), "up_part": (up_part, (n, D))}
+        for name, (tensor, shape) in given.items():
+            if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+                raise ValueError(f"{name} {describe(tensor)} must be float32 {list(shape)}")
+        if kernel == "numba":
+            raise ValueError("kernel numba takes no refinement; use kernel torch")
+    return torch.ops.apc.sparse_ffn(
+        hidden, *_flat(weights, active, delta), kernel, active.active_list, *(refinement or (None, None, None))
+    )[0]
 
 
 def _kernel_for(hidden: Tensor) -> str:
@@ -313,7 +343,11 @@ def _flat(weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta) -> tup
 
 
 def sparse_ffn_triton(
-    hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta = _NO_DELTA
+    hidden: Tensor,
+    weights: FFNWeights,
+    active: ActiveNeurons,
+    delta: OutputDelta = _NO_DELTA,
+    refinement: Refinement | None = None,
 ) -> Tensor:
     """`sparse_ffn` by its Triton kernels: for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1.
 
@@ -321,7 +355,7 @@ def sparse_ffn_triton(
     """
     if hidden.shape[1] > MAX_HIDDEN:
         raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {MAX_HIDDEN}, got hidden {describe(hidden)}")
-    partial = _rows(hidden.contiguous(), weights, active)
+    partial = _rows(hidden.contiguous(), weights, active, refinement)
     return _finish(partial, hidden, active.candidates, delta, {"EARLY": False})
 
 
@@ -333,26 +367,32 @@ def sparse_ffn_hopper(
     return _finish(partial, hidden, active.candidates, delta, pdl_options(hidden.device))
 
 
-def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons) -> Tensor:
+def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, refinement: Refinement | None = None) -> Tensor:
     """Each program's part of the output, float32 [programs, n, E]."""
     (n, E), words, programs = hidden.shape, active.masks.shape[1] // 4, _PROGRAMS * _multiprocessors(hidden.device)
     gate, up, down, activation = weights
     partial = hidden.new_empty((programs, n, E), dtype=torch.float32)
     values, ids = active.candidates or (partial, partial)  # without candidates the kernel does not read them
     count = values.shape[1] if active.candidates else 0
-    tensors = hidden, gate, up, down, active.masks.view(torch.int32), values, ids, partial
-    numbers = n, E, words, count, gate.stride(0), up.stride(0), down.stride(0)
+    thresholds, norms, up_part = (
+        partial if each is None else each.contiguous() for each in refinement or (None, None, None)
+    )
+    tensors = hidden, gate, up, down, active.masks.view(torch.int32), values, ids, thresholds, norms, up_part, partial
+    numbers = n, E, len(gate), words, count, gate.stride(0), up.stride(0), down.stride(0)
     blocks = {
         "N": triton.next_power_of_2(n),
         "BLOCK_E": triton.next_power_of_2(E),
         "BLOCK_W": triton.next_power_of_2(words),
         "BLOCK_C": triton.next_power_of_2(max(count, 1)),
     }
-    by_cluster = active.candidates is not None
+    flags = {
+        "BY_CLUSTER": active.candidates is not None,
+        "STAGED": refinement is not None,
+        "UP_PART": refinement is not None and refinement.up_part is not None,
+    }
     with torch.cuda.device_of(hidden):
-        _rows_kernel[(programs,)](
-            *tensors, *numbers, BY_CLUSTER=by_cluster, ACTIVATION=activation, **blocks, **_ROWS_TILE
-        )
+        tile = _ROWS_TILE if refinement is None else _STAGED_TILE
+        _rows_kernel[(programs,)](*tensors, *numbers, **flags, ACTIVATION=activation, **blocks, **tile)
     return partial
 
 
@@ -452,6 +492,7 @@ def sparse_ffn_ahead(
         *_flat(weights, active, delta),
         "triton",
         active.active_list,
+        *(None, None, None),
         *later,
         neurons,
         next_masks,
@@ -477,6 +518,9 @@ def _sparse_ffn(
     offsets: Tensor | None,
     kernel: str,
     active_list: Tensor | None,
+    thresholds: Tensor | None = None,
+    norms: Tensor | None = None,
+    up_part: Tensor | None = None,
     reduce: Tensor | None = None,
     reduce_bias: Tensor | None = None,
     expand: Tensor | None = None,
@@ -495,8 +539,11 @@ def _sparse_ffn(
     _wait_for(active_list)
     weights, delta = FFNWeights(gate, up, down, activation), OutputDelta(inner, correct, bias, offsets)
     active = ActiveNeurons(masks, _candidates(values, ids), active_list)
+    refinement = None if thresholds is None or norms is None else Refinement(thresholds, norms, up_part)
     if kernel != "triton":
-        return _on_host(hidden, weights, active, delta, kernel), *_empty(hidden)
+        return _on_host(hidden, weights, active, delta, kernel, refinement), *_empty(hidden)
+    if refinement is not None:
+        return sparse_ffn_triton(hidden, weights, active, delta, refinement), *_empty(hidden)
     if reduce is None or reduce_bias is None or expand is None or expand_bias is None:
         kernels = sparse_ffn_hopper if is_supported(gate, up, down) else sparse_ffn_triton
         return kernels(hidden, weights, active, delta), *_empty(hidden)
@@ -528,6 +575,9 @@ def _(
     offsets: Tensor | None,
     kernel: str,
     active_list: Tensor | None,
+    thresholds: Tensor | None = None,
+    norms: Tensor | None = None,
+    up_part: Tensor | None = None,
     reduce: Tensor | None = None,
     reduce_bias: Tensor | None = None,
     expand: Tensor | None = None,
@@ -577,7 +627,14 @@ def _with_prediction(
     return output, prediction
 
 
-def _on_host(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta, kernel: str) -> Tensor:
+def _on_host(
+    hidden: Tensor,
+    weights: FFNWeights,
+    active: ActiveNeurons,
+    delta: OutputDelta,
+    kernel: str,
+    refinement: Refinement | None = None,
+) -> Tensor:
     """`sparse_ffn` by numba, or in plain torch on any device."""
     chosen = None
     if active.candidates is not None:
@@ -589,7 +646,7 @@ def _on_host(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: 
 
         output = sparse_ffn_cpu(hidden, weights, masks)
     else:
-        output = _by_torch(hidden, weights, masks)
+        output = _by_torch(hidden, weights, masks, refinement)
     inner, correct, bias, offsets = delta
     if inner is not None and correct is not None and bias is not None:
         output = output + inner @ correct.float() + bias
@@ -598,13 +655,21 @@ def _on_host(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: 
     return output.to(hidden.dtype)
 
 
-def _by_torch(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor:
+def _by_torch(hidden: Tensor, weights: FFNWeights, masks: Tensor, refinement: Refinement | None) -> Tensor:
     """Σ_i act(x · gate_i) · (x · up_i) · down_i over each token's neurons, float32 [n, E]; masks: uint8 [n, W]."""
     gate, up, down, activation = weights
     kept = unpack(masks, len(gate))
     neurons = kept.any(0).nonzero().squeeze(1)
-    x = act(hidden @ gate[neurons].T, activation) * (hidden @ up[neurons].T) * kept[:, neurons]
-    return (x @ down[neurons]).float()
+    gates, kept = act(hidden @ gate[neurons].T, activation), kept[:, neurons]
+    x = gates * (hidden @ up[neurons].T)
+    if refinement is not None:
+        least, norms = (refinement.thresholds / 2).exp(), refinement.norms[neurons]
+        importance = gates.float().abs() * norms
+        if refinement.up_part is not None:
+            importance = importance * (refinement.up_part[:, neurons] / 2).exp()
+        dropped = (importance < least[0]) | (x.float().abs() * norms < least[1])  # NaN is not dropped
+        kept = kept & ~dropped
+    return (x.masked_fill(~kept, 0) @ down[neurons]).float()
 
 
 def can_prefetch(weights: FFNWeights) -> bool:

@@ -29,7 +29,7 @@ from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.policies import MaskInputs, MaskPolicy, kernel_policies
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
-from apc.sparse.policies.staged import StagedNeuron, StagedProx
+from apc.sparse.policies.staged import StagedNeuron, StagedPredicted, StagedProx
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
 
@@ -378,11 +378,18 @@ def check_policy(policy: MaskPolicy, kernel: str, device: str) -> None:
     if policy.kernel is None and policy.known_before_ffn() and low_bit is not None:
         problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs for it (predictor.inputs)"
         raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
+    if policy.kernel is None and policy.has_kernel_on("cuda"):
+        problem = "no kernel runs stages by top share, one layer ahead, or of clusters with adapted weights (tune.lora)"
+        raise UserError(f"policy {policy.name}: {problem}; use kernel=None")
     if policy.kernel is None:
         problem = "its masks depend on activations inside the FFN, which no kernel supports"
         raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies(device))}")
     if policy.kernel == "stages" and kernel == "triton":
-        raise UserError(f"policy {policy.name}: no kernel runs stages on a GPU yet; use kernel=None, or the CPU")
+        raise UserError(
+            f"policy {policy.name}: no kernel runs a copy's stages on a GPU yet; use kernel=None, or the CPU"
+        )
+    if policy.staged and policy.kernel == "cluster" and kernel == "numba":
+        raise UserError(f"policy {policy.name}: no kernel runs it on the CPU yet; use kernel=torch, or a GPU")
     sites = list(policy.codebook.sites)
     if sites != ["neuron"]:
         raise UserError(f"kernels need a codebook with sites=[neuron], this one has sites={sites}")
@@ -520,7 +527,12 @@ class _ClusterFFN(_SparseFFN):
             from apc.ops.predict_cpu import PredictorCPU  # imports numba
 
             self._on_cpu = PredictorCPU(self.predictor, weights.gate.dtype)
-        self.centroids = book.centroids[group].to(weights.down.device).contiguous()  # uint8 [K, W]
+        # The clusters' masks, uint8 [K, W], and what decides which of their rows of up and down are read.
+        self.centroids, self.refinement = book.centroids[group].to(weights.down.device).contiguous(), None
+        if isinstance(policy, StagedPredicted):
+            tensors = {name: value[layer].to(weights.down.device) for name, value in policy.tensors.items()}
+            self.centroids = tensors["masks"].contiguous()
+            self.refinement = ops.Refinement(tensors["thresholds"][1:], self.ffn.output_norms())
         # [H, E] and float32 [E]
         self.correct = (
             (to_stored(parts["correct"]), to_fp32(parts["correct_bias"])) if policy.predictor.corrects else None
@@ -534,7 +546,8 @@ class _ClusterFFN(_SparseFFN):
         if clusters is not None:
             prediction = ops.Prediction(prediction.bottleneck, ops.Candidates(clusters.float(), clusters))
         active = ops.ActiveNeurons(self.centroids, prediction.candidates)
-        return ops.sparse_ffn(hidden, self.weights, active, self.delta(prediction), self.kernel_for(hidden))
+        delta, kernel = self.delta(prediction), self.kernel_for(hidden)
+        return ops.sparse_ffn(hidden, self.weights, active, delta, kernel, self.refinement)
 
     def for_step(self):
         """The kernel with the weights as they are now; None without one."""

@@ -441,6 +441,17 @@ class StagedPredicted(_ClusterStages, Predicted):
     gap_to: str | None = None
     color, marker = "#332288", "s"
 
+    @classmethod
+    def has_kernel_on(cls, device: str) -> bool:
+        """On a GPU only."""
+        return device == "cuda"
+
+    @property
+    def kernel(self) -> str | None:
+        """cluster, for stages that keep neurons by thresholds, with the model's own weights."""
+        fits = "sizes" not in self.tensors and not self.adapts_weights and not self.lookahead
+        return "cluster" if fits else None
+
 
 class StagedNeuron(Staged, NeuronPredictor):
     """The neurons with the highest predicted scores, in stages."""
