@@ -341,6 +341,9 @@ def test_the_ops_can_be_compiled():
     )
     candidates = ops.predict_clusters(hidden, ops.PredictorWeights(*predictor), by_triton=False).candidates
     masks = ops.pack(torch.rand(9, 64) < 0.5)
-    ahead = hidden, gate, up, down, masks, "silu", *candidates, *[None] * 4, "triton", None, *predictor
+    ahead = hidden, gate, up, down, masks, "silu", *candidates, *[None] * 4, "triton", None, *[None] * 3, *predictor
     torch.library.opcheck(torch.ops.apc.sparse_ffn, ahead, **checked)
+    refinement = torch.zeros(2), torch.ones(64), torch.zeros(2, 64)
+    staged = hidden, gate, up, down, masks, "silu", *candidates, *[None] * 4, "triton", None, *refinement
+    torch.library.opcheck(torch.ops.apc.sparse_ffn, staged, **checked)
     torch.library.opcheck(torch.ops.apc.predict_clusters, (hidden, *predictor, False), **checked)

@@ -271,6 +271,10 @@ def test_kernels_run_the_multipliers_of_falcon_h1(policy):
     ahead = make_predictor(codebook, lookahead=1)
     with pytest.raises(UserError, match=r"layers\.0\.mlp: it has multipliers, which kernels support without lookahead"):
         apc.sparsify(model, codebook, ahead, "predicted", kernel="torch")
+    tensors = {"masks": codebook.sites["neuron"].centroids, "thresholds": torch.zeros(codebook.layers, 3)}
+    staged = codebook.with_calibrated("staged-predicted", tensors, {})
+    with pytest.raises(UserError, match="it has multipliers, which kernels support without .* and stages only"):
+        apc.sparsify(model, staged, predictor, "staged-predicted", kernel="torch")
     with pytest.raises(UserError, match=r"\(FalconH1MLP\): it computes more than down"):
         apc.sparsify(with_multipliers(0.0, 1.0), codebook, kernel="torch")
 

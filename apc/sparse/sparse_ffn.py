@@ -165,8 +165,9 @@ class SparseFFNs:
             check_call(ffn)
         check_policy(policy, self.kernel, layer_ffns(ffns)[0].device.type)
         self._multipliers = [multipliers(ffn) for ffn in self._ffns]
-        if set(self._multipliers) != {(1.0, 1.0)} and (policy.lookahead or policy.changes_output):
-            problem = "it has multipliers, which kernels support without lookahead, correction and offsets only"
+        plain = not (policy.lookahead or policy.changes_output or policy.staged)
+        if set(self._multipliers) != {(1.0, 1.0)} and not plain:
+            problem = "it has multipliers, which kernels support without lookahead, correction, offsets and stages only"
             raise UserError(f"{ffns[0].name}: {problem}; use kernel=None")
         self._warned = False  # whether a dense forward pass was reported
         self._clear()
@@ -378,7 +379,7 @@ def check_policy(policy: MaskPolicy, kernel: str, device: str) -> None:
     if policy.kernel is None and policy.known_before_ffn() and low_bit is not None:
         problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs for it (predictor.inputs)"
         raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
-    if policy.kernel is None and policy.has_kernel_on("cuda"):
+    if policy.kernel is None and policy.staged and any(map(policy.has_kernel_on, ("cpu", "cuda"))):
         problem = "no kernel runs stages by top share, one layer ahead, or of clusters with adapted weights (tune.lora)"
         raise UserError(f"policy {policy.name}: {problem}; use kernel=None")
     if policy.kernel is None:
@@ -548,6 +549,17 @@ class _ClusterFFN(_SparseFFN):
         active = ops.ActiveNeurons(self.centroids, prediction.candidates)
         delta, kernel = self.delta(prediction), self.kernel_for(hidden)
         return ops.sparse_ffn(hidden, self.weights, active, delta, kernel, self.refinement)
+
+    def timed(self, hidden: Tensor, inputs: dict[int, Tensor], clusters: Tensor) -> Tensor:
+        """A call that reads all rows of the clusters' neurons: what stages leave out depends on the inputs."""
+        usual, every = self.refinement, None
+        if usual is not None:
+            every = usual._replace(thresholds=torch.full_like(usual.thresholds, -torch.inf))
+        self.refinement = every
+        try:
+            return self(hidden, inputs, clusters)
+        finally:
+            self.refinement = usual
 
     def for_step(self):
         """The kernel with the weights as they are now; None without one."""

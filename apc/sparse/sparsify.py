@@ -70,7 +70,7 @@ def sparsify(
         seed: decides the masks of the policy `random`.
         kernel: None masks the activations of a dense forward pass. With a kernel FFNs compute only the neurons that the
             mask keeps: `triton` on an NVIDIA GPU, `numba` on the CPU, `torch` by torch, `auto` by that of the first
-            two that the model's device has. Kernels need a policy that knows its masks before the FFN runs.
+            two that the model's device has. Kernels need a policy that knows its masks before the FFN runs, or stages.
         max_sparse_tokens: with a kernel, calls of more tokens run dense, as in prefill. None: `auto` measures the
             crossover (0 if sparse is never faster), `triton` and `numba` use the kernels' limit, and `torch` uses one
             token. math.inf: all calls run sparse.

@@ -238,7 +238,7 @@ class MaskPolicy:
 
     @classmethod
     def known_before_ffn(cls) -> bool:
-        """Whether the mask is known before the FFN runs: only then can a kernel skip neurons."""
+        """Whether the mask is known before the FFN runs: then a kernel can skip neurons in all three matrices."""
         return not cls.is_bound and not cls.sees_gate
 
     @classmethod

@@ -53,6 +53,7 @@ class Staged(MaskPolicy):
     staged = True
     sites = ("neuron",)
     gap_to: str | None = None
+    nominates_by_stages = False  # whether nominations depend on the thresholds of the later stages
 
     @property
     def kernel(self) -> str | None:
@@ -245,6 +246,11 @@ def _calibrating(policy: type[Staged], shares: Tensor) -> type[Staged]:
 
     class Calibrating(policy):  # type: ignore[valid-type,misc]
         def decide(self, inputs: MaskInputs) -> MaskDecision:
+            if self.nominates_by_stages:  # a first round gives these thresholds
+                self.cut(inputs)
+            return self.cut(inputs)
+
+        def cut(self, inputs: MaskInputs) -> MaskDecision:
             gate, *rest = shares[inputs.layer].tolist()
             nominated = self.calibrate_nomination(inputs, gate)
             masks = [nominated.mask]
@@ -372,11 +378,12 @@ def best_clusters(
 class StagedOracle(_ClusterStages, Oracle):
     """The best cluster's neurons, in stages; with a correction of the output if it was tuned with one.
 
-    See `best_clusters`.
+    See `best_clusters`; with stages.rule=top the output is that of all nominated neurons.
     """
 
     name = "staged-oracle"
     corrected = True
+    nominates_by_stages = True
     tunable = True
     color, marker = "#117733", "D"
 
