@@ -70,7 +70,7 @@ def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "E", "D", "with_part"), [(1, 48, 300, False), (1, 33, 40, True), (3, 40, 70, True)])
 def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, dtype, n, E, D, with_part):
-    D = D if device == "cuda" else min(D, 50)
+    D = D if device == "cuda" else min(D, 24)  # the interpreter is slow for each neuron
     hidden, gate, up, down = random_ffn(n, E, D, dtype, device)
     kept = torch.rand(n, D, device=device) < 0.7
     norms, up_part = torch.rand(D, device=device) + 0.5, torch.randn(n, D, device=device) if with_part else None
@@ -79,8 +79,8 @@ def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, 
     first = 2 * (gates.abs() * norms).log() + (0 if up_part is None else up_part)
     second = 2 * ((gates * (x @ wide[1].T)).abs() * norms).log()
     active = ops.ActiveNeurons(ops.pack(kept))
-    for quantiles in ((0.3, 0.3), (0.0, 0.5), (0.5, 0.0), (1.0, 0.0), (0.0, 0.0)):
-        thresholds = torch.stack([_least(scores, q) for scores, q in zip((first, second), quantiles, strict=True)])
+    for shares in ((0.3, 0.3), (0.0, 0.5), (1.0, 0.0)):
+        thresholds = torch.stack([_least(scores, share) for scores, share in zip((first, second), shares, strict=True)])
         passed = kept & (first >= thresholds[0])
         read_up, passed = passed.any(0), passed & (second >= thresholds[1])
         matrices = [matrix.clone() for matrix in (gate, up, down)]
