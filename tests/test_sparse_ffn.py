@@ -96,6 +96,19 @@ def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, 
         assert close(output, expected(hidden, gate, up, down, passed, "silu"), dtype)
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_a_refinement_lets_nan_pass(kernel, activation):
+    hidden, *matrices = random_ffn(1, 16, 20, torch.float32, "cpu")
+    hidden[0, 3] = torch.nan
+    active, refinement = (
+        ops.ActiveNeurons(ops.pack(torch.ones(1, 20) > 0)),
+        ops.Refinement(torch.ones(2), torch.ones(20)),
+    )
+    weights = ops.FFNWeights(*matrices, activation)
+    assert ops.sparse_ffn(hidden, weights, active, kernel=kernel, refinement=refinement).isnan().all()
+
+
 def _least(scores, share):
     """A threshold above about this share of the scores, amid the widest gap near by, which rounding can't cross."""
     if share in (0.0, 1.0):

@@ -88,7 +88,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0, 0.0, x)  # NaN stays
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:
