@@ -168,7 +168,7 @@ def test_speed_in_80_columns_and_wide(results):
     assert "0.23 ×÷ 11.5" in table and tables.WIDE_INTERVAL in table, "±0.24 would reach below zero"
     results["speed"] = make_speed()
     table, texts = tables.speed_tables(results)
-    assert "– exact, oracle: no kernel, because" in table and "512 tokens" in table
+    assert "– exact, oracle: no kernel on this device" in table and "512 tokens" in table
     assert texts.splitlines()[0].startswith("… once") and "\n  predicted: word" in texts
     wide = row(tables.speed_tables(results, wide=True)[0], "predicted")
     assert wide[2] == "4.000" and wide[5:] == ["1.100±0.100", "25.00", "0.250", "90.0", "12.5", "4", "2.0"]

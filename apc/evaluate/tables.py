@@ -369,7 +369,7 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
         )
     if speed["left_out"]:
         names = ", ".join(speed["left_out"])
-        notes.append(f"{DASH} {names}: no kernel on this device runs the policy as it is calibrated")
+        notes.append(f"{DASH} {names}: no kernel on this device")
     notes += [
         f"{DASH} {record['policy']}: {record['unclear']}" for record in speed["policies"] if record.get("unclear")
     ]
