@@ -40,8 +40,10 @@ MODES = {  # (label, mode of torch.compile, whether kernels launch early)
     "default": (COMPILED, "default", False),
     "tuned": (f"{TUNED}, early launches", MODE, True),
 }
+COPY_BITS, COPY_INPUTS = 4, 0.375  # of the copy that nominates neurons for stages
+STEP = 0.15  # between the shares of rows of gate, up and down that stages read
 PREFILLS = (64, 512, 2048)  # tokens of calls that run dense
-KERNELS = importlib.import_module("apc.ops.sparse_ffn")
+KERNELS, staged = (importlib.import_module(f"apc.ops.{name}") for name in ("sparse_ffn", "staged_ffn"))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class Shape:
     def copy_bytes(self) -> int:
         """Bytes of a layer's one-bit gate and up, score curve and correction: 5.0 % of the FFN at Mistral's shape."""
         return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D + 2 * 2 * self.rank * self.E
+
+    @property
+    def spaced_bytes(self) -> int:
+        """Bytes of a layer's 4-bit gate and up at `COPY_INPUTS`, and of norms."""
+        levels = COPY_BITS * ops.row_bytes(self.D) + 2 * math.ceil(self.D / ops.GROUP)
+        return int(2 * self.E * COPY_INPUTS * levels) + 4 * (self.E + self.D)
 
     @property
     def rank(self) -> int:
@@ -160,10 +168,16 @@ class Layer:
     offsets: Tensor  # output offset of each cluster
     copy: tuple[Tensor, ops.ScoreCurve, Tensor]  # bits of gate and up, the curve of their scores, and the threshold
     rank: int  # of the copy's correction, which uses the first rows of the predictor's bottleneck
+    nominations: Tensor  # masks of the clusters for stages
+    refinement: ops.Refinement
+    stages: ops.Stages  # of a 4-bit copy that is read at some inputs
 
     @classmethod
     def draw(cls, shape: Shape, density: float) -> "Layer":
-        """A layer of random values, whose masks and scores keep this share of the neurons."""
+        """A layer of random values, whose masks and scores keep this share of the neurons.
+
+        The shares of the rows of gate, up and down that its stages read are `STEP` apart, with this mean.
+        """
         draw = lambda *size: (torch.randn(*size, device=DEVICE) * size[-1] ** -0.5).bfloat16()
         weights = ops.FFNWeights(*(draw(shape.D, shape.E) for _ in range(3)))
         biases = [torch.randn(count, device=DEVICE) * 0.01 for count in (shape.H, shape.K)]
@@ -177,23 +191,45 @@ class Layer:
         if density < 1:
             threshold = scores.flatten()[: 1 << 20].quantile(1 - density)
         correction = draw(shape.H, shape.E), torch.randn(shape.E, device=DEVICE)
-        masks = draw_masks(shape.K, shape.D, density)
-        return cls(weights, masks, predictor, correction, draw(shape.K, shape.E), (*copy, threshold), shape.rank)
+        masks, nominations = (draw_masks(shape.K, shape.D, share) for share in (density, min(1.0, density + STEP)))
+        norms = weights.down.float().norm(dim=1)
+        x = torch.randn(256, shape.E, device=DEVICE).bfloat16()
+        gates = F.silu(x @ weights.gate.T).float().abs() * norms
+        products = gates * (x @ weights.up.T).float().abs()
+        least = -torch.inf * torch.ones(2, device=DEVICE)
+        if density < 1:  # the shares that the later stages leave of what comes to them
+            least[0] = gates.flatten()[: 1 << 20].quantile(1 - density / (density + STEP))
+            least[1] = products[gates >= least[0]][: 1 << 20].quantile(1 - (density - STEP) / density)
+        refinement = ops.Refinement(2 * least.log(), norms)
+        offsets, copied = draw(shape.K, shape.E), (*copy, threshold)
+        return cls(
+            *(weights, masks, predictor, correction, offsets, copied, shape.rank, nominations, refinement),
+            draw_stages(weights, norms, density),
+        )
 
     def sparse(self, x: Tensor, how: str = "predictor") -> Tensor:
         """The FFN's output by the sparse kernels.
 
         how: where masks come from. known: given; copy: scores of the low-bit copy; predictor, corrected: the mask of
-        the predicted cluster, without or with a correction.
+        the predicted cluster, without or with a correction. stages: with known nominations; predicted stages: with
+        those of the predicted cluster.
         """
         if how == "known":
             return ops.sparse_ffn(x, self.weights, ops.ActiveNeurons(self.masks[: len(x)]))
+        if how == "copied stages":
+            return ops.staged_ffn_triton(x, self.weights, self.stages)
+        if how == "stages":
+            active = ops.ActiveNeurons(self.nominations[: len(x)])
+            return ops.sparse_ffn(x, self.weights, active, refinement=self.refinement)
         if how == "copy":
             inner = ops.bottleneck(x, *(value[: self.rank] for value in self.predictor[:2]))
             masks = ops.low_bit_scores(x, *self.copy)
             delta = ops.OutputDelta(inner, self.correction[0][: self.rank], self.correction[1])
             return ops.sparse_ffn(x, self.weights, ops.ActiveNeurons(masks), delta)
         prediction = ops.predict_clusters(x, self.predictor)
+        if how == "predicted stages":
+            active = ops.ActiveNeurons(self.nominations, prediction.candidates)
+            return ops.sparse_ffn(x, self.weights, active, refinement=self.refinement)
         active = ops.ActiveNeurons(self.masks, prediction.candidates)
         return ops.sparse_ffn(x, self.weights, active, self._delta(prediction, how))
 
@@ -216,21 +252,54 @@ class Layer:
         delta = self._delta(prediction, how)
         return ops.sparse_ffn_ahead(x, self.weights, active, later.predictor, delta, next_layer)
 
-    def masked(self, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
-        """The output of `sparse` from a masked dense FFN in float32, and the masks, bool [n, D]."""
+    def masked(self, x: Tensor, how: str) -> tuple[Tensor, float]:
+        """The output of `sparse` from a masked dense FFN in float32, and the share of the weights that it reads."""
+        if how == "copied stages":
+            return ops.staged_ffn(x, self.weights, self.stages).float(), ops.staged_reads(x, self.weights, self.stages)
         inner, (values, ids) = ops.predict_clusters(x, self.predictor)
         clusters = ids.gather(1, values.argmax(1, keepdim=True)).squeeze(1).long()
-        packed = self.masks[: len(x)] if how == "known" else self.masks[clusters]
+        masks = self.nominations if "stages" in how else self.masks
+        packed = masks[: len(x)] if how in ("known", "stages") else masks[clusters]
         if how == "copy":
             packed = ops.low_bit_scores(x, *self.copy)
         gate, up, down = (matrix.float() for matrix in self.weights[:3])
         kept = ops.unpack(packed, len(gate))
-        hidden = F.silu(x.float() @ gate.T) * (x.float() @ up.T)
+        gates, read = F.silu(x.float() @ gate.T), [kept, kept, kept]
+        hidden = gates * (x.float() @ up.T)
+        if "stages" in how:
+            least, norms, _ = self.refinement
+            for stage, value in enumerate((gates, hidden)):
+                kept = kept & (value.abs() * norms >= (least[stage] / 2).exp())
+                read[stage + 1] = kept
         output = (hidden.bfloat16().float() * kept) @ down
         if how in ("copy", "corrected"):
             rank = self.rank if how == "copy" else len(self.correction[0])
             output += inner[:, :rank] @ self.correction[0][:rank].float() + self.correction[1]
-        return output + self.offsets[clusters].float() if how == "corrected" else output, kept
+        if how == "corrected":
+            output += self.offsets[clusters].float()
+        return output, float(torch.stack(read).any(1).float().mean())
+
+
+def draw_stages(weights: ops.FFNWeights, norms: Tensor, density: float) -> ops.Stages:
+    """Stages with a random 4-bit copy, read at `COPY_INPUTS`, whose shares of rows have this mean, `STEP` apart."""
+    D, E = weights.gate.shape
+    planes = torch.randint(0, 256, (COPY_BITS, 2, E, ops.row_bytes(D)), dtype=torch.uint8, device=DEVICE)
+    spacings = torch.full((2, E, math.ceil(D / ops.GROUP)), 0.2 * E**-0.5, device=DEVICE).bfloat16()
+    x = torch.randn(32, E, device=DEVICE).bfloat16()
+    least = x.float().abs().flatten()[: 1 << 20].quantile(1 - COPY_INPUTS)
+    copy = ops.SpacedCopy(planes, spacings, torch.ones(E, device=DEVICE), least)
+    stages = ops.Stages(copy, torch.full((3,), -math.inf, device=DEVICE), norms)
+    if density + STEP > 1:
+        return stages
+    scores, of_up = staged._scores(x.float(), stages, weights)
+    gates = F.silu(x @ weights.gate.T).float()
+    values = scores, staged.log_energy(gates.abs() * norms) + of_up
+    values = *values, staged.log_energy((gates * (x @ weights.up.T).float()).abs() * norms)
+    kept, left = torch.ones_like(scores, dtype=torch.bool), 1.0
+    for stage, (share, value) in enumerate(zip((density + STEP, density, density - STEP), values, strict=True)):
+        stages.thresholds[stage] = value[kept][: 1 << 20].quantile(1 - share / left)
+        kept, left = kept & (value >= stages.thresholds[stage]), share
+    return stages
 
 
 def draw_masks(K: int, D: int, density: float) -> Tensor:
@@ -292,20 +361,26 @@ def ffn(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> It
                 "apc, found a layer ahead, and its correction and offset": ("corrected", corrected),
                 "apc, low-bit copy inside": ("copy", shape.copy_bytes),
                 "apc, mask known": ("known", 0),
+                "apc, stages, predictor inside": ("predicted stages", shape.predictor_bytes),
+                "apc, stages, nominations known": ("stages", 0),
+                "apc, stages of a 4-bit copy": ("copied stages", shape.spaced_bytes),
             }
+            if density + STEP > 1:
+                ways = {label: way for label, way in ways.items() if "stages" not in label}
             for label, (how, extra) in ways.items():
                 calls = [partial(layer.sparse, x[n], how) for layer in layers]
                 if "ahead" in label:
                     calls = Ahead(layers, x[n], how, "found" in label).calls
-                output, (expected, masks) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
+                output, (expected, share) = [call() for call in calls][-1].float(), layers[-1].masked(x[n], how)
                 if not (output - expected).norm() < 1e-2 * expected.norm():
                     error = float((output - expected).norm() / expected.norm())
                     raise Wrong(f"{label}, density {density}, {n} tokens: relative error {error:.2g} of the output")
-                moved = int(shape.dense_bytes * masks.any(0).float().mean()) + extra
-                size, facts["note"] = (1, n, shape.K, shape.D), f"{n} tokens"
+                moved = int(shape.dense_bytes * share) + extra
+                size, facts["note"] = (1, n, shape.K, shape.D), f"{n} tokens; {100 * share:.1f} % of the weights"
                 result = row(f"FFN, density {density:g}", label, size, timed(calls), name, moved=moved, **facts)
                 print(
-                    f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs, "
+                    f"density {density:g}, {n} tokens, {label}: {1e6 * result.seconds_median:.1f} µs for "
+                    f"{100 * share:.1f} % of the weights, {100 * result.share:.0f} % of copy, "
                     f"dense / sparse {dense[n] / result.seconds_median:.2f}",
                     flush=True,
                 )

@@ -16,6 +16,12 @@ WAYS = [
     ("triton", "cpu"),
     *(pytest.param(way, "cuda", marks=pytest.mark.gpu) for way in ("triton", "hopper")),
 ]
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 FFNS = {"torch": ops.sparse_ffn, "triton": ops.sparse_ffn_triton, "hopper": ops.sparse_ffn_hopper}
 
 
@@ -37,10 +43,7 @@ def random_ffn(n, E, D, dtype, device, spread=0):
 
 def expected(hidden, gate, up, down, kept, activation, added=0.0):
     x, wide = hidden.double(), [value.double() for value in (gate, up, down)]
-    act = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[
-        activation
-    ]
-    return (act(x @ wide[0].T) * (x @ wide[1].T) * kept) @ wide[2] + added
+    return (ACTIVATIONS[activation](x @ wide[0].T) * (x @ wide[1].T) * kept) @ wide[2] + added
 
 
 def close(output, wanted, dtype):
@@ -66,21 +69,48 @@ def test_the_ffn_under_each_tokens_mask(way, device, dtype, n, E, D, activation)
     assert device == "cpu" or torch.equal(output, function(hidden, weights, active))
 
 
-@pytest.mark.parametrize(("way", "device"), [each for each in WAYS if each != WAYS[-1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("way", "device"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "E", "D", "with_part"), [(1, 48, 300, False), (1, 33, 40, True), (3, 40, 70, True)])
 def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, dtype, n, E, D, with_part):
     D = D if device == "cuda" else min(D, 24)  # the interpreter is slow for each neuron
-    hidden, gate, up, down = random_ffn(n, E, D, dtype, device)
+    _check_refinements(way, random_ffn(n, E, D, dtype, device), with_part, ((0.3, 0.3), (0.0, 0.5), (1.0, 0.0)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "E", "D", "activation"),
+    [
+        (torch.bfloat16, 4096, 14336, "silu"),
+        (torch.float16, 4096, 1000, "gelu"),
+        (torch.bfloat16, 3072, 8192, "gelu_tanh"),
+        (torch.float16, 576, 1536, "silu"),
+        (torch.bfloat16, 264, 900, "relu"),
+        (torch.float16, 8, 40, "silu"),
+    ],
+)
+@pytest.mark.parametrize("with_part", [False, True])
+def test_refinements_at_models_sizes_on_hopper(dtype, E, D, activation, with_part):
+    shares = ((0.25, 0.3), (0.0, 0.0), (0.0, 1.0))
+    _check_refinements("hopper", random_ffn(1, E, D, dtype, "cuda"), with_part, shares, activation)
+
+
+def _check_refinements(way, tensors, with_part, shares, activation="silu"):
+    """An FFN with a mask for each token, and rows that must not be read set to NaN. shares: of neurons left out."""
+    function, dtype = ffn_for(way, tensors), tensors[0].dtype
+    hidden, gate, up, down = tensors
+    (n, _), D, device = hidden.shape, len(gate), hidden.device
+    if way == "hopper" and not sparse_ffn_sm90.runs_stages(*tensors):
+        pytest.skip("not supported by the Hopper kernel")
     kept = torch.rand(n, D, device=device) < 0.7
     norms, up_part = torch.rand(D, device=device) + 0.5, torch.randn(n, D, device=device) if with_part else None
     x, wide = hidden.double(), [value.double() for value in (gate, up, down)]
-    gates = F.silu(x @ wide[0].T)
+    gates = ACTIVATIONS[activation](x @ wide[0].T)
     first = 2 * (gates.abs() * norms).log() + (0 if up_part is None else up_part)
     second = 2 * ((gates * (x @ wide[1].T)).abs() * norms).log()
     active = ops.ActiveNeurons(ops.pack(kept))
-    for shares in ((0.3, 0.3), (0.0, 0.5), (1.0, 0.0)):
-        thresholds = torch.stack([_least(scores, share) for scores, share in zip((first, second), shares, strict=True)])
+    for each in shares:
+        thresholds = torch.stack([_least(scores, share) for scores, share in zip((first, second), each, strict=True)])
         passed = kept & (first >= thresholds[0])
         read_up, passed = passed.any(0), passed & (second >= thresholds[1])
         matrices = [matrix.clone() for matrix in (gate, up, down)]
@@ -88,25 +118,51 @@ def test_rows_of_up_and_down_are_read_only_where_a_refinement_asks(way, device, 
             if way != "torch":
                 matrix[~read] = torch.nan
         refinement = ops.Refinement(thresholds.float(), norms, up_part)
-        weights = ops.FFNWeights(*matrices)
-        if way == "torch":
-            output = ops.sparse_ffn(hidden, weights, active, kernel="torch", refinement=refinement)
-        else:
-            output = ops.sparse_ffn_triton(hidden, weights, active, refinement=refinement)
-        assert close(output, expected(hidden, gate, up, down, passed, "silu"), dtype)
+        output = function(hidden, ops.FFNWeights(*matrices, activation), active, refinement=refinement)
+        assert close(output, expected(hidden, gate, up, down, passed, activation), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("neurons", [0, 1, 5, 200])
+def test_a_refinement_of_a_clusters_neurons_in_a_graph(neurons):
+    """On Hopper, for fewer neurons than warps, and when each layer's kernel starts before the last one's has ended."""
+    E, D, K, layers = 1024, 2000, 50, 4
+    weights = [ops.FFNWeights(*random_ffn(1, E, D, torch.bfloat16, "cuda")[1:]) for _ in range(layers)]
+    kept = torch.zeros(K, D, dtype=torch.bool, device="cuda")
+    kept[:, :neurons] = True
+    candidates = ops.Candidates(torch.rand(1, 9, device="cuda"), torch.randint(K, (1, 9), device="cuda").int())
+    active, x = ops.ActiveNeurons(ops.pack(kept), candidates), random_ffn(1, E, 1, torch.bfloat16, "cuda")[0]
+    refinement = ops.Refinement(torch.tensor([-3.0, -3.0], device="cuda"), torch.ones(D, device="cuda"))
+    if not sparse_ffn_sm90.runs_stages(x, *weights[0][:3]):
+        pytest.skip("not supported by the Hopper kernel")
+
+    def chain(kernel):
+        hidden, outputs = x, []
+        for layer in weights:
+            outputs.append(ops.sparse_ffn(hidden, layer, active, kernel=kernel, refinement=refinement))
+            hidden = x + 4 * outputs[-1]
+        return torch.cat(outputs)
+
+    wanted, graph = chain("torch"), torch.cuda.CUDAGraph()
+    first = chain("triton")
+    with torch.cuda.graph(graph):
+        outputs = chain("triton")
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(outputs, first)
+    assert (outputs - wanted).norm() <= 0.05 * wanted.norm()  # a neuron at a threshold may fall on either side
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
-@pytest.mark.parametrize("kernel", ["torch", "triton"])
-def test_a_refinement_lets_nan_pass(kernel, activation):
-    hidden, *matrices = random_ffn(1, 16, 20, torch.float32, "cpu")
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_a_refinement_lets_nan_pass(way, device, activation):
+    tensors = random_ffn(1, 16, 20, torch.bfloat16 if way == "hopper" else torch.float32, device)
+    function, (hidden, *matrices) = ffn_for(way, tensors), tensors
     hidden[0, 3] = torch.nan
-    active, refinement = (
-        ops.ActiveNeurons(ops.pack(torch.ones(1, 20) > 0)),
-        ops.Refinement(torch.ones(2), torch.ones(20)),
-    )
+    active = ops.ActiveNeurons(ops.pack(torch.ones(1, 20, device=device) > 0))
+    refinement = ops.Refinement(torch.ones(2, device=device), torch.ones(20, device=device))
     weights = ops.FFNWeights(*matrices, activation)
-    assert ops.sparse_ffn(hidden, weights, active, kernel=kernel, refinement=refinement).isnan().all()
+    assert function(hidden, weights, active, refinement=refinement).isnan().all()
 
 
 def _least(scores, share):
@@ -297,6 +353,19 @@ def test_the_kernel_for_hopper_compiles(dtype, tokens, E, D, candidates, activat
         and shared < 227 * 1024
         and dict(program.constants)["STAGES"] > 1
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "E", "D", "candidates", "activation", "up_part"),
+    [
+        (torch.bfloat16, 4096, 14336, 128, "silu", False),
+        (torch.float16, 4096, 28672, 0, "gelu", True),
+        (torch.float16, 8, 1, 1, "relu", True),
+    ],
+)
+def test_the_kernel_for_stages_compiles(dtype, E, D, candidates, activation, up_part):
+    program, shared = Sizes(1, E, D, 132, candidates, activation, dtype).staged_program(up_part)
+    assert b"staged" in compile_program(program) and shared < 227 * 1024
 
 
 @pytest.mark.parametrize(("way", "device"), WAYS)

@@ -1,4 +1,4 @@
-"""The staged FFN's kernel on the CPU agrees with its definition in plain torch."""
+"""The staged FFN's kernels on the CPU and on a GPU agree with its definition in plain torch."""
 
 import math
 
@@ -49,6 +49,19 @@ def example(
     return randn(E).to(dtype), weights, stages
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # on the CPU by Triton's interpreter
+
+
+def on(device, parts):
+    """The parts of an example, nested tuples of tensors, on a device."""
+    if isinstance(parts, torch.Tensor):
+        return parts.to(device)
+    if not isinstance(parts, tuple):
+        return parts
+    moved = [on(device, part) for part in parts]
+    return type(parts)(*moved) if hasattr(parts, "_fields") else tuple(moved)
+
+
 def by_numba(hidden, weights, stages):
     from apc.ops.staged_ffn_cpu import StagedCPU
 
@@ -80,6 +93,61 @@ def agree(output, hidden, weights, stages):
 def test_it_equals_the_definition(dtype, D, E, settings):
     hidden, weights, stages = example(D, E, dtype, **settings)
     agree(by_numba(hidden, weights, stages), hidden, weights, stages)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "D", "E", "settings"),
+    [
+        (torch.float32, 100, 96, {}),
+        (torch.float32, 70, 45, {"bits": 1, "activation": "gelu"}),
+        (torch.float32, 40, 33, {"projections": ("up",), "inner": 0, "activation": "relu"}),
+        (torch.float32, 90, 70, {"by_input": False, "bits": 2, "activation": "gelu_tanh"}),
+        (torch.float32, 90, 70, {"by_input": False, "projections": ("gate",)}),
+        (torch.bfloat16, 100, 96, {}),
+        (torch.float16, 1, 7, {"inner": 0}),
+        (torch.float32, 100, 96, {"spaced": True, "bits": 4}),
+        (torch.bfloat16, 100, 70, {"spaced": True, "bits": 4, "inner": 0, "activation": "gelu_tanh"}),
+    ],
+)
+def test_on_a_gpu_it_equals_the_definition(device, dtype, D, E, settings):
+    D = D if device == "cpu" else 15 * D + 2  # the interpreter is slow for each neuron
+    hidden, weights, stages = on(device, example(D, E, dtype, rank=0, **settings))
+    several = torch.stack([hidden, 0.5 * hidden.roll(1), hidden.flip(0)])
+    for given in (several[:1], several):
+        output = ops.staged_ffn_triton(given, weights, stages).float()
+        exact = ops.FFNWeights(*(matrix.float() for matrix in weights[:3]), weights.activation)
+        expected = staged_ffn(given.float(), exact, stages)
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert (output - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spaced", [False, True])
+def test_on_a_gpu_few_inputs_and_nan(device, spaced):
+    hidden, weights, stages = on(device, example(40, 33, torch.float32, rank=0, inner=0, spaced=spaced))
+    for least in (math.inf, 5.0, 0.0):
+        changed = stages._replace(copy=stages.copy._replace(least=hidden.new_tensor(least)))
+        output = ops.staged_ffn_triton(hidden[None], weights, changed)
+        torch.testing.assert_close(output, staged_ffn(hidden[None], weights, changed), rtol=1e-4, atol=1e-3)
+    hidden[3] = math.nan
+    every = stages._replace(thresholds=torch.full_like(stages.thresholds, -math.inf))
+    assert ops.staged_ffn_triton(hidden[None], weights, every).isnan().all()
+
+
+def test_what_no_gpu_kernel_takes_is_refused():
+    hidden, weights, stages = example(40, 33, torch.float32)
+    with pytest.raises(ValueError, match="takes no low-rank updates; use staged_ffn"):
+        ops.staged_ffn_triton(hidden[None], weights, stages)
+    for given, copy in (
+        (torch.zeros(5, 33), stages.copy),
+        (torch.zeros(1, 33), stages.copy._replace(planes=torch.zeros(5, 2, 33, 16, dtype=torch.uint8))),
+        (torch.zeros(1, 33), stages.copy._replace(norms=None)),
+    ):
+        with pytest.raises(ValueError, match="up to 4 tokens and a copy of up to 4 bits and 2 projections, by input"):
+            ops.nominate_triton(given, copy, stages.thresholds[0], stages.norms, "silu")
+    with pytest.raises(ValueError, match=r"planes uint8 \[3, 2, 33, 16\] must be uint8 \[b, P, 34, 16\]"):
+        ops.nominate_triton(torch.zeros(1, 34), stages.copy, stages.thresholds[0], stages.norms, "silu")
 
 
 @pytest.mark.parametrize("spaced", [False, True])

@@ -35,7 +35,7 @@ from apc.evaluate.metrics import perplexity, perplexity_ratio
 from apc.predict.predictor import Predictor
 from apc.sparse.decode import GreedyDecoder, cache_keyword, config_of
 from apc.sparse.policies import kernel_policies, make_policy
-from apc.sparse.sparse_ffn import SparseFFNs, check_model
+from apc.sparse.sparse_ffn import KERNEL_ON, SparseFFNs, check_model
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import UserError
 from apc.utils.progress import Bar
@@ -67,8 +67,9 @@ def with_kernels(
     model: nn.Module, codebook: Codebook, predictor: Predictor | None, policies: Sequence[str], seed: int = 0
 ) -> list[str]:
     """Those of the policies that a kernel runs on the model's device, as codebook and predictor are."""
-    known = kernel_policies(first_device(find_ffns(model)).type)
-    runs = lambda name: name in known and make_policy(name, codebook, predictor, seed).kernel is not None
+    device = first_device(find_ffns(model)).type
+    known, way = kernel_policies(device), KERNEL_ON[device]
+    runs = lambda name: name in known and make_policy(name, codebook, predictor, seed).kernel_by(way) is not None
     return [name for name in policies if runs(name)]
 
 

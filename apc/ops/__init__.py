@@ -27,6 +27,7 @@ from apc.ops.assign_capacity import assign_with_capacity
 from apc.ops.assign_hamming import assign_hamming
 from apc.ops.binarize import binarize, binarize_triton, cut_or_fill
 from apc.ops.bits import mask_size, pack, pack_triton, popcount, popcount_triton, row_bytes, unpack
+from apc.ops.copy_scores import nominate_triton
 from apc.ops.ffn_arguments import (
     GROUP,
     MAX_TOKENS,
@@ -57,7 +58,7 @@ from apc.ops.sparse_ffn import (
     sparse_ffn_triton,
     use_side_stream,
 )
-from apc.ops.staged_ffn import staged_ffn, staged_reads
+from apc.ops.staged_ffn import staged_ffn, staged_ffn_triton, staged_reads
 from apc.ops.topk import straight_through, straight_through_triton, top_mask, top_mask_triton
 
 __all__ = [
@@ -99,6 +100,7 @@ __all__ = [
     "low_bit_scores_b1",
     "low_bit_scores_triton",
     "mask_size",
+    "nominate_triton",
     "pack",
     "pack_triton",
     "popcount",
@@ -117,6 +119,7 @@ __all__ = [
     "sparse_ffn_hopper",
     "sparse_ffn_triton",
     "staged_ffn",
+    "staged_ffn_triton",
     "staged_reads",
     "straight_through",
     "straight_through_triton",

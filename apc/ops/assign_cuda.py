@@ -59,7 +59,7 @@ class Variant:
             self.arch,
             tuple(constants.items()),
             warpgroup_mma(self.kind, self.tile_k),
-            "barriers_sm90.cuh",
+            ("barriers_sm90.cuh",),
         )
 
     def function(self, device_index: int, name: str = "assign") -> Function:

@@ -29,25 +29,23 @@ class Unavailable(RuntimeError):
 class Program:
     """A file of `cuda/` to compile for an architecture.
 
-    Integer constants, `text` and the file `header` are placed before it.
+    Integer constants, `text` and the files `headers` are placed before it.
     """
 
     file: str
     arch: str
     constants: tuple[tuple[str, int], ...] = ()
     text: str = ""
-    header: str | None = None
+    headers: tuple[str, ...] = ()
 
     def source(self) -> str:
         """The source text that NVRTC compiles."""
         head = "typedef unsigned int u32;\ntypedef unsigned long long u64;\n"
-        header = (SOURCES / self.header).read_text() if self.header else ""
         return (
             head
             + "".join(f"constexpr int {name} = {value};\n" for name, value in self.constants)
             + self.text
-            + header
-            + (SOURCES / self.file).read_text()
+            + "".join((SOURCES / file).read_text() for file in (*self.headers, self.file))
         )
 
 

@@ -43,7 +43,15 @@ from apc.ops.predict import (
     score_clusters,
     store_best,
 )
-from apc.ops.sparse_ffn_sm90 import aligned, empty_active_list, find_hopper, is_supported, rows_hopper
+from apc.ops.sparse_ffn_sm90 import (
+    aligned,
+    empty_active_list,
+    find_hopper,
+    is_supported,
+    rows_hopper,
+    runs_stages,
+    staged_hopper,
+)
 
 KERNELS = ("triton", "numba", "torch")
 MAX_HIDDEN = 2**14  # the largest hidden size whose sums fit a program
@@ -84,7 +92,8 @@ def _best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation function of this name, one of `ACTIVATIONS`, applied to float32 values."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "relu":
@@ -167,7 +176,7 @@ def _rows_kernel(
             own = tl.load(masks_ptr + mask_of[:, None] * words + word_at[None, :], mask=kept, other=0)
             kept = kept & ((own >> place[None, :]) & 1 != 0)
         gate = tl.load(gate_ptr + neuron * gate_stride + e[None, :], mask=read, other=0.0).to(tl.float32)
-        x = _activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION)
+        x = activate(tl.sum(gate[None, :, :] * hidden[:, None, :], axis=2), ACTIVATION)
         if STAGED:  # comparisons let NaN pass, so that it shows in the output
             norms = tl.load(norms_ptr + tl.sum(neuron, axis=1), mask=inside, other=0.0)[None, :]
             importance = tl.abs(x) * norms
@@ -360,10 +369,21 @@ def sparse_ffn_triton(
 
 
 def sparse_ffn_hopper(
-    hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, delta: OutputDelta = _NO_DELTA
+    hidden: Tensor,
+    weights: FFNWeights,
+    active: ActiveNeurons,
+    delta: OutputDelta = _NO_DELTA,
+    refinement: Refinement | None = None,
 ) -> Tensor:
-    """`sparse_ffn` with the CUDA C++ kernel for its rows, for weights that `sparse_ffn_sm90.is_supported` accepts."""
-    partial = rows_hopper(aligned(hidden), weights, active)
+    """`sparse_ffn` with a CUDA C++ kernel for its rows, for weights that `sparse_ffn_sm90.is_supported` accepts.
+
+    With a refinement, for inputs that `sparse_ffn_sm90.runs_stages` accepts.
+    """
+    hidden = aligned(hidden)
+    if refinement is None:
+        partial = rows_hopper(hidden, weights, active)
+    else:
+        partial = staged_hopper(hidden, weights, active, refinement)
     return _finish(partial, hidden, active.candidates, delta, pdl_options(hidden.device))
 
 
@@ -542,11 +562,10 @@ def _sparse_ffn(
     refinement = None if thresholds is None or norms is None else Refinement(thresholds, norms, up_part)
     if kernel != "triton":
         return _on_host(hidden, weights, active, delta, kernel, refinement), *_empty(hidden)
-    if refinement is not None:
-        return sparse_ffn_triton(hidden, weights, active, delta, refinement), *_empty(hidden)
     if reduce is None or reduce_bias is None or expand is None or expand_bias is None:
-        kernels = sparse_ffn_hopper if is_supported(gate, up, down) else sparse_ffn_triton
-        return kernels(hidden, weights, active, delta), *_empty(hidden)
+        hopper = is_supported(gate, up, down) if refinement is None else runs_stages(hidden, gate, up, down)
+        kernels = sparse_ffn_hopper if hopper else sparse_ffn_triton
+        return kernels(hidden, weights, active, delta, refinement), *_empty(hidden)
     output, prediction = _with_prediction(
         hidden, weights, active, delta, PredictorWeights(reduce, reduce_bias, expand, expand_bias)
     )

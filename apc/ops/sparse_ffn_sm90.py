@@ -14,10 +14,20 @@ from torch import Tensor
 from apc.ops import nvrtc
 from apc.ops._triton import triton
 from apc.ops.bits import row_bytes
-from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, MAX_TOKENS, ActiveNeurons, FFNWeights, NextLayer
+from apc.ops.ffn_arguments import (
+    ACTIVATIONS,
+    EPSILON,
+    MAX_TOKENS,
+    ActiveNeurons,
+    FFNWeights,
+    NextLayer,
+    Refinement,
+)
 from apc.ops.nvrtc import Function, Program, architecture, pointer
 
+_HEADERS = ("barriers_sm90.cuh", "ffn_sm90.cuh")
 _THREADS = 288  # of a block: 8 warps that multiply, and one that fetches
+_STAGED_WARPS = 8  # of a block of the kernel for stages
 _DECLARED = 47 * 1024  # bytes of shared memory that the kernel can declare itself, for the words of masks
 _SHARED = 227 * 1024 - 1024  # bytes of shared memory of a block, less what the kernel declares besides those words
 _TILE = {"ROWS": 2, "STAGES": 4}  # neurons of a stage, and the most stages
@@ -57,8 +67,24 @@ class Sizes(NamedTuple):
             LATER=self.later,
             FOUND=int(self.listed),
         )
-        program = Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), header="barriers_sm90.cuh")
+        program = Program("sparse_ffn_sm90.cu", "sm_90a", tuple(constants.items()), headers=_HEADERS)
         return program, stages * 6 * E * rows + beside
+
+    def staged_program(self, up_part: bool) -> tuple[Program, int]:
+        """The kernel for stages, and the bytes of dynamic shared memory of its blocks."""
+        most = _most(self.D, self.blocks)
+        constants = dict(
+            N=1,
+            E=self.E,
+            MOST=most,
+            WORDS=math.ceil(self.D / 128) * 4,
+            CANDIDATES=self.candidates,
+            ACTIVATION=ACTIVATIONS.index(self.activation),
+            BFLOAT=int(self.dtype == torch.bfloat16),
+            UP_PART=int(up_part),
+        )
+        program = Program("staged_ffn_sm90.cu", "sm_90a", tuple(constants.items()), headers=_HEADERS)
+        return program, (_STAGED_WARPS * 3 + 1) * 2 * self.E + 4 * most
 
 
 def is_supported(*matrices: Tensor) -> bool:
@@ -97,10 +123,10 @@ def unavailable(device_index: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepare(device_index: int, sizes: Sizes, name: str = "rows") -> tuple[Function, int]:
-    """The kernel `name`, and the bytes of dynamic shared memory of its blocks."""
-    program, shared = sizes.program()
-    shared = shared if name == "rows" else 0
+def _prepare(device_index: int, sizes: Sizes, name: str = "rows", up_part: bool = False) -> tuple[Function, int]:
+    """The kernel `name`, and the bytes of dynamic shared memory of its blocks. up_part: as for `staged_program`."""
+    program, shared = sizes.staged_program(up_part) if name == "staged" else sizes.program()
+    shared = 0 if name == "find" else shared
     return nvrtc.function(program, name, device_index, shared), shared
 
 
@@ -162,4 +188,25 @@ def rows_hopper(
     rest = pointer(reduce), pointer(bias), pointer(inner), ctypes.c_float(EPSILON)
     with torch.cuda.device_of(hidden):
         nvrtc.launch(function, (blocks, 1), _THREADS, shared, *tensors, ctypes.c_int(n), *strides, *rest, early=True)
+    return partial
+
+
+def runs_stages(hidden: Tensor, *matrices: Tensor) -> bool:
+    """Whether `staged_hopper` takes these inputs [n, E] and matrices: one token, with up to 4,096 values."""
+    return len(hidden) == 1 and hidden.shape[1] <= _LONG and is_supported(*matrices)
+
+
+def staged_hopper(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, refinement: Refinement) -> Tensor:
+    """Each block's part of the output of a refined FFN, float32 [blocks, 1, E]; arguments as for `rows_hopper`."""
+    E, D, device = hidden.shape[1], len(weights.gate), hidden.device
+    gate, up, down, activation = weights
+    thresholds, norms, up_part = refinement
+    blocks, (logits, clusters) = _blocks(device), active.candidates or (None, None)
+    partial = hidden.new_empty((blocks, 1, E), dtype=torch.float32)
+    sizes = Sizes(1, E, D, blocks, 0 if logits is None else logits.shape[1], activation, hidden.dtype)
+    function, shared = _prepare(device.index, sizes, "staged", up_part is not None)
+    tensors = hidden, gate, up, down, active.masks, logits, clusters, thresholds, norms, up_part, partial
+    strides = (ctypes.c_longlong(2 * matrix.stride(0)) for matrix in (gate, up, down))
+    with torch.cuda.device_of(hidden):
+        nvrtc.launch(function, (blocks, 1), 32 * _STAGED_WARPS, shared, *map(pointer, tensors), *strides, early=True)
     return partial

@@ -1,4 +1,4 @@
-"""The staged FFN of a low-bit copy, by its definition in plain torch; `staged_ffn_cpu.py` is its kernel.
+"""The staged FFN of a low-bit copy, by its definition in plain torch and on a GPU; `staged_ffn_cpu.py` is for the CPU.
 
 Shape letters: see `apc.ops`; r rank.
 """
@@ -8,9 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apc.ops.bits import unpack
-from apc.ops.ffn_arguments import GROUP, FFNWeights, LowRank, SpacedCopy, Stages
-from apc.ops.score_curve import score_curve
-from apc.ops.sparse_ffn import act
+from apc.ops.copy_scores import nominate_triton
+from apc.ops.ffn_arguments import (
+    GROUP,
+    ActiveNeurons,
+    FFNWeights,
+    LowBitCopy,
+    LowRank,
+    OutputDelta,
+    Refinement,
+    SpacedCopy,
+    Stages,
+)
+from apc.ops.low_bit import low_bit_scores
+from apc.ops.predict import bottleneck
+from apc.ops.score_curve import ScoreCurve, score_curve
+from apc.ops.sparse_ffn import act, sparse_ffn
 
 
 def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
@@ -30,6 +43,36 @@ def staged_ffn(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
         inner = F.silu(F.rms_norm(x, x.shape[-1:]) @ reduce.T + reduce_bias)
         output = output + inner @ correct + correct_bias
     return output.to(hidden.dtype)
+
+
+def staged_ffn_triton(hidden: Tensor, weights: FFNWeights, stages: Stages) -> Tensor:
+    """`staged_ffn` by kernels that read only the rows that count: for up to `MAX_TOKENS` tokens on a GPU.
+
+    Raises ValueError for low-rank updates, which no kernel adds on a GPU, and as `sparse_ffn` does.
+    """
+    if stages.low_rank is not None:
+        raise ValueError("staged_ffn_triton takes no low-rank updates; use staged_ffn")
+    copy, threshold = stages.copy, stages.thresholds[0]
+    if isinstance(copy, LowBitCopy) and copy.norms is None:
+        masks, up_part = _nominate_by_neuron(hidden, copy, threshold)
+    else:
+        masks, up_part = nominate_triton(hidden, copy, threshold, stages.norms, weights.activation)
+    delta = OutputDelta()
+    if stages.correction is not None:
+        reduce, reduce_bias, correct, correct_bias = stages.correction
+        delta = OutputDelta(bottleneck(hidden, reduce, reduce_bias, True), correct, correct_bias)
+    refinement = Refinement(stages.thresholds[1:], stages.norms, up_part)
+    return sparse_ffn(hidden, weights, ActiveNeurons(masks), delta, "triton", refinement)
+
+
+def _nominate_by_neuron(hidden: Tensor, copy: LowBitCopy, threshold: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `nominate_triton`, for a copy stored by neuron, of which all inputs take part."""
+    masks = low_bit_scores(hidden, copy.planes, copy.curve, threshold, True)
+    if copy.projections[-1] != "up":
+        return masks, None
+    scale, slope, power, bias = copy.curve
+    of_up = ScoreCurve(scale[-1:], slope[-1:], power[-1:], torch.zeros_like(bias))
+    return masks, low_bit_scores(hidden, copy.planes[:, -1:], of_up, None, True)
 
 
 def staged_reads(hidden: Tensor, weights: FFNWeights, stages: Stages) -> float:

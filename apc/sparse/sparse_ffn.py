@@ -43,6 +43,7 @@ _BEYOND_CACHE = 2**27  # bytes; more than a GPU's cache holds
 # Root mean squares of the gate's values at which an FFN is compared with the kernels' formula: a small one, and large
 # ones that a clamp would change. In float16, products of larger values would overflow.
 _CHECKED_SIZES = {torch.float16: (1.0, 30.0), torch.bfloat16: (1.0, 30.0, 1000.0), torch.float32: (1.0, 30.0, 1000.0)}
+KERNEL_ON = {"cuda": "triton", "cpu": "numba"}  # by the type of the model's device
 _TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative, from rounding alone
 _ACTIVATIONS = {
     "SiLUActivation": "silu",
@@ -189,8 +190,9 @@ class SparseFFNs:
 
         Raises UserError, and leaves the model as it was, if an FFN does not compute what the kernels compute.
         """
-        assert self.policy.kernel is not None  # as `check_policy` ensures
-        make, dense_calls = _SPARSE_FFNS[self.policy.kernel], []
+        kind = self.policy.kernel_by(self.kernel)
+        assert kind is not None  # as `check_policy` ensures
+        make, dense_calls = _SPARSE_FFNS[kind], []
         try:
             for layer, (ffn, activation) in enumerate(zip(self._ffns, self._activations, strict=True)):
                 self._own_forwards.append(ffn.module.__dict__.get("forward"))
@@ -365,9 +367,10 @@ def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
         raise UserError(
             f"kernel={kernel}: choose auto, {', '.join(KERNELS)}, or None for masks on a dense forward pass"
         )
-    devices, device = {"triton": "cuda", "numba": "cpu"}, ffn.device.type
-    chosen = kernel if kernel != "auto" else next((name for name, on in devices.items() if on == device), "auto")
-    if devices.get(chosen, device) != device or chosen == "auto":
+    device = ffn.device.type
+    own = KERNEL_ON.get(device)
+    chosen = own or "auto" if kernel == "auto" else kernel
+    if chosen not in ("torch", own):
         problem = f"the model is on {ffn.device}, and kernels run on NVIDIA GPUs (triton) and on the CPU (numba)"
         raise UserError(f"kernel={kernel}: {problem}; move it, or use kernel=torch")
     return chosen
@@ -376,20 +379,20 @@ def _chosen_kernel(ffn: LayerFFN, kernel: str) -> str:
 def check_policy(policy: MaskPolicy, kernel: str, device: str) -> None:
     """Raises UserError unless this kernel, on a device of this type, can run the policy with its codebook."""
     low_bit = None if policy.predictor is None else policy.predictor.low_bit
-    if policy.kernel is None and policy.known_before_ffn() and low_bit is not None:
+    kind, by_torch = policy.kernel_by(kernel), policy.kernel_by("torch")
+    if by_torch is None and policy.known_before_ffn() and low_bit is not None:
         problem = f"no kernel reads a low-bit copy at {low_bit.inputs:g} of its inputs for it (predictor.inputs)"
         raise UserError(f"policy {policy.name}: {problem}; use kernel=None, or a predictor with predictor.inputs=1")
-    if policy.kernel is None and policy.staged and any(map(policy.has_kernel_on, ("cpu", "cuda"))):
+    if by_torch is None and policy.staged and any(map(policy.has_kernel_on, ("cpu", "cuda"))):
         problem = "no kernel runs stages by top share, one layer ahead, or of clusters with adapted weights (tune.lora)"
         raise UserError(f"policy {policy.name}: {problem}; use kernel=None")
-    if policy.kernel is None:
+    if by_torch is None:
         problem = "its masks depend on activations inside the FFN, which no kernel supports"
         raise UserError(f"policy {policy.name}: {problem}; choose {', '.join(kernel_policies(device))}")
-    if policy.kernel == "stages" and kernel == "triton":
-        raise UserError(
-            f"policy {policy.name}: no kernel runs a copy's stages on a GPU yet; use kernel=None, or the CPU"
-        )
-    if policy.staged and policy.kernel == "cluster" and kernel == "numba":
+    if kind is None and kernel == "triton":
+        problem = "no kernel on a GPU runs its stages with adapted weights (tune.lora) yet"
+        raise UserError(f"policy {policy.name}: {problem}; use kernel=torch, or train with tune.lora=0")
+    if kind is None:
         raise UserError(f"policy {policy.name}: no kernel runs it on the CPU yet; use kernel=torch, or a GPU")
     sites = list(policy.codebook.sites)
     if sites != ["neuron"]:
@@ -662,6 +665,8 @@ class _StagedFFN(_SparseFFN):
 
     def compute(self, hidden: Tensor) -> Tensor:
         """The output [n, E] for hidden [n, E], in its type."""
+        if self.by_triton:
+            return ops.staged_ffn_triton(hidden, self.weights, self.stages)
         if self._on_cpu is None or len(hidden) > ops.MAX_TOKENS:
             return ops.staged_ffn(hidden, self.weights, self.stages)
         return self._on_cpu(hidden, self.weights)

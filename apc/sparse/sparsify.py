@@ -104,7 +104,7 @@ def sparsify(
     if other is not None:
         warnings.warn(other.line, stacklevel=2)
     decider = make_policy(policy, codebook, predictor, seed)
-    if kernel is None or decider.kernel in ("masks", "stages"):
+    if kernel is None or decider.kernel_by("torch") in ("masks", "stages"):
         decider = decider.to(device)  # the other kernels copy the tensors they need, and no profiles
     restore(model)
     if kernel is None:

@@ -243,14 +243,13 @@ class MaskPolicy:
 
     @classmethod
     def has_kernel_on(cls, device: str) -> bool:
-        """Whether kernels on a device of this type, cuda or cpu, run it; `kernel` says if this one's parts fit."""
+        """Whether kernels on a device of this type, cuda or cpu, run it; `kernel_by` says if this one's parts fit."""
         return cls.known_before_ffn()
 
-    @property
-    def kernel(self) -> str | None:
+    def kernel_by(self, way: str) -> str | None:
         """The kind of sparse FFN that runs it: cluster, low-bit, masks or stages (see `apc.sparse.sparse_ffn`).
 
-        None: no kernel does.
+        None: no kernel does. way: one of `apc.ops.sparse_ffn.KERNELS`.
         """
         return "masks" if self.known_before_ffn() else None
 

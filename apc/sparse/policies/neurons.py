@@ -22,8 +22,7 @@ class NeuronPredictor(PredictorPolicy):
     by_threshold = False  # it keeps the scores above a threshold, not a fixed number of them
     color, marker = "#882255", "*"
 
-    @property
-    def kernel(self) -> str | None:
+    def kernel_by(self, way: str) -> str | None:
         """low-bit for a low-bit predictor, unless it is read at some inputs only; else masks."""
         low_bit = self.predictor.low_bit
         return "masks" if low_bit is None else None if low_bit.by_input else "low-bit"

@@ -19,8 +19,7 @@ class Predicted(PredictorPolicy, ClusterPolicy):
     gap_to: str | None = "oracle"
     color, marker = "#D55E00", "o"
 
-    @property
-    def kernel(self) -> str | None:
+    def kernel_by(self, way: str) -> str | None:
         """cluster."""
         return "cluster"
 

@@ -55,8 +55,7 @@ class Staged(MaskPolicy):
     gap_to: str | None = None
     nominates_by_stages = False  # whether nominations depend on the thresholds of the later stages
 
-    @property
-    def kernel(self) -> str | None:
+    def kernel_by(self, way: str) -> str | None:
         """None: no kernel runs these stages."""
         return None
 
@@ -453,11 +452,10 @@ class StagedPredicted(_ClusterStages, Predicted):
         """On a GPU only."""
         return device == "cuda"
 
-    @property
-    def kernel(self) -> str | None:
-        """cluster, for stages that keep neurons by thresholds, with the model's own weights."""
+    def kernel_by(self, way: str) -> str | None:
+        """cluster, not by numba, for stages that keep neurons by thresholds, with the model's own weights."""
         fits = "sizes" not in self.tensors and not self.adapts_weights and not self.lookahead
-        return "cluster" if fits else None
+        return "cluster" if fits and way != "numba" else None
 
 
 class StagedNeuron(Staged, NeuronPredictor):
@@ -468,14 +466,16 @@ class StagedNeuron(Staged, NeuronPredictor):
 
     @classmethod
     def has_kernel_on(cls, device: str) -> bool:
-        """On the CPU only."""
-        return device == "cpu"
+        """On both."""
+        return True
 
-    @property
-    def kernel(self) -> str | None:
-        """stages, for a low-bit copy of the same layer whose stages keep neurons by thresholds."""
+    def kernel_by(self, way: str) -> str | None:
+        """stages, for a low-bit copy of the same layer whose stages keep neurons by thresholds.
+
+        On a GPU with the model's own weights only.
+        """
         fits = self.predictor.low_bit is not None and "sizes" not in self.tensors and not self.predictor.lookahead
-        return "stages" if fits else None
+        return "stages" if fits and not (way == "triton" and self.adapts_weights) else None
 
     def stored_copy(self, layer: int) -> ops.LowBitCopy:
         """The copy that a layer's kernel reads."""
@@ -515,11 +515,10 @@ class StagedProx(Staged, Prox):
 
     @classmethod
     def has_kernel_on(cls, device: str) -> bool:
-        """On the CPU only."""
-        return device == "cpu"
+        """On both."""
+        return True
 
-    @property
-    def kernel(self) -> str | None:
+    def kernel_by(self, way: str) -> str | None:
         """stages, if they keep neurons by thresholds."""
         return None if "sizes" in self.tensors else "stages"
 

@@ -1,0 +1,148 @@
+// Parts that the sparse FFN's Hopper kernels share; placed before them, after `barriers_sm90.cuh`.
+//
+// Defined before this file: N, WORDS, CANDIDATES, ACTIVATION and BFLOAT, as in `sparse_ffn_sm90.cu`.
+
+constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
+constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
+
+// Copies weights. They are read once per decoding step, so the L2 cache may evict them first.
+__device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
+    asm volatile("{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once; }" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// The two numbers of a word as floats, the lower half first.
+__device__ __forceinline__ float2 widen(u32 pair) {
+    float2 result;
+    if (BFLOAT) {
+        result.x = __uint_as_float(pair << 16);
+        result.y = __uint_as_float(pair & 0xFFFF0000u);
+    } else {
+        asm("{ .reg .f16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high; }"
+            : "=f"(result.x), "=f"(result.y) : "r"(pair));
+    }
+    return result;
+}
+
+// Rounds to the weights' type, where a model rounds too.
+__device__ __forceinline__ float round_half(float x) {
+    float result;
+    if (BFLOAT) {
+        unsigned short half;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
+        result = __uint_as_float(static_cast<u32>(half) << 16);
+    } else {
+        asm("{ .reg .f16 half;\n cvt.rn.f16.f32 half, %1;\n cvt.f32.f16 %0, half; }" : "=f"(result) : "f"(x));
+    }
+    return result;
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ float activate(float x) {
+    if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    if (ACTIVATION == 3) return x < 0.0f ? 0.0f : x;  // NaN stays
+    const float y = ACTIVATION == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);  // ½ (1 + tanh y) = σ(2 y)
+    return x / (1.0f + expf(-y));
+}
+
+// Writes this block's share of the neurons that any token keeps to `list` in shared memory, in order, and returns their
+// number. An entry is neuron | tokens that keep it << 24.
+template <int THREADS>
+__device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens, u32* list) {
+    constexpr int WARPS = THREADS / 32, WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
+    __shared__ u32 words[N][WORDS];
+    __shared__ int ends[WORDS];  // number of set bits up to and including each word
+    __shared__ int mask_of[N], sums_of_warps[WARPS];
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    if (CANDIDATES == 0) {
+        if (thread < N) mask_of[thread] = thread;
+    } else if (warp < tokens) {  // the id of the largest value, ties to the lowest id
+        float best = -__int_as_float(0x7F800000);
+        int id = 0x7FFFFFFF;
+        for (int i = lane; i < CANDIDATES; i += 32) {
+            const float value = values[warp * CANDIDATES + i];
+            const int other = ids[warp * CANDIDATES + i];
+            if (value > best || (value == best && other < id)) best = value, id = other;
+        }
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            const float value = __shfl_xor_sync(~0u, best, distance);
+            const int other = __shfl_xor_sync(~0u, id, distance);
+            if (value > best || (value == best && other < id)) best = value, id = other;
+        }
+        if (lane == 0) mask_of[warp] = id == 0x7FFFFFFF ? 0 : id;
+    }
+    __syncthreads();
+
+    // Each thread counts the bits of a few words, then locates single bits.
+    int counts[WORDS_EACH], count = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS_EACH; i++) {
+        const int word = thread * WORDS_EACH + i;
+        u32 all = 0;
+        if (word < WORDS) {
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const u32 own = n < tokens ? masks[static_cast<long long>(mask_of[n]) * WORDS + word] : 0;
+                words[n][word] = own;
+                all |= own;
+            }
+        }
+        count += __popc(all);
+        counts[i] = count;
+    }
+    int before = count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(~0u, before, distance);
+        if (lane >= distance) before += other;
+    }
+    if (lane == 31) sums_of_warps[warp] = before;
+    __syncthreads();
+    before -= count;
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (w == warp) before += total;
+        total += sums_of_warps[w];
+    }
+#pragma unroll
+    for (int i = 0; i < WORDS_EACH; i++)
+        if (thread * WORDS_EACH + i < WORDS) ends[thread * WORDS_EACH + i] = before + counts[i];
+    __syncthreads();
+    const int first = static_cast<int>(blockIdx.x * static_cast<u32>(total) / gridDim.x);  // neurons × blocks < 2³²
+    const int last = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(total) / gridDim.x);
+    for (int rank = first + thread; rank < last; rank += THREADS) {
+        int word = 0, beyond = WORDS - 1;  // search for the first word whose bits end after this one
+#pragma unroll
+        for (int step = 0; step < SEARCH; step++) {
+            const int middle = (word + beyond) / 2;
+            if (ends[middle] > rank)
+                beyond = middle;
+            else
+                word = min(middle + 1, beyond);
+        }
+        u32 all = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) all |= words[n][word];
+        int place = 0, left = rank - (ends[word] - __popc(all));
+#pragma unroll
+        for (int width = 16; width > 0; width /= 2) {
+            const int ones = __popc(all >> place & ((1u << width) - 1));
+            if (left >= ones) left -= ones, place += width;
+        }
+        u32 keepers = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) keepers |= (words[n][word] >> place & 1) << n;
+        list[rank - first] = word * 32 + place | keepers << 24;
+    }
+    __syncthreads();
+    return last - first;
+}
