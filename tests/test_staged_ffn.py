@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from apc import ops
+from apc.ops import copy_sums_sm80
 from apc.ops.ffn_arguments import GROUP, Correction, LowBitCopy, LowRank, SpacedCopy, Stages
+from apc.ops.nvrtc import compile_program
 from apc.ops.score_curve import ScoreCurve
 from apc.ops.staged_ffn import staged_ffn
 
@@ -133,6 +135,18 @@ def test_on_a_gpu_few_inputs_and_nan(device, spaced):
     hidden[3] = math.nan
     every = stages._replace(thresholds=torch.full_like(stages.thresholds, -math.inf))
     assert ops.staged_ffn_triton(hidden[None], weights, every).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "arch"),
+    [
+        (copy_sums_sm80.Sizes(4096, 448, 4, 2, 256, 224, torch.bfloat16), "sm_90a"),
+        (copy_sums_sm80.Sizes(577, 48, 3, 2, 64, 0, torch.float32), "sm_80"),
+        (copy_sums_sm80.Sizes(7, 4, 1, 1, 16, 0, torch.float16), "sm_89"),
+    ],
+)
+def test_the_kernel_for_sums_compiles(sizes, arch):
+    assert b"copy_sums" in compile_program(sizes.program(arch))
 
 
 def test_what_no_gpu_kernel_takes_is_refused():
