@@ -120,7 +120,7 @@ def test_the_crossover_is_measured(workplace, trained, policy, form, changes):
     for times, tokens in (([1.0, 0.9, 0.7, 1.0, 0.96, 1.0, 0.98], 2), ([1.0, 0.9, 0.6], 0)):
         remaining = iter(times)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparse_ffn, "_time", lambda calls: next(remaining))  # noqa: B023
+            patch.setattr(sparse_ffn, "_time", lambda calls, device: next(remaining))  # noqa: B023
             assert crossover("auto") == tokens
 
 

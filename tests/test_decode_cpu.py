@@ -18,7 +18,7 @@ from apc.ops.rounded import rounded_rows
 from apc.predict.predictor import at_16_bits
 from apc.sparse import sparse_ffn
 from apc.sparse.decode import GreedyDecoder
-from apc.sparse.model_step import ModelStep, NotSupported
+from apc.sparse.model_step import ModelStepCPU, NotSupported
 from apc.utils.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -125,7 +125,7 @@ def test_threads_repeat_their_bits(threads):
     model, before = model_of(), torch.get_num_threads()
     decoder = GreedyDecoder(model, 1, 16)
     decoder.prefill(TOKENS)
-    step = ModelStep(model, decoder.cache)
+    step = ModelStepCPU(model, decoder.cache)._step
     steps = lambda: torch.cat([step(token, TOKENS.shape[1] + token).clone() for token in range(5)])
     expected = steps()
     torch.set_num_threads(threads)
@@ -344,7 +344,7 @@ def test_weights_elsewhere_are_refused():
     decoder.prefill(TOKENS)
     CHANGES[[*CHANGES][-1]](model)
     with pytest.raises(NotSupported, match=[*CHANGES][-1]):
-        ModelStep(model, decoder.cache)
+        ModelStepCPU(model, decoder.cache)
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_what_is_out_of_range_is_refused(token, position, problem):
     decoder = GreedyDecoder(model, 1, 16)
     decoder.prefill(TOKENS)
     with pytest.raises(IndexError, match=f"{problem} is not below"):
-        ModelStep(model, decoder.cache)(token, position)
+        ModelStepCPU(model, decoder.cache)._step(token, position)

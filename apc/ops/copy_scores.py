@@ -2,7 +2,7 @@
 
 Programs of `sums` share out the neurons and the inputs. Each reads the copy only at those of its inputs that take part,
 and adds up levels times inputs; `decide` adds the sums, in a fixed order, and compares scores with the threshold. From
-Ampere to Hopper the sums come from CUDA C++ (`copy_sums_sm80.py`), which is 15 times as fast as Triton here.
+Ampere to Hopper the sums come from CUDA C++ (`copy_sums_sm80.py`), which is much faster here than Triton.
 Shape letters: see `apc.ops`; S shares of the inputs.
 """
 
@@ -19,8 +19,7 @@ from apc.ops.sparse_ffn import activate
 # WORDS: words of 32 neurons that a program takes; ROWS: inputs that it reads at a time; STAGES: how many of these reads
 # are in flight.
 _TILE = {"WORDS": 32, "ROWS": 4, "STAGES": 3, "num_warps": 4}
-_SHARES = 16  # parts into which the inputs are cut, at least
-_MAX_SHARE = 256  # inputs of a part, at most
+_SHARES = 16  # into which the inputs are cut
 _DECIDE_TILE = {"BLOCK_D": 128, "num_warps": 4}
 _MAX_BITS = 4  # a level's bits fill a nibble at most
 
@@ -189,9 +188,11 @@ def nominate_triton(
         )
     if copy.planes.shape[2:] != (E, W):
         raise ValueError(f"planes {describe(copy.planes)} must be uint8 [b, P, {E}, {W}]")
-    share = min(_MAX_SHARE, max(16, triton.next_power_of_2(triton.cdiv(E, _SHARES))))
+    hidden, by_cuda = hidden.contiguous(), copy_sums_sm80.is_supported(hidden)
+    share = max(16, triton.next_power_of_2(triton.cdiv(E, _SHARES)))
     shares, words, spaced = triton.cdiv(E, share), W // 4, isinstance(copy, SpacedCopy)
-    sums = hidden.new_empty((shares, n, P, 32 * words), dtype=torch.float32)
+    parts = shares * copy_sums_sm80.PARTS if by_cuda else shares
+    sums = hidden.new_empty((parts, n, P, 32 * words), dtype=torch.float32)
     masks = hidden.new_empty((n, W), dtype=torch.uint8)
     spacings, groups, up_part = sums, 0, None
     scale = slope = power = bias = sums  # placeholders that the kernel does not read
@@ -201,10 +202,10 @@ def nominate_triton(
         scale, slope, power, bias = copy.curve
     if spaced or (isinstance(copy, LowBitCopy) and copy.projections[-1] == "up"):
         up_part = hidden.new_empty((n, D), dtype=torch.float32)
-    hidden, options, blocks = hidden.contiguous(), pdl_options(hidden.device), _DECIDE_TILE["BLOCK_D"]
+    options, blocks = pdl_options(hidden.device), _DECIDE_TILE["BLOCK_D"]
     common = {"SPACED": spaced, "P": P, **options}
     with torch.cuda.device_of(hidden):
-        if copy_sums_sm80.is_supported(hidden):
+        if by_cuda:
             copy_sums_sm80.copy_sums(hidden, copy, share, sums)
         else:
             _sums_kernel[(triton.cdiv(words, _TILE["WORDS"]), shares, n)](
@@ -218,7 +219,7 @@ def nominate_triton(
             )
         _decide_kernel[(triton.cdiv(8 * W, blocks), n)](
             *(sums, scale, slope, power, bias, norms, threshold, masks, sums if up_part is None else up_part),
-            *(n, shares, D, W, 32 * words),
+            *(n, parts, D, W, 32 * words),
             UP_PART=up_part is not None,
             ACTIVATION=activation,
             **common,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from apc.ops import nvrtc
-from apc.ops.ffn_arguments import GROUP, LowBitCopy, SpacedCopy
+from apc.ops.ffn_arguments import LowBitCopy, SpacedCopy
 from apc.ops.nvrtc import Function, Program, architecture, pointer
 
 _THREADS = 256
-_BLOCK_WORDS = 64  # words of 32 neurons of a block
+_BLOCK_WORDS = 32  # words of 32 neurons of a block
+PARTS = 2  # sums of a block, of every other 16 of its inputs
 _INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # the kernel knows them by these indices
 
 
@@ -40,7 +41,6 @@ class Sizes(NamedTuple):
             WORDS=self.words,
             SHARE=self.share,
             GROUPS=self.groups,
-            WORDS_PER_GROUP=GROUP // 32,
             HIDDEN=_INPUT_TYPES.index(self.dtype),
             EARLY=int(arch == "sm_90a"),
         )
@@ -70,12 +70,15 @@ def is_supported(hidden: Tensor) -> bool:
 
 
 def copy_sums(hidden: Tensor, copy: LowBitCopy | SpacedCopy, share: int, sums: Tensor) -> None:
-    """Write the sums, float32 [S, n, P, 32 · words]; share: inputs of each of the S parts, 256 at most."""
+    """Write the sums, float32 [PARTS · S, n, P, 32 · words]; share: inputs of each of the S shares.
+
+    Inputs times spacings are rounded to 16 bits, as sums of two bfloat16 numbers.
+    """
     (n, E), (bits, P, _, W) = hidden.shape, copy.planes.shape
     spacings = copy.spacings if isinstance(copy, SpacedCopy) else None
     sizes = Sizes(E, W // 4, bits, P, share, 0 if spacings is None else spacings.shape[-1], hidden.dtype)
     function, early = _prepare(sizes, hidden.device.index)
-    grid = math.ceil(sizes.words / _BLOCK_WORDS) * P, len(sums) * n
+    grid = math.ceil(sizes.words / _BLOCK_WORDS) * P, len(sums) // PARTS * n
     tensors = hidden, copy.planes, spacings, copy.norms, copy.least, sums
     with torch.cuda.device_of(hidden):
         nvrtc.launch(function, grid, _THREADS, 0, *map(pointer, tensors), ctypes.c_int(n), early=early)

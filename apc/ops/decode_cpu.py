@@ -13,7 +13,7 @@ and strides are in bytes unless they say more.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,12 +40,12 @@ from apc.ops._vectors import (
     store_float,
 )
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
+from apc.ops.decoder_weights import TYPES, AttentionWeights, DecoderWeights, DenseFFN, Unsupported
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
 from apc.ops.rounded import RoundedFFN, Rows
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
 _R = 4  # rows that are read together
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 _CACHE = ("cell", "d", "heads", "key_heads", "keys", "values", "head_stride", "token_stride", "numbers", "queries")
@@ -53,26 +53,6 @@ _EMBED = state_type("cell", "rows", "stride", "E", "out")
 _NORM = state_type("residual", "delta", "weight", "numbers", "E", "hidden", "x")
 _ROTATE = state_type(*_CACHE, "qkv", "cos", "sin", "query_norm", "key_norm")
 _ATTEND = state_type(*COUNTERS, *_CACHE, "scores", "row", "out")
-
-
-class AttentionWeights(NamedTuple):
-    """What attention reads in a layer."""
-
-    norm: Tensor  # [E], of the norm before it
-    projections: Sequence[Rows]  # of query [h · d, E], key and value [key heads · d, E], and output [E, h · d]
-    biases: Sequence[Tensor | None]  # of the projections
-    head_norms: Sequence[Tensor | None]  # [d], of each query and each key
-    keys: Tensor  # [key heads, S, d], the cache
-    values: Tensor  # [key heads, S, d]
-
-
-class DenseFFN(NamedTuple):
-    """A gated FFN as models store it."""
-
-    gate: Rows  # [D, E]
-    up: Rows  # [D, E]
-    down: Rows  # [E, D]
-    activation: str  # one of `ACTIVATIONS`
 
 
 class StagedFFN(NamedTuple):
@@ -83,31 +63,6 @@ class StagedFFN(NamedTuple):
 
 
 AnyFFN = DenseFFN | StagedFFN | ClusterFFN | Callable[[Tensor], Tensor]  # a function maps [1, E] to [1, E]
-
-
-class Layer(NamedTuple):
-    """A layer: attention, then an FFN, each after a norm."""
-
-    attention: AttentionWeights
-    ffn_norm: Tensor  # [E]
-    ffn: AnyFFN
-
-
-class DecoderWeights(NamedTuple):
-    """All weights of a model of Llama's kind, of one type in `TYPES`, or matrices rounded to 8 bits from it."""
-
-    embedding: Tensor  # [V, E]
-    layers: Sequence[Layer]
-    norm: Tensor  # [E], the last one
-    head: Rows  # [V, E]
-    cos: Tensor  # [S, d], of the rotary embedding
-    sin: Tensor  # [S, d]
-    epsilon: float  # of all norms
-    scaling: float  # of the products of queries and keys
-
-
-class Unsupported(ValueError):
-    """Weights that the kernel can't read; the message says why."""
 
 
 class StepCPU:
@@ -237,7 +192,9 @@ class StepCPU:
         """`_residual` += attention of `_x`."""
         *inner, out = weights.projections
         *inner_biases, out_bias = weights.biases
-        (key_heads, S, _), heads = weights.keys.shape, inner[0].shape[0] // d
+        (sequences, key_heads, S, _), heads = weights.keys.shape, inner[0].shape[0] // d
+        if sequences > 1:
+            raise Unsupported(f"there are {sequences} sequences at once")
         qkv, attended = self._floats((heads + 2 * key_heads) * d), self._floats(heads * d)
         queries, scores = self._floats(heads * d), self._keep(torch.zeros(heads, -(-S // LANES) * LANES + 4 * _R))
         place: dict[str, int | Tensor] = {
@@ -249,7 +206,7 @@ class StepCPU:
         place |= {"numbers": self._numbers, "queries": queries}
         size = self._dtype.itemsize
         caches: dict[str, int | Tensor] = {"keys": weights.keys, "values": weights.values}
-        caches |= {"head_stride": size * weights.keys.stride(0), "token_stride": size * weights.keys.stride(1)}
+        caches |= {"head_stride": size * weights.keys.stride(1), "token_stride": size * weights.keys.stride(2)}
         assert weights.keys.stride() == weights.values.stride()
         self._add_product(inner, inner_biases, self._x, qkv)
         self._add(

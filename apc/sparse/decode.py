@@ -18,7 +18,7 @@ from apc.sparse.timing import graph_time
 from apc.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from apc.sparse.model_step import ModelStep
+    from apc.sparse.model_step import ModelStep, ModelStepCPU, ModelStepGPU
 
 _ATTENTION = "apc-decode"
 
@@ -94,18 +94,24 @@ def _tuning_by_graphs() -> Iterator[None]:
 
 
 class GreedyDecoder:
-    """Decodes greedily with a cache of fixed size. On a GPU a step is one CUDA graph of the compiled model.
+    """Decodes greedily with a cache of fixed size.
 
-    On the CPU, a step of one sequence is one call of our own kernel (`apc.ops.decode_cpu`), dense or sparse, whose
-    logits are float32. `reason` says after `prefill` why steps on a CPU run through the model itself instead; None if
-    they do not.
+    Steps of one sequence run through our own kernels, dense or sparse, if these can compute the model:
+    `apc.ops.decode_cpu`, whose logits are float32, or `apc.ops.decode_gpu`. If not, `reason` says why after `prefill`,
+    and steps run through the model itself, on a GPU compiled by torch.compile. There, `record` makes a step one CUDA
+    graph.
 
-    batch: number of sequences; length: maximum number of tokens of a sequence (more raise ValueError); mode: on a GPU a
-    torch.compile mode that does not use CUDA graphs itself; None for the model's own step, on the CPU too; early:
-    whether, on Hopper, a compiled kernel may start before the previous kernel has ended, and wait for it on the GPU
-    (torch's experimental option `triton.enable_pdl`); bits: 8 makes the CPU's steps read matrices rounded to 8 bits,
-    with a scale for each row. They are held beside the model's own, which prefill uses. `prefill` raises UserError
-    if the steps are not our kernel's.
+    Args:
+        model: a Hugging Face causal language model.
+        batch: number of sequences.
+        length: the largest number of tokens of a sequence; more raise ValueError.
+        mode: on a GPU, the torch.compile mode of models that our kernels can't compute; it must not use CUDA graphs
+            itself. None: the model's own step, on the CPU too.
+        early: whether, on Hopper, torch.compile's kernels may start before the previous kernel has ended, and wait for
+            it on the GPU (torch's experimental option `triton.enable_pdl`).
+        bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row. They are held beside
+            the model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'.
+        own: False: our kernels are not used.
     """
 
     reason: str | None
@@ -118,6 +124,7 @@ class GreedyDecoder:
         mode: str | None = "default",
         early: bool = False,
         bits: int | None = None,
+        own: bool = True,
     ):
         if bits not in (None, 8):
             raise ValueError(f"bits={bits}: choose None or 8")
@@ -127,28 +134,31 @@ class GreedyDecoder:
         self._keyword = cache_keyword(model)
         accepts = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._last_only = {"logits_to_keep": 1} if accepts else {}
-        self._call = model.forward
-        if mode and self.device.type == "cuda":
-            self._call = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
+        self._mode = mode
+        self._call: Callable | None = None
         self._length, self._cached = length, 0  # tokens that fit into the cache, and tokens in it
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._early = early
-        self.reason, self._may_use_kernel = None, self.device.type == "cpu" and bool(mode) and batch == 1
-        if self.device.type == "cpu" and not self._may_use_kernel:
-            self.reason = "mode=None" if not mode else f"the decoder has {batch} sequences at once"
-        self._on_cpu: ModelStep | None = None
+        self.reason = None if own else "own=False"
+        if not mode:
+            self.reason = "mode=None"
+        elif batch > 1:
+            self.reason = f"the decoder has {batch} sequences at once"
+        self._may_use_kernels = self.reason is None and self.device.type in ("cpu", "cuda")
+        self._own: ModelStepCPU | ModelStepGPU | None = None
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> None:
         """Starts a new text with tokens int64 [batch, n], and sets `token` to each sequence's likeliest next token."""
         self._reserve(tokens.shape[1], reset=True)
         self.cache.reset()
-        logits = self._last_logits(self.model, tokens.to(self.device))
+        tokens = tokens.to(self.device)
+        logits = self._last_logits(self.model, tokens)
         self.token.copy_(logits.argmax(-1, keepdim=True))
-        if self._may_use_kernel and (self._on_cpu is None or not self._on_cpu.is_current()):
-            self._prepare(lambda step: step.check(int(tokens[0, -1]), tokens.shape[1] - 1, logits))
+        if self._may_use_kernels and (self._own is None or not self._own.is_current()):
+            self._prepare(lambda step: step.check(tokens[:, -1:], tokens.shape[1] - 1, logits))
         self._check_bits()
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:
@@ -157,21 +167,27 @@ class GreedyDecoder:
         return call(input_ids=tokens, use_cache=True, **named).logits[:, -1]
 
     def _prepare(self, check: Callable[["ModelStep"], None] | None = None) -> None:
-        """Makes the CPU's step for the model as it is now, or notes why there is none."""
-        from apc.sparse.model_step import ModelStep, NotSupported  # imports numba
+        """Makes our step for the model as it is now, or notes why there is none."""
+        from apc.sparse.model_step import ModelStepCPU, ModelStepGPU, NotSupported  # imports numba
 
-        self.reason = None
+        self.reason, self._graph = None, None
         try:
-            self._on_cpu = ModelStep(self.model, self.cache, self._bits)
+            if self.device.type == "cuda":
+                self._own = ModelStepGPU(self.model, self.cache)
+            else:
+                self._own = ModelStepCPU(self.model, self.cache, self._bits)
             if check is not None:
-                check(self._on_cpu)
+                check(self._own)
         except NotSupported as error:
-            self._on_cpu, self.reason = None, str(error)
+            self._own, self.reason = None, str(error)
 
     def _check_bits(self) -> None:
         """Raises UserError if steps should read rounded weights and can't."""
-        if self._bits is not None and self._on_cpu is None:
-            raise UserError(f"bits={self._bits}: {self.reason or 'the model is not on the CPU'}; leave bits out")
+        if self._bits is None:
+            return
+        if self._own is None or self.device.type != "cpu":
+            problem = "the model is not on the CPU" if self.device.type != "cpu" else self.reason
+            raise UserError(f"bits={self._bits}: {problem}; leave bits out")
 
     def _reserve(self, count: int, reset: bool = False) -> None:
         """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""
@@ -183,18 +199,33 @@ class GreedyDecoder:
 
     def _step(self) -> None:
         """A step without a graph. Raises UserError if torch.compile cannot trace the whole model."""
+        if self._own is not None and self.device.type == "cpu":  # numpy finds the largest sooner
+            self.logits = self._own(self.token)
+            self.token.fill_(int(self.logits.numpy().argmax()))
+            return
+        self.logits = self._models_step() if self._own is None else self._own(self.token)
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+
+    def _models_step(self) -> Tensor:
+        """The logits of a step of the model itself."""
+        if self._call is None:
+            self._call = self.model.forward
+            if self._mode and self.device.type == "cuda":
+                self._call = torch.compile(self.model.forward, dynamic=False, fullgraph=True, mode=self._mode)
         try:
             with _grouped_attention(self.model):
-                self.logits = self._last_logits(self._call, self.token)
+                return self._last_logits(self._call, self.token)
         except torch._dynamo.exc.Unsupported as error:
             problem = f"torch.compile cannot trace a whole decoding step ({first_line(error)})"
             advice = "leave out speed=true for this model"
             raise UserError(f"{type(self.model).__name__}: {problem}; {advice}") from error
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.no_grad()
     def record(self, tokens: Tensor) -> None:
-        """Records the CUDA graph of a step that follows tokens int64 [batch, n]; call `prefill` again afterwards."""
+        """Records the CUDA graph of a step that follows tokens int64 [batch, n]; call `prefill` again afterwards.
+
+        A later `prefill` drops the graph if our kernels made it and the model has changed since.
+        """
         if self.device.type != "cuda":
             return
         import torch._inductor.config
@@ -218,16 +249,13 @@ class GreedyDecoder:
     def step(self) -> Tensor:
         """Computes the next `token` without waiting; the next step overwrites the returned `logits` [batch, words]."""
         self._reserve(1)
-        if self._on_cpu is not None and not self._on_cpu.is_current():
-            self._prepare()
-            self._check_bits()
         if self._graph is not None:
             with torch.cuda.device(self.device):
                 self._graph.replay()
-        elif self._on_cpu is not None:
-            self.logits = self._on_cpu(int(self.token), self._cached - 1)
-            self.token.fill_(int(self.logits.numpy().argmax()))
         else:
+            if self._own is not None and not self._own.is_current():
+                self._prepare()
+                self._check_bits()
             self._step()
         assert self.logits is not None
         return self.logits

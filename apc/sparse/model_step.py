@@ -1,6 +1,10 @@
-"""A decoding step on the CPU by `apc.ops.decode_cpu`, for Hugging Face models of Llama's kind."""
+"""A decoding step by our own kernels, for Hugging Face models of Llama's kind, on the CPU and on a GPU.
 
-from collections.abc import Callable, Sequence
+The kernels are those of `apc.ops.decode_cpu` and `apc.ops.decode_gpu`. Importing this module imports numba.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +13,9 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from apc.data.ffn import find_ffns
-from apc.ops import decode_cpu as kernels  # imports numba
+from apc.ops import decode_cpu as kernels
+from apc.ops.decode_gpu import StepGPU
+from apc.ops.decoder_weights import AttentionWeights, DecoderWeights, DenseFFN, Layer, Unsupported
 from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_ffn, rounded_rows
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
@@ -29,12 +35,11 @@ class NotSupported(Exception):
 class ModelStep:
     """The step of a model after a cache, as long as both stay as they are.
 
-    bits: None, or 8: the step reads matrices rounded to 8 bits, which are held beside the model's own.
-    Raises NotSupported for a model that the kernel can't compute.
+    Raises NotSupported for a model that the kernels can't compute.
     """
 
-    def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
-        self._model, self._handle, self._bits = model, handle_of(model), bits
+    def __init__(self, model: nn.Module, cache: StaticCache) -> None:
+        self._model, self._handle = model, handle_of(model)
         self._modules = list(model.modules())
         self._places = [
             (parts, name)
@@ -42,31 +47,33 @@ class ModelStep:
             for parts in (module._modules, module._parameters)
             for name in parts
         ]
-        try:
-            self.decoder = _decoder(model, cache, _ffn_calls(model, self._handle))
-            self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
-        except (UserError, kernels.Unsupported) as error:
-            raise NotSupported(str(error).removesuffix("; use kernel=None")) from error
+        with _as_not_supported():
+            self.decoder = _decoder(model, cache, self._ffn_calls())
         self._lengths = [layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)]
         self._contents, self._limit = self._current_contents(), self._max_sparse_tokens()
 
-    def __call__(self, token: int, position: int) -> Tensor:
-        """The logits float32 [1, V] after a token at this position; the next step overwrites them."""
-        logits = self._step(token, position)
-        for length in self._lengths:  # as torch's own step would leave it
-            length.fill_(position + 1)
-        return logits
+    def __call__(self, token: Tensor) -> Tensor:
+        """The logits [1, V] after a token int64 [1, 1], which goes into the cache.
+
+        On the CPU they are float32, and the next step overwrites them; on a GPU they are of the weights' type.
+        """
+        raise NotImplementedError
+
+    def _ffn_calls(self) -> Sequence[kernels.AnyFFN]:
+        """For each layer what the kernels take as its FFN."""
+        raise NotImplementedError
+
+    def _logits(self, decoder: DecoderWeights, token: Tensor, position: int) -> Tensor:
+        """The logits [1, V] after a token int64 [1, 1], by the kernels."""
+        raise NotImplementedError
 
     def is_current(self) -> bool:
-        """Whether the model has the weights, hooks and sparse FFNs that the step knows.
-
-        With bits, weights that were written through `.data` are not noticed.
-        """
+        """Whether the model has the weights, hooks and sparse FFNs that the step knows."""
         same = self._handle is handle_of(self._model) and self._limit == self._max_sparse_tokens()
         return same and self._contents == self._current_contents()
 
-    def check(self, token: int, position: int, logits: Tensor) -> None:
-        """Raises NotSupported unless a step gives a prefill's logits [1, V]; that prefill ended with this token.
+    def check(self, token: Tensor, position: int, logits: Tensor) -> None:
+        """Raises NotSupported unless a step gives the logits [1, V] of a prefill that ended with a token int64 [1, 1].
 
         The FFNs of a sparse model run as they did in the prefill of position + 1 tokens: often dense, where the step
         runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
@@ -77,13 +84,13 @@ class ModelStep:
         if self._handle is not None:
             calls = zip(decoder.layers, _module_calls(self._model), strict=True)
             decoder = decoder._replace(layers=[layer._replace(ffn=call) for layer, call in calls])
-        caches = [each[:, position] for layer in decoder.layers for each in layer.attention[-2:]]
+        caches = [each[:, :, position] for layer in decoder.layers for each in layer.attention[-2:]]
         written = [each.clone() for each in caches]
         try:
-            if sparse is not None and position >= before:
+            if sparse is not None and position + 1 > before:
                 sparse.max_sparse_tokens = 0
-            exact = decoder is self.decoder and self._bits is None
-            own = (self._step if exact else kernels.StepCPU(decoder))(token, position)
+            with _as_not_supported():
+                own = self._logits(decoder, token, position).float()
         finally:
             if sparse is not None:
                 sparse.max_sparse_tokens = before
@@ -94,11 +101,9 @@ class ModelStep:
             raise NotSupported(f"the kernel's logits differ from the model's by {error:.1%}")
 
     def _current_contents(self) -> list[int]:
-        """Which modules, hooks and memory the model consists of; with bits also the versions of its parameters."""
+        """Which modules, hooks and memory the model consists of."""
         parts = [parts.get(name) for parts, name in self._places]
         found = [part.data_ptr() if isinstance(part, Tensor) else id(part) for part in parts]
-        if self._bits is not None:
-            found += [part._version for part in parts if isinstance(part, Tensor)]
         for module in self._modules:
             found += [len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
         return found
@@ -107,16 +112,86 @@ class ModelStep:
         return self._handle.max_sparse_tokens if isinstance(self._handle, SparseFFNs) else None
 
 
-def _rounded(decoder: kernels.DecoderWeights) -> kernels.DecoderWeights:
+class ModelStepCPU(ModelStep):
+    """The step of one sequence on the CPU.
+
+    bits: None, or 8: the step reads matrices rounded to 8 bits, which are held beside the model's own. Weights that
+    were written through `.data` are then not noticed.
+    """
+
+    def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
+        self._bits = bits
+        super().__init__(model, cache)
+        with _as_not_supported():
+            self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """The next step overwrites the logits."""
+        position = int(self._lengths[0])
+        logits = self._step(int(token), position)
+        for length in self._lengths:  # as torch's own step would leave it
+            length.fill_(position + 1)
+        return logits
+
+    def _ffn_calls(self) -> Sequence[kernels.AnyFFN]:
+        if not isinstance(self._handle, SparseFFNs):
+            return _ffn_calls(self._model, self._handle)
+        calls = zip(self._handle.kernel_ffns(), _module_calls(self._model), strict=True)
+        return [own or call for own, call in calls]
+
+    def _logits(self, decoder: DecoderWeights, token: Tensor, position: int) -> Tensor:
+        exact = decoder is self.decoder and self._bits is None
+        return (self._step if exact else kernels.StepCPU(decoder))(int(token), position)
+
+    def _current_contents(self) -> list[int]:
+        """With bits also the versions of the parameters."""
+        found = super()._current_contents()
+        if self._bits is not None:
+            parts = (parts.get(name) for parts, name in self._places)
+            found += [part._version for part in parts if isinstance(part, Tensor)]
+        return found
+
+
+class ModelStepGPU(ModelStep):
+    """The step of one sequence on a GPU, in kernels that a CUDA graph can record."""
+
+    def __init__(self, model: nn.Module, cache: StaticCache) -> None:
+        super().__init__(model, cache)
+        with _as_not_supported():
+            self._step = StepGPU(self.decoder)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """The logits stay."""
+        logits = self._step(token, self._lengths[0])
+        torch._foreach_add_(self._lengths, 1)
+        return logits
+
+    def _ffn_calls(self) -> Sequence[kernels.AnyFFN]:
+        return _ffn_calls(self._model, self._handle)
+
+    def _logits(self, decoder: DecoderWeights, token: Tensor, position: int) -> Tensor:
+        return StepGPU(decoder)(token, torch.full_like(self._lengths[0], position))
+
+
+@contextlib.contextmanager
+def _as_not_supported() -> Iterator[None]:
+    """Within the block, what the kernels or the model refuse is NotSupported."""
+    try:
+        yield
+    except (UserError, Unsupported) as error:
+        raise NotSupported(str(error).removesuffix("; use kernel=None")) from error
+
+
+def _rounded(decoder: DecoderWeights) -> DecoderWeights:
     """The same with its matrices rounded to 8 bits.
 
     The embedding stays, and of a sparse FFN what is neither a row nor a predictor of clusters.
     """
 
     def ffn_of(ffn: kernels.AnyFFN) -> kernels.AnyFFN:
-        if isinstance(ffn, kernels.DenseFFN):
+        if isinstance(ffn, DenseFFN):
             gate, up, down = map(_rounded_rows, (ffn.gate, ffn.up, ffn.down))
-            return kernels.DenseFFN(gate, up, down, ffn.activation)
+            return DenseFFN(gate, up, down, ffn.activation)
         if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
             assert not isinstance(ffn.weights, RoundedFFN)
             ffn = ffn._replace(weights=rounded_ffn(ffn.weights))
@@ -151,9 +226,7 @@ def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
 
 
 def _ffn_calls(model: nn.Module, handle: Handle | None) -> Sequence[kernels.AnyFFN]:
-    """For each layer what the kernel takes as its FFN."""
-    if isinstance(handle, SparseFFNs):
-        return [own or call for own, call in zip(handle.kernel_ffns(), _module_calls(model), strict=True)]
+    """For each layer its weights, or a function that calls its module."""
     if handle is not None:
         return _module_calls(model)
     calls: list[kernels.AnyFFN] = []
@@ -168,7 +241,7 @@ def _ffn_calls(model: nn.Module, handle: Handle | None) -> Sequence[kernels.AnyF
             calls.append(call)
         else:
             gate, up = ffn.projection("gate").detach(), ffn.projection("up").detach()
-            calls.append(kernels.DenseFFN(gate, up, ffn.down.weight.detach(), activation))
+            calls.append(DenseFFN(gate, up, ffn.down.weight.detach(), activation))
     return calls
 
 
@@ -181,19 +254,19 @@ def _hooks(module: nn.Module) -> list[Callable]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
-def _of_one_sequence(cached: Tensor | None) -> Tensor:
+def _filled(cached: Tensor | None) -> Tensor:
     if cached is None:
         raise NotSupported("the cache is empty")
-    return cached[0]
+    return cached
 
 
-def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> kernels.DecoderWeights:
+def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> DecoderWeights:
     """The model's weights as the kernel takes them."""
     if type(model).__name__ not in _CLASSES or type(model).__module__.split(".")[0] != "transformers":
         raise NotSupported(f"the kernel knows {', '.join(_CLASSES)}")
     body, handle = model.model, handle_of(model)
     parts = [body.embed_tokens, body.norm, model.lm_head]
-    layers: list[kernels.Layer] = []
+    layers: list[Layer] = []
     for block, layer_cache, ffn in zip(body.layers, cache.layers, ffns, strict=True):
         attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
         projections = [getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")]
@@ -204,14 +277,14 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         if type(layer_cache) is not StaticLayer:
             raise NotSupported(f"the cache has a {type(layer_cache).__name__}")
         layers.append(
-            kernels.Layer(
-                kernels.AttentionWeights(
+            Layer(
+                AttentionWeights(
                     norms[0].weight,
                     [linear.weight.detach() for linear in projections],
                     [linear.bias for linear in projections],
                     [None if norm is None else norm.weight for norm in head_norms],
-                    keys=_of_one_sequence(layer_cache.keys),
-                    values=_of_one_sequence(layer_cache.values),
+                    keys=_filled(layer_cache.keys),
+                    values=_filled(layer_cache.values),
                 ),
                 norms[1].weight,
                 ffn,
@@ -226,12 +299,12 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         raise NotSupported("the head is not a plain linear layer")
     if model.training:
         raise NotSupported("the model is in training mode")
-    length = layers[0].attention.keys.shape[1]
-    cos, sin = body.rotary_emb(body.embed_tokens.weight[:1], torch.arange(length)[None])
+    length, device = layers[0].attention.keys.shape[2], body.embed_tokens.weight.device
+    cos, sin = body.rotary_emb(body.embed_tokens.weight[:1], torch.arange(length, device=device)[None])
     attention = body.layers[0].self_attn
     if cos.shape[-1] != attention.head_dim or body.rotary_emb.rope_type not in _ROTARY:
         raise NotSupported("the rotary embedding covers a part of each head, or depends on the text's length")
-    return kernels.DecoderWeights(
+    return DecoderWeights(
         embedding=body.embed_tokens.weight.detach(),
         layers=layers,
         norm=body.norm.weight,

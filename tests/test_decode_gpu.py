@@ -1,0 +1,157 @@
+"""A decoding step by the kernels for a GPU equals the model's own; a model that they can't compute keeps its own."""
+
+import pytest
+import torch
+from test_decode_cpu import TOLERANCE, model_of
+
+import apc
+from apc import ops
+from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.ops import decode_gpu
+from apc.ops.decode_gpu import StepGPU
+from apc.ops.decoder_weights import Unsupported
+from apc.predict.predictor import Predictor, PredictorHeader
+from apc.sparse.decode import GreedyDecoder
+from apc.sparse.model_step import ModelStepGPU, NotSupported
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # on the CPU by Triton's interpreter
+TOKENS = torch.randint(61, (1, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs programs one after the other."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(decode_gpu, "_PROGRAMS", 2)
+        monkeypatch.setattr(decode_gpu, "_SHARES", 2)
+
+
+def steps_of(model, device, steps=4):
+    """The logits of steps after a text by the kernels and by the model, float32 [steps, 1, V] each."""
+    model, tokens = model.to(device), TOKENS.to(device)
+    plain, other = (GreedyDecoder(model, 1, 16, mode=None) for _ in range(2))
+    for decoder in (plain, other):
+        decoder.prefill(tokens)
+    step, logits, expected = ModelStepGPU(model, other.cache), [], []
+    for token in range(steps):
+        plain.token.fill_(token)
+        expected.append(plain.step().float())
+        logits.append(step(torch.full((1, 1), token, device=device)).float())
+    lengths = [int(layer.cumulative_length) for layer in other.cache.layers]
+    assert lengths == [tokens.shape[1] + steps] * 2
+    return torch.stack(logits), torch.stack(expected)
+
+
+def random_parts(model, K=6):
+    """A codebook of random masks, and a predictor of its clusters."""
+    E, D, L = model.config.hidden_size, model.config.intermediate_size, model.config.num_hidden_layers
+    masks = ops.pack(torch.rand(L * K, D) < 0.5).view(L, K, -1)
+    profiles = torch.ones((), dtype=torch.float16).expand(L, K, D)
+    book = SiteCodebook(
+        masks, profiles, torch.ones(L, K, dtype=torch.int64), ops.pack(torch.ones(L, D) > 0), torch.zeros(L)
+    )
+    codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
+    return codebook, Predictor(PredictorHeader(L, E, 8, {"neuron": K})).requires_grad_(False).eval().rounded()
+
+
+def error_of(logits, expected):
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_step_equals_the_models_own(device, kind, dtype):
+    """Qwen2 has biases, Qwen3 norms of the heads; E, D and V are no powers of two."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies matrices of bfloat16 numbers as if they were integers")
+    model = model_of(kind, dtype, num_attention_heads=6, head_dim=16)
+    assert error_of(*steps_of(model, device)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "changes", [{"num_key_value_heads": 4}, {"attention_bias": True}, {"hidden_act": "gelu_pytorch_tanh"}]
+)
+def test_other_heads_biases_and_activations(device, changes):
+    assert error_of(*steps_of(model_of(**changes), device)) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_text(device):
+    """More keys than a program reads at a time, in a cache that is longer still."""
+    model = model_of(max_position_embeddings=2048).to(device)
+    tokens = torch.randint(61, (1, 700 if device == "cuda" else 90), device=device)
+    plain, other = (GreedyDecoder(model, 1, 1000, mode=None) for _ in range(2))
+    for decoder in (plain, other):
+        decoder.prefill(tokens)
+    assert error_of(ModelStepGPU(model, other.cache)(plain.token), plain.step()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("policy", ["predicted", "static"])
+def test_sparse_ffns_within_a_step(device, policy):
+    model = model_of().to(device)
+    apc.sparsify(model, *random_parts(model), policy, kernel="torch", max_sparse_tokens=3)
+    assert error_of(*steps_of(model, device)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_the_decoder_records_the_kernels():
+    model = model_of("qwen3", torch.bfloat16).to("cuda")
+    tokens = TOKENS.to("cuda")
+    decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
+    decoder.record(tokens)
+    assert decoder.reason is None and decoder._graph is not None
+    for _ in range(2):
+        logits = []
+        for each in (decoder, plain):
+            each.prefill(tokens)
+            each.token.fill_(5)
+            logits.append(each.step().float().clone())
+        assert error_of(*logits) < TOLERANCE[torch.bfloat16]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(model.model.layers[0].mlp.up_proj.weight * 0.5)
+    decoder.prefill(tokens)
+    assert decoder._graph is None and decoder.reason is None  # the graph had the old weights
+
+
+def test_the_check_finds_another_models_logits_and_leaves_the_cache():
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16, mode=None)
+    decoder.prefill(TOKENS)
+    before = [layer.keys.clone() for layer in decoder.cache.layers]
+    step = ModelStepGPU(model, decoder.cache)
+    logits = model(TOKENS).logits[:, -1]
+    step.check(TOKENS[:1, -1:], 6, logits)
+    with pytest.raises(NotSupported, match="the kernel's logits differ from the model's by"):
+        step.check(TOKENS[:1, -1:], 6, logits.flip(-1))
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(decoder.cache.layers, before, strict=True))
+    assert [int(layer.cumulative_length) for layer in decoder.cache.layers] == [7, 7]
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    model = model_of()
+    decoder = GreedyDecoder(model, 1, 16, mode=None)
+    decoder.prefill(TOKENS)
+    weights = ModelStepGPU(model, decoder.cache).decoder
+    first = weights.layers[0]
+    attention = first.attention
+    many = attention._replace(keys=attention.keys.expand(2, -1, -1, -1).contiguous())
+    wide = attention._replace(projections=[torch.zeros(20 * 2 * 32, 72), *attention.projections[1:]])
+    for changed, reason in (
+        (weights._replace(head=weights.head.half()), "several types"),
+        (weights._replace(head=weights.head.T.contiguous().T), "aren't contiguous"),
+        (weights._replace(cos=weights.cos[:, :24]), "heads of size 24, 2 to a key head"),
+        (weights._replace(layers=[first._replace(attention=wide)]), "heads of size 32, 20 to a key head"),
+        (weights._replace(layers=[first._replace(attention=many)]), "2 sequences at once"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            StepGPU(changed)
+
+
+def test_own_false_keeps_the_models_step():
+    decoder = GreedyDecoder(model_of(), 1, 16, own=False)
+    decoder.prefill(TOKENS)
+    assert decoder.reason == "own=False" and decoder._own is None
+    decoder.step()
