@@ -34,11 +34,12 @@ from apc.utils.errors import first_line
 DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
-COMPILED, TUNED = "dense, torch.compile", "dense, torch.compile max-autotune"
+COMPILED, TUNED, OWN = "dense, torch.compile", "dense, torch.compile max-autotune", "dense, apc"
 MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the benchmark makes its own graph of all calls
-MODES = {  # (label, mode of torch.compile, whether kernels launch early)
-    "default": (COMPILED, "default", False),
-    "tuned": (f"{TUNED}, early launches", MODE, True),
+MODES = {  # (label, mode of torch.compile, whether its kernels launch early, whether our kernels run one sequence)
+    "default": (COMPILED, "default", False, False),
+    "tuned": (f"{TUNED}, early launches", MODE, True, False),
+    "own": (OWN, MODE, True, True),
 }
 COPY_BITS, COPY_INPUTS = 4, 0.375  # of the copy that nominates neurons for stages
 STEP = 0.15  # between the shares of rows of gate, up and down that stages read
@@ -471,9 +472,11 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
     dense = {}
 
-    def measure(operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True) -> Row:
+    def measure(
+        operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True, own: bool = True
+    ) -> Row:
         torch.compiler.reset()  # after eight compiled versions of a function, torch would run it uncompiled
-        decoder = GreedyDecoder(model, n, 2 * prompt, mode, early)
+        decoder = GreedyDecoder(model, n, 2 * prompt, mode, early, own=own)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
@@ -489,8 +492,9 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         return result
 
     for n in options.batches:
-        for label, mode, early in (MODES[name] for name in options.modes):
-            yield measure("decode, dense", label.removeprefix("dense, "), n, parameters, mode, early)
+        for name_of_mode in options.modes if n == 1 else [each for each in options.modes if each != "own"]:
+            label, *how = MODES[name_of_mode]
+            yield measure("decode, dense", label.removeprefix("dense, "), n, parameters, *how)
     ffns = layers * shape.dense_bytes
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)

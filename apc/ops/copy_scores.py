@@ -20,7 +20,7 @@ from apc.ops.sparse_ffn import activate
 # are in flight.
 _TILE = {"WORDS": 32, "ROWS": 4, "STAGES": 3, "num_warps": 4}
 _SHARES = 16  # into which the inputs are cut
-_DECIDE_TILE = {"BLOCK_D": 128, "num_warps": 4}
+_DECIDE_TILE = {"BLOCK_D": 64, "num_warps": 4}
 _MAX_BITS = 4  # a level's bits fill a nibble at most
 
 
@@ -126,19 +126,20 @@ def _decide_kernel(
     ACTIVATION: tl.constexpr,
     EARLY: tl.constexpr,
     P: tl.constexpr,
+    SHARES: tl.constexpr,  # at least `shares`
     BLOCK_D: tl.constexpr,
 ):
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     d, n = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.program_id(1)
-    first = tl.zeros([BLOCK_D], tl.float32)
+    share = tl.arange(0, SHARES)[:, None]
+    of_share = sums_ptr + (share * tokens + n) * P * width + d[None, :]
+    read = (share < shares) & (d < D)[None, :]
+    first = tl.sum(tl.load(of_share, mask=read, other=0.0), axis=0)
     second = tl.zeros([BLOCK_D], tl.float32)
-    for share in range(shares):
-        of_share = sums_ptr + (share * tokens + n) * P * width + d
-        first += tl.load(of_share, mask=d < D, other=0.0)
-        if P > 1:
-            second += tl.load(of_share + width, mask=d < D, other=0.0)
+    if P > 1:
+        second += tl.sum(tl.load(of_share + width, mask=read, other=0.0), axis=0)
     if SPACED:
         part = _log_energy(tl.abs(second))
         norms = tl.load(norms_ptr + d, mask=d < D, other=0.0)
@@ -222,6 +223,7 @@ def nominate_triton(
             *(n, parts, D, W, 32 * words),
             UP_PART=up_part is not None,
             ACTIVATION=activation,
+            SHARES=triton.next_power_of_2(parts),
             **common,
             **_DECIDE_TILE,
         )
