@@ -11,6 +11,7 @@ USAGE = """usage: apc COMMAND …
 
   train      from text to a table of mask policies
   evaluate   score a finished run again, with other policies or text; or compare runs
+  export     write a run's result to a folder that apc.load and the Hugging Face hub take
   sweep      run every combination of a W&B sweep file, without a server
   cache      list, prune and repair collected patterns
   doctor     check this machine
@@ -19,6 +20,7 @@ apc COMMAND --help explains each; apc --version prints the version."""
 COMMANDS = {  # what repeating an interrupted command does; None: the command prints this itself
     "train": None,
     "evaluate": None,
+    "export": "starts again",
     "sweep": "goes on from here",
     "cache": "goes on from here",
     "doctor": "starts again",

@@ -28,7 +28,8 @@ class SiteCodebook:
     centroids: uint8 [G, K, W], packed masks. Each has exactly m ones, or any number if the codebook's centroid_size
         is free.
     profiles: float16 [G, K, D], each cluster's mean pattern under the codebook's weighting, scaled to a mean of 1 over
-        the neurons. The profile of an empty cluster is its centroid, scaled in the same way.
+        the neurons. The profile of an empty cluster is its centroid, scaled in the same way. [G, K, 0] if they were
+        left out, as for sharing.
     sizes: int64 [G, K], rows in each cluster.
     static: uint8 [L, W], the best single mask of m ones for each layer.
     thresholds: float32 [L], the importance from which a neuron is active; zero if the rule is `top`.
@@ -144,6 +145,11 @@ class Codebook:
         """A copy that no policy is calibrated for."""
         return replace(self, calibrated={}, calibration={})
 
+    def without_profiles(self) -> "Codebook":
+        """A copy without profiles, which only the policy `soft` and tuning need."""
+        sites = {site: replace(book, profiles=book.profiles[..., :0]) for site, book in self.sites.items()}
+        return replace(self, sites=sites)
+
     def save(self, path: str | Path) -> None:
         """Writes the codebook to a file."""
         header = {name: value for name, value in vars(self).items() if name not in ("sites", "calibrated")}
@@ -205,6 +211,8 @@ class Codebook:
         K, W = book.centroids.shape[-2] if book.centroids.dim() == 3 else 0, ops.row_bytes(D)
         shapes = dict(centroids=(G, K, W), profiles=(G, K, D), sizes=(G, K), static=(L, W), thresholds=(L,))
         shapes["offsets"] = G, K, self.hidden_size
+        if not book.profiles.shape[-1]:
+            shapes["profiles"] = G, K, 0
         for name, value in book.tensors().items():
             if tuple(value.shape) != shapes[name]:
                 return f"{name} of site {site} is {tuple(value.shape)}, expected {shapes[name]}"

@@ -5,6 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from apc import ops
+from apc.cluster.codebook import Codebook
+from apc.predict.predictor import Predictor
 from apc.sparse.policies.base import ClusterPolicy, MaskDecision, MaskInputs, PredictorPolicy, add_deltas
 
 
@@ -42,6 +44,13 @@ class Soft(PredictorPolicy, ClusterPolicy):
     by_cluster = False
     monitored = True
     color, marker = "#CC79A7", "P"
+
+    @classmethod
+    def unsupported(cls, codebook: Codebook, predictor: Predictor | None) -> str | None:
+        """Also if the codebook has no profiles."""
+        if not all(book.profiles.shape[-1] for book in codebook.sites.values()):
+            return "the codebook was shared without profiles; use the run's own"
+        return super().unsupported(codebook, predictor)
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """The largest entries of the mixed profile; the mixed offset and the correction are added to the output."""
