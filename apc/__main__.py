@@ -12,6 +12,7 @@ USAGE = """usage: apc COMMAND …
   train      from text to a table of mask policies
   evaluate   score a finished run again, with other policies or text; or compare runs
   export     write a run's result to a folder that apc.load and the Hugging Face hub take
+  lm-eval    lm-evaluation-harness with the model `apc`: a run or a shared result under a policy
   sweep      run every combination of a W&B sweep file, without a server
   cache      list, prune and repair collected patterns
   doctor     check this machine
@@ -21,6 +22,7 @@ COMMANDS = {  # what repeating an interrupted command does; None: the command pr
     "train": None,
     "evaluate": None,
     "export": "starts again",
+    "lm-eval": "starts again",
     "sweep": "goes on from here",
     "cache": "goes on from here",
     "doctor": "starts again",
@@ -38,7 +40,7 @@ def main() -> None:
         sys.argv = [f"apc {command}", *sys.argv[2:]]
         effect = COMMANDS[command]
         with nullcontext() if effect is None else one_line_errors(f"the same command {effect}"):
-            importlib.import_module(f"apc.commands.{command}").main()
+            importlib.import_module(f"apc.commands.{command.replace('-', '_')}").main()
     else:
         print(f"error: {command}: no such command; choose {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

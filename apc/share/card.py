@@ -25,8 +25,8 @@ def model_card(facts: dict) -> ModelCard:
         f"---\n{data.to_yaml()}\n---\n",
         f"# {base['name']}, sparse by `{policy}`\n",
         f"Which FFN neurons of {base['name']} a token needs, known before they are computed: a codebook of activation "
-        f"patterns and, where the policy needs one, a predictor, made with {LIBRARY}. The weights of {base['name']} are "
-        "not in here.\n",
+        f"patterns and, where the policy needs one, a predictor, made with {LIBRARY}. The weights of {base['name']} "
+        "are not in here.\n",
         "## Load it\n",
         f"`pip install {LIBRARY}`, then\n",
         f'```python\nimport apc\n\nmodel = apc.load("FOLDER_OR_HUB_ID"{needs_model})  # a transformers model\n```\n',

@@ -11,7 +11,7 @@ config.json is written last, so that a folder without it is not whole. Nothing i
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
@@ -30,6 +30,9 @@ from apc.utils import hub
 from apc.utils.errors import UserError
 from apc.utils.files import write_atomic
 from apc.utils.tensor_files import wrong_field
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KIND, VERSION = "apc-result", 1
 CONFIG, CODEBOOK, PREDICTOR = "config.json", "codebook.safetensors", "predictor.safetensors"
@@ -137,16 +140,21 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
             UserError: the model can't be loaded, or has other weights, or no kernel runs the policy here.
         """
         if model is None or isinstance(model, str):
-            base = self.facts["base_model"]
-            path = model or base["path"]
-            if path is None:
-                raise UserError(f"the base model {base['name']} was a folder; give it: model=FOLDER or a loaded model")
-            own = {name: base[name] for name in ("dtype", "ffn_bits", "ffn_group", "ffn_spared")}
-            revision = base["revision"] if model is None else None
-            cfg = ModelConfig(path=path, device=device, revision=revision, **own)
-            model = load_model(cfg, resolve_device(device))[0]
+            model = self.base_model(model, device)[0]
         seed = self.facts["seed"]
         return sparsify(model, self.codebook, self.predictor, self.policy, seed, kernel, scoring=scoring, strict=True)
+
+    def base_model(
+        self, path: str | None = None, device: str = "auto"
+    ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+        """The base model, dense, and its tokenizer; arguments and errors as for `sparse_model`."""
+        base = self.facts["base_model"]
+        source = path or base["path"]
+        if source is None:
+            raise UserError(f"the base model {base['name']} was a folder; give it: model=FOLDER or a loaded model")
+        own = {name: base[name] for name in ("dtype", "ffn_bits", "ffn_group", "ffn_spared")}
+        cfg = ModelConfig(path=source, device=device, revision=None if path else base["revision"], **own)
+        return load_model(cfg, resolve_device(device))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Writes the files; `config.json` comes last."""

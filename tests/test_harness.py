@@ -1,0 +1,177 @@
+"""lm-evaluation-harness with the model `apc`: a run or a shared result under a policy."""
+
+import json
+import os
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import apc
+import tiny
+import train
+from apc import ops
+from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.config.load import load_config
+from apc.config.schema import ModelConfig
+from apc.data.bundled import bundled_model
+from apc.data.models import load_model
+from apc.share.harness import SparseLM
+from apc.utils.errors import UserError
+
+CLOZE = """task: local_cloze
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{ends}}}}"
+doc_to_target: right
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+ROLLING = """task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{start}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tiny.make_workplace(tmp_path_factory.mktemp("harness"))
+    changes = {"policies": "[dense,oracle,predicted]", "monitor.windows": 0}
+    train.train(load_config(None, tiny.tiny_overrides(folder, **changes)))
+    words = (folder / "score.txt").read_text().split()[:240]
+    lines = [
+        {"start": " ".join(words[i : i + 12]), "ends": [f" {words[i + 12]}", f" {words[i + 13]}"], "right": i // 20 % 2}
+        for i in range(0, 200, 20)
+    ]
+    write_tasks(folder, lines)
+    apc.export(folder / "runs" / "run", folder / "shared", "predicted")
+    return folder
+
+
+def write_tasks(folder, lines):
+    """Two tasks on the same lines: which end is likelier, and the perplexity of the starts."""
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (tasks / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in (("cloze", CLOZE), ("text", ROLLING)):
+        (tasks / f"{name}.yaml").write_text(text.format(file=tasks / "lines.jsonl"))
+
+
+def harness(folder, model, arguments, expect=0):
+    """The results of both tasks by the command, or its stderr if it must fail."""
+    out = folder / "out"
+    words = ["-m", "apc", "lm-eval", "run", "--model", model, "--model_args", arguments, "--tasks"]
+    words += ["local_cloze,local_text", "--include_path", str(folder / "tasks"), "--device", "cpu"]
+    words += ["--batch_size", "2", "--output_path", str(out / "results.json")]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == expect, done.stderr
+    if expect:
+        return done.stderr
+    newest = max(out.glob("results*.json"), key=lambda path: path.stat().st_mtime_ns)
+    results = json.loads(newest.read_text())["results"]
+    return {
+        (task, name): value
+        for task, named in results.items()
+        for name, value in named.items()
+        if isinstance(value, float) and "stderr" not in name
+    }
+
+
+def test_the_dense_model_scores_as_the_harness_own(workplace):
+    own = harness(workplace, "hf", f"pretrained={workplace / 'model'},dtype=float32")
+    dense = harness(workplace, "apc", f"checkpoint={workplace / 'runs' / 'run'},policy=dense")
+    assert dense == own and len(own) == 4
+
+
+def test_a_shared_result_scores_as_its_run(workplace):
+    run = scored(SparseLM(str(workplace / "runs" / "run"), "predicted", device="cpu"), workplace, "local_text")
+    given = {"checkpoint": str(workplace / "shared"), "model": str(workplace / "model"), "device": "cpu"}
+    assert scored(SparseLM(**given), workplace, "local_text") == run
+    by_kernel = scored(SparseLM(**given, kernel="torch"), workplace, "local_text")
+    assert by_kernel["word_perplexity,none"] == pytest.approx(run["word_perplexity,none"], rel=1e-4)
+    assert scored(SparseLM(**given, policy="dense"), workplace, "local_text") != run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"checkpoint": "nothing"}, "nothing: no such folder, and not a hub id"),
+        ({"checkpoint": "run", "policy": "x"}, "policy x: unknown; choose dense"),
+        ({"checkpoint": "run", "policy": "soft", "kernel": "x"}, "kernel=x: choose auto"),
+        ({"checkpoint": "run", "model": "x"}, "model=x: .* is a run, which names its model; leave model out"),
+        (
+            {"checkpoint": "shared", "policy": "oracle"},
+            "policy=oracle: .* was shared for predicted; choose it",
+        ),
+        ({"checkpoint": "shared"}, "the base model model was a folder; give it: model=FOLDER"),
+    ],
+)
+def test_bad_arguments_are_one_line(workplace, arguments, problem):
+    places = {"run": workplace / "runs" / "run", "shared": workplace / "shared"}
+    given = arguments | {"checkpoint": str(places.get(arguments["checkpoint"], "nothing"))}
+    with pytest.raises(UserError, match=problem) as caught:
+        SparseLM(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_argument_ends_the_command(workplace):
+    line = harness(workplace, "apc", "checkpoint=nothing", expect=2).splitlines()[-1]
+    assert line.startswith("error: nothing: no such folder")
+
+
+def scored(model, folder, task):
+    """A task's results for a model of the harness."""
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    return lm_eval.simple_evaluate(model=model, tasks=[task], task_manager=manager)["results"][task]
+
+
+def test_a_sparsified_model_can_be_handed_to_the_harness(workplace):
+    """The example of the documentation."""
+    run = apc.load_run(workplace / "runs" / "run")
+    cfg = ModelConfig(path=str(workplace / "model"), device="cpu")
+    model, tokenizer = load_model(cfg, torch.device("cpu"))
+    apc.sparsify(model, run.codebook, run.predictor, "predicted")
+    sparse = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2)
+    ours = SparseLM(str(workplace / "runs" / "run"), "predicted", batch_size=2, device="cpu")
+    assert scored(sparse, workplace, "local_text") == scored(ours, workplace, "local_text")
+
+
+def test_the_bundled_model_scores_as_the_harness_own(tmp_path):
+    text = "The quick brown fox jumps over the lazy dog , and then it sleeps in the warm sun until the evening"
+    words = text.split()
+    lines = [{"start": " ".join(words[: 6 + i]), "ends": [f" {words[6 + i]}", " the"], "right": 0} for i in range(8)]
+    write_tasks(tmp_path, lines)
+    folder = bundled_model()
+    sizes = json.loads((folder / "config.json").read_text())
+    L, E, D = (sizes[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    masks = ops.pack(torch.arange(D) < D // 2).expand(L, 1, -1).contiguous()
+    profiles, counts = torch.ones(L, 1, D, dtype=torch.float16), torch.ones(L, 1, dtype=torch.int64)
+    book = SiteCodebook(masks, profiles, counts, masks[:, 0].clone(), torch.zeros(L))
+    codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
+    base = {"path": "bundled", "name": "SmolLM2", "revision": None, "dtype": "float32", "weights": None}
+    base |= {"ffn_bits": None, "ffn_group": 32, "ffn_spared": 16}
+    facts = {"policy": "static", "seed": 0, "base_model": base, "license": None, "conditions": {}, "made": {}}
+    apc.Result(codebook, None, facts | {"dense": None, "sparse": None}).save_pretrained(tmp_path / "shared")
+    dense = SparseLM(str(tmp_path / "shared"), "dense", batch_size=2, device="cpu")
+    own = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    for task in ("local_cloze", "local_text"):
+        assert scored(dense, tmp_path, task) == scored(own, tmp_path, task)
+    sparse = SparseLM(str(tmp_path / "shared"), batch_size=2, device="cpu")
+    assert scored(sparse, tmp_path, "local_text") != scored(dense, tmp_path, "local_text")
