@@ -72,7 +72,7 @@ def unpack(rows: Tensor, D: int) -> Tensor:
     """The bits of packed rows: uint8 [..., W] → bool [..., D]. Raises ValueError unless W is `row_bytes(D)`."""
     if rows.dtype != torch.uint8 or rows.shape[-1] != row_bytes(D):
         raise ValueError(f"unpack wants uint8 [..., {row_bytes(D)}] for D = {D}, got {describe(rows)}")
-    if rows.device.type == "cpu":
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():  # which can't trace numpy's function
         return torch.from_numpy(np.unpackbits(rows.numpy(), axis=-1, count=D, bitorder="little")).view(torch.bool)
     bits = (rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1
     return bits.flatten(-2)[..., :D].bool()
