@@ -15,6 +15,7 @@ from apc.config.load import load_config
 from apc.config.values import to_yaml
 from apc.evaluate import figures
 from apc.evaluate import tables as evaluate_tables
+from apc.run.again import command
 from apc.utils import exits
 
 PERPLEXITY = {"dense": 5.0, "exact": 6.0, "oracle": 20.0, "thresholded-oracle": 30.0, "predicted": 25.0}
@@ -278,20 +279,20 @@ def test_each_command_makes_its_run_again(grid, tmp_path):
         policies=("dense",),
     )
     for run in [*grid[1], small]:
-        words = shlex.split(tables.command(run))
+        words = shlex.split(command(run.folder, run.config))
         cfg = load_config(None, words[2:])
         assert words[:2] == ["python", "train.py"] and cfg.run.name == f"{run.name}-again"
         assert to_yaml(cfg).replace(f"{run.name}-again", run.name).replace(
             "dir: runs", f"dir: {run.config.run.dir}"
         ) == to_yaml(run.config)
-    assert len(tables.command(grid[1][-1])) < 200  # from experiment=paper, not key by key
+    assert len(command(grid[1][-1].folder, grid[1][-1].config)) < 200  # from experiment=paper, not key by key
 
 
 def test_an_evaluation_of_a_run_is_made_again_by_evaluate(tmp_path):
     finish(tmp_path, "run", "cluster.k=256")
     run = finish(tmp_path / "run" / "evaluations", "more", "cluster.k=256", "policies=[oracle]", policies=("oracle",))
     assert run.name == "run/more"
-    words = shlex.split(tables.command(run))
+    words = shlex.split(command(run.folder, run.config))
     assert words == [
         "python",
         "evaluate.py",
@@ -466,6 +467,7 @@ def test_runs_without_policies_of_clusters_give_a_table_and_no_figures(tmp_path)
     said = tables.compare([finish(tmp_path, "a", policies=("dense",))], tmp_path / "out")
     assert "figures: none" in " ".join(said.split()) and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "comparison.csv",
+        "comparison.html",
         "comparison.md",
     ]
 

@@ -9,10 +9,8 @@ import csv
 import io
 import itertools
 import os
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -27,10 +25,11 @@ from apc.compare.finished import (
     ordered,
     variants,
 )
-from apc.config.load import CONFIGS, load_config, load_saved, overrides_between
-from apc.config.schema import Config
 from apc.evaluate import tables
 from apc.evaluate.tables import Column
+from apc.report.charts import bytes_chart
+from apc.report.page import Section, page
+from apc.run.again import command
 from apc.sparse.policies import POLICIES, facts
 from apc.utils.errors import UserError
 from apc.utils.files import write_atomic
@@ -43,7 +42,6 @@ GAPS = "gap: ln of the perplexity over that of " + ", ".join(
     f"{policy.gap_to} (for {name})" for name, policy in POLICIES.items() if policy.gap_to
 )
 SHARED = tuple(name for name, policy in POLICIES.items() if not policy.uses_codebook)  # the same with any codebook
-_IRRELEVANT = ("run", "tracking", "collect.dir")  # parts of a configuration that change no number
 
 _COLUMNS = (
     Column("", "run", lambda record: record["run"]),
@@ -62,33 +60,6 @@ _CONDITIONS = (
     *("model", "fit", "score", "fit_tokens", "score_tokens", "seq_len", "bos", "sparsity", "active", "sites", "k"),
     *("density", "bytes", "ffn_bits", "weighting", "scope", "forward", *MORE_CONDITIONS),
 )
-
-
-def command(run: Finished) -> str:
-    """The shortest command line that makes the run (or evaluation) again, from one of the experiments."""
-    cfg = run.config
-    name = f"run.name={run.folder.name}-again"
-    if run.folder.resolve().parent.name == "evaluations":
-        checkpoint = run.folder.parent.parent
-        base = load_saved(checkpoint / "config.yaml", ["stage=all"])
-        words = overrides_between(base, cfg, (*_IRRELEVANT, "checkpoint"))
-        return shlex.join(["python", "evaluate.py", f"checkpoint={checkpoint}", *words, name])
-    candidates = [[*chosen, *overrides_between(base, cfg, _IRRELEVANT)] for chosen, base in _experiments()]
-    for words in sorted(candidates, key=len):
-        if not overrides_between(load_config(None, words), cfg, _IRRELEVANT):
-            return shlex.join(["python", "train.py", *words, name])
-    return shlex.join(["python", "train.py", str(run.folder / "config.yaml"), name])
-
-
-@cache
-def _experiments() -> list[tuple[list[str], Config]]:
-    """Configurations that a command can start from, each with the words of the command line that choose it.
-
-    They are the defaults of the dataclasses, the configuration of an empty command line, and each experiment.
-    """
-    names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    chosen: list[list[str]] = [[], *([f"experiment={name}"] for name in names)]
-    return [([], Config()), *((words, load_config(None, words)) for words in chosen)]
 
 
 def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) -> str:
@@ -123,7 +94,7 @@ def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
     notes += [OWN_DENSE] if bits_shown(runs) else []
     notes += [GAPS, PREDICTIONS] if every else [f"{tables.MORE} Commands that make each run again: comparison.md."]
     notes += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []
-    commands = [f"{run.name}: {command(run)}" for run in runs] if every else []
+    commands = [f"{run.name}: {command(run.folder, run.config)}" for run in runs] if every else []
     if markdown:
         return [*map(tables.escaped, notes), "To run one again:", "\n".join(f"    {line}" for line in commands)]
     width = 160 if wide else tables.line_width()
@@ -197,7 +168,7 @@ def table_csv(runs: Sequence[Finished]) -> str:
         split = "IN-SAMPLE" if run.in_sample else run.conditions["split"]
         values = [run.conditions.get(key) for key in _CONDITIONS]
         shown = ["+".join(value) if isinstance(value, list) else value for value in values]
-        again = command(run)
+        again = command(run.folder, run.config)
         for name, policy in run.policies.items():
             gap = run.gap(name)
             gaps = [None, gap] if facts(name).forms else [gap, None]
@@ -207,8 +178,32 @@ def table_csv(runs: Sequence[Finished]) -> str:
     return out.getvalue()
 
 
+def comparison_page(runs: Sequence[Finished]) -> str:
+    """The comparison as an HTML page: a table for each group of runs that can be compared, and a chart above it."""
+    names = variants(runs)
+    sections: list[Section] = []
+    for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key):
+        members = list(group)
+        records = _shared_records(members) + [
+            _record(run, name, names[run.folder])
+            for run in members
+            for name in run.policies
+            if name not in SHARED or len(members) == 1
+        ]
+        title = "Policies" if not sections else f"Policies, other conditions {len(sections)}"
+        drawn = [(record["run"], record) for record in records]
+        chart, conditions = bytes_chart(drawn), comparison_items(members[0])
+        sections.append(Section.of_records(title, _COLUMNS, records, conditions=conditions, chart=chart))
+    every = [record for run in runs for record in run.policies.values()]
+    sections[-1].notes = [tables.MEANINGS, *tables.footnotes(every), GAPS, PREDICTIONS]
+    commands = [f"{run.name}: {command(run.folder, run.config)}" for run in runs]
+    warnings = [f"{run.name}: {warning}" for run in runs for warning in tables.warnings(run.results)]
+    warnings += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []
+    return page(f"{len(runs)} runs side by side", [], warnings, [*sections, Section("Make them again", texts=commands)])
+
+
 def compare(runs: Sequence[Finished], folder: Path, wide: bool = False) -> str:
-    """Writes comparison.csv, comparison.md and the figures to `folder`; returns the table for a terminal.
+    """Writes comparison.csv, .md and .html and the figures to `folder`; returns the table for a terminal.
 
     Raises UserError if the folder can't be written.
     """
@@ -217,12 +212,13 @@ def compare(runs: Sequence[Finished], folder: Path, wide: bool = False) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "comparison.csv", table_csv(runs).encode())
         write_atomic(folder / "comparison.md", table(runs, markdown=True).encode())
+        write_atomic(folder / "comparison.html", comparison_page(runs).encode())
         paths = save_figures(runs, folder)
     except OSError as error:
         message = f"{folder}: can't be written ({error.strerror}); choose another folder with out=FOLDER"
         raise UserError(message) from error
     names = ", ".join(path.name for path in paths) or "none (nothing to draw)"
-    written = f"written to {folder}: comparison.csv, comparison.md; figures: {names}"
+    written = f"written to {folder}: comparison.html, comparison.csv, comparison.md; figures: {names}"
     return f"{table(runs, wide=wide)}\n{tables.wrapped(written, tables.line_width(wide), indent='  ')}"
 
 

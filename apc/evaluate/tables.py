@@ -257,7 +257,7 @@ POLICY_COLUMNS = (
 _ROW = "{:18}  {:>11}  {:>8}  {:>10}  {:>15}  {:>7}"
 ROW_HEADER = _ROW.format("policy", "density %", "energy %", "perplexity", "against dense ×", "bytes % ").rstrip()
 
-_DETAIL_COLUMNS = (
+DETAIL_COLUMNS = (
     POLICY,
     _share_column("first token", "importance %", "captured_importance_first", wide=True),
     _share_column("first token", "energy %", "captured_energy_first"),
@@ -338,15 +338,36 @@ def policy_row(record: dict) -> str:
 def detail_table(results: dict, markdown: bool = False, wide: bool = False) -> str:
     """What the masks capture of each window's first token, and of all tokens while the policy's own masks are on."""
     policies = [policy for policy in results.get("policies") or [] if not policy.get("missing")]
-    grid = record_grid(_DETAIL_COLUMNS, policies, markdown, wide)
+    grid = record_grid(DETAIL_COLUMNS, policies, markdown, wide)
     return _document(results, [grid], [FIRST_TOKEN], markdown, wide)
 
 
 def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> list[str]:
     """A table of decoding speed and divergence from dense, and continuations side by side; empty if not measured."""
+    parts = speed_parts(results, explained=markdown or wide)
+    if parts is None:
+        return []
+    columns, notes, continuations = parts
+    texts = []
+    for text in continuations:
+        lines = text.splitlines()
+        if markdown:
+            lines = [f"    {line}" for line in lines]
+        elif not wide:
+            lines = [wrapped(line, line_width(), indent="    ") for line in lines]
+        texts.append("\n".join(lines))
+    grid = record_grid(columns, results["speed"]["policies"], markdown, wide)
+    return [_document(results, [grid], notes, markdown, wide), "\n\n".join(texts)]
+
+
+def speed_parts(results: dict, explained: bool = True) -> tuple[tuple[Column, ...], list[str], list[str]] | None:
+    """Columns of the table of speeds, notes, and the continuations of each prompt; None if not measured.
+
+    explained: whether the notes explain the columns that only --wide shows.
+    """
     speed = results.get("speed")
     if not speed:
-        return []
+        return None
     conditions = {"device": "an unnamed device", "dtype": ""} | (results.get("conditions") or {})
     perplexities, divergence = "Perplexity: of the table above. ", ""
     columns: tuple[Column, ...] = _QUICK_SPEED_COLUMNS
@@ -361,7 +382,7 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
         f"{perplexities}speed-up: median of rounds that time policies in turn ± half their range.{divergence}",
         *footnotes(speed["policies"]),
     ]
-    if markdown or wide:
+    if explained:
         notes.append(
             "same first tokens: greedy tokens before the continuation first differs from the dense model's. "
             "sparse up to: the largest call, in tokens, that kernel=auto runs sparse on this device; here one token "
@@ -379,13 +400,8 @@ def speed_tables(results: dict, markdown: bool = False, wide: bool = False) -> l
     for index, prompt in enumerate(speed["prompts"]):
         lines = [f"… {' '.join(prompt.split())[-200:].lstrip()}"]
         lines += [f"  {policy['policy']}: {' '.join(policy['text'][index].split())}" for policy in speed["policies"]]
-        if markdown:
-            lines = [f"    {line}" for line in lines]
-        elif not wide:
-            lines = [wrapped(line, line_width(), indent="    ") for line in lines]
         texts.append("\n".join(lines))
-    grid = record_grid(columns, speed["policies"], markdown, wide)
-    return [_document(results, [grid], notes, markdown, wide), "\n\n".join(texts)]
+    return columns, notes, texts
 
 
 def layer_table(results: dict, markdown: bool = False, wide: bool = False) -> str:

@@ -1,7 +1,7 @@
 """A run's folder: the names of its files, who may write to it, and reading it back.
 
 runs/<name>/config.yaml, provenance.json, metrics.jsonl, checkpoints/, codebook.safetensors, predictor.safetensors,
-            fit-sequences.safetensors, results.json, figures/*.png, wandb/
+            fit-sequences.safetensors, results.json, report.html, figures/*.png, wandb/
 """
 
 import json

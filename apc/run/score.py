@@ -14,14 +14,18 @@ from apc.data.text import Windows, adds_bos
 from apc.evaluate import figures, tables
 from apc.evaluate.evaluator import Evaluator
 from apc.predict.predictor import CORRECTION, Predictor
+from apc.report.page import run_page
+from apc.run.again import command
 from apc.run.context import RunContext
 from apc.run.folder import commit, stage_records, write_json
 from apc.run.tracking import Tracking
 from apc.sparse.policies import calibrated_policies, chosen_policies, total_bytes, usable_policies
 from apc.utils import distributed
 from apc.utils.errors import UserError
+from apc.utils.files import write_atomic
 from apc.utils.wheels import log
 
+REPORT = "report.html"
 LAYER_FIGURES = ("density", "coverage", "precision", "captured_importance")
 TABLE_FIGURES = ("perplexity", "ratio", *LAYER_FIGURES, "captured_energy", "bits", "bytes_share", "flops_share")
 SUMMARY_FIGURES = ("perplexity", "ratio", "bytes_share")  # W&B's columns of runs; the table has all of them
@@ -37,7 +41,10 @@ def check_speed(cfg: Config, model: nn.Module) -> None:
 
 
 def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, scored: Windows, folder: Path) -> dict:
-    """Scores the policies, writes `folder`/results.json and figures/, and returns the results (docs/files.md)."""
+    """Scores the policies, writes results.json, figures/ and report.html to `folder`, and returns the results.
+
+    docs/files.md describes the results.
+    """
     cfg, device, watch = context.cfg, context.device, context.watch
     names, left_out = usable_policies(cfg, codebook, predictor)
     missing = [{"policy": name, "missing": reason} for name, reason in left_out.items()]
@@ -63,6 +70,7 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
     if distributed.is_main():
         write_json(folder / "results.json", results)
         _publish(results, folder, context.tracking)
+        _write_page(results, folder, cfg)
         # Last, so that all other results are saved if it fails.
         if cfg.speed != "false":
             timed = _timed(context, codebook, predictor, measured)
@@ -72,6 +80,8 @@ def score(context: RunContext, codebook: Codebook, predictor: Predictor | None, 
             write_json(folder / "results.json", results)
             if timed:
                 _publish_speed(results, folder, context.tracking)
+                _write_page(results, folder, cfg)
+        context.tracking.artifact(f"report-{folder.name}", "report", folder / REPORT)
     distributed.barrier()
     return results
 
@@ -202,6 +212,12 @@ def _publish(results: dict, folder: Path, tracking: Tracking) -> None:
     tracking.table("eval/layers", ["policy", "layer", *LAYER_FIGURES], rows)
     for key, path in figures.save_figures(results, folder / "figures").items():
         tracking.figure(f"figures/{key}", path)
+
+
+def _write_page(results: dict, folder: Path, cfg: Config) -> None:
+    """Writes the results as a page."""
+    text = run_page(str(folder), results, command(folder, cfg), (folder / "figures").glob("*.png"))
+    write_atomic(folder / REPORT, text.encode())
 
 
 def _publish_speed(results: dict, folder: Path, tracking: Tracking) -> None:

@@ -1,0 +1,108 @@
+"""Interactive charts of results, by Bokeh. Colours and markers are those of the figures.
+
+Their background is transparent and their ink is grey, so that they suit a light page and a dark one.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from bokeh.models import ColumnDataSource, HoverTool, Model, TabPanel, Tabs
+from bokeh.plotting import figure
+
+from apc.evaluate.tables import layered, masked_density, percent, shown_perplexity, shown_ratio, to_float
+from apc.sparse.policies import facts
+
+_INK, _LINE = "#808690", "#80869055"
+_MARKERS = {  # matplotlib's names → Bokeh's; others are circles
+    "o": "circle", "s": "square", "D": "diamond", "d": "diamond", "^": "triangle", "v": "inverted_triangle",
+    "<": "triangle", ">": "triangle", "*": "star", "P": "plus", "X": "x", "x": "x", "p": "hex", "h": "hex", "8": "hex",
+}  # fmt: skip
+_MEASURES = ("density", "captured_importance", "coverage", "precision")
+
+
+def _plot(x: str, y: str, logarithmic: bool = False, height: int = 420) -> figure:
+    plot = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        x_axis_label=x,
+        y_axis_label=y,
+        y_axis_type="log" if logarithmic else "linear",
+        tools="pan,box_zoom,wheel_zoom,reset,save",
+        active_scroll=None,
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_color=_LINE,
+    )
+    plot.toolbar.logo = None
+    for axis in (*plot.xaxis, *plot.yaxis):
+        axis.axis_label_text_color = axis.major_label_text_color = _INK
+        axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = _INK
+    for grid in (*plot.xgrid, *plot.ygrid):
+        grid.grid_line_color = _LINE
+    return plot
+
+
+def _legend_below(plot: figure) -> None:
+    plot.add_layout(plot.legend[0], "below")
+    legend = plot.legend[0]
+    legend.orientation, legend.click_policy, legend.ncols = "horizontal", "hide", 4
+    legend.label_text_color, legend.background_fill_alpha, legend.border_line_alpha = _INK, 0, 0
+
+
+def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
+    """Perplexity over the bytes that policies read, one point for each (run, record); None without such records."""
+    by_policy = defaultdict(list)
+    for run, record in records:
+        perplexity, share = to_float(record.get("perplexity")), to_float(record.get("bytes_share"))
+        if math.isfinite(perplexity) and math.isfinite(share):
+            by_policy[record["policy"]].append((run, record))
+    values = [record["perplexity"] for points in by_policy.values() for _, record in points]
+    if not values:
+        return None
+    plot = _plot("FFN bytes read per token, % of the dense FFN at 16 bits", "perplexity", max(values) > 3 * min(values))
+    shown = [("policy", "@policy"), ("run", "@run"), ("perplexity", "@perplexity"), ("against dense", "@ratio")]
+    shown += [("bytes", "@bytes %"), ("density", "@density %")]
+    plot.add_tools(HoverTool(tooltips=[pair for pair in shown if pair[0] != "run" or any(run for run, _ in records)]))
+    for name, points in by_policy.items():
+        of = [record for _, record in points]
+        source = ColumnDataSource(
+            {
+                "x": [100 * record["bytes_share"] for record in of],
+                "y": [record["perplexity"] for record in of],
+                "policy": [name] * len(of),
+                "run": [run for run, _ in points],
+                "perplexity": [shown_perplexity(record["perplexity"]) for record in of],
+                "ratio": [shown_ratio(record) for record in of],
+                "bytes": [percent(record["bytes_share"]) for record in of],
+                "density": [percent(masked_density(record) or record.get("density")) for record in of],
+            }
+        )
+        policy, hollow = facts(name), any(record.get("excludes_finding") for record in of)
+        plot.scatter(
+            "x", "y", source=source, legend_label=name, size=11, color=policy.color, line_width=2,
+            fill_alpha=0.0 if hollow else 0.9, marker=_MARKERS.get(policy.marker, "circle"),
+        )  # fmt: skip
+    _legend_below(plot)
+    return plot
+
+
+def layer_charts(results: dict) -> Model | None:
+    """For each measure a line per policy over the layers, in tabs; None if no policy has figures for layers."""
+    panels = []
+    for measure in _MEASURES:
+        policies = layered(results, measure)
+        if not policies:
+            continue
+        plot = _plot("layer", f"{measure.replace('_', ' ')}, %", height=340)
+        plot.add_tools(HoverTool(tooltips=[("policy", "@policy"), ("layer", "@x"), ("%", "@y{0.0}")]))
+        for policy in policies:
+            values = [100 * to_float(value) for value in policy["per_layer"][measure]]
+            name, layers = policy["policy"], range(len(values))
+            source = ColumnDataSource({"x": [*layers], "y": values, "policy": [name] * len(values)})
+            look = dict(source=source, legend_label=name, color=facts(name).color)
+            plot.line("x", "y", line_width=2, **look)
+            plot.scatter("x", "y", size=5, **look)
+        _legend_below(plot)
+        panels.append(TabPanel(child=plot, title=measure.replace("_", " ")))
+    return Tabs(tabs=panels, sizing_mode="stretch_width") if panels else None
