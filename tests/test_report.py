@@ -46,7 +46,7 @@ def cells(path, column):
     """The cells of a column of the first table."""
     table = re.search("<tbody>.*?</tbody>", path if isinstance(path, str) else path.read_text(), re.S)[0]
     rows = re.findall("<tr>(.*?)</tr>", table, re.S)
-    return [html.unescape(re.findall("<td>(.*?)</td>", row, re.S)[column]) for row in rows]
+    return [html.unescape(re.findall("<td[^>]*>(.*?)</td>", row, re.S)[column]) for row in rows]
 
 
 def test_it_shows_what_results_json_holds(folder):

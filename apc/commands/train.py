@@ -36,7 +36,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
     from apc.run.checks import check_model
     from apc.run.context import HeldOutMonitor, RunContext, load_inputs
     from apc.run.folder import Stopwatch, open_run
-    from apc.run.score import check_speed, score
+    from apc.run.score import REPORT, check_speed, score
     from apc.run.tracking import Tracking
     from apc.sparse.policies import calibrated_policies, check_policies, check_used, trains_predictor
     from apc.utils import distributed
@@ -108,7 +108,7 @@ def train(cfg: Config, wide: bool = False) -> dict:
         if distributed.is_main():
             shown = [tables.policies_table(results, wide=wide), *tables.speed_tables(results, wide=wide)]
             print("\n" + "\n\n".join(shown), flush=True)
-            print(f"\nrun: {run.path}   figures: {run.figures}   W&B: {tracking.wandb_mode}", flush=True)
+            print(f"\nrun: {run.path}   page: {run.path / REPORT}   W&B: {tracking.wandb_mode}", flush=True)
             print(f"\n{tables.next_steps(run.path, results)}", flush=True)
         return results
 
