@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Row, add_csv_option, append, comma_list, cpu_name, markdown, row, time_cpu
+from common import Row, add_csv_option, append, comma_list, cpu_name, markdown, quantile, row, time_cpu
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--dtypes", type=kinds, default=[torch.bfloat16, torch.float32], help="types of weights")
     parser.add_argument("--threads", type=comma_list(int), default=[1, torch.get_num_threads()])
     parser.add_argument("--only", choices=["ffn", "steps"], help="one of the two parts")
+    layers = "steps at 8 bits only, of so many layers that are alike: 32 of the 7B shape need 19 GB of memory"
+    parser.add_argument("--layers", type=int, help=layers)
     parser.add_argument("--run", type=Path, help="a run of the bundled model with policies=[…,staged-neuron]")
     parser.add_argument("--policy", default="staged-neuron", help="the run's policy")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile's step (1 to 2 minutes each)")
@@ -201,17 +203,23 @@ def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth
     """Rows for the steps of a model with random weights, half of its neurons kept by random clusters."""
     E, D, _, L, d, key_heads = SHAPES[shape]
     config = AutoConfig.for_model(
-        "llama", hidden_size=E, intermediate_size=D, num_hidden_layers=L, num_attention_heads=E // d, head_dim=d,
-        num_key_value_heads=key_heads, vocab_size=VOCABULARY, max_position_embeddings=4096,
+        "llama", hidden_size=E, intermediate_size=D, num_hidden_layers=1 if options.layers else L, head_dim=d,
+        num_attention_heads=E // d, num_key_value_heads=key_heads, vocab_size=VOCABULARY, max_position_embeddings=4096,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    sparse = copy.deepcopy(model, in_same_memory(model))
+    if options.layers:
+        L = options.layers
+        down = sparse.model.layers[0].mlp.down_proj.weight
+        down.data = down.T.contiguous().T  # as sparse FFNs store it; else each layer would get a copy of its own
+        for each in (model, sparse):
+            repeat_layer(each, L)
     masks = torch.stack([ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)])
     profiles = torch.ones((), dtype=torch.float16).expand(L, CLUSTERS, D)
     counts, zeros = torch.ones(L, CLUSTERS, dtype=torch.int64), torch.zeros(L)
     book = SiteCodebook(masks, profiles, counts, masks[:, 0].clone(), zeros)
     codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", DENSITY, "top", 0.5)
     predictor = Predictor(PredictorHeader(L, E, min(512, E // 8), {"neuron": CLUSTERS})).requires_grad_(False)
-    sparse = copy.deepcopy(model)
     apc.sparsify(sparse, codebook, predictor.eval().rounded(), "predicted", kernel="numba", max_sparse_tokens=1)
     arms = {
         "apc, half, predicted": GreedyDecoder(sparse, 1, 2 * PROMPT),
@@ -220,6 +228,36 @@ def steps(shape: str, dtype: torch.dtype, options: argparse.Namespace, bandwidth
     }
     tokens = torch.randint(VOCABULARY, (1, PROMPT))
     return list(step_rows(f"step, {shape}", arms, tokens, model, (L, D), options, bandwidth))
+
+
+def in_same_memory(module: nn.Module) -> dict[int, nn.Parameter]:
+    """For `copy.deepcopy`: new parameters that are in the memory of the module's own."""
+    return {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
+
+
+def repeat_layer(model: nn.Module, count: int) -> None:
+    """Gives a model of one layer `count` of them, which are in the same memory. Their 8-bit copies will be separate."""
+    (first,) = layers = model.model.layers
+    for number in range(1, count):
+        layer = copy.deepcopy(first, in_same_memory(first) | {id(model.config): model.config})
+        layer.self_attn.layer_idx = number
+        layers.append(layer)
+    model.config.num_hidden_layers = count
+
+
+def bytes_at_8_bits(decoder: GreedyDecoder) -> int:
+    """Size of the matrices that an 8-bit step reads; those at the same place in memory count once."""
+    weights = decoder._on_cpu._step._weights
+    whole, picked = [weights.head], []
+    for layer in weights.layers:
+        whole += layer.attention.projections
+        if isinstance(layer.ffn, ClusterFFN):
+            whole += [layer.ffn.predictor.reduce, layer.ffn.predictor.expand]
+            picked += layer.ffn.weights[:3]
+        else:
+            whole += layer.ffn[:3]
+    size = lambda matrices: sum({each.values.data_ptr(): each.values.nbytes for each in matrices}.values())
+    return round(size(whole) + DENSITY * size(picked))
 
 
 def dense_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, GreedyDecoder]:
@@ -265,21 +303,31 @@ def step_rows(
     if not error < 10 * TOLERANCE[model.dtype]:
         raise AssertionError(f"apc, dense: logits differ from torch's by {error:.2%}")
     calls = {name: call(decoder) for name, decoder in arms.items()} | (more or {})
+    if options.layers:  # layers that share weights of 16 bits could find them in a cache
+        calls = {name: steps for name, steps in calls.items() if name.endswith("8 bits")}
     seconds = {name: [each / STEPS for each in times] for name, times in time_cpu(calls, options.repeats).items()}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    best = min(median for name, median in medians.items() if name.startswith("torch"))
+    torchs = [median for name, median in medians.items() if name.startswith("torch")]
     read = sum(weight.nbytes for weight in model.parameters())
     kind, (L, D) = str(model.dtype).removeprefix("torch."), shape
     for name, times in seconds.items():
-        ratio = (
-            f"{best / medians[name]:.2f} × as fast as torch, {medians['apc, dense'] / medians[name]:.2f} × as apc dense"
-        )
-        facts = {"ok": True, "note": f"{1 / medians[name]:.1f} tokens/s, {ratio}, after {PROMPT} tokens"}
+        note = f"{1 / medians[name]:.1f} tokens/s after {PROMPT} tokens"
+        if torchs:
+            note += f", {min(torchs) / medians[name]:.2f} × as fast as torch"
+            note += f", {medians['apc, dense'] / medians[name]:.2f} × as apc dense"
+        facts = {}
         if name.endswith("8 bits"):
-            facts["note"] += f", {medians['apc, dense, 8 bits'] / medians[name]:.2f} × as apc dense at 8 bits"
+            ratios = [dense / own for dense, own in zip(seconds["apc, dense, 8 bits"], times, strict=True)]
+            middle, low, high = (quantile(ratios, share) for share in (0.5, 0.2, 0.8))
+            note += f", {middle:.3f} ({low:.3f} … {high:.3f} in rounds) × as fast as apc dense at 8 bits"
+            own, dense = (bytes_at_8_bits(arms[arm]) for arm in (name, "apc, dense, 8 bits"))
+            note += f", which reads {dense / own:.3f} × as much"
+            facts = {"moved": own, "ceiling": bandwidth, "share_of": "reading"}
         if name in ("apc, dense", "torch, eager", "torch.compile"):
-            facts |= {"moved": read, "ceiling": bandwidth, "share_of": "reading"}
-        yield row(f"{operation} on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(), **facts)
+            facts = {"moved": read, "ceiling": bandwidth, "share_of": "reading"}
+        yield row(
+            f"{operation} on the CPU, {kind}", name, (L, 1, CLUSTERS, D), times, cpu_name(), ok=True, note=note, **facts
+        )
 
 
 def real_steps(dtype: torch.dtype, options: argparse.Namespace, bandwidth: float) -> list[Row]:
