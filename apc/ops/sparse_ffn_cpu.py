@@ -2,9 +2,9 @@
 
 A task takes some of the kept neurons, four at a time for one token. It multiplies their rows of gate and up with the
 tokens' inputs, and adds their rows of down, times act(gate) · up, to the task's part of the output. So inputs and
-output pass through the cache once for four neurons. While a task reads rows, it asks the memory for the next ones:
-down's during gate and up, the next neurons' gate and up during down. The task that ends last adds the parts, always in
-the same order, so a number of threads gives the same bits each time.
+output pass through the cache once for four neurons. While a task reads rows, it asks the memory for the next neurons'
+rows of the same matrix, so that always as much is on its way as is being read. The task that ends last adds the parts,
+always in the same order, so a number of threads gives the same bits each time.
 
 A function is compiled at its first call (some 2 s per type of weights, number of tokens and process). Importing this
 module imports numba, so import it only where it is needed.
@@ -119,7 +119,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
     rows_dtype: that of the weights, if another; int8 rows have scales.
     """
     R, rows_dtype = max(1, _SUMS // n), rows_dtype or dtype
-    multiply, add = dots(rows_dtype, n, 2 * R, R), add_rows(rows_dtype, n, R, 2 * R)
+    multiply, add = dots(rows_dtype, n, 2 * R, 2 * R), add_rows(rows_dtype, n, R, R)
     load, size, scaled = element(rows_dtype), rows_dtype.itemsize, rows_dtype == torch.int8
     evens_first = dtype == torch.bfloat16
     next_at, ended_at, tasks_at, gate_at, up_at, down_at = map(
@@ -151,7 +151,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
         point(rows, state, first, last)
         for start in range(first, last, R):
             point(following, state, start + R, last)
-            multiply(rows, rows + 16 * R, x, row, steps, sums)
+            multiply(rows, following, x, row, steps, sums)
             for i in range(R):
                 gates, ups = load_int(rows + 8 * i), load_int(rows + 8 * (R + i))
                 for token in range(n):
@@ -168,7 +168,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
                         u *= load_float(load_int(state + down_scales_at) + place) if keeps else np.float32(0)
                     factor = np.float32(activate(g, activation) * u) if keeps else np.float32(0)
                     store_float(factors + 4 * (n * i + token), factor)
-            add(rows + 16 * R, following, factors, out, row, steps)
+            add(rows + 16 * R, following + 16 * R, factors, out, row, steps)
             for i in range(R):
                 downs = load_int(rows + 8 * (2 * R + i))
                 for token in range(n):
