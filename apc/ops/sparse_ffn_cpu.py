@@ -150,7 +150,11 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
         clear_floats(out, n * row // VECTOR)
         point(rows, state, first, last)
         for start in range(first, last, R):
-            point(following, state, start + R, last)
+            if start + R < last:
+                point(following, state, start + R, last)
+            else:  # the first rows of the task that is likely to be taken next
+                m, tasks = load_int(state + m_at), load_int(state + tasks_at)
+                point(following, state, task_start(m, min(load_int(state + next_at), tasks), tasks), m)
             multiply(rows, following, x, row, steps, sums)
             for i in range(R):
                 gates, ups = load_int(rows + 8 * i), load_int(rows + 8 * (R + i))
