@@ -4,13 +4,13 @@ Their background is transparent and their ink is grey, so that they suit a light
 """
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bokeh.models import ColumnDataSource, HoverTool, Model, TabPanel, Tabs
+from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d, TabPanel, Tabs
 from bokeh.plotting import figure
 
-from apc.evaluate.figures import outlier_limit
 from apc.evaluate.tables import layered, masked_density, percent, shown_perplexity, shown_ratio, to_float
 from apc.sparse.policies import facts
 
@@ -61,9 +61,9 @@ def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
     values = [record["perplexity"] for points in by_policy.values() for _, record in points]
     if not values:
         return None
-    limit = min(outlier_limit(values), max(values))  # beyond it are a few points, for which one has to zoom out
+    limit = min(max(values), 4 * statistics.median(values))  # for a few points beyond it one has to zoom out
     plot = _plot("FFN bytes read per token, % of the dense FFN at 16 bits", "perplexity", limit > 3 * min(values))
-    plot.y_range.start, plot.y_range.end = 0.98 * min(values), 1.02 * limit
+    plot.y_range = Range1d(0.97 * min(values), 1.03 * limit)
     shown = [("policy", "@policy"), ("run", "@run"), ("perplexity", "@perplexity"), ("against dense", "@ratio")]
     shown += [("bytes", "@bytes %"), ("density", "@density %")]
     plot.add_tools(HoverTool(tooltips=[pair for pair in shown if pair[0] != "run" or any(run for run, _ in records)]))
