@@ -247,7 +247,7 @@ def repeat_layer(model: nn.Module, count: int) -> None:
 
 def bytes_at_8_bits(decoder: GreedyDecoder) -> int:
     """Size of the matrices that an 8-bit step reads; those at the same place in memory count once."""
-    weights = decoder._on_cpu._step._weights
+    weights = decoder._own._step._weights
     whole, picked = [weights.head], []
     for layer in weights.layers:
         whole += layer.attention.projections

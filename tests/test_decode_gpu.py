@@ -13,6 +13,7 @@ from apc.ops.decoder_weights import Unsupported
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStepGPU, NotSupported
+from apc.sparse.sparsify import handle_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # on the CPU by Triton's interpreter
 TOKENS = torch.randint(61, (1, 7), generator=torch.Generator().manual_seed(1))
@@ -42,7 +43,7 @@ def steps_of(model, device, steps=4):
     return torch.stack(logits), torch.stack(expected)
 
 
-def random_parts(model, K=6):
+def random_parts(model, K=6, lookahead=0):
     """A codebook of random masks, and a predictor of its clusters."""
     E, D, L = model.config.hidden_size, model.config.intermediate_size, model.config.num_hidden_layers
     masks = ops.pack(torch.rand(L * K, D) < 0.5).view(L, K, -1)
@@ -51,7 +52,9 @@ def random_parts(model, K=6):
         masks, profiles, torch.ones(L, K, dtype=torch.int64), ops.pack(torch.ones(L, D) > 0), torch.zeros(L)
     )
     codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
-    return codebook, Predictor(PredictorHeader(L, E, 8, {"neuron": K})).requires_grad_(False).eval().rounded()
+    return codebook, Predictor(PredictorHeader(L, E, 8, {"neuron": K}, lookahead=lookahead)).requires_grad_(
+        False
+    ).eval().rounded()
 
 
 def error_of(logits, expected):
@@ -94,6 +97,45 @@ def test_sparse_ffns_within_a_step(device, policy):
     model = model_of().to(device)
     apc.sparsify(model, *random_parts(model), policy, kernel="torch", max_sparse_tokens=3)
     assert error_of(*steps_of(model, device)) < 1e-5
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_prefill_keeps_the_graph_of_a_model_that_stays(known):
+    """A stand-in for the graph, on the CPU."""
+    model = model_of() if known else model_of("phi3", pad_token_id=0)
+    apc.sparsify(model, *random_parts(model), "static", kernel="torch", max_sparse_tokens=1)
+    decoder = GreedyDecoder(model, 1, 16)
+    decoder.prefill(TOKENS)
+    assert (decoder.reason is None) == known
+    decoder._graph = graph = object()
+    decoder.prefill(TOKENS)
+    handle_of(model).max_sparse_tokens = float("inf")  # a step of one token stays the same
+    decoder.prefill(TOKENS)
+    assert decoder._graph is graph
+    handle_of(model).max_sparse_tokens = 0
+    decoder.prefill(TOKENS)
+    assert (decoder._graph is None) == known  # without our kernels nothing is known of the graph
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_the_decoder_records_sparse_ffns(lookahead):
+    """With kernels, and lists of active neurons that are made beside attention."""
+    model = model_of(dtype=torch.bfloat16, hidden_size=128, intermediate_size=300, num_hidden_layers=4).to("cuda")
+    parts = random_parts(model, lookahead=lookahead)
+    apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
+    decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
+    decoder.record(TOKENS)
+    logits = []
+    for each in (decoder, plain):
+        each.prefill(TOKENS)
+        steps = []
+        for token in range(4):
+            each.token.fill_(token)
+            steps.append(each.step().float().clone())
+        logits.append(torch.stack(steps))
+    assert decoder.reason is None and decoder._graph is not None
+    assert error_of(*logits) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu

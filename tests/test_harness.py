@@ -167,7 +167,15 @@ def test_the_bundled_model_scores_as_the_harness_own(tmp_path):
     codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
     base = {"path": "bundled", "name": "SmolLM2", "revision": None, "dtype": "float32", "weights": None}
     base |= {"ffn_bits": None, "ffn_group": 32, "ffn_spared": 16}
-    facts = {"policy": "static", "seed": 0, "base_model": base, "license": None, "conditions": {}, "made": {}}
+    facts = {
+        "policy": "static",
+        "seed": 0,
+        "base_model": base,
+        "license": None,
+        "kernels": [],
+        "conditions": {},
+        "made": {},
+    }
     apc.Result(codebook, None, facts | {"dense": None, "sparse": None}).save_pretrained(tmp_path / "shared")
     dense = SparseLM(str(tmp_path / "shared"), "dense", batch_size=2, device="cpu")
     own = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)

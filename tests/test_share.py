@@ -13,6 +13,7 @@ from local_hub import local_hub
 import apc
 import tiny
 import train
+from apc.commands import export as export_command
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.models import load_model
@@ -74,8 +75,33 @@ def test_the_card_says_how_to_load_it_and_what_it_costs(shared):
     card = (shared / "README.md").read_text()
     record = json.loads((shared / CONFIG).read_text())["sparse"]
     row = f"| staged-predicted | {100 * record['bytes_share']:.1f} | {record['perplexity']:.2f} | {record['ratio']:.3f}"
-    assert row in card and "library_name: apc-llm" in card and 'apc.load("FOLDER_OR_HUB_ID", model=MODEL)' in card
+    assert row in card and "library_name: apc-llm" in card
+    assert 'apc.load("FOLDER_OR_HUB_ID", model=MODEL, kernel=None)' in card and "kernels for GPUs; elsewhere" in card
     assert "Licence" in card and "Euro-Par 2025" in card and "held-out" in card
+
+
+@pytest.mark.parametrize("policy", ["predicted", "staged-predicted", "staged-prox"])
+def test_the_line_that_the_command_prints_works(workplace, tmp_path, capsys, monkeypatch, policy):
+    monkeypatch.setattr(sys, "argv", ["apc", str(workplace / "runs/run"), str(tmp_path / "shared"), "--policy", policy])
+    export_command.main()
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("use it:  apc.load(")
+    model = eval(line.removeprefix("use it:"), {"apc": apc, "MODEL": model_of(workplace)})
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_path_is_not_shared_even_if_it_is_gone(workplace, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(workplace / "runs" / "run", run)
+    for path in ("/gone/models/tiny", "models/tiny", "tiny.gguf", "~/models/tiny"):
+        config = (run / "config.yaml").read_text().splitlines()
+        lines = [f"  path: {path}" if line.startswith("  path:") else line for line in config]
+        (run / "config.yaml").write_text("\n".join(lines) + "\n")
+        result = apc.Result.of_run(run, "predicted")
+        assert result.facts["base_model"]["path"] is None
+    bundled = [line.replace("~/models/tiny", "bundled") for line in lines]
+    (run / "config.yaml").write_text("\n".join(bundled) + "\n")
+    assert apc.Result.of_run(run, "predicted").facts["base_model"]["path"] == "bundled"
 
 
 def test_without_a_policy_the_best_is_shared(workplace, tmp_path):
@@ -115,6 +141,8 @@ def change_config(**changes):
         (change_config(version=2), "config.json: version 2, this program reads 1; update apc-llm, or export again"),
         (change_config(policy="x"), r"config.json: damaged \(there is no policy x\)"),
         (change_config(seed="x"), r"config.json: damaged \(seed is 'x'\)"),
+        (change_config(sparse={}), r"config.json: damaged \(the figures of sparse lack perplexity or ratio\)"),
+        (lambda folder: (folder / CONFIG).write_text("[" * 20000), "config.json: damaged .*recursion"),
         (change_config(base_model={}), r"config.json: damaged \(its base model lacks path\)"),
         (change_config(files={"../x": ""}), r"config.json: damaged \(it names no codebook\)"),
         (change_config(files={CODEBOOK: "", "x.py": ""}), "codebook.safetensors: damaged .another checksum"),
@@ -150,6 +178,8 @@ def test_what_can_not_be_shared_is_refused(workplace, tmp_path):
     (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(UserError, match="holds other files .mine.txt.; choose another folder"):
         apc.export(run, tmp_path / "other", "predicted")
+    with pytest.raises(UserError, match="below: can't be written .Not a directory.; choose another folder"):
+        apc.export(run, tmp_path / "other" / "mine.txt" / "below", "predicted")
     with pytest.raises(UserError, match="mine.txt: a file; choose another folder"):
         apc.export(run, tmp_path / "other" / "mine.txt", "predicted")
     shutil.copytree(run, tmp_path / "unfinished", ignore=shutil.ignore_patterns("results.json"))

@@ -18,8 +18,10 @@ from apc.data.models import load_model
 from apc.ops.staged_ffn import log_energy
 from apc.predict.predictor import at_16_bits
 from apc.run import stages
+from apc.sparse import sparse_ffn as sparse_ffns
 from apc.sparse.policies import POLICIES, MaskInputs, make_policy
 from apc.sparse.policies.staged import STAGES, best_clusters, least_kept
+from apc.sparse.sparsify import handle_of
 from apc.tune.calibrate import SamplePass
 from apc.tune.module import TuningModule, _TuningForward
 from apc.tune.steps import refine, step
@@ -320,6 +322,39 @@ def test_kernels_run_an_untrained_copy_in_stages(workplace, kernel):
     tolerance = 1e-4 * (expected - dense).abs().max()
     assert (logits - expected).abs().max() < tolerance
     assert (one_token - expected[:1, :1]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("policy", ["staged-neuron", "staged-prox"])
+@pytest.mark.parametrize("inputs", [0.5, 1])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_gpus_kernels_give_the_masked_models_logits(workplace, monkeypatch, device, inputs, policy):
+    """A copy of several bits, whose planes lie apart, and a correction, for all layers; by the interpreter on a CPU."""
+    if device == "cpu":
+        monkeypatch.setattr(sparse_ffns, "KERNEL_ON", {"cpu": "triton"})
+    name = f"bits-{inputs}"
+    changes = {"predictor.form": "low-bit", "predictor.bits": 3, "predictor.inputs": inputs}
+    if not (workplace / "runs" / name).exists():
+        run(workplace, name, policies="[dense,staged-neuron,staged-prox]", **changes)
+    left, model, tokens = loaded(workplace, name)
+    module = TuningModule(
+        TuneConfig(max_epochs=1, policy="staged-neuron"),
+        *(model, find_ffns(model), left.codebook, left.predictor, tokens),
+        share=BYTES,
+    )
+    module.on_fit_start()
+    with torch.no_grad():
+        module.predictor.correct.normal_(std=0.3)
+        module.predictor.rounded()
+        parts = module.tuned({}) if policy == "staged-neuron" else (left.codebook, None)
+        assert policy == "staged-prox" or parts[1].corrects
+        model, tokens = model.to(device), tokens[:1, :3].to(device)
+        dense = model(input_ids=tokens).logits
+        expected = apc.sparsify(model, *parts, policy=policy)(input_ids=tokens).logits
+        kernels = apc.sparsify(model, *parts, policy=policy, kernel="triton")
+        assert handle_of(model).kernel == "triton"
+        logits = kernels(input_ids=tokens).logits
+    apc.restore(model)
+    assert (logits - expected).abs().max() < 1e-3 * (expected - dense).abs().max()
 
 
 def test_the_crossover_is_measured_while_as_many_rows_are_read_as_calibrated(workplace):

@@ -37,8 +37,8 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
     from apc.data.models import resolve_device
     from apc.evaluate import tables
     from apc.run.context import RunContext, load_scored
-    from apc.run.folder import RunFolder, Stopwatch, load_run, new_name
-    from apc.run.score import check_speed, score
+    from apc.run.folder import Stopwatch, load_run, new_name
+    from apc.run.score import REPORT, check_speed, score
     from apc.run.tracking import Tracking
     from apc.sparse.policies import check_policies
     from apc.sparse.sparsify import check_fits
@@ -76,7 +76,7 @@ def evaluate(cfg: Config, wide: bool = False) -> dict:
                 tables.layer_table(results, wide=wide),
             ]
             print("\n\n".join(["", *shown]), flush=True)
-            print(f"\nresults: {folder / 'results.json'}   figures: {RunFolder(folder).figures}", flush=True)
+            print(f"\nresults: {folder / 'results.json'}   page: {folder / REPORT}", flush=True)
     return results
 
 

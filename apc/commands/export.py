@@ -29,7 +29,9 @@ def main() -> None:
     result = Result.from_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {result.policy} for {result.facts['base_model']['name']}, {size / 1e6:.1f} MB")
-    print(f"use it:  apc.load({str(folder)!r})")
+    model = "" if result.facts["base_model"]["path"] else ", MODEL"
+    kernel = "" if len(result.facts["kernels"]) == 2 else ", kernel=None"
+    print(f"use it:  apc.load({str(folder)!r}{model}{kernel})")
     if options.push:
         with library_errors(f"--push {options.push}: can't be put on the hub"):
             print(result.push_to_hub(options.push, private=options.private or None))

@@ -195,7 +195,8 @@ def comparison_page(runs: Sequence[Finished]) -> str:
         chart, conditions = bytes_chart(drawn), comparison_items(members[0])
         sections.append(Section.of_records(title, _COLUMNS, records, conditions=conditions, chart=chart))
     every = [record for run in runs for record in run.policies.values()]
-    sections[-1].notes = [tables.MEANINGS, *tables.footnotes(every), GAPS, PREDICTIONS]
+    own_dense = [OWN_DENSE] if bits_shown(runs) else []
+    sections[-1].notes = [tables.MEANINGS, *tables.footnotes(every), *own_dense, GAPS, PREDICTIONS]
     commands = [f"{run.name}: {command(run.folder, run.config)}" for run in runs]
     warnings = [f"{run.name}: {warning}" for run in runs for warning in tables.warnings(run.results)]
     warnings += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []

@@ -178,7 +178,8 @@ def nominate_triton(
         Masks uint8 [n, W], and float32 [n, D] or None.
 
     Raises:
-        ValueError: for a copy stored by neuron or with more than 4 bits, too many tokens, or other shapes.
+        ValueError: for a copy stored by neuron or with more than 4 bits, too many tokens, tensors that are not
+            contiguous, or other shapes.
     """
     (n, E), D, W = hidden.shape, len(norms), row_bytes(len(norms))
     bits, P = copy.planes.shape[:2]
@@ -187,6 +188,9 @@ def nominate_triton(
             f"nominate_triton takes up to {MAX_TOKENS} tokens and a copy of up to {_MAX_BITS} bits and 2 projections, "
             f"by input; got hidden {describe(hidden)} and planes {describe(copy.planes)}"
         )
+    spacings = copy.spacings if isinstance(copy, SpacedCopy) else copy.planes
+    if not all(each.is_contiguous() for each in (copy.planes, spacings, copy.norms, norms)):
+        raise ValueError("nominate_triton takes planes, spacings and norms that are contiguous")
     if copy.planes.shape[2:] != (E, W):
         raise ValueError(f"planes {describe(copy.planes)} must be uint8 [b, P, {E}, {W}]")
     hidden, by_cuda = hidden.contiguous(), copy_sums_sm80.is_supported(hidden)

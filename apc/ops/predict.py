@@ -200,7 +200,17 @@ def reduce_hidden(hidden: Tensor, reduce: Tensor, bias: Tensor, inner: Tensor, o
     with torch.cuda.device_of(hidden):
         grid, block = (triton.cdiv(H, _REDUCE_TILE["ROWS"]),), triton.next_power_of_2(E)
         _reduce_kernel[grid](
-            hidden.contiguous(), reduce, bias, inner, E, H, EPSILON, N=n, BLOCK_E=block, **options, **_REDUCE_TILE
+            hidden.contiguous(),
+            reduce.contiguous(),
+            bias,
+            inner,
+            E,
+            H,
+            EPSILON,
+            N=n,
+            BLOCK_E=block,
+            **options,
+            **_REDUCE_TILE,
         )
 
 

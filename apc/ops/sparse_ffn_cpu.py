@@ -3,7 +3,7 @@
 A task takes some of the kept neurons, four at a time for one token. It multiplies their rows of gate and up with the
 tokens' inputs, and adds their rows of down, times act(gate) · up, to the task's part of the output. So inputs and
 output pass through the cache once for four neurons. While a task reads rows, it asks the memory for the next neurons'
-rows of the same matrix, so that always as much is on its way as is being read. The task that ends last adds the parts,
+rows of the same matrix, so that the amount on its way stays the same. The task that ends last adds the parts,
 always in the same order, so a number of threads gives the same bits each time.
 
 A function is compiled at its first call (some 2 s per type of weights, number of tokens and process). Importing this

@@ -61,7 +61,7 @@ def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
     values = [record["perplexity"] for points in by_policy.values() for _, record in points]
     if not values:
         return None
-    limit = min(max(values), 4 * statistics.median(values))  # for a few points beyond it one has to zoom out
+    limit = min(max(values), 4 * statistics.median(values))  # a few outliers lie above the axis
     plot = _plot("FFN bytes read per token, % of the dense FFN at 16 bits", "perplexity", limit > 3 * min(values))
     plot.y_range = Range1d(0.97 * min(values), 1.03 * limit)
     shown = [("policy", "@policy"), ("run", "@run"), ("perplexity", "@perplexity"), ("against dense", "@ratio")]

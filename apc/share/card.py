@@ -21,6 +21,11 @@ def model_card(facts: dict) -> ModelCard:
     )
     licence = facts["license"] or "not stated"
     needs_model = "" if base["path"] else ", model=MODEL"
+    anywhere = {*facts["kernels"]} == {"cpu", "cuda"}
+    kernel = "" if anywhere else ", kernel=None"
+    places = [name for device, name in (("cuda", "GPUs"), ("cpu", "CPUs")) if device in facts["kernels"]]
+    kernels = f"There are kernels for {' and '.join(places) or 'neither GPUs nor CPUs'}"
+    kernels += ".\n" if anywhere else "; elsewhere `kernel=None` masks a dense forward pass.\n"
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {base['name']}, sparse by `{policy}`\n",
@@ -29,7 +34,8 @@ def model_card(facts: dict) -> ModelCard:
         "are not in here.\n",
         "## Load it\n",
         f"`pip install {LIBRARY}`, then\n",
-        f'```python\nimport apc\n\nmodel = apc.load("FOLDER_OR_HUB_ID"{needs_model})  # a transformers model\n```\n',
+        f'```python\nimport apc\n\nmodel = apc.load("FOLDER_OR_HUB_ID"{needs_model}{kernel})\n```\n',
+        kernels,
         _base_line(facts),
         "## What it costs\n",
         _table(facts),

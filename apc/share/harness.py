@@ -43,6 +43,10 @@ class SparseLM(HFLM):
         model: str | None = None,
         **others: Any,
     ) -> None:
+        checkpoint, policy = (
+            str(checkpoint),
+            None if policy is None else str(policy),
+        )  # the harness makes numbers of digits
         parts = _of_run if RunFolder(Path(checkpoint)).config.is_file() else _of_result
         sparse, tokenizer = parts(checkpoint, policy, kernel, device, model)
         super().__init__(pretrained=sparse, tokenizer=tokenizer, backend="causal", **others)

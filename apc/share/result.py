@@ -24,10 +24,11 @@ from apc.data.models import load_model, model_name, resolve_device
 from apc.predict.predictor import Predictor
 from apc.run.folder import load_run, provenance
 from apc.share.card import LIBRARY, TAGS, model_card
-from apc.sparse.policies import POLICIES, default_policy, make_policy
+from apc.sparse.policies import POLICIES, MaskPolicy, default_policy, make_policy
+from apc.sparse.sparse_ffn import KERNEL_ON
 from apc.sparse.sparsify import sparsify
 from apc.utils import hub
-from apc.utils.errors import UserError
+from apc.utils.errors import UserError, first_line
 from apc.utils.files import write_atomic
 from apc.utils.tensor_files import wrong_field
 
@@ -42,6 +43,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "base_model": dict,
     "files": dict,
     "license": (str, type(None)),
+    "kernels": list,
     "conditions": dict,
     "dense": (dict, type(None)),
     "sparse": (dict, type(None)),
@@ -115,6 +117,7 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
             "seed": loaded.config.seed,
             "base_model": _base_model(loaded.config.model, codebook, base_model),
             "license": license,
+            "kernels": _kernels(decider),
             "conditions": loaded.results["conditions"],
             "dense": dense,
             "sparse": sparse and {name: sparse[name] for name in _FIGURES if name in sparse},
@@ -228,7 +231,11 @@ def export(
     known = {CONFIG, CODEBOOK, PREDICTOR, "README.md"}
     if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - known)):
         raise UserError(f"{target}: holds other files ({others[0]}); choose another folder")
-    Result.of_run(run, policy, base_model, license).save_pretrained(target)
+    result = Result.of_run(run, policy, base_model, license)
+    try:
+        result.save_pretrained(target)
+    except OSError as error:
+        raise UserError(f"{target}: can't be written ({error.strerror}); choose another folder") from error
     return target
 
 
@@ -249,11 +256,18 @@ def load(
 
 
 def _base_model(cfg: ModelConfig, codebook: Codebook, path: str | None) -> dict:
-    """The entries that find the base model again. A folder of this machine is not named."""
-    is_folder = find_bundled(cfg.path) is None and Path(cfg.path).expanduser().exists()
+    """The entries that find the base model again: a bundled one, or one that the hub's local cache has.
+
+    Any other path may be a folder of this machine, or have been one, and is not named.
+    """
+    is_known = find_bundled(cfg.path) is not None
+    if not is_known and not Path(cfg.path).expanduser().exists() and Path(cfg.path).suffix != ".gguf":
+        is_known = (
+            not Path(cfg.path).is_absolute() and cfg.path.count("/") < 2 and hub.is_cached(cfg.path, cfg.revision)
+        )
     samples = codebook.provenance.get("weights_sample", {})
     return {
-        "path": path or (None if is_folder else cfg.path),
+        "path": path or (cfg.path if is_known else None),
         "name": model_name(cfg),
         "revision": None if path else cfg.revision,
         "dtype": cfg.dtype,
@@ -264,14 +278,26 @@ def _base_model(cfg: ModelConfig, codebook: Codebook, path: str | None) -> dict:
     }
 
 
+def _kernels(policy: MaskPolicy) -> list[str]:
+    """The types of device, cpu and cuda, on which kernels run the policy with these parts."""
+    codebook = policy.codebook
+    if codebook.projections != 3 or codebook.experts or list(codebook.sites) != ["neuron"]:
+        return []
+    return [
+        device
+        for device, way in KERNEL_ON.items()
+        if policy.has_kernel_on(device) and policy.kernel_by(way) is not None
+    ]
+
+
 def _read_facts(path: Path) -> dict:
     """The facts in a config.json. Raises UserError if it is not that of a result."""
     if not path.is_file():
         raise UserError(f"{path.parent}: no whole result (it lacks {path.name}); make one with apc export RUN FOLDER")
     try:
         facts = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); export the run again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); export the run again") from error
     if not isinstance(facts, dict) or facts.get("format") != KIND:
         raise UserError(f"{path}: not the config.json of a result that apc made")
     if facts.get("version") != VERSION:
@@ -287,6 +313,10 @@ def _read_facts(path: Path) -> dict:
         wrong = f"there is no policy {facts['policy']}"
     if wrong is None and CODEBOOK not in facts["files"]:
         wrong = "it names no codebook"
+    for name in ("dense", "sparse"):
+        record = None if wrong else facts[name]
+        if record is not None and not all(isinstance(record.get(key), int | float) for key in ("perplexity", "ratio")):
+            wrong = f"the figures of {name} lack perplexity or ratio"
     if wrong:
         raise UserError(f"{path}: damaged ({wrong}); export the run again")
     return facts

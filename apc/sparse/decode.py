@@ -170,7 +170,7 @@ class GreedyDecoder:
         """Makes our step for the model as it is now, or notes why there is none."""
         from apc.sparse.model_step import ModelStepCPU, ModelStepGPU, NotSupported  # imports numba
 
-        self.reason, self._graph = None, None
+        before, self.reason = self._own, None
         try:
             if self.device.type == "cuda":
                 self._own = ModelStepGPU(self.model, self.cache)
@@ -180,6 +180,8 @@ class GreedyDecoder:
                 check(self._own)
         except NotSupported as error:
             self._own, self.reason = None, str(error)
+        if before is not None or self._own is not None:  # else the graph is of the model's own step
+            self._graph = None
 
     def _check_bits(self) -> None:
         """Raises UserError if steps should read rounded weights and can't."""

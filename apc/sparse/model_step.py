@@ -50,7 +50,7 @@ class ModelStep:
         with _as_not_supported():
             self.decoder = _decoder(model, cache, self._ffn_calls())
         self._lengths = [layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)]
-        self._contents, self._limit = self._current_contents(), self._max_sparse_tokens()
+        self._contents, self._sparse = self._current_contents(), self._runs_sparse()
 
     def __call__(self, token: Tensor) -> Tensor:
         """The logits [1, V] after a token int64 [1, 1], which goes into the cache.
@@ -69,7 +69,7 @@ class ModelStep:
 
     def is_current(self) -> bool:
         """Whether the model has the weights, hooks and sparse FFNs that the step knows."""
-        same = self._handle is handle_of(self._model) and self._limit == self._max_sparse_tokens()
+        same = self._handle is handle_of(self._model) and self._sparse == self._runs_sparse()
         return same and self._contents == self._current_contents()
 
     def check(self, token: Tensor, position: int, logits: Tensor) -> None:
@@ -108,8 +108,9 @@ class ModelStep:
             found += [len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
         return found
 
-    def _max_sparse_tokens(self) -> float | None:
-        return self._handle.max_sparse_tokens if isinstance(self._handle, SparseFFNs) else None
+    def _runs_sparse(self) -> bool:
+        """Whether sparse FFNs run calls of one token sparse."""
+        return isinstance(self._handle, SparseFFNs) and self._handle.max_sparse_tokens >= 1
 
 
 class ModelStepCPU(ModelStep):

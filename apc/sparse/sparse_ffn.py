@@ -645,9 +645,13 @@ class _StagedFFN(_SparseFFN):
             pair = lambda name: (tensors[f"lora_{name}_a"][layer], tensors[f"lora_{name}_b"][layer])
             low_rank = ops.LowRank(pair("gate"), pair("up"), pair("down"))
         if predictor is not None and predictor.corrects:
-            parts = predictor.layer(layer).weights
-            own = parts["reduce"].T, parts["reduce_bias"], parts["correct"], parts["correct_bias"]
-            correction = ops.Correction(*own)
+            parts, (to_stored, to_fp32) = predictor.layer(layer).weights, _converters(self._device)
+            correction = ops.Correction(
+                to_stored(parts["reduce"].T),
+                to_fp32(parts["reduce_bias"]),
+                to_stored(parts["correct"]),
+                to_fp32(parts["correct_bias"]),
+            )
         copy, thresholds = policy.stored_copy(layer), tensors["thresholds"][layer]
         self.stages = ops.Stages(copy, thresholds, self.ffn.output_norms(), low_rank, correction)
         self._on_cpu = None

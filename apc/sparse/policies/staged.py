@@ -483,7 +483,9 @@ class StagedNeuron(Staged, NeuronPredictor):
         assert low_bit is not None  # `kernel` says so
         scores = low_bit.freeze().layer(layer)
         norms, least = (None if each is None else each[layer] for each in (low_bit.norms, low_bit.input_thresholds))
-        return ops.LowBitCopy(scores.stored, ops.ScoreCurve(*scores.curve), tuple(low_bit.projections), norms, least)
+        return ops.LowBitCopy(
+            scores.stored.contiguous(), ops.ScoreCurve(*scores.curve), tuple(low_bit.projections), norms, least
+        )
 
     def nominate(self, inputs: MaskInputs) -> MaskDecision:
         """The neurons whose scores reach the threshold, or the top scores; and the correction."""
