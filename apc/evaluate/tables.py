@@ -455,6 +455,8 @@ def next_steps(run_folder: Path | str, results: dict) -> str:
         f"  python evaluate.py checkpoint={folder} data.score=other.txt",
         f"  python evaluate.py compare='{folder.parent}/*'",
     ]
+    if best:
+        lines.append(f"  apc export {folder} FOLDER  # what is needed to use {best['policy']}, to pass on")
     if any(folder.glob("wandb/offline-run-*")):
         lines.append(f"  wandb sync {folder}/wandb/offline-run-*")
     return "\n".join(lines)
