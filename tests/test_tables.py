@@ -272,8 +272,9 @@ def test_next_steps_name_the_best_policy_that_is_no_bound(results, tmp_path):
     run = tmp_path / "x"
     lines = tables.next_steps(run, results).splitlines()
     assert f'apc.load_run("{run}")' in lines[1] and lines[2].endswith('policy="soft")')
-    assert len(lines) == 6 and not any("wandb" in line for line in lines)
+    assert len(lines) == 7 and not any("wandb" in line for line in lines)
     (run / "wandb" / "offline-run-1").mkdir(parents=True)
+    assert f"apc export {run} FOLDER" in tables.next_steps(run, results)
     assert f"wandb sync {run}/wandb/offline-run-*" in tables.next_steps(run, results)
     assert "sparsify" not in tables.next_steps(run, {"policies": results["policies"][:1]})
 
