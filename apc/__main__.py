@@ -10,9 +10,9 @@ from apc.utils.exits import one_line_errors
 USAGE = """usage: apc COMMAND …
 
   train      from text to a table of mask policies
-  evaluate   score a finished run again, with other policies or text; or compare runs
-  export     write a run's result to a folder that apc.load and the Hugging Face hub take
-  lm-eval    lm-evaluation-harness with the model `apc`: a run or a shared result under a policy
+  evaluate   score a finished run with other policies or text; compare runs
+  export     write a run's result to a folder that apc.load and the hub take
+  lm-eval    lm-evaluation-harness with runs and shared results as models
   sweep      run every combination of a W&B sweep file, without a server
   cache      list, prune and repair collected patterns
   doctor     check this machine

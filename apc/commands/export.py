@@ -1,8 +1,9 @@
-"""Writes what is needed to use a run's result to one folder, which apc.load and the Hugging Face hub take.
+"""Writes what is needed to use a run's result to one folder, for apc.load.
 
-apc export runs/x folder                       the policy with the lowest perplexity
-apc export runs/x folder --policy predicted    another policy of the run
-apc export runs/x folder --push me/name        also puts it on the hub (after `hf auth login`)
+apc export runs/x folder                     the policy of lowest perplexity
+apc export runs/x folder --policy predicted  another policy of the run
+apc export runs/x folder --push me/name      also puts it on the Hugging Face
+                                             hub, after `hf auth login`
 """
 
 import argparse
