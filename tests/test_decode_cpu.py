@@ -16,7 +16,7 @@ from apc.ops._program import Program
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.rounded import rounded_rows
 from apc.predict.predictor import at_16_bits
-from apc.sparse import sparse_ffn
+from apc.sparse import layer_ffn
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStepCPU, NotSupported
 from apc.utils.errors import UserError
@@ -217,7 +217,7 @@ def test_a_model_of_low_bit_masks(workplace, run_of, monkeypatch, projections, c
     fast, plain = (GreedyDecoder(model, 1, 16, mode=mode) for mode in ("default", None))
     expected = logits_of(plain)
     fast.prefill(TOKENS)
-    monkeypatch.setattr(sparse_ffn._LowBitFFN, "__call__", None)  # so no step calls it from Python
+    monkeypatch.setattr(layer_ffn.ByLowBitCopy, "__call__", None)  # so no step calls it from Python
     torch.testing.assert_close(logits_of(fast), expected, rtol=1e-4, atol=1e-4)
     assert fast.reason is None and not torch.allclose(expected, dense, atol=1e-2)
 

@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -67,11 +67,21 @@ def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) 
 
     With `markdown` or `wide` it has all columns and the commands; else it is grouped by run, in at most 80 characters.
     """
-    names = variants(runs)
     parts = []
+    for items, records in _groups(runs):
+        if markdown or wide:
+            heading = " · ".join(items)
+            parts += [f"**{heading}**" if markdown else heading, tables.record_grid(_COLUMNS, records, markdown, wide)]
+        else:
+            parts += ["\n".join(tables.wrapped_items(items, tables.line_width())), _grouped(records)]
+    return "\n\n".join([*parts, *_below(runs, markdown, wide)]) + "\n"
+
+
+def _groups(runs: Sequence[Finished]) -> Iterator[tuple[list[str], list[dict]]]:
+    """For each group of runs that can be compared, its conditions, and the records of its policies."""
+    names = variants(runs)
     for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key):
         members = list(group)
-        items = comparison_items(members[0])
         records = _shared_records(members)
         records += [
             _record(run, name, names[run.folder])
@@ -79,12 +89,7 @@ def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) 
             for name in run.policies
             if name not in SHARED or len(members) == 1
         ]
-        if markdown or wide:
-            heading = " · ".join(items)
-            parts += [f"**{heading}**" if markdown else heading, tables.record_grid(_COLUMNS, records, markdown, wide)]
-        else:
-            parts += ["\n".join(tables.wrapped_items(items, tables.line_width())), _grouped(records)]
-    return "\n\n".join([*parts, *_below(runs, markdown, wide)]) + "\n"
+        yield comparison_items(members[0]), records
 
 
 def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
@@ -180,20 +185,11 @@ def table_csv(runs: Sequence[Finished]) -> str:
 
 def comparison_page(runs: Sequence[Finished]) -> str:
     """The comparison as an HTML page: a table for each group of runs that can be compared, and a chart above it."""
-    names = variants(runs)
     sections: list[Section] = []
-    for _, group in itertools.groupby(runs, key=lambda run: run.comparison_key):
-        members = list(group)
-        records = _shared_records(members) + [
-            _record(run, name, names[run.folder])
-            for run in members
-            for name in run.policies
-            if name not in SHARED or len(members) == 1
-        ]
+    for conditions, records in _groups(runs):
         title = "Policies" if not sections else f"Policies, other conditions {len(sections)}"
         drawn = [(record["run"], record) for record in records]
-        chart, conditions = bytes_chart(drawn), comparison_items(members[0])
-        sections.append(Section.of_records(title, _COLUMNS, records, conditions=conditions, chart=chart))
+        sections.append(Section.of_records(title, _COLUMNS, records, conditions=conditions, chart=bytes_chart(drawn)))
     every = [record for run in runs for record in run.policies.values()]
     own_dense = [OWN_DENSE] if bits_shown(runs) else []
     sections[-1].notes = [tables.MEANINGS, *tables.footnotes(every), *own_dense, GAPS, PREDICTIONS]

@@ -188,8 +188,8 @@ def nominate_triton(
             f"nominate_triton takes up to {MAX_TOKENS} tokens and a copy of up to {_MAX_BITS} bits and 2 projections, "
             f"by input; got hidden {describe(hidden)} and planes {describe(copy.planes)}"
         )
-    spacings = copy.spacings if isinstance(copy, SpacedCopy) else copy.planes
-    if not all(each.is_contiguous() for each in (copy.planes, spacings, copy.norms, norms)):
+    read = (copy.planes, copy.norms, norms, *([copy.spacings] if isinstance(copy, SpacedCopy) else ()))
+    if not all(each.is_contiguous() for each in read):
         raise ValueError("nominate_triton takes planes, spacings and norms that are contiguous")
     if copy.planes.shape[2:] != (E, W):
         raise ValueError(f"planes {describe(copy.planes)} must be uint8 [b, P, {E}, {W}]")

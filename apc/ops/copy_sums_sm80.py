@@ -13,12 +13,11 @@ from torch import Tensor
 
 from apc.ops import nvrtc
 from apc.ops.ffn_arguments import LowBitCopy, SpacedCopy
-from apc.ops.nvrtc import Function, Program, architecture, pointer
+from apc.ops.nvrtc import INPUT_TYPES, Function, Program, architecture, pointer
 
 _THREADS = 256
 _BLOCK_WORDS = 32  # words of 32 neurons of a block
 PARTS = 2  # sums of a block, of every other 16 of its inputs
-_INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # the kernel knows them by these indices
 
 
 class Sizes(NamedTuple):
@@ -41,10 +40,10 @@ class Sizes(NamedTuple):
             WORDS=self.words,
             SHARE=self.share,
             GROUPS=self.groups,
-            HIDDEN=_INPUT_TYPES.index(self.dtype),
+            HIDDEN=INPUT_TYPES.index(self.dtype),
             EARLY=int(arch == "sm_90a"),
         )
-        return Program("copy_sums_sm80.cu", arch, tuple(constants.items()))
+        return Program("copy_sums_sm80.cu", arch, tuple(constants.items()), headers=("number_sm80.cuh",))
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,7 +65,7 @@ def unavailable(device_index: int) -> str | None:
 
 def is_supported(hidden: Tensor) -> bool:
     """Whether the kernel takes these inputs on their device."""
-    return hidden.is_cuda and hidden.dtype in _INPUT_TYPES and unavailable(hidden.device.index) is None
+    return hidden.is_cuda and hidden.dtype in INPUT_TYPES and unavailable(hidden.device.index) is None
 
 
 def copy_sums(hidden: Tensor, copy: LowBitCopy | SpacedCopy, share: int, sums: Tensor) -> None:

@@ -14,12 +14,11 @@ from torch import Tensor
 from apc.ops import nvrtc
 from apc.ops._triton import triton
 from apc.ops.bits import row_bytes
-from apc.ops.nvrtc import Function, Program, Unavailable, architecture, pointer
+from apc.ops.nvrtc import INPUT_TYPES, Function, Program, Unavailable, architecture, pointer
 from apc.ops.score_curve import ScoreCurve
 
 _PLANES = 24  # bits of the input
 _MOST_WARPS = 8  # warps of a block, at most; each takes 16 neurons
-_INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # the kernel knows them by these indices
 
 
 class Sizes(NamedTuple):
@@ -44,11 +43,11 @@ class Sizes(NamedTuple):
             BITS=self.bits,
             PROJECTIONS=self.projections,
             MASKS=int(self.masks),
-            HIDDEN=_INPUT_TYPES.index(self.dtype),
+            HIDDEN=INPUT_TYPES.index(self.dtype),
             EARLY=int(arch == "sm_90a"),
         )
         shared = N * (_PLANES * 16 * (steps | 1) * 4 + self.E * self.dtype.itemsize)
-        return Program("low_bit_sm80.cu", arch, tuple(constants.items())), shared
+        return Program("low_bit_sm80.cu", arch, tuple(constants.items()), headers=("number_sm80.cuh",)), shared
 
 
 class _Kernel(NamedTuple):
@@ -95,7 +94,7 @@ def is_supported(hidden: Tensor, planes: Tensor, masks: bool) -> bool:
 
 def _sizes(hidden: Tensor, planes: Tensor, masks: bool) -> Sizes:
     (n, E), (bits, P, D, _) = hidden.shape, planes.shape
-    return Sizes(n, E, D, bits, P, masks, hidden.dtype if hidden.dtype in _INPUT_TYPES else torch.float32)
+    return Sizes(n, E, D, bits, P, masks, hidden.dtype if hidden.dtype in INPUT_TYPES else torch.float32)
 
 
 def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, threshold: Tensor | None = None) -> Tensor:
@@ -107,7 +106,7 @@ def low_bit_scores_b1(hidden: Tensor, planes: Tensor, curve: ScoreCurve, thresho
     if reason := unavailable(hidden.device.index):
         raise Unavailable(reason)
     n, D, masks = len(hidden), planes.shape[2], threshold is not None
-    hidden = hidden if hidden.dtype in _INPUT_TYPES else hidden.float()
+    hidden = hidden if hidden.dtype in INPUT_TYPES else hidden.float()
     kernel = _prepare(_sizes(hidden, planes, masks), hidden.device.index)
     hidden, own_planes = (_aligned(value) for value in (hidden, planes))
     # With early launch the kernel reads the planes before the previous kernel has ended. So the previous kernel

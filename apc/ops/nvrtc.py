@@ -16,6 +16,7 @@ from torch import Tensor
 from apc.ops._triton import get_cache_manager, triton_driver
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
+INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # kernels know an input's type by these indices
 _OPTIONS = [b"--std=c++17", b"--device-as-default-execution-space"]
 
 Function = Any  # a kernel on a device: cuda.bindings has no type stubs for its CUfunction

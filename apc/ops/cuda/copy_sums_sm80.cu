@@ -13,15 +13,6 @@ constexpr int THREADS = 256, WARPS = THREADS / 32, TILE = 8, TILES = 4, PARTS = 
 constexpr int ROUNDS = (SHARE + THREADS - 1) / THREADS;
 static_assert(BITS <= 4 && 1ll * BITS * PROJECTIONS * E * WORDS < 1ll << 31, "a level fills a nibble; an int holds a word's place");
 
-__device__ __forceinline__ float number(const void* given, long long at) {
-    if (HIDDEN == 2) return static_cast<const float*>(given)[at];
-    const unsigned short half = static_cast<const unsigned short*>(given)[at];
-    if (HIDDEN == 0) return __uint_as_float(static_cast<u32>(half) << 16);
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(half));
-    return result;
-}
-
 // Two numbers as bfloat16, the first in the lower half.
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 result;

@@ -16,15 +16,6 @@ constexpr int MASK_BYTES = (D + 127) / 128 * 16;
 constexpr float LARGEST = 8388600.0f;  // the largest integer, below 2²³ by more than the quotient's rounding can add
 constexpr int SIZE = HIDDEN == 2 ? 4 : 2;
 
-__device__ __forceinline__ float number(const unsigned char* given, int at) {
-    if (HIDDEN == 2) return reinterpret_cast<const float*>(given)[at];
-    const unsigned short half = reinterpret_cast<const unsigned short*>(given)[at];
-    if (HIDDEN == 0) return __uint_as_float(static_cast<u32>(half) << 16);
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(half));
-    return result;
-}
-
 // The transpose of the bit matrix whose rows are the lanes' words.
 __device__ __forceinline__ u32 transpose(u32 x, int lane) {
     u32 low = 0x0000FFFF;
