@@ -39,11 +39,11 @@ def steps_of(model, device, steps=4):
         expected.append(plain.step().float())
         logits.append(step(torch.full((1, 1), token, device=device)).float())
     lengths = [int(layer.cumulative_length) for layer in other.cache.layers]
-    assert lengths == [tokens.shape[1] + steps] * 2
+    assert set(lengths) == {tokens.shape[1] + steps}
     return torch.stack(logits), torch.stack(expected)
 
 
-def random_parts(model, K=6, lookahead=0):
+def random_parts(model, K=6, lookahead=0, corrects=False):
     """A codebook of random masks, and a predictor of its clusters."""
     E, D, L = model.config.hidden_size, model.config.intermediate_size, model.config.num_hidden_layers
     masks = ops.pack(torch.rand(L * K, D) < 0.5).view(L, K, -1)
@@ -52,9 +52,9 @@ def random_parts(model, K=6, lookahead=0):
         masks, profiles, torch.ones(L, K, dtype=torch.int64), ops.pack(torch.ones(L, D) > 0), torch.zeros(L)
     )
     codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
-    return codebook, Predictor(PredictorHeader(L, E, 8, {"neuron": K}, lookahead=lookahead)).requires_grad_(
-        False
-    ).eval().rounded()
+    return codebook, Predictor(
+        PredictorHeader(L, E, 8, {"neuron": K}, lookahead=lookahead, corrects=corrects)
+    ).requires_grad_(False).eval().rounded()
 
 
 def error_of(logits, expected):

@@ -174,13 +174,18 @@ def quantise_ffns(model: nn.Module, bits: int, group: int = 32, spared: int = 16
 
 
 def _quantise(ffn: FFN, settings: tuple[int, int, int]) -> None:
-    bits, group, spared = settings
+    form = stored_form(ffn, *settings)
+    for name, weights in neuron_rows(ffn).items():
+        rows, levels = weights.float(), form.levels[name]
+        weights.copy_(torch.where(form.spared.unsqueeze(1), rows, levels.value(levels.index(rows))))
+    ffn.module.__dict__.setdefault(_STORED, {})[_key(ffn)] = form
+
+
+@torch.no_grad()
+def stored_form(ffn: FFN, bits: int = 4, group: int = 32, spared: int = 16) -> StoredFFN:
+    """How an FFN's weights would be stored with these settings, as in `quantise_ffns`; the weights stay."""
     largest = ffn.down_matrix.float().abs().amax(0).argsort(descending=True, stable=True)[:spared]
     is_spared = torch.zeros(ffn.width, dtype=torch.bool, device=largest.device)
     is_spared[largest] = True
-    levels = {}
-    for name, weights in neuron_rows(ffn).items():
-        rows = weights.float()
-        levels[name] = nearest_levels(rows, bits, group)
-        weights.copy_(torch.where(is_spared.unsqueeze(1), rows, levels[name].value(levels[name].index(rows))))
-    ffn.module.__dict__.setdefault(_STORED, {})[_key(ffn)] = StoredFFN(settings, levels, is_spared)
+    levels = {name: nearest_levels(rows.float(), bits, group) for name, rows in neuron_rows(ffn).items()}
+    return StoredFFN((bits, group, spared), levels, is_spared)

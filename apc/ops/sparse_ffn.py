@@ -63,13 +63,13 @@ _FINISH_TILE = {"COLUMNS": 16, "BLOCK_H": 64, "num_warps": 4}
 _PARTS = 256  # parts of the output added at a time, at most
 # Clusters of a later layer that a program of `finish` scores. With more, its registers leave no room for two programs
 # beside a block of `rows`.
-_AHEAD = 8
-_MAX_SCORED = 1024  # the largest bottleneck with which `finish` scores clusters
+AHEAD = 8
+MAX_SCORED = 1024  # the largest bottleneck with which `finish` scores clusters
 _NO_DELTA = OutputDelta()
 
 
 @triton.jit
-def _place(word, rank):
+def place_of_bit(word, rank):
     """The position of set bit number `rank`, from 0, in each uint32 word."""
     place = tl.zeros_like(rank)
     for step in tl.static_range(5):
@@ -83,7 +83,7 @@ def _place(word, rank):
 
 
 @triton.jit
-def _best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
+def best(values_ptr, ids_ptr, count, BLOCK: tl.constexpr):
     """The id of the largest value, ties to the lowest id."""
     i = tl.arange(0, BLOCK)
     values = tl.load(values_ptr + i, mask=i < count, other=float("-inf"), cache_modifier=".cg")
@@ -144,7 +144,7 @@ def _rows_kernel(
     for token in tl.static_range(N):
         row = token
         if BY_CLUSTER:
-            row = _best(
+            row = best(
                 values_ptr + token * candidates,
                 ids_ptr + token * candidates,
                 tl.where(token < tokens, candidates, 0),
@@ -167,7 +167,9 @@ def _rows_kernel(
         before = ends[None, :] <= rank[:, None]
         word_at = tl.sum(before.to(tl.int32), axis=1)
         word = tl.sum(tl.where(w[None, :] == word_at[:, None], union[None, :], 0), axis=1)
-        place = _place(word.to(tl.uint32, bitcast=True), rank - tl.max(tl.where(before, ends[None, :], 0), axis=1))
+        place = place_of_bit(
+            word.to(tl.uint32, bitcast=True), rank - tl.max(tl.where(before, ends[None, :], 0), axis=1)
+        )
         inside = rank < last
         neuron = tl.where(inside, 32 * word_at + place, 0).to(tl.int64)[:, None]
         read = inside[:, None] & (e < E)[None, :]
@@ -252,7 +254,7 @@ def _finish_kernel(
             ).to(tl.float32)
             output += tl.sum(inner[:, None] * weights, axis=0)
     if OFFSETS:
-        row = _best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
+        row = best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
         output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
     if EARLY:  # only the outputs of `rows` need this wait: earlier kernels had ended when `rows` began
         gdc_wait()
@@ -365,7 +367,7 @@ def sparse_ffn_triton(
     if hidden.shape[1] > MAX_HIDDEN:
         raise ValueError(f"sparse_ffn_triton takes hidden sizes of up to {MAX_HIDDEN}, got hidden {describe(hidden)}")
     partial = _rows(hidden.contiguous(), weights, active, refinement)
-    return _finish(partial, hidden, active.candidates, delta, {"EARLY": False})
+    return finish(partial, hidden, active.candidates, delta, {"EARLY": False})
 
 
 def sparse_ffn_hopper(
@@ -384,7 +386,7 @@ def sparse_ffn_hopper(
         partial = rows_hopper(hidden, weights, active)
     else:
         partial = staged_hopper(hidden, weights, active, refinement)
-    return _finish(partial, hidden, active.candidates, delta, pdl_options(hidden.device))
+    return finish(partial, hidden, active.candidates, delta, pdl_options(hidden.device))
 
 
 def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, refinement: Refinement | None = None) -> Tensor:
@@ -416,7 +418,7 @@ def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, refinement
     return partial
 
 
-def _finish(
+def finish(
     partial: Tensor,
     hidden: Tensor,
     candidates: Candidates | None,
@@ -446,20 +448,21 @@ def _finish(
     constants = {
         "CORRECTS": corrects,
         "OFFSETS": delta.offsets is not None,
-        "SCORES": _AHEAD if scores else 0,
+        "SCORES": AHEAD if scores else 0,
         "BLOCK_C": triton.next_power_of_2(max(count, 1)),
         "BLOCK_P": min(_PARTS, triton.next_power_of_2(programs)),
         "BLOCK_LATER": triton.next_power_of_2(later_inner.shape[1]),
     }
     with torch.cuda.device_of(hidden):
         numbers = n, programs, E, inner.shape[1], count, *later_numbers
-        _finish_kernel[(_finish_programs(E), n)](
+        _finish_kernel[(finish_programs(E), n)](
             *tensors, *later_tensors, *numbers, **constants, **options, **_FINISH_TILE
         )
     return output
 
 
-def _finish_programs(E: int) -> int:
+def finish_programs(E: int) -> int:
+    """Programs of the kernel that adds the parts."""
     return triton.cdiv(E, _FINISH_TILE["COLUMNS"])
 
 
@@ -609,7 +612,7 @@ def _(
     next_list = no_list if next_masks is None else empty_active_list(hidden, neurons)
     if reduce is None or expand is None:
         return output, no_bottleneck, no_logits, no_clusters, next_list
-    prediction = empty_prediction(hidden, reduce, expand, _AHEAD)
+    prediction = empty_prediction(hidden, reduce, expand, AHEAD)
     return output, prediction.bottleneck, *prediction.candidates, next_list
 
 
@@ -629,7 +632,7 @@ def _with_prediction(
     """`sparse_ffn_ahead` by kernels: the output, and the prediction for a later layer."""
     hidden = aligned(hidden)
     reduce, reduce_bias, expand, expand_bias = later
-    prediction = empty_prediction(hidden, reduce, expand, _AHEAD)
+    prediction = empty_prediction(hidden, reduce, expand, AHEAD)
     matrices = weights.gate, weights.up, weights.down, reduce
     if is_supported(*matrices) and reduce.dtype == hidden.dtype and reduce.is_contiguous():
         options = pdl_options(hidden.device)
@@ -639,10 +642,10 @@ def _with_prediction(
         partial = _rows(hidden, weights, active)
         reduce_hidden(hidden, reduce, reduce_bias, prediction.bottleneck, options)
     groups = prediction.candidates.logits.shape[1]
-    if groups <= _finish_programs(hidden.shape[1]) and len(reduce) <= _MAX_SCORED:
-        return _finish(partial, hidden, active.candidates, delta, options, later, prediction), prediction
-    output = _finish(partial, hidden, active.candidates, delta, options)
-    score_clusters(prediction, expand, expand_bias, options, _AHEAD)
+    if groups <= finish_programs(hidden.shape[1]) and len(reduce) <= MAX_SCORED:
+        return finish(partial, hidden, active.candidates, delta, options, later, prediction), prediction
+    output = finish(partial, hidden, active.candidates, delta, options)
+    score_clusters(prediction, expand, expand_bias, options, AHEAD)
     return output, prediction
 
 

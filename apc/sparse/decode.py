@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from apc.sparse.model_step import ModelStep, ModelStepCPU, ModelStepGPU
 
 _ATTENTION = "apc-decode"
+_BITS_ON = {"cpu": 8, "cuda": 4}  # of weights that our steps can read, besides those of the model's own type
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -109,8 +110,9 @@ class GreedyDecoder:
             itself. None: the model's own step, on the CPU too.
         early: whether, on Hopper, torch.compile's kernels may start before the previous kernel has ended, and wait for
             it on the GPU (torch's experimental option `triton.enable_pdl`).
-        bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row. They are held beside
-            the model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'.
+        bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row; 4 makes a GPU's steps
+            read the layers' matrices at 4 bits, in groups of 32 weights (`apc.quantise_ffns`). They are held beside the
+            model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'.
         own: False: our kernels are not used.
     """
 
@@ -126,8 +128,8 @@ class GreedyDecoder:
         bits: int | None = None,
         own: bool = True,
     ):
-        if bits not in (None, 8):
-            raise ValueError(f"bits={bits}: choose None or 8")
+        if bits not in (None, *_BITS_ON.values()):
+            raise ValueError(f"bits={bits}: choose None, {_BITS_ON['cpu']} on the CPU or {_BITS_ON['cuda']} on a GPU")
         self._bits = bits
         self.model, self.device = model, next(model.parameters()).device
         self.cache = StaticCache(config=config_of(model), max_cache_len=length)
@@ -157,6 +159,9 @@ class GreedyDecoder:
         tokens = tokens.to(self.device)
         logits = self._last_logits(self.model, tokens)
         self.token.copy_(logits.argmax(-1, keepdim=True))
+        own = _BITS_ON.get(self.device.type)
+        if self._bits not in (None, own):
+            raise UserError(f"bits={self._bits}: steps on {self.device.type} read {own} bits; set bits={own}")
         if self._may_use_kernels and (self._own is None or not self._own.is_current()):
             self._prepare(lambda step: step.check(tokens[:, -1:], tokens.shape[1] - 1, logits))
         self._check_bits()
@@ -173,7 +178,7 @@ class GreedyDecoder:
         before, self.reason = self._own, None
         try:
             if self.device.type == "cuda":
-                self._own = ModelStepGPU(self.model, self.cache)
+                self._own = ModelStepGPU(self.model, self.cache, self._bits)
             else:
                 self._own = ModelStepCPU(self.model, self.cache, self._bits)
             if check is not None:
@@ -187,9 +192,8 @@ class GreedyDecoder:
         """Raises UserError if steps should read rounded weights and can't."""
         if self._bits is None:
             return
-        if self._own is None or self.device.type != "cpu":
-            problem = "the model is not on the CPU" if self.device.type != "cpu" else self.reason
-            raise UserError(f"bits={self._bits}: {problem}; leave bits out")
+        if self._own is None:
+            raise UserError(f"bits={self._bits}: {self.reason}; leave bits out")
 
     def _reserve(self, count: int, reset: bool = False) -> None:
         """Counts tokens before they go into the cache: a GPU that writes past it ends the process."""

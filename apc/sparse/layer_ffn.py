@@ -15,7 +15,9 @@ from torch import Tensor
 from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import LayerFFN
+from apc.ops.packed_gpu import PackedClusterFFN
 from apc.sparse.masked_forward import check_parts, parts_of
+from apc.sparse.packed_weights import packed_ffn
 from apc.sparse.policies import MaskInputs, MaskPolicy
 from apc.sparse.policies.neurons import NeuronPredictor
 from apc.sparse.policies.predicted import Predicted
@@ -98,6 +100,10 @@ class SparseFFN:
 
     def for_step(self):
         """What `ops.decode_cpu` takes as this FFN; None if that can't compute it."""
+        return None
+
+    def packed(self) -> PackedClusterFFN | None:
+        """What `ops.decode_packed` takes as this FFN, with weights of 4 bits; None if that can't compute it."""
         return None
 
 
@@ -202,6 +208,13 @@ class ByClusters(SparseFFN):
 
         correct = None if self.correct is None else (self.correct[0].to(self.predictor.reduce.dtype), self.correct[1])
         return ClusterFFN(self.weights, self.predictor, self.centroids, correct, self.offsets, self.source)
+
+    def packed(self) -> PackedClusterFFN | None:
+        """The kernels with the weights as they are now; None for stages."""
+        if self.refinement is not None:
+            return None
+        weights = packed_ffn(self.ffn, self.activation)
+        return PackedClusterFFN(weights, self.predictor, self.centroids, self.correct, self.offsets, self.source)
 
     def predict(self, inputs: dict[int, Tensor]) -> ops.Prediction:
         """The bottleneck and the candidates for each token's cluster."""

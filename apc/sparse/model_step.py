@@ -15,8 +15,11 @@ from transformers.cache_utils import StaticLayer
 from apc.data.ffn import find_ffns
 from apc.ops import decode_cpu as kernels
 from apc.ops.decode_gpu import StepGPU
+from apc.ops.decode_packed import PackedStepGPU
 from apc.ops.decoder_weights import AttentionWeights, DecoderWeights, DenseFFN, Layer, Unsupported
+from apc.ops.packed_gpu import PackedClusterFFN
 from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_ffn, rounded_rows
+from apc.sparse.packed_weights import packed_ffn, packed_layers
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
@@ -35,11 +38,14 @@ class NotSupported(Exception):
 class ModelStep:
     """The step of a model after a cache, as long as both stay as they are.
 
+    bits: of the weights that the step reads, if not those of the model's own type; it holds these weights beside the
+    model's. Weights that were written through `.data` are then not noticed.
+
     Raises NotSupported for a model that the kernels can't compute.
     """
 
-    def __init__(self, model: nn.Module, cache: StaticCache) -> None:
-        self._model, self._handle = model, handle_of(model)
+    def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None) -> None:
+        self._model, self._handle, self._bits = model, handle_of(model), bits
         self._modules = list(model.modules())
         self._places = [
             (parts, name)
@@ -106,6 +112,8 @@ class ModelStep:
         found = [part.data_ptr() if isinstance(part, Tensor) else id(part) for part in parts]
         for module in self._modules:
             found += [len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
+        if self._bits is not None:
+            found += [part._version for part in parts if isinstance(part, Tensor)]
         return found
 
     def _runs_sparse(self) -> bool:
@@ -116,13 +124,11 @@ class ModelStep:
 class ModelStepCPU(ModelStep):
     """The step of one sequence on the CPU.
 
-    bits: None, or 8: the step reads matrices rounded to 8 bits, which are held beside the model's own. Weights that
-    were written through `.data` are then not noticed.
+    bits: None, or 8: the step reads matrices rounded to 8 bits.
     """
 
     def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
-        self._bits = bits
-        super().__init__(model, cache)
+        super().__init__(model, cache, bits)
         with _as_not_supported():
             self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
 
@@ -144,22 +150,31 @@ class ModelStepCPU(ModelStep):
         exact = decoder is self.decoder and self._bits is None
         return (self._step if exact else kernels.StepCPU(decoder))(int(token), position)
 
-    def _current_contents(self) -> list[int]:
-        """With bits also the versions of the parameters."""
-        found = super()._current_contents()
-        if self._bits is not None:
-            parts = (parts.get(name) for parts, name in self._places)
-            found += [part._version for part in parts if isinstance(part, Tensor)]
-        return found
-
 
 class ModelStepGPU(ModelStep):
-    """The step of one sequence on a GPU, in kernels that a CUDA graph can record."""
+    """The step of one sequence on a GPU, in kernels that a CUDA graph can record.
 
-    def __init__(self, model: nn.Module, cache: StaticCache) -> None:
-        super().__init__(model, cache)
+    bits: None, or 4: the step reads the layers' matrices at 4 bits, as `packed_weights` stores them.
+    """
+
+    def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
+        super().__init__(model, cache, bits)
         with _as_not_supported():
-            self._step = StepGPU(self.decoder)
+            if bits is None:
+                self._step = StepGPU(self.decoder)
+            else:
+                self._step = PackedStepGPU(self.decoder, packed_layers(self.decoder, self._packed_ffns()))
+
+    def _packed_ffns(self) -> list[PackedClusterFFN]:
+        """For each layer its FFN at 4 bits. Raises UserError or Unsupported without kernels for them."""
+        if isinstance(self._handle, SparseFFNs):
+            return self._handle.packed_ffns()
+        if self._handle is not None:
+            raise Unsupported("masks run on a dense forward pass (kernel=None)")
+        ffns = layer_ffns(find_ffns(self._model))
+        if not all(isinstance(layer.ffn, DenseFFN) for layer in self.decoder.layers):
+            raise Unsupported("an FFN computes more than down(act(gate) * up)")
+        return [PackedClusterFFN(packed_ffn(ffn, activation_of(ffn))) for ffn in ffns]
 
     def __call__(self, token: Tensor) -> Tensor:
         """The logits stay."""

@@ -12,7 +12,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +21,13 @@ from transformers import PreTrainedModel
 from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import FFN, LayerFFN, activation_function
+from apc.ops.packed_gpu import PackedClusterFFN
 from apc.ops.sparse_ffn import KERNELS, act
 from apc.sparse.layer_ffn import SPARSE_FFNS, ByClusters, SparseFFN, store_transposed
+from apc.sparse.packed_weights import packed_ffn
 from apc.sparse.policies import MaskPolicy, kernel_policies
 from apc.sparse.timing import graph_time, host_time
 from apc.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 # FFNs run sparse only below 97 % of the dense time: torch.compile speeds up dense FFNs of several tokens by about 3 %.
 _MAX_TIME_RATIO = 0.97
@@ -247,6 +245,22 @@ class SparseFFNs:
 
             return [ClusterFFN(sparse.weights) for sparse in self._sparse]
         return [sparse.for_step() for sparse in self._sparse]
+
+    def packed_ffns(self) -> list[PackedClusterFFN]:
+        """For each layer what `ops.decode_packed` takes as its FFN: dense ones if calls of one token run dense.
+
+        Raises UserError for changes that the FFNs can't follow, and for a policy without such kernels.
+        """
+        packed = []
+        for sparse, activation, factors in zip(self._sparse, self._activations, self._multipliers, strict=True):
+            sparse.follow_changes()
+            dense = self.max_sparse_tokens < 1
+            own = PackedClusterFFN(packed_ffn(sparse.ffn, activation)) if dense else sparse.packed()
+            if own is None or factors != (1.0, 1.0):
+                what = f"policy {self.policy.name}" if own is None else "an FFN with multipliers"
+                raise UserError(f"{what}: no kernel reads its weights at 4 bits")
+            packed.append(own)
+        return packed
 
     def remove(self) -> None:
         """Takes the sparse FFNs out, and stores the down projections as before; does nothing a second time."""

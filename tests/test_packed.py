@@ -1,0 +1,251 @@
+"""Products with weights of 4 bits, and decoding steps that read them, equal the same with unpacked weights."""
+
+import copy
+
+import pytest
+import torch
+from test_decode_cpu import TOLERANCE, model_of
+from test_decode_gpu import DEVICES, TOKENS, error_of, few_programs, random_parts  # noqa: F401
+
+import apc
+from apc import ops
+from apc.data.ffn import find_ffns
+from apc.data.quantise import nearest_levels
+from apc.ops import packed_gpu
+from apc.ops.packed import PackedRows, pack_rows
+from apc.ops.packed_gpu import PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons, arranged, natural
+from apc.predict.predictor import at_16_bits
+from apc.sparse.decode import GreedyDecoder
+from apc.sparse.model_step import ModelStepGPU, NotSupported
+from apc.sparse.packed_weights import packed_ffn
+from apc.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch):
+    """The interpreter runs programs one after the other."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(packed_gpu, "_PARTS", 2)
+
+
+SIZES = dict(hidden_size=96, intermediate_size=75, num_attention_heads=6, head_dim=16, num_key_value_heads=2)
+
+
+def packed(matrix, group=32):
+    levels = nearest_levels(matrix.float(), 4, group)
+    units = torch.stack([levels.row_step.float() / 255, levels.row_low.float() / 127], 1)
+    return pack_rows(levels.index(matrix.float()), levels.step, levels.low, units)
+
+
+@pytest.mark.parametrize("R, E, group", [(5, 96, 32), (3, 128, 64), (1, 384, 128), (2, 32, 32)])
+def test_packing_keeps_the_levels(R, E, group):
+    matrix = torch.randn(R, E)
+    levels, rows = nearest_levels(matrix, 4, group), packed(matrix, group)
+    assert rows.unpacked().equal(levels.value(levels.index(matrix)))
+    assert rows.shape == (R, E) and rows.words.shape[1] % 4 == 0
+    assert rows.nbytes - R * (E / 2 + 2 * E / group + 8) <= 15 * R
+
+
+@pytest.mark.parametrize("E, G", [(96, 5), (48, 3), (512, 2)])
+def test_other_groups_are_refused(E, G):
+    index, step = torch.zeros(2, E), torch.zeros(2, G, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"^{E} weights in {G} groups: a group must have 32, 64, 128$"):
+        pack_rows(index, step, step.to(torch.int8), torch.ones(2, 2))
+
+
+def test_arranging_is_undone():
+    x = torch.randn(3, 64)
+    assert natural(arranged(x)).equal(x)
+    assert arranged(torch.arange(16)).tolist() == [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("R, E, group", [(7, 96, 32), (9, 640, 128)])
+def test_products_of_rows(device, dtype, R, E, group):
+    rows, draw = packed(torch.randn(R, E), group), lambda *size: torch.randn(*size, device=device).to(dtype)
+    rows = PackedRows(rows.words.to(device), E, group)
+    x, added, norm, residual = draw(1, E), draw(1, E), draw(E), draw(1, R)
+    bias = torch.randn(R, device=device)
+    output, total = packed_gpu.project_packed(arranged(x), rows, 1e-5, arranged(norm), arranged(added), bias, residual)
+    assert torch.allclose(natural(total).float(), (x + added).float(), rtol=1e-2)  # the interpreter cuts bits off
+    normed = torch.nn.functional.rms_norm((x + added).float(), (E,), norm.float(), 1e-5)
+    expected = normed @ rows.unpacked().T + bias + residual.float()
+    assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
+    plain = packed_gpu.project_packed(arranged(x), rows, 1e-5)[0]
+    assert error_of(plain.float(), x.float() @ rows.unpacked().T) < max(5e-5, TOLERANCE[dtype])
+
+
+def draw_ffn(D, E, dtype, device, spared, group=32):
+    """An FFN of 4 bits, and its matrices [D, E] in float32."""
+    matrices = [torch.randn(D, E) * E**-0.5 for _ in range(3)]
+    rows, exact = [packed(matrix, group) for matrix in matrices], [None] * 3
+    which = torch.randperm(D)[:spared]
+    for place, (own, matrix) in enumerate(zip(rows, matrices, strict=True)):
+        values = own.unpacked()
+        values[which] = matrix[which].to(dtype).float()
+        own.words[which] = 0
+        rows[place] = PackedRows(own.words.to(device), E, group)
+        exact[place] = values.to(device)
+    kept = SparedNeurons(which.int(), *(matrix[which].to(dtype) for matrix in matrices))
+    return PackedFFN(*rows, "silu", SparedNeurons(*(each.to(device) for each in kept))), exact
+
+
+def formula(x, norm, matrices, kept):
+    """The FFN's output float32 [1, E] over the kept neurons, bool [D]."""
+    gate, up, down = matrices
+    hidden = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.float(), 1e-5)
+    values = torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)
+    return (values * kept) @ down
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("D, E, group, spared", [(75, 96, 32, 3), (200, 256, 128, 0), (33, 160, 32, 1)])
+@pytest.mark.parametrize("kept", ["half", "all", "none", "every"])
+def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
+    """Under the mask of a cluster, or of all neurons without a predictor."""
+    ffn, matrices = draw_ffn(D, E, dtype, device, spared, group)
+    x, norm = torch.randn(1, E, device=device).to(dtype), 1 + torch.randn(E, device=device).to(dtype) / 10
+    bits = {"half": torch.rand(2, D) < 0.5, "none": torch.zeros(2, D) > 0}.get(kept, torch.ones(2, D) > 0)
+    prediction = None
+    predictor = ops.PredictorWeights(
+        torch.randn(4, E, device=device).to(dtype), torch.zeros(4, device=device),
+        torch.randn(2, 4, device=device).to(dtype), torch.zeros(2, device=device),
+    )  # fmt: skip
+    given = PackedClusterFFN(ffn) if kept == "every" else PackedClusterFFN(ffn, predictor, ops.pack(bits).to(device))
+    call = PackedFFNCall(given, norm, 1e-5)
+    if kept != "every":
+        prediction = call.empty_prediction(x)
+        prediction.candidates.logits.fill_(-1)
+        prediction.candidates.clusters.fill_(0)
+        prediction.candidates.logits[0, -1], prediction.candidates.clusters[0, -1] = 1.0, 1
+    output, coming = call(arranged(x), prediction)
+    expected = formula(x, norm, matrices, bits[1].to(device))
+    assert coming is None
+    if kept == "none":
+        assert output.eq(0).all()
+    else:
+        assert error_of(natural(output).float(), expected) < max(5e-5, TOLERANCE[dtype])
+
+
+def test_nan_shows():
+    ffn, _ = draw_ffn(40, 96, torch.float32, "cpu", 2)
+    x = torch.randn(1, 96)
+    x[0, 5] = torch.nan
+    output, _ = PackedFFNCall(PackedClusterFFN(ffn), torch.ones(96), 1e-5)(arranged(x), None)
+    assert output.isnan().all()
+
+
+def rounded_copy(model):
+    """The model with the values that a step of 4 bits reads."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q", "k", "v", "o"):
+                weight = getattr(layer.self_attn, f"{name}_proj").weight
+                weight.copy_(packed(weight).unpacked())
+    return apc.quantise_ffns(model, 4, 32, 16)
+
+
+def error_of_steps(model, device, steps=1, sparsify=lambda model: None):
+    """How far logits of steps that round a model are from those of the rounded model, relatively."""
+    rounded = rounded_copy(copy.deepcopy(model))
+    logits, expected = [], []
+    for each in (model, rounded):
+        sparsify(each.to(device))
+    plain, other = GreedyDecoder(rounded, 1, 16, mode=None), GreedyDecoder(model, 1, 16, mode=None)
+    for decoder in (plain, other):
+        decoder.prefill(TOKENS.to(device))
+    for own, layer in zip(other.cache.layers, plain.cache.layers, strict=True):
+        own.keys.copy_(layer.keys)
+        own.values.copy_(layer.values)
+    step = ModelStepGPU(model, other.cache, 4)
+    for token in range(steps):
+        plain.token.fill_(token)
+        expected.append(plain.step().float())
+        logits.append(step(torch.full((1, 1), token, device=device)).float())
+    return error_of(torch.stack(logits), torch.stack(expected))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_step_equals_that_of_the_rounded_model(device, kind):
+    assert error_of_steps(model_of(kind, **SIZES), device, steps=2) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_a_step_of_a_sparse_model(device, lookahead):
+    """Clusters are predicted by the layer itself, or by one or two layers before it; with corrections and offsets."""
+    model = model_of(**SIZES, num_hidden_layers=4)
+    codebook, predictor = random_parts(model, lookahead=lookahead, corrects=lookahead == 1)
+    if lookahead < 2:
+        codebook.sites["neuron"].offsets = at_16_bits(torch.randn(4, 6, 96) / 10)
+    apply = lambda each: apc.sparsify(each, codebook, predictor, "predicted", kernel="torch", max_sparse_tokens=1)
+    assert error_of_steps(model, device, sparsify=apply) < 1e-4
+
+
+def test_a_model_that_is_not_quantised_is_rounded_alike():
+    """FFNs that nobody quantised are rounded as `quantise_ffns` would; all of it changes the logits."""
+    model = model_of(**SIZES)
+    plain = GreedyDecoder(model, 1, 16, mode=None)
+    plain.prefill(TOKENS)
+    own = ModelStepGPU(model, plain.cache, 4)
+    assert 1e-3 < error_of(own(plain.token), plain.step()) < 0.7
+    packed_model = PackedClusterFFN(packed_ffn(find_ffns(model)[0], "silu")).weights
+    expected = packed_ffn(find_ffns(rounded_copy(model))[0], "silu")
+    assert packed_model.gate.words.equal(expected.gate.words) and packed_model.down.words.equal(expected.down.words)
+
+
+@pytest.mark.parametrize(
+    "bits, changes, problem",
+    [
+        (4, {}, r"bits=4: steps on cpu read 8 bits; set bits=8"),
+        (8, {"mode": None}, r"bits=8: mode=None; leave bits out"),
+    ],
+)
+def test_bits_that_a_device_lacks_are_refused(bits, changes, problem):
+    with pytest.raises(UserError, match=f"^{problem}$"):
+        GreedyDecoder(model_of(), 1, 16, bits=bits, **changes).prefill(TOKENS)
+
+
+def test_what_can_not_be_packed_is_refused():
+    def reason(model):
+        cache = GreedyDecoder(model, 1, 16, mode=None)
+        cache.prefill(TOKENS)
+        with pytest.raises(NotSupported) as caught:
+            ModelStepGPU(model, cache.cache, 4)
+        return str(caught.value)
+
+    assert reason(model_of(head_dim=16)) == "a row of 72 weights is not cut into whole groups of 32"
+    model = model_of(**SIZES)
+    parts = random_parts(model)
+    apc.sparsify(model, *parts, "static", kernel="torch")
+    assert reason(model) == "policy static: no kernel reads its weights at 4 bits"
+    apc.sparsify(model, *parts, "predicted")
+    assert reason(model) == "masks run on a dense forward pass (kernel=None)"
+    stored = apc.quantise_ffns(model_of(**SIZES), 3)
+    assert "is stored at 3 bits (model.ffn_bits), not at 4" in reason(stored)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookahead", [None, 0, 1])
+def test_the_decoder_records_a_step(lookahead):
+    """As a CUDA graph, dense and sparse, at a size with several programs of each kernel."""
+    sizes = dict(hidden_size=1024, intermediate_size=1500, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    model = rounded_copy(model_of(dtype=torch.bfloat16, num_hidden_layers=4, **sizes)).to("cuda")
+    if lookahead is not None:
+        parts = random_parts(model, lookahead=lookahead)
+        apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
+    decoder, plain = GreedyDecoder(model, 1, 16, bits=4), GreedyDecoder(model, 1, 16, mode=None)
+    decoder.record(TOKENS)
+    logits = []
+    for each in (decoder, plain):
+        each.prefill(TOKENS)
+        steps = []
+        for token in range(4):
+            each.token.fill_(token)
+            steps.append(each.step().float().clone())
+        logits.append(torch.stack(steps))
+    assert decoder.reason is None and decoder._graph is not None
+    assert error_of(*logits) < TOLERANCE[torch.bfloat16]
