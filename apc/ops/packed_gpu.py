@@ -293,26 +293,26 @@ def _gate_up_kernel(
         kept = 1
         if not EVERY:
             kept = (tl.load(masks_ptr + cluster * mask_words + neuron // 32) >> (neuron % 32)) & 1
-        x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(x * x, axis=0) / E + epsilon)
-        x *= scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        gate = tl.load(spared_gate_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
-        up = tl.load(spared_up_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
-        y = activate(tl.sum(gate * x, axis=0), ACTIVATION) * tl.sum(up * x, axis=0)
-        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(spared_inner_ptr + program, tl.where(kept != 0, y, 0.0))
+        own_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        own_scale = 1 / tl.sqrt(tl.sum(own_x * own_x, axis=0) / E + epsilon)
+        own_x *= own_scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        own_gate = tl.load(spared_gate_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
+        own_up = tl.load(spared_up_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
+        own_y = activate(tl.sum(own_gate * own_x, axis=0), ACTIVATION) * tl.sum(own_up * own_x, axis=0)
+        own_y = own_y.to(x_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(spared_inner_ptr + program, tl.where(kept != 0, own_y, 0.0))
     else:
         h = (program - P) * FULL_ROWS + tl.arange(0, FULL_ROWS)
-        read = (h < H)[:, None] & (e < E)[None, :]
-        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=read, other=0.0).to(tl.float32)
-        bias = tl.load(later_bias_ptr + h, mask=h < H, other=0.0)
+        full_read = (h < H)[:, None] & (e < E)[None, :]
+        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=full_read, other=0.0).to(tl.float32)
+        later_bias = tl.load(later_bias_ptr + h, mask=h < H, other=0.0)
         if EARLY and KNOWN:
             gdc_wait()
-        x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(x * x, axis=0) / E + epsilon)
-        x *= scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        y = tl.sum(rows * x[None, :], axis=1) / tl.sqrt(tl.sum(x * x, axis=0) / E + predictor_epsilon) + bias
-        tl.store(later_inner_ptr + h, y * tl.sigmoid(y), mask=h < H)
+        later_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        later_scale = 1 / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + epsilon)
+        later_x *= later_scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        inner = tl.sum(rows * later_x[None, :], axis=1) / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + predictor_epsilon) + later_bias
+        tl.store(later_inner_ptr + h, inner * tl.sigmoid(inner), mask=h < H)
 
 
 @triton.jit
@@ -532,7 +532,7 @@ class PackedFFNCall:
             _gate_up_kernel[(grid,)](
                 *(x, self._norm, gates[0], ups[0], gates[1], ups[1], gates[2], ups[2], downs[2]),
                 *(masks, values, ids, listed, count),
-                *((none,) * 3 if spared is None else spared[:3]),
+                *((count, none, none) if spared is None else spared[:3]),
                 spared_inner if P else none,
                 *((none,) * 2 if later_predictor is None else later_predictor[:2]),
                 none if coming is None else coming.bottleneck,
