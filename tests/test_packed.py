@@ -25,7 +25,7 @@ from apc.utils.errors import UserError
 def few_parts(monkeypatch):
     """The interpreter runs programs one after the other."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(packed_gpu, "_PARTS", 2)
+        monkeypatch.setattr(packed_gpu, "_SPREAD", 0.2)
 
 
 SIZES = dict(hidden_size=96, intermediate_size=75, num_attention_heads=6, head_dim=16, num_key_value_heads=2)
@@ -67,13 +67,29 @@ def test_products_of_rows(device, dtype, R, E, group):
     rows = PackedRows(rows.words.to(device), E, group)
     x, added, norm, residual = draw(1, E), draw(1, E), draw(E), draw(1, R)
     bias = torch.randn(R, device=device)
-    output, total = packed_gpu.project_packed(arranged(x), rows, 1e-5, arranged(norm), arranged(added), bias, residual)
+    hidden, total, _ = packed_gpu.prepare(arranged(x), arranged(norm), 1e-5, arranged(added))
     assert torch.allclose(natural(total).float(), (x + added).float(), rtol=1e-2)  # the interpreter cuts bits off
+    output = packed_gpu.project_packed(hidden, rows, dtype, bias, residual)
     normed = torch.nn.functional.rms_norm((x + added).float(), (E,), norm.float(), 1e-5)
     expected = normed @ rows.unpacked().T + bias + residual.float()
     assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
-    plain = packed_gpu.project_packed(arranged(x), rows, 1e-5)[0]
+    plain = packed_gpu.project_packed(arranged(x).float(), rows, dtype)
     assert error_of(plain.float(), x.float() @ rows.unpacked().T) < max(5e-5, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("D", [5, 128, 2000])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_the_kept_neurons_are_listed(device, D, density):
+    mask = torch.rand(3, D) < density
+    masks = ops.pack(mask).to(device).view(torch.int32)
+    candidates = ops.Candidates(
+        torch.tensor([[0.5, 2, 1]], device=device), torch.tensor([[0, 2, 1]], device=device).int()
+    )
+    x = torch.randn(1, 96, device=device)
+    hidden, _, kept = packed_gpu.prepare(x, torch.ones(96, device=device), 1e-5, None, masks, candidates, D)
+    assert kept.neurons[: kept.total].tolist() == mask[2].nonzero()[:, 0].tolist()
+    assert torch.allclose(hidden, torch.nn.functional.rms_norm(x, (96,), eps=1e-5), atol=1e-6)
 
 
 def draw_ffn(D, E, dtype, device, spared, group=32):
@@ -114,13 +130,15 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
         torch.randn(2, 4, device=device).to(dtype), torch.zeros(2, device=device),
     )  # fmt: skip
     given = PackedClusterFFN(ffn) if kept == "every" else PackedClusterFFN(ffn, predictor, ops.pack(bits).to(device))
-    call = PackedFFNCall(given, norm, 1e-5)
+    call, known = PackedFFNCall(given, dtype), None
     if kept != "every":
         prediction = call.empty_prediction(x)
-        prediction.candidates.logits.fill_(-1)
-        prediction.candidates.clusters.fill_(0)
-        prediction.candidates.logits[0, -1], prediction.candidates.clusters[0, -1] = 1.0, 1
-    output, coming = call(arranged(x), prediction)
+        known = prediction.candidates
+        known.logits.fill_(-1)
+        known.clusters.fill_(0)
+        known.logits[0, -1], known.clusters[0, -1] = 1.0, 1
+    hidden, _, listed = packed_gpu.prepare(arranged(x), arranged(norm), 1e-5, None, call.masks, known, D)
+    output, coming = call(hidden, listed, prediction)
     expected = formula(x, norm, matrices, bits[1].to(device))
     assert coming is None
     if kept == "none":
@@ -133,7 +151,7 @@ def test_nan_shows():
     ffn, _ = draw_ffn(40, 96, torch.float32, "cpu", 2)
     x = torch.randn(1, 96)
     x[0, 5] = torch.nan
-    output, _ = PackedFFNCall(PackedClusterFFN(ffn), torch.ones(96), 1e-5)(arranged(x), None)
+    output, _ = PackedFFNCall(PackedClusterFFN(ffn), torch.float32)(arranged(x))
     assert output.isnan().all()
 
 

@@ -354,13 +354,13 @@ class StepGPU:
     def _attend(self, qkv: Tensor, weights: AttentionWeights, position: Tensor, arranged: bool = False) -> Tensor:
         """The token's attention, [1, h · d]; writes its keys and values into the cache.
 
-        arranged: whether it is arranged for packed rows.
+        arranged: whether it is float32, and arranged for packed rows.
         """
         _, key_heads, S, d = weights.keys.shape
         heads = weights.projections[0].shape[0] // d
         sums = qkv.new_empty((heads, _SHARES, d), dtype=torch.float32)
         ends = qkv.new_empty((heads, _SHARES, 2), dtype=torch.float32)
-        output = qkv.new_empty((1, heads * d))
+        output = qkv.new_empty((1, heads * d), dtype=torch.float32 if arranged else qkv.dtype)
         query_norm, key_norm = weights.head_norms
         with torch.cuda.device_of(qkv):
             _attend_kernel[(key_heads, _SHARES)](

@@ -15,7 +15,7 @@ from apc.ops.decode_gpu import StepGPU
 from apc.ops.decoder_weights import DecoderWeights, Unsupported
 from apc.ops.ffn_arguments import Prediction
 from apc.ops.packed import PackedRows
-from apc.ops.packed_gpu import PackedClusterFFN, PackedFFNCall, arranged, check_packed, natural, project_packed
+from apc.ops.packed_gpu import PackedClusterFFN, PackedFFNCall, arranged, check_packed, natural, prepare, project_packed
 
 
 class PackedLayer(NamedTuple):
@@ -47,9 +47,7 @@ class PackedStepGPU(StepGPU):
                 self._outputs.append(replace(output, words=output.words[order]))
             for rows in (*self._inputs, *self._outputs):
                 check_packed(rows)
-            norms = (layer.ffn_norm for layer in weights.layers)
-            pairs = zip(layers, norms, strict=True)
-            self._ffns = [PackedFFNCall(layer.ffn, norm, weights.epsilon) for layer, norm in pairs]
+            self._ffns = [PackedFFNCall(layer.ffn, weights.embedding.dtype) for layer in layers]
         except ValueError as error:
             raise Unsupported(str(error)) from error
         self._predicted: list[list[int]] = [
@@ -62,24 +60,24 @@ class PackedStepGPU(StepGPU):
     @torch.no_grad()
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """The logits [1, V] after a token int64 [1, 1] at a position int64 []; writes its keys and values."""
-        weights, epsilon = self._weights, self._weights.epsilon
+        weights, epsilon, dtype = self._weights, self._weights.epsilon, self._weights.embedding.dtype
         residual, added = arranged(F.embedding(token[:, 0], weights.embedding)), None
         predictions: dict[int, Prediction] = {}
         for number, ffn in enumerate(self._ffns):
             attention, (norm, ffn_norm) = self._attentions[number], self._norms[number]
-            known, predicted = number in predictions, self._predicted[number]
+            prediction, predicted = predictions.pop(number, None), self._predicted[number]
             later, others = (predicted[0] if predicted else None), predicted[1:]
-            qkv, residual = project_packed(residual, self._inputs[number], epsilon, norm, added, attention.bias)
+            hidden, residual, _ = prepare(residual, norm, epsilon, added)
+            qkv = project_packed(hidden, self._inputs[number], dtype, attention.bias)
             attended = self._attend(qkv, attention.weights, position, arranged=True)
-            output, bias = self._outputs[number], self._biases[number]
-            residual, _ = project_packed(attended, output, epsilon, bias=bias, residual=residual, late=known)
-            prediction = predictions.pop(number, None)
+            residual = project_packed(attended, self._outputs[number], dtype, self._biases[number], residual)
+            known = None if prediction is None else prediction.candidates
+            hidden, _, kept = prepare(residual, ffn_norm, epsilon, None, ffn.masks, known, ffn.width)
             if ffn.predictor is not None and prediction is None:
-                others.append(number)
-            hidden = self._norm(residual, ffn_norm) if others else residual
+                prediction = ffn.predict(hidden)
+                _, _, kept = prepare(hidden, None, epsilon, None, ffn.masks, prediction.candidates, ffn.width)
             predictions |= {other: self._ffns[other].predict(hidden) for other in others}
-            prediction = predictions.pop(number, prediction)
-            added, coming = ffn(residual, prediction, known, None if later is None else self._ffns[later])
+            added, coming = ffn(hidden, kept, prediction, None if later is None else self._ffns[later])
             if later is not None and coming is not None:
                 predictions[later] = coming
         residual, added = natural(residual), None if added is None else natural(added)

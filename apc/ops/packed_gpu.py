@@ -1,9 +1,9 @@
 """Products with matrices of 4 bits a weight on a GPU, in Triton: of all rows, and a gated FFN's under a mask.
 
-The FFN takes three kernels. The first multiplies the kept neurons' rows of gate and up with the input, and lists these
-neurons with their values. The second adds their rows of down in parts. `finish`, that of `sparse_ffn.py`, adds the
-parts. Neurons whose rows have 16 bits get programs of their own in the first kernel, and `finish` adds their rows of
-down.
+`prepare` computes the norm before a product and lists the neurons that a mask keeps. An FFN takes three more kernels.
+The first multiplies the kept neurons' rows of gate and up with the input. The second adds their rows of down, in parts.
+`finish`, that of `sparse_ffn.py`, adds the parts. Neurons whose rows have 16 bits get programs of their own in the
+first kernel, and `finish` adds their rows of down.
 
 Vectors of E values are arranged: the values with number i of 8 in each word of a packed row come one after the other,
 so that a program reads them in one piece. Weights become float32 without a conversion: a shift and a mask make two of
@@ -12,24 +12,30 @@ them bfloat16 numbers 128 + k.
 Shape letters: see `apc.ops`; `packed.py` has those of packed rows; H rows of a later predictor's bottleneck.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apc.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
-from apc.ops.bits import popcount, popcount_words, row_bytes
+from apc.ops.bits import popcount, popcount_words
 from apc.ops.ffn_arguments import EPSILON, Candidates, OutputDelta, Prediction, PredictorWeights
 from apc.ops.packed import PER_WORD, PackedRows
 from apc.ops.predict import empty_prediction, pdl_options, reduce_hidden, score_clusters
-from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, activate, best, finish, finish_programs, place_of_bit
+from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, activate, best, finish, finish_programs
 
-_ROWS_TILE = {"ROWS": 4, "num_warps": 4}
-_DOWN_TILE = {"ROWS": 16, "STAGES": 3, "num_warps": 4}
-_DOWN_WORDS = 64  # of a row, that a program of `_down_kernel` reads at most
-_PARTS = 64  # parts of the neurons in `_down_kernel`
-_FULL_ROWS = 4  # rows of a later bottleneck that a program reads
+_PROJECT_TILE = {"ROWS": 8, "num_warps": 4}
+_NEURONS_TILE = {"ROWS": 4, "num_warps": 4}
+_DOWN_TILE = {"ROWS": 8, "num_warps": 4}
+_LIST_TILE = {"WORDS_EACH": 32, "num_warps": 8}
+_DOWN_WORDS = 512  # of a row, that a program of `_down_kernel` reads at most
+_PARTS = 2  # parts of the neurons in `_down_kernel` for each multiprocessor
+_SPREAD = 1.0  # programs for each tile of neurons that an average mask keeps
+_FULL_ROWS = 2  # rows of a later bottleneck that a program reads
 _MAX_WORDS = 2**29  # of a matrix: byte offsets are 32 bits
+_OFFSET = 0x43004300  # two times 128, bfloat16
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class SparedNeurons(NamedTuple):
@@ -39,6 +45,15 @@ class SparedNeurons(NamedTuple):
     gate: Tensor  # float [P, E]
     up: Tensor  # float [P, E]
     down: Tensor  # float [P, E], transposed
+
+
+class Kept(NamedTuple):
+    """The neurons that a token's mask keeps, on the GPU: how many is not known to the host."""
+
+    neurons: Tensor  # int32 [D], of which the first `total` are set
+    total: Tensor  # int32 []
+    masks: Tensor  # int32 [K, words]
+    candidates: Candidates
 
 
 class PackedFFN(NamedTuple):
@@ -63,26 +78,25 @@ class PackedClusterFFN(NamedTuple):
 
 
 @triton.jit
-def _widen(words, s: tl.constexpr):
-    """The indices k of the weights with numbers 2 s and 2 s + 1 in each word, plus 128, float32."""
-    pair = ((words >> (4 * s)) & 0x000F000F) | 0x43004300
+def _widen(words, offset, s: tl.constexpr):
+    """The indices k of the weights with numbers 2 s and 2 s + 1 in each word, plus 128, float32.
+
+    offset: `_OFFSET`. As an argument it is in a register, where one instruction can combine it with the mask.
+    """
+    pair = ((words >> (4 * s)) & 0x000F000F) | offset
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _levels(bytes_ptr, row, inside, g, G, S, E):
-    """Steps and lows of groups g of some rows in the rows' units, float32 [rows, g]."""
+def _levels(bytes_ptr, units_ptr, row, read, g, G, S, E):
+    """Steps and lows of groups g of some rows, float32 [rows, g]."""
+    inside = read[:, None] & (g < G)[None, :]
     at = row[:, None] * (4 * S) + E // 2 + g[None, :]
     step = tl.load(bytes_ptr + at, mask=inside, other=0).to(tl.float32)
     low = tl.load(bytes_ptr + at + G, mask=inside, other=0).to(tl.int32)
-    return step, ((low << 24) >> 24).to(tl.float32)
-
-
-@triton.jit
-def _units(units_ptr, row, read, G, S, E):
-    """The units of step and low of some rows, float32."""
-    at = row * S + E // 8 + (2 * G + 3) // 4
-    return tl.load(units_ptr + at, mask=read, other=0.0), tl.load(units_ptr + at + 1, mask=read, other=0.0)
+    units = units_ptr + row * S + E // 8 + (2 * G + 3) // 4
+    step *= tl.load(units, mask=read, other=0.0)[:, None]
+    return step, ((low << 24) >> 24).to(tl.float32) * tl.load(units + 1, mask=read, other=0.0)[:, None]
 
 
 @triton.jit
@@ -93,99 +107,143 @@ def _row_words(words_ptr, row, read, g, j, G, S, Q: tl.constexpr):
 
 
 @triton.jit
-def _project_kernel(
+def _prepare_kernel(
     x_ptr,  # float [E], arranged, as all of E
     added_ptr,  # float [E], read if ADDS
-    norm_ptr,  # float [E], read if NORM
+    norm_ptr,  # float [E]
+    sum_ptr,  # float [E], out if ADDS: x + added
+    hidden_ptr,  # float32 [E], out: the norm of x + added
+    masks_ptr,  # uint32 [K, words], read if LISTS, as values and ids
+    values_ptr,  # float32 [candidates]
+    ids_ptr,  # int32 [candidates]
+    list_ptr,  # int32 [D], out if LISTS: the kept neurons
+    count_ptr,  # int32 [], out if LISTS: how many they are
+    E,
+    D,
+    words,
+    candidates,
+    epsilon,
+    NORMS: tl.constexpr,
+    ADDS: tl.constexpr,
+    LISTS: tl.constexpr,
+    EARLY: tl.constexpr,
+    WORDS_EACH: tl.constexpr,  # of the mask, for a program
+    BLOCK_E: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    if EARLY:
+        gdc_launch_dependents()
+    program, e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    if NORMS and program == 0:
+        norm = tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        if EARLY:
+            gdc_wait()
+        x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        if ADDS:
+            x += tl.load(added_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
+            tl.store(sum_ptr + e, x.to(x_ptr.dtype.element_ty), mask=e < E)
+        x *= norm / tl.sqrt(tl.sum(x * x, axis=0) / E + epsilon)
+        tl.store(hidden_ptr + e, x.to(x_ptr.dtype.element_ty).to(tl.float32), mask=e < E)
+    elif LISTS:
+        if EARLY:
+            gdc_wait()
+        cluster = best(values_ptr, ids_ptr, candidates, BLOCK_C)
+        w = tl.arange(0, BLOCK_W)
+        mask = tl.load(masks_ptr + cluster * words + w, mask=w < words, other=0)
+        counts = popcount_words(mask.to(tl.uint32, bitcast=True))
+        first = (program - NORMS) * WORDS_EACH
+        before = tl.sum(tl.where(w < first, counts, 0), axis=0)
+        if first == 0:
+            tl.store(count_ptr, tl.sum(counts, axis=0))
+        own_w, bit = first + tl.arange(0, WORDS_EACH), tl.arange(0, 32)
+        own = tl.load(masks_ptr + cluster * words + own_w, mask=own_w < words, other=0)
+        own_counts = popcount_words(own.to(tl.uint32, bitcast=True))
+        start = before + tl.cumsum(own_counts, axis=0) - own_counts
+        lower = (own[:, None] & ((1 << bit) - 1)[None, :]).to(tl.uint32, bitcast=True)
+        to = start[:, None] + popcount_words(lower)
+        neuron = 32 * own_w[:, None] + bit[None, :]
+        tl.store(list_ptr + to, neuron, mask=((own[:, None] >> bit[None, :]) & 1 != 0) & (neuron < D))
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr,  # float32 [E], arranged
     words_ptr,  # int32 [R, S], packed
     bytes_ptr,  # uint8, the same memory
     units_ptr,  # float32, the same memory
     bias_ptr,  # float32 [R], read if BIAS
     residual_ptr,  # float [R], read if RESIDUAL
-    sum_ptr,  # float [E], out if ADDS: x + added
     output_ptr,  # float [R], out
     E,
     R,
     S,
     G,
-    epsilon,
-    ADDS: tl.constexpr,
-    NORM: tl.constexpr,
+    offset,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    LATE: tl.constexpr,  # whether the next kernel may start only when all earlier ones have ended
     EARLY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     Q: tl.constexpr,
 ):
-    if EARLY and not LATE:
+    if EARLY:
         gdc_launch_dependents()
     row, g, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_G), tl.arange(0, Q)
     read = row < R
     words = _row_words(words_ptr, row, read, g, j, G, S, Q)
-    step, low = _levels(bytes_ptr, row, read[:, None] & (g < G)[None, :], g, G, S, E)
-    step_unit, low_unit = _units(units_ptr, row, read, G, S, E)
+    step, low = _levels(bytes_ptr, units_ptr, row, read, g, G, S, E)
     bias = tl.zeros([ROWS], tl.float32)
     if BIAS:
         bias += tl.load(bias_ptr + row, mask=read, other=0.0)
     if EARLY:
         gdc_wait()
-        if LATE:
-            gdc_launch_dependents()
     at, inside = g[:, None] * Q + j[None, :], (g < G)[:, None]
     products = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
     sums = tl.zeros([BLOCK_G, Q], tl.float32)
-    squares = tl.zeros([BLOCK_G, Q], tl.float32)
     for s in tl.static_range(4):
-        weights = _widen(words, s)
-        for odd in tl.static_range(2):
-            place = at + (2 * s + odd) * (E // 8)
-            x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            if ADDS:
-                x += tl.load(added_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
-                if tl.program_id(0) == 0:
-                    tl.store(sum_ptr + place, x.to(x_ptr.dtype.element_ty), mask=inside)
-            if NORM:
-                squares += x * x
-                x *= tl.load(norm_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            sums += x
-            products += weights[odd] * x[None, :, :]
-    y = _group_products(products, sums, step, low, step_unit, low_unit)
-    if NORM:
-        y /= tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / E + epsilon)
-    y += bias
+        even, odd = _inputs(x_ptr, at, inside, E, s)
+        sums += even + odd
+        low_index, high_index = _widen(words, offset, s)
+        products += low_index * even[None, :, :]
+        products += high_index * odd[None, :, :]
+    y = _group_products(products, sums, step, low) + bias
     if RESIDUAL:
-        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+        y = y.to(output_ptr.dtype.element_ty).to(tl.float32)
         y += tl.load(residual_ptr + row, mask=read, other=0.0).to(tl.float32)
     tl.store(output_ptr + row, y.to(output_ptr.dtype.element_ty), mask=read)
 
 
 @triton.jit
-def _group_products(products, sums, step, low, step_unit, low_unit):
+def _inputs(x_ptr, at, inside, E, s: tl.constexpr):
+    """The inputs with numbers 2 s and 2 s + 1 in the words `at`, float32."""
+    even = tl.load(x_ptr + 2 * s * (E // 8) + at, mask=inside, other=0.0)
+    return even, tl.load(x_ptr + (2 * s + 1) * (E // 8) + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _group_products(products, sums, step, low):
     """The rows' products [rows], from those with 128 + k for each word [rows, g, Q], and sums of inputs [g, Q]."""
     of_group, sum_of_group = tl.sum(products, axis=2), tl.sum(sums, axis=1)[None, :]
-    steps = tl.sum(step * (of_group - 128 * sum_of_group), axis=1)
-    return step_unit * steps + low_unit * tl.sum(low * sum_of_group, axis=1)
+    return tl.sum(step * (of_group - 128 * sum_of_group) + low * sum_of_group, axis=1)
 
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr,  # float [E], arranged, as all of E
-    norm_ptr,  # float [E]
+    x_ptr,  # float32 [E], arranged, as all of E
     gate_ptr,  # int32 [D, S], packed, as up
     up_ptr,
     gate_bytes_ptr,  # the same memory as uint8 and as float32
     up_bytes_ptr,
     gate_units_ptr,
     up_units_ptr,
-    down_units_ptr,
-    masks_ptr,  # uint32 [K, words], read unless EVERY, as values and ids
+    masks_ptr,  # uint32 [K, words], read unless EVERY, as values, ids, list and count
     values_ptr,  # float32 [candidates]
     ids_ptr,  # int32 [candidates]
-    listed_ptr,  # float32 [3, D], out: per kept neuron its number as int32, and its value in the units of step and low
-    count_ptr,  # int32 [], out: how many they are
+    list_ptr,  # int32 [D], the kept neurons
+    count_ptr,  # int32 [], how many they are
+    inner_ptr,  # float32 [D], out: their values, in the same order
     spared_ptr,  # int32 [P], read if P > 0, as spared_gate and spared_up
     spared_gate_ptr,  # float [P, E]
     spared_up_ptr,  # float [P, E]
@@ -199,136 +257,97 @@ def _gate_up_kernel(
     G,
     mask_words,
     candidates,
+    programs,  # for the listed neurons
     P,
     H,
+    offset,
     epsilon,
-    predictor_epsilon,
     EVERY: tl.constexpr,
-    KNOWN: tl.constexpr,  # whether the candidates were there before the previous kernel began
     ACTIVATION: tl.constexpr,
+    ROUNDS: tl.constexpr,  # the type to which a model rounds a neuron's value
     EARLY: tl.constexpr,
-    PARTS: tl.constexpr,  # programs that share a word of the mask
     FULL_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     Q: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     if EARLY:
         gdc_launch_dependents()
-        if not KNOWN:
-            gdc_wait()
-    cluster = 0
-    if not EVERY:
-        cluster = best(values_ptr, ids_ptr, candidates, BLOCK_C)
-    e = tl.arange(0, BLOCK_E)
-    program = tl.program_id(0) - mask_words * PARTS
-    if program < 0:
-        word_at = tl.program_id(0) // PARTS
-        w = tl.arange(0, BLOCK_W)
-        left = D - 32 * w  # neurons from a word on
-        every = tl.where(left >= 32, -1, (1 << tl.minimum(tl.maximum(left, 0), 31)) - 1)
-        mask = every
+        gdc_wait()
+    program, e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    if program < programs:
+        count = D
         if not EVERY:
-            mask &= tl.load(masks_ptr + cluster * mask_words + w, mask=w < mask_words, other=0)
-        counts = popcount_words(mask.to(tl.uint32, bitcast=True))
-        before = tl.sum(tl.where(w < word_at, counts, 0), axis=0)
-        own = tl.sum(tl.where(w == word_at, counts, 0), axis=0)
-        word = tl.sum(tl.where(w == word_at, mask, 0), axis=0)
-        part = tl.program_id(0) % PARTS
-        first, last = part * own // PARTS, (part + 1) * own // PARTS
+            count = tl.load(count_ptr)
         g, j = tl.arange(0, BLOCK_G), tl.arange(0, Q)
-        rank = first + tl.arange(0, ROWS)
-        bits = (word + tl.zeros([ROWS], tl.int32)).to(tl.uint32, bitcast=True)
-        row, read = 32 * word_at + place_of_bit(bits, rank), rank < last
-        row = tl.where(read, row, 0)
-        gates = _row_words(gate_ptr, row, read, g, j, G, S, Q)
-        ups = _row_words(up_ptr, row, read, g, j, G, S, Q)
-        if EARLY and KNOWN:
-            gdc_wait()
-        if tl.program_id(0) == 0:
-            tl.store(count_ptr, tl.sum(counts, axis=0))
-        for start in range(first, last, ROWS):
-            at, inside = g[:, None] * Q + j[None, :], (g < G)[:, None]
+        at, inside = g[:, None] * Q + j[None, :], (g < G)[:, None]
+        for start in range(program * ROWS, count, programs * ROWS):
+            rank = start + tl.arange(0, ROWS)
+            read = rank < count
+            row = rank
+            if not EVERY:
+                row = tl.load(list_ptr + rank, mask=read, other=0)
+            gates = _row_words(gate_ptr, row, read, g, j, G, S, Q)
+            ups = _row_words(up_ptr, row, read, g, j, G, S, Q)
+            gate_step, gate_low = _levels(gate_bytes_ptr, gate_units_ptr, row, read, g, G, S, E)
+            up_step, up_low = _levels(up_bytes_ptr, up_units_ptr, row, read, g, G, S, E)
             gate_products = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
             up_products = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
             sums = tl.zeros([BLOCK_G, Q], tl.float32)
-            squares = tl.zeros([BLOCK_G, Q], tl.float32)
             for s in tl.static_range(4):
-                gate_weights, up_weights = _widen(gates, s), _widen(ups, s)
-                for odd in tl.static_range(2):
-                    place = at + (2 * s + odd) * (E // 8)
-                    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                    squares += x * x
-                    x *= tl.load(norm_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                    sums += x
-                    gate_products += gate_weights[odd] * x[None, :, :]
-                    up_products += up_weights[odd] * x[None, :, :]
-            scale = 1 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / E + epsilon)
-            levels = read[:, None] & (g < G)[None, :]
-            step, low = _levels(gate_bytes_ptr, row, levels, g, G, S, E)
-            step_unit, low_unit = _units(gate_units_ptr, row, read, G, S, E)
-            y = activate(_group_products(gate_products, sums, step, low, step_unit, low_unit) * scale, ACTIVATION)
-            step, low = _levels(up_bytes_ptr, row, levels, g, G, S, E)
-            step_unit, low_unit = _units(up_units_ptr, row, read, G, S, E)
-            y *= _group_products(up_products, sums, step, low, step_unit, low_unit) * scale
-            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
-            step_unit, low_unit = _units(down_units_ptr, row, read, G, S, E)
-            to = listed_ptr + before + start + tl.arange(0, ROWS)
-            tl.store(to, row.to(tl.float32, bitcast=True), mask=read)
-            tl.store(to + D, y * step_unit, mask=read)
-            tl.store(to + 2 * D, y * low_unit, mask=read)
-            # The next rows, if there are any.
-            rank = start + ROWS + tl.arange(0, ROWS)
-            read = rank < last
-            row = tl.where(read, 32 * word_at + place_of_bit(bits, rank), 0)
-            gates = _row_words(gate_ptr, row, read, g, j, G, S, Q)
-            ups = _row_words(up_ptr, row, read, g, j, G, S, Q)
-    elif program < P:
-        if EARLY and KNOWN:
-            gdc_wait()
-        neuron = tl.load(spared_ptr + program)
+                even, odd = _inputs(x_ptr, at, inside, E, s)
+                sums += even + odd
+                low_index, high_index = _widen(gates, offset, s)
+                gate_products += low_index * even[None, :, :]
+                gate_products += high_index * odd[None, :, :]
+                low_index, high_index = _widen(ups, offset, s)
+                up_products += low_index * even[None, :, :]
+                up_products += high_index * odd[None, :, :]
+            y = activate(_group_products(gate_products, sums, gate_step, gate_low), ACTIVATION)
+            y *= _group_products(up_products, sums, up_step, up_low)
+            tl.store(inner_ptr + rank, y.to(ROUNDS).to(tl.float32), mask=read)
+    elif program < programs + P:
+        place = program - programs
+        neuron = tl.load(spared_ptr + place)
         kept = 1
         if not EVERY:
+            cluster = best(values_ptr, ids_ptr, candidates, BLOCK_C)
             kept = (tl.load(masks_ptr + cluster * mask_words + neuron // 32) >> (neuron % 32)) & 1
-        own_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        own_scale = 1 / tl.sqrt(tl.sum(own_x * own_x, axis=0) / E + epsilon)
-        own_x *= own_scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        own_gate = tl.load(spared_gate_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
-        own_up = tl.load(spared_up_ptr + program * E + e, mask=e < E, other=0.0).to(tl.float32)
+        own_x = tl.load(x_ptr + e, mask=e < E, other=0.0)
+        own_gate = tl.load(spared_gate_ptr + place * E + e, mask=e < E, other=0.0).to(tl.float32)
+        own_up = tl.load(spared_up_ptr + place * E + e, mask=e < E, other=0.0).to(tl.float32)
         own_y = activate(tl.sum(own_gate * own_x, axis=0), ACTIVATION) * tl.sum(own_up * own_x, axis=0)
-        own_y = own_y.to(x_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(spared_inner_ptr + program, tl.where(kept != 0, own_y, 0.0))
+        tl.store(spared_inner_ptr + place, tl.where(kept != 0, own_y.to(ROUNDS).to(tl.float32), 0.0))
     else:
-        h = (program - P) * FULL_ROWS + tl.arange(0, FULL_ROWS)
-        full_read = (h < H)[:, None] & (e < E)[None, :]
-        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=full_read, other=0.0).to(tl.float32)
+        h = (program - programs - P) * FULL_ROWS + tl.arange(0, FULL_ROWS)
+        read_full = (h < H)[:, None] & (e < E)[None, :]
+        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=read_full, other=0.0).to(tl.float32)
         later_bias = tl.load(later_bias_ptr + h, mask=h < H, other=0.0)
-        if EARLY and KNOWN:
-            gdc_wait()
-        later_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        later_scale = 1 / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + epsilon)
-        later_x *= later_scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        inner = tl.sum(rows * later_x[None, :], axis=1) / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + predictor_epsilon) + later_bias
-        tl.store(later_inner_ptr + h, inner * tl.sigmoid(inner), mask=h < H)
+        later_x = tl.load(x_ptr + e, mask=e < E, other=0.0)
+        scale = 1 / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + epsilon)
+        later_y = tl.sum(rows * later_x[None, :], axis=1) * scale + later_bias
+        tl.store(later_inner_ptr + h, later_y * tl.sigmoid(later_y), mask=h < H)
 
 
 @triton.jit
 def _down_kernel(
-    listed_ptr,  # float32 [3, D], as `_gate_up_kernel` writes it
-    count_ptr,  # int32 []
+    list_ptr,  # int32 [D], the kept neurons, read unless EVERY, as count
+    count_ptr,  # int32 [], how many they are
+    inner_ptr,  # float32 [D], their values
     down_ptr,  # int32 [D, S], packed
     bytes_ptr,  # uint8, the same memory
+    units_ptr,  # float32, the same memory
     partial_ptr,  # float32 [parts, E], out, arranged
     E,
     D,
     S,
     G,
+    offset,
+    EVERY: tl.constexpr,
     EARLY: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     Q: tl.constexpr,
 ):
@@ -336,51 +355,54 @@ def _down_kernel(
         gdc_wait()
         gdc_launch_dependents()
     g, j = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, Q)
-    part, parts, count = tl.program_id(1), tl.num_programs(1), tl.load(count_ptr)
+    part, parts, count = tl.program_id(1), tl.num_programs(1), D
+    if not EVERY:
+        count = tl.load(count_ptr)
     first, last = part * count // parts, (part + 1) * count // parts
-    base = tl.zeros([ROWS, BLOCK_G], tl.float32)
-    a0 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a1 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a2 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a3 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a4 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a5 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a6 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    a7 = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    base = tl.zeros([BLOCK_G], tl.float32)
+    a0 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a1 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a2 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a3 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a4 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a5 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a6 = tl.zeros([BLOCK_G, Q], tl.float32)
+    a7 = tl.zeros([BLOCK_G, Q], tl.float32)
+    for start in range(first, last, ROWS):
         rank = start + tl.arange(0, ROWS)
         read = rank < last
-        row = tl.load(listed_ptr + rank, mask=read, other=0.0).to(tl.int32, bitcast=True)
-        in_steps = tl.load(listed_ptr + D + rank, mask=read, other=0.0)
-        in_lows = tl.load(listed_ptr + 2 * D + rank, mask=read, other=0.0)
+        row = rank
+        if not EVERY:
+            row = tl.load(list_ptr + rank, mask=read, other=0)
+        inner = tl.load(inner_ptr + rank, mask=read, other=0.0)
         words = _row_words(down_ptr, row, read, g, j, G, S, Q)
-        step, low = _levels(bytes_ptr, row, read[:, None] & (g < G)[None, :], g, G, S, E)
-        step *= in_steps[:, None]
-        base += low * in_lows[:, None] - 128 * step
+        step, low = _levels(bytes_ptr, units_ptr, row, read, g, G, S, E)
+        step *= inner[:, None]
+        base += tl.sum(low * inner[:, None] - 128 * step, axis=0)
         factor = step[:, :, None]
-        even, odd = _widen(words, 0)
-        a0 += factor * even
-        a1 += factor * odd
-        even, odd = _widen(words, 1)
-        a2 += factor * even
-        a3 += factor * odd
-        even, odd = _widen(words, 2)
-        a4 += factor * even
-        a5 += factor * odd
-        even, odd = _widen(words, 3)
-        a6 += factor * even
-        a7 += factor * odd
+        even, odd = _widen(words, offset, 0)
+        a0 += tl.sum(factor * even, axis=0)
+        a1 += tl.sum(factor * odd, axis=0)
+        even, odd = _widen(words, offset, 1)
+        a2 += tl.sum(factor * even, axis=0)
+        a3 += tl.sum(factor * odd, axis=0)
+        even, odd = _widen(words, offset, 2)
+        a4 += tl.sum(factor * even, axis=0)
+        a5 += tl.sum(factor * odd, axis=0)
+        even, odd = _widen(words, offset, 3)
+        a6 += tl.sum(factor * even, axis=0)
+        a7 += tl.sum(factor * odd, axis=0)
     W = E // 8
     to = partial_ptr + part * E + g[:, None] * Q + j[None, :]
-    inside, rest = (g < G)[:, None], tl.sum(base, axis=0)[:, None]
-    tl.store(to, tl.sum(a0, axis=0) + rest, mask=inside)
-    tl.store(to + W, tl.sum(a1, axis=0) + rest, mask=inside)
-    tl.store(to + 2 * W, tl.sum(a2, axis=0) + rest, mask=inside)
-    tl.store(to + 3 * W, tl.sum(a3, axis=0) + rest, mask=inside)
-    tl.store(to + 4 * W, tl.sum(a4, axis=0) + rest, mask=inside)
-    tl.store(to + 5 * W, tl.sum(a5, axis=0) + rest, mask=inside)
-    tl.store(to + 6 * W, tl.sum(a6, axis=0) + rest, mask=inside)
-    tl.store(to + 7 * W, tl.sum(a7, axis=0) + rest, mask=inside)
+    inside, rest = (g < G)[:, None], base[:, None]
+    tl.store(to, a0 + rest, mask=inside)
+    tl.store(to + W, a1 + rest, mask=inside)
+    tl.store(to + 2 * W, a2 + rest, mask=inside)
+    tl.store(to + 3 * W, a3 + rest, mask=inside)
+    tl.store(to + 4 * W, a4 + rest, mask=inside)
+    tl.store(to + 5 * W, a5 + rest, mask=inside)
+    tl.store(to + 6 * W, a6 + rest, mask=inside)
+    tl.store(to + 7 * W, a7 + rest, mask=inside)
 
 
 def arranged(vectors: Tensor) -> Tensor:
@@ -404,91 +426,115 @@ def check_packed(rows: PackedRows) -> None:
         raise ValueError(f"a packed matrix {list(rows.shape)} must be contiguous and smaller than 2 GiB")
 
 
-def project_packed(
+def prepare(
     x: Tensor,
-    rows: PackedRows,
+    norm: Tensor | None,
     epsilon: float,
-    norm: Tensor | None = None,
     added: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    late: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Products of rows [R, E] with the norm of x + added, plus bias and residual, in x's type; and x + added.
+    masks: Tensor | None = None,
+    candidates: Candidates | None = None,
+    D: int = 0,
+) -> tuple[Tensor, Tensor, "Kept | None"]:
+    """The norm of x + added, float32 [1, E]; x + added; and the D neurons that the candidates' mask keeps.
 
-    x, added: float [1, E], norm: float [E], all arranged; bias: float32 [R]; residual: float [1, R]. epsilon: of the
-    norm. late: the next kernel starts when all before this one have ended.
+    x, added: float [1, E], norm: float [E], all arranged; without a norm, there are only the neurons. masks: int32
+    [K, words].
     """
-    (R, E), G, S = rows.shape, rows.groups, rows.words.shape[1]
-    output, sums = x.new_empty((1, R)), x if added is None else torch.empty_like(x)
+    E = x.shape[1]
+    hidden, sums = x.new_empty((1, E), dtype=torch.float32), x if added is None else torch.empty_like(x)
+    kept, words, programs, logits, clusters = None, 1, 0, x, x
+    if masks is not None and candidates is not None:
+        kept = Kept(x.new_empty(D, dtype=torch.int32), x.new_empty((), dtype=torch.int32), masks, candidates)
+        words, (logits, clusters) = masks.shape[1], candidates
+        programs = triton.cdiv(words, _LIST_TILE["WORDS_EACH"])
     pick = lambda tensor: x if tensor is None else tensor  # a placeholder that the kernel does not read
     with torch.cuda.device_of(x):
-        _project_kernel[(triton.cdiv(R, _ROWS_TILE["ROWS"]),)](
-            *(x, pick(added), pick(norm), *_views(rows), pick(bias), pick(residual), sums, output),
-            *(E, R, S, G, epsilon),
+        _prepare_kernel[(programs + (norm is not None),)](
+            *(x, pick(added), pick(norm), sums, hidden, pick(masks), logits, clusters),
+            *(x if kept is None else kept.neurons, x if kept is None else kept.total),
+            *(E, D, words, logits.shape[1], epsilon),
+            NORMS=norm is not None,
             ADDS=added is not None,
-            NORM=norm is not None,
-            BIAS=bias is not None,
-            RESIDUAL=residual is not None,
-            LATE=late,
-            BLOCK_G=triton.next_power_of_2(G),
-            Q=rows.group // PER_WORD,
-            **_ROWS_TILE,
+            LISTS=kept is not None,
+            BLOCK_E=triton.next_power_of_2(E),
+            BLOCK_W=triton.next_power_of_2(words),
+            BLOCK_C=triton.next_power_of_2(logits.shape[1]),
+            **_LIST_TILE,
             **pdl_options(x.device),
         )
-    return output, sums
+    return hidden, sums, kept
+
+
+def project_packed(
+    x: Tensor, rows: PackedRows, dtype: torch.dtype, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Products of rows [R, E] with x float32 [1, E], arranged, plus bias and residual, in this type, [1, R].
+
+    bias: float32 [R]; residual: of this type, [1, R].
+    """
+    (R, E), G, S = rows.shape, rows.groups, rows.words.shape[1]
+    output = x.new_empty((1, R), dtype=dtype)
+    with torch.cuda.device_of(x):
+        _project_kernel[(triton.cdiv(R, _PROJECT_TILE["ROWS"]),)](
+            *(x, *_views(rows), x if bias is None else bias, x if residual is None else residual, output),
+            *(E, R, S, G, _OFFSET),
+            BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            BLOCK_G=triton.next_power_of_2(G),
+            Q=rows.group // PER_WORD,
+            **_PROJECT_TILE,
+            **pdl_options(x.device),
+        )
+    return output
 
 
 class PackedFFNCall:
     """A layer's FFN of 4 bits for one token, dense or under the mask of a predicted cluster.
 
-    Vectors of E values, also those in the predictor's and in spared matrices, are arranged here.
+    All vectors of E values are arranged, also those in the predictor's matrices.
     """
 
-    def __init__(self, ffn: PackedClusterFFN, norm: Tensor, epsilon: float) -> None:
-        """norm: float [E], of the norm before the FFN, in natural order, with this epsilon.
-
-        Raises ValueError for matrices that the kernels can't read, and for more than 2³¹ weights.
-        """
-        weights, self.source, self.masks = ffn.weights, ffn.source, ffn.masks
+    def __init__(self, ffn: PackedClusterFFN, dtype: torch.dtype) -> None:
+        """dtype: the model's. Raises ValueError for matrices that the kernels can't read."""
+        weights, self.source = ffn.weights, ffn.source
         for rows in weights[:3]:
             check_packed(rows)
-        self._weights, self._norm, self._epsilon = weights, arranged(norm.detach()), epsilon
-        self._options = pdl_options(norm.device)
-        D = len(weights.gate.words)
-        self.predictor = None
-        if ffn.predictor is not None:
+        self._weights, self._dtype = weights, dtype
+        D, device = len(weights.gate.words), weights.gate.words.device
+        self._options = pdl_options(device)
+        self.predictor, self.masks, self._share = None, None, 1.0
+        if ffn.predictor is not None and ffn.masks is not None:
             self.predictor = ffn.predictor._replace(reduce=arranged(ffn.predictor.reduce))
+            self.masks, self._share = ffn.masks.view(torch.int32), popcount(ffn.masks).float().mean().item() / D
         self._spared = None
         if weights.spared is not None and len(weights.spared.neurons):
             neurons, *matrices = weights.spared
             self._spared = SparedNeurons(neurons.int(), *map(arranged, matrices))
-        P = 0 if self._spared is None else len(self._spared.neurons)
+        self._P = 0 if self._spared is None else len(self._spared.neurons)
+        self._H = 0 if self.predictor is None else len(self.predictor.reduce)
         # What `finish` multiplies: the bottleneck and the spared neurons' values lie one after the other.
-        correct, bias = (None, None) if ffn.correct is None else ffn.correct
-        parts = [] if correct is None else [arranged(correct)]
+        parts = [] if ffn.correct is None else [arranged(ffn.correct[0])]
         if self._spared is not None:
             parts.append(self._spared.down)
-        self._correct = torch.cat([part.to(norm.dtype) for part in parts]) if parts else None
-        zeros = torch.zeros(len(norm), device=norm.device)
-        self._bias = zeros if bias is None else arranged(bias.float())
-        self._corrects, self._P = correct is not None, P
+        self._correct = torch.cat([part.to(dtype) for part in parts]) if parts else None
+        self._corrects = ffn.correct is not None
+        zeros = torch.zeros(weights.gate.E, device=device)
+        self._bias = zeros if ffn.correct is None else arranged(ffn.correct[1].float())
         self._offsets = None if ffn.offsets is None else arranged(ffn.offsets)
-        self.H = 0 if self.predictor is None else len(self.predictor.reduce)
-        share = 1.0
-        if self.masks is not None:
-            share = popcount(self.masks).float().mean().item() / D
-            self.masks = self.masks.view(torch.int32)
-        self._parts = max(1, min(32, round(32 * share * 1.15 / _ROWS_TILE["ROWS"] + 0.5)))
+
+    @property
+    def width(self) -> int:
+        """Neurons of the FFN."""
+        return len(self._weights.gate.words)
 
     def empty_prediction(self, hidden: Tensor) -> Prediction:
         """Where a prediction goes: the bottleneck is followed by room for the spared neurons' values."""
         assert self.predictor is not None
         _, candidates = empty_prediction(hidden, self.predictor.reduce, self.predictor.expand, AHEAD)
-        return Prediction(hidden.new_empty((1, self.H + self._P), dtype=torch.float32)[:, : self.H], candidates)
+        return Prediction(hidden.new_empty((1, self._H + self._P), dtype=torch.float32)[:, : self._H], candidates)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """The prediction for this layer, from the FFN input [1, E] of its source, arranged, after the norm."""
+        """The prediction for this layer, from the FFN input float32 [1, E] of its source."""
         prediction = self.empty_prediction(hidden)
         assert self.predictor is not None
         reduce, reduce_bias, expand, expand_bias = self.predictor
@@ -497,76 +543,70 @@ class PackedFFNCall:
         return prediction
 
     def __call__(
-        self, x: Tensor, prediction: Prediction | None, known: bool = False, later: "PackedFFNCall | None" = None
+        self,
+        hidden: Tensor,
+        kept: "Kept | None" = None,
+        prediction: Prediction | None = None,
+        later: "PackedFFNCall | None" = None,
     ) -> tuple[Tensor, Prediction | None]:
-        """The FFN's output [1, E] for an input before the norm, both arranged; and the prediction for a later layer.
+        """The FFN's output [1, E] for its input float32 [1, E], in the model's type; and a later layer's prediction.
 
-        prediction: for this layer; None if it reads all neurons. known: whether it was there before the previous kernel
-        began. later: the layer whose clusters this layer's input predicts.
+        kept: the neurons that are computed, of this prediction; None: all. later: the layer whose clusters this layer's
+        input predicts.
         """
         gate, up, down, activation, _ = self._weights
         (D, E), G, S, P = gate.shape, gate.groups, gate.words.shape[1], self._P
-        mask_words = triton.cdiv(D, 128) * 4
-        assert row_bytes(D) == 4 * mask_words
-        every = prediction is None
-        device_options = self._options
-        listed = x.new_empty((3, D), dtype=torch.float32)
-        count = x.new_empty((), dtype=torch.int32)
-        candidates = None if prediction is None else prediction.candidates
-        values, ids = candidates or (listed, listed)
-        joined = x.new_empty((1, P), dtype=torch.float32)
+        every, inner = kept is None, hidden.new_empty(D)
+        joined = hidden.new_empty((1, P))
         if prediction is not None:  # the bottleneck, and the memory behind it
-            joined = prediction.bottleneck.as_strided((1, self.H + P), (self.H + P, 1))
+            joined = prediction.bottleneck.as_strided((1, self._H + P), (self._H + P, 1))
         spared_inner = joined[:, joined.shape[1] - P :]
-        coming, later_predictor = None, None
-        if later is not None:
-            coming, later_predictor = later.empty_prediction(x), later.predictor
-        H = 0 if later is None else later.H
-        spared, full = self._spared, triton.next_power_of_2(E)
-        tile, none = _ROWS_TILE, listed
-        parts = triton.cdiv(32, tile["ROWS"]) if every else self._parts
-        grid = mask_words * parts + P + triton.cdiv(H, _FULL_ROWS)
-        masks = none if self.masks is None else self.masks
-        gates, ups, downs = _views(gate), _views(up), _views(down)
-        with torch.cuda.device_of(x):
-            _gate_up_kernel[(grid,)](
-                *(x, self._norm, gates[0], ups[0], gates[1], ups[1], gates[2], ups[2], downs[2]),
-                *(masks, values, ids, listed, count),
-                *((count, none, none) if spared is None else spared[:3]),
-                spared_inner if P else none,
-                *((none,) * 2 if later_predictor is None else later_predictor[:2]),
-                none if coming is None else coming.bottleneck,
-                *(E, D, S, G, mask_words, 0 if candidates is None else candidates.logits.shape[1], P, H),
-                *(self._epsilon, EPSILON),
+        coming, predictor = (None, None) if later is None else (later.empty_prediction(hidden), later.predictor)
+        H, count = 0 if later is None else later._H, 0 if kept is None else kept.candidates.logits.shape[1]
+        programs = max(1, round(_SPREAD * self._share * D / _NEURONS_TILE["ROWS"]))
+        none, neurons = hidden, inner.view(torch.int32)  # placeholders that the kernels do not read
+        listed = (none, none, none, neurons, neurons)
+        if kept is not None:
+            listed = kept.masks, *kept.candidates, kept.neurons, kept.total
+        gates, ups, downs, spared = _views(gate), _views(up), _views(down), self._spared
+        parts = _PARTS * _multiprocessors(hidden.device)
+        partial = hidden.new_empty((parts, 1, E))
+        with torch.cuda.device_of(hidden):
+            _gate_up_kernel[(programs + P + triton.cdiv(H, _FULL_ROWS),)](
+                *(hidden, gates[0], ups[0], gates[1], ups[1], gates[2], ups[2], *listed, inner),
+                *((neurons, none, none) if spared is None else spared[:3]),
+                *(spared_inner if P else none, *((none, none) if predictor is None else predictor[:2])),
+                *(none if coming is None else coming.bottleneck, E, D, S, G),
+                *(1 if kept is None else kept.masks.shape[1], count, programs, P, H, _OFFSET, EPSILON),
                 EVERY=every,
-                KNOWN=known or every,
                 ACTIVATION=activation,
-                PARTS=parts,
+                ROUNDS=_TYPES[self._dtype],
                 FULL_ROWS=_FULL_ROWS,
                 BLOCK_G=triton.next_power_of_2(G),
                 Q=gate.group // PER_WORD,
-                BLOCK_W=triton.next_power_of_2(mask_words),
-                BLOCK_C=triton.next_power_of_2(1 if candidates is None else candidates.logits.shape[1]),
-                BLOCK_E=full,
-                **tile,
-                **device_options,
+                BLOCK_C=triton.next_power_of_2(max(1, count)),
+                BLOCK_E=triton.next_power_of_2(E),
+                **_NEURONS_TILE,
+                **self._options,
             )
             Q = down.group // PER_WORD
             block = min(triton.next_power_of_2(G), max(1, _DOWN_WORDS // Q))
-            partial = x.new_empty((_PARTS, 1, E), dtype=torch.float32)
-            _down_kernel[(triton.cdiv(G, block), _PARTS)](
-                *(listed, count, *downs[:2], partial, E, D, S, G),
+            _down_kernel[(triton.cdiv(G, block), parts)](
+                *(*listed[3:], inner, *downs, partial, E, D, S, G, _OFFSET),
+                EVERY=every,
                 BLOCK_G=block,
                 Q=Q,
                 **_DOWN_TILE,
-                **device_options,
+                **self._options,
             )
-        return self._finish(partial, x, candidates, joined if self._corrects else spared_inner, later, coming), coming
+        candidates = None if kept is None else kept.candidates
+        inputs = joined if self._corrects else spared_inner
+        return self._finish(partial, hidden, candidates, inputs, later, coming), coming
 
     def _finish(
         self,
         partial: Tensor,
-        x: Tensor,
+        hidden: Tensor,
         candidates: Candidates | None,
         inner: Tensor,
         later: "PackedFFNCall | None",
@@ -576,12 +616,17 @@ class PackedFFNCall:
         delta = OutputDelta(offsets=self._offsets)
         if self._correct is not None:
             delta = OutputDelta(inner, self._correct, self._bias, self._offsets)
-        if later is None or coming is None:
-            return finish(partial, x, candidates, delta, self._options)
-        assert later.predictor is not None
+        output = hidden.new_empty(hidden.shape, dtype=self._dtype)
+        if later is None or coming is None or later.predictor is None:
+            return finish(partial, output, candidates, delta, self._options)
         _, _, expand, expand_bias = later.predictor
-        if coming.candidates.logits.shape[1] <= finish_programs(x.shape[1]) and later.H <= MAX_SCORED:
-            return finish(partial, x, candidates, delta, self._options, later.predictor, coming)
-        output = finish(partial, x, candidates, delta, self._options)
+        if coming.candidates.logits.shape[1] <= finish_programs(hidden.shape[1]) and later._H <= MAX_SCORED:
+            return finish(partial, output, candidates, delta, self._options, later.predictor, coming)
+        output = finish(partial, output, candidates, delta, self._options)
         score_clusters(coming, expand, expand_bias, self._options, AHEAD)
         return output
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
