@@ -25,9 +25,11 @@ from torch import Tensor
 
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
-from apc.ops import sparse_ffn_sm90
+from apc.ops import packed_gpu, sparse_ffn_sm90
+from apc.ops.packed import PackedRows, pack_rows
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
+from apc.sparse.packed_weights import GROUP
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import first_line
 
@@ -35,11 +37,13 @@ DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED, OWN = "dense, torch.compile", "dense, torch.compile max-autotune", "dense, apc"
+TORCH_4_BITS = "dense, 4 bits, torch (tinygemm)"
 MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the benchmark makes its own graph of all calls
-MODES = {  # (label, mode of torch.compile, whether its kernels launch early, whether our kernels run one sequence)
-    "default": (COMPILED, "default", False, False),
-    "tuned": (f"{TUNED}, early launches", MODE, True, False),
-    "own": (OWN, MODE, True, True),
+MODES = {  # label, mode of torch.compile, whether its kernels launch early, whether our kernels run one sequence, bits
+    "default": (COMPILED, "default", False, False, None),
+    "tuned": (f"{TUNED}, early launches", MODE, True, False, None),
+    "own": (OWN, MODE, True, True, None),
+    "packed": (f"{OWN}, 4 bits", MODE, True, True, 4),
 }
 COPY_BITS, COPY_INPUTS = 4, 0.375  # of the copy that nominates neurons for stages
 STEP = 0.15  # between the shares of rows of gate, up and down that stages read
@@ -93,7 +97,7 @@ class Wrong(Exception):
 
 
 def main() -> None:
-    parts = {"ffn": ffn, "tiles": tiles, "decode": decode}
+    parts = {"ffn": ffn, "packed": packed, "tiles": tiles, "decode": decode}
     lists = {  # option: (type, default, metavar, help)
         "--only": (str, ["ffn", "decode"], "PART", f"parts: {', '.join(parts)}; default: ffn,decode"),
         "--densities": (float, [0.3, 0.4, 0.5, 0.7, 1.0], "DENSITY", "shares of neurons that masks keep"),
@@ -410,6 +414,105 @@ def dense_rows(layers: list[Layer], shape: Shape, x: dict[int, Tensor], name: st
             yield result
 
 
+def packed_bytes(shape: Shape) -> int:
+    """Bytes of an FFN at 4 bits."""
+    return 3 * shape.D * 16 * math.ceil((shape.E / 2 + 2 * shape.E / GROUP + 8) / 16)
+
+
+def packed(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> Iterator[Row]:
+    """Rows for one token's FFN at 4 bits, in groups of `GROUP`: torch's dense one, and ours dense and sparse."""
+    x = torch.randn(1, shape.E, device=DEVICE).bfloat16()
+    norm, facts = torch.ones(shape.E, device=DEVICE).bfloat16(), dict(ok=True, ceiling=copy, share_of="copy")
+    hidden = packed_gpu.prepare(x, norm, 1e-5)[0]
+    stored = [[draw_packed(shape.D, shape.E) for _ in range(3)] for _ in range(shape.layers)]
+    best = {}
+
+    def measured(operation: str, label: str, calls: list[Callable[[], object]], moved: float) -> Row:
+        result = row(operation, label, (1, 1, shape.K, shape.D), timed(calls), name, moved=int(moved), **facts)
+        best[label] = result.seconds_median
+        ratios = ", ".join(f"{best[each] / best[label]:.2f} × as fast as {each}" for each in (TORCH_4_BITS, OWN))
+        print(
+            f"{operation}, {label}: {1e6 * best[label]:.1f} µs, {100 * result.share:.0f} % of copy; {ratios}",
+            flush=True,
+        )
+        return result
+
+    ffns = [packed_gpu.PackedFFN(*matrices, "silu") for matrices in stored]
+    every = [packed_gpu.PackedFFNCall(packed_gpu.PackedClusterFFN(each), torch.bfloat16) for each in ffns]
+    best[TORCH_4_BITS] = best[OWN] = math.nan
+    moved = 3 * shape.D * shape.E * (0.5 + 4 / GROUP)  # torch's levels take 32 bits a group
+    yield measured("FFN, 4 bits, dense", TORCH_4_BITS, torch_packed(shape, x), moved)
+    check_packed_ffn(every[0](hidden)[0], ffns[0], hidden, torch.ones(shape.D, device=DEVICE))
+    yield measured("FFN, 4 bits, dense", OWN, [partial(call, hidden) for call in every], packed_bytes(shape))
+    for density in options.densities:
+        calls, known = [], []
+        for each in ffns:
+            draw = lambda *size: (torch.randn(*size, device=DEVICE) * size[-1] ** -0.5).bfloat16()
+            biases = [torch.zeros(count, device=DEVICE) for count in (shape.H, shape.K)]
+            predictor = ops.PredictorWeights(draw(shape.H, shape.E), biases[0], draw(shape.K, shape.H), biases[1])
+            ffn = packed_gpu.PackedClusterFFN(each, predictor, draw_masks(shape.K, shape.D, density))
+            calls.append(packed_gpu.PackedFFNCall(ffn, torch.bfloat16))
+            known.append(calls[-1].predict(hidden))
+
+        def listed(index: int, candidates: ops.Candidates) -> packed_gpu.Kept | None:
+            return packed_gpu.prepare(hidden, None, 1e-5, None, calls[index].masks, candidates, shape.D)[2]  # noqa: B023
+
+        def inside(index: int) -> Tensor:
+            prediction = calls[index].predict(hidden)  # noqa: B023
+            return calls[index](hidden, listed(index, prediction.candidates), prediction)[0]  # noqa: B023
+
+        def ahead(index: int) -> Tensor:
+            prediction, later = known[index], calls[(index + 1) % shape.layers]  # noqa: B023
+            output, known[(index + 1) % shape.layers] = calls[index](  # noqa: B023
+                hidden, listed(index, prediction.candidates), prediction, later
+            )
+            return output
+
+        logits, clusters = known[0].candidates
+        mask = ops.unpack(calls[0].masks[clusters[0, logits[0].argmax()]].view(torch.uint8), shape.D)
+        check_packed_ffn(inside(0), ffns[0], hidden, mask.float())
+        moved = packed_bytes(shape) * ops.mask_size(shape.D, density) / shape.D + shape.predictor_bytes
+        for label, call in (("apc, predictor inside", inside), ("apc, predicted a layer ahead", ahead)):
+            todo = [partial(call, index) for index in range(shape.layers)]
+            yield measured(f"FFN, 4 bits, density {density:g}", label, todo, moved)
+
+
+def draw_packed(R: int, E: int) -> PackedRows:
+    """A random matrix at 4 bits with variance 1 / E."""
+    random = lambda low, high, *size: torch.randint(low, high, size, device=DEVICE)
+    units = torch.tensor([[E**-0.5 / 4.6 / 160, 7.5 * E**-0.5 / 4.6 / 100]], device=DEVICE).expand(R, 2)
+    step, low = random(130, 190, R, E // GROUP).to(torch.uint8), -random(80, 120, R, E // GROUP).to(torch.int8)
+    return pack_rows(random(0, 16, R, E), step, low, units)
+
+
+def check_packed_ffn(output: Tensor, ffn: packed_gpu.PackedFFN, hidden: Tensor, kept: Tensor) -> None:
+    """Raises Wrong unless an FFN's output is that of the formula in float32. kept: float32 [D]."""
+    gate, up, down = (matrix.unpacked() for matrix in ffn[:3])
+    x = hidden.float()
+    expected = (F.silu(x @ gate.T) * (x @ up.T) * kept) @ down
+    error = ((output.float() - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise Wrong(f"an FFN at 4 bits: relative error {error:.2g} of the output")
+
+
+def torch_packed(shape: Shape, x: Tensor) -> list[Callable[[], Tensor]]:
+    """torch's dense FFNs at 4 bits, with gate and up in one product."""
+    multiply = torch.ops.aten._weight_int4pack_mm
+
+    def draw(R: int, E: int) -> tuple[Tensor, Tensor]:
+        weights = torch.randint(0, 256, (R, E // 2), dtype=torch.uint8, device=DEVICE)
+        levels = (torch.randn(E // GROUP, R, 2, device=DEVICE) * 0.01).bfloat16()
+        return torch.ops.aten._convert_weight_to_int4pack(weights, 8), levels
+
+    inner = torch.compile(lambda both: F.silu(both[:, : shape.D]) * both[:, shape.D :], dynamic=False)
+
+    def call(first: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> Tensor:
+        both = multiply(x, first[0], GROUP, first[1])
+        return multiply(inner(both), down[0], GROUP, down[1])
+
+    return [partial(call, draw(2 * shape.D, shape.E), draw(shape.E, shape.D)) for _ in range(shape.layers)]
+
+
 def tiles(shape: Shape, options: argparse.Namespace, name: str, copy: float) -> list[Row]:
     """Rows for other tiles of the kernels, for one token at the first density.
 
@@ -471,12 +574,26 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     tokens = {n: torch.randint(32_000, (n, prompt), device=DEVICE) for n in options.batches}
     parameters = sum(value.nbytes for value in model.parameters()) - model.get_input_embeddings().weight.nbytes
     dense = {}
+    ffns = layers * shape.dense_bytes
+    inner = parameters - ffns - model.lm_head.weight.nbytes  # of attention, and norms
+
+    def moved_by(ffn_bytes: float, bits: int | None) -> int:
+        """Bytes that a step reads, of which so many are the FFNs' at 16 bits."""
+        share = 1.0 if bits is None else packed_bytes(shape) / shape.dense_bytes
+        return int(parameters - ffns - inner + share * (inner + ffn_bytes))
 
     def measure(
-        operation: str, label: str, n: int, moved: int, mode: str = MODE, early: bool = True, own: bool = True
+        operation: str,
+        label: str,
+        n: int,
+        moved: int,
+        mode: str = MODE,
+        early: bool = True,
+        own: bool = True,
+        bits: int | None = None,
     ) -> Row:
         torch.compiler.reset()  # after eight compiled versions of a function, torch would run it uncompiled
-        decoder = GreedyDecoder(model, n, 2 * prompt, mode, early, own=own)
+        decoder = GreedyDecoder(model, n, 2 * prompt, mode, early, bits, own)
         decoder.record(tokens[n])
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
@@ -485,17 +602,18 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         facts["note"] = f"{n} sequences, after {prompt} tokens"
         result = row(operation, label, (layers, n, shape.K, shape.D), seconds, name, **facts)
         step = result.seconds_median
-        dense[n] = min(dense.get(n, step), step) if "dense" in operation else dense[n]
+        if "dense" in operation:
+            dense[n, bits] = min(dense.get((n, bits), step), step)
         what = f"{operation}, {label}, {n} sequences"
-        ratio = dense[n] / step
+        ratio = dense.get((n, bits), math.nan) / step
         print(f"{what}: {1e3 * step:.3f} ms a step, {n / step:.0f} tokens/s, dense / this {ratio:.3f}", flush=True)
         return result
 
     for n in options.batches:
-        for name_of_mode in options.modes if n == 1 else [each for each in options.modes if each != "own"]:
-            label, *how = MODES[name_of_mode]
-            yield measure("decode, dense", label.removeprefix("dense, "), n, parameters, *how)
-    ffns = layers * shape.dense_bytes
+        for label, mode, early, own, bits in (MODES[each] for each in options.modes):
+            if n == 1 or not own:
+                moved = moved_by(ffns, bits)
+                yield measure("decode, dense", label.removeprefix("dense, "), n, moved, mode, early, own, bits)
     for density in options.densities:
         codebook = random_codebook(shape, layers, density)
         for way in options.predictors:
@@ -508,10 +626,13 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
                 f"{100 * extra_memory / ffns:.2f} % of its FFNs; up to {most} tokens run sparse",
                 flush=True,
             )
-            moved = int(parameters - ffns + ffns * density + layers * extra)
-            for n in options.batches:
-                label = f"apc, {way}: {'sparse' if n <= most else 'dense'}"
-                yield measure(f"decode, density {density:g}", label, n, moved if n == 1 else parameters)
+            operation = f"decode, density {density:g}"
+            for n in options.batches if set(options.modes) - {"packed"} else ():
+                label, moved = f"apc, {way}: {'sparse' if n <= most else 'dense'}", moved_by(ffns * density, None)
+                yield measure(operation, label, n, moved + layers * extra if n == 1 else parameters)
+            if "packed" in options.modes and policy == "predicted" and most:
+                moved = moved_by(ffns * density, 4) + layers * extra
+                yield measure(operation, f"apc, 4 bits, {way}: sparse", 1, moved, bits=4)
             restore(model)
 
 

@@ -13,7 +13,7 @@ from apc.data.ffn import find_ffns
 from apc.data.quantise import nearest_levels
 from apc.ops import packed_gpu
 from apc.ops.packed import PackedRows, pack_rows
-from apc.ops.packed_gpu import PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons, arranged, natural
+from apc.ops.packed_gpu import PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons
 from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStepGPU, NotSupported
@@ -53,12 +53,6 @@ def test_other_groups_are_refused(E, G):
         pack_rows(index, step, step.to(torch.int8), torch.ones(2, 2))
 
 
-def test_arranging_is_undone():
-    x = torch.randn(3, 64)
-    assert natural(arranged(x)).equal(x)
-    assert arranged(torch.arange(16)).tolist() == [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("R, E, group", [(7, 96, 32), (9, 640, 128)])
@@ -67,13 +61,13 @@ def test_products_of_rows(device, dtype, R, E, group):
     rows = PackedRows(rows.words.to(device), E, group)
     x, added, norm, residual = draw(1, E), draw(1, E), draw(E), draw(1, R)
     bias = torch.randn(R, device=device)
-    hidden, total, _ = packed_gpu.prepare(arranged(x), arranged(norm), 1e-5, arranged(added))
-    assert torch.allclose(natural(total).float(), (x + added).float(), rtol=1e-2)  # the interpreter cuts bits off
-    output = packed_gpu.project_packed(hidden, rows, dtype, bias, residual)
+    hidden, total, _ = packed_gpu.prepare(x, norm, 1e-5, added)
+    assert torch.allclose(total.float(), (x + added).float(), rtol=1e-2)  # the interpreter cuts bits off
+    output = packed_gpu.project_packed(hidden, rows, bias, residual)
     normed = torch.nn.functional.rms_norm((x + added).float(), (E,), norm.float(), 1e-5)
     expected = normed @ rows.unpacked().T + bias + residual.float()
     assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
-    plain = packed_gpu.project_packed(arranged(x).float(), rows, dtype)
+    plain = packed_gpu.project_packed(x, rows)
     assert error_of(plain.float(), x.float() @ rows.unpacked().T) < max(5e-5, TOLERANCE[dtype])
 
 
@@ -137,21 +131,21 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
         known.logits.fill_(-1)
         known.clusters.fill_(0)
         known.logits[0, -1], known.clusters[0, -1] = 1.0, 1
-    hidden, _, listed = packed_gpu.prepare(arranged(x), arranged(norm), 1e-5, None, call.masks, known, D)
+    hidden, _, listed = packed_gpu.prepare(x, norm, 1e-5, None, call.masks, known, D)
     output, coming = call(hidden, listed, prediction)
     expected = formula(x, norm, matrices, bits[1].to(device))
     assert coming is None
     if kept == "none":
         assert output.eq(0).all()
     else:
-        assert error_of(natural(output).float(), expected) < max(5e-5, TOLERANCE[dtype])
+        assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
 
 
 def test_nan_shows():
     ffn, _ = draw_ffn(40, 96, torch.float32, "cpu", 2)
     x = torch.randn(1, 96)
     x[0, 5] = torch.nan
-    output, _ = PackedFFNCall(PackedClusterFFN(ffn), torch.float32)(arranged(x))
+    output, _ = PackedFFNCall(PackedClusterFFN(ffn), torch.float32)(x)
     assert output.isnan().all()
 
 

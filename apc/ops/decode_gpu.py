@@ -190,7 +190,6 @@ def _combine_kernel(
     ends_ptr,  # float32 [h, shares, 2]
     output_ptr,  # float [h, d], out
     EARLY: tl.constexpr,
-    ARRANGED: tl.constexpr,  # whether the output is arranged for packed rows (`packed_gpu.py`)
     SHARES: tl.constexpr,
     d: tl.constexpr,
 ):
@@ -203,10 +202,7 @@ def _combine_kernel(
     factor = tl.exp(largest - tl.max(largest, axis=0))
     sums = tl.load(sums_ptr + at[:, None] * d + j[None, :])
     output = tl.sum(sums * factor[:, None], axis=0) / tl.sum(total * factor, axis=0)
-    to = head * d + j
-    if ARRANGED:
-        to = to % 8 * (tl.num_programs(0) * d // 8) + to // 8
-    tl.store(output_ptr + to, output.to(output_ptr.dtype.element_ty))
+    tl.store(output_ptr + head * d + j, output.to(output_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -351,16 +347,13 @@ class StepGPU:
             )
         return output, sums
 
-    def _attend(self, qkv: Tensor, weights: AttentionWeights, position: Tensor, arranged: bool = False) -> Tensor:
-        """The token's attention, [1, h · d]; writes its keys and values into the cache.
-
-        arranged: whether it is float32, and arranged for packed rows.
-        """
+    def _attend(self, qkv: Tensor, weights: AttentionWeights, position: Tensor) -> Tensor:
+        """The token's attention, [1, h · d]; writes its keys and values into the cache."""
         _, key_heads, S, d = weights.keys.shape
         heads = weights.projections[0].shape[0] // d
         sums = qkv.new_empty((heads, _SHARES, d), dtype=torch.float32)
         ends = qkv.new_empty((heads, _SHARES, 2), dtype=torch.float32)
-        output = qkv.new_empty((1, heads * d), dtype=torch.float32 if arranged else qkv.dtype)
+        output = qkv.new_empty((1, heads * d))
         query_norm, key_norm = weights.head_norms
         with torch.cuda.device_of(qkv):
             _attend_kernel[(key_heads, _SHARES)](
@@ -374,9 +367,7 @@ class StepGPU:
                 **_ATTEND_TILE,
                 **self._options,
             )
-            _combine_kernel[(heads,)](
-                sums, ends, output, ARRANGED=arranged, SHARES=_SHARES, d=d, num_warps=2, **self._options
-            )
+            _combine_kernel[(heads,)](sums, ends, output, SHARES=_SHARES, d=d, num_warps=2, **self._options)
         return output
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A decoding step on a GPU whose layers' matrices take 4 bits a weight: `decode_gpu.py` with `packed_gpu.py`.
 
-Embedding and head stay as they are. Between them all vectors of E values are arranged as packed rows need it.
+Embedding and head stay as they are.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from apc.ops.decode_gpu import StepGPU
 from apc.ops.decoder_weights import DecoderWeights, Unsupported
 from apc.ops.ffn_arguments import Prediction
 from apc.ops.packed import PackedRows
-from apc.ops.packed_gpu import PackedClusterFFN, PackedFFNCall, arranged, check_packed, natural, prepare, project_packed
+from apc.ops.packed_gpu import PackedClusterFFN, PackedFFNCall, check_packed, prepare, project_packed
 
 
 class PackedLayer(NamedTuple):
@@ -33,26 +33,19 @@ class PackedStepGPU(StepGPU):
 
     def __init__(self, weights: DecoderWeights, layers: Sequence[PackedLayer]) -> None:
         super().__init__(weights)
-        order = arranged(torch.arange(weights.embedding.shape[1], device=weights.embedding.device))
-        self._inputs, self._outputs = [], []  # projections of query, key and value together, and of the output
-        self._norms = [
-            (arranged(layer.attention.norm.detach()), arranged(layer.ffn_norm.detach())) for layer in weights.layers
-        ]
-        self._biases = [
-            None if attention.output_bias is None else attention.output_bias[order] for attention in self._attentions
-        ]
+        self._inputs: list[PackedRows] = []  # projections of query, key and value together
+        self._outputs = [layer.projections[-1] for layer in layers]
         try:
-            for *inputs, output in (layer.projections for layer in layers):
-                self._inputs.append(replace(inputs[0], words=torch.cat([each.words for each in inputs])))
-                self._outputs.append(replace(output, words=output.words[order]))
-            for rows in (*self._inputs, *self._outputs):
-                check_packed(rows)
+            for layer in layers:
+                first, *others, output = layer.projections
+                self._inputs.append(replace(first, words=torch.cat([each.words for each in (first, *others)])))
+                check_packed(self._inputs[-1])
+                check_packed(output)
             self._ffns = [PackedFFNCall(layer.ffn, weights.embedding.dtype) for layer in layers]
         except ValueError as error:
             raise Unsupported(str(error)) from error
-        self._predicted: list[list[int]] = [
-            [] for _ in layers
-        ]  # for each layer, the later ones whose clusters it predicts
+        # For each layer, the later ones whose clusters it predicts.
+        self._predicted: list[list[int]] = [[] for _ in layers]
         for number, ffn in enumerate(self._ffns):
             if ffn.predictor is not None and ffn.source != number:
                 self._predicted[ffn.source].append(number)
@@ -60,19 +53,19 @@ class PackedStepGPU(StepGPU):
     @torch.no_grad()
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """The logits [1, V] after a token int64 [1, 1] at a position int64 []; writes its keys and values."""
-        weights, epsilon, dtype = self._weights, self._weights.epsilon, self._weights.embedding.dtype
-        residual, added = arranged(F.embedding(token[:, 0], weights.embedding)), None
+        weights, epsilon = self._weights, self._weights.epsilon
+        residual, added = F.embedding(token[:, 0], weights.embedding), None
         predictions: dict[int, Prediction] = {}
-        for number, ffn in enumerate(self._ffns):
-            attention, (norm, ffn_norm) = self._attentions[number], self._norms[number]
+        for number, (ffn, layer) in enumerate(zip(self._ffns, weights.layers, strict=True)):
+            attention = self._attentions[number]
             prediction, predicted = predictions.pop(number, None), self._predicted[number]
             later, others = (predicted[0] if predicted else None), predicted[1:]
-            hidden, residual, _ = prepare(residual, norm, epsilon, added)
-            qkv = project_packed(hidden, self._inputs[number], dtype, attention.bias)
-            attended = self._attend(qkv, attention.weights, position, arranged=True)
-            residual = project_packed(attended, self._outputs[number], dtype, self._biases[number], residual)
+            hidden, residual, _ = prepare(residual, layer.attention.norm, epsilon, added)
+            qkv = project_packed(hidden, self._inputs[number], attention.bias)
+            attended = self._attend(qkv, attention.weights, position)
+            residual = project_packed(attended, self._outputs[number], attention.output_bias, residual)
             known = None if prediction is None else prediction.candidates
-            hidden, _, kept = prepare(residual, ffn_norm, epsilon, None, ffn.masks, known, ffn.width)
+            hidden, _, kept = prepare(residual, layer.ffn_norm, epsilon, None, ffn.masks, known, ffn.width)
             if ffn.predictor is not None and prediction is None:
                 prediction = ffn.predict(hidden)
                 _, _, kept = prepare(hidden, None, epsilon, None, ffn.masks, prediction.candidates, ffn.width)
@@ -80,5 +73,4 @@ class PackedStepGPU(StepGPU):
             added, coming = ffn(hidden, kept, prediction, None if later is None else self._ffns[later])
             if later is not None and coming is not None:
                 predictions[later] = coming
-        residual, added = natural(residual), None if added is None else natural(added)
         return self._project(residual, [weights.head], weights.norm, added)[0]

@@ -1,23 +1,27 @@
-"""Products with matrices of 4 bits a weight on a GPU, in Triton: of all rows, and a gated FFN's under a mask.
+"""Products with matrices of 4 bits a weight on a GPU: of all rows, and a gated FFN's under a mask.
 
 `prepare` computes the norm before a product and lists the neurons that a mask keeps. An FFN takes three more kernels.
 The first multiplies the kept neurons' rows of gate and up with the input. The second adds their rows of down, in parts.
 `finish`, that of `sparse_ffn.py`, adds the parts. Neurons whose rows have 16 bits get programs of their own in the
 first kernel, and `finish` adds their rows of down.
 
-Vectors of E values are arranged: the values with number i of 8 in each word of a packed row come one after the other,
-so that a program reads them in one piece. Weights become float32 without a conversion: a shift and a mask make two of
-them bfloat16 numbers 128 + k.
+The kernels here are in Triton, for any GPU. Half precision from Ampere to Hopper runs on tensor cores instead
+(`packed_sm80.py`): Triton's need 5 to 6 instructions a weight, and so the time of reading 8 bits.
+
+Weights become float32 without a conversion: a shift and a mask make two of them bfloat16 numbers 128 + k.
 
 Shape letters: see `apc.ops`; `packed.py` has those of packed rows; H rows of a later predictor's bottleneck.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from apc.ops import packed_sm80
 from apc.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
 from apc.ops.bits import popcount, popcount_words
 from apc.ops.ffn_arguments import EPSILON, Candidates, OutputDelta, Prediction, PredictorWeights
@@ -25,17 +29,16 @@ from apc.ops.packed import PER_WORD, PackedRows
 from apc.ops.predict import empty_prediction, pdl_options, reduce_hidden, score_clusters
 from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, activate, best, finish, finish_programs
 
-_PROJECT_TILE = {"ROWS": 8, "num_warps": 4}
+_PROJECT_TILE = {"ROWS": 8, "num_warps": 8}
 _NEURONS_TILE = {"ROWS": 4, "num_warps": 4}
-_DOWN_TILE = {"ROWS": 8, "num_warps": 4}
+_DOWN_TILE = {"ROWS": 4, "num_warps": 4}
 _LIST_TILE = {"WORDS_EACH": 32, "num_warps": 8}
-_DOWN_WORDS = 512  # of a row, that a program of `_down_kernel` reads at most
+_DOWN_WORDS = 256  # of a row, that a program of `_down_kernel` reads at most
 _PARTS = 2  # parts of the neurons in `_down_kernel` for each multiprocessor
 _SPREAD = 1.0  # programs for each tile of neurons that an average mask keeps
 _FULL_ROWS = 2  # rows of a later bottleneck that a program reads
 _MAX_WORDS = 2**29  # of a matrix: byte offsets are 32 bits
 _OFFSET = 0x43004300  # two times 128, bfloat16
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class SparedNeurons(NamedTuple):
@@ -108,11 +111,11 @@ def _row_words(words_ptr, row, read, g, j, G, S, Q: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr,  # float [E], arranged, as all of E
+    x_ptr,  # float [E]
     added_ptr,  # float [E], read if ADDS
     norm_ptr,  # float [E]
     sum_ptr,  # float [E], out if ADDS: x + added
-    hidden_ptr,  # float32 [E], out: the norm of x + added
+    hidden_ptr,  # float [E], out: the norm of x + added
     masks_ptr,  # uint32 [K, words], read if LISTS, as values and ids
     values_ptr,  # float32 [candidates]
     ids_ptr,  # int32 [candidates]
@@ -145,7 +148,7 @@ def _prepare_kernel(
             x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # round where a model rounds
             tl.store(sum_ptr + e, x.to(x_ptr.dtype.element_ty), mask=e < E)
         x *= norm / tl.sqrt(tl.sum(x * x, axis=0) / E + epsilon)
-        tl.store(hidden_ptr + e, x.to(x_ptr.dtype.element_ty).to(tl.float32), mask=e < E)
+        tl.store(hidden_ptr + e, x.to(hidden_ptr.dtype.element_ty), mask=e < E)
     elif LISTS:
         if EARLY:
             gdc_wait()
@@ -169,7 +172,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _project_kernel(
-    x_ptr,  # float32 [E], arranged
+    x_ptr,  # float [E]
     words_ptr,  # int32 [R, S], packed
     bytes_ptr,  # uint8, the same memory
     units_ptr,  # float32, the same memory
@@ -203,7 +206,7 @@ def _project_kernel(
     products = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
     sums = tl.zeros([BLOCK_G, Q], tl.float32)
     for s in tl.static_range(4):
-        even, odd = _inputs(x_ptr, at, inside, E, s)
+        even, odd = _inputs(x_ptr, at, inside, s)
         sums += even + odd
         low_index, high_index = _widen(words, offset, s)
         products += low_index * even[None, :, :]
@@ -216,10 +219,11 @@ def _project_kernel(
 
 
 @triton.jit
-def _inputs(x_ptr, at, inside, E, s: tl.constexpr):
+def _inputs(x_ptr, at, inside, s: tl.constexpr):
     """The inputs with numbers 2 s and 2 s + 1 in the words `at`, float32."""
-    even = tl.load(x_ptr + 2 * s * (E // 8) + at, mask=inside, other=0.0)
-    return even, tl.load(x_ptr + (2 * s + 1) * (E // 8) + at, mask=inside, other=0.0)
+    even = tl.load(x_ptr + 8 * at + 2 * s, mask=inside, other=0.0)
+    odd = tl.load(x_ptr + 8 * at + 2 * s + 1, mask=inside, other=0.0)
+    return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
@@ -231,7 +235,7 @@ def _group_products(products, sums, step, low):
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr,  # float32 [E], arranged, as all of E
+    x_ptr,  # float [E]
     gate_ptr,  # int32 [D, S], packed, as up
     up_ptr,
     gate_bytes_ptr,  # the same memory as uint8 and as float32
@@ -264,7 +268,6 @@ def _gate_up_kernel(
     epsilon,
     EVERY: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ROUNDS: tl.constexpr,  # the type to which a model rounds a neuron's value
     EARLY: tl.constexpr,
     FULL_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -297,7 +300,7 @@ def _gate_up_kernel(
             up_products = tl.zeros([ROWS, BLOCK_G, Q], tl.float32)
             sums = tl.zeros([BLOCK_G, Q], tl.float32)
             for s in tl.static_range(4):
-                even, odd = _inputs(x_ptr, at, inside, E, s)
+                even, odd = _inputs(x_ptr, at, inside, s)
                 sums += even + odd
                 low_index, high_index = _widen(gates, offset, s)
                 gate_products += low_index * even[None, :, :]
@@ -307,7 +310,7 @@ def _gate_up_kernel(
                 up_products += high_index * odd[None, :, :]
             y = activate(_group_products(gate_products, sums, gate_step, gate_low), ACTIVATION)
             y *= _group_products(up_products, sums, up_step, up_low)
-            tl.store(inner_ptr + rank, y.to(ROUNDS).to(tl.float32), mask=read)
+            tl.store(inner_ptr + rank, y.to(x_ptr.dtype.element_ty).to(tl.float32), mask=read)
     elif program < programs + P:
         place = program - programs
         neuron = tl.load(spared_ptr + place)
@@ -315,17 +318,17 @@ def _gate_up_kernel(
         if not EVERY:
             cluster = best(values_ptr, ids_ptr, candidates, BLOCK_C)
             kept = (tl.load(masks_ptr + cluster * mask_words + neuron // 32) >> (neuron % 32)) & 1
-        own_x = tl.load(x_ptr + e, mask=e < E, other=0.0)
+        own_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         own_gate = tl.load(spared_gate_ptr + place * E + e, mask=e < E, other=0.0).to(tl.float32)
         own_up = tl.load(spared_up_ptr + place * E + e, mask=e < E, other=0.0).to(tl.float32)
         own_y = activate(tl.sum(own_gate * own_x, axis=0), ACTIVATION) * tl.sum(own_up * own_x, axis=0)
-        tl.store(spared_inner_ptr + place, tl.where(kept != 0, own_y.to(ROUNDS).to(tl.float32), 0.0))
+        tl.store(spared_inner_ptr + place, tl.where(kept != 0, own_y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0))
     else:
         h = (program - programs - P) * FULL_ROWS + tl.arange(0, FULL_ROWS)
         read_full = (h < H)[:, None] & (e < E)[None, :]
         rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=read_full, other=0.0).to(tl.float32)
         later_bias = tl.load(later_bias_ptr + h, mask=h < H, other=0.0)
-        later_x = tl.load(x_ptr + e, mask=e < E, other=0.0)
+        later_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         scale = 1 / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + epsilon)
         later_y = tl.sum(rows * later_x[None, :], axis=1) * scale + later_bias
         tl.store(later_inner_ptr + h, later_y * tl.sigmoid(later_y), mask=h < H)
@@ -339,7 +342,7 @@ def _down_kernel(
     down_ptr,  # int32 [D, S], packed
     bytes_ptr,  # uint8, the same memory
     units_ptr,  # float32, the same memory
-    partial_ptr,  # float32 [parts, E], out, arranged
+    partial_ptr,  # float32 [parts, E], out
     E,
     D,
     S,
@@ -392,27 +395,16 @@ def _down_kernel(
         even, odd = _widen(words, offset, 3)
         a6 += tl.sum(factor * even, axis=0)
         a7 += tl.sum(factor * odd, axis=0)
-    W = E // 8
-    to = partial_ptr + part * E + g[:, None] * Q + j[None, :]
+    to = partial_ptr + part * E + 8 * (g[:, None] * Q + j[None, :])
     inside, rest = (g < G)[:, None], base[:, None]
     tl.store(to, a0 + rest, mask=inside)
-    tl.store(to + W, a1 + rest, mask=inside)
-    tl.store(to + 2 * W, a2 + rest, mask=inside)
-    tl.store(to + 3 * W, a3 + rest, mask=inside)
-    tl.store(to + 4 * W, a4 + rest, mask=inside)
-    tl.store(to + 5 * W, a5 + rest, mask=inside)
-    tl.store(to + 6 * W, a6 + rest, mask=inside)
-    tl.store(to + 7 * W, a7 + rest, mask=inside)
-
-
-def arranged(vectors: Tensor) -> Tensor:
-    """Vectors of natural order [..., E], arranged."""
-    return vectors.unflatten(-1, (-1, PER_WORD)).mT.flatten(-2).contiguous()
-
-
-def natural(vectors: Tensor) -> Tensor:
-    """Arranged vectors [..., E] in natural order."""
-    return vectors.unflatten(-1, (PER_WORD, -1)).mT.flatten(-2).contiguous()
+    tl.store(to + 1, a1 + rest, mask=inside)
+    tl.store(to + 2, a2 + rest, mask=inside)
+    tl.store(to + 3, a3 + rest, mask=inside)
+    tl.store(to + 4, a4 + rest, mask=inside)
+    tl.store(to + 5, a5 + rest, mask=inside)
+    tl.store(to + 6, a6 + rest, mask=inside)
+    tl.store(to + 7, a7 + rest, mask=inside)
 
 
 def _views(rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -434,14 +426,13 @@ def prepare(
     masks: Tensor | None = None,
     candidates: Candidates | None = None,
     D: int = 0,
-) -> tuple[Tensor, Tensor, "Kept | None"]:
-    """The norm of x + added, float32 [1, E]; x + added; and the D neurons that the candidates' mask keeps.
+) -> tuple[Tensor, Tensor, Kept | None]:
+    """The norm of x + added, and x + added, in x's type; and the D neurons that the candidates' mask keeps.
 
-    x, added: float [1, E], norm: float [E], all arranged; without a norm, there are only the neurons. masks: int32
-    [K, words].
+    x, added: float [1, E]; norm: float [E]; without a norm, there are only the neurons. masks: int32 [K, words].
     """
     E = x.shape[1]
-    hidden, sums = x.new_empty((1, E), dtype=torch.float32), x if added is None else torch.empty_like(x)
+    hidden, sums = torch.empty_like(x), x if added is None else torch.empty_like(x)
     kept, words, programs, logits, clusters = None, 1, 0, x, x
     if masks is not None and candidates is not None:
         kept = Kept(x.new_empty(D, dtype=torch.int32), x.new_empty((), dtype=torch.int32), masks, candidates)
@@ -465,15 +456,15 @@ def prepare(
     return hidden, sums, kept
 
 
-def project_packed(
-    x: Tensor, rows: PackedRows, dtype: torch.dtype, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """Products of rows [R, E] with x float32 [1, E], arranged, plus bias and residual, in this type, [1, R].
+def project_packed(x: Tensor, rows: PackedRows, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Products of rows [R, E] with x [1, E], plus bias and residual: [1, R], of x's type.
 
-    bias: float32 [R]; residual: of this type, [1, R].
+    bias: float32 [R]; residual: of x's type, [1, R].
     """
+    if packed_sm80.is_supported(x):
+        return packed_sm80.project(x, rows, bias, residual)
     (R, E), G, S = rows.shape, rows.groups, rows.words.shape[1]
-    output = x.new_empty((1, R), dtype=dtype)
+    output = x.new_empty((1, R))
     with torch.cuda.device_of(x):
         _project_kernel[(triton.cdiv(R, _PROJECT_TILE["ROWS"]),)](
             *(x, *_views(rows), x if bias is None else bias, x if residual is None else residual, output),
@@ -489,38 +480,28 @@ def project_packed(
 
 
 class PackedFFNCall:
-    """A layer's FFN of 4 bits for one token, dense or under the mask of a predicted cluster.
-
-    All vectors of E values are arranged, also those in the predictor's matrices.
-    """
+    """A layer's FFN of 4 bits for one token, dense or under the mask of a predicted cluster."""
 
     def __init__(self, ffn: PackedClusterFFN, dtype: torch.dtype) -> None:
         """dtype: the model's. Raises ValueError for matrices that the kernels can't read."""
         weights, self.source = ffn.weights, ffn.source
         for rows in weights[:3]:
             check_packed(rows)
-        self._weights, self._dtype = weights, dtype
-        D, device = len(weights.gate.words), weights.gate.words.device
+        self._weights, D, device = weights, len(weights.gate.words), weights.gate.words.device
         self._options = pdl_options(device)
-        self.predictor, self.masks, self._share = None, None, 1.0
-        if ffn.predictor is not None and ffn.masks is not None:
-            self.predictor = ffn.predictor._replace(reduce=arranged(ffn.predictor.reduce))
+        self.predictor, self.masks, self._share = ffn.predictor, None, 1.0
+        if ffn.masks is not None:
             self.masks, self._share = ffn.masks.view(torch.int32), popcount(ffn.masks).float().mean().item() / D
-        self._spared = None
-        if weights.spared is not None and len(weights.spared.neurons):
-            neurons, *matrices = weights.spared
-            self._spared = SparedNeurons(neurons.int(), *map(arranged, matrices))
+        self._spared = None if weights.spared is None or not len(weights.spared.neurons) else weights.spared
         self._P = 0 if self._spared is None else len(self._spared.neurons)
         self._H = 0 if self.predictor is None else len(self.predictor.reduce)
         # What `finish` multiplies: the bottleneck and the spared neurons' values lie one after the other.
-        parts = [] if ffn.correct is None else [arranged(ffn.correct[0])]
+        parts = [] if ffn.correct is None else [ffn.correct[0]]
         if self._spared is not None:
             parts.append(self._spared.down)
         self._correct = torch.cat([part.to(dtype) for part in parts]) if parts else None
-        self._corrects = ffn.correct is not None
-        zeros = torch.zeros(weights.gate.E, device=device)
-        self._bias = zeros if ffn.correct is None else arranged(ffn.correct[1].float())
-        self._offsets = None if ffn.offsets is None else arranged(ffn.offsets)
+        self._corrects, self._offsets = ffn.correct is not None, ffn.offsets
+        self._bias = torch.zeros(weights.gate.E, device=device) if ffn.correct is None else ffn.correct[1]
 
     @property
     def width(self) -> int:
@@ -534,7 +515,7 @@ class PackedFFNCall:
         return Prediction(hidden.new_empty((1, self._H + self._P), dtype=torch.float32)[:, : self._H], candidates)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """The prediction for this layer, from the FFN input float32 [1, E] of its source."""
+        """The prediction for this layer, from the FFN input [1, E] of its source."""
         prediction = self.empty_prediction(hidden)
         assert self.predictor is not None
         reduce, reduce_bias, expand, expand_bias = self.predictor
@@ -545,42 +526,66 @@ class PackedFFNCall:
     def __call__(
         self,
         hidden: Tensor,
-        kept: "Kept | None" = None,
+        kept: Kept | None = None,
         prediction: Prediction | None = None,
         later: "PackedFFNCall | None" = None,
     ) -> tuple[Tensor, Prediction | None]:
-        """The FFN's output [1, E] for its input float32 [1, E], in the model's type; and a later layer's prediction.
+        """The FFN's output for its input [1, E]; and a later layer's prediction.
 
         kept: the neurons that are computed, of this prediction; None: all. later: the layer whose clusters this layer's
         input predicts.
         """
-        gate, up, down, activation, _ = self._weights
-        (D, E), G, S, P = gate.shape, gate.groups, gate.words.shape[1], self._P
-        every, inner = kept is None, hidden.new_empty(D)
-        joined = hidden.new_empty((1, P))
+        P, spared_inner = self._P, hidden.new_empty((1, self._P), dtype=torch.float32)
+        joined = spared_inner
         if prediction is not None:  # the bottleneck, and the memory behind it
             joined = prediction.bottleneck.as_strided((1, self._H + P), (self._H + P, 1))
-        spared_inner = joined[:, joined.shape[1] - P :]
-        coming, predictor = (None, None) if later is None else (later.empty_prediction(hidden), later.predictor)
-        H, count = 0 if later is None else later._H, 0 if kept is None else kept.candidates.logits.shape[1]
-        programs = max(1, round(_SPREAD * self._share * D / _NEURONS_TILE["ROWS"]))
-        none, neurons = hidden, inner.view(torch.int32)  # placeholders that the kernels do not read
-        listed = (none, none, none, neurons, neurons)
+            spared_inner = joined[:, self._H :]
+        coming = None if later is None else later.empty_prediction(hidden)
+        predictor = None if later is None else later.predictor
+        reads: tuple[Tensor | None, ...] = (None, None, None)
+        if coming is not None and predictor is not None:
+            reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
+        parts = _PARTS * _multiprocessors(hidden.device)
+        if packed_sm80.is_supported(hidden):
+            gate, up, down, activation, _ = self._weights
+            listed = (None, None) if kept is None else kept[:2]
+            mask = (None, None, None) if kept is None else (kept.masks, *kept.candidates)
+            spared: tuple[Tensor | None, ...] = (None, None, None)
+            if self._spared is not None:
+                spared = self._spared[:3]
+            neurons = round(self._share * self.width) if kept is not None else self.width
+            inner = packed_sm80.gate_up(
+                hidden, gate, up, activation, listed, neurons, spared, mask, spared_inner, reads
+            )
+            partial = packed_sm80.down(inner, down, listed, hidden.dtype, parts)
+        else:
+            partial = self._by_triton(hidden, kept, spared_inner, reads, parts)
+        inputs, candidates = joined if self._corrects else spared_inner, None if kept is None else kept.candidates
+        return self._finish(partial, hidden, candidates, inputs, later, coming), coming
+
+    def _by_triton(
+        self, hidden: Tensor, kept: Kept | None, spared_inner: Tensor, later: Sequence[Tensor | None], parts: int
+    ) -> Tensor:
+        """The parts of the output, float32 [parts, 1, E], by Triton's kernels. later: as for `packed_sm80.gate_up`."""
+        gate, up, down, activation, _ = self._weights
+        (D, E), G, S, P = gate.shape, gate.groups, gate.words.shape[1], self._P
+        every, inner = kept is None, hidden.new_empty(D, dtype=torch.float32)
+        H, count = 0 if later[0] is None else len(later[0]), 0 if kept is None else kept.candidates.logits.shape[1]
+        programs = max(1, math.ceil(_SPREAD * self._share * D / _NEURONS_TILE["ROWS"]))
+        none, numbers = inner, inner.view(torch.int32)  # placeholders that the kernels do not read
+        listed = (numbers, none, numbers, numbers, numbers)
         if kept is not None:
             listed = kept.masks, *kept.candidates, kept.neurons, kept.total
         gates, ups, downs, spared = _views(gate), _views(up), _views(down), self._spared
-        parts = _PARTS * _multiprocessors(hidden.device)
-        partial = hidden.new_empty((parts, 1, E))
+        partial = hidden.new_empty((parts, 1, E), dtype=torch.float32)
         with torch.cuda.device_of(hidden):
             _gate_up_kernel[(programs + P + triton.cdiv(H, _FULL_ROWS),)](
                 *(hidden, gates[0], ups[0], gates[1], ups[1], gates[2], ups[2], *listed, inner),
-                *((neurons, none, none) if spared is None else spared[:3]),
-                *(spared_inner if P else none, *((none, none) if predictor is None else predictor[:2])),
-                *(none if coming is None else coming.bottleneck, E, D, S, G),
-                *(1 if kept is None else kept.masks.shape[1], count, programs, P, H, _OFFSET, EPSILON),
+                *((numbers, none, none) if spared is None else spared[:3]),
+                *(spared_inner if P else none, *(none if each is None else each for each in later)),
+                *(E, D, S, G, 1 if kept is None else kept.masks.shape[1], count, programs, P, H, _OFFSET, EPSILON),
                 EVERY=every,
                 ACTIVATION=activation,
-                ROUNDS=_TYPES[self._dtype],
                 FULL_ROWS=_FULL_ROWS,
                 BLOCK_G=triton.next_power_of_2(G),
                 Q=gate.group // PER_WORD,
@@ -599,9 +604,7 @@ class PackedFFNCall:
                 **_DOWN_TILE,
                 **self._options,
             )
-        candidates = None if kept is None else kept.candidates
-        inputs = joined if self._corrects else spared_inner
-        return self._finish(partial, hidden, candidates, inputs, later, coming), coming
+        return partial
 
     def _finish(
         self,
@@ -616,13 +619,12 @@ class PackedFFNCall:
         delta = OutputDelta(offsets=self._offsets)
         if self._correct is not None:
             delta = OutputDelta(inner, self._correct, self._bias, self._offsets)
-        output = hidden.new_empty(hidden.shape, dtype=self._dtype)
         if later is None or coming is None or later.predictor is None:
-            return finish(partial, output, candidates, delta, self._options)
+            return finish(partial, hidden, candidates, delta, self._options)
         _, _, expand, expand_bias = later.predictor
         if coming.candidates.logits.shape[1] <= finish_programs(hidden.shape[1]) and later._H <= MAX_SCORED:
-            return finish(partial, output, candidates, delta, self._options, later.predictor, coming)
-        output = finish(partial, output, candidates, delta, self._options)
+            return finish(partial, hidden, candidates, delta, self._options, later.predictor, coming)
+        output = finish(partial, hidden, candidates, delta, self._options)
         score_clusters(coming, expand, expand_bias, self._options, AHEAD)
         return output
 

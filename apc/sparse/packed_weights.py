@@ -31,8 +31,9 @@ def packed_ffn(ffn: LayerFFN, activation: str) -> PackedFFN:
     if form is not None and form.bits != BITS:
         raise Unsupported(f"{ffn.name}: its FFN is stored at {form.bits} bits (model.ffn_bits), not at {BITS}")
     form = form or stored_form(ffn, BITS, GROUP)
-    rows, spared = neuron_rows(ffn), form.spared.nonzero()[:, 0]
-    packed = {name: _packed(form.levels[name], matrix, form.spared) for name, matrix in rows.items()}
+    rows, is_spared = neuron_rows(ffn), form.spared.to(ffn.device)  # a model may have been moved since
+    spared = is_spared.nonzero()[:, 0]
+    packed = {name: _packed(form.levels[name], matrix, is_spared) for name, matrix in rows.items()}
     exact = SparedNeurons(spared.int(), *(rows[name][spared].detach().contiguous() for name in ("gate", "up", "down")))
     return PackedFFN(packed["gate"], packed["up"], packed["down"], activation, exact)
 
@@ -47,7 +48,7 @@ def _packed(levels: Levels, matrix: Tensor, dropped: Tensor | None = None) -> Pa
     """A matrix packed by its levels; rows that are dropped, bool [R], become zero."""
     if matrix.shape[1] % levels.group:
         raise Unsupported(f"a row of {matrix.shape[1]} weights is not cut into whole groups of {levels.group}")
-    units = torch.stack([levels.row_step.float() / 255, levels.row_low.float() / 127], 1)
+    units = torch.stack([levels.row_step.float() / 255, levels.row_low.float() / 127], 1).to(matrix.device)
     if dropped is not None:
         units = units.masked_fill(dropped[:, None], 0.0)
     try:
