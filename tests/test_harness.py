@@ -16,12 +16,14 @@ import tiny
 import train
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
+from apc.commands import lm_eval as lm_eval_command
 from apc.config.load import load_config
 from apc.config.schema import ModelConfig
 from apc.data.bundled import bundled_model
 from apc.data.models import load_model
 from apc.share.harness import SparseLM
 from apc.utils.errors import UserError
+from apc.utils.hub import hub_offline
 
 CLOZE = """task: local_cloze
 dataset_path: json
@@ -112,6 +114,8 @@ def test_a_shared_result_scores_as_its_run(workplace):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        ({"checkpoint": ""}, "no checkpoint; give a run or a shared result: --model_args checkpoint=runs/x"),
+        ({"checkpoint": "run", "polcy": "x"}, "polcy: not an argument of the model apc; choose checkpoint, policy"),
         ({"checkpoint": "nothing"}, "nothing: no such folder, and not a hub id"),
         ({"checkpoint": "run", "policy": "x"}, "policy x: unknown; choose dense"),
         ({"checkpoint": "run", "policy": "soft", "kernel": "x"}, "kernel=x: choose auto"),
@@ -125,7 +129,7 @@ def test_a_shared_result_scores_as_its_run(workplace):
 )
 def test_bad_arguments_are_one_line(workplace, arguments, problem):
     places = {"run": workplace / "runs" / "run", "shared": workplace / "shared"}
-    given = arguments | {"checkpoint": str(places.get(arguments["checkpoint"], "nothing"))}
+    given = arguments | {"checkpoint": str(places.get(arguments["checkpoint"], arguments["checkpoint"]))}
     with pytest.raises(UserError, match=problem) as caught:
         SparseLM(**given)
     assert "\n" not in str(caught.value)
@@ -134,6 +138,16 @@ def test_bad_arguments_are_one_line(workplace, arguments, problem):
 def test_a_bad_argument_ends_the_command(workplace):
     line = harness(workplace, "apc", "checkpoint=nothing", expect=2).splitlines()[-1]
     assert line.startswith("error: nothing: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"), [("x", "lm-eval: Tasks not found: x"), ("wikitext", "lm-eval: Couldn't reach .* on the Hub")]
+)
+def test_an_unknown_task_and_data_that_cannot_be_fetched_are_one_line(workplace, monkeypatch, task, problem):
+    words = ["--model", "apc", "--model_args", f"checkpoint={workplace / 'runs' / 'run'}", "--tasks", task]
+    monkeypatch.setattr(sys, "argv", ["apc lm-eval", "run", *words])
+    with hub_offline(True), pytest.raises(UserError, match=problem):
+        lm_eval_command.main()
 
 
 def scored(model, folder, task):
@@ -151,6 +165,25 @@ def test_a_sparsified_model_can_be_handed_to_the_harness(workplace):
     sparse = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2)
     ours = SparseLM(str(workplace / "runs" / "run"), "predicted", batch_size=2, device="cpu")
     assert scored(sparse, workplace, "local_text") == scored(ours, workplace, "local_text")
+
+
+def test_the_example_scores_the_articles_of_a_local_wikitext(workplace, tmp_path):
+    words = (workplace / "score.txt").read_text().split()
+    articles = [f" = w{i} = \n {' '.join(words[i : i + 40])} , \n = = w3 = = \n {words[i + 40]} . " for i in range(3)]
+    (tmp_path / "wiki.raw").write_text(" \n" + "\n".join(articles))
+    tasks = str(tiny.ROOT / "examples" / "harness")
+    manager = TaskManager(include_path=tasks, include_defaults=False, metadata={"file": str(tmp_path / "wiki.raw")})
+    model = SparseLM(str(workplace / "runs" / "run"), "predicted", device="cpu")
+    scored = lm_eval.simple_evaluate(model=model, tasks=["wikitext_local"], task_manager=manager)
+    assert [sample["doc"]["page"] for sample in scored["samples"]["wikitext_local"]] == articles
+    assert scored["results"]["wikitext_local"]["word_perplexity,none"] > 1
+    with pytest.raises(UserError, match="file: no such file; name a text: --metadata file=wiki.test.raw"):
+        TaskManager(include_path=tasks, include_defaults=False).load(["wikitext_local"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu_the_harness_default_device_is_the_cpu(workplace):
+    assert SparseLM(str(workplace / "runs" / "run"), "dense", device="cuda:0").device.type == "cpu"
 
 
 def test_the_bundled_model_scores_as_the_harness_own(tmp_path):

@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 import tiny
 import train
 from apc.compare import tables as comparison
+from apc.compare.finished import find_runs
 from apc.config.load import load_config
+from apc.report.charts import layer_charts
 from apc.report.page import Section, page, run_page
+from apc.sparse.policies import facts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -68,6 +72,20 @@ def test_a_comparison_shows_the_policies_of_all_runs(folder):
     path = pages(folder)[1]
     assert set(cells(path, 0)) == {"2 runs", "four", "six"} and set(cells(path, 3)) == {"dense", "oracle", "predicted"}
     assert "run.name=four-again" in path.read_text()
+
+
+def test_a_comparison_has_a_line_over_the_layers_for_each_policy_of_each_run(folder):
+    assert "<h2>Layers</h2>" in pages(folder)[1].read_text()
+    runs, _ = find_runs(f"{folder}/runs/*")
+    records = [(run.name, record) for run in runs for record in run.policies.values()]
+    for tab in layer_charts(records).tabs:
+        measure = tab.title.replace(" ", "_")
+        lines = {plot.glyph.line_color: plot.data_source.data for plot in tab.child.renderers[::2]}
+        for policy in ("oracle", "predicted"):
+            own = [record["per_layer"][measure] for _, record in records if record["policy"] == policy]
+            shown = lines[facts(policy).color]
+            assert np.allclose(shown["y"], 100 * np.array(own)) and shown["dash"] == ["solid", "dashed"]
+    assert layer_charts([("old", {"policy": "oracle", "perplexity": 1.0})]) is None
 
 
 def test_it_needs_no_network(folder):

@@ -121,7 +121,28 @@ def test_another_models_weights_are_refused(workplace, shared, tmp_path):
     with pytest.raises(UserError, match="the base model model was a folder; give it: model=FOLDER or a loaded model"):
         apc.load(shared)
     with pytest.raises(UserError, match="no such folder"):
-        apc.load(shared, str(tmp_path / "nothing"))
+        apc.load(shared, tmp_path / "nothing")
+    with pytest.raises(UserError, match="Linear: not a Hugging Face model"):
+        apc.load(shared, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("results.json", "[1]", r"results.json: damaged \(not the results of a run\); delete it and run again"),
+        ("results.json", '{"policies": 3, "conditions": {}}', r"results.json: damaged \(not the results of a run\)"),
+        ("results.json", "[" * 20000, "results.json: damaged .*recursion"),
+        ("config.yaml", "later: 1", "config.yaml: later: unknown key; .*; another version of apc may have written it"),
+        ("codebook.safetensors", "x", "codebook.safetensors: damaged"),
+    ],
+    ids=["list", "number", "deep", "config", "codebook"],
+)
+def test_a_damaged_run_is_one_line_and_nothing_is_written(workplace, tmp_path, file, text, problem):
+    shutil.copytree(workplace / "runs" / "run", tmp_path / "run")
+    (tmp_path / "run" / file).write_text(text)
+    with pytest.raises(UserError, match=problem) as caught:
+        apc.export(tmp_path / "run", tmp_path / "shared")
+    assert "\n" not in str(caught.value) and not (tmp_path / "shared").exists()
 
 
 def change_config(**changes):

@@ -575,7 +575,7 @@ def test_other_weights_of_the_same_shape_are_a_warning_that_names_both_or_an_err
     )
     apc.restore(other)
     with pytest.raises(
-        UserError, match="^weights other than fitted: .*; use the codebook made for this model, or strict"
+        UserError, match="^weights other than fitted: .*; use the codebook made for this model, or apc.sparsify"
     ):
         apc.sparsify(other, codebook, policy="static", strict=True)
     assert handle_of(other) is None

@@ -21,6 +21,8 @@ from apc.run.folder import load_run
 from apc.utils.errors import Terminated, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+CONDITIONS = {"model": "x", "split": "held-out", "k": 1, "density": 0.5, "sites": ["neuron"]}
+RESULTS = {"conditions": CONDITIONS, "policies": []}
 
 
 def write_sweep(path, **parameters):
@@ -96,7 +98,7 @@ def test_several_files_are_one_sweep(tmp_path, capsys):
     grid = [trial for file in (one, other) for trial in sweep.trials(sweep.read_sweep(file), [f"run.dir={tmp_path}"])]
     for trial in grid[1:3]:
         trial.folder.path.mkdir()
-        trial.folder.results.write_text('{"policies": [{"policy": "dense"}]}')
+        trial.folder.results.write_text(json.dumps(RESULTS | {"policies": [{"policy": "dense"}]}))
     rows = list(csv.DictReader(sweep.summary(grid).splitlines()))
     assert [(row["run"], row["cluster.k"], row["seed"]) for row in rows] == [
         ("one-k4", "4", ""), ("other-seed5", "", "5")
@@ -112,9 +114,9 @@ def test_a_run_whose_speed_was_not_measured_is_not_finished(tmp_path):
     (trial,) = sweep.trials(sweep.Sweep("a", "train.py", [], [], [], {}), words[:1] + words[2:])
     trial.folder.path.mkdir()
     trial.folder.config.write_text(to_yaml(trial.config))
-    trial.folder.results.write_text('{"policies": []}')
+    trial.folder.results.write_text(json.dumps(RESULTS))
     assert not trial.finished
-    trial.folder.results.write_text('{"policies": [], "speed": {}}')
+    trial.folder.results.write_text(json.dumps(RESULTS | {"speed": {}}))
     assert trial.finished
 
 
@@ -209,7 +211,7 @@ class Process:
             folder.mkdir()
             (folder / "config.yaml").write_text(to_yaml(self.cfg))
             held = {"gpu_bytes": 3 * GB, "tune": {"gpu_bytes": self.held()}}  # as a run resumed after its tuning
-            (folder / "results.json").write_text(json.dumps({"policies": []} | held))
+            (folder / "results.json").write_text(json.dumps(RESULTS | held))
             self.end(0)
         return self.code
 

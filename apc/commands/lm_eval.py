@@ -5,6 +5,8 @@ apc lm-eval run --model apc --model_args checkpoint=runs/x,policy=predicted --ta
 Words and options are those of the harness's own command `lm_eval`, which has no plug-ins.
 """
 
+from apc.utils.errors import UserError
+from apc.utils.files import FULL
 from apc.utils.packages import require_extra
 
 
@@ -14,5 +16,11 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     import apc.share.harness  # noqa: F401  # registers the model
+    from apc.data.loading import reason
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (OSError, ValueError) as error:  # an unknown task, a wrong value, data that can't be fetched
+        if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) in FULL:
+            raise
+        raise UserError(f"lm-eval: {reason(error)}") from error

@@ -152,21 +152,11 @@ def read_finished(folder: Path) -> Finished:
     """A run's results and configuration. Raises UserError, naming the file, if they are missing or damaged."""
     run = RunFolder(folder)
     results = read_results(run.results)
-    if results is None or not _is_complete(results):
-        raise UserError(f"{run.results}: damaged (not the results of a run); delete it and run again")
+    if results is None:
+        raise UserError(f"{run.results}: no such file")
     parent = folder.resolve().parent
     name = f"{parent.parent.name}/{folder.name}" if parent.name == "evaluations" else folder.name
     return Finished(name, folder, results, load_saved(run.config))
-
-
-def _is_complete(results: object) -> bool:
-    policies, conditions = map(results.get, ("policies", "conditions")) if isinstance(results, dict) else (None, None)
-    return (
-        isinstance(conditions, dict)
-        and {"model", "split", "k", "density", "sites"} <= conditions.keys()
-        and isinstance(policies, list)
-        and all(isinstance(policy, dict) and "policy" in policy for policy in policies)
-    )
 
 
 def ordered(runs: Iterable[Finished]) -> list[Finished]:

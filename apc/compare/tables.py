@@ -27,7 +27,7 @@ from apc.compare.finished import (
 )
 from apc.evaluate import tables
 from apc.evaluate.tables import Column
-from apc.report.charts import bytes_chart
+from apc.report.charts import bytes_chart, layer_charts
 from apc.report.page import Section, page
 from apc.run.again import command
 from apc.sparse.policies import POLICIES, facts
@@ -41,6 +41,7 @@ PREDICTIONS = (
 GAPS = "gap: ln of the perplexity over that of " + ", ".join(
     f"{policy.gap_to} (for {name})" for name, policy in POLICIES.items() if policy.gap_to
 )
+LAYERS = "One colour per policy, one dash style per run. Hover over a dot to see its run; click a policy to hide it."
 SHARED = tuple(name for name, policy in POLICIES.items() if not policy.uses_codebook)  # the same with any codebook
 
 _COLUMNS = (
@@ -184,15 +185,19 @@ def table_csv(runs: Sequence[Finished]) -> str:
 
 
 def comparison_page(runs: Sequence[Finished]) -> str:
-    """The comparison as an HTML page: a table for each group of runs that can be compared, and a chart above it."""
+    """The comparison as an HTML page: a chart, a table and layers for each group of runs that can be compared."""
     sections: list[Section] = []
-    for conditions, records in _groups(runs):
-        title = "Policies" if not sections else f"Policies, other conditions {len(sections)}"
+    for number, (conditions, records) in enumerate(_groups(runs)):
+        other = f", other conditions {number}" if number else ""
         drawn = [(record["run"], record) for record in records]
-        sections.append(Section.of_records(title, _COLUMNS, records, conditions=conditions, chart=bytes_chart(drawn)))
+        chart = bytes_chart(drawn)
+        table = Section.of_records(f"Policies{other}", _COLUMNS, records, conditions=conditions, chart=chart)
+        sections.append(table)
+        if (layers := layer_charts(drawn)) is not None:
+            sections.append(Section(f"Layers{other}", chart=layers, notes=[LAYERS]))
     every = [record for run in runs for record in run.policies.values()]
     own_dense = [OWN_DENSE] if bits_shown(runs) else []
-    sections[-1].notes = [tables.MEANINGS, *tables.footnotes(every), *own_dense, GAPS, PREDICTIONS]
+    table.notes = [tables.MEANINGS, *tables.footnotes(every), *own_dense, GAPS, PREDICTIONS]
     commands = [f"{run.name}: {command(run.folder, run.config)}" for run in runs]
     warnings = [f"{run.name}: {warning}" for run in runs for warning in tables.warnings(run.results)]
     warnings += [tables.IN_SAMPLE] if any(run.in_sample for run in runs) else []

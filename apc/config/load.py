@@ -94,7 +94,12 @@ def load_saved(path: Path, overrides: list[str] | None = None) -> Config:
         trainer["precision"] = "32-true"
         print(f"note: {path}: was made with trainer.precision={precision}, which is now 32-true", file=sys.stderr)
     names, dotlist = _parse_overrides(overrides or [])
-    return _merge([values, *_read_groups(names), dotlist])
+    try:
+        return _merge([values, *_read_groups(names), dotlist])
+    except UserError as error:
+        if overrides:
+            raise
+        raise UserError(f"{path}: {error}; another version of apc may have written it") from error
 
 
 def _now_fixed(key: str, values: dict) -> float:

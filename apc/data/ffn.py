@@ -227,6 +227,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     layers that FFNs share, or widths that differ by layer.
     """
     kind = type(model).__name__
+    if not hasattr(model, "config"):
+        raise UserError(f"{kind}: not a Hugging Face model, which has a config")
     check_config(model.config)
     ffns: list[FFN] = []
     experts: list[FFN] = []

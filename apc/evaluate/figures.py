@@ -258,7 +258,7 @@ def speed_figure(results: dict, path: Path) -> bool:
 
 def captured_figure(results: dict, path: Path) -> bool:
     """Captured importance per layer, one line per policy except dense, named at its end."""
-    policies = layered(results, "captured_importance")
+    policies = layered(results.get("policies") or [], "captured_importance")
     if not policies:
         return False
     figure = _figure(results, "Importance that the masks keep, layer by layer", 4.2)

@@ -203,11 +203,11 @@ def best_policy(policies: Iterable[dict]) -> dict | None:
     return min(usable, key=lambda policy: policy["perplexity"], default=None)
 
 
-def layered(results: dict, measure: str) -> list[dict]:
+def layered(policies: Iterable[dict], measure: str) -> list[dict]:
     """The policies other than dense that have `measure` for each layer."""
     return [
         policy
-        for policy in results.get("policies") or []
+        for policy in policies
         if policy["policy"] != "dense" and not policy.get("missing") and (policy.get("per_layer") or {}).get(measure)
     ]
 
@@ -408,7 +408,7 @@ def layer_table(results: dict, markdown: bool = False, wide: bool = False) -> st
     """Each measure by layer, policies side by side, with a last row over all layers; then the predictor's accuracy."""
     grids = []
     for measure in ("density", "captured_importance"):
-        policies = layered(results, measure)
+        policies = layered(results.get("policies") or [], measure)
         columns = {policy["policy"]: policy["per_layer"][measure] for policy in policies}
         overall = {policy["policy"]: policy.get(measure) for policy in policies}
         grids += _layer_grids(measure.replace("_", " "), columns, overall, markdown, wide)

@@ -3,10 +3,12 @@
 Their background is transparent and their ink is grey, so that they suit a light page and a dark one.
 """
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d, TabPanel, Tabs
 from bokeh.plotting import figure
@@ -19,6 +21,7 @@ _MARKERS = {  # matplotlib's names → Bokeh's; others are circles
     "o": "circle", "s": "square", "D": "diamond", "d": "diamond", "^": "triangle", "v": "inverted_triangle",
     "<": "triangle", ">": "triangle", "*": "star", "P": "plus", "X": "x", "x": "x", "p": "hex", "h": "hex", "8": "hex",
 }  # fmt: skip
+_DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot")
 _MEASURES = ("density", "captured_importance", "coverage", "precision")
 
 
@@ -51,6 +54,12 @@ def _legend_below(plot: figure) -> None:
     legend.label_text_color, legend.background_fill_alpha, legend.border_line_alpha = _INK, 0, 0
 
 
+def _hover(shown: Sequence[tuple[str, str]], records: Sequence[tuple[str, dict]], **options: Any) -> HoverTool:
+    """A tooltip with these fields, without the run if no run has a name."""
+    named = any(run for run, _ in records)
+    return HoverTool(tooltips=[pair for pair in shown if pair[0] != "run" or named], **options)
+
+
 def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
     """Perplexity over the bytes that policies read, one point for each (run, record); None without such records."""
     by_policy = defaultdict(list)
@@ -66,7 +75,7 @@ def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
     plot.y_range = Range1d(0.97 * min(values), 1.03 * limit)
     shown = [("policy", "@policy"), ("run", "@run"), ("perplexity", "@perplexity"), ("against dense", "@ratio")]
     shown += [("bytes", "@bytes %"), ("density", "@density %")]
-    plot.add_tools(HoverTool(tooltips=[pair for pair in shown if pair[0] != "run" or any(run for run, _ in records)]))
+    plot.add_tools(_hover(shown, records))
     for name, points in by_policy.items():
         of = [record for _, record in points]
         source = ColumnDataSource(
@@ -90,22 +99,33 @@ def bytes_chart(records: Sequence[tuple[str, dict]]) -> Model | None:
     return plot
 
 
-def layer_charts(results: dict) -> Model | None:
-    """For each measure a line per policy over the layers, in tabs; None if no policy has figures for layers."""
+def layer_charts(records: Sequence[tuple[str, dict]]) -> Model | None:
+    """A line over the layers for each (run, record), a tab for each measure; None without figures for layers.
+
+    Lines of one policy have one colour, lines of one run the same dashes.
+    """
+    dashes = dict(zip(dict.fromkeys(run for run, _ in records), itertools.cycle(_DASHES)))
     panels = []
     for measure in _MEASURES:
-        policies = layered(results, measure)
-        if not policies:
+        by_policy = defaultdict(list)
+        for run, record in records:
+            if layered([record], measure):
+                values = [100 * to_float(value) for value in record["per_layer"][measure]]
+                by_policy[record["policy"]].append((run, [*range(len(values))], values))
+        if not by_policy:
             continue
         plot = _plot("layer", f"{measure.replace('_', ' ')}, %", height=340)
-        plot.add_tools(HoverTool(tooltips=[("policy", "@policy"), ("layer", "@x"), ("%", "@y{0.0}")]))
-        for policy in policies:
-            values = [100 * to_float(value) for value in policy["per_layer"][measure]]
-            name, layers = policy["policy"], range(len(values))
-            source = ColumnDataSource({"x": [*layers], "y": values, "policy": [name] * len(values)})
-            look = dict(source=source, legend_label=name, color=facts(name).color)
-            plot.line("x", "y", line_width=2, **look)
-            plot.scatter("x", "y", size=5, **look)
+        dots = []
+        for name, lines in by_policy.items():
+            runs, layers, shares = zip(*lines, strict=True)
+            look = dict(legend_label=name, color=facts(name).color)
+            drawn = {"x": layers, "y": shares, "dash": [dashes[run] for run in runs]}
+            plot.multi_line("x", "y", line_dash="dash", line_width=2, source=ColumnDataSource(drawn), **look)
+            points = [(name, run, *point) for run, *line in lines for point in zip(*line, strict=True)]
+            source = ColumnDataSource(dict(zip(("policy", "run", "x", "y"), zip(*points, strict=True), strict=True)))
+            dots.append(plot.scatter("x", "y", size=5, source=source, **look))
+        shown = [("policy", "@policy"), ("run", "@run"), ("layer", "@x"), ("%", "@y{0.0}")]
+        plot.add_tools(_hover(shown, records, renderers=dots))
         _legend_below(plot)
         panels.append(TabPanel(child=plot, title=measure.replace("_", " ")))
     return Tabs(tabs=panels, sizing_mode="stretch_width") if panels else None

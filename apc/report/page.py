@@ -67,6 +67,7 @@ def run_page(name: str, results: dict, command: str, figures: Iterable[Path] = (
     """The page of a run's results, or of an evaluation's. command: makes them again."""
     policies = results.get("policies") or []
     measured = [record for record in policies if not record.get("missing")]
+    drawn = [("", record) for record in measured]
     missing = [f"{tables.DASH} {record['policy']}: {record['missing']}" for record in policies if record.get("missing")]
     sections = [
         Section.of_records(
@@ -74,14 +75,14 @@ def run_page(name: str, results: dict, command: str, figures: Iterable[Path] = (
             tables.POLICY_COLUMNS,
             policies,
             [tables.MEANINGS, *tables.footnotes(policies), *missing],
-            chart=bytes_chart([("", record) for record in measured]),
+            chart=bytes_chart(drawn),
         ),
         Section.of_records("First tokens, and under the masks", tables.DETAIL_COLUMNS, measured, [tables.FIRST_TOKEN]),
     ]
     if (speed := tables.speed_parts(results)) is not None:
         columns, notes, continuations = speed
         sections.append(Section.of_records("Speed", columns, results["speed"]["policies"], notes, texts=continuations))
-    if (layers := layer_charts(results)) is not None:
+    if (layers := layer_charts(drawn)) is not None:
         sections.append(Section("Layers", chart=layers))
     if paths := sorted(figures):
         sections.append(Section("More figures", images=paths))

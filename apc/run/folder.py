@@ -35,6 +35,7 @@ CLUSTER_KEYS = (
 PREDICT_KEYS = (*CLUSTER_KEYS, "predictor")
 TUNE_KEYS = (*PREDICT_KEYS, "bytes", "stages", "tune")
 SCORE_KEYS = ("data.score", "data.score_windows", "data.in_sample")
+_NUMBER = (int, float, type(None))
 FREE_KEYS = ("collect.dir", "collect.storage", "collect.ffn_inputs", "model.device", *SCORE_KEYS)
 
 
@@ -87,9 +88,7 @@ def load_run(folder: str | Path) -> LoadedRun:
     """Everything in a run's folder. Raises UserError, naming the file, if it is not a run or a file is damaged."""
     run = RunFolder(Path(folder))
     if not run.config.is_file():
-        raise UserError(
-            f"{run.path}: not a run folder (no config.yaml); give one that train.py wrote, e.g. checkpoint=runs/NAME"
-        )
+        raise UserError(f"{run.path}: not a run folder (no config.yaml); give one that train.py wrote, e.g. runs/NAME")
     tuned = run.tuned("codebook").is_file()
     codebook, predictor = (run.tuned("codebook"), run.tuned("predictor")) if tuned else (run.codebook, run.predictor)
     return LoadedRun(
@@ -105,13 +104,27 @@ def read_json(path: Path) -> dict | None:
     """The file's content; None if there is no file. Raises UserError if it can't be read."""
     try:
         return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
 
 
 def read_results(path: Path) -> dict | None:
     """A run's results.json in today's names, also from version 0.1; None if there is none. May raise UserError."""
-    return _with_new_names(read_json(path))
+    results = _with_new_names(read_json(path))
+    if results is not None and not _is_complete(results):
+        raise UserError(f"{path}: damaged (not the results of a run); delete it and run again")
+    return results
+
+
+def _is_complete(results: object) -> bool:
+    policies, conditions = map(results.get, ("policies", "conditions")) if isinstance(results, dict) else (None, None)
+    return (
+        isinstance(conditions, dict)
+        and {"model", "split", "k", "density", "sites"} <= conditions.keys()
+        and isinstance(policies, list)
+        and all(isinstance(policy, dict) and "policy" in policy for policy in policies)
+        and all(isinstance(policy.get(key), _NUMBER) for policy in policies for key in ("perplexity", "ratio"))
+    )
 
 
 def _with_new_names(value: Any) -> Any:

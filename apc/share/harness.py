@@ -6,6 +6,7 @@ Importing this module registers the model `apc` with the harness, which is in th
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import nn
@@ -18,6 +19,12 @@ from apc.sparse.policies import make_policy
 from apc.sparse.sparsify import sparsify
 from apc.utils.errors import UserError
 
+SCORING = (
+    *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "softmax_dtype"),
+    *("mixed_precision_dtype", "add_bos_token", "prefix_token_id"),
+    *("think_end_token", "enable_thinking", "chat_template_args"),
+)
+
 
 @register_model("apc")
 class SparseLM(HFLM):
@@ -27,26 +34,31 @@ class SparseLM(HFLM):
         checkpoint: a run's folder, or a folder or hub id that `apc.load` takes.
         policy: a name; `dense` for the model as it is. None: the run's best one, or the shared one.
         kernel: None for masks on a dense forward pass, auto for kernels that read only what masks keep.
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; cuda, the harness's default, means cpu where there is no GPU, as for `hf`.
         model: the base model's path or hub id, if a shared result does not name it.
-        others: batch_size, max_length, add_bos_token and what else the harness's model `hf` takes for a loaded model.
+        others: of the harness's model `hf`, those in `SCORING`.
 
-    Raises UserError as `load_run`, `Result.from_pretrained`, `load_model` and `sparsify` do.
+    Raises UserError for other arguments, and as `load_run`, `Result.from_pretrained`, `load_model` and `sparsify` do.
     """
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "",
         policy: str | None = None,
         kernel: str | None = None,
         device: str = "auto",
         model: str | None = None,
         **others: Any,
     ) -> None:
-        checkpoint, policy = (
-            str(checkpoint),
-            None if policy is None else str(policy),
-        )  # the harness makes numbers of digits
+        if unknown := [name for name in others if name not in SCORING]:
+            own = "checkpoint, policy, kernel, device, model"
+            raise UserError(f"{unknown[0]}: not an argument of the model apc; choose {own}, {', '.join(SCORING)}")
+        # The harness makes numbers of digits.
+        checkpoint, policy = str(checkpoint), None if policy is None else str(policy)
+        if not checkpoint:
+            raise UserError("no checkpoint; give a run or a shared result: --model_args checkpoint=runs/x")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         parts = _of_run if RunFolder(Path(checkpoint)).config.is_file() else _of_result
         sparse, tokenizer = parts(checkpoint, policy, kernel, device, model)
         super().__init__(pretrained=sparse, tokenizer=tokenizer, backend="causal", **others)

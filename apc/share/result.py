@@ -107,7 +107,7 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
             slim = slim.with_calibrated(policy, own, codebook.calibration[policy])
         if policy != "soft":
             slim = slim.without_profiles()
-        records = {record["policy"]: record for record in loaded.results["policies"] if not record.get("missing")}
+        records = {record["policy"]: record for record in loaded.results["policies"] if record.get("ratio")}
         sparse = records.get(policy)
         dense = None
         if sparse is not None:
@@ -127,7 +127,7 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
 
     def sparse_model(
         self,
-        model: nn.Module | str | None = None,
+        model: nn.Module | str | Path | None = None,
         kernel: str | None = "auto",
         device: str = "auto",
         scoring: bool = False,
@@ -142,13 +142,13 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
         Raises:
             UserError: the model can't be loaded, or has other weights, or no kernel runs the policy here.
         """
-        if model is None or isinstance(model, str):
+        if model is None or isinstance(model, str | Path):
             model = self.base_model(model, device)[0]
         seed = self.facts["seed"]
         return sparsify(model, self.codebook, self.predictor, self.policy, seed, kernel, scoring=scoring, strict=True)
 
     def base_model(
-        self, path: str | None = None, device: str = "auto"
+        self, path: str | Path | None = None, device: str = "auto"
     ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
         """The base model, dense, and its tokenizer; arguments and errors as for `sparse_model`."""
         base = self.facts["base_model"]
@@ -156,7 +156,7 @@ class Result(ModelHubMixin, library_name=LIBRARY, tags=TAGS):
         if source is None:
             raise UserError(f"the base model {base['name']} was a folder; give it: model=FOLDER or a loaded model")
         own = {name: base[name] for name in ("dtype", "ffn_bits", "ffn_group", "ffn_spared")}
-        cfg = ModelConfig(path=source, device=device, revision=None if path else base["revision"], **own)
+        cfg = ModelConfig(path=str(source), device=device, revision=None if path else base["revision"], **own)
         return load_model(cfg, resolve_device(device))
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -241,7 +241,7 @@ def export(
 
 def load(
     where: str | Path,
-    model: nn.Module | str | None = None,
+    model: nn.Module | str | Path | None = None,
     kernel: str | None = "auto",
     device: str = "auto",
     scoring: bool = False,

@@ -100,7 +100,7 @@ def sparsify(
         return restore(model)
     other = other_weights(model, codebook.provenance)
     if other is not None and strict:
-        raise UserError(f"{other.line}; use the codebook made for this model, or strict=False")
+        raise UserError(f"{other.line}; use the codebook made for this model, or apc.sparsify with strict=False")
     if other is not None:
         warnings.warn(other.line, stacklevel=2)
     decider = make_policy(policy, codebook, predictor, seed)
