@@ -100,8 +100,8 @@ def test_rounding_to_8_bits_changes_little():
 
 
 def test_8_bits_without_the_kernel_are_refused():
-    with pytest.raises(ValueError, match="bits=4: choose None or 8"):
-        GreedyDecoder(model_of(), 1, 16, bits=4)
+    with pytest.raises(ValueError, match="bits=3: choose None, 8 on the CPU or 4 on a GPU"):
+        GreedyDecoder(model_of(), 1, 16, bits=3)
     for decoder, reason in (
         (GreedyDecoder(model_of(head_dim=16), 1, 16, bits=8), "heads of size 16"),
         (GreedyDecoder(model_of(), 1, 16, mode=None, bits=8), "mode=None"),

@@ -11,7 +11,8 @@ import apc
 from apc import ops
 from apc.data.ffn import find_ffns
 from apc.data.quantise import nearest_levels
-from apc.ops import packed_gpu
+from apc.ops import packed_gpu, packed_sm80
+from apc.ops.nvrtc import compile_program
 from apc.ops.packed import PackedRows, pack_rows
 from apc.ops.packed_gpu import PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons
 from apc.predict.predictor import at_16_bits
@@ -139,6 +140,19 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
         assert output.eq(0).all()
     else:
         assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "arch"),
+    [
+        (packed_sm80.Sizes(4096, 32, torch.bfloat16), "sm_90a"),
+        (packed_sm80.Sizes(576, 64, torch.float16, "gelu_tanh"), "sm_80"),
+        (packed_sm80.Sizes(32, 32, torch.bfloat16, "relu"), "sm_89"),
+    ],
+)
+def test_the_tensor_cores_kernels_compile(sizes, arch):
+    binary = compile_program(sizes.program(arch))
+    assert all(name in binary for name in (b"project", b"gate_up", b"down"))
 
 
 def test_nan_shows():
