@@ -64,8 +64,16 @@ def test_a_step_equals_the_models_own(kind, dtype):
     assert decoder.reason is None
 
 
-@pytest.mark.parametrize("changes", [{"num_key_value_heads": 4, "head_dim": 64}, {"attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"num_key_value_heads": 4, "head_dim": 64},
+        *({"num_attention_heads": 2 * group, "hidden_size": 240} for group in (3, 5, 8)),
+    ],
+)
 def test_other_heads_and_all_biases(changes):
+    """Query heads of a key head are computed by 4, 3, 2 or one by one."""
     assert agree(model_of(**changes), 1e-5).reason is None
 
 

@@ -46,6 +46,7 @@ from apc.ops.rounded import RoundedFFN, Rows
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
 _R = 4  # rows that are read together
+_HEADS = 4  # query heads of a key head whose attention is computed together, at most
 
 
 _CACHE = ("cell", "d", "heads", "key_heads", "keys", "values", "head_stride", "token_stride", "numbers", "queries")
@@ -196,7 +197,9 @@ class StepCPU:
         if sequences > 1:
             raise Unsupported(f"there are {sequences} sequences at once")
         qkv, attended = self._floats((heads + 2 * key_heads) * d), self._floats(heads * d)
-        queries, scores = self._floats(heads * d), self._keep(torch.zeros(heads, -(-S // LANES) * LANES + 4 * _R))
+        group = heads // key_heads
+        n = max(count for count in range(1, _HEADS + 1) if group % count == 0)
+        queries, scores = self._floats(heads * d), self._keep(torch.zeros(heads, -(-S // LANES) * LANES + LANES))
         place: dict[str, int | Tensor] = {
             "cell": self._cell.ctypes.data,
             "d": d,
@@ -214,7 +217,7 @@ class StepCPU:
             query_norm=weights.head_norms[0], key_norm=weights.head_norms[1],
         )  # fmt: skip
         self._add(
-            _attend(self._dtype), _ATTEND, **place, **caches, scores=scores, row=4 * scores.shape[1], out=attended
+            _attend(self._dtype, n), _ATTEND, **place, **caches, scores=scores, row=4 * scores.shape[1], out=attended
         )
         self._add_product([out], [out_bias], attended, self._residual, ADDED)
 
@@ -332,59 +335,69 @@ def _rotate(dtype: torch.dtype):
 
 
 @cache
-def _attend(dtype: torch.dtype):
-    """A function that computes the attention of one token, head by head, arranged."""
-    multiply, add = dots(dtype, 1, _R, _R), add_rows(dtype, 1, _R, _R)
+def _attend(dtype: torch.dtype, n: int):
+    """A function that computes the attention of one token, arranged; a task takes n heads that share a key head."""
+    multiply, add = dots(dtype, n, _R, _R), add_rows(dtype, n, _R, _R)
 
     @njit(nogil=True)
     def point(table, rows, stride, start, count):
-        """Writes the addresses of R rows from `start` on; beyond `count` those of the last one."""
+        """Writes the addresses of _R rows from `start` on; beyond `count` those of the last one."""
         for i in range(_R):
             store_int(table + 8 * i, rows + stride * min(start + i, count - 1))
 
     @njit(nogil=True)
-    def weigh(query, keys, stride, count, d, scaling, scores, table):
-        """Writes the softmax of the scores, without the division by the sum, which it returns."""
-        ahead, largest = table + 8 * _R, np.float32(-np.inf)
+    def weigh(query, keys, stride, count, d, scaling, scores, row, table, parts, totals):
+        """Writes the softmax of n rows of scores, without the division by the sums, which go to totals."""
+        ahead, vectors = table + 8 * _R, (count + LANES - 1) // LANES
         point(table, keys, stride, 0, count)
         for start in range(0, count, _R):
             point(ahead, keys, stride, start + _R, count)
-            multiply(table, ahead, query, 0, d // STEP, scores + 4 * start)
+            multiply(table, ahead, query, 4 * d, d // STEP, parts)
+            for i in range(_R):
+                for q in range(n):
+                    place = scores + row * q + 4 * (start + i)
+                    store_float(place, load_float(parts + 4 * (n * i + q)) * scaling)
             table, ahead = ahead, table
-        for j in range(count):
-            score = load_float(scores + 4 * j) * scaling
-            store_float(scores + 4 * j, score)
-            largest = max(largest, score)
-        vectors = (count + LANES - 1) // LANES
-        for j in range(count, LANES * vectors):
-            store_float(scores + 4 * j, np.float32(-np.inf))
-        return exponentials(scores, largest, vectors)
+        for q in range(n):
+            own, largest = scores + row * q, np.float32(-np.inf)
+            for j in range(count):
+                largest = max(largest, load_float(own + 4 * j))
+            for j in range(count, LANES * vectors):
+                store_float(own + 4 * j, np.float32(-np.inf))
+            store_float(totals + 4 * q, exponentials(own, largest, vectors))
 
     @njit(nogil=True)
-    def mix(scores, total, values, stride, count, d, table, out):
-        """Writes the values' mean, weighted by the scores."""
+    def mix(scores, row, totals, values, stride, count, d, table, parts, out):
+        """Writes the values' means, weighted by n rows of scores."""
         ahead = table + 8 * _R
-        clear_floats(out, d // LANES)
-        for j in range(count, count + _R):
-            store_float(scores + 4 * j, np.float32(0))
+        clear_floats(out, n * d // LANES)
         point(table, values, stride, 0, count)
         for start in range(0, count, _R):
             point(ahead, values, stride, start + _R, count)
-            add(table, ahead, scores + 4 * start, out, 0, d // STEP)
+            for i in range(_R):
+                for q in range(n):
+                    factor = load_float(scores + row * q + 4 * (start + i)) if start + i < count else np.float32(0)
+                    store_float(parts + 4 * (n * i + q), factor)
+            add(table, ahead, parts, out, 4 * d, d // STEP)
             table, ahead = ahead, table
-        for j in range(d):
-            store_float(out + 4 * j, load_float(out + 4 * j) / total)
+        for q in range(n):
+            for j in range(d):
+                place = out + 4 * (d * q + j)
+                store_float(place, load_float(place) / load_float(totals + 4 * q))
 
     @c_function(_ATTEND)
     def work(state):
         s, tables, counter = carray(state, 1)[0], np.empty(2 * _R, np.int64), carray(state, 1).ctypes.data
+        floats = np.empty((_R + 1) * n, np.float32)
+        table, parts = tables.ctypes.data, floats.ctypes.data
+        totals, group = parts + 4 * _R * n, s.heads // s.key_heads
         count, d, stride, scaling = load_int(s.cell + 8) + 1, s.d, s.token_stride, load_float(s.numbers + 4)
-        head = next_number(counter)
-        while head < s.heads:
-            first, scores = s.head_stride * (head // (s.heads // s.key_heads)), s.scores + s.row * head
-            query, out, table = s.queries + 4 * d * head, s.out + 4 * d * head, tables.ctypes.data
-            total = weigh(query, s.keys + first, stride, count, d, scaling, scores, table)
-            mix(scores, total, s.values + first, stride, count, d, table, out)
-            head = next_number(counter)
+        task = next_number(counter)
+        while n * task < s.heads:
+            head, first = n * task, s.head_stride * (n * task // group)
+            query, out, scores = s.queries + 4 * d * head, s.out + 4 * d * head, s.scores + s.row * head
+            weigh(query, s.keys + first, stride, count, d, scaling, scores, s.row, table, parts, totals)
+            mix(scores, s.row, totals, s.values + first, stride, count, d, table, parts, out)
+            task = next_number(counter)
 
     return work
