@@ -24,7 +24,7 @@ constexpr int QUADS = (CHUNKS + 3) / 4, EACH = (QUADS + WARPS - 1) / WARPS;  // 
 constexpr u32 MAGIC = BFLOAT ? 0x43004300u : 0x64006400u;
 constexpr float OFFSET = BFLOAT ? 128.0f : 1024.0f;
 constexpr int PROJECT_QUADS = 8, NEURON_QUADS = 4;  // of a warp, on their way together
-constexpr int DOWN_ROWS = 8;  // rows of `down` that are on their way together
+constexpr int STAGES = 12;  // rows of `down` on their way, and the one that is added
 constexpr int BLOCKS = 7;   // of `gate_up` on a multiprocessor: without a limit it takes twice as many registers
 static_assert(E % GROUP == 0 && GROUP % 32 == 0, "groups are whole chunks");
 
@@ -416,54 +416,100 @@ gate_up(const uint4* x,                                 // [E], as all inputs wr
     }
 }
 
-// Each part's sum of the listed neurons' rows times their values. A thread has one chunk of columns.
+// Rows of `down` on their way: each thread copies what it reads itself, without barriers.
+struct Stage {
+    uint4 words[THREADS];
+    u32 steps[THREADS], lows[THREADS];  // the words with the levels' bytes
+};
+
+// Each part's sum of the listed neurons' rows times their values. A thread has one chunk of columns. A part takes every
+// `parts`-th neuron: which ones does not depend on their number, which is still on its way.
 extern "C" __global__ void __launch_bounds__(THREADS)
 down(const int* list, const int* total,     // as for `gate_up`
      const float* inner,                    // [D], their values
      const u32* __restrict__ matrix,        // packed [D, WORDS]
      float4* partial,                       // [parts, E], out
      int D, int parts) {
+    __shared__ Stage stages[STAGES];
+    __shared__ int neurons[THREADS];
+    __shared__ float2 scales[THREADS];  // of a row's steps and lows, times its neuron's value
+    const int own = threadIdx.x, chunk = blockIdx.x / parts * THREADS + own, part = blockIdx.x % parts;
+    const u32 step_at = levels_at(chunk), low_at = step_at + GROUPS;  // bytes of a row
+    const bool every = list == nullptr, inside = chunk < CHUNKS;
+    int count = D, begin = 0, rows = 0;  // a piece of this part's neurons: up to one for each thread
+
+    const auto copy_row = [&](int i) {
+        if (inside && i < rows) {
+            const long long neuron = every ? part + (begin + i) * parts : neurons[i];
+            const u32* const row = matrix + neuron * WORDS;
+            Stage& stage = stages[i % STAGES];
+            copy_words(&stage.words[own], row + 4 * chunk);
+            copy_word(&stage.steps[own], row + step_at / 4);
+            copy_word(&stage.lows[own], row + low_at / 4);
+        }
+        end_group();
+    };
+    const auto copy_first = [&] {
+        rows = min(THREADS, (count - part + parts - 1) / parts - begin);
+#pragma unroll 1
+        for (int i = 0; i < STAGES - 1; i++) copy_row(i);
+    };
+
+    if (every) copy_first();
     wait_for_previous();  // in this order: `finish` reads what earlier kernels wrote before it waits
     start_next();
-    const int chunk = blockIdx.x / parts * THREADS + threadIdx.x, part = blockIdx.x % parts;
-    if (chunk >= CHUNKS) return;
-    const int count = list == nullptr ? D : *total, group = chunk / PER_GROUP;
-    const int first = static_cast<int>(static_cast<long long>(part) * count / parts);
-    const int last = static_cast<int>(static_cast<long long>(part + 1) * count / parts);
-    float sums[32] = {}, base = 0.0f;
+    float sums[32] = {}, steps = 0.0f, lows = 0.0f;
 #pragma unroll 1
-    for (int start = first; start < last; start += DOWN_ROWS) {
-        uint4 words[DOWN_ROWS];
-        float steps[DOWN_ROWS], lows[DOWN_ROWS];
-#pragma unroll
-        for (int i = 0; i < DOWN_ROWS; i++) {
-            const int rank = min(start + i, last - 1);
-            const long long neuron = list == nullptr ? rank : list[rank];
-            const u32* const row = matrix + neuron * WORDS;
-            words[i] = load_once(row + 4 * chunk);
-            const float value = start + i < last ? inner[rank] : 0.0f;
-            const float* const units = reinterpret_cast<const float*>(row) + UNITS_AT;
-            const unsigned char* const levels = reinterpret_cast<const unsigned char*>(row) + E / 2 + group;
-            steps[i] = value * units[0] * static_cast<float>(levels[0]);
-            lows[i] = value * units[1] * static_cast<float>(static_cast<signed char>(levels[GROUPS]));
+    for (; begin == 0 || part + begin * parts < count; begin += THREADS) {
+        const int rank = min(part + (begin + own) * parts, D - 1);
+        const float value = inner[rank];  // not set unless it is one of the first `count`, as an entry of the list
+        if (!every) {
+            neurons[own] = list[rank];
+            count = *total;
         }
-#pragma unroll
-        for (int i = 0; i < DOWN_ROWS; i++) {
-            const u32 own[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-            base += fmaf(-OFFSET, steps[i], lows[i]);
+        __syncthreads();
+        if (!every || begin > 0) copy_first();
+        if (own < rows) {
+            const long long neuron = every ? rank : neurons[own];
+            const float* const units = reinterpret_cast<const float*>(matrix + neuron * WORDS) + UNITS_AT;
+            scales[own] = float2{value * units[0], value * units[1]};
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int i = 0; i < rows; i++) {
+            wait_for_groups<STAGES - 2>();  // row i has arrived
+            copy_row(i + STAGES - 1);       // to where row i - 1 was
+            const Stage& stage = stages[i % STAGES];
+            const uint4 words = stage.words[own];
+            const float2 scale = scales[i];
+            const float step = scale.x * static_cast<float>(stage.steps[own] >> step_at % 4 * 8 & 0xFF);
+            steps += step;
+            lows = fmaf(scale.y, static_cast<float>(static_cast<signed char>(stage.lows[own] >> low_at % 4 * 8)), lows);
+            const u32 of_chunk[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    const float2 two = widen(pair(own[j], s, MAGIC));
-                    sums[8 * j + 2 * s] = fmaf(steps[i], two.x, sums[8 * j + 2 * s]);
-                    sums[8 * j + 2 * s + 1] = fmaf(steps[i], two.y, sums[8 * j + 2 * s + 1]);
+                for (int s = 0; s < 4; s++) {  // both of a pair as float32, whose upper half is a bfloat16 number
+                    const u32 two = pair(of_chunk[j], s, 0x43004300u);
+                    float& even = sums[8 * j + 2 * s];
+                    float& odd = sums[8 * j + 2 * s + 1];
+                    even = fmaf(step, __uint_as_float(two << 16), even);
+                    odd = fmaf(step, __uint_as_float(two), odd);
                 }
             }
         }
+        __syncthreads();
     }
+    if (!inside) return;
+    // An even column's sum is that of step · (128 + k), and an odd one's that of
+    // step · (128 + k + (0x4300 + k') / 65536): its lowest bits are the other half of the pair, its neighbour's k'.
+    const float even_rest = fmaf(-128.0f, steps, lows);
+    const float odd_rest = fmaf(-(128.0f + (0x4300 - 128) / 65536.0f), steps, lows);
     float4* const to = partial + (static_cast<long long>(part) * CHUNKS + chunk) * 8;
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-        to[j] = float4{sums[4 * j] + base, sums[4 * j + 1] + base, sums[4 * j + 2] + base, sums[4 * j + 3] + base};
+    for (int j = 0; j < 8; j++) {
+        const float a = sums[4 * j], b = sums[4 * j + 2];
+        to[j] = float4{a + even_rest, fmaf(-1.0f / 65536, a, sums[4 * j + 1]) + odd_rest,
+                       b + even_rest, fmaf(-1.0f / 65536, b, sums[4 * j + 3]) + odd_rest};
+    }
 }
