@@ -17,8 +17,9 @@ from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON
 from apc.ops.nvrtc import Function, Program, architecture, pointer
 from apc.ops.packed import PackedRows
 
-_THREADS, _WARPS, _ROWS = 128, 4, 16  # of a block; rows of each matrix that it takes
-_PARTS = 2  # parts of the neurons in `down` for each multiprocessor
+_THREADS, _WARPS, _ROWS = 128, 4, 16  # of a block
+_NEURONS = 8  # of a block: a row of gate and of up each
+_MAX_E = 16384  # a block keeps its input in shared memory
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -60,8 +61,9 @@ def unavailable(device_index: int) -> str | None:
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether the kernels take these inputs on their device: half precision, from Ampere to Hopper."""
-    return x.is_cuda and x.dtype in _HALVES and unavailable(x.device.index) is None
+    """Whether the kernels take inputs [1, E] on their device: half precision, from Ampere to Hopper."""
+    supported = x.is_cuda and x.dtype in _HALVES and x.shape[-1] <= _MAX_E
+    return supported and unavailable(x.device.index) is None
 
 
 def project(x: Tensor, rows: PackedRows, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -103,7 +105,7 @@ def gate_up(
     (D, E), P, H = gate.shape, spared_inner.shape[1], 0 if later[0] is None else len(later[0])
     inner = x.new_empty(D, dtype=torch.float32)
     function, early = _prepare(Sizes(E, gate.group, x.dtype, activation), x.device.index, "gate_up")
-    blocks = max(1, math.ceil(neurons / _ROWS))
+    blocks = max(1, math.ceil(neurons / _NEURONS))
     masks, logits, clusters = mask
     words, count = (1, 0) if masks is None or logits is None else (masks.shape[1], logits.shape[1])
     tensors = x, gate.words, up.words, *listed, inner, *spared, masks, logits, clusters, spared_inner, *later
