@@ -254,6 +254,16 @@ def test_what_can_not_be_packed_is_refused():
     assert "is stored at 3 bits (model.ffn_bits), not at 4" in reason(stored)
 
 
+def test_wrong_products_are_refused(monkeypatch):
+    model = model_of(**SIZES)
+    decoder = GreedyDecoder(model, 1, 16, mode=None)
+    decoder.prefill(TOKENS)
+    right = packed_gpu.finish
+    monkeypatch.setattr(packed_gpu, "finish", lambda *given: 1.1 * right(*given))
+    with pytest.raises(NotSupported, match=r"^the kernel's products differ from the formula's by 10\.0%$"):
+        ModelStepGPU(model, decoder.cache, 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lookahead", [None, 0, 1])
 def test_the_decoder_records_a_step(lookahead):

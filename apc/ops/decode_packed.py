@@ -51,6 +51,16 @@ class PackedStepGPU(StepGPU):
                 self._predicted[ffn.source].append(number)
 
     @torch.no_grad()
+    def error(self) -> float:
+        """How far the first layer's products are from the formula's for a random input, relatively; NaN counts too."""
+        generator = torch.Generator(self._cos.device).manual_seed(0)
+        E, dtype = self._inputs[0].E, self._weights.embedding.dtype
+        x = torch.randn((1, E), generator=generator, device=self._cos.device).to(dtype)
+        rows = self._inputs[0]
+        pairs = [(project_packed(x, rows), x.float() @ rows.unpacked().T), self._ffns[0].with_formula(x)]
+        return max(((own.float() - exact).norm() / exact.norm()).nan_to_num(torch.inf).item() for own, exact in pairs)
+
+    @torch.no_grad()
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """The logits [1, V] after a token int64 [1, 1] at a position int64 []; writes its keys and values."""
         weights, epsilon = self._weights, self._weights.epsilon

@@ -27,7 +27,7 @@ from apc.ops.bits import popcount, popcount_words
 from apc.ops.ffn_arguments import EPSILON, Candidates, OutputDelta, Prediction, PredictorWeights
 from apc.ops.packed import PER_WORD, PackedRows
 from apc.ops.predict import empty_prediction, pdl_options, reduce_hidden, score_clusters
-from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, activate, best, finish, finish_programs
+from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, act, activate, best, finish, finish_programs
 
 _PROJECT_TILE = {"ROWS": 8, "num_warps": 8}
 _NEURONS_TILE = {"ROWS": 4, "num_warps": 4}
@@ -562,6 +562,16 @@ class PackedFFNCall:
             partial = self._by_triton(hidden, kept, spared_inner, reads, parts)
         inputs, candidates = joined if self._corrects else spared_inner, None if kept is None else kept.candidates
         return self._finish(partial, hidden, candidates, inputs, later, coming), coming
+
+    def with_formula(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of all neurons for an input [1, E], without corrections; and the formula's, float32."""
+        gate, up, down = (rows.unpacked() for rows in self._weights[:3])
+        if self._spared is not None:
+            for own, matrix in zip(self._spared[1:], (gate, up, down), strict=True):
+                matrix[self._spared.neurons.long()] = own.float()
+        x = hidden.float()
+        plain = PackedFFNCall(PackedClusterFFN(self._weights), hidden.dtype)
+        return plain(hidden)[0], act(x @ gate.T, self._weights.activation) * (x @ up.T) @ down
 
     def _by_triton(
         self, hidden: Tensor, kept: Kept | None, spared_inner: Tensor, later: Sequence[Tensor | None], parts: int

@@ -163,7 +163,9 @@ class ModelStepGPU(ModelStep):
             if bits is None:
                 self._step = StepGPU(self.decoder)
             else:
-                self._step = PackedStepGPU(self.decoder, packed_layers(self.decoder, self._packed_ffns()))
+                self._step = step = PackedStepGPU(self.decoder, packed_layers(self.decoder, self._packed_ffns()))
+                if not (error := step.error()) < _TOLERANCES[self.decoder.embedding.dtype]:
+                    raise Unsupported(f"the kernel's products differ from the formula's by {error:.1%}")
 
     def _packed_ffns(self) -> list[PackedClusterFFN]:
         """For each layer its FFN at 4 bits. Raises UserError or Unsupported without kernels for them."""
