@@ -61,6 +61,22 @@ def error_of(logits, expected):
     return ((logits - expected).norm() / expected.norm()).item()
 
 
+def check_recorded(decoder, plain):
+    """A decoder records a step in bfloat16 and gives the logits of another."""
+    decoder.record(TOKENS)
+    logits = []
+    for each in (decoder, plain):
+        each.prefill(TOKENS)
+        steps = []
+        for token in range(4):
+            each.token.fill_(token)
+            steps.append(each.step().float().clone())
+        logits.append(torch.stack(steps))
+    assert decoder.reason is None and decoder._graph is not None
+    # Rounding may move a token to another cluster.
+    assert sum(error_of(*pair) < 2 * TOLERANCE[torch.bfloat16] for pair in zip(*logits, strict=True)) >= 3
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
@@ -125,18 +141,7 @@ def test_the_decoder_records_sparse_ffns(lookahead):
     parts = random_parts(model, lookahead=lookahead)
     apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
     decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
-    decoder.record(TOKENS)
-    logits = []
-    for each in (decoder, plain):
-        each.prefill(TOKENS)
-        steps = []
-        for token in range(4):
-            each.token.fill_(token)
-            steps.append(each.step().float().clone())
-        logits.append(torch.stack(steps))
-    assert decoder.reason is None and decoder._graph is not None
-    # Rounding may move a token to another cluster.
-    assert sum(error_of(*pair) < 2 * TOLERANCE[torch.bfloat16] for pair in zip(*logits, strict=True)) >= 3
+    check_recorded(decoder, plain)
 
 
 @pytest.mark.gpu

@@ -46,6 +46,11 @@ class Levels:
         """Bits of a row in addition to those of its weights."""
         return 2 * _GROUP_BITS * self.low.shape[1] + 2 * FULL_BITS
 
+    @property
+    def units(self) -> Tensor:
+        """What steps and lows of each row are counted in, float32 [D, 2]."""
+        return torch.stack([self.row_step.float() / _MOST_STEP, self.row_low.float() / _MOST_LOW], dim=1)
+
     def index(self, rows: Tensor) -> Tensor:
         """The index k of each weight's nearest level, float32 [D, E]; rows: [D, E]."""
         low, step = self._levels(rows.device)
@@ -68,9 +73,8 @@ class Levels:
 
     def _levels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The lowest level and the spacing of each group, float32 [D, G, 1]."""
-        low = self.low.to(device) * (self.row_low.to(device).float() / _MOST_LOW).unsqueeze(1)
-        step = self.step.to(device) * (self.row_step.to(device).float() / _MOST_STEP).unsqueeze(1)
-        return low.unsqueeze(2), step.unsqueeze(2)
+        step_unit, low_unit = self.units.to(device).unsqueeze(1).unbind(2)
+        return (self.low.to(device) * low_unit).unsqueeze(2), (self.step.to(device) * step_unit).unsqueeze(2)
 
 
 def _groups(rows: Tensor, group: int) -> Tensor:

@@ -13,7 +13,6 @@ Weights become float32 without a conversion: a shift and a mask make two of them
 Shape letters: see `apc.ops`; `packed.py` has those of packed rows; H rows of a later predictor's bottleneck.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from apc.ops.bits import popcount, popcount_words
 from apc.ops.ffn_arguments import EPSILON, Candidates, OutputDelta, Prediction, PredictorWeights
 from apc.ops.packed import PER_WORD, PackedRows
 from apc.ops.predict import empty_prediction, pdl_options, reduce_hidden, score_clusters
-from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, act, activate, best, finish, finish_programs
+from apc.ops.sparse_ffn import AHEAD, MAX_SCORED, act, activate, best, finish, finish_programs, multiprocessors
 
 _PROJECT_TILE = {"ROWS": 8, "num_warps": 8}
 _NEURONS_TILE = {"ROWS": 4, "num_warps": 4}
@@ -545,7 +544,7 @@ class PackedFFNCall:
         reads: tuple[Tensor | None, ...] = (None, None, None)
         if coming is not None and predictor is not None:
             reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
-        parts = _PARTS * _multiprocessors(hidden.device)
+        parts = _PARTS * multiprocessors(hidden.device)
         if packed_sm80.is_supported(hidden):
             gate, up, down, activation, _ = self._weights
             listed = (None, None) if kept is None else kept[:2]
@@ -637,8 +636,3 @@ class PackedFFNCall:
         output = finish(partial, hidden, candidates, delta, self._options)
         score_clusters(coming, expand, expand_bias, self._options, AHEAD)
         return output
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
             ACTIVATION=ACTIVATIONS.index(self.activation),
             EARLY=int(arch == "sm_90a"),
         )
-        return Program("packed_sm80.cu", arch, tuple(constants.items()))
+        return Program("packed_sm80.cu", arch, tuple(constants.items()), headers=("values_sm80.cuh",))
 
 
 @functools.lru_cache(maxsize=256)

@@ -69,7 +69,7 @@ _NO_DELTA = OutputDelta()
 
 
 @triton.jit
-def place_of_bit(word, rank):
+def _place(word, rank):
     """The position of set bit number `rank`, from 0, in each uint32 word."""
     place = tl.zeros_like(rank)
     for step in tl.static_range(5):
@@ -167,9 +167,7 @@ def _rows_kernel(
         before = ends[None, :] <= rank[:, None]
         word_at = tl.sum(before.to(tl.int32), axis=1)
         word = tl.sum(tl.where(w[None, :] == word_at[:, None], union[None, :], 0), axis=1)
-        place = place_of_bit(
-            word.to(tl.uint32, bitcast=True), rank - tl.max(tl.where(before, ends[None, :], 0), axis=1)
-        )
+        place = _place(word.to(tl.uint32, bitcast=True), rank - tl.max(tl.where(before, ends[None, :], 0), axis=1))
         inside = rank < last
         neuron = tl.where(inside, 32 * word_at + place, 0).to(tl.int64)[:, None]
         read = inside[:, None] & (e < E)[None, :]
@@ -391,7 +389,7 @@ def sparse_ffn_hopper(
 
 def _rows(hidden: Tensor, weights: FFNWeights, active: ActiveNeurons, refinement: Refinement | None = None) -> Tensor:
     """Each program's part of the output, float32 [programs, n, E]."""
-    (n, E), words, programs = hidden.shape, active.masks.shape[1] // 4, _PROGRAMS * _multiprocessors(hidden.device)
+    (n, E), words, programs = hidden.shape, active.masks.shape[1] // 4, _PROGRAMS * multiprocessors(hidden.device)
     gate, up, down, activation = weights
     partial = hidden.new_empty((programs, n, E), dtype=torch.float32)
     values, ids = active.candidates or (partial, partial)  # without candidates the kernel does not read them
@@ -467,7 +465,8 @@ def finish_programs(E: int) -> int:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

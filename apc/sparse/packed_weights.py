@@ -5,7 +5,6 @@ FFNs that `quantise_ffns` stored at 4 bits keep their values. Other matrices are
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from apc.data.ffn import LayerFFN
@@ -48,7 +47,7 @@ def _packed(levels: Levels, matrix: Tensor, dropped: Tensor | None = None) -> Pa
     """A matrix packed by its levels; rows that are dropped, bool [R], become zero."""
     if matrix.shape[1] % levels.group:
         raise Unsupported(f"a row of {matrix.shape[1]} weights is not cut into whole groups of {levels.group}")
-    units = torch.stack([levels.row_step.float() / 255, levels.row_low.float() / 127], 1).to(matrix.device)
+    units = levels.units.to(matrix.device)
     if dropped is not None:
         units = units.masked_fill(dropped[:, None], 0.0)
     try:

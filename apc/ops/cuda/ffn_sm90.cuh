@@ -1,4 +1,5 @@
-// Parts that the sparse FFN's Hopper kernels share; placed before them, after `barriers_sm90.cuh`.
+// Parts that the sparse FFN's Hopper kernels share; placed before them, after `barriers_sm90.cuh`
+// and `values_sm80.cuh`.
 //
 // Defined before this file: N, WORDS, CANDIDATES, ACTIVATION and BFLOAT, as in `sparse_ffn_sm90.cu`.
 
@@ -13,19 +14,6 @@ __device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* 
                  : "memory");
 }
 
-// The two numbers of a word as floats, the lower half first.
-__device__ __forceinline__ float2 widen(u32 pair) {
-    float2 result;
-    if (BFLOAT) {
-        result.x = __uint_as_float(pair << 16);
-        result.y = __uint_as_float(pair & 0xFFFF0000u);
-    } else {
-        asm("{ .reg .f16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high; }"
-            : "=f"(result.x), "=f"(result.y) : "r"(pair));
-    }
-    return result;
-}
-
 // Rounds to the weights' type, where a model rounds too.
 __device__ __forceinline__ float round_half(float x) {
     float result;
@@ -37,19 +25,6 @@ __device__ __forceinline__ float round_half(float x) {
         asm("{ .reg .f16 half;\n cvt.rn.f16.f32 half, %1;\n cvt.f32.f16 %0, half; }" : "=f"(result) : "f"(x));
     }
     return result;
-}
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
-
-__device__ __forceinline__ float activate(float x) {
-    if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    if (ACTIVATION == 3) return x < 0.0f ? 0.0f : x;  // NaN stays
-    const float y = ACTIVATION == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);  // ½ (1 + tanh y) = σ(2 y)
-    return x / (1.0f + expf(-y));
 }
 
 // Writes this block's share of the neurons that any token keeps to `list` in shared memory, in order, and returns their

@@ -35,18 +35,6 @@ __device__ __forceinline__ void start_next() {
     if (EARLY) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-__device__ __forceinline__ float2 widen(u32 pair) {
-    float2 result;
-    if (BFLOAT) {
-        result.x = __uint_as_float(pair << 16);
-        result.y = __uint_as_float(pair & 0xFFFF0000u);
-    } else {
-        asm("{ .reg .f16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high; }"
-            : "=f"(result.x), "=f"(result.y) : "r"(pair));
-    }
-    return result;
-}
-
 // Rounds to the model's type, where a model rounds too.
 __device__ __forceinline__ unsigned short half_of(float x) {
     unsigned short half;
@@ -57,19 +45,6 @@ __device__ __forceinline__ unsigned short half_of(float x) {
     return half;
 }
 __device__ __forceinline__ float round_half(float x) { return widen(half_of(x)).x; }
-
-__device__ __forceinline__ float activate(float x) {
-    if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    if (ACTIVATION == 3) return x < 0.0f ? 0.0f : x;  // NaN stays
-    const float y = ACTIVATION == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);  // ½ (1 + tanh y) = σ(2 y)
-    return x / (1.0f + expf(-y));
-}
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
 
 __device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     if (BFLOAT)
@@ -87,13 +62,6 @@ __device__ __forceinline__ u32 pair(u32 word, int s, u32 magic) {
     u32 result;
     asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(result) : "r"(word >> 4 * s), "r"(magic));  // (a & b) | c
     return result;
-}
-
-__device__ __forceinline__ uint4 load_once(const u32* from) {
-    uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
-    return value;
 }
 
 // Copies to shared memory, which a thread waits for in the order of their groups.
