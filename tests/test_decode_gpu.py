@@ -43,8 +43,11 @@ def steps_of(model, device, steps=4):
     return torch.stack(logits), torch.stack(expected)
 
 
-def random_parts(model, K=6, lookahead=0, corrects=False):
-    """A codebook of random masks, and a predictor of its clusters."""
+def random_parts(model, K=6, lookahead=0, corrects=False, decided=False):
+    """A codebook of random masks, and a predictor of its clusters.
+
+    decided: whether each layer always predicts the same cluster, so that rounding can't change it.
+    """
     E, D, L = model.config.hidden_size, model.config.intermediate_size, model.config.num_hidden_layers
     masks = ops.pack(torch.rand(L * K, D) < 0.5).view(L, K, -1)
     profiles = torch.ones((), dtype=torch.float16).expand(L, K, D)
@@ -52,9 +55,11 @@ def random_parts(model, K=6, lookahead=0, corrects=False):
         masks, profiles, torch.ones(L, K, dtype=torch.int64), ops.pack(torch.ones(L, D) > 0), torch.zeros(L)
     )
     codebook = Codebook({"neuron": book}, {"neuron": D}, L, E, D, "layer", "energy", 0.5, "top", 0.5)
-    return codebook, Predictor(
-        PredictorHeader(L, E, 8, {"neuron": K}, lookahead=lookahead, corrects=corrects)
-    ).requires_grad_(False).eval().rounded()
+    predictor = Predictor(PredictorHeader(L, E, 8, {"neuron": K}, lookahead=lookahead, corrects=corrects))
+    predictor = predictor.requires_grad_(False).eval()
+    if decided:
+        predictor.expand_bias["neuron"].copy_(100 * torch.nn.functional.one_hot(torch.randint(K, (L,)), K))
+    return codebook, predictor.rounded()
 
 
 def error_of(logits, expected):
@@ -73,8 +78,7 @@ def check_recorded(decoder, plain):
             steps.append(each.step().float().clone())
         logits.append(torch.stack(steps))
     assert decoder.reason is None and decoder._graph is not None
-    # Rounding may move a token to another cluster.
-    assert sum(error_of(*pair) < 2 * TOLERANCE[torch.bfloat16] for pair in zip(*logits, strict=True)) >= 3
+    assert error_of(*logits) < 3 * TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -138,7 +142,7 @@ def test_a_prefill_keeps_the_graph_of_a_model_that_stays(known):
 def test_the_decoder_records_sparse_ffns(lookahead):
     """With kernels, and lists of active neurons that are made beside attention."""
     model = model_of(dtype=torch.bfloat16, hidden_size=128, intermediate_size=300, num_hidden_layers=4).to("cuda")
-    parts = random_parts(model, lookahead=lookahead)
+    parts = random_parts(model, lookahead=lookahead, decided=True)
     apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
     decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
     check_recorded(decoder, plain)

@@ -14,7 +14,7 @@ from apc.data.quantise import nearest_levels
 from apc.ops import packed_gpu, packed_sm80
 from apc.ops.nvrtc import compile_program
 from apc.ops.packed import PackedRows, pack_rows
-from apc.ops.packed_gpu import PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons
+from apc.ops.packed_gpu import Norm, PackedClusterFFN, PackedFFN, PackedFFNCall, SparedNeurons
 from apc.predict.predictor import at_16_bits
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStepGPU, NotSupported
@@ -61,13 +61,16 @@ def test_products_of_rows(device, dtype, R, E, group):
     rows = PackedRows(rows.words.to(device), E, group)
     x, added, norm, residual = draw(1, E), draw(1, E), draw(E), draw(1, R)
     bias = torch.randn(R, device=device)
-    hidden, total, _ = packed_gpu.prepare(x, norm, 1e-5, added)
+    hidden, total, _ = packed_gpu.prepare(x, Norm(norm, 1e-5), added)
     assert torch.allclose(total.float(), (x + added).float(), rtol=1e-2)  # the interpreter cuts bits off
-    output = packed_gpu.project_packed(hidden, rows, bias, residual)
+    output, _ = packed_gpu.project_packed(hidden, rows, bias, residual)
     normed = torch.nn.functional.rms_norm((x + added).float(), (E,), norm.float(), 1e-5)
     expected = normed @ rows.unpacked().T + bias + residual.float()
     assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
-    plain = packed_gpu.project_packed(x, rows)
+    normed_inside, total = packed_gpu.project_packed(x, rows, bias, residual, Norm(norm, 1e-5), added)
+    assert error_of(normed_inside.float(), expected) < max(5e-5, TOLERANCE[dtype])
+    assert torch.allclose(total.float(), (x + added).float(), rtol=1e-2)
+    plain, _ = packed_gpu.project_packed(x, rows)
     assert error_of(plain.float(), x.float() @ rows.unpacked().T) < max(5e-5, TOLERANCE[dtype])
 
 
@@ -81,7 +84,7 @@ def test_the_kept_neurons_are_listed(device, D, density):
         torch.tensor([[0.5, 2, 1]], device=device), torch.tensor([[0, 2, 1]], device=device).int()
     )
     x = torch.randn(1, 96, device=device)
-    hidden, _, kept = packed_gpu.prepare(x, torch.ones(96, device=device), 1e-5, None, masks, candidates, D)
+    hidden, _, kept = packed_gpu.prepare(x, Norm(torch.ones(96, device=device), 1e-5), None, masks, candidates, D)
     assert kept.neurons[: kept.total].tolist() == mask[2].nonzero()[:, 0].tolist()
     assert torch.allclose(hidden, torch.nn.functional.rms_norm(x, (96,), eps=1e-5), atol=1e-6)
 
@@ -124,15 +127,14 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
         torch.randn(2, 4, device=device).to(dtype), torch.zeros(2, device=device),
     )  # fmt: skip
     given = PackedClusterFFN(ffn) if kept == "every" else PackedClusterFFN(ffn, predictor, ops.pack(bits).to(device))
-    call, known = PackedFFNCall(given, dtype), None
+    call = PackedFFNCall(given, dtype)
     if kept != "every":
         prediction = call.empty_prediction(x)
-        known = prediction.candidates
-        known.logits.fill_(-1)
-        known.clusters.fill_(0)
-        known.logits[0, -1], known.clusters[0, -1] = 1.0, 1
-    hidden, _, listed = packed_gpu.prepare(x, norm, 1e-5, None, call.masks, known, D)
-    output, coming = call(hidden, listed, prediction)
+        logits, clusters = prediction.candidates
+        logits.fill_(-1)
+        clusters.fill_(0)
+        logits[0, -1], clusters[0, -1] = 1.0, 1
+    output, coming = call(x, Norm(norm, 1e-5), prediction)
     expected = formula(x, norm, matrices, bits[1].to(device))
     assert coming is None
     if kept == "none":
@@ -141,17 +143,33 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
         assert error_of(output.float(), expected) < max(5e-5, TOLERANCE[dtype])
 
 
+MASKED = packed_sm80.Masked(14336, 132, 256)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "arch"),
+    ("sizes", "slots"),
     [
-        (packed_sm80.Sizes(4096, 32, torch.bfloat16), "sm_90a"),
-        (packed_sm80.Sizes(576, 64, torch.float16, "gelu_tanh"), "sm_80"),
-        (packed_sm80.Sizes(32, 32, torch.bfloat16, "relu"), "sm_89"),
+        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024), (2, 4)),
+        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (2, 5)),
+        (packed_sm80.Sizes(8192, 32, 1156, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (1, 5)),
+        (
+            packed_sm80.Sizes(576, 64, 80, torch.float16, "sm_80", 163 * 1024, MASKED._replace(activation="gelu")),
+            (1, 10),
+        ),
+        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_89", 99 * 1024, MASKED._replace(candidates=0)), (1, 4)),
     ],
 )
-def test_the_tensor_cores_kernels_compile(sizes, arch):
-    binary = compile_program(sizes.program(arch))
-    assert all(name in binary for name in (b"project", b"gate_up", b"down"))
+def test_the_tensor_cores_kernels_compile(sizes, slots):
+    program, shared = sizes.program()
+    assert sizes.slots == slots and shared <= sizes.shared
+    assert sizes.name.encode() in compile_program(program)
+
+
+def test_rows_that_shared_memory_has_no_room_for():
+    sizes = packed_sm80.Sizes(16384, 32, 2320, torch.bfloat16, "sm_90a", 227 * 1024)
+    assert sizes.slots == (1, 2) and sizes._replace(ffn=MASKED).slots == (1, 0)
+    small = packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_80", 64 * 1024)
+    assert small.slots == (1, 2) and small._replace(ffn=MASKED).slots == (1, 0)
 
 
 def test_nan_shows():
@@ -270,7 +288,7 @@ def test_the_decoder_records_a_step(lookahead):
     sizes = dict(hidden_size=1024, intermediate_size=1500, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
     model = rounded_copy(model_of(dtype=torch.bfloat16, num_hidden_layers=4, **sizes)).to("cuda")
     if lookahead is not None:
-        parts = random_parts(model, lookahead=lookahead)
+        parts = random_parts(model, lookahead=lookahead, decided=True)
         apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
     decoder, plain = GreedyDecoder(model, 1, 16, bits=4), GreedyDecoder(model, 1, 16, mode=None)
     check_recorded(decoder, plain)

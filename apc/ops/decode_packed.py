@@ -15,7 +15,7 @@ from apc.ops.decode_gpu import StepGPU
 from apc.ops.decoder_weights import DecoderWeights, Unsupported
 from apc.ops.ffn_arguments import Prediction
 from apc.ops.packed import PackedRows
-from apc.ops.packed_gpu import PackedClusterFFN, PackedFFNCall, check_packed, prepare, project_packed
+from apc.ops.packed_gpu import Norm, PackedClusterFFN, PackedFFNCall, check_packed, project_packed
 
 
 class PackedLayer(NamedTuple):
@@ -57,7 +57,7 @@ class PackedStepGPU(StepGPU):
         E, dtype = self._inputs[0].E, self._weights.embedding.dtype
         x = torch.randn((1, E), generator=generator, device=self._cos.device).to(dtype)
         rows = self._inputs[0]
-        pairs = [(project_packed(x, rows), x.float() @ rows.unpacked().T), self._ffns[0].with_formula(x)]
+        pairs = [(project_packed(x, rows)[0], x.float() @ rows.unpacked().T), self._ffns[0].with_formula(x)]
         return max(((own.float() - exact).norm() / exact.norm()).nan_to_num(torch.inf).item() for own, exact in pairs)
 
     @torch.no_grad()
@@ -70,17 +70,21 @@ class PackedStepGPU(StepGPU):
             attention = self._attentions[number]
             prediction, predicted = predictions.pop(number, None), self._predicted[number]
             later, others = (predicted[0] if predicted else None), predicted[1:]
-            hidden, residual, _ = prepare(residual, layer.attention.norm, epsilon, added)
-            qkv = project_packed(hidden, self._inputs[number], attention.bias)
+            norm, known = Norm(layer.attention.norm, epsilon), prediction is not None
+            qkv, residual = project_packed(residual, self._inputs[number], attention.bias, None, norm, added)
             attended = self._attend(qkv, attention.weights, position)
-            residual = project_packed(attended, self._outputs[number], attention.output_bias, residual)
-            known = None if prediction is None else prediction.candidates
-            hidden, _, kept = prepare(residual, layer.ffn_norm, epsilon, None, ffn.masks, known, ffn.width)
-            if ffn.predictor is not None and prediction is None:
+            residual, _ = project_packed(attended, self._outputs[number], attention.output_bias, residual)
+            decides = ffn.predictor is not None and prediction is None
+            hidden, input_norm = residual, None
+            if decides or others:  # predictors read the norm, too
+                hidden = self._norm(residual, layer.ffn_norm)
+            else:
+                input_norm = Norm(layer.ffn_norm, epsilon)
+            if decides:
                 prediction = ffn.predict(hidden)
-                _, _, kept = prepare(hidden, None, epsilon, None, ffn.masks, prediction.candidates, ffn.width)
             predictions |= {other: self._ffns[other].predict(hidden) for other in others}
-            added, coming = ffn(hidden, kept, prediction, None if later is None else self._ffns[later])
+            # A known prediction is older than attention, whose kernels run one after the other.
+            added, coming = ffn(hidden, input_norm, prediction, None if later is None else self._ffns[later], known)
             if later is not None and coming is not None:
                 predictions[later] = coming
         return self._project(residual, [weights.head], weights.norm, added)[0]

@@ -1,12 +1,13 @@
 """Products with matrices of 4 bits a weight on a GPU: of all rows, and a gated FFN's under a mask.
 
-`prepare` computes the norm before a product and lists the neurons that a mask keeps. An FFN takes three more kernels.
-The first multiplies the kept neurons' rows of gate and up with the input. The second adds their rows of down, in parts.
-`finish`, that of `sparse_ffn.py`, adds the parts. Neurons whose rows have 16 bits get programs of their own in the
-first kernel, and `finish` adds their rows of down.
+The kernels here are in Triton, for any GPU. `prepare` computes the norm before a product and lists the neurons that a
+mask keeps. An FFN takes three more kernels. The first multiplies the kept neurons' rows of gate and up with the input.
+The second adds their rows of down, in parts. `finish`, that of `sparse_ffn.py`, adds the parts. Neurons whose rows have
+16 bits get programs of their own in the first kernel, and `finish` adds their rows of down.
 
-The kernels here are in Triton, for any GPU. Half precision from Ampere to Hopper runs on tensor cores instead
-(`packed_sm80.py`): Triton's need 5 to 6 instructions a weight, and so the time of reading 8 bits.
+Half precision from Ampere to Hopper runs on tensor cores instead (`packed_sm80.py`), because Triton's kernels need 5 to
+6 instructions a weight, and so the time of reading 8 bits. There a product takes one kernel, with its norm, and an FFN
+takes one kernel and `finish`.
 
 Weights become float32 without a conversion: a shift and a mask make two of them bfloat16 numbers 128 + k.
 
@@ -40,6 +41,13 @@ _MAX_WORDS = 2**29  # of a matrix: byte offsets are 32 bits
 _OFFSET = 0x43004300  # two times 128, bfloat16
 
 
+class Norm(NamedTuple):
+    """An RMS norm."""
+
+    weight: Tensor  # float [E]
+    epsilon: float
+
+
 class SparedNeurons(NamedTuple):
     """Neurons whose rows have 16 bits, P of them."""
 
@@ -54,8 +62,6 @@ class Kept(NamedTuple):
 
     neurons: Tensor  # int32 [D], of which the first `total` are set
     total: Tensor  # int32 []
-    masks: Tensor  # int32 [K, words]
-    candidates: Candidates
 
 
 class PackedFFN(NamedTuple):
@@ -419,8 +425,7 @@ def check_packed(rows: PackedRows) -> None:
 
 def prepare(
     x: Tensor,
-    norm: Tensor | None,
-    epsilon: float,
+    norm: Norm | None,
     added: Tensor | None = None,
     masks: Tensor | None = None,
     candidates: Candidates | None = None,
@@ -428,21 +433,21 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Kept | None]:
     """The norm of x + added, and x + added, in x's type; and the D neurons that the candidates' mask keeps.
 
-    x, added: float [1, E]; norm: float [E]; without a norm, there are only the neurons. masks: int32 [K, words].
+    x, added: float [1, E]; without a norm, there are only the neurons. masks: int32 [K, words].
     """
     E = x.shape[1]
     hidden, sums = torch.empty_like(x), x if added is None else torch.empty_like(x)
     kept, words, programs, logits, clusters = None, 1, 0, x, x
     if masks is not None and candidates is not None:
-        kept = Kept(x.new_empty(D, dtype=torch.int32), x.new_empty((), dtype=torch.int32), masks, candidates)
+        kept = Kept(x.new_empty(D, dtype=torch.int32), x.new_empty((), dtype=torch.int32))
         words, (logits, clusters) = masks.shape[1], candidates
         programs = triton.cdiv(words, _LIST_TILE["WORDS_EACH"])
     pick = lambda tensor: x if tensor is None else tensor  # a placeholder that the kernel does not read
     with torch.cuda.device_of(x):
         _prepare_kernel[(programs + (norm is not None),)](
-            *(x, pick(added), pick(norm), sums, hidden, pick(masks), logits, clusters),
+            *(x, pick(added), x if norm is None else norm.weight, sums, hidden, pick(masks), logits, clusters),
             *(x if kept is None else kept.neurons, x if kept is None else kept.total),
-            *(E, D, words, logits.shape[1], epsilon),
+            *(E, D, words, logits.shape[1], 0.0 if norm is None else norm.epsilon),
             NORMS=norm is not None,
             ADDS=added is not None,
             LISTS=kept is not None,
@@ -455,13 +460,24 @@ def prepare(
     return hidden, sums, kept
 
 
-def project_packed(x: Tensor, rows: PackedRows, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """Products of rows [R, E] with x [1, E], plus bias and residual: [1, R], of x's type.
+def project_packed(
+    x: Tensor,
+    rows: PackedRows,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    added: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Products of rows [R, E] with the norm of x + added, plus bias and residual: [1, R]; and x + added.
 
-    bias: float32 [R]; residual: of x's type, [1, R].
+    x, added: float [1, E]; without a norm there is nothing added. bias: float32 [R]; residual: of x's type, [1, R].
     """
-    if packed_sm80.is_supported(x):
-        return packed_sm80.project(x, rows, bias, residual)
+    if packed_sm80.is_supported(x, rows):
+        weight, epsilon = (None, 0.0) if norm is None else norm
+        return packed_sm80.project(x, rows, bias, residual, weight, epsilon, added)
+    total = x
+    if norm is not None:
+        x, total, _ = prepare(x, norm, added)
     (R, E), G, S = rows.shape, rows.groups, rows.words.shape[1]
     output = x.new_empty((1, R))
     with torch.cuda.device_of(x):
@@ -475,7 +491,7 @@ def project_packed(x: Tensor, rows: PackedRows, bias: Tensor | None = None, resi
             **_PROJECT_TILE,
             **pdl_options(x.device),
         )
-    return output
+    return output, total
 
 
 class PackedFFNCall:
@@ -524,43 +540,40 @@ class PackedFFNCall:
 
     def __call__(
         self,
-        hidden: Tensor,
-        kept: Kept | None = None,
+        x: Tensor,
+        norm: Norm | None = None,
         prediction: Prediction | None = None,
         later: "PackedFFNCall | None" = None,
+        known: bool = False,
     ) -> tuple[Tensor, Prediction | None]:
-        """The FFN's output for its input [1, E]; and a later layer's prediction.
+        """The FFN's output for its input, the norm of x [1, E]; and a later layer's prediction.
 
-        kept: the neurons that are computed, of this prediction; None: all. later: the layer whose clusters this layer's
-        input predicts.
+        prediction: of the cluster whose neurons are computed; None: all are. later: the layer whose clusters this
+        layer's input predicts. known: whether the prediction was complete before the previous kernel began.
         """
-        P, spared_inner = self._P, hidden.new_empty((1, self._P), dtype=torch.float32)
+        P, spared_inner = self._P, x.new_empty((1, self._P), dtype=torch.float32)
         joined = spared_inner
         if prediction is not None:  # the bottleneck, and the memory behind it
             joined = prediction.bottleneck.as_strided((1, self._H + P), (self._H + P, 1))
             spared_inner = joined[:, self._H :]
-        coming = None if later is None else later.empty_prediction(hidden)
+        coming = None if later is None else later.empty_prediction(x)
         predictor = None if later is None else later.predictor
         reads: tuple[Tensor | None, ...] = (None, None, None)
         if coming is not None and predictor is not None:
             reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
-        parts = _PARTS * multiprocessors(hidden.device)
-        if packed_sm80.is_supported(hidden):
-            gate, up, down, activation, _ = self._weights
-            listed = (None, None) if kept is None else kept[:2]
-            mask = (None, None, None) if kept is None else (kept.masks, *kept.candidates)
-            spared: tuple[Tensor | None, ...] = (None, None, None)
-            if self._spared is not None:
-                spared = self._spared[:3]
-            neurons = round(self._share * self.width) if kept is not None else self.width
-            inner = packed_sm80.gate_up(
-                hidden, gate, up, activation, listed, neurons, spared, mask, spared_inner, reads
+        *matrices, activation, _ = self._weights
+        candidates = None if prediction is None else prediction.candidates
+        if packed_sm80.is_supported(x, matrices[0], activation):
+            weight, epsilon = (None, 0.0) if norm is None else norm
+            mask = (None, None, None) if candidates is None else (self.masks, *candidates)
+            spared = (None, None, None) if self._spared is None else self._spared[:3]
+            partial = packed_sm80.ffn(
+                x, weight, epsilon, matrices, activation, mask, known, spared, spared_inner, reads
             )
-            partial = packed_sm80.down(inner, down, listed, hidden.dtype, parts)
         else:
-            partial = self._by_triton(hidden, kept, spared_inner, reads, parts)
-        inputs, candidates = joined if self._corrects else spared_inner, None if kept is None else kept.candidates
-        return self._finish(partial, hidden, candidates, inputs, later, coming), coming
+            partial = self._by_triton(x, norm, candidates, spared_inner, reads)
+        inputs = joined if self._corrects else spared_inner
+        return self._finish(partial, x, candidates, inputs, later, coming), coming
 
     def with_formula(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The output of all neurons for an input [1, E], without corrections; and the formula's, float32."""
@@ -573,18 +586,29 @@ class PackedFFNCall:
         return plain(hidden)[0], act(x @ gate.T, self._weights.activation) * (x @ up.T) @ down
 
     def _by_triton(
-        self, hidden: Tensor, kept: Kept | None, spared_inner: Tensor, later: Sequence[Tensor | None], parts: int
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        candidates: Candidates | None,
+        spared_inner: Tensor,
+        later: Sequence[Tensor | None],
     ) -> Tensor:
-        """The parts of the output, float32 [parts, 1, E], by Triton's kernels. later: as for `packed_sm80.gate_up`."""
+        """The parts of the output, float32 [parts, 1, E], by Triton's kernels; arguments as for `packed_sm80.ffn`."""
+        hidden, kept = x, None
+        if norm is not None or candidates is not None:
+            hidden, _, kept = prepare(x, norm, None, self.masks, candidates, self.width)
+        if norm is None:
+            hidden = x
         gate, up, down, activation, _ = self._weights
         (D, E), G, S, P = gate.shape, gate.groups, gate.words.shape[1], self._P
-        every, inner = kept is None, hidden.new_empty(D, dtype=torch.float32)
-        H, count = 0 if later[0] is None else len(later[0]), 0 if kept is None else kept.candidates.logits.shape[1]
+        inner, parts = hidden.new_empty(D, dtype=torch.float32), _PARTS * multiprocessors(hidden.device)
+        H, count = 0 if later[0] is None else len(later[0]), 0 if candidates is None else candidates.logits.shape[1]
         programs = max(1, math.ceil(_SPREAD * self._share * D / _NEURONS_TILE["ROWS"]))
         none, numbers = inner, inner.view(torch.int32)  # placeholders that the kernels do not read
-        listed = (numbers, none, numbers, numbers, numbers)
-        if kept is not None:
-            listed = kept.masks, *kept.candidates, kept.neurons, kept.total
+        listed: tuple[Tensor, ...] = (numbers, none, numbers, numbers, numbers)
+        mask_words = 1
+        if kept is not None and candidates is not None and self.masks is not None:
+            listed, mask_words = (self.masks, *candidates, *kept), self.masks.shape[1]
         gates, ups, downs, spared = _views(gate), _views(up), _views(down), self._spared
         partial = hidden.new_empty((parts, 1, E), dtype=torch.float32)
         with torch.cuda.device_of(hidden):
@@ -592,8 +616,8 @@ class PackedFFNCall:
                 *(hidden, gates[0], ups[0], gates[1], ups[1], gates[2], ups[2], *listed, inner),
                 *((numbers, none, none) if spared is None else spared[:3]),
                 *(spared_inner if P else none, *(none if each is None else each for each in later)),
-                *(E, D, S, G, 1 if kept is None else kept.masks.shape[1], count, programs, P, H, _OFFSET, EPSILON),
-                EVERY=every,
+                *(E, D, S, G, mask_words, count, programs, P, H, _OFFSET, EPSILON),
+                EVERY=kept is None,
                 ACTIVATION=activation,
                 FULL_ROWS=_FULL_ROWS,
                 BLOCK_G=triton.next_power_of_2(G),
@@ -607,7 +631,7 @@ class PackedFFNCall:
             block = min(triton.next_power_of_2(G), max(1, _DOWN_WORDS // Q))
             _down_kernel[(triton.cdiv(G, block), parts)](
                 *(*listed[3:], inner, *downs, partial, E, D, S, G, _OFFSET),
-                EVERY=every,
+                EVERY=kept is None,
                 BLOCK_G=block,
                 Q=Q,
                 **_DOWN_TILE,

@@ -25,7 +25,7 @@ from apc.ops.ffn_arguments import (
 )
 from apc.ops.nvrtc import Function, Program, architecture, pointer
 
-_HEADERS = ("barriers_sm90.cuh", "values_sm80.cuh", "ffn_sm90.cuh")
+_HEADERS = ("barriers_sm90.cuh", "values_sm80.cuh", "find_neurons_sm80.cuh")
 _THREADS = 288  # of a block: 8 warps that multiply, and one that fetches
 _STAGED_WARPS = 8  # of a block of the kernel for stages
 _DECLARED = 47 * 1024  # bytes of shared memory that the kernel can declare itself, for the words of masks

@@ -6,7 +6,7 @@
 // as the row before it shows that it is needed, and arrives while the warp multiplies two others. So warps never wait
 // for each other until they add up their sums. Sums are float32 and their order is fixed.
 //
-// Defined before this file: what `ffn_sm90.cuh` needs, with N = 1; E; MOST, the most neurons of a block; UP_PART, whether
+// Defined before this file: what `find_neurons_sm80.cuh` and `values_sm80.cuh` need, with N = 1; E; MOST, the most neurons of a block; UP_PART, whether
 // `up_part` is added to the first threshold's score.
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
@@ -34,6 +34,7 @@ staged(const uint4* hidden,                      // [E]
     uint4* const given = reinterpret_cast<uint4*>(ring + WARPS * HELD_BYTES);  // the input
     u32* const list = reinterpret_cast<u32*>(given + CHUNKS);                  // [MOST]
     __shared__ u64 full[WARPS][3], arrived;
+    __shared__ u32 words[N][WORDS];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     if (thread == 0) {
         for (int w = 0; w < WARPS; w++)
@@ -50,7 +51,7 @@ staged(const uint4* hidden,                      // [E]
         expect_bytes(&arrived, ROW_BYTES);
         fetch(shared_address(given), hidden, ROW_BYTES, &arrived);
     }
-    const int neurons = find_neurons<THREADS>(masks, values, ids, 1, list);
+    const int neurons = find_neurons<THREADS>(masks, values, ids, 1, words, list);
 
     unsigned char* const held = ring + warp * HELD_BYTES;
     u32 parity = 0;  // of the three barriers

@@ -15,6 +15,17 @@ __device__ __forceinline__ float2 widen(u32 pair) {
     return result;
 }
 
+// A float as a number of 16 bits, and the float that this is: models round so between operations.
+__device__ __forceinline__ unsigned short half_of(float x) {
+    unsigned short half;
+    if (BFLOAT)
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+}
+__device__ __forceinline__ float round_half(float x) { return widen(half_of(x)).x; }
+
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);

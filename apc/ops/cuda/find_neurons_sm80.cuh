@@ -1,38 +1,16 @@
-// Parts that the sparse FFN's Hopper kernels share; placed before them, after `barriers_sm90.cuh`
-// and `values_sm80.cuh`.
+// The neurons that masks keep, for the kernels of FFNs; placed before them.
 //
-// Defined before this file: N, WORDS, CANDIDATES, ACTIVATION and BFLOAT, as in `sparse_ffn_sm90.cu`.
+// Defined before this file: N tokens (a power of two); WORDS of a mask; CANDIDATES (0: a mask per token).
 
 constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0; }
 constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
 
-// Copies weights. They are read once per decoding step, so the L2 cache may evict them first.
-__device__ __forceinline__ void fetch(u32 to, const void* from, int bytes, u64* barrier) {
-    asm volatile("{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
-                 " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once; }" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// Rounds to the weights' type, where a model rounds too.
-__device__ __forceinline__ float round_half(float x) {
-    float result;
-    if (BFLOAT) {
-        unsigned short half;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
-        result = __uint_as_float(static_cast<u32>(half) << 16);
-    } else {
-        asm("{ .reg .f16 half;\n cvt.rn.f16.f32 half, %1;\n cvt.f32.f16 %0, half; }" : "=f"(result) : "f"(x));
-    }
-    return result;
-}
-
 // Writes this block's share of the neurons that any token keeps to `list` in shared memory, in order, and returns their
-// number. An entry is neuron | tokens that keep it << 24.
+// number. An entry is neuron | tokens that keep it << 24. `words` in shared memory gets each token's mask.
 template <int THREADS>
-__device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens, u32* list) {
+__device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens,
+                                            u32 (&words)[N][WORDS], u32* list) {
     constexpr int WARPS = THREADS / 32, WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
-    __shared__ u32 words[N][WORDS];
     __shared__ int ends[WORDS];  // number of set bits up to and including each word
     __shared__ int mask_of[N], sums_of_warps[WARPS];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -41,7 +19,9 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
     } else if (warp < tokens) {  // the id of the largest value, ties to the lowest id
         float best = -__int_as_float(0x7F800000);
         int id = 0x7FFFFFFF;
-        for (int i = lane; i < CANDIDATES; i += 32) {
+#pragma unroll 8
+        for (int first = 0; first < CANDIDATES; first += 32) {  // loads of several rounds are on their way together
+            const int i = min(first + lane, CANDIDATES - 1);
             const float value = values[warp * CANDIDATES + i];
             const int other = ids[warp * CANDIDATES + i];
             if (value > best || (value == best && other < id)) best = value, id = other;

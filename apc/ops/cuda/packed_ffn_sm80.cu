@@ -1,0 +1,220 @@
+// A gated FFN of 4 bits for one token, over the neurons that a mask keeps; `packed_sm80.cuh` is placed before it.
+//
+// A block takes its share of the neurons, 8 at a time: a tile. A tile has three slots of the ring: rows of gate, of up
+// and of down. The rows of gate and up are one product. Its sums become the neurons' values, which every warp of a team
+// computes. Then each thread adds rows of down times these values to its own columns: a chunk, for some of the rows.
+//
+// Rows of 16 bits come before the tiles, two in a slot: those of a later predictor's bottleneck, and gate and up of
+// spared neurons. They need no mask, so memory is busy while the block finds its neurons.
+//
+// Defined before this file, besides what `packed_sm80.cuh` and `find_neurons_sm80.cuh` need: D; MOST, the most neurons
+// of a block. CANDIDATES = 0 means all neurons here, and no masks.
+
+constexpr int COLUMN_THREADS = (CHUNKS + 31) / 32 * 32;  // that have a chunk of columns each, for a share of the rows
+constexpr int MOST_SHARES = TEAM_THREADS / COLUMN_THREADS, SHARES = MOST_SHARES >= 4 ? 4 : MOST_SHARES >= 2 ? 2 : 1;
+constexpr int FULL_WORDS = E / 2;  // of a row of 16 bits
+static_assert(COLUMN_THREADS <= TEAM_THREADS, "a thread has one chunk of columns");
+static_assert(2 * FULL_WORDS <= SLOT, "a slot has room for two rows of 16 bits");
+static_assert((TEAMS * SHARES - 1) * E <= TEAMS * SLOTS * SLOT, "the rings have room for the shares' sums");
+
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
+ffn(const uint4* x,                           // [E]
+    const uint4* __restrict__ norm,           // [E] or null: x is the input itself
+    const u32* __restrict__ gate,             // packed [D, ROW_WORDS]
+    const u32* __restrict__ up,               // packed [D, ROW_WORDS]
+    const u32* __restrict__ down,             // packed [D, ROW_WORDS], transposed
+    const u32* __restrict__ masks,            // [K, WORDS]
+    const float* values, const int* ids,      // [CANDIDATES], for the mask
+    float4* partial,                          // [blocks, E], out
+    const int* __restrict__ spared,           // [P], neurons with 16 bits
+    const u32* __restrict__ spared_gate,      // [P, E]
+    const u32* __restrict__ spared_up,        // [P, E]
+    float* spared_inner,                      // [P], out: their values, 0 for those that the mask drops
+    const u32* __restrict__ later,            // [H, E]
+    const float* __restrict__ later_bias,     // [H]
+    float* later_inner,                       // [H], out: SiLU(rms_norm(input) · laterᵀ + bias)
+    int P, int H, int known, float epsilon, float later_epsilon) {
+    extern __shared__ __align__(16) u32 memory[];
+    Input& input = *reinterpret_cast<Input*>(memory + TEAMS * SLOTS * SLOT);
+    u32* const list = reinterpret_cast<u32*>(&input + 1);  // [MOST]
+    __shared__ float parts[TEAMS][TEAM_WARPS][2 * ROWS];
+    __shared__ u32 words[N][WORDS];
+    __shared__ Ring rings[TEAMS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = own_team(), thread = threadIdx.x % TEAM_THREADS;
+    const int block = blockIdx.x, blocks = gridDim.x, other = blocks - 1 - block;
+    Ring& ring = rings[team];
+    u32* const slots = memory + team * SLOTS * SLOT;
+    // This block's pairs of rows of 16 bits: every `blocks`-th pair of later rows, then of spared neurons. The team's are
+    // those with numbers team, team + TEAMS, …, and its tiles likewise.
+    const int later_pairs = ((H + 1) / 2 + other) / blocks, pairs = later_pairs + (P + block) / blocks;
+    const int full = (pairs - team + TEAMS - 1) / TEAMS;  // slots with such a pair
+    const int begin = static_cast<int>(static_cast<long long>(block) * D / blocks);  // of all neurons
+    int own = static_cast<int>(static_cast<long long>(block + 1) * D / blocks) - begin;
+
+    const auto copy = [&](int s) {
+        u32* const slot = slots + s % SLOTS * SLOT;
+        if (s < full) {
+            const int pair = s * TEAMS + team, first = 2 * (pair * blocks + block);
+            const long long which = (pair - later_pairs) * blocks + other;
+            copy_rows<2, FULL_WORDS>(ring, s, slot, FULL_WORDS, [&](int i) -> const u32* {
+                if (pair >= later_pairs) return (i ? spared_up : spared_gate) + which * FULL_WORDS;
+                return first + i < H ? later + static_cast<long long>(first + i) * FULL_WORDS : nullptr;
+            });
+        } else {
+            const int first = ((s - full) / 3 * TEAMS + team) * ROWS, kind = (s - full) % 3;
+            const u32* const matrix = kind == 0 ? gate : kind == 1 ? up : down;
+            copy_rows<ROWS, ROW_WORDS>(ring, s, slot, STRIDE, [&](int i) -> const u32* {
+                if (first + i >= own) return nullptr;
+                const long long neuron = CANDIDATES == 0 ? begin + first + i : list[first + i] & 0xFFFFFF;
+                return matrix + neuron * ROW_WORDS;
+            });
+        }
+    };
+
+    make_rings(rings);
+    int copied = 0;
+    if (CANDIDATES > 0) {
+        copied = min(full, SLOTS);
+        if (copies_rows()) copy_slots(ring, 0, copied, copy);
+        if (!known) wait_for_previous();
+        own = find_neurons<ALL_THREADS>(masks, values, ids, 1, words, list);
+    }
+    const int tiles = max((own + ROWS - 1) / ROWS - team + TEAMS - 1, 0) / TEAMS;
+    if (copies_rows()) copy_slots(ring, copied, HOPPER ? full + 3 * tiles : SLOTS, copy);
+    if (threadIdx.x >= THREADS) return;
+    if (CANDIDATES == 0 || known) wait_for_previous();
+    start_next();  // in this order: `finish` reads what earlier kernels wrote before it waits
+    const Norm weights = load_norm(norm);
+    const Pieces pieces = load_pieces(x, nullptr);
+    const float squares = set_input(input, pieces, norm != nullptr, weights, epsilon, nullptr, H > 0);
+    wait_for_warps();  // the input is set
+
+#pragma unroll 1
+    for (int s = 0; s < full; s++) {
+        const int pair = s * TEAMS + team;
+        wait_for_slot<SLOTS - 1>(ring, s);
+        if (!HOPPER) wait_for_team(team);  // the slot has arrived
+        const u32* const slot = slots + s % SLOTS * SLOT;
+        float products[2] = {};
+#pragma unroll 1
+        for (int i = thread; i < E / 8; i += TEAM_THREADS) {
+            float x[8];
+            widen8(input.values[i], x);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float w[8];
+                widen8(*reinterpret_cast<const uint4*>(slot + r * FULL_WORDS + 4 * i), w);
+#pragma unroll
+                for (int j = 0; j < 8; j++) products[r] = fmaf(w[j], x[j], products[r]);
+            }
+        }
+        float(&own_parts)[TEAM_WARPS][2 * ROWS] = parts[team];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float sum = sum_of_warp(products[r]);
+            if (lane == 0) own_parts[warp % TEAM_WARPS][r] = sum;
+        }
+        wait_for_team(team);  // all warps have read the slot
+        replace_slot(ring, s, copy);
+        float sums[2] = {};
+        if (thread < 2) {
+#pragma unroll
+            for (int w = 0; w < TEAM_WARPS; w++) {
+                sums[0] += own_parts[w][0];
+                sums[1] += own_parts[w][1];
+            }
+        }
+        if (pair < later_pairs) {
+            const int h = 2 * (pair * blocks + block) + thread;
+            if (thread < 2 && h < H) {
+                const float y = (thread ? sums[1] : sums[0]) / sqrtf(squares / E + later_epsilon) + later_bias[h];
+                later_inner[h] = y / (1.0f + expf(-y));
+            }
+        } else if (thread == 0) {
+            const int which = (pair - later_pairs) * blocks + other, neuron = spared[which];
+            const bool kept = CANDIDATES == 0 || (words[0][neuron / 32] >> neuron % 32 & 1);
+            spared_inner[which] = kept ? round_half(activate(sums[0]) * sums[1]) : 0.0f;
+        }
+        wait_for_team(team);  // the parts have been read
+    }
+
+    const int share = thread / COLUMN_THREADS, chunk = thread % COLUMN_THREADS;
+    const bool adds = share < SHARES && chunk < CHUNKS;
+    float columns[32] = {}, steps = 0.0f, lows = 0.0f;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        const int s = full + 3 * tile, first = (tile * TEAMS + team) * ROWS;
+        const u32* const rows = slots + (s + 2) % SLOTS * SLOT;
+        wait_for_slot<SLOTS - 1>(ring, s);
+        wait_for_slot<SLOTS - 2>(ring, s + 1);
+        if (!HOPPER) wait_for_team(team);  // gate and up have arrived
+        multiply_slots(slots + s % SLOTS * SLOT, slots + (s + 1) % SLOTS * SLOT, input, parts[team]);
+        wait_for_slot<SLOTS - 3>(ring, s + 2);
+        wait_for_team(team);  // down has arrived, and all warps have read gate and up
+        replace_slot(ring, s, copy);
+        replace_slot(ring, s + 1, copy);
+        // Lane i has the value of neuron i % 8, as shares of its row of down's units.
+        const float sum = sum_of_parts(parts[team]), pair_sum = __shfl_xor_sync(~0u, sum, ROWS);
+        const bool of_up = lane & ROWS;
+        const float value = round_half(activate(of_up ? pair_sum : sum) * (of_up ? sum : pair_sum));
+        const bool read = first + lane % ROWS < own;
+        const float* const units = reinterpret_cast<const float*>(rows + lane % ROWS * STRIDE + UNITS_AT);
+        const float step_scale = read ? value * units[0] : 0.0f, low_scale = read ? value * units[1] : 0.0f;
+#pragma unroll
+        for (int r = 0; r < ROWS / SHARES; r++) {
+            const int row = r * SHARES + share % SHARES;
+            const float of_steps = __shfl_sync(~0u, step_scale, row), of_lows = __shfl_sync(~0u, low_scale, row);
+            if (!adds) continue;
+            const u32* const given = rows + row * STRIDE;
+            const unsigned char* const levels = reinterpret_cast<const unsigned char*>(given) + E / 2 + chunk / PER_GROUP;
+            const uint4 chunk_words = *reinterpret_cast<const uint4*>(given + 4 * chunk);
+            const float step = of_steps * static_cast<float>(levels[0]);
+            steps += step;
+            lows = fmaf(of_lows, static_cast<float>(static_cast<signed char>(levels[GROUPS])), lows);
+            const u32 of_chunk[4] = {chunk_words.x, chunk_words.y, chunk_words.z, chunk_words.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {  // both of a pair as float32, whose upper half is a bfloat16 number
+                    const u32 two = pair(of_chunk[j], k, 0x43004300u);
+                    float& even = columns[8 * j + 2 * k];
+                    float& odd = columns[8 * j + 2 * k + 1];
+                    even = fmaf(step, __uint_as_float(two << 16), even);
+                    odd = fmaf(step, __uint_as_float(two), odd);
+                }
+            }
+        }
+        wait_for_team(team);  // all warps have read down, and the parts
+        replace_slot(ring, s + 2, copy);
+    }
+
+    // An even column's sum is that of step · (128 + k), and an odd one's that of
+    // step · (128 + k + (0x4300 + k') / 65536): its lowest bits are the other half of the pair, its neighbour's k'.
+    const float even_rest = fmaf(-128.0f, steps, lows);
+    const float odd_rest = fmaf(-(128.0f + (0x4300 - 128) / 65536.0f), steps, lows);
+    float4 result[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float a = columns[4 * j], b = columns[4 * j + 2];
+        result[j] = float4{a + even_rest, fmaf(-1.0f / 65536, a, columns[4 * j + 1]) + odd_rest,
+                           b + even_rest, fmaf(-1.0f / 65536, b, columns[4 * j + 3]) + odd_rest};
+    }
+    if (!HOPPER) wait_for_groups<0>();
+    wait_for_warps();  // the ring is free for the sums of all shares but the first
+    float4* const sums = reinterpret_cast<float4*>(memory);
+    const int place = team * SHARES + share;
+    if (adds && place > 0)
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[((place - 1) * 8 + j) * CHUNKS + chunk] = result[j];
+    wait_for_warps();
+    if (!adds || place > 0) return;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int p = 0; p < TEAMS * SHARES - 1; p++) {
+            const float4 more = sums[(p * 8 + j) * CHUNKS + chunk];
+            result[j].x += more.x, result[j].y += more.y, result[j].z += more.z, result[j].w += more.w;
+        }
+        partial[(static_cast<long long>(block) * CHUNKS + chunk) * 8 + j] = result[j];
+    }
+}
