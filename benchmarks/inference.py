@@ -460,17 +460,15 @@ def packed(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
             return calls[index](hidden, None, calls[index].predict(hidden))[0]  # noqa: B023
 
         def ahead(index: int) -> Tensor:
-            # Two layers ahead: a kernel that begins early must not read what the one before it wrote.
-            place = (index + 2) % shape.layers
-            later = calls[place]  # noqa: B023
-            output, known[place] = calls[index](hidden, None, known[index], later, True)  # noqa: B023
+            place = (index + 1) % shape.layers
+            output, known[place] = calls[index](hidden, None, known[index], calls[place])  # noqa: B023
             return output
 
         logits, clusters = known[0].candidates
         mask = ops.unpack(calls[0].masks[clusters[0, logits[0].argmax()]].view(torch.uint8), shape.D)
         check_packed_ffn(inside(0), ffns[0], hidden, mask.float())
         moved = packed_bytes(shape) * ops.mask_size(shape.D, density) / shape.D + shape.predictor_bytes
-        for label, call in (("apc, predictor inside", inside), ("apc, predicted before", ahead)):
+        for label, call in (("apc, predictor inside", inside), ("apc, predicted a layer ahead", ahead)):
             todo = [partial(call, index) for index in range(shape.layers)]
             yield measured(f"FFN, 4 bits, density {density:g}", label, todo, moved)
 

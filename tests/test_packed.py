@@ -149,14 +149,20 @@ MASKED = packed_sm80.Masked(14336, 132, 256)
 @pytest.mark.parametrize(
     ("sizes", "slots"),
     [
-        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024), (2, 4)),
-        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (2, 5)),
-        (packed_sm80.Sizes(8192, 32, 1156, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (1, 5)),
+        (packed_sm80.Sizes("project", 4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024), (2, 4)),
+        (packed_sm80.Sizes("project", 4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (2, 4)),
+        (packed_sm80.Sizes("ffn", 4096, 32, 580, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (2, 5)),
+        (packed_sm80.Sizes("ffn", 8192, 32, 1156, torch.bfloat16, "sm_90a", 227 * 1024, MASKED), (1, 5)),
         (
-            packed_sm80.Sizes(576, 64, 80, torch.float16, "sm_80", 163 * 1024, MASKED._replace(activation="gelu")),
+            packed_sm80.Sizes(
+                "ffn", 576, 64, 80, torch.float16, "sm_80", 163 * 1024, MASKED._replace(activation="gelu")
+            ),
             (1, 10),
         ),
-        (packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_89", 99 * 1024, MASKED._replace(candidates=0)), (1, 4)),
+        (
+            packed_sm80.Sizes("ffn", 4096, 32, 580, torch.bfloat16, "sm_89", 99 * 1024, MASKED._replace(candidates=0)),
+            (1, 4),
+        ),
     ],
 )
 def test_the_tensor_cores_kernels_compile(sizes, slots):
@@ -166,10 +172,37 @@ def test_the_tensor_cores_kernels_compile(sizes, slots):
 
 
 def test_rows_that_shared_memory_has_no_room_for():
-    sizes = packed_sm80.Sizes(16384, 32, 2320, torch.bfloat16, "sm_90a", 227 * 1024)
-    assert sizes.slots == (1, 2) and sizes._replace(ffn=MASKED).slots == (1, 0)
-    small = packed_sm80.Sizes(4096, 32, 580, torch.bfloat16, "sm_80", 64 * 1024)
-    assert small.slots == (1, 2) and small._replace(ffn=MASKED).slots == (1, 0)
+    sizes = packed_sm80.Sizes("project", 16384, 32, 2320, torch.bfloat16, "sm_90a", 227 * 1024)
+    assert sizes.slots == (1, 2) and sizes._replace(name="ffn", ffn=MASKED).slots == (1, 0)
+    small = packed_sm80.Sizes("project", 4096, 32, 580, torch.bfloat16, "sm_80", 64 * 1024)
+    assert small.slots == (1, 2) and small._replace(name="ffn", ffn=MASKED).slots == (1, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [45, 6144])
+def test_a_product_lists_the_neurons_of_an_ffn(R):
+    """On Hopper; the FFN with this list equals that with the candidates, to the bit."""
+    D, E, dtype = 1500, 1024, torch.bfloat16
+    ffn, _ = draw_ffn(D, E, dtype, "cuda", 3)
+    draw = lambda *size: torch.randn(*size, device="cuda").to(dtype)
+    predictor = ops.PredictorWeights(
+        draw(16, E), torch.zeros(16, device="cuda"), draw(300, 16), torch.zeros(300, device="cuda")
+    )
+    masks, x = torch.rand(300, D) < 0.5, draw(1, E)
+    call = PackedFFNCall(PackedClusterFFN(ffn, predictor, ops.pack(masks).cuda()), dtype)
+    prediction = call.predict(x)
+    listing = call.listing(x, prediction)
+    if listing is None:
+        pytest.skip("the kernel that lists neurons is for Hopper")
+    rows = PackedRows(packed(torch.randn(R, E)).words.cuda(), E, 32)
+    product, _ = packed_gpu.project_packed(x, rows, listing=listing)
+    assert product.equal(packed_gpu.project_packed(x, rows)[0])
+    logits, clusters = prediction.candidates
+    cluster = clusters[0, logits[0].argmax()].item()
+    found = [neuron & 0xFFFFFF for count, _, *own in listing.listed.tolist() for neuron in own[:count]]
+    assert found == masks[cluster].nonzero()[:, 0].tolist()
+    assert listing.listed[:, 1].eq(cluster).all()
+    assert call(x, None, prediction, None, listing)[0].equal(call(x, None, prediction)[0])
 
 
 def test_nan_shows():

@@ -70,8 +70,8 @@ class PackedStepGPU(StepGPU):
             attention = self._attentions[number]
             prediction, predicted = predictions.pop(number, None), self._predicted[number]
             later, others = (predicted[0] if predicted else None), predicted[1:]
-            norm, known = Norm(layer.attention.norm, epsilon), prediction is not None
-            qkv, residual = project_packed(residual, self._inputs[number], attention.bias, None, norm, added)
+            norm, listing = Norm(layer.attention.norm, epsilon), ffn.listing(residual, prediction)
+            qkv, residual = project_packed(residual, self._inputs[number], attention.bias, None, norm, added, listing)
             attended = self._attend(qkv, attention.weights, position)
             residual, _ = project_packed(attended, self._outputs[number], attention.output_bias, residual)
             decides = ffn.predictor is not None and prediction is None
@@ -83,8 +83,7 @@ class PackedStepGPU(StepGPU):
             if decides:
                 prediction = ffn.predict(hidden)
             predictions |= {other: self._ffns[other].predict(hidden) for other in others}
-            # A known prediction is older than attention, whose kernels run one after the other.
-            added, coming = ffn(hidden, input_norm, prediction, None if later is None else self._ffns[later], known)
+            added, coming = ffn(hidden, input_norm, prediction, None if later is None else self._ffns[later], listing)
             if later is not None and coming is not None:
                 predictions[later] = coming
         return self._project(residual, [weights.head], weights.norm, added)[0]

@@ -467,14 +467,16 @@ def project_packed(
     residual: Tensor | None = None,
     norm: Norm | None = None,
     added: Tensor | None = None,
+    listing: packed_sm80.Listing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Products of rows [R, E] with the norm of x + added, plus bias and residual: [1, R]; and x + added.
 
     x, added: float [1, E]; without a norm there is nothing added. bias: float32 [R]; residual: of x's type, [1, R].
+    listing: from `PackedFFNCall.listing`; the kernel writes that list, too.
     """
     if packed_sm80.is_supported(x, rows):
         weight, epsilon = (None, 0.0) if norm is None else norm
-        return packed_sm80.project(x, rows, bias, residual, weight, epsilon, added)
+        return packed_sm80.project(x, rows, bias, residual, weight, epsilon, added, listing)
     total = x
     if norm is not None:
         x, total, _ = prepare(x, norm, added)
@@ -538,18 +540,27 @@ class PackedFFNCall:
         score_clusters(prediction, expand, expand_bias, self._options, AHEAD)
         return prediction
 
+    def listing(self, x: Tensor, prediction: Prediction | None) -> packed_sm80.Listing | None:
+        """What `project_packed` with x, of the model's type, must know to list the kept neurons; None if it can't."""
+        if prediction is None or self.masks is None:
+            return None
+        listed = packed_sm80.empty_list(x, self._weights.gate)
+        if listed is None:
+            return None
+        return packed_sm80.Listing(self._weights.gate, self.masks, prediction.candidates, listed)
+
     def __call__(
         self,
         x: Tensor,
         norm: Norm | None = None,
         prediction: Prediction | None = None,
         later: "PackedFFNCall | None" = None,
-        known: bool = False,
+        listing: packed_sm80.Listing | None = None,
     ) -> tuple[Tensor, Prediction | None]:
         """The FFN's output for its input, the norm of x [1, E]; and a later layer's prediction.
 
         prediction: of the cluster whose neurons are computed; None: all are. later: the layer whose clusters this
-        layer's input predicts. known: whether the prediction was complete before the previous kernel began.
+        layer's input predicts. listing: of this prediction; a product before the previous kernel wrote the list.
         """
         P, spared_inner = self._P, x.new_empty((1, self._P), dtype=torch.float32)
         joined = spared_inner
@@ -563,12 +574,13 @@ class PackedFFNCall:
             reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
         *matrices, activation, _ = self._weights
         candidates = None if prediction is None else prediction.candidates
-        if packed_sm80.is_supported(x, matrices[0], activation):
+        if packed_sm80.is_ffn_supported(x, matrices[0]):
             weight, epsilon = (None, 0.0) if norm is None else norm
             mask = (None, None, None) if candidates is None else (self.masks, *candidates)
             spared = (None, None, None) if self._spared is None else self._spared[:3]
+            listed = None if listing is None else listing.listed
             partial = packed_sm80.ffn(
-                x, weight, epsilon, matrices, activation, mask, known, spared, spared_inner, reads
+                x, weight, epsilon, matrices, activation, mask, listed, spared, spared_inner, reads
             )
         else:
             partial = self._by_triton(x, norm, candidates, spared_inner, reads)

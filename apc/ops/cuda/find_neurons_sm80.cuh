@@ -6,14 +6,17 @@ constexpr int log2_above(int n) { return n > 1 ? 1 + log2_above((n + 1) / 2) : 0
 constexpr int SEARCH = log2_above(WORDS);  // steps of a binary search among the words
 
 // Writes this block's share of the neurons that any token keeps to `list` in shared memory, in order, and returns their
-// number. An entry is neuron | tokens that keep it << 24. `words` in shared memory gets each token's mask.
-template <int THREADS>
+// number. An entry is neuron | tokens that keep it << 24. `mask_of` in shared memory gets each token's row of `masks`.
+// The callers are THREADS threads, the first of which has a multiple of THREADS as its number, and `wait` is a barrier of
+// these.
+template <int THREADS, typename Wait>
 __device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens,
-                                            u32 (&words)[N][WORDS], u32* list) {
+                                            int (&mask_of)[N], u32* list, const Wait& wait) {
     constexpr int WARPS = THREADS / 32, WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
+    __shared__ u32 words[N][WORDS];
     __shared__ int ends[WORDS];  // number of set bits up to and including each word
-    __shared__ int mask_of[N], sums_of_warps[WARPS];
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    __shared__ int sums_of_warps[WARPS];
+    const int thread = threadIdx.x % THREADS, lane = thread % 32, warp = thread / 32;
     if (CANDIDATES == 0) {
         if (thread < N) mask_of[thread] = thread;
     } else if (warp < tokens) {  // the id of the largest value, ties to the lowest id
@@ -34,7 +37,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
         }
         if (lane == 0) mask_of[warp] = id == 0x7FFFFFFF ? 0 : id;
     }
-    __syncthreads();
+    wait();
 
     // Each thread counts the bits of a few words, then locates single bits.
     int counts[WORDS_EACH], count = 0;
@@ -60,7 +63,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
         if (lane >= distance) before += other;
     }
     if (lane == 31) sums_of_warps[warp] = before;
-    __syncthreads();
+    wait();
     before -= count;
     int total = 0;
 #pragma unroll
@@ -71,7 +74,7 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
 #pragma unroll
     for (int i = 0; i < WORDS_EACH; i++)
         if (thread * WORDS_EACH + i < WORDS) ends[thread * WORDS_EACH + i] = before + counts[i];
-    __syncthreads();
+    wait();
     const int first = static_cast<int>(blockIdx.x * static_cast<u32>(total) / gridDim.x);  // neurons × blocks < 2³²
     const int last = static_cast<int>((blockIdx.x + 1) * static_cast<u32>(total) / gridDim.x);
     for (int rank = first + thread; rank < last; rank += THREADS) {
@@ -98,6 +101,13 @@ __device__ __forceinline__ int find_neurons(const u32* masks, const float* value
         for (int n = 0; n < N; n++) keepers |= (words[n][word] >> place & 1) << n;
         list[rank - first] = word * 32 + place | keepers << 24;
     }
-    __syncthreads();
+    wait();
     return last - first;
+}
+
+// The same for all threads of a block.
+template <int THREADS>
+__device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens,
+                                            int (&mask_of)[N], u32* list) {
+    return find_neurons<THREADS>(masks, values, ids, tokens, mask_of, list, [] { __syncthreads(); });
 }

@@ -25,6 +25,7 @@ ffn(const uint4* x,                           // [E]
     const u32* __restrict__ down,             // packed [D, ROW_WORDS], transposed
     const u32* __restrict__ masks,            // [K, WORDS]
     const float* values, const int* ids,      // [CANDIDATES], for the mask
+    const int* listed,                        // as `project` writes it, before the previous kernel began; or null
     float4* partial,                          // [blocks, E], out
     const int* __restrict__ spared,           // [P], neurons with 16 bits
     const u32* __restrict__ spared_gate,      // [P, E]
@@ -33,12 +34,12 @@ ffn(const uint4* x,                           // [E]
     const u32* __restrict__ later,            // [H, E]
     const float* __restrict__ later_bias,     // [H]
     float* later_inner,                       // [H], out: SiLU(rms_norm(input) · laterᵀ + bias)
-    int P, int H, int known, float epsilon, float later_epsilon) {
+    int P, int H, float epsilon, float later_epsilon) {
     extern __shared__ __align__(16) u32 memory[];
     Input& input = *reinterpret_cast<Input*>(memory + TEAMS * SLOTS * SLOT);
     u32* const list = reinterpret_cast<u32*>(&input + 1);  // [MOST]
     __shared__ float parts[TEAMS][TEAM_WARPS][2 * ROWS];
-    __shared__ u32 words[N][WORDS];
+    __shared__ int mask_of[N];
     __shared__ Ring rings[TEAMS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = own_team(), thread = threadIdx.x % TEAM_THREADS;
     const int block = blockIdx.x, blocks = gridDim.x, other = blocks - 1 - block;
@@ -76,13 +77,21 @@ ffn(const uint4* x,                           // [E]
     if (CANDIDATES > 0) {
         copied = min(full, SLOTS);
         if (copies_rows()) copy_slots(ring, 0, copied, copy);
-        if (!known) wait_for_previous();
-        own = find_neurons<ALL_THREADS>(masks, values, ids, 1, words, list);
+        if (listed != nullptr) {
+            const int* const given = listed + block * (2 + MOST);
+            for (int i = threadIdx.x; i < MOST; i += ALL_THREADS) list[i] = given[2 + i];
+            own = given[0];
+            if (threadIdx.x == 0) mask_of[0] = given[1];
+            __syncthreads();
+        } else {
+            wait_for_previous();
+            own = find_neurons<ALL_THREADS>(masks, values, ids, 1, mask_of, list);
+        }
     }
     const int tiles = max((own + ROWS - 1) / ROWS - team + TEAMS - 1, 0) / TEAMS;
     if (copies_rows()) copy_slots(ring, copied, HOPPER ? full + 3 * tiles : SLOTS, copy);
     if (threadIdx.x >= THREADS) return;
-    if (CANDIDATES == 0 || known) wait_for_previous();
+    if (CANDIDATES == 0 || listed != nullptr) wait_for_previous();
     start_next();  // in this order: `finish` reads what earlier kernels wrote before it waits
     const Norm weights = load_norm(norm);
     const Pieces pieces = load_pieces(x, nullptr);
@@ -132,7 +141,8 @@ ffn(const uint4* x,                           // [E]
             }
         } else if (thread == 0) {
             const int which = (pair - later_pairs) * blocks + other, neuron = spared[which];
-            const bool kept = CANDIDATES == 0 || (words[0][neuron / 32] >> neuron % 32 & 1);
+            const u32* const mask = masks + static_cast<long long>(mask_of[0]) * WORDS;
+            const bool kept = CANDIDATES == 0 || (mask[neuron / 32] >> neuron % 32 & 1);
             spared_inner[which] = kept ? round_half(activate(sums[0]) * sums[1]) : 0.0f;
         }
         wait_for_team(team);  // the parts have been read

@@ -1,4 +1,7 @@
 // The product of a vector with all rows of a packed matrix; `packed_sm80.cuh` is placed before it.
+//
+// On Hopper a warp that copies rows has time to list the neurons of a later FFN besides. Defined before this file for
+// that: what `find_neurons_sm80.cuh` needs; MOST, the most neurons of a block. CANDIDATES = 0: no list.
 
 // output = input · rowsᵀ + bias + residual, of the model's type. The input is x + added, or its RMS norm. A block takes
 // every `gridDim.x`-th tile of 16 rows.
@@ -11,6 +14,9 @@ project(const uint4* x,                        // [E]
         const float* __restrict__ bias,        // [R] or null
         const unsigned short* residual,        // [R] or null
         unsigned short* output,                // [R], out
+        const u32* __restrict__ masks,         // [K, WORDS]
+        const float* values, const int* ids,   // [CANDIDATES], for the mask
+        int* listed,                           // [blocks, 2 + MOST], out: how many neurons, which mask, the neurons
         int R, float epsilon) {
     extern __shared__ __align__(16) u32 memory[];
     Input& input = *reinterpret_cast<Input*>(memory + TEAMS * SLOTS * SLOT);
@@ -33,7 +39,18 @@ project(const uint4* x,                        // [E]
 
     make_rings(rings);
     if (copies_rows()) copy_slots(ring, 0, HOPPER ? 2 * own : SLOTS, copy);
-    if (threadIdx.x >= THREADS) return;
+    if (threadIdx.x >= THREADS) {
+        if (CANDIDATES > 0 && team == 0) {
+            __shared__ u32 list[MOST];
+            __shared__ int mask_of[N];
+            wait_for_previous();
+            const int neurons = find_neurons<32>(masks, values, ids, 1, mask_of, list, [] { __syncwarp(); });
+            int* const to = listed + blockIdx.x * (2 + MOST);
+            if (lane == 0) to[0] = neurons, to[1] = mask_of[0];
+            for (int i = lane; i < neurons; i += 32) to[2 + i] = list[i];
+        }
+        return;
+    }
     const Norm weights = load_norm(norm);
     wait_for_previous();
     start_next();  // in this order: later kernels read what earlier ones wrote before they wait

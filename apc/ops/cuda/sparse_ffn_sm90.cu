@@ -26,9 +26,10 @@ static_assert(PARTS * PRODUCTS == WARPS && E % 8 == 0, "warps are dealt out to p
 
 // Writes the neurons of each block of `rows` to listed, [blocks, 1 + MOST]: how many, then which.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) find(const u32* masks, const float* values, const int* ids, int* listed, int tokens) {
-    __shared__ u32 list[MOST], words[N][WORDS];
+    __shared__ u32 list[MOST];
+    __shared__ int mask_of[N];
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int neurons = find_neurons<THREADS>(masks, values, ids, tokens, words, list);
+    const int neurons = find_neurons<THREADS>(masks, values, ids, tokens, mask_of, list);
     int* const own = listed + blockIdx.x * (1 + MOST);
     if (threadIdx.x == 0) own[0] = neurons;
     for (int i = threadIdx.x; i < neurons; i += THREADS) own[1 + i] = list[i];
@@ -57,7 +58,7 @@ rows(const uint4* hidden,                      // [tokens, E]
     // [MOST], neuron | tokens that keep it << 24
     u32* const list = reinterpret_cast<u32*>(given + N * CHUNKS);
     __shared__ u64 full[STAGES], empty[STAGES], arrived;
-    __shared__ u32 words[N][WORDS];
+    __shared__ int mask_of[N];
     __shared__ float products[2][ROWS][2][PARTS][N];
     __shared__ float squares[WARPS][N];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -102,7 +103,7 @@ rows(const uint4* hidden,                      // [tokens, E]
         for (int i = thread; i < neurons; i += THREADS) list[i] = __ldcg(own + 1 + i);
         __syncthreads();
     } else {
-        neurons = find_neurons<THREADS>(masks, values, ids, tokens, words, list);
+        neurons = find_neurons<THREADS>(masks, values, ids, tokens, mask_of, list);
     }
     const int stages = (neurons + ROWS - 1) / ROWS;
 

@@ -34,7 +34,7 @@ staged(const uint4* hidden,                      // [E]
     uint4* const given = reinterpret_cast<uint4*>(ring + WARPS * HELD_BYTES);  // the input
     u32* const list = reinterpret_cast<u32*>(given + CHUNKS);                  // [MOST]
     __shared__ u64 full[WARPS][3], arrived;
-    __shared__ u32 words[N][WORDS];
+    __shared__ int mask_of[N];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     if (thread == 0) {
         for (int w = 0; w < WARPS; w++)
@@ -51,7 +51,7 @@ staged(const uint4* hidden,                      // [E]
         expect_bytes(&arrived, ROW_BYTES);
         fetch(shared_address(given), hidden, ROW_BYTES, &arrived);
     }
-    const int neurons = find_neurons<THREADS>(masks, values, ids, 1, words, list);
+    const int neurons = find_neurons<THREADS>(masks, values, ids, 1, mask_of, list);
 
     unsigned char* const held = ring + warp * HELD_BYTES;
     u32 parity = 0;  // of the three barriers
