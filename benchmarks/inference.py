@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda", 0)
 COPIED = 2**31  # bytes
 REPEATS = 30
 COMPILED, TUNED, OWN = "dense, torch.compile", "dense, torch.compile max-autotune", "dense, apc"
-TORCH_4_BITS = "dense, 4 bits, torch (tinygemm)"
+TORCH_4_BITS, OWN_4_BITS = "dense, 4 bits, torch (tinygemm)", "dense, 4 bits, apc"
 COARSE = 128  # weights that share levels, in torch's fastest format
 MODE = "max-autotune-no-cudagraphs"  # of torch.compile; the benchmark makes its own graph of all calls
 MODES = {  # label, mode of torch.compile, whether its kernels launch early, whether our kernels run one sequence, bits
@@ -430,7 +430,7 @@ def packed(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
     def measured(operation: str, label: str, calls: list[Callable[[], object]], moved: float) -> Row:
         result = row(operation, label, (1, 1, shape.K, shape.D), timed(calls), name, moved=int(moved), **facts)
         best[label] = result.seconds_median
-        ratios = ", ".join(f"{best[each] / best[label]:.2f} × as fast as {each}" for each in (TORCH_4_BITS, OWN))
+        ratios = ", ".join(f"{best[each] / best[label]:.2f} × as fast as {each}" for each in (TORCH_4_BITS, OWN_4_BITS))
         print(
             f"{operation}, {label}: {1e6 * best[label]:.1f} µs, {100 * result.share:.0f} % of copy; {ratios}",
             flush=True,
@@ -439,13 +439,13 @@ def packed(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
 
     ffns = [packed_gpu.PackedFFN(*matrices, "silu") for matrices in stored]
     every = [packed_gpu.PackedFFNCall(packed_gpu.PackedClusterFFN(each), torch.bfloat16) for each in ffns]
-    best[TORCH_4_BITS] = best[OWN] = math.nan
+    best[TORCH_4_BITS] = best[OWN_4_BITS] = math.nan
     for group in (GROUP, COARSE):
         label = TORCH_4_BITS if group == GROUP else f"{TORCH_4_BITS}, groups of {COARSE}"
         moved = 3 * shape.D * shape.E * (0.5 + 4 / group)  # torch's levels take 32 bits a group
         yield measured("FFN, 4 bits, dense", label, torch_packed(shape, x, group), moved)
     check_packed_ffn(every[0](hidden)[0], ffns[0], hidden, torch.ones(shape.D, device=DEVICE))
-    yield measured("FFN, 4 bits, dense", OWN, [partial(call, hidden) for call in every], packed_bytes(shape))
+    yield measured("FFN, 4 bits, dense", OWN_4_BITS, [partial(call, hidden) for call in every], packed_bytes(shape))
     for density in options.densities:
         calls, known = [], []
         for each in ffns:
