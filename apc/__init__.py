@@ -17,6 +17,7 @@ _MODULES = {  # the module of each public name
     "load": "share.result",
     "Result": "share.result",
     "quantise_ffns": "data.quantise",
+    "round_weights": "sparse.rounded_model",
     "sparsify": "sparse.sparsify",
     "restore": "sparse.sparsify",
     "GreedyDecoder": "sparse.decode",

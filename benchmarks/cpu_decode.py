@@ -166,11 +166,7 @@ def in_step(
 
 def exact(rows: rounding.Rows) -> Tensor:
     """The values of a matrix or vector, float32."""
-    if isinstance(rows, Tensor):
-        return rows.float()
-    n = rows.shape[1]
-    order = torch.tensor([arranged_at(e, n, rows.evens_first) for e in range(n)])
-    return rows.values[:, order] * rows.scales[:, None]
+    return rows.float() if isinstance(rows, Tensor) else rows.unrounded(torch.float32)
 
 
 def dynamic_int8(weights: ops.FFNWeights) -> nn.Module:

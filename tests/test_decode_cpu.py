@@ -1,5 +1,6 @@
 """A decoding step by the CPU's kernel equals the model's own, and a model that it can't compute keeps its own step."""
 
+import copy
 import math
 import warnings
 
@@ -15,6 +16,7 @@ from apc.config.load import load_config
 from apc.ops._program import Program
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.rounded import rounded_rows
+from apc.ops.rounded_weight import RoundedWeight
 from apc.predict.predictor import at_16_bits
 from apc.sparse import layer_ffn
 from apc.sparse.decode import GreedyDecoder
@@ -82,15 +84,11 @@ def test_other_activations(activation):
     assert agree(model_of(hidden_act=activation), 1e-5).reason is None
 
 
-def at_8_bits(model, sparse=False):
-    """The model with matrices of values that rounding to 8 bits keeps; those of down by neuron for sparse FFNs."""
-    for name, linear in model.named_modules():
+def at_8_bits(model):
+    """The model with matrices of values that rounding to 8 bits keeps."""
+    for linear in model.modules():
         if isinstance(linear, torch.nn.Linear):
-            by_column = sparse and "down" in name
-            weight = linear.weight.data.float()
-            rows = rounded_rows(weight.T if by_column else weight)
-            rounded = rows.values * rows.scales[:, None]
-            linear.weight.data = (rounded.T if by_column else rounded).to(linear.weight.dtype)
+            linear.weight.data = rounded_rows(linear.weight.data).unrounded(linear.weight.dtype)
     return model
 
 
@@ -232,13 +230,26 @@ def test_a_model_of_low_bit_masks(workplace, run_of, monkeypatch, projections, c
 
 @pytest.mark.parametrize(("form", "policy"), [("low-bit", "staged-neuron"), ("cluster", "predicted")])
 def test_a_sparse_model_at_8_bits(workplace, run_of, form, policy):
+    """Stored at 8 bits, or with these beside its weights, which prefill uses."""
     settings = dict(policies="[staged-neuron]", bytes=0.6, **{"predictor.inputs": 0.5}) if form == "low-bit" else {}
     run = run_of(form, **settings)
-    model = at_8_bits(AutoModelForCausalLM.from_pretrained(workplace / "model").eval(), sparse=True)
+    given = AutoModelForCausalLM.from_pretrained(workplace / "model").eval()
+    stored, plain = (apc.round_weights(copy.deepcopy(given)) for _ in range(2))
+    for module in plain.modules():
+        if isinstance(getattr(module, "weight", None), RoundedWeight):
+            module.weight = torch.nn.Parameter(module.weight.unrounded().contiguous())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other weights than the run's
-        apc.sparsify(model, run.codebook, run.predictor, policy, kernel="numba", max_sparse_tokens=1)
-    assert agree(model, 1e-4, bits=8).reason is None
+        for model in (given, stored, plain):
+            apc.sparsify(model, run.codebook, run.predictor, policy, kernel="numba", max_sparse_tokens=1)
+    expected, exact = (logits_of(GreedyDecoder(model, 1, 16, mode=None)) for model in (plain, given))
+    for model, bits, tolerance in ((stored, None, 1e-4), (given, 8, 0.03)):
+        decoder = GreedyDecoder(model, 1, 16, bits=bits)
+        assert ((logits_of(decoder) - expected).norm() / expected.norm()).item() < tolerance
+        assert decoder.reason is None
+    module = logits_of(GreedyDecoder(stored, 1, 16, mode=None))
+    assert ((module - expected).norm() / expected.norm()).item() < 1e-4
+    assert not torch.allclose(expected, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sparse_model_that_runs_dense(workplace, run_of):

@@ -51,6 +51,7 @@ def product_of(
     values = [matrix if isinstance(matrix, Tensor) else matrix.values for matrix in matrices]
     rows, state, dtype = [_rows(each) for each in values], np.zeros(1, PRODUCT), values[0].dtype
     bias_dtype = next((bias.dtype for bias in biases if bias is not None), torch.float32)
+    assert all(isinstance(matrix, Tensor) or matrix.columns is None for matrix in matrices)
     scales = [matrix.scales for matrix in matrices if isinstance(matrix, RoundedRows)]
     table = torch.stack(rows, dim=1).flatten() if kind == GATED else torch.cat(rows)
     state["count"], state["length"], state["activation"] = len(table), matrices[0].shape[1], activation

@@ -43,6 +43,7 @@ from apc.ops.predict import (
     score_clusters,
     store_best,
 )
+from apc.ops.rounded_weight import RoundedWeight
 from apc.ops.sparse_ffn_sm90 import (
     aligned,
     empty_active_list,
@@ -524,7 +525,6 @@ def sparse_ffn_ahead(
     return output, prediction, None if next_layer is None else next_list
 
 
-@torch.library.custom_op("apc::sparse_ffn", mutates_args=())
 def _sparse_ffn(
     hidden: Tensor,
     gate: Tensor,
@@ -580,7 +580,11 @@ def _sparse_ffn(
     return output, prediction.bottleneck, *prediction.candidates, next_list
 
 
-@_sparse_ffn.register_fake
+_operation = torch.library.custom_op("apc::sparse_ffn", _sparse_ffn, mutates_args=())
+RoundedWeight.direct[torch.ops.apc.sparse_ffn.default] = _sparse_ffn
+
+
+@_operation.register_fake
 def _(
     hidden: Tensor,
     gate: Tensor,

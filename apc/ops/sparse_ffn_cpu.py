@@ -39,7 +39,7 @@ from apc.ops._vectors import (
     store_int32,
 )
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
-from apc.ops.rounded import addresses
+from apc.ops.rounded import addresses, stored_ffn
 
 _SUMS = 4  # neurons × tokens whose sums a loop holds in registers
 SCRATCH = 1024  # bytes that a task needs for addresses and sums of these
@@ -49,7 +49,7 @@ TASKS = 8  # of a thread, at most
 STATE = (
     *("next", "ended", "tasks", "gate", "up", "down", "gate_stride", "up_stride", "down_stride", "x", "E"),
     *("neurons", "m", "kept", "parts", "scratch", "output", "activation"),
-    *("gate_scales", "up_scales", "down_scales"),
+    *("gate_scales", "up_scales", "down_scales", "columns"),
 )
 _AT = {name: 8 * index for index, name in enumerate(STATE)}
 
@@ -57,8 +57,8 @@ _AT = {name: 8 * index for index, name in enumerate(STATE)}
 def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor:
     """Σ_i kept_i · act(gate_i · x) · (up_i · x) · down_i of each token, float32 [n, E].
 
-    hidden: [n, E], n up to 4, of the weights' type (float32, bfloat16 or float16); masks: packed, uint8 [n, W]. Tokens
-    share the rows that any of them keeps. The caller has checked shapes and types.
+    hidden: [n, E], n up to 4, of the weights' type (float32, bfloat16 or float16), whose memory may hold 8 bits; masks:
+    packed, uint8 [n, W]. Tokens share the rows that any of them keeps. The caller has checked shapes and types.
     """
     (n, E), D = hidden.shape, len(weights.gate)
     kept = torch.empty((D, n), dtype=torch.float32)
@@ -79,7 +79,8 @@ def sparse_ffn_cpu(hidden: Tensor, weights: FFNWeights, masks: Tensor) -> Tensor
     at |= {"parts": work[1:].data_ptr(), "scratch": scratch.data_ptr(), "output": output.data_ptr()}
     state = np.array([at.get(name, 0) for name in STATE], np.int64)
     state[STATE.index("tasks")], state[STATE.index("activation")] = tasks, ACTIVATIONS.index(weights.activation)
-    on_threads(worker(hidden.dtype, n), state, threads)
+    rows_dtype = None if stored_ffn(weights) is None else torch.int8
+    on_threads(worker(hidden.dtype, n, rows_dtype), state, threads)
     return output
 
 
@@ -128,7 +129,9 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
     gate_stride_at, up_stride_at, down_stride_at = map(_AT.get, ("gate_stride", "up_stride", "down_stride"))
     x_at, E_at, neurons_at, m_at, kept_at = map(_AT.get, ("x", "E", "neurons", "m", "kept"))
     parts_at, scratch_at, output_at, activation_at = map(_AT.get, ("parts", "scratch", "output", "activation"))
-    gate_scales_at, up_scales_at, down_scales_at = map(_AT.get, ("gate_scales", "up_scales", "down_scales"))
+    gate_scales_at, up_scales_at, down_scales_at, columns_at = map(
+        _AT.get, ("gate_scales", "up_scales", "down_scales", "columns")
+    )
 
     @njit(nogil=True)
     def point(table, state, first, last):
@@ -185,6 +188,7 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
     @cfunc(types.void(types.intp))
     def work(state):
         tasks, m, E = load_int(state + tasks_at), load_int(state + m_at), load_int(state + E_at)
+        columns = load_int(state + columns_at)
         parts, scratch, output = (
             load_int(state + parts_at),
             load_int(state + scratch_at),
@@ -200,7 +204,10 @@ def worker(dtype: torch.dtype, n: int, rows_dtype: torch.dtype | None = None):
                     add_floats(parts, parts + 4 * n * padded * other, n * padded // LANES)
                 for token in range(n):
                     for e in range(E):
-                        value = load_float(parts + 4 * (token * padded + arranged_at(e, E, evens_first)))
+                        place = 4 * arranged_at(e, E, evens_first)
+                        value = load_float(parts + 4 * token * padded + place)
+                        if scaled:
+                            value *= load_float(columns + place)
                         store_float(output + 4 * (token * E + e), value)
             number = next_number(state + next_at)
 

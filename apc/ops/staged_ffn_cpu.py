@@ -49,7 +49,7 @@ from apc.ops._vectors import (
 )
 from apc.ops.bits import unpack
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, GROUP, FFNWeights, SpacedCopy, Stages
-from apc.ops.rounded import RoundedFFN, addresses
+from apc.ops.rounded import RoundedFFN, addresses, stored_ffn
 
 RANGE = 128  # neurons whose scores are computed together
 _R = 4  # rows that are read together
@@ -78,7 +78,7 @@ _STATE = (
     ),
     *("limits", "sizes", "before", "given", "reduce_bias", "gate_b", "up_b", "down_a", "after", "parts", "scratch"),
     *("tasks", "ranges", "E", "D", "gate_stride", "up_stride", "down_stride", "count", "rank", "inner", "activation"),
-    *("gate_scales", "up_scales", "down_scales"),
+    *("gate_scales", "up_scales", "down_scales", "columns"),
 )
 _AT = {name: 8 * index for index, name in enumerate(_STATE)}
 
@@ -144,7 +144,8 @@ class StagedCPU:
         self.numbers = {"E": E, "D": D, "ranges": ranges, "rank": self._rank, "inner": inner}
         self.numbers["activation"] = ACTIVATIONS.index(weights.activation)
         self.dtype, self.kind = dtype, kind
-        self._call, self._lock = StagedCall(self), threading.Lock()
+        rows_dtype = None if stored_ffn(weights) is None else torch.int8
+        self._call, self._lock = StagedCall(self, rows_dtype), threading.Lock()
 
     def __call__(self, hidden: Tensor, weights: FFNWeights) -> Tensor:
         """The outputs [n, E] for hidden [n, E], of the weights' type, one token after the other."""
@@ -287,6 +288,7 @@ def _worker(dtype: torch.dtype, rows_dtype: torch.dtype, P: int, copies_up: bool
         at[name] for name in ("spacings", "x", "levels", "inputs", "values", "curve", "norms", "limits", "given")
     )
     gate_scales_at, up_scales_at, down_scales_at = (at[f"{name}_scales"] for name in ("gate", "up", "down"))
+    columns_at = at["columns"]
     gate_at, up_at, down_at, gate_b_at, up_b_at, down_a_at = (
         at[name] for name in ("gate", "up", "down", "gate_b", "up_b", "down_a")
     )
@@ -448,6 +450,9 @@ def _worker(dtype: torch.dtype, rows_dtype: torch.dtype, P: int, copies_up: bool
         padded, parts, output = (E + STEP - 1) // STEP * STEP, load_int(state + parts_at), load_int(state + output_at)
         for task in range(1, load_int(state + tasks_at)):
             add_floats(parts, parts + 4 * (padded + rank) * task, (padded + rank) // LANES)
+        if scaled:
+            for place in range(0, 4 * E, 4):  # both are in the order of the rows' elements
+                store_float(parts + place, load_float(parts + place) * load_float(load_int(state + columns_at) + place))
         after, given = load_int(state + after_at), load_int(state + given_at) + 8 * rank
         for row in range(rank):
             add_scaled(parts, after + 4 * padded * row, load_float(parts + 4 * (padded + row)), padded // LANES)

@@ -112,7 +112,8 @@ class GreedyDecoder:
             it on the GPU (torch's experimental option `triton.enable_pdl`).
         bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row; 4 makes a GPU's steps
             read the layers' matrices at 4 bits, in groups of 32 weights (`apc.quantise_ffns`). They are held beside the
-            model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'.
+            model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'. A model that
+            `apc.round_weights` has rounded needs no `bits`.
         own: False: our kernels are not used.
     """
 

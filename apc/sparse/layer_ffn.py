@@ -16,6 +16,7 @@ from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import LayerFFN
 from apc.ops.packed_gpu import PackedClusterFFN
+from apc.ops.rounded_weight import RoundedWeight, memory_of
 from apc.sparse.masked_forward import check_parts, parts_of
 from apc.sparse.packed_weights import packed_ffn
 from apc.sparse.policies import MaskInputs, MaskPolicy
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 def store_transposed(ffn: LayerFFN) -> None:
     """Stores an FFN's down projection in transposed form only: the model's own parameter becomes a view of it."""
+    if isinstance(ffn.down.weight, RoundedWeight):  # which is transposed
+        return
     ffn.down.weight.data = ffn.down.weight.detach().T.contiguous().T
 
 
@@ -57,7 +60,7 @@ class SparseFFN:
         self._addresses, self._weights = self._weight_addresses(), self._view_weights()
 
     def _weight_addresses(self) -> list[int]:
-        return [linear.weight.data_ptr() for linear in self._linears]
+        return [memory_of(linear.weight) for linear in self._linears]
 
     def _view_weights(self) -> ops.FFNWeights:
         gate, up = self.ffn.projection("gate").detach(), self.ffn.projection("up").detach()

@@ -17,15 +17,17 @@ from apc.ops import decode_cpu as kernels
 from apc.ops.decode_gpu import StepGPU
 from apc.ops.decode_packed import PackedStepGPU
 from apc.ops.decoder_weights import AttentionWeights, DecoderWeights, DenseFFN, Layer, Unsupported
+from apc.ops.ffn_arguments import FFNWeights
 from apc.ops.packed_gpu import PackedClusterFFN
-from apc.ops.rounded import RoundedFFN, RoundedPredictor, RoundedRows, Rows, rounded_ffn, rounded_rows
+from apc.ops.rounded import RoundedPredictor, Rows, rounded_ffn, rounded_rows, stored_ffn
+from apc.ops.rounded_weight import RoundedRows, RoundedWeight, is_rounded, memory_of
 from apc.sparse.packed_weights import packed_ffn, packed_layers
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
 from apc.utils.errors import UserError
 
 # Classes of transformers whose models compute what the kernel computes.
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROTARY = ("default", "linear", "llama3", "yarn")  # kinds of rotary embeddings that do not depend on the text's length
 # How far logits may be from the model's own, relative to their size; rounding alone gives less than half of it.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -109,7 +111,7 @@ class ModelStep:
     def _current_contents(self) -> list[int]:
         """Which modules, hooks and memory the model consists of."""
         parts = [parts.get(name) for parts, name in self._places]
-        found = [part.data_ptr() if isinstance(part, Tensor) else id(part) for part in parts]
+        found = [memory_of(part) if isinstance(part, Tensor) else id(part) for part in parts]
         for module in self._modules:
             found += [len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
         if self._bits is not None:
@@ -124,13 +126,13 @@ class ModelStep:
 class ModelStepCPU(ModelStep):
     """The step of one sequence on the CPU.
 
-    bits: None, or 8: the step reads matrices rounded to 8 bits.
+    bits: None, or 8: the step reads matrices rounded to 8 bits, as it does if `round_weights` has rounded the model.
     """
 
     def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None = None) -> None:
-        super().__init__(model, cache, bits)
+        super().__init__(model, cache, 8 if is_rounded(model) else bits)
         with _as_not_supported():
-            self._step = kernels.StepCPU(self.decoder if bits is None else _rounded(self.decoder))
+            self._step = kernels.StepCPU(self.decoder if self._bits is None else _rounded(self.decoder))
 
     def __call__(self, token: Tensor) -> Tensor:
         """The next step overwrites the logits."""
@@ -211,7 +213,6 @@ def _rounded(decoder: DecoderWeights) -> DecoderWeights:
             gate, up, down = map(_rounded_rows, (ffn.gate, ffn.up, ffn.down))
             return DenseFFN(gate, up, down, ffn.activation)
         if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
-            assert not isinstance(ffn.weights, RoundedFFN)
             ffn = ffn._replace(weights=rounded_ffn(ffn.weights))
         if isinstance(ffn, kernels.ClusterFFN) and ffn.predictor is not None:
             reduce, reduce_bias, expand, expand_bias = ffn.predictor
@@ -230,8 +231,12 @@ def _rounded(decoder: DecoderWeights) -> DecoderWeights:
 
 
 def _rounded_rows(matrix: Rows) -> RoundedRows:
-    assert isinstance(matrix, Tensor)  # nothing is rounded yet
-    return rounded_rows(matrix)
+    return rounded_rows(matrix) if isinstance(matrix, Tensor) else matrix
+
+
+def _rows_of(weight: Tensor) -> Rows:
+    """A matrix as the kernels take it."""
+    return weight.rows if isinstance(weight, RoundedWeight) else weight.detach()
 
 
 def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
@@ -258,8 +263,9 @@ def _ffn_calls(model: nn.Module, handle: Handle | None) -> Sequence[kernels.AnyF
         if own_forward:
             calls.append(call)
         else:
-            gate, up = ffn.projection("gate").detach(), ffn.projection("up").detach()
-            calls.append(DenseFFN(gate, up, ffn.down.weight.detach(), activation))
+            gate, up, down = (each.detach() for each in (ffn.projection("gate"), ffn.projection("up"), ffn.down.weight))
+            stored = stored_ffn(FFNWeights(gate, up, down.T, activation))
+            calls.append(DenseFFN(gate, up, down, activation) if stored is None else kernels.ClusterFFN(stored))
     return calls
 
 
@@ -278,10 +284,15 @@ def _filled(cached: Tensor | None) -> Tensor:
     return cached
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether a model is of one of the `CLASSES`."""
+    return type(model).__name__ in CLASSES and type(model).__module__.split(".")[0] == "transformers"
+
+
 def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> DecoderWeights:
     """The model's weights as the kernel takes them."""
-    if type(model).__name__ not in _CLASSES or type(model).__module__.split(".")[0] != "transformers":
-        raise NotSupported(f"the kernel knows {', '.join(_CLASSES)}")
+    if not is_known(model):
+        raise NotSupported(f"the kernel knows {', '.join(CLASSES)}")
     body, handle = model.model, handle_of(model)
     parts = [body.embed_tokens, body.norm, model.lm_head]
     layers: list[Layer] = []
@@ -298,7 +309,7 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
             Layer(
                 AttentionWeights(
                     norms[0].weight,
-                    [linear.weight.detach() for linear in projections],
+                    [_rows_of(linear.weight) for linear in projections],
                     [linear.bias for linear in projections],
                     [None if norm is None else norm.weight for norm in head_norms],
                     keys=_filled(layer_cache.keys),
@@ -326,7 +337,7 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         embedding=body.embed_tokens.weight.detach(),
         layers=layers,
         norm=body.norm.weight,
-        head=model.lm_head.weight.detach(),
+        head=_rows_of(model.lm_head.weight),
         cos=cos[0],
         sin=sin[0],
         epsilon=body.norm.variance_epsilon,

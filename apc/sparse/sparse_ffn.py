@@ -22,6 +22,7 @@ from apc import ops
 from apc.collect.patterns import Importance
 from apc.data.ffn import FFN, LayerFFN, activation_function
 from apc.ops.packed_gpu import PackedClusterFFN
+from apc.ops.rounded_weight import RoundedWeight
 from apc.ops.sparse_ffn import KERNELS, act
 from apc.sparse.layer_ffn import SPARSE_FFNS, ByClusters, SparseFFN, store_transposed
 from apc.sparse.packed_weights import packed_ffn
@@ -270,7 +271,8 @@ class SparseFFNs:
             ffn.module.__dict__.pop("forward", None)
             if forward is not None:
                 ffn.module.forward = forward
-            ffn.down.weight.data = ffn.down.weight.data.contiguous()
+            if not isinstance(ffn.down.weight, RoundedWeight):
+                ffn.down.weight.data = ffn.down.weight.data.contiguous()
         self._clear()
 
     def _forward(self, layer: int, dense: Callable) -> Callable:
