@@ -146,6 +146,24 @@ def test_an_ffn_under_a_mask(device, dtype, D, E, group, spared, kept):
 MASKED = packed_sm80.Masked(14336, 132, 256)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_predictor_of_another_type(device):
+    """Runs have predictors in bfloat16, also for float16 models; the layer before predicts with it."""
+    first, later = (draw_ffn(40, 96, torch.float16, device, 1)[0] for _ in range(2))
+    draw = lambda *size: torch.randn(*size, device=device).bfloat16() / 8
+    predictor = ops.PredictorWeights(draw(4, 96), draw(4).float(), draw(9, 4), draw(9).float())
+    masks = ops.pack(torch.rand(9, 40) < 0.5).to(device)
+    one, two = (
+        PackedFFNCall(PackedClusterFFN(*given), torch.float16) for given in ((first,), (later, predictor, masks))
+    )
+    x, norm = torch.randn(1, 96, device=device).half(), Norm(torch.ones(96, device=device).half(), 1e-5)
+    output, coming = one(x, norm, None, two)
+    hidden = torch.nn.functional.rms_norm(x.float(), (96,), eps=1e-5)
+    expected = torch.nn.functional.silu(hidden @ predictor.reduce.float().T + predictor.reduce_bias)
+    assert error_of(coming.bottleneck, expected) < 0.01
+    assert output.equal(one(x, norm)[0])
+
+
 @pytest.mark.parametrize(
     ("sizes", "slots"),
     [

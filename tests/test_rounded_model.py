@@ -135,6 +135,30 @@ def test_copies_and_changes():
     assert repr(projection.weight) == "RoundedWeight([128, 72], torch.float32, stored at 8 bits)"
 
 
+def test_a_rounded_model_is_not_saved(tmp_path):
+    model = apc.round_weights(model_of())
+    with pytest.raises(UserError, match="^a model whose matrices are stored at 8 bits can't be saved; save it before"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(
+        UserError, match="^quantise_ffns: the model's matrices are stored at 8 bits already; load the mo"
+    ):
+        apc.quantise_ffns(model, 4, 9)
+
+
+def test_sparse_ffns_refuse_weights_of_another_form():
+    model = apc.round_weights(model_of())
+    apc.sparsify(model, *random_parts(model), "predicted", kernel="numba", max_sparse_tokens=3)
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.unrounded())
+    with pytest.raises(UserError, match="stored at 8 bits now and were not at sparsify, .*; call apc.sparsify again$"):
+        model(TOKENS[:, :1])
+
+
+def model_with_biases():
+    return model_of(mlp_bias=True)
+
+
 def other_model():
     sizes = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=61)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
@@ -149,6 +173,10 @@ def sparse_model():
     "make, problem",
     [
         (other_model, "GPT2LMHeadModel: round_weights: our kernels decode LlamaForCausalLM, .*; choose one of these"),
+        (
+            model_with_biases,
+            "LlamaForCausalLM: round_weights: .*: its projections have biases, which no kernel supports",
+        ),
         (sparse_model, r"LlamaForCausalLM: round_weights: it has sparse FFNs already; call apc.restore\(model\) first"),
         (lambda: apc.quantise_ffns(model_of(), 4, 9), ".*: its FFN is rounded to 4 bits already; load the model anew"),
     ],

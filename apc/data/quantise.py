@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apc.data.ffn import FFN, Expert, find_ffns
+from apc.ops.rounded_weight import is_rounded
 from apc.utils.errors import UserError
 
 FULL_BITS = 16  # of a weight that is not quantised, and of a row's largest lowest level and spacing
@@ -161,6 +162,8 @@ def quantise_ffns(model: nn.Module, bits: int, group: int = 32, spared: int = 16
 
     Raises UserError if the settings do not fit the FFNs, or the FFNs are already stored with other settings.
     """
+    if is_rounded(model):
+        raise UserError("quantise_ffns: the model's matrices are stored at 8 bits already; load the model anew")
     ffns, settings = find_ffns(model), (bits, group, spared)
     ffn, form = ffns[0], stored(ffns[0])
     if form is not None:

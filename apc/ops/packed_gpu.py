@@ -6,8 +6,8 @@ The second adds their rows of down, in parts. `finish`, that of `sparse_ffn.py`,
 16 bits get programs of their own in the first kernel, and `finish` adds their rows of down.
 
 Half precision from Ampere to Hopper runs on tensor cores instead (`packed_sm80.py`), because Triton's kernels need 5 to
-6 instructions a weight, and so the time of reading 8 bits. There a product takes one kernel, with its norm, and an FFN
-takes one kernel and `finish`.
+6 instructions a weight, and so take as long as reading 8 bits would. There a product takes one kernel, with its norm,
+and an FFN takes one kernel and `finish`.
 
 Weights become float32 without a conversion: a shift and a mask make two of them bfloat16 numbers 128 + k.
 
@@ -477,6 +477,7 @@ def project_packed(
     if packed_sm80.is_supported(x, rows):
         weight, epsilon = (None, 0.0) if norm is None else norm
         return packed_sm80.project(x, rows, bias, residual, weight, epsilon, added, listing)
+    assert listing is None and (added is None or norm is not None)
     total = x
     if norm is not None:
         x, total, _ = prepare(x, norm, added)
@@ -562,6 +563,10 @@ class PackedFFNCall:
         prediction: of the cluster whose neurons are computed; None: all are. later: the layer whose clusters this
         layer's input predicts. listing: of this prediction; a product before the previous kernel wrote the list.
         """
+        if later is not None and later.predictor is not None and later.predictor.reduce.dtype != x.dtype:
+            # The kernels read its rows as numbers of the model's type.
+            own = later.predict(x if norm is None else prepare(x, norm)[0])
+            return self(x, norm, prediction, None, listing)[0], own
         P, spared_inner = self._P, x.new_empty((1, self._P), dtype=torch.float32)
         joined = spared_inner
         if prediction is not None:  # the bottleneck, and the memory behind it
@@ -573,7 +578,7 @@ class PackedFFNCall:
         if coming is not None and predictor is not None:
             reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
         *matrices, activation, _ = self._weights
-        candidates = None if prediction is None else prediction.candidates
+        candidates = None if prediction is None or self.masks is None else prediction.candidates
         if packed_sm80.is_ffn_supported(x, matrices[0]):
             weight, epsilon = (None, 0.0) if norm is None else norm
             mask = (None, None, None) if candidates is None else (self.masks, *candidates)

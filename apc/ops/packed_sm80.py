@@ -21,7 +21,7 @@ from apc.ops.packed import PackedRows
 _THREADS = 512  # of a block that multiply; on Hopper 32 more for each team copy
 _ROWS = 8  # of a slot
 _SLOTS = {"project": (2, 8), "ffn": (3, 10)}  # of a team at least, and of a block at most
-_MAX_E = 8192  # of an FFN: a thread adds up one chunk of columns
+_MAX_E = 8192  # of an FFN: more has not been tried; two teams take up to half of it
 _HEADERS = ("values_sm80.cuh", "barriers_sm90.cuh", "find_neurons_sm80.cuh", "packed_sm80.cuh")
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -170,7 +170,7 @@ def empty_list(x: Tensor, gate: PackedRows) -> Tensor | None:
 
 
 class Listing(NamedTuple):
-    """Whose neurons `project` lists, besides."""
+    """An FFN whose kept neurons `project` also lists."""
 
     gate: PackedRows  # of the FFN
     masks: Tensor  # int32 [K, words]

@@ -68,8 +68,8 @@ class RoundedFFN(NamedTuple):
 def rounded_ffn(weights: FFNWeights | RoundedFFN) -> RoundedFFN:
     """The FFN's matrices rounded to 8 bits; those that are stored so already as they are.
 
-    Columns of down have factors of their own: a neuron's row there has a few large weights, and without them the step
-    between two of its values would be too wide for the others.
+    Columns of down have factors of their own: a neuron's row there has a few large weights, and without these factors
+    the step between two values of the row would be too wide for the others.
 
     A neuron's three rows are next to each other in memory: reading half of the neurons then takes 5 % less time than
     from three matrices, because there are a third as many places to go to.

@@ -58,6 +58,10 @@ class SparseFFN:
         self._parts, self._device, self._dtype = parts_of(ffn), ffn.down.weight.device, ffn.down.weight.dtype
         self._linears = list(ffn.linears)
         self._addresses, self._weights = self._weight_addresses(), self._view_weights()
+        self._rounded = self._which_are_rounded()
+
+    def _which_are_rounded(self) -> list[bool]:
+        return [isinstance(linear.weight, RoundedWeight) for linear in self._linears]
 
     def _weight_addresses(self) -> list[int]:
         return [memory_of(linear.weight) for linear in self._linears]
@@ -88,6 +92,9 @@ class SparseFFN:
         if down.device != self._device or down.dtype != self._dtype:
             now, before = f"{down.dtype} on {down.device}", f"{self._dtype} on {self._device}"
             problem = f"its weights are {now}, at sparsify they were {before}"
+            raise UserError(f"{self.ffn.name}: {problem}; call apc.sparsify again")
+        if self._which_are_rounded() != self._rounded:
+            problem = "some of its weights are stored at 8 bits now and were not at sparsify, or the other way round"
             raise UserError(f"{self.ffn.name}: {problem}; call apc.sparsify again")
         if not down.T.is_contiguous():
             store_transposed(self.ffn)

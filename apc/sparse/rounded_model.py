@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 def round_weights(model: nn.Module) -> nn.Module:
     """Rounds a model's matrices to 8 bits and stores only these, in place; returns the model.
 
-    Each row has a scale, its largest size over 127; of FFNs' down projections each column, so that a neuron has one.
-    Rounded are attention's projections, the FFNs and, unless it is the embedding, the head. `GreedyDecoder` reads the 8
-    bits. Everything else, such as a prefill or scoring, gets the values in the model's type, one matrix at a time.
-    Afterwards the model can't be moved, converted to another type or saved. Does nothing a second time.
+    Rounded are attention's projections, the FFNs and, unless it is the embedding, the head. Each row has a scale, its
+    largest size over 127. Down projections have a scale for each neuron and a factor for each output.
 
-    Raises UserError for a model that is not on the CPU, that `GreedyDecoder` can't decode by its own kernels, that has
-    sparse FFNs already, or whose FFNs `quantise_ffns` rounded.
+    The steps of `GreedyDecoder` read the 8 bits, if our kernels run them; it adds 8-bit copies of a head that is the
+    embedding, and of predictors. Everything else, such as prefill, scoring or `generate`, computes the values in the
+    model's type in each call, one matrix at a time. Afterwards the model can't be moved, converted to another type or
+    saved. Does nothing a second time.
+
+    Raises UserError for a model that is not on the CPU or whose class or FFNs our kernels don't know, that has sparse
+    FFNs already, or whose FFNs `quantise_ffns` rounded.
     """
     from apc.ops.rounded import rounded_ffn, rounded_rows  # imports numba
     from apc.sparse.model_step import CLASSES, is_known
@@ -41,8 +44,11 @@ def round_weights(model: nn.Module) -> nn.Module:
         raise UserError(f"{kind}: round_weights: it has sparse FFNs already; call apc.restore(model) first")
     if not is_known(model):
         raise UserError(f"{kind}: round_weights: our kernels decode {', '.join(CLASSES)}; choose one of these")
-    ffns = layer_ffns(find_ffns(model))
-    activations = [activation_of(ffn) for ffn in ffns]
+    try:
+        ffns = layer_ffns(find_ffns(model))
+        activations = [activation_of(ffn) for ffn in ffns]
+    except UserError as error:
+        raise UserError(f"{kind}: round_weights: {str(error).removesuffix('; use kernel=None')}") from error
     for ffn in ffns:
         if (form := stored(ffn)) is not None:
             raise UserError(
@@ -55,7 +61,12 @@ def round_weights(model: nn.Module) -> nn.Module:
     linears = [getattr(block.self_attn, f"{name}_proj") for block in body.layers for name in ("q", "k", "v", "o")]
     for linear in linears if head.weight is body.embed_tokens.weight else [*linears, head]:
         _replace(linear, RoundedWeight(rounded_rows(linear.weight), linear.weight.dtype))
+    model.register_state_dict_pre_hook(_refuse_to_save)
     return model
+
+
+def _refuse_to_save(*_: object) -> None:
+    raise UserError("a model whose matrices are stored at 8 bits can't be saved; save it before apc.round_weights")
 
 
 def _weights(ffn: LayerFFN, activation: str) -> ops.FFNWeights:

@@ -1,5 +1,5 @@
-// Bulk copies and the barriers in shared memory that count their bytes (PTX ISA, `mbarrier`); placed before the Hopper
-// kernels.
+// Bulk copies and the barriers in shared memory that count their bytes (PTX ISA, `mbarrier`); placed before kernels
+// that run on Hopper.
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

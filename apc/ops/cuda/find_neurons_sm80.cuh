@@ -13,6 +13,7 @@ template <int THREADS, typename Wait>
 __device__ __forceinline__ int find_neurons(const u32* masks, const float* values, const int* ids, int tokens,
                                             int (&mask_of)[N], u32* list, const Wait& wait) {
     constexpr int WARPS = THREADS / 32, WORDS_EACH = (WORDS + THREADS - 1) / THREADS;
+    static_assert(CANDIDATES == 0 || N <= WARPS, "a warp finds the mask of a token");
     __shared__ u32 words[N][WORDS];
     __shared__ int ends[WORDS];  // number of set bits up to and including each word
     __shared__ int sums_of_warps[WARPS];

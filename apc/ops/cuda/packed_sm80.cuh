@@ -110,7 +110,7 @@ __device__ __forceinline__ void copy_rows(Ring& ring, int s, u32* slot, int stri
     }
 }
 
-// Waits until slot number s has arrived, after which LEFT copies began. Other threads' pieces need `wait_for_warps`.
+// Waits until slot number s has arrived, after which LEFT copies began. Other threads' pieces need `wait_for_team`.
 template <int LEFT>
 __device__ __forceinline__ void wait_for_slot(Ring& ring, int s) {
     if (HOPPER)

@@ -1,4 +1,4 @@
-// Numbers of 16 bits, activations and sums of a warp, for the kernels of FFNs; placed before them.
+// Numbers of 16 bits, activations and sums of a warp, placed before the kernels that read them.
 //
 // Defined before this file: BFLOAT (else float16); ACTIVATION (0 silu, 1 gelu, 2 gelu_tanh, 3 relu).
 
