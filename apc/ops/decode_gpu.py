@@ -1,8 +1,8 @@
 """A decoding step on a GPU, in Triton: all that lies between a token and its logits.
 
-It covers models of Llama's kind, as `decode_cpu.py` does. A layer takes four kernels and its FFN: the norm with the
-products for query, key and value; rotation, the cache and attention over shares of the keys; the sum of these shares;
-the output projection. Matrix products read each weight once. From Hopper on a kernel fetches its first weights before
+It covers models of Llama's kind, as `decode_cpu.py` does. A layer takes three kernels and its FFN: the norm with the
+products for query, key and value; rotation, the cache and attention, whose programs take shares of the keys; the output
+projection. Matrix products read each weight once. From Hopper on a kernel fetches its first weights before
 the kernel before it has ended (EARLY). Nothing waits for the host, so that a CUDA graph can record a step.
 
 Shape letters: see `apc.ops`; R rows of matrices, h heads, d size of a head, S tokens that fit into the cache.
@@ -111,18 +111,31 @@ def _rotated(x_ptr, head, mask, norm_ptr, cos, sin, epsilon, d: tl.constexpr, HE
 
 
 @triton.jit
+def _add_keys(query, keys, values, inside, largest, total, sums, scaling):
+    """Adds keys [d, KEYS] and their values [KEYS, d] to a softmax: its largest scores, and sums of exponentials."""
+    scores = tl.dot(query, keys, input_precision="ieee") * scaling
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    higher = tl.maximum(largest, tl.max(scores, axis=1))
+    exponentials, shrink = tl.exp(scores - higher[:, None]), tl.exp(largest - higher)
+    total = total * shrink + tl.sum(exponentials, axis=1)
+    sums = sums * shrink[:, None] + tl.dot(exponentials.to(values.dtype), values, input_precision="ieee")
+    return higher, total, sums
+
+
+@triton.jit
 def _attend_kernel(
-    qkv_ptr,  # float [(h + 2 · key heads) · d]
-    keys_ptr,  # float [key heads, S, d], out: the token's keys
-    values_ptr,  # float [key heads, S, d], likewise
+    qkv_ptr,  # float [n, (h + 2 · key heads) · d]
+    keys_ptr,  # float [n, key heads, S, d], out: the tokens' keys
+    values_ptr,  # float [n, key heads, S, d], likewise
     cos_ptr,  # float32 [S, d]
     sin_ptr,  # float32 [S, d]
     query_norm_ptr,  # float [d], read if HEAD_NORMS
     key_norm_ptr,  # float [d], read if HEAD_NORMS
-    position_ptr,  # int64 [], of the token
-    sums_ptr,  # float32 [h, shares, d], out: values times exponentials
-    ends_ptr,  # float32 [h, shares, 2], out: the largest score, and the sum of exponentials
-    heads,
+    position_ptr,  # int64 [], of the tokens
+    sums_ptr,  # float32 [n, h, shares, d], out: values times exponentials
+    ends_ptr,  # float32 [n, h, shares, 2], out: the largest score, and the sum of exponentials
+    arrivals_ptr,  # int32 [n, key heads], programs that have ended, modulo SHARES
+    output_ptr,  # float [n, h · d], out
     key_heads,
     S,
     scaling,
@@ -133,43 +146,46 @@ def _attend_kernel(
     d: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
-    key_head, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    position = tl.load(position_ptr).to(tl.int32)
-    each = tl.cdiv(tl.cdiv(position, shares), KEYS) * KEYS
-    first = tl.minimum(share * each, position)
-    last = tl.minimum(first + each, position)
-
+    place, share = tl.program_id(0), tl.program_id(1)
+    n, key_head = place // key_heads, place % key_heads
     j, row, t = tl.arange(0, d), tl.arange(0, GROUP), tl.arange(0, KEYS)
     kind = keys_ptr.dtype.element_ty
+
+    # The position and the cache were written in earlier steps, before the wait's kernel began.
+    position = tl.load(position_ptr).to(tl.int32)
+    each = tl.cdiv(tl.cdiv(position, SHARES), KEYS) * KEYS
+    first = tl.minimum(share * each, position)
+    last = tl.minimum(first + each, position)
     cos, sin = tl.load(cos_ptr + position * d + j), tl.load(sin_ptr + position * d + j)
+    cached = place.to(tl.int64) * S * d
+    inside = first + t < last
+    keys = tl.load(keys_ptr + cached + (first + t)[None, :] * d + j[:, None], mask=inside[None, :], other=0.0)
+    values = tl.load(values_ptr + cached + (first + t)[:, None] * d + j[None, :], mask=inside[:, None], other=0.0)
+    if EARLY:
+        gdc_wait()
+
+    given_ptr = qkv_ptr + n * (G + 2) * key_heads * d
     head = key_head * G + row
-    query = _rotated(qkv_ptr, head[:, None], (row < G)[:, None], query_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
+    query = _rotated(given_ptr, head[:, None], (row < G)[:, None], query_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
     query = query.to(kind)
-    largest = tl.full([GROUP], float("-inf"), tl.float32)
+    largest = tl.full([GROUP], -1e30, tl.float32)  # of no keys; as a number, so that a difference is no NaN
     total = tl.zeros([GROUP], tl.float32)
     sums = tl.zeros([GROUP, d], tl.float32)
-    cached = key_head.to(tl.int64) * S * d
-    for start in tl.range(first, last, KEYS):
+    largest, total, sums = _add_keys(query, keys, values, inside, largest, total, sums, scaling)
+    for start in tl.range(first + KEYS, last, KEYS):
         inside = start + t < last
-        at = cached + (start + t) * d
-        keys = tl.load(keys_ptr + at[None, :] + j[:, None], mask=inside[None, :], other=0.0)
-        values = tl.load(values_ptr + at[:, None] + j[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(query, keys, input_precision="ieee") * scaling
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, axis=1))
-        exponentials, shrink = tl.exp(scores - higher[:, None]), tl.exp(largest - higher)
-        total = total * shrink + tl.sum(exponentials, axis=1)
-        sums = sums * shrink[:, None] + tl.dot(exponentials.to(kind), values, input_precision="ieee")
-        largest = higher
-    if share == shares - 1:  # the token itself
-        place = (heads + key_head + tl.zeros([1], tl.int32))[:, None]
-        key = _rotated(qkv_ptr, place, place >= 0, key_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
+        keys = tl.load(keys_ptr + cached + (start + t)[None, :] * d + j[:, None], mask=inside[None, :], other=0.0)
+        values = tl.load(values_ptr + cached + (start + t)[:, None] * d + j[None, :], mask=inside[:, None], other=0.0)
+        largest, total, sums = _add_keys(query, keys, values, inside, largest, total, sums, scaling)
+    if share == SHARES - 1:  # the token itself
+        own = (G * key_heads + key_head + tl.zeros([1], tl.int32))[:, None]
+        key = _rotated(given_ptr, own, own >= 0, key_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
         key = tl.sum(key, axis=0).to(kind)
-        value = tl.load(qkv_ptr + (heads + key_heads + key_head) * d + j)
+        value = tl.load(given_ptr + ((G + 1) * key_heads + key_head) * d + j)
         tl.store(keys_ptr + cached + position * d + j, key)
         tl.store(values_ptr + cached + position * d + j, value)
         scores = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scaling
@@ -178,31 +194,23 @@ def _attend_kernel(
         total = total * shrink + exponentials
         sums = sums * shrink[:, None] + exponentials[:, None] * value.to(tl.float32)[None, :]
         largest = higher
-    to = head * shares + share
+    first_head = place * G
+    to = (first_head + row) * SHARES + share
     tl.store(sums_ptr + to[:, None] * d + j[None, :], sums, mask=(row < G)[:, None])
     tl.store(ends_ptr + 2 * to, largest, mask=row < G)
     tl.store(ends_ptr + 2 * to + 1, total, mask=row < G)
 
-
-@triton.jit
-def _combine_kernel(
-    sums_ptr,  # float32 [h, shares, d]
-    ends_ptr,  # float32 [h, shares, 2]
-    output_ptr,  # float [h, d], out
-    EARLY: tl.constexpr,
-    SHARES: tl.constexpr,
-    d: tl.constexpr,
-):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    head, share, j = tl.program_id(0), tl.arange(0, SHARES), tl.arange(0, d)
-    at = head * SHARES + share
-    largest, total = tl.load(ends_ptr + 2 * at), tl.load(ends_ptr + 2 * at + 1)
-    factor = tl.exp(largest - tl.max(largest, axis=0))
-    sums = tl.load(sums_ptr + at[:, None] * d + j[None, :])
-    output = tl.sum(sums * factor[:, None], axis=0) / tl.sum(total * factor, axis=0)
-    tl.store(output_ptr + head * d + j, output.to(output_ptr.dtype.element_ty))
+    tl.debug_barrier()  # the arrival of one thread says that all have written
+    if tl.atomic_add(arrivals_ptr + place, 1) & (SHARES - 1) == SHARES - 1:  # the last one adds up the shares
+        s = tl.arange(0, SHARES)
+        for g in tl.static_range(G):
+            at = (first_head + g) * SHARES + s
+            most = tl.load(ends_ptr + 2 * at, cache_modifier=".cg")
+            factor = tl.exp(most - tl.max(most, axis=0))
+            whole = tl.sum(tl.load(ends_ptr + 2 * at + 1, cache_modifier=".cg") * factor, axis=0)
+            parts = tl.load(sums_ptr + at[:, None] * d + j[None, :], cache_modifier=".cg")
+            output = tl.sum(parts * factor[:, None], axis=0) / whole
+            tl.store(output_ptr + (first_head + g) * d + j, output.to(output_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -247,6 +255,8 @@ class StepGPU:
         self._weights, self._options = weights, pdl_options(weights.embedding.device)
         self._cos, self._sin = (each.detach().float().contiguous() for each in (weights.cos, weights.sin))
         self._attentions = [self._attention(layer.attention) for layer in weights.layers]
+        n, key_heads, *_ = weights.layers[0].attention.keys.shape
+        self._arrivals = torch.zeros((n, key_heads), dtype=torch.int32, device=weights.embedding.device)
 
     @staticmethod
     def _check(weights: DecoderWeights) -> None:
@@ -348,26 +358,27 @@ class StepGPU:
         return output, sums
 
     def _attend(self, qkv: Tensor, weights: AttentionWeights, position: Tensor) -> Tensor:
-        """The token's attention, [1, h · d]; writes its keys and values into the cache."""
-        _, key_heads, S, d = weights.keys.shape
+        """The tokens' attention, [n, h · d]; writes their keys and values into the cache."""
+        n, key_heads, S, d = weights.keys.shape
         heads = weights.projections[0].shape[0] // d
-        sums = qkv.new_empty((heads, _SHARES, d), dtype=torch.float32)
-        ends = qkv.new_empty((heads, _SHARES, 2), dtype=torch.float32)
-        output = qkv.new_empty((1, heads * d))
+        sums = qkv.new_empty((n, heads, _SHARES, d), dtype=torch.float32)
+        ends = qkv.new_empty((n, heads, _SHARES, 2), dtype=torch.float32)
+        output = qkv.new_empty((n, heads * d))
         query_norm, key_norm = weights.head_norms
         with torch.cuda.device_of(qkv):
-            _attend_kernel[(key_heads, _SHARES)](
+            _attend_kernel[(n * key_heads, _SHARES)](
                 *(qkv, weights.keys, weights.values, self._cos, self._sin),
                 *(qkv if query_norm is None else query_norm, qkv if key_norm is None else key_norm),
-                *(position, sums, ends, heads, key_heads, S, self._weights.scaling, self._weights.epsilon),
+                *(position, sums, ends, self._arrivals, output),
+                *(key_heads, S, self._weights.scaling, self._weights.epsilon),
                 HEAD_NORMS=query_norm is not None,
                 G=heads // key_heads,
                 d=d,
                 GROUP=_GROUP,
+                SHARES=_SHARES,
                 **_ATTEND_TILE,
                 **self._options,
             )
-            _combine_kernel[(heads,)](sums, ends, output, SHARES=_SHARES, d=d, num_warps=2, **self._options)
         return output
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -85,6 +85,22 @@ class PackedClusterFFN(NamedTuple):
     source: int = 0  # the layer whose FFN input decides
 
 
+class _ByteRows(NamedTuple):
+    """A bottleneck's rows at 8 bits: the value of a level is (level - 128) · scale."""
+
+    levels: Tensor  # uint8 [H, E]
+    scales: Tensor  # float32 [H]
+    bias: Tensor  # float32 [H]
+
+
+def _byte_rows(rows: Tensor, bias: Tensor) -> _ByteRows:
+    """Rows [H, E] rounded to the nearest of 255 multiples of each row's largest size over 127."""
+    floats = rows.detach().float()
+    scales = (floats.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    levels = (floats / scales[:, None]).round() + 128
+    return _ByteRows(levels.to(torch.uint8), scales, bias.contiguous())
+
+
 @triton.jit
 def _widen(words, offset, s: tl.constexpr):
     """The indices k of the weights with numbers 2 s and 2 s + 1 in each word, plus 128, float32.
@@ -257,7 +273,8 @@ def _gate_up_kernel(
     spared_gate_ptr,  # float [P, E]
     spared_up_ptr,  # float [P, E]
     spared_inner_ptr,  # float32 [P], out if P > 0: their values, 0 for those that the mask drops
-    later_ptr,  # float [H, E], read if H > 0, as later_bias
+    later_ptr,  # uint8 [H, E], `_ByteRows`, read if H > 0, as later_scale and later_bias
+    later_scale_ptr,  # float32 [H]
     later_bias_ptr,  # float32 [H]
     later_inner_ptr,  # float32 [H], out if H > 0
     E,
@@ -331,11 +348,12 @@ def _gate_up_kernel(
     else:
         h = (program - programs - P) * FULL_ROWS + tl.arange(0, FULL_ROWS)
         read_full = (h < H)[:, None] & (e < E)[None, :]
-        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=read_full, other=0.0).to(tl.float32)
+        rows = tl.load(later_ptr + h[:, None] * E + e[None, :], mask=read_full, other=128).to(tl.float32) - 128
+        later_scale = tl.load(later_scale_ptr + h, mask=h < H, other=0.0)
         later_bias = tl.load(later_bias_ptr + h, mask=h < H, other=0.0)
         later_x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         scale = 1 / tl.sqrt(tl.sum(later_x * later_x, axis=0) / E + epsilon)
-        later_y = tl.sum(rows * later_x[None, :], axis=1) * scale + later_bias
+        later_y = tl.sum(rows * later_x[None, :], axis=1) * (scale * later_scale) + later_bias
         tl.store(later_inner_ptr + h, later_y * tl.sigmoid(later_y), mask=h < H)
 
 
@@ -512,7 +530,10 @@ class PackedFFNCall:
             self.masks, self._share = ffn.masks.view(torch.int32), popcount(ffn.masks).float().mean().item() / D
         self._spared = None if weights.spared is None or not len(weights.spared.neurons) else weights.spared
         self._P = 0 if self._spared is None else len(self._spared.neurons)
-        self._H = 0 if self.predictor is None else len(self.predictor.reduce)
+        self._H, self._reduce = 0, None
+        if self.predictor is not None:
+            self._H = len(self.predictor.reduce)
+            self._reduce = _byte_rows(self.predictor.reduce, self.predictor.reduce_bias)
         # What `finish` multiplies: the bottleneck and the spared neurons' values lie one after the other.
         parts = [] if ffn.correct is None else [ffn.correct[0]]
         if self._spared is not None:
@@ -563,20 +584,15 @@ class PackedFFNCall:
         prediction: of the cluster whose neurons are computed; None: all are. later: the layer whose clusters this
         layer's input predicts. listing: of this prediction; a product before the previous kernel wrote the list.
         """
-        if later is not None and later.predictor is not None and later.predictor.reduce.dtype != x.dtype:
-            # The kernels read its rows as numbers of the model's type.
-            own = later.predict(x if norm is None else prepare(x, norm)[0])
-            return self(x, norm, prediction, None, listing)[0], own
         P, spared_inner = self._P, x.new_empty((1, self._P), dtype=torch.float32)
         joined = spared_inner
         if prediction is not None:  # the bottleneck, and the memory behind it
             joined = prediction.bottleneck.as_strided((1, self._H + P), (self._H + P, 1))
             spared_inner = joined[:, self._H :]
         coming = None if later is None else later.empty_prediction(x)
-        predictor = None if later is None else later.predictor
-        reads: tuple[Tensor | None, ...] = (None, None, None)
-        if coming is not None and predictor is not None:
-            reads = predictor.reduce, predictor.reduce_bias, coming.bottleneck
+        reads: tuple[Tensor | None, ...] = (None, None, None, None)
+        if later is not None and later._reduce is not None and coming is not None:
+            reads = *later._reduce, coming.bottleneck
         *matrices, activation, _ = self._weights
         candidates = None if prediction is None or self.masks is None else prediction.candidates
         if packed_sm80.is_ffn_supported(x, matrices[0]):

@@ -227,7 +227,8 @@ def ffn(
         listed: their neurons, which a `project` before the previous kernel listed; None: this kernel finds them.
         spared: neurons with 16 bits, and their rows of gate and up; None: none.
         spared_inner: float32 [1, P], out: their values.
-        later: a later predictor's rows [H, E], bias float32 [H] and bottleneck float32 [1, H], out; None: none.
+        later: a later bottleneck's rows, levels uint8 [H, E] around 128, scales float32 [H] and bias float32 [H]; and
+            float32 [1, H], out; None: none.
     """
     gate, logits = matrices[0], mask[1]
     E, P, H = gate.E, spared_inner.shape[1], 0 if later[0] is None else len(later[0])

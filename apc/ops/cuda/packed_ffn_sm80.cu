@@ -4,18 +4,23 @@
 // and of down. The rows of gate and up are one product. Its sums become the neurons' values, which every warp of a team
 // computes. Then each thread adds rows of down times these values to its own columns: a chunk, for some of the rows.
 //
-// Rows of 16 bits come before the tiles, two in a slot: those of a later predictor's bottleneck, and gate and up of
-// spared neurons. They need no mask, so memory is busy while the block finds its neurons.
+// Other rows come before the tiles: those of a later predictor's bottleneck, four of 8 bits in a slot, and gate and up of
+// spared neurons, two of 16 bits. They need no mask, so memory is busy while the block finds its neurons.
 //
 // Defined before this file, besides what `packed_sm80.cuh` and `find_neurons_sm80.cuh` need: D; MOST, the most neurons
 // of a block. CANDIDATES = 0 means all neurons here, and no masks.
 
 constexpr int COLUMN_THREADS = (CHUNKS + 31) / 32 * 32;  // that have a chunk of columns each, for a share of the rows
 constexpr int MOST_SHARES = TEAM_THREADS / COLUMN_THREADS, SHARES = MOST_SHARES >= 4 ? 4 : MOST_SHARES >= 2 ? 2 : 1;
-constexpr int FULL_WORDS = E / 2;  // of a row of 16 bits
+constexpr int FULL_WORDS = E / 2, BYTE_WORDS = E / 4;  // of a row of 16 bits, and of 8
 static_assert(COLUMN_THREADS <= TEAM_THREADS, "a thread has one chunk of columns");
-static_assert(2 * FULL_WORDS <= SLOT, "a slot has room for two rows of 16 bits");
+static_assert(2 * FULL_WORDS <= SLOT, "a slot has room for two rows of 16 bits, or four of 8");
 static_assert((TEAMS * SHARES - 1) * E <= TEAMS * SLOTS * SLOT, "the rings have room for the shares' sums");
+
+// Byte i of a word, less 128.
+__device__ __forceinline__ float byte_weight(u32 word, int i) {
+    return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650 + i)) - 8388736.0f;  // 2²³ + byte as a float
+}
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
 ffn(const uint4* x,                           // [E]
@@ -31,7 +36,8 @@ ffn(const uint4* x,                           // [E]
     const u32* __restrict__ spared_gate,      // [P, E]
     const u32* __restrict__ spared_up,        // [P, E]
     float* spared_inner,                      // [P], out: their values, 0 for those that the mask drops
-    const u32* __restrict__ later,            // [H, E]
+    const u32* __restrict__ later,            // bytes [H, E], 128 more than the weights over `later_scales`
+    const float* __restrict__ later_scales,   // [H]
     const float* __restrict__ later_bias,     // [H]
     float* later_inner,                       // [H], out: SiLU(rms_norm(input) · laterᵀ + bias)
     int P, int H, float epsilon, float later_epsilon) {
@@ -45,24 +51,28 @@ ffn(const uint4* x,                           // [E]
     const int block = blockIdx.x, blocks = gridDim.x, other = blocks - 1 - block;
     Ring& ring = rings[team];
     u32* const slots = memory + team * SLOTS * SLOT;
-    // This block's pairs of rows of 16 bits: every `blocks`-th pair of later rows, then of spared neurons. The team's are
-    // those with numbers team, team + TEAMS, …, and its tiles likewise.
-    const int later_pairs = ((H + 1) / 2 + other) / blocks, pairs = later_pairs + (P + block) / blocks;
-    const int full = (pairs - team + TEAMS - 1) / TEAMS;  // slots with such a pair
+    // This block's slots before the tiles: every `blocks`-th of the later rows', then of the spared neurons'. The team has
+    // those with numbers team, team + TEAMS, …, and of the tiles, which go on in turn, those from `first_tile` on.
+    const int later_slots = ((H + 3) / 4 + other) / blocks, slots_before = later_slots + (P + block) / blocks;
+    const int before = (slots_before - team + TEAMS - 1) / TEAMS, first_tile = (team + slots_before) % TEAMS;
     const int begin = static_cast<int>(static_cast<long long>(block) * D / blocks);  // of all neurons
     int own = static_cast<int>(static_cast<long long>(block + 1) * D / blocks) - begin;
 
     const auto copy = [&](int s) {
         u32* const slot = slots + s % SLOTS * SLOT;
-        if (s < full) {
-            const int pair = s * TEAMS + team, first = 2 * (pair * blocks + block);
-            const long long which = (pair - later_pairs) * blocks + other;
-            copy_rows<2, FULL_WORDS>(ring, s, slot, FULL_WORDS, [&](int i) -> const u32* {
-                if (pair >= later_pairs) return (i ? spared_up : spared_gate) + which * FULL_WORDS;
-                return first + i < H ? later + static_cast<long long>(first + i) * FULL_WORDS : nullptr;
-            });
+        if (s < before) {
+            const int place = s * TEAMS + team, first = 4 * (place * blocks + block);
+            const long long which = (place - later_slots) * blocks + other;
+            if (place < later_slots)
+                copy_rows<4, BYTE_WORDS>(ring, s, slot, BYTE_WORDS, [&](int i) -> const u32* {
+                    return first + i < H ? later + static_cast<long long>(first + i) * BYTE_WORDS : nullptr;
+                });
+            else
+                copy_rows<2, FULL_WORDS>(ring, s, slot, FULL_WORDS, [&](int i) -> const u32* {
+                    return (i ? spared_up : spared_gate) + which * FULL_WORDS;
+                });
         } else {
-            const int first = ((s - full) / 3 * TEAMS + team) * ROWS, kind = (s - full) % 3;
+            const int first = ((s - before) / 3 * TEAMS + first_tile) * ROWS, kind = (s - before) % 3;
             const u32* const matrix = kind == 0 ? gate : kind == 1 ? up : down;
             copy_rows<ROWS, ROW_WORDS>(ring, s, slot, STRIDE, [&](int i) -> const u32* {
                 if (first + i >= own) return nullptr;
@@ -75,7 +85,7 @@ ffn(const uint4* x,                           // [E]
     make_rings(rings);
     int copied = 0;
     if (CANDIDATES > 0) {
-        copied = min(full, SLOTS);
+        copied = min(before, SLOTS);
         if (copies_rows()) copy_slots(ring, 0, copied, copy);
         if (listed != nullptr) {
             const int* const given = listed + block * (2 + MOST);
@@ -88,8 +98,8 @@ ffn(const uint4* x,                           // [E]
             own = find_neurons<ALL_THREADS>(masks, values, ids, 1, mask_of, list);
         }
     }
-    const int tiles = max((own + ROWS - 1) / ROWS - team + TEAMS - 1, 0) / TEAMS;
-    if (copies_rows()) copy_slots(ring, copied, HOPPER ? full + 3 * tiles : SLOTS, copy);
+    const int tiles = max((own + ROWS - 1) / ROWS - first_tile + TEAMS - 1, 0) / TEAMS;
+    if (copies_rows()) copy_slots(ring, copied, HOPPER ? before + 3 * tiles : SLOTS, copy);
     if (threadIdx.x >= THREADS) return;
     if (CANDIDATES == 0 || listed != nullptr) wait_for_previous();
     start_next();  // in this order: `finish` reads what earlier kernels wrote before it waits
@@ -99,51 +109,59 @@ ffn(const uint4* x,                           // [E]
     wait_for_warps();  // the input is set
 
 #pragma unroll 1
-    for (int s = 0; s < full; s++) {
-        const int pair = s * TEAMS + team;
+    for (int s = 0; s < before; s++) {
+        const int place = s * TEAMS + team;
+        const bool is_later = place < later_slots;
         wait_for_slot<SLOTS - 1>(ring, s);
         if (!HOPPER) wait_for_team(team);  // the slot has arrived
         const u32* const slot = slots + s % SLOTS * SLOT;
-        float products[2] = {};
+        float products[4] = {};
 #pragma unroll 1
         for (int i = thread; i < E / 8; i += TEAM_THREADS) {
             float x[8];
             widen8(input.values[i], x);
+            if (is_later) {
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float w[8];
-                widen8(*reinterpret_cast<const uint4*>(slot + r * FULL_WORDS + 4 * i), w);
+                for (int r = 0; r < 4; r++) {
+                    const uint2 bytes = *reinterpret_cast<const uint2*>(slot + r * BYTE_WORDS + 2 * i);
 #pragma unroll
-                for (int j = 0; j < 8; j++) products[r] = fmaf(w[j], x[j], products[r]);
+                    for (int j = 0; j < 8; j++) products[r] = fmaf(byte_weight(j < 4 ? bytes.x : bytes.y, j % 4), x[j], products[r]);
+                }
+            } else {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float w[8];
+                    widen8(*reinterpret_cast<const uint4*>(slot + r * FULL_WORDS + 4 * i), w);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) products[r] = fmaf(w[j], x[j], products[r]);
+                }
             }
         }
         float(&own_parts)[TEAM_WARPS][2 * ROWS] = parts[team];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < 4; r++) {
             const float sum = sum_of_warp(products[r]);
             if (lane == 0) own_parts[warp % TEAM_WARPS][r] = sum;
         }
         wait_for_team(team);  // all warps have read the slot
         replace_slot(ring, s, copy);
-        float sums[2] = {};
-        if (thread < 2) {
+        float sum = 0.0f;
+        if (thread < 32) {
 #pragma unroll
-            for (int w = 0; w < TEAM_WARPS; w++) {
-                sums[0] += own_parts[w][0];
-                sums[1] += own_parts[w][1];
-            }
+            for (int w = 0; w < TEAM_WARPS; w++) sum += own_parts[w][lane % 4];
         }
-        if (pair < later_pairs) {
-            const int h = 2 * (pair * blocks + block) + thread;
-            if (thread < 2 && h < H) {
-                const float y = (thread ? sums[1] : sums[0]) / sqrtf(squares / E + later_epsilon) + later_bias[h];
+        if (is_later) {
+            const int h = 4 * (place * blocks + block) + thread;
+            if (thread < 4 && h < H) {
+                const float y = sum * later_scales[h] / sqrtf(squares / E + later_epsilon) + later_bias[h];
                 later_inner[h] = y / (1.0f + expf(-y));
             }
-        } else if (thread == 0) {
-            const int which = (pair - later_pairs) * blocks + other, neuron = spared[which];
+        } else if (thread < 32) {
+            const float of_up = __shfl_sync(~0u, sum, 1);
+            const int which = (place - later_slots) * blocks + other, neuron = spared[which];
             const u32* const mask = masks + static_cast<long long>(mask_of[0]) * WORDS;
             const bool kept = CANDIDATES == 0 || (mask[neuron / 32] >> neuron % 32 & 1);
-            spared_inner[which] = kept ? round_half(activate(sums[0]) * sums[1]) : 0.0f;
+            if (lane == 0) spared_inner[which] = kept ? round_half(activate(sum) * of_up) : 0.0f;
         }
         wait_for_team(team);  // the parts have been read
     }
@@ -153,7 +171,7 @@ ffn(const uint4* x,                           // [E]
     float columns[32] = {}, steps = 0.0f, lows = 0.0f;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
-        const int s = full + 3 * tile, first = (tile * TEAMS + team) * ROWS;
+        const int s = before + 3 * tile, first = (tile * TEAMS + first_tile) * ROWS;
         const u32* const rows = slots + (s + 2) % SLOTS * SLOT;
         wait_for_slot<SLOTS - 1>(ring, s);
         wait_for_slot<SLOTS - 2>(ring, s + 1);
