@@ -607,7 +607,7 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
 
     for n in options.batches:
         for label, mode, early, own, bits in (MODES[each] for each in options.modes):
-            if n == 1 or not own:
+            if n == 1 or not own or (bits is None and n <= ops.MAX_TOKENS):
                 moved = moved_by(ffns, bits)
                 yield measure("decode, dense", label.removeprefix("dense, "), n, moved, mode, early, own, bits)
     for density in options.densities:

@@ -10,6 +10,9 @@ from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.ops import decode_gpu
 from apc.ops.decode_gpu import StepGPU
 from apc.ops.decoder_weights import Unsupported
+from apc.ops.nvrtc import compile_program
+from apc.ops.products_sm80 import Sizes
+from apc.ops.sparse_ffn import act
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
 from apc.sparse.model_step import ModelStepGPU, NotSupported
@@ -196,10 +199,93 @@ def test_what_the_kernels_do_not_take_is_refused():
         (weights._replace(head=weights.head.T.contiguous().T), "aren't contiguous"),
         (weights._replace(cos=weights.cos[:, :24]), "heads of size 24, 2 to a key head"),
         (weights._replace(layers=[first._replace(attention=wide)]), "heads of size 32, 20 to a key head"),
-        (weights._replace(layers=[first._replace(attention=many)]), "2 sequences at once"),
+        (weights._replace(layers=[first._replace(attention=many)]), "several vectors need a GPU and 16 bits"),
     ):
         with pytest.raises(Unsupported, match=reason):
             StepGPU(changed)
+
+
+def products_by_torch(x, matrices, norm, epsilon, added, bias, residual, activation):
+    """A stand-in for `products_sm80.products`."""
+    total = x if added is None else x + added
+    hidden = total if norm is None else torch.nn.functional.rms_norm(total, x.shape[1:], norm, epsilon)
+    outputs = [hidden @ matrix.T for matrix in matrices]
+    output = act(outputs[0], activation) * outputs[1] if activation else torch.cat(outputs, 1)
+    return output + (0 if bias is None else bias) + (0 if residual is None else residual), total
+
+
+def several_steps(model, n, policy=None, most=0, length=20, dtype=None):
+    """The logits of steps of n sequences by the kernels and by the model, float32 [steps, n, V] each."""
+    device = next(model.parameters()).device
+    tokens = torch.randint(61, (n, 7), generator=torch.Generator().manual_seed(2)).to(device)
+    if policy is not None:
+        kernel = "torch" if device.type == "cpu" else "triton"
+        apc.sparsify(model, *random_parts(model, decided=True), policy, kernel=kernel, max_sparse_tokens=most)
+    plain, other = (GreedyDecoder(model, n, length, mode=None) for _ in range(2))
+    for decoder in (plain, other):
+        decoder.prefill(tokens)
+    step, logits, expected = ModelStepGPU(model, other.cache), [], []
+    step.check(tokens[:, -1:], 6, model(tokens).logits[:, -1])
+    for token in range(3):
+        plain.token.copy_(torch.arange(n)[:, None] + token)
+        expected.append(plain.step().float())
+        logits.append(step(plain.token.clone() * 0 + torch.arange(n, device=device)[:, None] + token).float())
+    return torch.stack(logits), torch.stack(expected)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, None])
+def test_steps_of_two_sequences(monkeypatch, most):
+    """By a stand-in for the products; dense, with down projections stored by neuron, and sparse."""
+    monkeypatch.setattr(decode_gpu.products_sm80, "refusal", lambda n, matrices: None)
+    monkeypatch.setattr(decode_gpu.products_sm80, "products", products_by_torch)
+    model = model_of("qwen2")
+    assert error_of(*several_steps(model, 2, None if most is None else "predicted", most)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("most", [0, 4, None])
+def test_steps_of_several_sequences(n, kind, most):
+    model = model_of(kind, torch.bfloat16, hidden_size=128, intermediate_size=296).to("cuda")
+    error = error_of(*several_steps(model, n, None if most is None else "predicted", most))
+    assert error < 3 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("E", [72, 576, 4096, 14336])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_products_with_several_vectors(n, E, dtype):
+    """Against the formula, with every argument and with none; NaN stays in its vector."""
+    draw = lambda *size: torch.randn(*size, device="cuda").to(dtype)
+    matrices, x, norm = [draw(rows, E) for rows in (45, 19, 2100)], draw(n, E), draw(E)
+    added, bias, residual = draw(n, E), torch.randn(2164, device="cuda"), draw(n, 2164)
+    refusal = decode_gpu.products_sm80.refusal(n, matrices)
+    assert refusal is None or f"no room for {n} vectors of 14336" in refusal
+    if refusal is not None:
+        pytest.skip(refusal)
+    for given in (
+        (norm, 1e-5, added, bias, residual, ""),
+        (None, 0.0, None, None, None, ""),
+        (norm, 1e-5, None, None, None, "silu"),
+    ):
+        used = [matrices[2], matrices[2].flip(0).contiguous()] if given[-1] else matrices
+        output, total = decode_gpu.products_sm80.products(x, used, *given)
+        floats = [None if each is None else each.float() if isinstance(each, torch.Tensor) else each for each in given]
+        expected, sums = products_by_torch(x.float(), [each.float() for each in used], *floats)
+        assert error_of(output.float(), expected) < 2 * TOLERANCE[dtype]
+        assert torch.equal(total, sums.to(dtype))
+    x[n - 1, 5] = torch.nan
+    output, _ = decode_gpu.products_sm80.products(x, matrices, norm, 1e-5, None, None, None, "")
+    assert output[n - 1].isnan().all() and not output[: n - 1].isnan().any()
+
+
+def test_the_kernel_for_several_vectors_compiles():
+    sizes = Sizes(4, 14336, "silu", torch.bfloat16, "sm_90a")
+    assert (sizes.shared, sizes.declared) == (4 * 28736, 8256)
+    for each in (sizes, Sizes(3, 72, "", torch.float16, "sm_80")):
+        assert b"products" in compile_program(each.program())
 
 
 def test_own_false_keeps_the_models_step():

@@ -2,7 +2,8 @@
 
 It covers models of Llama's kind, as `decode_cpu.py` does. A layer takes three kernels and its FFN: the norm with the
 products for query, key and value; rotation, the cache and attention, whose programs take shares of the keys; the output
-projection. Matrix products read each weight once. From Hopper on a kernel fetches its first weights before
+projection. Matrix products read each weight once. Those with several sequences at once run on tensor cores
+(`products_sm80.py`). From Hopper on a kernel fetches its first weights before
 the kernel before it has ended (EARLY). Nothing waits for the host, so that a CUDA graph can record a step.
 
 Shape letters: see `apc.ops`; R rows of matrices, h heads, d size of a head, S tokens that fit into the cache.
@@ -15,15 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apc.ops import products_sm80
 from apc.ops._triton import gdc_launch_dependents, gdc_wait, tl, triton
 from apc.ops.decoder_weights import TYPES, AttentionWeights, DecoderWeights, DenseFFN, Unsupported
+from apc.ops.ffn_arguments import OutputDelta
 from apc.ops.predict import pdl_options
 from apc.ops.rounded import Rows
-from apc.ops.sparse_ffn import activate
+from apc.ops.sparse_ffn import activate, finish
 
 _HELD = 2**14  # weights that a program of `project` holds
 _PROJECT_TILE = {"num_warps": 8}
-_ATTEND_TILE = {"KEYS": 64, "num_warps": 4}  # KEYS: that a program reads at a time
+_ATTEND_TILE = {"KEYS": 32, "num_warps": 8}  # KEYS: that a program reads at a time
+_ROWS_TILE = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 4}  # of `_rows_kernel`
+_PARTS = 32  # into which `_rows_kernel` cuts the rows
 _PROGRAMS = 264  # of `project`, at least, if there are as many rows: two on each multiprocessor of a large GPU
 _MAX_INPUTS = 2**15
 _SHARES = 16  # parts into which the keys of a head are cut
@@ -146,6 +151,7 @@ def _attend_kernel(
     d: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,  # G, rounded up to a power of two
     SHARES: tl.constexpr,
 ):
     if EARLY:
@@ -202,22 +208,24 @@ def _attend_kernel(
 
     tl.debug_barrier()  # the arrival of one thread says that all have written
     if tl.atomic_add(arrivals_ptr + place, 1) & (SHARES - 1) == SHARES - 1:  # the last one adds up the shares
-        s = tl.arange(0, SHARES)
-        for g in tl.static_range(G):
-            at = (first_head + g) * SHARES + s
-            most = tl.load(ends_ptr + 2 * at, cache_modifier=".cg")
-            factor = tl.exp(most - tl.max(most, axis=0))
-            whole = tl.sum(tl.load(ends_ptr + 2 * at + 1, cache_modifier=".cg") * factor, axis=0)
-            parts = tl.load(sums_ptr + at[:, None] * d + j[None, :], cache_modifier=".cg")
-            output = tl.sum(parts * factor[:, None], axis=0) / whole
-            tl.store(output_ptr + (first_head + g) * d + j, output.to(output_ptr.dtype.element_ty))
+        s, g = tl.arange(0, SHARES), tl.arange(0, HEADS)
+        real = (g < G)[:, None]
+        at = (first_head + g)[:, None] * SHARES + s[None, :]
+        most = tl.load(ends_ptr + 2 * at, mask=real, other=0.0, cache_modifier=".cg")
+        totals = tl.load(ends_ptr + 2 * at + 1, mask=real, other=1.0, cache_modifier=".cg")
+        inside = real[:, :, None] & (j >= 0)[None, None, :]
+        parts = tl.load(sums_ptr + at[:, :, None] * d + j[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        factor = tl.exp(most - tl.max(most, axis=1)[:, None])
+        output = tl.sum(parts * factor[:, :, None], axis=1) / tl.sum(totals * factor, axis=1)[:, None]
+        to = (first_head + g)[:, None] * d + j[None, :]
+        tl.store(output_ptr + to, output.to(output_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _norm_kernel(
-    x_ptr,  # float [E]
+    x_ptr,  # float [n, E]
     norm_ptr,  # float [E]
-    output_ptr,  # float [E], out
+    output_ptr,  # float [n, E], out
     E,
     epsilon,
     EARLY: tl.constexpr,
@@ -225,13 +233,50 @@ def _norm_kernel(
 ):
     if EARLY:
         gdc_launch_dependents()
-    e = tl.arange(0, BLOCK_E)
+    first, e = tl.program_id(0) * E, tl.arange(0, BLOCK_E)
     norm = tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     if EARLY:
         gdc_wait()
-    x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + first + e, mask=e < E, other=0.0).to(tl.float32)
     x = x / tl.sqrt(tl.sum(x * x, axis=0) / E + epsilon) * norm
-    tl.store(output_ptr + e, x.to(output_ptr.dtype.element_ty), mask=e < E)
+    tl.store(output_ptr + first + e, x.to(output_ptr.dtype.element_ty), mask=e < E)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,  # float [n, D]
+    rows_ptr,  # float [D, E]
+    partial_ptr,  # float32 [parts, n, E], out
+    n,
+    D,
+    E,
+    EARLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    e, r, token = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, GROUP)
+    each = tl.cdiv(tl.cdiv(D, parts), ROWS) * ROWS
+    last = tl.minimum((part + 1) * each, D)
+    sums = tl.zeros([GROUP, COLUMNS], tl.float32)
+    for start in tl.range(part * each, last, ROWS):
+        row = start + r
+        inside, real = row < last, (token < n)[:, None]
+        x = tl.load(x_ptr + token[:, None] * D + row[None, :], mask=real & inside[None, :], other=0.0)
+        at = row.to(tl.int64)[:, None] * E + e[None, :]
+        rows = tl.load(rows_ptr + at, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+        sums += tl.dot(x, rows, input_precision="ieee")
+    to = partial_ptr + (part * n + token)[:, None] * E + e[None, :]
+    tl.store(to, sums, mask=(token < n)[:, None] & (e < E)[None, :])
+
+
+def _by_neuron(down: Rows) -> Tensor | None:
+    """A down projection [E, D] as [D, E], if it is stored so, as sparse FFNs do."""
+    return down.T if isinstance(down, Tensor) and not down.is_contiguous() and down.T.is_contiguous() else None
 
 
 class _Attention(NamedTuple):
@@ -243,11 +288,11 @@ class _Attention(NamedTuple):
 
 
 class StepGPU:
-    """One step of a decoder whose caches hold the earlier tokens.
+    """One step of a decoder whose caches hold the earlier tokens of n sequences, all at the same position.
 
-    In place of a layer's FFN there can be a function from [1, E] to [1, E]. For CUDA tensors, or CPU tensors under
-    TRITON_INTERPRET=1. Raises Unsupported for weights of several types or whose rows aren't contiguous, for several
-    sequences, and for sizes that the kernels don't take.
+    In place of a layer's FFN there can be a function from [n, E] to [n, E]. A down projection may be stored transposed.
+    For CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. Raises Unsupported for weights of several types or whose
+    rows aren't contiguous, and for sizes and numbers of sequences that the kernels don't take.
     """
 
     def __init__(self, weights: DecoderWeights) -> None:
@@ -266,7 +311,8 @@ class StepGPU:
             attention, ffn = layer.attention, layer.ffn
             matrices += [*attention.projections, attention.keys, attention.values, attention.norm, layer.ffn_norm]
             if isinstance(ffn, DenseFFN):
-                matrices += [ffn.gate, ffn.up, ffn.down]
+                rows = _by_neuron(ffn.down)
+                matrices += [ffn.gate, ffn.up, ffn.down if rows is None else rows]
         tensors = [each for each in matrices if isinstance(each, Tensor)]
         if dtype not in TYPES or len(tensors) < len(matrices) or any(each.dtype != dtype for each in tensors):
             raise Unsupported("its weights have several types, or one that the kernels don't take")
@@ -274,12 +320,12 @@ class StepGPU:
             raise Unsupported("its weights lie on several devices, or their rows aren't contiguous")
         sequences, key_heads, S, _ = weights.layers[0].attention.keys.shape
         group = weights.layers[0].attention.projections[0].shape[0] // d // key_heads
-        if sequences > 1:
-            raise Unsupported(f"there are {sequences} sequences at once")
         if d not in (16, 32, 64, 128, 256) or group > _GROUP:
             raise Unsupported(f"it has heads of size {d}, {group} to a key head")
         if S * d >= 2**31 or max(each.shape[-1] for each in matrices) > _MAX_INPUTS:
             raise Unsupported(f"a matrix has more than {_MAX_INPUTS:,} inputs, or the cache is too long")
+        if sequences > 1 and (reason := products_sm80.refusal(sequences, tensors)) is not None:
+            raise Unsupported(reason)
 
     @staticmethod
     def _attention(weights: AttentionWeights) -> _Attention:
@@ -293,7 +339,7 @@ class StepGPU:
 
     @torch.no_grad()
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
-        """The logits [1, V] after a token int64 [1, 1] at a position int64 []; writes its keys and values.
+        """The logits [n, V] after tokens int64 [n, 1] at a position int64 []; writes their keys and values.
 
         The logits are of the weights' type.
         """
@@ -310,7 +356,10 @@ class StepGPU:
             if isinstance(layer.ffn, DenseFFN):
                 gate, up, down, activation = layer.ffn
                 inner, _ = self._project(residual, [gate, up], layer.ffn_norm, activation=activation)
-                (residual, _), added = self._project(inner, [down], residual=residual), None
+                if (rows := _by_neuron(down)) is not None:
+                    added = self._add_rows(inner, rows)
+                else:
+                    (residual, _), added = self._project(inner, [down], residual=residual), None
             else:
                 added = self._call(layer.ffn, self._norm(residual, layer.ffn_norm))
         return self._project(residual, [weights.head], weights.norm, added)[0]
@@ -331,6 +380,9 @@ class StepGPU:
     ) -> tuple[Tensor, Tensor]:
         """Products of up to three matrices [r, E] with the norm of x + added, one after the other; and x + added."""
         matrices = [each for each in rows_of if isinstance(each, Tensor)]  # all of them, as `_check` ensures
+        if len(x) > 1:
+            epsilon = self._weights.epsilon
+            return products_sm80.products(x, matrices, norm, epsilon, added, bias, residual, activation)
         E, first = x.shape[1], matrices[0]
         R = len(first) if activation else sum(map(len, matrices))
         behind = [(each.data_ptr() - first.data_ptr()) // first.itemsize for each in matrices] + [0, 0]
@@ -375,16 +427,28 @@ class StepGPU:
                 G=heads // key_heads,
                 d=d,
                 GROUP=_GROUP,
+                HEADS=triton.next_power_of_2(heads // key_heads),
                 SHARES=_SHARES,
                 **_ATTEND_TILE,
                 **self._options,
             )
         return output
 
+    def _add_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The product of x [n, D] and rows [D, E], [n, E]."""
+        (n, D), E = x.shape, rows.shape[1]
+        partial = x.new_empty((_PARTS, n, E), dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            grid = triton.cdiv(E, _ROWS_TILE["COLUMNS"]), _PARTS
+            _rows_kernel[grid](x, rows, partial, n, D, E, GROUP=_GROUP, **_ROWS_TILE, **self._options)
+        return finish(partial, x.new_empty((n, E)), None, OutputDelta(), self._options)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The RMS norm of x [1, E], in its type."""
+        """The RMS norm of x [n, E], in its type."""
         E, output = x.shape[1], torch.empty_like(x)
         with torch.cuda.device_of(x):
             block = triton.next_power_of_2(E)
-            _norm_kernel[(1,)](x, weight, output, E, self._weights.epsilon, BLOCK_E=block, num_warps=8, **self._options)
+            _norm_kernel[(len(x),)](
+                x, weight, output, E, self._weights.epsilon, BLOCK_E=block, num_warps=8, **self._options
+            )
         return output

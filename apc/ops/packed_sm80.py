@@ -22,7 +22,7 @@ _THREADS = 512  # of a block that multiply; on Hopper 32 more for each team copy
 _ROWS = 8  # of a slot
 _SLOTS = {"project": (2, 8), "ffn": (3, 10)}  # of a team at least, and of a block at most
 _MAX_E = 8192  # of an FFN: more has not been tried; two teams take up to half of it
-_HEADERS = ("values_sm80.cuh", "barriers_sm90.cuh", "find_neurons_sm80.cuh", "packed_sm80.cuh")
+_HEADERS = ("values_sm80.cuh", "steps_sm80.cuh", "barriers_sm90.cuh", "find_neurons_sm80.cuh", "packed_sm80.cuh")
 _HALVES = (torch.bfloat16, torch.float16)
 
 

@@ -97,10 +97,10 @@ def _tuning_by_graphs() -> Iterator[None]:
 class GreedyDecoder:
     """Decodes greedily with a cache of fixed size.
 
-    Steps of one sequence run through our own kernels, dense or sparse, if these can compute the model:
-    `apc.ops.decode_cpu`, whose logits are float32, or `apc.ops.decode_gpu`. If not, `reason` says why after `prefill`,
-    and steps run through the model itself, on a GPU compiled by torch.compile. There, `record` makes a step one CUDA
-    graph.
+    Steps run through our own kernels, dense or sparse, if these can compute the model: of one sequence by
+    `apc.ops.decode_cpu`, whose logits are float32, or of up to four by `apc.ops.decode_gpu`. If not, `reason` says why
+    after `prefill`, and steps run through the model itself, on a GPU compiled by torch.compile. There, `record` makes a
+    step one CUDA graph.
 
     Args:
         model: a Hugging Face causal language model.
@@ -147,7 +147,7 @@ class GreedyDecoder:
         self.reason = None if own else "own=False"
         if not mode:
             self.reason = "mode=None"
-        elif batch > 1:
+        elif batch > 1 and self.device.type == "cpu":
             self.reason = f"the decoder has {batch} sequences at once"
         self._may_use_kernels = self.reason is None and self.device.type in ("cpu", "cuda")
         self._own: ModelStepCPU | ModelStepGPU | None = None

@@ -48,6 +48,7 @@ class ModelStep:
 
     def __init__(self, model: nn.Module, cache: StaticCache, bits: int | None) -> None:
         self._model, self._handle, self._bits = model, handle_of(model), bits
+        self._sequences = len(_filled(getattr(cache.layers[0], "keys", None)))
         self._modules = list(model.modules())
         self._places = [
             (parts, name)
@@ -61,7 +62,7 @@ class ModelStep:
         self._contents, self._sparse = self._current_contents(), self._runs_sparse()
 
     def __call__(self, token: Tensor) -> Tensor:
-        """The logits [1, V] after a token int64 [1, 1], which goes into the cache.
+        """The logits [n, V] after tokens int64 [n, 1], which go into the cache.
 
         On the CPU they are float32, and the next step overwrites them; on a GPU they are of the weights' type.
         """
@@ -72,7 +73,7 @@ class ModelStep:
         raise NotImplementedError
 
     def _logits(self, decoder: DecoderWeights, token: Tensor, position: int) -> Tensor:
-        """The logits [1, V] after a token int64 [1, 1], by the kernels."""
+        """The logits [n, V] after tokens int64 [n, 1], by the kernels."""
         raise NotImplementedError
 
     def is_current(self) -> bool:
@@ -81,10 +82,10 @@ class ModelStep:
         return same and self._contents == self._current_contents()
 
     def check(self, token: Tensor, position: int, logits: Tensor) -> None:
-        """Raises NotSupported unless a step gives the logits [1, V] of a prefill that ended with a token int64 [1, 1].
+        """Raises NotSupported unless a step gives the logits [n, V] of a prefill that ended with tokens int64 [n, 1].
 
-        The FFNs of a sparse model run as they did in the prefill of position + 1 tokens: often dense, where the step
-        runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
+        The FFNs of a sparse model run as they did in the prefill of position + 1 tokens each: often dense, where the
+        step runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
         """
         sparse = self._handle if isinstance(self._handle, SparseFFNs) else None
         before = 0.0 if sparse is None else sparse.max_sparse_tokens
@@ -95,7 +96,7 @@ class ModelStep:
         caches = [each[:, :, position] for layer in decoder.layers for each in layer.attention[-2:]]
         written = [each.clone() for each in caches]
         try:
-            if sparse is not None and position + 1 > before:
+            if sparse is not None and len(token) * (position + 1) > before:
                 sparse.max_sparse_tokens = 0
             with _as_not_supported():
                 own = self._logits(decoder, token, position).float()
@@ -119,8 +120,8 @@ class ModelStep:
         return found
 
     def _runs_sparse(self) -> bool:
-        """Whether sparse FFNs run calls of one token sparse."""
-        return isinstance(self._handle, SparseFFNs) and self._handle.max_sparse_tokens >= 1
+        """Whether sparse FFNs run a step sparse."""
+        return isinstance(self._handle, SparseFFNs) and self._handle.max_sparse_tokens >= self._sequences
 
 
 class ModelStepCPU(ModelStep):
@@ -154,7 +155,7 @@ class ModelStepCPU(ModelStep):
 
 
 class ModelStepGPU(ModelStep):
-    """The step of one sequence on a GPU, in kernels that a CUDA graph can record.
+    """The step of up to four sequences on a GPU, in kernels that a CUDA graph can record.
 
     bits: None, or 4: the step reads the layers' matrices at 4 bits, as `packed_weights` stores them.
     """
@@ -187,6 +188,10 @@ class ModelStepGPU(ModelStep):
         return logits
 
     def _ffn_calls(self) -> Sequence[kernels.AnyFFN]:
+        if isinstance(self._handle, SparseFFNs) and not self._runs_sparse():
+            dense = [DenseFFN(gate, up, down.T, kind) for gate, up, down, kind in self._handle.dense_weights()]
+            if dense:
+                return dense
         return _ffn_calls(self._model, self._handle)
 
     def _logits(self, decoder: DecoderWeights, token: Tensor, position: int) -> Tensor:
@@ -240,7 +245,7 @@ def _rows_of(weight: Tensor) -> Rows:
 
 
 def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
-    """For each layer a function of [1, E] that calls the module that is its FFN."""
+    """For each layer a function of [n, E] that calls the module that is its FFN."""
 
     def call_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda hidden: module(hidden[None])[0]

@@ -247,6 +247,16 @@ class SparseFFNs:
             return [ClusterFFN(sparse.weights) for sparse in self._sparse]
         return [sparse.for_step() for sparse in self._sparse]
 
+    def dense_weights(self) -> list[ops.FFNWeights]:
+        """For each layer its weights as they are now, if the FFNs have no multipliers; else nothing.
+
+        Raises UserError for changes that the FFNs can't follow.
+        """
+        for sparse in self._sparse:
+            sparse.follow_changes()
+        plain = set(self._multipliers) == {(1.0, 1.0)}
+        return [sparse.weights for sparse in self._sparse] if plain else []
+
     def packed_ffns(self) -> list[PackedClusterFFN]:
         """For each layer what `ops.decode_packed` takes as its FFN: dense ones if calls of one token run dense.
 

@@ -10,8 +10,8 @@
 // of every row: an octet. A shift and a mask make two weights two numbers of 16 bits, OFFSET + k. The product's 8
 // columns hold the inputs of one chunk each, so its sums are those of single chunks, which have levels of their own.
 //
-// Defined before this file: what `values_sm80.cuh` needs; `barriers_sm90.cuh`; E; GROUP, weights that share levels;
-// TEAMS, 1 or, on Hopper, 2; SLOTS of a team's ring; HOPPER (with programmatic dependent launch and bulk copies).
+// Defined before this file: what `steps_sm80.cuh` needs; `barriers_sm90.cuh`; E; GROUP, weights that share levels;
+// TEAMS, 1 or, on Hopper, 2; SLOTS of a team's ring.
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply
 constexpr int ALL_THREADS = THREADS + (HOPPER ? 32 * TEAMS : 0);
@@ -26,24 +26,6 @@ constexpr int SLOT = ROWS * STRIDE;                      // words
 constexpr u32 MAGIC = BFLOAT ? 0x43004300u : 0x64006400u;
 constexpr float OFFSET = BFLOAT ? 128.0f : 1024.0f;
 static_assert(E % GROUP == 0 && GROUP % 32 == 0, "groups are whole chunks");
-
-__device__ __forceinline__ void wait_for_previous() {
-    if (HOPPER) asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-__device__ __forceinline__ void start_next() {
-    if (HOPPER) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    if (BFLOAT)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // The weights with numbers 2 s and 2 s + 1 in a word, as the lowest bits of two numbers of 16 bits.
 __device__ __forceinline__ u32 pair(u32 word, int s, u32 magic) {
@@ -170,21 +152,6 @@ __device__ __forceinline__ float sum_of_block(float x, float (&sums)[WARPS]) {
     for (int w = 0; w < WARPS; w++) sum += sums[w];
     wait_for_warps();
     return sum;
-}
-
-__device__ __forceinline__ void widen8(const uint4& given, float (&x)[8]) {
-    const u32 pairs[4] = {given.x, given.y, given.z, given.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float2 two = widen(pairs[j]);
-        x[2 * j] = two.x, x[2 * j + 1] = two.y;
-    }
-}
-__device__ __forceinline__ uint4 narrow8(const float (&x)[8]) {
-    u32 pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) pairs[j] = half_of(x[2 * j]) | half_of(x[2 * j + 1]) << 16;
-    return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // The RMS norm's weights, which need no other kernel.

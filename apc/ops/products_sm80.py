@@ -1,0 +1,120 @@
+"""Products of 16-bit matrices with two to four vectors, by the CUDA C++ kernel `cuda/products_sm80.cu`.
+
+`nvrtc.py` compiles and launches it. Shape letters: see `apc.ops`; n vectors, R rows of matrices.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apc.ops import nvrtc
+from apc.ops._triton import triton_driver
+from apc.ops.ffn_arguments import ACTIVATIONS
+from apc.ops.nvrtc import Function, Program, architecture, pointer
+
+MAX_VECTORS = 4
+_HEADERS = ("values_sm80.cuh", "steps_sm80.cuh")
+_WARPS = 16
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Sizes(NamedTuple):
+    """What the kernel is compiled for."""
+
+    n: int
+    E: int
+    activation: str  # of a gated FFN's inner values, "" for plain products
+    dtype: torch.dtype
+    arch: str
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory of a block: the vectors."""
+        return 16 * self.n * (math.ceil(self.E / 64) * 8 + 4)
+
+    @property
+    def declared(self) -> int:
+        """Bytes of shared memory that the kernel declares."""
+        return 4 * _WARPS * (2 * 16 * self.n + 1)
+
+    def program(self) -> Program:
+        """The kernel."""
+        constants = dict(
+            E=self.E,
+            N=self.n,
+            GATED=int(bool(self.activation)),
+            ACTIVATION=ACTIVATIONS.index(self.activation or "silu"),
+            BFLOAT=int(self.dtype == torch.bfloat16),
+            HOPPER=int(self.arch == "sm_90a"),
+        )
+        return Program("products_sm80.cu", self.arch, tuple(constants.items()), headers=_HEADERS)
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(sizes: Sizes, device_index: int) -> Function:
+    return nvrtc.function(sizes.program(), "products", device_index, sizes.shared)
+
+
+@functools.cache
+def _machine(device_index: int) -> tuple[int, int, str]:
+    """Multiprocessors, the bytes of shared memory that a block can have, and the architecture to compile for."""
+    properties = triton_driver.active.utils.get_device_properties(device_index)
+    arch = architecture(torch.device("cuda", device_index))
+    return properties["multiprocessor_count"], properties["max_shared_mem"], arch
+
+
+def refusal(n: int, matrices: Sequence[Tensor]) -> str | None:
+    """Why `products` can't take n vectors and these matrices, or None. It compiles a kernel to find out."""
+    first = matrices[0]
+    if not first.is_cuda or first.dtype not in _HALVES:
+        return "products with several vectors need a GPU and 16 bits"
+    if not 2 <= n <= MAX_VECTORS:
+        return f"there are {n} sequences at once, the kernels take up to {MAX_VECTORS}"
+    if any(each.shape[-1] % 8 or each.data_ptr() % 16 for each in matrices):
+        return "its rows are no multiple of 16 bytes, or not aligned to 16"
+    try:
+        _, shared, arch = _machine(first.device.index)
+        for E in {each.shape[-1] for each in matrices}:
+            sizes = Sizes(n, E, "", first.dtype, arch)
+            if sizes.shared + sizes.declared > shared:
+                return f"shared memory has no room for {n} vectors of {E} elements"
+            _prepare(sizes, first.device.index)
+    except (ImportError, RuntimeError, OSError) as error:
+        return nvrtc.reason(error)
+    return None
+
+
+def products(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    norm: Tensor | None,
+    epsilon: float,
+    added: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Products [n, R] of up to three matrices with the norm of x + added, plus bias and residual; and x + added [n, E].
+
+    With an activation, the matrices are gate and up [R, E], and the products act(gate · x) · (up · x). For what
+    `refusal` does not refuse.
+    """
+    n, E = x.shape
+    R = len(matrices[0]) if activation else sum(map(len, matrices))
+    blocks, _, arch = _machine(x.device.index)
+    output, total = x.new_empty((n, R)), x if added is None else torch.empty_like(x)
+    first, second, third = (matrices[i] if i < len(matrices) else None for i in range(3))
+    sizes = Sizes(n, E, activation, x.dtype, arch)
+    rows = [0 if each is None else len(each) for each in (first, second)]
+    tensors = map(pointer, (x, added, norm, total, first, second, third, bias, residual, output))
+    numbers = *map(ctypes.c_int, (R, *rows)), ctypes.c_float(epsilon)
+    grid = min(blocks, math.ceil(R / (8 if activation else 16)))
+    with torch.cuda.device_of(x):
+        function = _prepare(sizes, x.device.index)
+        nvrtc.launch(function, (grid, 1), 32 * _WARPS, sizes.shared, *tensors, *numbers, early=arch == "sm_90a")
+    return output, total
