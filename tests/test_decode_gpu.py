@@ -259,7 +259,7 @@ def test_steps_of_several_sequences(n, kind, most):
 def test_products_with_several_vectors(n, E, dtype):
     """Against the formula, with every argument and with none; NaN stays in its vector."""
     draw = lambda *size: torch.randn(*size, device="cuda").to(dtype)
-    matrices, x, norm = [draw(rows, E) for rows in (45, 19, 2100)], draw(n, E), draw(E)
+    matrices, x, norm = [draw(rows, E) * E**-0.5 for rows in (45, 19, 2100)], draw(n, E), draw(E)
     added, bias, residual = draw(n, E), torch.randn(2164, device="cuda"), draw(n, 2164)
     refusal = decode_gpu.products_sm80.refusal(n, matrices)
     assert refusal is None or f"no room for {n} vectors of 14336" in refusal

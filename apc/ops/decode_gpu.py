@@ -213,12 +213,12 @@ def _attend_kernel(
         at = (first_head + g)[:, None] * SHARES + s[None, :]
         most = tl.load(ends_ptr + 2 * at, mask=real, other=0.0, cache_modifier=".cg")
         totals = tl.load(ends_ptr + 2 * at + 1, mask=real, other=1.0, cache_modifier=".cg")
-        inside = real[:, :, None] & (j >= 0)[None, None, :]
-        parts = tl.load(sums_ptr + at[:, :, None] * d + j[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        every = real[:, :, None] & (j >= 0)[None, None, :]
+        parts = tl.load(sums_ptr + at[:, :, None] * d + j[None, None, :], mask=every, other=0.0, cache_modifier=".cg")
         factor = tl.exp(most - tl.max(most, axis=1)[:, None])
         output = tl.sum(parts * factor[:, :, None], axis=1) / tl.sum(totals * factor, axis=1)[:, None]
-        to = (first_head + g)[:, None] * d + j[None, :]
-        tl.store(output_ptr + to, output.to(output_ptr.dtype.element_ty), mask=real)
+        whole = (first_head + g)[:, None] * d + j[None, :]
+        tl.store(output_ptr + whole, output.to(output_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
