@@ -2,8 +2,8 @@
 
 It covers models of Llama's kind, as `decode_cpu.py` does. A layer takes three kernels and its FFN: the norm with the
 products for query, key and value; rotation, the cache and attention, whose programs take shares of the keys; the output
-projection. Matrix products read each weight once. Those with several sequences at once run on tensor cores
-(`products_sm80.py`). From Hopper on a kernel fetches its first weights before
+projection. Matrix products read each weight once; in half precision from Ampere to Hopper they run on tensor cores, for
+several sequences at once (`products_sm80.py`). From Hopper on a kernel fetches its first weights before
 the kernel before it has ended (EARLY). Nothing waits for the host, so that a CUDA graph can record a step.
 
 Shape letters: see `apc.ops`; R rows of matrices, h heads, d size of a head, S tokens that fit into the cache.
@@ -296,7 +296,11 @@ class StepGPU:
     """
 
     def __init__(self, weights: DecoderWeights) -> None:
-        self._check(weights)
+        tensors = self._check(weights)
+        reason = products_sm80.refusal(len(weights.layers[0].attention.keys), tensors)
+        if reason is not None and len(weights.layers[0].attention.keys) > 1:
+            raise Unsupported(reason)
+        self._on_tensor_cores = reason is None
         self._weights, self._options = weights, pdl_options(weights.embedding.device)
         self._cos, self._sin = (each.detach().float().contiguous() for each in (weights.cos, weights.sin))
         self._attentions = [self._attention(layer.attention) for layer in weights.layers]
@@ -304,7 +308,8 @@ class StepGPU:
         self._arrivals = torch.zeros((n, key_heads), dtype=torch.int32, device=weights.embedding.device)
 
     @staticmethod
-    def _check(weights: DecoderWeights) -> None:
+    def _check(weights: DecoderWeights) -> list[Tensor]:
+        """The matrices and vectors in the model's type. Raises Unsupported for those that the kernels don't take."""
         dtype, d = weights.embedding.dtype, weights.cos.shape[1]
         matrices: list[Rows] = [weights.embedding, weights.head, weights.norm]
         for layer in weights.layers:
@@ -324,8 +329,7 @@ class StepGPU:
             raise Unsupported(f"it has heads of size {d}, {group} to a key head")
         if S * d >= 2**31 or max(each.shape[-1] for each in matrices) > _MAX_INPUTS:
             raise Unsupported(f"a matrix has more than {_MAX_INPUTS:,} inputs, or the cache is too long")
-        if sequences > 1 and (reason := products_sm80.refusal(sequences, tensors)) is not None:
-            raise Unsupported(reason)
+        return tensors
 
     @staticmethod
     def _attention(weights: AttentionWeights) -> _Attention:
@@ -380,7 +384,7 @@ class StepGPU:
     ) -> tuple[Tensor, Tensor]:
         """Products of up to three matrices [r, E] with the norm of x + added, one after the other; and x + added."""
         matrices = [each for each in rows_of if isinstance(each, Tensor)]  # all of them, as `_check` ensures
-        if len(x) > 1:
+        if self._on_tensor_cores:
             epsilon = self._weights.epsilon
             return products_sm80.products(x, matrices, norm, epsilon, added, bias, residual, activation)
         E, first = x.shape[1], matrices[0]

@@ -1,4 +1,4 @@
-"""Products of 16-bit matrices with two to four vectors, by the CUDA C++ kernel `cuda/products_sm80.cu`.
+"""Products of 16-bit matrices with one to four vectors, by the CUDA C++ kernel `cuda/products_sm80.cu`.
 
 `nvrtc.py` compiles and launches it. Shape letters: see `apc.ops`; n vectors, R rows of matrices.
 """
@@ -20,6 +20,9 @@ from apc.ops.nvrtc import Function, Program, architecture, pointer
 MAX_VECTORS = 4
 _HEADERS = ("values_sm80.cuh", "steps_sm80.cuh")
 _WARPS = 16
+_BLOCKS = 1  # of a multiprocessor
+_BATCH = _WARPS * 32 * 2 * 2 * 16  # bytes of a batch, of which two at least are on their way
+_DEPTHS = 2, 5  # batches at least, and at most
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -31,22 +34,32 @@ class Sizes(NamedTuple):
     activation: str  # of a gated FFN's inner values, "" for plain products
     dtype: torch.dtype
     arch: str
+    room: int  # bytes of shared memory that a block can have
 
     @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory of a block: the vectors."""
+    def depth(self) -> int:
+        """Batches on their way at once; 0 if there is no room for them."""
+        declared = 4 * _WARPS * (2 * 16 * self.n + 1)  # by the kernel
+        depth = min(_DEPTHS[1], (self.room - self._inputs - declared) // _BATCH)
+        return depth if depth >= _DEPTHS[0] else 0
+
+    @property
+    def _inputs(self) -> int:
+        """Bytes of the vectors."""
         return 16 * self.n * (math.ceil(self.E / 64) * 8 + 4)
 
     @property
-    def declared(self) -> int:
-        """Bytes of shared memory that the kernel declares."""
-        return 4 * _WARPS * (2 * 16 * self.n + 1)
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory of a block: batches and vectors."""
+        return self.depth * _BATCH + self._inputs
 
     def program(self) -> Program:
         """The kernel."""
         constants = dict(
             E=self.E,
             N=self.n,
+            DEPTH=self.depth,
+            BLOCKS=_BLOCKS,
             GATED=int(bool(self.activation)),
             ACTIVATION=ACTIVATIONS.index(self.activation or "silu"),
             BFLOAT=int(self.dtype == torch.bfloat16),
@@ -72,16 +85,16 @@ def refusal(n: int, matrices: Sequence[Tensor]) -> str | None:
     """Why `products` can't take n vectors and these matrices, or None. It compiles a kernel to find out."""
     first = matrices[0]
     if not first.is_cuda or first.dtype not in _HALVES:
-        return "products with several vectors need a GPU and 16 bits"
-    if not 2 <= n <= MAX_VECTORS:
+        return "steps of several sequences need a GPU and 16 bits"
+    if n > MAX_VECTORS:
         return f"there are {n} sequences at once, the kernels take up to {MAX_VECTORS}"
     if any(each.shape[-1] % 8 or each.data_ptr() % 16 for each in matrices):
         return "its rows are no multiple of 16 bytes, or not aligned to 16"
     try:
         _, shared, arch = _machine(first.device.index)
         for E in {each.shape[-1] for each in matrices}:
-            sizes = Sizes(n, E, "", first.dtype, arch)
-            if sizes.shared + sizes.declared > shared:
+            sizes = Sizes(n, E, "", first.dtype, arch, shared)
+            if not sizes.depth:
                 return f"shared memory has no room for {n} vectors of {E} elements"
             _prepare(sizes, first.device.index)
     except (ImportError, RuntimeError, OSError) as error:
@@ -106,10 +119,10 @@ def products(
     """
     n, E = x.shape
     R = len(matrices[0]) if activation else sum(map(len, matrices))
-    blocks, _, arch = _machine(x.device.index)
+    blocks, shared, arch = _machine(x.device.index)
     output, total = x.new_empty((n, R)), x if added is None else torch.empty_like(x)
     first, second, third = (matrices[i] if i < len(matrices) else None for i in range(3))
-    sizes = Sizes(n, E, activation, x.dtype, arch)
+    sizes = Sizes(n, E, activation, x.dtype, arch, shared)
     rows = [0 if each is None else len(each) for each in (first, second)]
     tensors = map(pointer, (x, added, norm, total, first, second, third, bias, residual, output))
     numbers = *map(ctypes.c_int, (R, *rows)), ctypes.c_float(epsilon)

@@ -34,17 +34,6 @@ __device__ __forceinline__ u32 pair(u32 word, int s, u32 magic) {
     return result;
 }
 
-// Copies 16 bytes to shared memory.
-__device__ __forceinline__ void copy_words(u32* to, const u32* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_groups() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-}
-
 // This thread's team, and whether it copies rows.
 __device__ __forceinline__ int own_team() {
     return threadIdx.x < THREADS ? threadIdx.x / TEAM_THREADS : threadIdx.x / 32 - WARPS;
@@ -87,7 +76,7 @@ __device__ __forceinline__ void copy_rows(Ring& ring, int s, u32* slot, int stri
         if (row != nullptr)
 #pragma unroll 3
             for (int i = warp / COUNT * 32 + lane; i < EACH / 4; i += 32 * WARPS / COUNT)
-                copy_words(slot + warp % COUNT * stride + 4 * i, row + 4 * i);
+                copy_piece(slot + warp % COUNT * stride + 4 * i, row + 4 * i);
         end_group();
     }
 }

@@ -1,34 +1,31 @@
-// Products of 16-bit matrices with a few vectors at once, on tensor cores; `steps_sm80.cuh` is placed before it.
+// Products of 16-bit matrices with one vector or a few, on tensor cores; `steps_sm80.cuh` is placed before it.
 //
 // There is one block per multiprocessor. It takes tiles of 16 rows, one after the other, and each of its warps multiplies
-// a part of every row. Weights go from memory to registers, in batches: while a warp multiplies one batch, the next is on
-// its way. A lane has 8 weights of a row, which lie next to each other, and the same 8 elements of a vector. So the
-// elements' order in a product is not that in memory, but the same for both.
+// a part of every row. Asynchronous copies bring the weights into shared memory, several batches ahead. A lane copies and
+// multiplies the same pieces: 8 weights of a row, which lie next to each other, with the same 8 elements of a vector. So
+// lanes need not wait for each other, and the elements' order in a product is not that in memory, but the same for both.
 //
-// Defined before this file: E, a multiple of 8; N vectors, 2 to 8; GATED (rows are neurons: gate · x, activated, times
-// up · x; else up to three matrices, one below the other).
+// Loads into registers would depend on the L1 cache's size, of which kernels with much shared memory leave little for
+// those after them: they took up to 60 % longer.
+//
+// Defined before this file: E, a multiple of 8; N vectors, up to 8; DEPTH, batches on their way; GATED (rows are neurons:
+// gate · x, activated, times up · x; else up to three matrices, one below the other).
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int CHUNKS = E / 8;                     // pieces of 16 bytes of a row
 constexpr int STRIDE = (CHUNKS + 7) / 8 * 8 + 4;  // chunks between vectors: two lanes read from different banks
-constexpr int LOADS = 4;                          // chunks of a row that a lane has in a batch
+constexpr int LOADS = 2;                          // chunks of a row that a lane has in a batch
 constexpr int BATCH = 4 * LOADS * WARPS, BATCHES = (CHUNKS + BATCH - 1) / BATCH;  // chunks of a batch, batches of a tile
 constexpr int ROWS = GATED ? 8 : 16;                                              // rows, or neurons, of a tile
 constexpr int VECTOR_WARPS = WARPS / N, VECTOR_THREADS = 32 * VECTOR_WARPS;       // that set a vector
 
-__device__ __forceinline__ uint4 load_once(const uint4* from) {
-    uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
-    return x;
-}
-
+// A batch of a warp: of the rows lane / 4 and lane / 4 + 8 of a tile.
 struct Batch {
-    uint4 above[LOADS], below[LOADS];  // of the rows lane / 4 and lane / 4 + 8 of a tile
+    uint4 above[LOADS][32], below[LOADS][32];
 };
 
 // output = input · rowsᵀ + bias + residual, of the model's type. The input is x + added, or its RMS norm.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 products(const uint4* x,                      // [N, E]
          const uint4* added,                  // [N, E] or null
          const uint4* __restrict__ norm,      // [E] or null
@@ -40,7 +37,9 @@ products(const uint4* x,                      // [N, E]
          const unsigned short* residual,      // [N, R] or null
          unsigned short* output,              // [N, R], out
          int R, int first_rows, int second_rows, float epsilon) {
-    extern __shared__ __align__(16) uint4 inputs[];  // [N, STRIDE]
+    extern __shared__ __align__(16) uint4 memory[];
+    Batch* const ring = reinterpret_cast<Batch*>(memory) + threadIdx.x / 32 * DEPTH;  // of this warp
+    uint4* const inputs = memory + DEPTH * WARPS * (sizeof(Batch) / 16);              // [N, STRIDE]
     __shared__ float parts[2][WARPS][16][N], squares[WARPS];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int tiles = (R + ROWS - 1) / ROWS, own = (tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
@@ -56,22 +55,25 @@ products(const uint4* x,                      // [N, E]
     };
     const auto chunk_of = [&](int i, int s) { return (i % BATCHES * WARPS + warp) * 4 * LOADS + 4 * s + t; };
     const auto inside = [&](int chunk) { return CHUNKS % BATCH == 0 || chunk < CHUNKS; };
-    const auto load = [&](int i, Batch& to) {  // batch i of this block
-        if (i >= batches) return;
-        const int row = (blockIdx.x + i / BATCHES * gridDim.x) * ROWS + g;
-        const uint4* const above = GATED ? first + static_cast<long long>(min(row, R - 1)) * CHUNKS : row_of(row);
-        const uint4* const below = GATED ? second + static_cast<long long>(min(row, R - 1)) * CHUNKS : row_of(row + 8);
+    const auto copy = [&](int i) {  // starts to copy batch i of this block, if there is one
+        if (i < batches) {
+            Batch& to = ring[i % DEPTH];
+            const int row = (blockIdx.x + i / BATCHES * gridDim.x) * ROWS + g;
+            const uint4* const above = GATED ? first + static_cast<long long>(min(row, R - 1)) * CHUNKS : row_of(row);
+            const uint4* const below = GATED ? second + static_cast<long long>(min(row, R - 1)) * CHUNKS : row_of(row + 8);
 #pragma unroll
-        for (int s = 0; s < LOADS; s++) {
-            const int chunk = chunk_of(i, s);
-            to.above[s] = inside(chunk) ? load_once(above + chunk) : uint4{0, 0, 0, 0};
-            to.below[s] = inside(chunk) ? load_once(below + chunk) : uint4{0, 0, 0, 0};
+            for (int s = 0; s < LOADS; s++) {
+                const int chunk = chunk_of(i, s);
+                if (!inside(chunk)) continue;
+                copy_piece(&to.above[s][lane], above + chunk);
+                copy_piece(&to.below[s][lane], below + chunk);
+            }
         }
+        end_group();
     };
 
-    Batch even, odd;
-    load(0, even);
-    load(1, odd);
+#pragma unroll 1
+    for (int i = 0; i < DEPTH; i++) copy(i);
     wait_for_previous();
     start_next();
 
@@ -119,13 +121,18 @@ products(const uint4* x,                      // [N, E]
     __syncthreads();
 
     float sums[4] = {};  // of the rows g (0, 1) and g + 8 (2, 3), for the vectors 2 t and 2 t + 1
-    const auto use = [&](int i, const Batch& given) {
+    const auto use = [&](int i) {
+        const Batch& given = ring[i % DEPTH];
 #pragma unroll
         for (int s = 0; s < LOADS; s++) {
             const int chunk = chunk_of(i, s);
-            const uint4 piece = g < N && inside(chunk) ? inputs[g * STRIDE + chunk] : uint4{0, 0, 0, 0};
-            multiply(sums, given.above[s].x, given.below[s].x, given.above[s].y, given.below[s].y, piece.x, piece.y);
-            multiply(sums, given.above[s].z, given.below[s].z, given.above[s].w, given.below[s].w, piece.z, piece.w);
+            if (!inside(chunk - t)) continue;  // for the whole warp
+            const uint4 none = uint4{0, 0, 0, 0};
+            const uint4 above = inside(chunk) ? given.above[s][lane] : none;
+            const uint4 below = inside(chunk) ? given.below[s][lane] : none;
+            const uint4 piece = g < N && inside(chunk) ? inputs[g * STRIDE + chunk] : none;
+            multiply(sums, above.x, below.x, above.y, below.y, piece.x, piece.y);
+            multiply(sums, above.z, below.z, above.w, below.w, piece.z, piece.w);
         }
         if (i % BATCHES < BATCHES - 1) return;
         const int number = i / BATCHES, tile = blockIdx.x + number * gridDim.x;
@@ -154,10 +161,9 @@ products(const uint4* x,                      // [N, E]
         output[at] = half_of(y);
     };
 #pragma unroll 1
-    for (int i = 0; i < batches; i += 2) {
-        use(i, even);
-        load(i + 2, even);
-        if (i + 1 < batches) use(i + 1, odd);
-        load(i + 3, odd);
+    for (int i = 0; i < batches; i++) {
+        wait_for_groups<DEPTH - 1>();  // of this lane, which are the pieces that it multiplies
+        use(i);
+        copy(i + DEPTH);
     }
 }

@@ -1,5 +1,5 @@
-// What the products of a decoding step share, from Ampere to Hopper: waits for other kernels, a product on tensor cores,
-// and pieces of 8 numbers; placed before their kernels.
+// What the products of a decoding step share, from Ampere to Hopper: waits for other kernels, asynchronous copies, a
+// product on tensor cores, and pieces of 8 numbers; placed before their kernels.
 //
 // Defined before this file: `values_sm80.cuh`; HOPPER (with programmatic dependent launch and bulk copies).
 
@@ -8,6 +8,17 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 __device__ __forceinline__ void start_next() {
     if (HOPPER) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Copies 16 bytes to shared memory.
+__device__ __forceinline__ void copy_piece(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
 }
 
 __device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
