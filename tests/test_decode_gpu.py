@@ -283,7 +283,8 @@ def test_products_with_several_vectors(n, E, dtype):
 
 def test_the_kernel_for_several_vectors_compiles():
     sizes = Sizes(4, 4096, "silu", torch.bfloat16, "sm_90a", 227 * 1024)
-    assert (sizes.depth, sizes._replace(E=14336).depth, sizes._replace(room=99 * 1024).depth) == (5, 3, 0)
+    assert sizes.batches == (4, 2) and sizes._replace(E=14336).batches == (3, 2)
+    assert sizes._replace(n=1).batches == (4, 3) and sizes._replace(room=99 * 1024).batches == (2, 0)
     for each in (sizes, Sizes(1, 72, "", torch.float16, "sm_80", 163 * 1024)):
         assert each.shared < each.room and b"products" in compile_program(each.program())
 

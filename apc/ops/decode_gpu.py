@@ -2,9 +2,9 @@
 
 It covers models of Llama's kind, as `decode_cpu.py` does. A layer takes three kernels and its FFN: the norm with the
 products for query, key and value; rotation, the cache and attention, whose programs take shares of the keys; the output
-projection. Matrix products read each weight once; in half precision from Ampere to Hopper they run on tensor cores, for
-several sequences at once (`products_sm80.py`). From Hopper on a kernel fetches its first weights before
-the kernel before it has ended (EARLY). Nothing waits for the host, so that a CUDA graph can record a step.
+projection. Matrix products read each weight once. With several sequences or sparse FFNs, in half precision from Ampere
+to Hopper, they run on tensor cores (`products_sm80.py`). From Hopper on a kernel fetches its first weights before the
+kernel before it has ended (EARLY). Nothing waits for the host, so that a CUDA graph can record a step.
 
 Shape letters: see `apc.ops`; R rows of matrices, h heads, d size of a head, S tokens that fit into the cache.
 """
@@ -296,11 +296,13 @@ class StepGPU:
     """
 
     def __init__(self, weights: DecoderWeights) -> None:
-        tensors = self._check(weights)
+        several, tensors = len(weights.layers[0].attention.keys) > 1, self._check(weights)
         reason = products_sm80.refusal(len(weights.layers[0].attention.keys), tensors)
-        if reason is not None and len(weights.layers[0].attention.keys) > 1:
+        if reason is not None and several:
             raise Unsupported(reason)
-        self._on_tensor_cores = reason is None
+        # Triton's products for one sequence need much of the L1 cache, of which kernels of sparse FFNs leave little.
+        sparse = not all(isinstance(layer.ffn, DenseFFN) for layer in weights.layers)
+        self._on_tensor_cores = reason is None and (several or sparse)
         self._weights, self._options = weights, pdl_options(weights.embedding.device)
         self._cos, self._sin = (each.detach().float().contiguous() for each in (weights.cos, weights.sin))
         self._attentions = [self._attention(layer.attention) for layer in weights.layers]

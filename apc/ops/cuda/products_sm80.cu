@@ -8,13 +8,13 @@
 // Loads into registers would depend on the L1 cache's size, of which kernels with much shared memory leave little for
 // those after them: they took up to 60 % longer.
 //
-// Defined before this file: E, a multiple of 8; N vectors, up to 8; DEPTH, batches on their way; GATED (rows are neurons:
-// gate · x, activated, times up · x; else up to three matrices, one below the other).
+// Defined before this file: E, a multiple of 8; N vectors, up to 8; LOADS, chunks of a row that a lane has in a batch;
+// DEPTH, batches on their way; GATED (rows are neurons: gate · x, activated, times up · x; else up to three matrices, one
+// below the other).
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int CHUNKS = E / 8;                     // pieces of 16 bytes of a row
 constexpr int STRIDE = (CHUNKS + 7) / 8 * 8 + 4;  // chunks between vectors: two lanes read from different banks
-constexpr int LOADS = 2;                          // chunks of a row that a lane has in a batch
 constexpr int BATCH = 4 * LOADS * WARPS, BATCHES = (CHUNKS + BATCH - 1) / BATCH;  // chunks of a batch, batches of a tile
 constexpr int ROWS = GATED ? 8 : 16;                                              // rows, or neurons, of a tile
 constexpr int VECTOR_WARPS = WARPS / N, VECTOR_THREADS = 32 * VECTOR_WARPS;       // that set a vector
@@ -25,7 +25,7 @@ struct Batch {
 };
 
 // output = input · rowsᵀ + bias + residual, of the model's type. The input is x + added, or its RMS norm.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 products(const uint4* x,                      // [N, E]
          const uint4* added,                  // [N, E] or null
          const uint4* __restrict__ norm,      // [E] or null
