@@ -178,6 +178,11 @@ def _attend_kernel(
     head = key_head * G + row
     query = _rotated(given_ptr, head[:, None], (row < G)[:, None], query_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
     query = query.to(kind)
+    # The token's own key and value, which the last share takes: loaded here, they arrive with the query.
+    own = (G * key_heads + key_head + tl.zeros([1], tl.int32))[:, None]
+    key = _rotated(given_ptr, own, own >= 0, key_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
+    key = tl.sum(key, axis=0).to(kind)
+    value = tl.load(given_ptr + ((G + 1) * key_heads + key_head) * d + j)
     largest = tl.full([GROUP], -1e30, tl.float32)  # of no keys; as a number, so that a difference is no NaN
     total = tl.zeros([GROUP], tl.float32)
     sums = tl.zeros([GROUP, d], tl.float32)
@@ -187,11 +192,7 @@ def _attend_kernel(
         keys = tl.load(keys_ptr + cached + (start + t)[None, :] * d + j[:, None], mask=inside[None, :], other=0.0)
         values = tl.load(values_ptr + cached + (start + t)[:, None] * d + j[None, :], mask=inside[:, None], other=0.0)
         largest, total, sums = _add_keys(query, keys, values, inside, largest, total, sums, scaling)
-    if share == SHARES - 1:  # the token itself
-        own = (G * key_heads + key_head + tl.zeros([1], tl.int32))[:, None]
-        key = _rotated(given_ptr, own, own >= 0, key_norm_ptr, cos, sin, epsilon, d, HEAD_NORMS)
-        key = tl.sum(key, axis=0).to(kind)
-        value = tl.load(given_ptr + ((G + 1) * key_heads + key_head) * d + j)
+    if share == SHARES - 1:
         tl.store(keys_ptr + cached + position * d + j, key)
         tl.store(values_ptr + cached + position * d + j, value)
         scores = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scaling
