@@ -16,6 +16,7 @@ LONGEST = ["test_pipeline", "test_bundled", "test_killed", "test_tuning"]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "report: its runs draw their plots and write their page")
 
 
 def pytest_collection_modifyitems(items):
@@ -35,3 +36,23 @@ def pytest_collection_finish():
 def seed():
     """A test's random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report_of_module(request):
+    """Runs write no report in files that import `tiny`, unless marked `report`. Fixtures of a module come after it."""
+    if (tiny := getattr(request.module, "tiny", None)) is None:
+        yield
+    else:
+        with tiny.reports(request.node.get_closest_marker("report") is not None):
+            yield
+
+
+@pytest.fixture(autouse=True)
+def report_of_test(request):
+    """A test marked `report` has its runs' plots and pages."""
+    if request.node.get_closest_marker("report"):
+        with request.module.tiny.reports(written=True):
+            yield
+    else:
+        yield

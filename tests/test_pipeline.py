@@ -50,12 +50,19 @@ def run_evaluate(folder, *words, run="run"):
 def workplace(tmp_path_factory):
     """A folder with a model, texts, a finished run and one with its checkpoints."""
     folder = tiny.make_workplace(tmp_path_factory.mktemp("pipeline"))
-    run_train(folder)
+    with tiny.reports(written=True):
+        run_train(folder)
     run_train(folder, **{"run.name": "kept", "stage": "predict", "trainer.keep_checkpoints": "true"})
     return folder
 
 
-@pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt2", "bloom", "apertus", "mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *["gemma3", "phi3", "gpt2", "bloom", "apertus", "deepseek_v3", "gpt_oss"],
+        pytest.param("mixtral", marks=pytest.mark.report),
+    ],
+)
 def test_a_model_of_each_form_goes_from_text_to_generation(tmp_path, family):
     tiny.make_workplace(tmp_path, family)
     results = run_train(tmp_path)
@@ -107,6 +114,7 @@ def test_experts_have_masks_of_their_own(tmp_path):
             run_train(tmp_path, **{"run.name": "other", "policies": "[predicted]"}, **dict([word.split("=")]))
 
 
+@pytest.mark.report
 def test_a_relu_model_reports_its_exact_zeros(tmp_path):
     tiny.make_workplace(tmp_path, "opt")
     results = run_train(tmp_path, policies="[dense,static]", **{"data.score_windows": 2})
@@ -151,7 +159,10 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sites": "[gate,up,down]", "cluster.weighting": "binary", "cluster.scope": "pooled", "active": "top"},
+        pytest.param(
+            {"sites": "[gate,up,down]", "cluster.weighting": "binary", "cluster.scope": "pooled", "active": "top"},
+            marks=pytest.mark.report,
+        ),
         {
             "collect.storage": "memory",
             "collect.ffn_inputs": "streamed",
@@ -165,12 +176,15 @@ def test_an_ffn_without_a_gate_has_two_projections_in_its_costs(tmp_path):
             "cluster.schedule": "step",
         },
         {"predictor.form": "neuron", "predictor.loss": "listwise", "policies": "[dense,oracle,cats,neuron-predictor]"},
-        {
-            "predictor.form": "neuron",
-            "cluster.init": "k-means++",
-            "cluster.weighting": "magnitude",
-            "data.score_windows": "1",
-        },
+        pytest.param(
+            {
+                "predictor.form": "neuron",
+                "cluster.init": "k-means++",
+                "cluster.weighting": "magnitude",
+                "data.score_windows": "1",
+            },
+            marks=pytest.mark.report,
+        ),
         {
             "predictor.form": "low-bit",
             "predictor.bits": "2",
@@ -605,6 +619,7 @@ def test_an_error_names_a_checkpoint_of_another_training(workplace):
         run_train(workplace, **{"run.name": "swapped"})
 
 
+@pytest.mark.report
 def test_a_policy_with_an_infinite_loss_has_a_reason_in_the_table(workplace, monkeypatch):
     original = evaluator.window_losses
 

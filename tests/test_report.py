@@ -18,6 +18,7 @@ from apc.report.charts import layer_charts
 from apc.report.page import Section, page, run_page
 from apc.sparse.policies import facts
 
+pytestmark = pytest.mark.report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 

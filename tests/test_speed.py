@@ -39,6 +39,7 @@ def evaluated(folder, *words):
     )
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("device", DEVICES)
 def test_perplexities_equal_those_of_masks_after_a_dense_prompt(workplace, device, capsys):
     results = evaluated(
@@ -156,6 +157,7 @@ def best_of(workplace, name, policies):
     return evaluate.evaluate(evaluate.config_of_run(None, words))
 
 
+@pytest.mark.report
 def test_best_times_one_policy_and_scores_nothing_again(workplace, capsys):
     results = best_of(workplace, "best", "dense,exact,static,predicted")
     scored, said = (
@@ -199,6 +201,7 @@ def test_best_says_why_it_can_not_be_had(tmp_path, capsys, settings, reason):
     assert results["speed"] is None and f"speed=best: not measured ({reason}" in capsys.readouterr().err
 
 
+@pytest.mark.report
 def test_results_are_saved_before_speed_is_measured(workplace, monkeypatch):
     def fails(*given):
         raise UserError("no kernel after all")

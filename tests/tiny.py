@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def killed_after(steps: int, module: type):
             yield
 
 
+@contextmanager
+def reports(written: bool):
+    """Runs in the block draw plots and write a page, or write an empty page only.
+
+    Plots and page take four fifths of the time of a small run.
+    """
+    from apc.evaluate import figures
+    from apc.report.page import run_page
+    from apc.run import score
+
+    no_figures = SimpleNamespace(save_figures=lambda *_: {}, speed_figure=lambda *_: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "figures", figures if written else no_figures)
+        patch.setattr(score, "run_page", run_page if written else lambda *_: "")
+        yield
+
+
 def run_ranks(ranks: int, words: list[str]) -> None:
     """Runs `train.py` with these overrides in so many processes. Fails if one of them does."""
     in_ranks(ranks, _train, words)
@@ -263,7 +281,8 @@ def _train(words: list[str]) -> None:
     import train
     from apc.config.load import load_config
 
-    train.train(load_config(None, [*words, f"trainer.devices={os.environ['WORLD_SIZE']}"]))
+    with reports(written=False):
+        train.train(load_config(None, [*words, f"trainer.devices={os.environ['WORLD_SIZE']}"]))
 
 
 def command(*words: str, largest_file: int | None = None, timeout: float = 200) -> subprocess.CompletedProcess:
