@@ -178,12 +178,15 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_of(workplace):
-    """A function that returns the run of a predictor's form."""
+    """A function that returns the run of a predictor's form, which it trains once."""
+    trained = {}
 
     def run(form, name=None, **settings):
         name = name or form
         words = tiny.tiny_overrides(workplace, **{"run.name": name, "predictor.form": form}, **settings)
-        train.train(load_config(None, words))
+        if name not in trained:
+            train.train(load_config(None, words))
+        assert trained.setdefault(name, words) == words
         return apc.load_run(workplace / "runs" / name)
 
     return run

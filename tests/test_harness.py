@@ -1,5 +1,6 @@
 """lm-evaluation-harness with the model `apc`: a run or a shared result under a policy."""
 
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from lm_eval.tasks import TaskManager
 import apc
 import tiny
 import train
+from apc import __main__ as apc_main
 from apc import ops
 from apc.cluster.codebook import Codebook, SiteCodebook
 from apc.commands import lm_eval as lm_eval_command
@@ -70,12 +72,16 @@ def write_tasks(folder, lines):
         (tasks / f"{name}.yaml").write_text(text.format(file=tasks / "lines.jsonl"))
 
 
-def harness(folder, model, arguments, expect=0):
-    """The results of both tasks by the command, or its stderr if it must fail."""
-    out = folder / "out"
-    words = ["-m", "apc", "lm-eval", "run", "--model", model, "--model_args", arguments, "--tasks"]
-    words += ["local_cloze,local_text", "--include_path", str(folder / "tasks"), "--device", "cpu"]
-    words += ["--batch_size", "2", "--output_path", str(out / "results.json")]
+def command_words(folder, arguments):
+    """The words of `apc` that score the model `apc` on both tasks."""
+    words = ["lm-eval", "run", "--model", "apc", "--model_args", arguments, "--tasks", "local_cloze,local_text"]
+    words += ["--include_path", str(folder / "tasks"), "--device", "cpu", "--batch_size", "2"]
+    return [*words, "--output_path", str(folder / "out" / "results.json")]
+
+
+def harness(folder, arguments):
+    """The results of both tasks by the command, in a process of its own."""
+    words = ["-m", "apc", *command_words(folder, arguments)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -83,11 +89,13 @@ def harness(folder, model, arguments, expect=0):
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == expect, done.stderr
-    if expect:
-        return done.stderr
-    newest = max(out.glob("results*.json"), key=lambda path: path.stat().st_mtime_ns)
-    results = json.loads(newest.read_text())["results"]
+    assert done.returncode == 0, done.stderr
+    (written,) = (folder / "out").glob("results*.json")
+    return figures_of(json.loads(written.read_text())["results"])
+
+
+def figures_of(results):
+    """The figures of tasks by task and name."""
     return {
         (task, name): value
         for task, named in results.items()
@@ -97,8 +105,9 @@ def harness(folder, model, arguments, expect=0):
 
 
 def test_the_dense_model_scores_as_the_harness_own(workplace):
-    own = harness(workplace, "hf", f"pretrained={workplace / 'model'},dtype=float32")
-    dense = harness(workplace, "apc", f"checkpoint={workplace / 'runs' / 'run'},policy=dense")
+    model = HFLM(pretrained=str(workplace / "model"), dtype="float32", device="cpu", batch_size=2)
+    own = figures_of({task: scored(model, workplace, task) for task in ("local_cloze", "local_text")})
+    dense = harness(workplace, f"checkpoint={workplace / 'runs' / 'run'},policy=dense")
     assert dense == own and len(own) == 4
 
 
@@ -135,15 +144,27 @@ def test_bad_arguments_are_one_line(workplace, arguments, problem):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_argument_ends_the_command(workplace):
-    line = harness(workplace, "apc", "checkpoint=nothing", expect=2).splitlines()[-1]
-    assert line.startswith("error: nothing: no such folder")
+@pytest.fixture
+def local_tasks_only(monkeypatch):
+    """The command does not look through the harness's own tasks, which takes seconds."""
+    build = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", functools.partialmethod(build, include_defaults=False))
+
+
+def test_a_bad_argument_ends_the_command(workplace, local_tasks_only, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["apc", *command_words(workplace, "checkpoint=nothing")])
+    with hub_offline(True), pytest.raises(SystemExit) as ended:
+        apc_main.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing: no such folder")
 
 
 @pytest.mark.parametrize(
     ("task", "problem"), [("x", "lm-eval: Tasks not found: x"), ("wikitext", "lm-eval: Couldn't reach .* on the Hub")]
 )
-def test_an_unknown_task_and_data_that_cannot_be_fetched_are_one_line(workplace, monkeypatch, task, problem):
+def test_an_unknown_task_and_data_that_cannot_be_fetched_are_one_line(workplace, monkeypatch, request, task, problem):
+    if task == "x":
+        request.getfixturevalue("local_tasks_only")
     words = ["--model", "apc", "--model_args", f"checkpoint={workplace / 'runs' / 'run'}", "--tasks", task]
     monkeypatch.setattr(sys, "argv", ["apc lm-eval", "run", *words])
     with hub_offline(True), pytest.raises(UserError, match=problem):
