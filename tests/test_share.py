@@ -209,12 +209,13 @@ def test_what_can_not_be_shared_is_refused(workplace, tmp_path):
 
 
 def test_the_command(workplace, tmp_path):
-    words = ["-m", "apc", "export", str(workplace / "runs" / "run"), str(tmp_path / "shared"), "--policy", "predicted"]
+    words = ["apc/__main__.py", "export", str(workplace / "runs" / "run"), str(tmp_path / "shared")]
+    words += ["--policy", "predicted"]
     for _ in range(2):  # a second time over the first
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tiny.ROOT)
+        done = tiny.command(*words)
         assert done.returncode == 0 and "predicted for model" in done.stdout and "apc.load(" in done.stdout, done.stderr
     words[-1] = "oracle"
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tiny.ROOT)
+    done = tiny.command(*words)
     assert done.returncode == 2 and done.stderr.startswith("error: policy oracle: nothing to share")
     assert done.stderr.count("\n") == 1
 
