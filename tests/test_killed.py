@@ -185,7 +185,7 @@ def test_ranks_that_get_a_sigterm_keep_their_step_and_a_dying_rank_ends_all_and_
         "run.name": "ranks",
         "stage": "predict",
         "collect.dir": workplace / "stores-ranks",
-        "data.fit_windows": 88,
+        "data.fit_windows": 44,
         "predictor.batch_tokens": 2,
     }
     changes |= {"predictor.max_epochs": 1, "trainer.checkpoint_every_n_steps": 10_000, "trainer.log_every_n_steps": 1}

@@ -5,7 +5,7 @@ from nbclient import NotebookClient
 
 import tiny
 
-SMALLER = {'"data.seq_len": 256': '"data.seq_len": 48', '"data.fit_windows": 4': '"data.fit_windows": 3'}
+SMALLER = {'"data.seq_len": 256': '"data.seq_len": 48', '"data.fit_windows": 4': '"data.fit_windows": 2'}
 SMALLER |= {"count=48": "count=8", "max_new_tokens=8": "max_new_tokens=2"}
 
 
