@@ -9,6 +9,7 @@ import pytest
 
 import train
 from apc.config.load import load_config
+from apc.evaluate import speed
 from apc.run.tracking import read_metrics
 
 
@@ -33,7 +34,10 @@ def run(tmp_path_factory):
         "run.name=small",
         "model.device=cpu",
     ]
-    return folder / "small", train.train(load_config(None, words))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROUNDS": {"cpu": 2}, "TIMED_STEPS": 8, "NEW_TOKENS": 8}.items():
+            patch.setattr(speed, name, value)
+        return folder / "small", train.train(load_config(None, words))
 
 
 def test_perplexities_rise_from_bound_to_baseline(run):
