@@ -19,7 +19,7 @@ from apc.utils.errors import UserError
 
 def plain_copy(model):
     """The same model with plain weights of the same values."""
-    other = model_of(model.config.model_type, model.dtype)
+    other = model_of(model.config.model_type, model.dtype, tie_word_embeddings=model.config.tie_word_embeddings)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         theirs.data = ours.unrounded().contiguous() if isinstance(ours, RoundedWeight) else ours.detach().clone()
     return other
@@ -89,12 +89,27 @@ def test_weights_are_stored_once():
     assert layer.ffn.weights.down is own.mlp.down_proj.weight.rows
 
 
-def test_a_head_that_is_the_embedding_stays():
-    model = apc.round_weights(model_of(tie_word_embeddings=True))
-    assert model.lm_head.weight is model.model.embed_tokens.weight and not isinstance(
-        model.lm_head.weight, RoundedWeight
-    )
-    assert error_of(logits_of(GreedyDecoder(model, 1, 16)), logits_of(GreedyDecoder(model, 1, 16, mode=None))) < 0.02
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_head_that_is_the_embedding_is_stored_once(dtype):
+    model = apc.round_weights(model_of(dtype=dtype, tie_word_embeddings=True))
+    embedding = model.model.embed_tokens
+    assert model.lm_head.weight is embedding.weight and isinstance(embedding.weight, RoundedWeight)
+    plain, own = GreedyDecoder(plain_copy(model), 1, 16, mode=None), GreedyDecoder(model, 1, 16)
+    assert error_of(logits_of(own), logits_of(plain)) < TOLERANCE[dtype] and own.reason is None
+    weights = own._own._step._weights
+    assert weights.head.values.data_ptr() == weights.embedding.rows.values.data_ptr()
+    tokens = torch.tensor([[3, 60], [0, 3]])
+    assert embedding(tokens).equal(embedding.weight.unrounded()[tokens])
+    for outside in (-1, 61):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([outside]))
+    other = copy.deepcopy(model)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_an_embedding_that_is_not_the_head_stays():
+    model = apc.round_weights(model_of())
+    assert not isinstance(model.model.embed_tokens.weight, RoundedWeight)
 
 
 @pytest.mark.parametrize("policy", ["predicted", "static", "exact"])

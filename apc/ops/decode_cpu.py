@@ -42,7 +42,7 @@ from apc.ops._vectors import (
 from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.decoder_weights import TYPES, AttentionWeights, DecoderWeights, DenseFFN, Unsupported
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights
-from apc.ops.rounded import RoundedFFN, Rows
+from apc.ops.rounded import RoundedFFN, Rows, evens_first, rows_of
 from apc.ops.staged_ffn_cpu import StagedCall, StagedCPU
 
 _R = 4  # rows that are read together
@@ -50,7 +50,7 @@ _HEADS = 4  # query heads of a key head whose attention is computed together, at
 
 
 _CACHE = ("cell", "d", "heads", "key_heads", "keys", "values", "head_stride", "token_stride", "numbers", "queries")
-_EMBED = state_type("cell", "rows", "stride", "E", "out")
+_EMBED = state_type("cell", "rows", "stride", "scales", "E", "out")
 _NORM = state_type("residual", "delta", "weight", "numbers", "E", "hidden", "x")
 _ROTATE = state_type(*_CACHE, "qkv", "cos", "sin", "query_norm", "key_norm")
 _ATTEND = state_type(*COUNTERS, *_CACHE, "scores", "row", "out")
@@ -91,9 +91,7 @@ class StepCPU:
         self.logits = self._keep(torch.zeros(1, -(-V // _R) * _R))
         # Programs, and between them Python functions that take `_hidden` and fill `_output`.
         self._parts: list[Program | Callable[[Tensor], Tensor]] = [Program()]
-        rows, stride = weights.embedding, weights.embedding.stride(0) * dtype.itemsize
-        cell = self._cell.ctypes.data
-        self._add(_embed(dtype), _EMBED, cell=cell, rows=rows, stride=stride, E=E, out=self._residual)
+        self._add_embedding(rows_of(weights.embedding), E)
         delta: Tensor | None = None
         self._clusters = {
             number: ClusterCall(layer.ffn, dtype)
@@ -135,7 +133,7 @@ class StepCPU:
         return self.logits
 
     def _check(self, dtype: torch.dtype, d: int) -> None:
-        matrices: list[Rows] = [self._weights.embedding, self._weights.norm, self._weights.head]
+        matrices: list[Rows] = [rows_of(self._weights.embedding), self._weights.norm, self._weights.head]
         for layer in self._weights.layers:
             attention, ffn = layer.attention, layer.ffn
             matrices += [*attention.projections, attention.keys, attention.values, attention.norm, layer.ffn_norm]
@@ -174,6 +172,14 @@ class StepCPU:
         program = self._parts[-1]
         assert isinstance(program, Program)
         return program
+
+    def _add_embedding(self, rows: Rows, E: int) -> None:
+        """`_residual` becomes the token's row."""
+        values, scales = (rows, None) if isinstance(rows, Tensor) else (rows.values, rows.scales)
+        self._add(
+            _embed(values.dtype, scales is not None and evens_first(rows)), _EMBED, cell=self._cell.ctypes.data,
+            rows=values, stride=values.element_size() * values.stride(0), scales=scales, E=E, out=self._residual,
+        )  # fmt: skip
 
     def _add_norm(self, weight: Tensor, delta: Tensor | None) -> None:
         """`_residual` += delta; `_hidden` and `_x` get its norm times the weight."""
@@ -253,16 +259,17 @@ class StepCPU:
 
 
 @cache
-def _embed(dtype: torch.dtype):
-    """A function that copies a token's row of the embedding."""
+def _embed(dtype: torch.dtype, evens: bool):
+    """A function that copies a token's row of the embedding; int8 rows have scales, and evens first."""
     load, size = element(dtype), dtype.itemsize
 
     @c_function(_EMBED)
     def embed(state):
         s = carray(state, 1)[0]
-        row = s.rows + load_int(s.cell) * s.stride
+        token = load_int(s.cell)
+        row, scale = s.rows + token * s.stride, load_float(s.scales + 4 * token) if s.scales else np.float32(1)
         for e in range(s.E):
-            store_float(s.out + 4 * e, load(row + size * e))
+            store_float(s.out + 4 * e, load(row + size * arranged_at(e, s.E, evens)) * scale)
 
     return embed
 

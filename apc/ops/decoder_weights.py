@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 class DecoderWeights(NamedTuple):
     """All weights of a model of Llama's kind, of one type in `TYPES`, or matrices rounded to 8 bits from it."""
 
-    embedding: Tensor  # [V, E]
+    embedding: Tensor  # [V, E], as the model stores it
     layers: Sequence[Layer]
     norm: Tensor  # [E], the last one
     head: Rows  # [V, E]

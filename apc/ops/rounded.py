@@ -51,6 +51,11 @@ def _in_huge_pages(*shape: int) -> Tensor:
 Rows = Tensor | RoundedRows
 
 
+def rows_of(weight: Tensor) -> Rows:
+    """A model's weight as the kernels take it."""
+    return weight.rows if isinstance(weight, RoundedWeight) else weight.detach()
+
+
 def evens_first(rows: Rows) -> bool:
     """How the elements of a step are ordered in inputs of these rows."""
     return rows.evens_first if isinstance(rows, RoundedRows) else rows.dtype == torch.bfloat16

@@ -27,6 +27,11 @@ class RoundedRows:
         """Of the matrix."""
         return self.values.shape
 
+    def at(self, numbers: Tensor) -> "RoundedRows":
+        """A copy of the rows with these numbers, int64 [m]."""
+        values, scales = (each.index_select(0, numbers) for each in (self.values, self.scales))
+        return RoundedRows(values, scales, self.evens_first, self.columns)
+
     def clone(self) -> "RoundedRows":
         """A copy in memory of its own."""
         columns = None if self.columns is None else self.columns.clone()
@@ -54,8 +59,8 @@ class RoundedWeight(Tensor):
     """A matrix [R, n] in rows of 8 bits, or if `transposed` the matrix whose columns these are.
 
     Operations on it get its values, which are computed anew for each: a copy in the model's type exists only while an
-    operation runs. What would change it raises TypeError. `direct` has functions that take the place of
-    operations which can read the rows themselves.
+    operation runs. An embedding computes only its tokens' rows. What would change the weight raises TypeError. `direct`
+    has functions that take the place of operations which can read the rows themselves.
     """
 
     rows: RoundedRows
@@ -104,6 +109,8 @@ class RoundedWeight(Tensor):
                 return cls(first.rows, first.dtype, not first.transposed)
             if func is _aten.clone.default and not others and not kwargs:
                 return cls(first.rows.clone(), first.dtype, first.transposed)
+            if func is _aten.embedding.default and not first.transposed:
+                return first.rows.at(others[0].flatten()).unrounded(first.dtype).view(*others[0].shape, -1)
         if func in cls.direct:
             return cls.direct[func](*args, **kwargs or {})
         if func._schema.is_mutable:

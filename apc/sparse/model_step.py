@@ -19,8 +19,8 @@ from apc.ops.decode_packed import PackedStepGPU
 from apc.ops.decoder_weights import AttentionWeights, DecoderWeights, DenseFFN, Layer, Unsupported
 from apc.ops.ffn_arguments import FFNWeights
 from apc.ops.packed_gpu import PackedClusterFFN
-from apc.ops.rounded import RoundedPredictor, Rows, rounded_ffn, rounded_rows, stored_ffn
-from apc.ops.rounded_weight import RoundedRows, RoundedWeight, is_rounded, memory_of
+from apc.ops.rounded import RoundedPredictor, Rows, rounded_ffn, rounded_rows, rows_of, stored_ffn
+from apc.ops.rounded_weight import RoundedRows, is_rounded, memory_of
 from apc.sparse.packed_weights import packed_ffn, packed_layers
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
 from apc.sparse.sparsify import Handle, handle_of
@@ -239,11 +239,6 @@ def _rounded_rows(matrix: Rows) -> RoundedRows:
     return rounded_rows(matrix) if isinstance(matrix, Tensor) else matrix
 
 
-def _rows_of(weight: Tensor) -> Rows:
-    """A matrix as the kernels take it."""
-    return weight.rows if isinstance(weight, RoundedWeight) else weight.detach()
-
-
 def _module_calls(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     """For each layer a function of [n, E] that calls the module that is its FFN."""
 
@@ -314,7 +309,7 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
             Layer(
                 AttentionWeights(
                     norms[0].weight,
-                    [_rows_of(linear.weight) for linear in projections],
+                    [rows_of(linear.weight) for linear in projections],
                     [linear.bias for linear in projections],
                     [None if norm is None else norm.weight for norm in head_norms],
                     keys=_filled(layer_cache.keys),
@@ -333,8 +328,8 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         raise NotSupported("the head is not a plain linear layer")
     if model.training:
         raise NotSupported("the model is in training mode")
-    length, device = layers[0].attention.keys.shape[2], body.embed_tokens.weight.device
-    cos, sin = body.rotary_emb(body.embed_tokens.weight[:1], torch.arange(length, device=device)[None])
+    length, like = layers[0].attention.keys.shape[2], body.norm.weight
+    cos, sin = body.rotary_emb(like[None], torch.arange(length, device=like.device)[None])
     attention = body.layers[0].self_attn
     if cos.shape[-1] != attention.head_dim or body.rotary_emb.rope_type not in _ROTARY:
         raise NotSupported("the rotary embedding covers a part of each head, or depends on the text's length")
@@ -342,7 +337,7 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
         embedding=body.embed_tokens.weight.detach(),
         layers=layers,
         norm=body.norm.weight,
-        head=_rows_of(model.lm_head.weight),
+        head=rows_of(model.lm_head.weight),
         cos=cos[0],
         sin=sin[0],
         epsilon=body.norm.variance_epsilon,
