@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import apc
 from apc.ops.ffn_arguments import FFNWeights
 from apc.ops.rounded import rounded_ffn, rounded_rows
-from apc.ops.rounded_weight import RoundedWeight, is_rounded
+from apc.ops.rounded_weight import FIXED, RoundedWeight, is_rounded
 from apc.sparse.decode import GreedyDecoder
 from apc.utils.errors import UserError
 
@@ -140,10 +140,16 @@ def test_copies_and_changes():
     other = copy.deepcopy(model)
     assert logits_of(GreedyDecoder(other, 1, 16)).equal(before)
     projection = model.model.layers[0].self_attn.q_proj
-    fixed = "weights that are stored at 8 bits can't be changed, moved or converted; do that before rounding$"
-    for change in (lambda: projection.weight.mul_(2), lambda: other.to(torch.float64)):
-        with pytest.raises(TypeError, match=fixed):
+    doubled, converted, emptied = (
+        lambda: projection.weight.mul_(2),
+        lambda: other.to(torch.float64),
+        lambda: other.to_empty(device="cpu"),
+    )
+    for change in (doubled, converted, emptied, other.half):
+        with pytest.raises(TypeError, match=FIXED):
             change()
+    assert {weight.dtype for weight in other.parameters()} == {torch.float32}  # nothing was converted before the error
+    assert other.to(torch.float32) is other
     assert model.to(torch.float32).to("cpu") is model and logits_of(decoder).equal(before)
     projection.weight = other.model.layers[1].self_attn.q_proj.weight
     assert not logits_of(decoder).equal(before)  # the decoder notices new weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
-_FIXED = "weights that are stored at 8 bits can't be changed, moved or converted; do that before rounding"
+FIXED = "weights that are stored at 8 bits can't be changed, moved or converted; do that before rounding"
 _AT_ONCE = 64  # rows whose values are computed together: they stay in the cache
 
 
@@ -91,7 +91,7 @@ class RoundedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if value is not self:
-            raise TypeError(_FIXED)
+            raise TypeError(FIXED)
 
     def unrounded(self) -> Tensor:
         """Its values in the model's type."""
@@ -114,7 +114,7 @@ class RoundedWeight(Tensor):
         if func in cls.direct:
             return cls.direct[func](*args, **kwargs or {})
         if func._schema.is_mutable:
-            raise TypeError(f"{func}: {_FIXED}")
+            raise TypeError(f"{func}: {FIXED}")
         args, kwargs = tree_map_only(RoundedWeight, RoundedWeight.unrounded, (args, kwargs or {}))
         return func(*args, **kwargs)
 

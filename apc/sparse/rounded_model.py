@@ -1,14 +1,16 @@
 """Stores a model's matrices at 8 bits, once, for decoding on the CPU."""
 
+from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apc import ops
 from apc.data.ffn import LayerFFN, find_ffns
 from apc.data.quantise import stored
-from apc.ops.rounded_weight import RoundedWeight, is_rounded
+from apc.ops.rounded_weight import FIXED, RoundedWeight, is_rounded
 from apc.sparse.sparse_ffn import activation_of, layer_ffns
 from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
@@ -65,11 +67,19 @@ def round_weights(model: nn.Module) -> nn.Module:
     if is_tied:
         body.embed_tokens.weight = head.weight
     model.register_state_dict_pre_hook(_refuse_to_save)
+    model.__dict__["_apply"] = MethodType(_apply_unless_changed, model)
     return model
 
 
 def _refuse_to_save(*_: object) -> None:
     raise UserError("a model whose matrices are stored at 8 bits can't be saved; save it before apc.round_weights")
+
+
+def _apply_unless_changed(model: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Replaces `Module._apply`, which `to` and its like call: that would convert other weights before the error."""
+    if any(convert(each) is not each for each in model.parameters() if isinstance(each, RoundedWeight)):
+        raise TypeError(FIXED)
+    return type(model)._apply(model, convert, recurse)
 
 
 def _weights(ffn: LayerFFN, activation: str) -> ops.FFNWeights:
