@@ -14,6 +14,7 @@ from apc.ops.ffn_arguments import FFNWeights
 from apc.ops.rounded import rounded_ffn, rounded_rows
 from apc.ops.rounded_weight import FIXED, RoundedWeight, is_rounded
 from apc.sparse.decode import GreedyDecoder
+from apc.sparse.sparsify import handle_of
 from apc.utils.errors import UserError
 
 
@@ -129,6 +130,10 @@ def test_sparse_ffns(policy, dtype):
     own, module, expected = map(logits_of, decoders)
     assert error_of(own, expected) < TOLERANCE[dtype] and error_of(module, expected) < TOLERANCE[dtype]
     assert decoders[0].reason is None or policy == "exact"
+    if policy == "predicted":  # a decoder adds no copy of the predictor
+        layer, ffn = decoders[0]._own._step._weights.layers[1], handle_of(model)._sparse[1]
+        assert isinstance(ffn.predictor.expand, RoundedWeight)
+        assert layer.ffn.predictor.reduce is ffn.predictor.reduce and layer.ffn.predictor.expand is ffn.predictor.expand
     apc.restore(model)
     assert is_rounded(model) and error_of(model(TOKENS).logits, plain_copy(model)(TOKENS).logits) < 1e-6
 

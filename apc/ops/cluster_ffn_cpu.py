@@ -18,7 +18,7 @@ from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, add_floats, clear_floats, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, FFNWeights, PredictorWeights
 from apc.ops.predict_cpu import PredictorCPU
-from apc.ops.rounded import RoundedFFN, RoundedPredictor, addresses
+from apc.ops.rounded import RoundedFFN, addresses
 
 _CHOOSE = state_type("logits", "K", "masks", "W", "D", "neurons", "worker", "threads", "output", "E", "cluster")
 _FINISH = state_type("residual", "output", "E", "offsets", "cluster")
@@ -28,7 +28,7 @@ class ClusterFFN(NamedTuple):
     """What decides a layer's FFN and what is added to its output; without predictor and masks it reads all neurons."""
 
     weights: FFNWeights | RoundedFFN
-    predictor: PredictorWeights | RoundedPredictor | None = None  # reduce and expand of one type
+    predictor: PredictorWeights | None = None  # reduce and expand of one type, or at 8 bits
     masks: Tensor | None = None  # uint8 [K, W]
     correct: tuple[Tensor, Tensor] | None = None  # [H, E] of reduce's type and float32 [E]
     offsets: Tensor | None = None  # float32 [K, E]

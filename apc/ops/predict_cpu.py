@@ -15,27 +15,28 @@ from apc.ops._products import ACTIVATED, c_function, product_of, set_tasks, stat
 from apc.ops._program import Program
 from apc.ops._vectors import LANES, STEP, arranged_at, dot_floats, element, load_float, store_float
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, Candidates, Prediction, PredictorWeights
-from apc.ops.rounded import RoundedPredictor, evens_first
+from apc.ops.rounded import evens_first, rows_of
 
 _BEGIN = state_type("hidden", "E", "x")
 
 
 class PredictorCPU:
-    """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16, float16 or 8 bits.
+    """One layer's predictor. weights: reduce and expand of one type, float32, bfloat16 or float16, or at 8 bits.
 
     dtype: the type of the inputs. inner: the bottleneck, arranged, float32 [padded H]; logits: float32 [padded K].
     """
 
-    def __init__(self, weights: PredictorWeights | RoundedPredictor, dtype: torch.dtype) -> None:
-        (H, E), K, evens = weights.reduce.shape, weights.expand.shape[0], evens_first(weights.reduce)
+    def __init__(self, weights: PredictorWeights, dtype: torch.dtype) -> None:
+        reduce_rows, expand_rows = rows_of(weights.reduce), rows_of(weights.expand)
+        (H, E), K, evens = reduce_rows.shape, expand_rows.shape[0], evens_first(reduce_rows)
         padded = lambda count: -(-count // STEP) * STEP
         x, self.inner, self.logits = torch.zeros(padded(E)), torch.zeros(padded(H)), torch.zeros(padded(K))
         self._order = torch.tensor([arranged_at(h, H, evens) for h in range(H)])
         self._begin = np.zeros(1, _BEGIN)
         self._begin["E"], self._begin["x"] = E, x.data_ptr()
         silu = ACTIVATIONS.index("silu")
-        reduce = product_of([weights.reduce], [weights.reduce_bias], x, self.inner, ACTIVATED, silu)
-        expand = product_of([weights.expand], [weights.expand_bias], self.inner, self.logits)
+        reduce = product_of([reduce_rows], [weights.reduce_bias], x, self.inner, ACTIVATED, silu)
+        expand = product_of([expand_rows], [weights.expand_bias], self.inner, self.logits)
         self._functions, self._products = (_begin(dtype, evens), reduce[0], expand[0]), (reduce[1], expand[1])
         self._kept = [weights, reduce, expand]
         self._K, self._threads, self._lock, self._program = K, 0, threading.Lock(), Program()

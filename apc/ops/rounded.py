@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apc.ops._vectors import arranged_at
-from apc.ops.ffn_arguments import FFNWeights
+from apc.ops.ffn_arguments import FFNWeights, PredictorWeights
 from apc.ops.rounded_weight import RoundedRows, RoundedWeight
 
 
@@ -99,13 +99,15 @@ def stored_ffn(weights: FFNWeights | RoundedFFN) -> RoundedFFN | None:
     return None
 
 
-class RoundedPredictor(NamedTuple):
-    """`PredictorWeights` with matrices of 8 bits."""
+def rounded_weight(weight: Tensor) -> RoundedWeight:
+    """A weight stored at 8 bits; one that is stored so already as it is."""
+    return weight if isinstance(weight, RoundedWeight) else RoundedWeight(rounded_rows(weight), weight.dtype)
 
-    reduce: RoundedRows  # [H, E]
-    reduce_bias: Tensor  # float32 [H]
-    expand: RoundedRows  # [K, H]
-    expand_bias: Tensor  # float32 [K]
+
+def rounded_predictor(weights: PredictorWeights) -> PredictorWeights:
+    """A predictor whose matrices are stored at 8 bits."""
+    reduce, reduce_bias, expand, expand_bias = weights
+    return PredictorWeights(rounded_weight(reduce), reduce_bias, rounded_weight(expand), expand_bias)
 
 
 def addresses(weights: FFNWeights | RoundedFFN) -> dict[str, int]:

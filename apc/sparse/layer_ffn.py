@@ -174,7 +174,10 @@ class ByClusters(SparseFFN):
         self._on_cpu = None
         if self.kernel == "numba":
             from apc.ops.predict_cpu import PredictorCPU  # imports numba
+            from apc.ops.rounded import rounded_predictor
 
+            if isinstance(weights.gate, RoundedWeight):
+                self.predictor = rounded_predictor(self.predictor)
             self._on_cpu = PredictorCPU(self.predictor, weights.gate.dtype)
         # The clusters' masks, uint8 [K, W], and what decides which of their rows of up and down are read.
         self.centroids, self.refinement = book.centroids[group].to(weights.down.device).contiguous(), None

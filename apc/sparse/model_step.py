@@ -19,7 +19,7 @@ from apc.ops.decode_packed import PackedStepGPU
 from apc.ops.decoder_weights import AttentionWeights, DecoderWeights, DenseFFN, Layer, Unsupported
 from apc.ops.ffn_arguments import FFNWeights
 from apc.ops.packed_gpu import PackedClusterFFN
-from apc.ops.rounded import RoundedPredictor, Rows, rounded_ffn, rounded_rows, rows_of, stored_ffn
+from apc.ops.rounded import Rows, rounded_ffn, rounded_predictor, rounded_rows, rows_of, stored_ffn
 from apc.ops.rounded_weight import RoundedRows, is_rounded, memory_of
 from apc.sparse.packed_weights import packed_ffn, packed_layers
 from apc.sparse.sparse_ffn import SparseFFNs, activation_of, check_call, layer_ffns
@@ -220,9 +220,7 @@ def _rounded(decoder: DecoderWeights) -> DecoderWeights:
         if isinstance(ffn, (kernels.StagedFFN, kernels.ClusterFFN)):
             ffn = ffn._replace(weights=rounded_ffn(ffn.weights))
         if isinstance(ffn, kernels.ClusterFFN) and ffn.predictor is not None:
-            reduce, reduce_bias, expand, expand_bias = ffn.predictor
-            rounded = RoundedPredictor(_rounded_rows(reduce), reduce_bias, _rounded_rows(expand), expand_bias)
-            ffn = ffn._replace(predictor=rounded)
+            ffn = ffn._replace(predictor=rounded_predictor(ffn.predictor))
         return ffn
 
     layers = [

@@ -26,15 +26,15 @@ def round_weights(model: nn.Module) -> nn.Module:
     Rounded are attention's projections, the FFNs and the head, with the embedding if that is the head. Each row has a
     scale, its largest size over 127. Down projections have a scale for each neuron and a factor for each output.
 
-    The steps of `GreedyDecoder` read the 8 bits, if our kernels run them; it adds 8-bit copies of predictors.
-    Everything else, such as prefill, scoring or `generate`, computes the values in the model's type in each call, one
-    matrix at a time. Afterwards the model can't be moved, converted to another type or saved. Does nothing a second
-    time.
+    The steps of `GreedyDecoder` read the 8 bits, if our kernels run them. `sparsify` with kernel=numba then stores
+    predictors of clusters at 8 bits, too. Everything else, such as prefill, scoring or `generate`, computes the values
+    in the model's type in each call, one matrix at a time. Afterwards the model can't be moved, converted to another
+    type or saved. Does nothing a second time.
 
     Raises UserError for a model that is not on the CPU or whose class or FFNs our kernels don't know, that has sparse
     FFNs already, or whose FFNs `quantise_ffns` rounded.
     """
-    from apc.ops.rounded import rounded_ffn, rounded_rows  # imports numba
+    from apc.ops.rounded import rounded_ffn, rounded_weight  # imports numba
     from apc.sparse.model_step import CLASSES, is_known
 
     if is_rounded(model):
@@ -63,7 +63,7 @@ def round_weights(model: nn.Module) -> nn.Module:
     linears = [getattr(block.self_attn, f"{name}_proj") for block in body.layers for name in ("q", "k", "v", "o")]
     is_tied = head.weight is body.embed_tokens.weight
     for linear in [*linears, head]:
-        _replace(linear, RoundedWeight(rounded_rows(linear.weight), linear.weight.dtype))
+        _replace(linear, rounded_weight(linear.weight))
     if is_tied:
         body.embed_tokens.weight = head.weight
     model.register_state_dict_pre_hook(_refuse_to_save)
