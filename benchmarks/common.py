@@ -119,13 +119,6 @@ def commit() -> str:
     return head.stdout.strip() + ("+dirty" if changed else "")
 
 
-def cpu_name() -> str:
-    """The CPU's model and the number of threads that torch uses, as in the column `device`."""
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = lines[0].split(":", 1)[1].strip() if lines else platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
 def append(rows: Sequence[Row], path: Path = RESULTS) -> None:
     """Appends the rows to a CSV file, created if missing. Raises ValueError if its columns differ from Row's."""
     names = [field.name for field in fields(Row)]

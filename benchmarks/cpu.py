@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import Row, add_csv_option, append, cpu_name, markdown, row, time_cpu
+from common import Row, add_csv_option, append, markdown, row, time_cpu
 from torch import Tensor
 
 from apc.ops import popcount, reference, unpack
 from apc.ops.assign_cpu import assign_cpu, assign_weighted_cpu
+from apc.utils.machine import cpu_name
 
 SIZES = [  # (N, K, D)
     (8192, 256, 1536),

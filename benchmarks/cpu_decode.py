@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Row, add_csv_option, append, comma_list, cpu_name, markdown, quantile, row, time_cpu
+from common import Row, add_csv_option, append, comma_list, markdown, quantile, row, time_cpu
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,6 +31,7 @@ from apc.ops.cluster_ffn_cpu import ClusterCall, ClusterFFN
 from apc.ops.predict_cpu import PredictorCPU
 from apc.predict.predictor import Predictor, PredictorHeader
 from apc.sparse.decode import GreedyDecoder
+from apc.utils.machine import cpu_name
 
 # E, D, layers that rotate in FFNs, layers of a whole model, size of a head, heads of keys.
 SHAPES = {"smollm2": (576, 1536, 30, 30, 64, 3), "1b": (2048, 8192, 4, 16, 64, 8), "7b": (4096, 14336, 2, 12, 128, 8)}
@@ -90,12 +91,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
     heads = [
         ops.PredictorWeights(random(H, E), torch.zeros(H), random(CLUSTERS, H), torch.zeros(CLUSTERS)) for _ in range(L)
     ]
-    heads_at_8_bits = [
-        rounding.RoundedPredictor(
-            rounding.rounded_rows(head.reduce), head.reduce_bias, rounding.rounded_rows(head.expand), head.expand_bias
-        )
-        for head in heads
-    ]
+    heads_at_8_bits = [rounding.rounded_predictor(head) for head in heads]
     masks = [ops.pack(torch.rand(CLUSTERS, D).argsort(-1) < round(DENSITY * D)) for _ in range(L)]
     predictors, every = [PredictorCPU(head, dtype) for head in heads], ops.pack(torch.ones(CLUSTERS, D) > 0)
 
@@ -139,10 +135,7 @@ def ffns(shape: str, dtype: torch.dtype, repeats: int, bandwidth: float) -> list
 
 
 def in_step(
-    x: Tensor,
-    weights: ops.FFNWeights | rounding.RoundedFFN,
-    head: ops.PredictorWeights | rounding.RoundedPredictor,
-    masks: Tensor,
+    x: Tensor, weights: ops.FFNWeights | rounding.RoundedFFN, head: ops.PredictorWeights, masks: Tensor
 ) -> Callable[[], object]:
     """A call of an FFN under the predicted cluster's mask as in a decoding step, checked against its definition."""
     E, dtype, threads = x.shape[1], x.dtype, torch.get_num_threads()
@@ -166,6 +159,7 @@ def in_step(
 
 def exact(rows: rounding.Rows) -> Tensor:
     """The values of a matrix or vector, float32."""
+    rows = rounding.rows_of(rows) if isinstance(rows, Tensor) else rows
     return rows.float() if isinstance(rows, Tensor) else rows.unrounded(torch.float32)
 
 

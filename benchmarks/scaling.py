@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import RESULTS, Row, add_csv_option, append, commit, cpu_name, markdown, row, time_cpu, time_cuda
+from common import RESULTS, Row, add_csv_option, append, commit, markdown, row, time_cpu, time_cuda
 from lloyd import Clock, random_rows
 from pytorch_lightning import Trainer
 
@@ -49,6 +49,7 @@ from apc.estimate.exchange import H100, Exchange, Links, iteration_seconds
 from apc.run.callbacks import EndTogether
 from apc.run.trainer import SumsOnDevice, SumsOnDevices
 from apc.utils import distributed
+from apc.utils.machine import cpu_name
 
 PARTS = ("lloyd", "collect", "model")
 MODELLED = (8, 64)  # GPUs

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from common import cpu_name
 
 from apc.config.schema import TrackingConfig, TrainerConfig
 from apc.run import tracking
 from apc.run.tracking import Tracking
+from apc.utils.machine import cpu_name
 
 NUMBERS = 12
 MODES = ("disabled", "offline", "hanging server")

@@ -29,6 +29,7 @@ def finish(
     bytes_share=None,
     in_sample=True,
     policies=("dense", "exact", "oracle", "thresholded-oracle"),
+    speed=None,
     **conditions,
 ):
     """A run folder as train.py leaves one, without having run anything."""
@@ -82,7 +83,8 @@ def finish(
     path = folder / name
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
-    (path / "results.json").write_text(json.dumps({"conditions": known | conditions, "policies": records}))
+    results = {"conditions": known | conditions, "policies": records, "speed": speed}
+    (path / "results.json").write_text(json.dumps(results))
     return finished.read_finished(path)
 
 
@@ -441,6 +443,63 @@ def test_a_policy_far_from_dense_is_still_drawn_but_not_one_of_no_use(tmp_path):
         return frontier.largest_useful(frontier.all_series([at_bytes(tmp_path, f"r{perplexities}", places)]))
 
     assert limit(6.0) == 10.0 and limit(6.0, 15.0) == 15.0 and limit(6.0, 15.0, 21.0) == 15.0
+
+
+def timed(folder, name, rates, machine="Xeon, 2 threads", **conditions):
+    """A run whose policies decode so many tokens a second."""
+    records = [
+        {"policy": policy, "seconds_per_token": 1 / rate, "seconds_low": 0.9 / rate, "seconds_high": 1.2 / rate}
+        | {
+            "times_dense": rate / rates["dense"],
+            "times_low": rate / rates["dense"],
+            "times_high": rate / rates["dense"],
+        }
+        for policy, rate in rates.items()
+    ]
+    speed = {"policies": records} | ({} if machine is None else {"machine": machine})
+    return finish(folder, name, policies=("dense", "predicted", "soft"), speed=speed, **conditions)
+
+
+@pytest.fixture
+def timings(tmp_path):
+    """Runs on two machines and on a CPU without a name, and one that measured no speed."""
+    better, worse = {"predicted": 6.0, "soft": 9.0}, {"predicted": 7.0, "soft": 9.0}
+    found = [
+        timed(tmp_path, "s-one", {"dense": 10.0, "predicted": 16.0}, perplexity=better),
+        timed(tmp_path, "s-two", {"dense": 11.0, "predicted": 15.0, "soft": 20.0}, perplexity=worse),
+        timed(tmp_path, "s-epyc", {"dense": 30.0, "predicted": 40.0}, "EPYC, 2 threads", perplexity=better),
+        timed(tmp_path, "s-old", {"dense": 3.0, "predicted": 4.0}, None, perplexity=better, device="cpu"),
+        finish(tmp_path, "s-none"),
+    ]
+    return finished.ordered(found)
+
+
+def test_the_figure_over_speed_has_a_panel_for_each_machine(timings, tmp_path, drawn):
+    assert not compare_figures.speed_figure([run for run in timings if run.name in ("s-old", "s-none")], tmp_path / "a")
+    assert compare_figures.speed_figure(timings, tmp_path / "a.png")
+    epyc, xeon = drawn[0].axes
+    assert "EPYC, 2 threads" in epyc.get_xlabel() and "Xeon, 2 threads" in xeon.get_xlabel()
+
+    def points(axes):
+        found = [line.get_data() for line in axes.lines if len(line.get_xdata()) == 1]
+        return sorted((round(x[0], 6), y[0]) for x, y in found)
+
+    assert points(epyc) == [(30.0, 5.0), (40.0, 6.0)]
+    assert points(xeon) == [(10.0, 5.0), (11.0, 5.0), (15.0, 7.0), (16.0, 6.0), (20.0, 9.0)]
+    words = {text.get_text() for text in xeon.findobj(Text)}
+    assert {"dense (two)", "predicted (one)", "soft (two)"} <= words  # the others are slower and no better
+    assert not {"dense (one)", "predicted (two)"} & words
+
+
+def test_tables_have_the_speed_where_it_was_measured(timings, tmp_path):
+    one = next(run for run in timings if run.name == "s-one")
+    text = tables.table([one], wide=True)
+    assert "tokens/s" in text and "16.0" in text and "1.60" in text and "Xeon, 2 threads" in text
+    assert "tokens/s" not in tables.table([run for run in timings if run.name == "s-none"], wide=True)
+    assert "tokens/s" in tables.table(timings, markdown=True) and "machine" in tables.comparison_page(timings)
+    rows = {(row["run"], row["policy"]): row for row in csv.DictReader(tables.table_csv(timings).splitlines())}
+    assert float(rows["s-two", "soft"]["seconds_per_token"]) == 0.05 and rows["s-two", "soft"]["machine"]
+    assert rows["s-one", "soft"]["seconds_per_token"] == rows["s-one", "soft"]["machine"] == ""
 
 
 def test_every_table_says_which_dense_model_a_ratio_is_against(budgets, tmp_path):

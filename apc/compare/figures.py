@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,7 @@ def save_figures(runs: Sequence[Finished], folder: Path) -> list[Path]:
         "perplexity_over_bits": bits_figure,
         "perplexity_over_captured": map_figure,
         "perplexity_over_bytes": bytes_figure,
+        "perplexity_over_speed": speed_figure,
         "gaps": gaps_figure,
     }
     return [folder / f"{name}.png" for name, figure in draw.items() if figure(runs, folder / f"{name}.png")]
@@ -276,6 +277,54 @@ def _draw_bytes(axes: Axes, every: Sequence[frontier.Series]) -> None:
     figures.finer_ticks(axes)
     xlabel = "FFN bytes read per token, % of the dense FFN at 16 bits"
     figures.plain_axes(axes, xlabel, "perplexity (log scale)")
+    figures.place_labels(axes, labels)
+
+
+def speed_figure(runs: Sequence[Finished], path: Path) -> bool:
+    """Perplexity over tokens per second: a point for each timed policy of each run, the dense model among them.
+
+    Each machine has a panel of its own. Points are named if no other is faster and as good.
+    """
+    groups = [
+        [run for run in place if run.machine == machine]
+        for place in _places(runs)
+        for machine in sorted({run.machine for run in place if run.machine})
+    ]
+    if not groups:
+        return False
+    places = _places([members[0] for members in groups])
+    figure = _new_figure("Perplexity over decoding speed", places, 0.9 + 3.6 * len(groups))
+    grid = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for axes, members in zip(grid, groups, strict=True):
+        _place_title(axes, members[0], places)
+        _draw_speeds(axes, members)
+    records = [run.policies[name] for members in groups for run in members for name in _timed(run)]
+    _marker_legend(figure, records, "named: no other point is faster and as good")
+    figure.savefig(path)
+    return True
+
+
+def _timed(run: Finished) -> list[str]:
+    """The policies with a perplexity whose speed was measured."""
+    return [name for name in run.speeds if math.isfinite(tables.to_float(run.policies.get(name, {}).get("perplexity")))]
+
+
+def _draw_speeds(axes: Axes, members: Sequence[Finished]) -> None:
+    names, points = frontier.short_names(members), []
+    for run in members:
+        for name in _timed(run):
+            record = run.policies[name]
+            rate = figures.plot_rate(axes, run.speeds[name], record["perplexity"], **figures.marker_style(record))
+            text = f"{name} ({names[run.folder]})" if len(members) > 1 else name
+            points.append(figures.Label(rate, record["perplexity"], text, figures.style(name)[0]))
+    figures.log_axis(axes, "y")
+    figures.finer_ticks(axes)
+    axes.margins(0.12)
+    axes.set_xlim(left=0)
+    xlabel = f"tokens per second, one sequence; bar: range of rounds\n{members[0].machine}"
+    figures.plain_axes(axes, xlabel, "perplexity (log scale)")
+    beaten = [any(other.x > point.x and other.y <= point.y for other in points) for point in points]
+    labels = [replace(point, text="") if worse else point for point, worse in zip(points, beaten, strict=True)]
     figures.place_labels(axes, labels)
 
 

@@ -67,6 +67,19 @@ class Finished:
         return {record["policy"]: record | few for record in self.results["policies"] if not record.get("missing")}
 
     @cached_property
+    def speeds(self) -> dict[str, dict]:
+        """The records of the policies whose decoding speed was measured, by name."""
+        return {record["policy"]: record for record in (self.results.get("speed") or {}).get("policies", ())}
+
+    @property
+    def machine(self) -> str | None:
+        """What its speed was measured on; None if it was not, or if the CPU has no name, as in older results."""
+        if not self.speeds:
+            return None
+        device = self.conditions.get("device")
+        return self.results["speed"].get("machine") or (None if device == "cpu" else device)
+
+    @cached_property
     def comparison_key(self) -> tuple:
         """Runs with the same key can be compared: model, texts, split, windows, tokens, dtype and more."""
         texts = ("model", "fit", "score", "split", "seq_len", "bos", "fit_tokens", "score_tokens")

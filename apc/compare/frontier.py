@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from apc.compare.finished import Finished
 from apc.data.quantise import FULL_BITS
@@ -59,9 +60,15 @@ class Series:
         return "" if point.bits == FULL_BITS else f"{self.policy}, {point.bits}-bit FFN"
 
 
+def short_names(runs: Sequence[Finished]) -> dict[Path, str]:
+    """The runs' names by folder, without the words that all of them begin with."""
+    prefix = os.path.commonprefix([run.name for run in runs]).rfind("-") + 1 if len(runs) > 1 else 0
+    return {run.folder: run.name[prefix:] for run in runs}
+
+
 def all_series(runs: Sequence[Finished]) -> list[Series]:
     """The series of runs that can be compared with each other. Equal results of several runs are one point."""
-    prefix = os.path.commonprefix([run.name for run in runs]).rfind("-") + 1 if len(runs) > 1 else 0
+    names = short_names(runs)
     found: dict[tuple, Series] = {}
     known = set()
     for run in runs:
@@ -73,7 +80,7 @@ def all_series(runs: Sequence[Finished]) -> list[Series]:
             known.add((name, bits, round(x, 2), round(y, 2)))
             key = name, None if name == "dense" else bits
             series = found.setdefault(key, Series(*key, is_bound=bool(record.get("excludes_finding"))))
-            series.points.append(Point(name, x, y, run.name[prefix:], bits))
+            series.points.append(Point(name, x, y, names[run.folder], bits))
     return list(found.values())
 
 

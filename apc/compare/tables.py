@@ -10,7 +10,8 @@ import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -44,6 +45,12 @@ GAPS = "gap: ln of the perplexity over that of " + ", ".join(
 LAYERS = "One colour per policy, one dash style per run. Hover over a dot to see its run; click a policy to hide it."
 SHARED = tuple(name for name, policy in POLICIES.items() if not policy.uses_codebook)  # the same with any codebook
 
+
+def _of_speed(column: Column) -> Callable[[dict], str]:
+    """The column's cell of a record's `speed`, if there is one."""
+    return lambda record: column.cell(record["speed"]) if record["speed"] else tables.DASH
+
+
 _COLUMNS = (
     Column("", "run", lambda record: record["run"]),
     Column("", "codebook", lambda record: record["codebook"]),
@@ -51,6 +58,10 @@ _COLUMNS = (
     *tables.POLICY_COLUMNS,
     Column("gap", "nats", lambda record: tables.format_fixed(record["gap"], 3)),
     Column("predictions", "÷", lambda record: _power_of_ten(record["fewer_predictions"])),
+)
+_SPEED_COLUMNS = (
+    *(replace(column, cell=_of_speed(column)) for column in (tables.TOKENS_PER_SECOND, tables.SPEED_UP)),
+    Column("", "machine", lambda record: record["speed"] and record["machine"] or tables.DASH),
 )
 _MEASURES = (
     *("density", "coverage", "precision", "captured_importance", "captured_energy"),
@@ -72,7 +83,8 @@ def table(runs: Sequence[Finished], markdown: bool = False, wide: bool = False) 
     for items, records in _groups(runs):
         if markdown or wide:
             heading = " · ".join(items)
-            parts += [f"**{heading}**" if markdown else heading, tables.record_grid(_COLUMNS, records, markdown, wide)]
+            grid = tables.record_grid(_columns(records), records, markdown, wide)
+            parts += [f"**{heading}**" if markdown else heading, grid]
         else:
             parts += ["\n".join(tables.wrapped_items(items, tables.line_width())), _grouped(records)]
     return "\n\n".join([*parts, *_below(runs, markdown, wide)]) + "\n"
@@ -91,6 +103,11 @@ def _groups(runs: Sequence[Finished]) -> Iterator[tuple[list[str], list[dict]]]:
             if name not in SHARED or len(members) == 1
         ]
         yield comparison_items(members[0]), records
+
+
+def _columns(records: Sequence[dict]) -> tuple[Column, ...]:
+    """The table's columns, with those of the speed if it was measured."""
+    return _COLUMNS + (_SPEED_COLUMNS if any(record["speed"] for record in records) else ())
 
 
 def _below(runs: Sequence[Finished], markdown: bool, wide: bool) -> list[str]:
@@ -119,6 +136,8 @@ def _record(run: Finished, policy: str, codebook: str) -> dict:
         "k": run.conditions["k"],
         "gap": run.gap(policy),
         "fewer_predictions": run.fewer_predictions(policy),
+        "speed": run.speeds.get(policy),
+        "machine": run.machine,
     }
 
 
@@ -133,7 +152,7 @@ def _shared_records(members: Sequence[Finished]) -> list[dict]:
     records, bits = {}, bits_shown(members)
     for name in SHARED if len(members) > 1 else ():
         for run in [run for run in members if name in run.policies]:
-            record = _record(run, name, "") | {"run": "", "k": None}
+            record = _record(run, name, "") | {"run": "", "k": None, "speed": None}
             settings = [bits.get(run.folder)]
             if name == "dense":  # its share of active neurons depends on the run's sparsity
                 record |= {"density": None, "coverage": None, "precision": None, "masked": None}
@@ -167,7 +186,7 @@ def table_csv(runs: Sequence[Finished]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     measures = [*_MEASURES, "masked_density", "oracle_gap", "predictor_gap", *_SHARES]
-    added = ["excludes_finding", "fewer_predictions_slides", "codebook"]
+    added = ["excludes_finding", "fewer_predictions_slides", "seconds_per_token", "times_dense", "machine", "codebook"]
     writer.writerow(["split", "run", "policy", *measures, *added, *_CONDITIONS, "command"])
     names = variants(runs)
     for run in runs:
@@ -180,6 +199,8 @@ def table_csv(runs: Sequence[Finished]) -> str:
             gaps = [None, gap] if facts(name).forms else [gap, None]
             row = [split, run.name, name, *map(policy.get, _MEASURES), tables.masked_density(policy), *gaps]
             row += [*map(policy.get, _SHARES), policy.get("excludes_finding"), run.fewer_predictions(name)]
+            timed = run.speeds.get(name, {})
+            row += [timed.get("seconds_per_token"), timed.get("times_dense"), run.machine if timed else None]
             writer.writerow([*row, names[run.folder], *shown, again])
     return out.getvalue()
 
@@ -191,7 +212,7 @@ def comparison_page(runs: Sequence[Finished]) -> str:
         other = f", other conditions {number}" if number else ""
         drawn = [(record["run"], record) for record in records]
         chart = bytes_chart(drawn)
-        table = Section.of_records(f"Policies{other}", _COLUMNS, records, conditions=conditions, chart=chart)
+        table = Section.of_records(f"Policies{other}", _columns(records), records, conditions=conditions, chart=chart)
         sections.append(table)
         if (layers := layer_charts(drawn)) is not None:
             sections.append(Section(f"Layers{other}", chart=layers, notes=[LAYERS]))

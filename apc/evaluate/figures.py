@@ -237,10 +237,7 @@ def speed_figure(results: dict, path: Path) -> bool:
     labels = []
     for policy in policies:
         color, marker = style(policy["policy"])
-        rate = 1 / policy["seconds_per_token"]
-        axes.plot(rate, policy["perplexity"], marker, color=color, markersize=8)
-        ends = [1 / policy[key] for key in ("seconds_low", "seconds_high") if key in policy]  # not in older results
-        axes.plot(ends, [policy["perplexity"]] * len(ends), color=color, linewidth=4, alpha=0.25, zorder=1.8)
+        rate = plot_rate(axes, policy, policy["perplexity"], color=color, marker=marker, markersize=8)
         if policy["policy"] != "dense" and policy["perplexity_masked"]:
             axes.plot(rate, policy["perplexity_masked"], marker, color=color, markersize=8, markerfacecolor="white")
         labels.append(Label(rate, policy["perplexity"], policy["policy"], color))
@@ -254,6 +251,15 @@ def speed_figure(results: dict, path: Path) -> bool:
     plain_axes(axes, xlabel="tokens per second, one sequence; bar: range of rounds", ylabel=ylabel)
     place_labels(axes, labels)
     return _save(figure, path)
+
+
+def plot_rate(axes: Axes, timed: dict, perplexity: float, **look: Any) -> float:
+    """Draws a point at a timed policy's tokens per second, and a bar over the range of its rounds; returns the rate."""
+    rate = 1 / timed["seconds_per_token"]
+    ends = [1 / timed[key] for key in ("seconds_low", "seconds_high") if key in timed]  # not in older results
+    axes.plot(ends, [perplexity] * len(ends), color=look["color"], linewidth=4, alpha=0.25, zorder=1.8)
+    axes.plot(rate, perplexity, **look)
+    return rate
 
 
 def captured_figure(results: dict, path: Path) -> bool:

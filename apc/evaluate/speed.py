@@ -38,6 +38,7 @@ from apc.sparse.policies import kernel_policies, make_policy
 from apc.sparse.sparse_ffn import KERNEL_ON, SparseFFNs, check_model
 from apc.sparse.sparsify import handle_of, restore, sparsify
 from apc.utils.errors import UserError
+from apc.utils.machine import cpu_name
 from apc.utils.progress import Bar
 from apc.utils.progress import progress as progress_bar
 
@@ -159,6 +160,7 @@ def measure(
         record |= {"seconds_per_token": statistics.median(own), "seconds_low": min(own), "seconds_high": max(own)}
         record |= speed_up(ratios[record["policy"]], bytes_shares.get(record["policy"]))
     return {
+        "machine": torch.cuda.get_device_name(scorer.device) if on_gpu else cpu_name(),
         "windows": scored,
         "prompt": half,
         "policies": records,

@@ -268,11 +268,13 @@ DETAIL_COLUMNS = (
     _masked_column("energy %", "captured_energy"),
 )
 
+TOKENS_PER_SECOND = Column("", "tokens/s", lambda record: format_fixed(1 / record["seconds_per_token"], 1))
+SPEED_UP = Column("speed-up", "× dense", _shown_speed_up)
 _SPEED_COLUMNS = (
     POLICY,
-    Column("", "tokens/s", lambda record: format_fixed(1 / record["seconds_per_token"], 1)),
+    TOKENS_PER_SECOND,
     Column("", "ms per token", lambda record: format_fixed(1000 * record["seconds_per_token"], 3), wide=True),
-    Column("speed-up", "× dense", _shown_speed_up),
+    SPEED_UP,
     Column("perplexity", "prefilled", lambda record: shown_perplexity(record["perplexity"])),
     AGAINST_DENSE,
     Column("perplexity", "all sparse", lambda record: shown_perplexity(record["perplexity_masked"]), wide=True),
@@ -377,8 +379,9 @@ def speed_parts(results: dict, explained: bool = True) -> tuple[tuple[Column, ..
             "after a dense prefill. "
         )
         divergence, columns = " Divergence: KL(dense ‖ policy) per token after a dense prefill.", _SPEED_COLUMNS
+    machine = speed.get("machine", conditions["device"])
     notes = [
-        f"One sequence on {conditions['device']}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
+        f"One sequence on {machine}, {conditions['dtype']}, after a prompt of {speed['prompt']:,} tokens. "
         f"{perplexities}speed-up: median of rounds that time policies in turn ± half their range.{divergence}",
         *footnotes(speed["policies"]),
     ]
