@@ -16,6 +16,7 @@ _MODULES = {  # the module of each public name
     "export": "share.result",
     "load": "share.result",
     "Result": "share.result",
+    "dequantise": "data.dequantise",
     "quantise_ffns": "data.quantise",
     "round_weights": "sparse.rounded_model",
     "sparsify": "sparse.sparsify",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apc.config.schema import DTYPES
+from apc.data.dequantise import advice, is_torchao, stored_by
 from apc.utils.errors import UserError
 
 _FLOATS = tuple(getattr(torch, name) for name in DTYPES)
@@ -204,19 +205,9 @@ def first_device(ffns: list[FFN]) -> torch.device:
 
 def check_config(config) -> None:
     """Raises UserError if a model's configuration says that its weights are packed."""
-    kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-    packing = getattr(config, "quantization_config", None)
-    if packing is not None and not _entry(packing, "dequantize"):  # true for a GGUF file that was unpacked on loading
-        method = _entry(packing, "quant_method")
-        raise UserError(
-            f"{kind}: its weights are packed ({getattr(method, 'value', method)}); "
-            "load a float32, bfloat16 or float16 copy"
-        )
-
-
-def _entry(packing: object, key: str) -> object:
-    """An entry of a quantization config, which is a dictionary or an object; None if it is missing."""
-    return packing.get(key) if isinstance(packing, dict) else getattr(packing, key, None)
+    if (method := stored_by(config)) is not None:
+        kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise UserError(f"{kind}: {advice(method)}")
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -455,4 +446,6 @@ def _float_linear(children: dict[str, nn.Module], child: str, where: str) -> Lin
             f"{where} holds a {type(module).__name__} of {dtype}, packed weights are not supported; "
             "load a float32, bfloat16 or float16 copy"
         )
+    if is_torchao(module.weight):
+        raise UserError(f"{where}: {advice('torchao')}")
     return module

@@ -11,7 +11,8 @@ from torch import nn
 from apc.config.schema import DTYPES, Config, ModelConfig
 from apc.data import gguf
 from apc.data.bundled import find_bundled
-from apc.data.ffn import check_calls, check_config, find_ffns, first_device
+from apc.data.dequantise import check_readable, dequantise, unpack_at_load
+from apc.data.ffn import check_calls, find_ffns, first_device
 from apc.data.loading import check_class, library_errors, load_weights
 from apc.data.quantise import FULL_BITS, mean_bits, quantise_ffns
 from apc.utils import hub
@@ -98,11 +99,13 @@ def _load_folder(cfg: ModelConfig, dtype: torch.dtype | str) -> tuple["PreTraine
     options["trust_remote_code"] = cfg.trust_remote_code
     with library_errors(f"{where}: its configuration can't be loaded"):
         config = AutoConfig.from_pretrained(source, **options)
-    check_config(config)
+    check_readable(config)
     check_class(config, where)
     with library_errors(f"{where}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return load_weights(source, where, dtype=dtype, device_map=cfg.device_map, **options), tokenizer
+    options |= unpack_at_load(config)
+    loaded = load_weights(source, where, dtype=dtype, device_map=cfg.device_map, **options)
+    return cast("PreTrainedModel", dequantise(loaded)), tokenizer
 
 
 def _check_map(model: nn.Module, first: torch.device, device: torch.device) -> None:

@@ -31,7 +31,8 @@ from apc.collect.store import shard_windows, store_bytes
 from apc.config.load import load_config
 from apc.config.schema import Config, ModelConfig
 from apc.data import gguf
-from apc.data.ffn import check_config, find_ffns, has_experts
+from apc.data.dequantise import check_readable
+from apc.data.ffn import find_ffns, has_experts
 from apc.data.loading import check_class, reason
 from apc.data.models import find_model
 from apc.data.text import check_positions, count_windows, on_hub
@@ -150,7 +151,9 @@ def _shape(
     """config: a transformers configuration; stored: the type for dtype=auto if the configuration names none."""
     from transformers import AutoModelForCausalLM
 
-    check_config(config)
+    check_readable(config)
+    if hasattr(config, "quantization_config"):  # a run unpacks the weights
+        del config.quantization_config
     check_class(config, f"model.path={cfg.path}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
