@@ -252,6 +252,22 @@ def test_a_packed_model_in_memory_is_named_and_can_be_unpacked(tmp_path):
     assert find_ffns(dequantise(by_hand))[1].down_matrix.equal(find_ffns(model)[1].down_matrix)
 
 
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("compressed-tensors", r"load it with from_pretrained\(…, quantization_config=CompressedTensorsConfig\(deq"),
+        ("gguf", r"load it with from_pretrained\(…, quantization_config=GgufConfig\(dequantize=True\)\)$"),
+        ("awq", r"load a float32, bfloat16 or float16 copy$"),
+    ],
+)
+def test_a_model_in_memory_that_must_be_loaded_otherwise_says_how(method, advice):
+    model = plain_model()
+    model.config.quantization_config = {"quant_method": method}
+    for call in (find_ffns, dequantise):
+        with pytest.raises(UserError, match=rf"^Llama\w+: its weights are packed \({method}\); {advice}"):
+            call(model)
+
+
 def test_a_plain_model_stays_as_it_is():
     model = plain_model()
     before = list(model.parameters())

@@ -2,8 +2,9 @@
 
 A neuron has a row of gate, a row of up and a column of down, each of E weights. Each is cut into groups along E, so
 that a mask that drops the neuron saves its bits in all projections. A group has 2^b equally spaced levels, which span
-its values, or less if that lowers the squared error. The lowest level and the spacing take 8 bits each, as shares of
-the row's largest, which take 16 bits (GGUF's K-quants are similar). The neurons with the largest down weights are
+its values, or less if that lowers the squared error. If the values lie on fewer equally spaced levels already, as in a
+model that was stored at 4 bits, it takes these. The lowest level and the spacing take 8 bits each, as shares of the
+row's largest, which take 16 bits (GGUF's K-quants are similar). The neurons with the largest down weights are
 spared: their rows stay at 16 bits, because one large weight widens the spacing of its whole group.
 
 Shape letters: D neurons, E hidden size, G groups of a row.
@@ -24,6 +25,8 @@ FULL_BITS = 16  # of a weight that is not quantised, and of a row's largest lowe
 _GROUP_BITS = 8  # of a group's lowest level, and of its spacing
 _MOST_LOW, _MOST_STEP = 127, 255  # the largest of their numbers
 _SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # the levels span the best of these shares of a group's range
+_MOST_KEPT = 4  # bits, at most, of levels that are looked for in the values
+_OFF_LEVEL = 0.125  # spacings between a value and its level, at most: values of 16 bits are rounded
 _STORED = "apc_stored_ffns"  # the attribute of an FFN's module that holds a `StoredFFN` for each of its FFNs
 
 
@@ -84,10 +87,13 @@ def _groups(rows: Tensor, group: int) -> Tensor:
 
 
 def nearest_levels(rows: Tensor, bits: int, group: int) -> Levels:
-    """For each group of rows float32 [D, E] the levels with the least squared error, the widest of equals."""
+    """For each group of rows float32 [D, E] the levels with the least squared error, the widest of equals.
+
+    Groups whose values lie on levels of as many bits keep them, apart from the rounding of low and step.
+    """
     least, most = _groups(rows, group).aminmax(dim=-1)
-    last, tiny = 2**bits - 1, torch.finfo(torch.float32).tiny
-    row_low, row_step = least.abs().amax(1).half(), ((most - least).amax(1) / last).half()
+    last, tiny = _spacings(_groups(rows, group), bits), torch.finfo(torch.float32).tiny
+    row_low, row_step = least.abs().amax(1).half(), ((most - least) / last).amax(1).half()
     low_unit, step_unit = (row_low.float() / _MOST_LOW).unsqueeze(1), (row_step.float() / _MOST_STEP).unsqueeze(1)
     choices = []
     for span, down, up in ((1.0, torch.floor, torch.ceil), *((span, torch.round, torch.round) for span in _SPANS)):
@@ -100,6 +106,27 @@ def nearest_levels(rows: Tensor, bits: int, group: int) -> Levels:
     errors, lows, steps = (torch.stack(values) for values in zip(*choices, strict=True))
     best = errors.argmin(0, keepdim=True)  # the first of equals
     return Levels(bits, group, lows.gather(0, best)[0], steps.gather(0, best)[0], row_low, row_step)
+
+
+def _spacings(groups: Tensor, bits: int) -> Tensor:
+    """How many spacings of its levels each group's range takes, float32 [D, G]; groups: float32 [D, G, group].
+
+    2^bits − 1 as a rule. Fewer if all values lie on levels with a larger spacing, of which they do not reach both ends.
+    Short groups and levels of many bits can't be told from chance.
+    """
+    last = 2**bits - 1
+    spacings = torch.full(groups.shape[:2], float(last), device=groups.device)
+    if bits > _MOST_KEPT or groups.shape[2] < 2 * 2**bits:
+        return spacings
+    few = groups.sort(dim=2).values.diff(dim=2).ne(0).sum(2) <= last
+    least, most = groups[few].aminmax(dim=1, keepdim=True)
+    shares = (groups[few] - least) / (most - least).clamp_min(torch.finfo(torch.float32).tiny)
+    kept = spacings[few]
+    for count in range(2 ** (bits - 1), last + 1):  # with fewer, twice as many fit too
+        on_levels = (shares * count - (shares * count).round()).abs().amax(1) <= _OFF_LEVEL
+        kept[on_levels] = count
+    spacings[few] = kept
+    return spacings
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A decoder's matrices at 4 bits a weight, as `ops.decode_packed` reads them.
 
-FFNs that `quantise_ffns` stored at 4 bits keep their values. Other matrices are rounded as it does.
+FFNs that `quantise_ffns` stored at 4 bits keep their values. Other matrices are rounded as it does. So where another
+library stored a model at 4 bits, gate, up and attention's projections keep their levels, with low and step rounded to 8
+bits. Down is rounded anew: its stored groups run along the neurons, those here along a neuron's column.
 """
 
 from collections.abc import Sequence
