@@ -85,17 +85,19 @@ INT_FORMATS = {
     "int4-symmetric": dict(num_bits=4, symmetric=True, strategy="group", group_size=GROUP),
     "int4-asymmetric": dict(num_bits=4, symmetric=False, strategy="group", group_size=GROUP),
     "int8-rows": dict(num_bits=8, symmetric=True, strategy="channel"),
+    "int8-rows-and-inputs": dict(num_bits=8, symmetric=True, strategy="channel"),
 }
+ROUNDED_INPUTS = dict(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
 
 
-def save_compressed(folder: Path, bits: dict, groups=("Linear",)) -> Path:
-    """A model that compressed-tensors stores, in the format `pack-quantized`."""
+def save_compressed(folder: Path, bits: dict, inputs: dict | None = None) -> Path:
+    """A model that compressed-tensors stores: `pack-quantized`, or `int-quantized` if inputs are rounded too."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     model, highest = plain_model(), 2 ** (bits["num_bits"] - 1)
-    scheme = lambda target: {"targets": [target], "weights": {"type": "int", **bits}}
-    settings = {"config_groups": {target: scheme(target) for target in groups}, "ignore": ["lm_head"]}
+    scheme = {"targets": ["Linear"], "weights": {"type": "int", **bits}, "input_activations": inputs}
+    settings = {"config_groups": {"all": scheme}, "ignore": ["lm_head"]}
     apply_quantization_config(model, QuantizationConfig.model_validate(settings))
     for module in model.modules():
         if not hasattr(module, "quantization_scheme"):
@@ -123,10 +125,12 @@ def unpacked(words, bits, length):
 @pytest.mark.parametrize("form", list(INT_FORMATS))
 def test_compressed_tensors(tmp_path, form):
     pytest.importorskip("compressed_tensors")
-    bits = INT_FORMATS[form]
-    model, stored = load(save_compressed(tmp_path / "model", bits)), tensors(tmp_path / "model")
+    bits, inputs = INT_FORMATS[form], ROUNDED_INPUTS if form.endswith("inputs") else None
+    model, stored = load(save_compressed(tmp_path / "model", bits, inputs)), tensors(tmp_path / "model")
 
     def values(name):
+        if inputs:
+            return stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"].float()
         R, length = stored[f"{name}.weight_shape"].tolist()
         scale, zero = stored[f"{name}.weight_scale"].float(), torch.zeros(())
         if not bits["symmetric"]:
@@ -305,6 +309,14 @@ REFUSED = {
         },
         "LlamaForCausalLM: its weights are packed in 2 different ways (config_groups), and transformers unpacks only "
         "one; load a float32, bfloat16 or float16 copy",
+    ),
+    "reordered": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"a": {"weights": {"num_bits": 4, "actorder": "group"}}},
+        },
+        "LlamaForCausalLM: its weights are packed in groups of columns out of order (actorder=group), which "
+        "compressed-tensors no longer reads; load a float32, bfloat16 or float16 copy",
     ),
     "rotated": (
         {"quant_method": "compressed-tensors", "config_groups": {}, "transform_config": {"config_groups": {"a": 1}}},

@@ -46,6 +46,9 @@ def check_readable(config: Any) -> None:
     if any(_scheme(group) != _scheme(groups[0]) for group in groups):
         problem = f"in {len(groups)} different ways (config_groups), and transformers unpacks only one"
         raise UserError(f"{where} {problem}; load a float32, bfloat16 or float16 copy")
+    if any(_entry(_entry(group, "weights") or {}, "actorder") in ("group", "dynamic") for group in groups):
+        problem = "in groups of columns out of order (actorder=group), which compressed-tensors no longer reads"
+        raise UserError(f"{where} {problem}; load a float32, bfloat16 or float16 copy")
     if _entry(packing, "transform_config"):
         problem = "with inputs that are transformed too (transform_config), which is not supported"
         raise UserError(f"{where} {problem}; load a float32, bfloat16 or float16 copy")
