@@ -81,6 +81,26 @@ def test_fp8_in_blocks(tmp_path):
     check_values(model, stored, values)
 
 
+FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def test_mxfp4_experts(tmp_path):
+    """Blocks of 32 numbers of 4 bits with a power of two, as gpt-oss stores its experts."""
+    model = tiny.make_model("gpt_oss", hidden_size=64, width=32, layers=2).to(torch.bfloat16)
+    stored, expected, generator = tensors(save(model, tmp_path)), {}, torch.Generator().manual_seed(0)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = stored.pop(name).shape
+        blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 126, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = torch.tensor(FP4)[torch.stack([blocks & 15, blocks >> 4], dim=4).flatten(3).long()]
+        expected[name] = (numbers * 2.0 ** (scales[..., None].float() - 127)).flatten(2).transpose(1, 2)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    set_packing(tmp_path, {"quant_method": "mxfp4"})
+    loaded = load(tmp_path).state_dict()
+    assert len(expected) == 4 and all(loaded[name].equal(values.bfloat16()) for name, values in expected.items())
+
+
 INT_FORMATS = {
     "int4-symmetric": dict(num_bits=4, symmetric=True, strategy="group", group_size=GROUP),
     "int4-asymmetric": dict(num_bits=4, symmetric=False, strategy="group", group_size=GROUP),
@@ -201,19 +221,22 @@ def test_torchao_int4_tensors(tmp_path):
     check_values(load(folder), stored, values)
 
 
-def test_bitsandbytes_nf4(tmp_path):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_int8_rows_and_nf4(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     save(plain_model(), tmp_path / "plain")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
     model, stored = load(save(model, tmp_path / "model")), tensors(tmp_path / "model")
 
     def values(name):
-        data = stored[f"{name}.weight"].flatten()
+        data = stored[f"{name}.weight"]
+        if bits == 8:
+            return data * stored[f"{name}.SCB"][:, None] * 7.874015718698502e-3  # 1 / 127
         table, scale = stored[f"{name}.weight.quant_map"], stored[f"{name}.weight.absmax"]
-        numbers = torch.stack([data >> 4, data & 15], dim=1).long().view(len(scale), -1)
+        numbers = torch.stack([data.flatten() >> 4, data.flatten() & 15], dim=1).long().view(len(scale), -1)
         return (table[numbers] * scale[:, None]).view(model.get_submodule(name).weight.shape)
 
     check_values(model, stored, values)
@@ -300,7 +323,7 @@ REFUSED = {
     "gptq": (
         {"quant_method": "gptq", "bits": 4},
         "LlamaForCausalLM: its weights are packed (gptq), which can't be read; load a float32, bfloat16 or float16 "
-        "copy, or one packed by compressed-tensors, fp8, torchao, bitsandbytes or in a .gguf file",
+        "copy, or one packed by compressed-tensors, fp8, mxfp4, torchao, bitsandbytes or in a .gguf file",
     ),
     "mixed": (
         {

@@ -1,7 +1,7 @@
 """Reads models whose linear layers are stored at few bits: each becomes a plain layer with the values of its numbers.
 
-The libraries that stored the layers compute the values: transformers while it loads compressed-tensors and fp8,
-bitsandbytes and torchao afterwards. Only torchao's int4 layers are computed here, because torchao can't.
+The libraries that stored the layers compute the values: transformers while it loads compressed-tensors, fp8
+and mxfp4, bitsandbytes and torchao afterwards. Only torchao's int4 layers are computed here, because torchao can't.
 """
 
 import importlib.util
@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from apc.utils.errors import UserError
 
-_AT_LOAD = ("compressed-tensors", "fp8")  # transformers computes the values of these if `dequantize` is set
+_AT_LOAD = ("compressed-tensors", "fp8", "mxfp4")  # transformers computes the values of these if `dequantize` is set
 _AFTERWARDS = ("torchao", "bitsandbytes")
+_CONFIGS = {  # transformers' classes with that option
+    "compressed-tensors": "CompressedTensorsConfig",
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "gguf": "GgufConfig",
+}
 _MODULES = {"compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 READABLE = (*_AT_LOAD, *_AFTERWARDS)
 
@@ -100,10 +106,9 @@ def advice(method: str) -> str:
     if method in _AFTERWARDS:
         what = "call apc.dequantise(model) first"
     else:
-        options = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config", "gguf": "GgufConfig"}
         what = "load a float32, bfloat16 or float16 copy"
-        if method in options:
-            what = f"load it with from_pretrained(…, quantization_config={options[method]}(dequantize=True))"
+        if method in _CONFIGS:
+            what = f"load it with from_pretrained(…, quantization_config={_CONFIGS[method]}(dequantize=True))"
     return f"its weights are packed ({method}); {what}"
 
 
