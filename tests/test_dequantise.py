@@ -31,7 +31,7 @@ def save(model, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path):
+def load(folder: Path | str):
     return load_model(ModelConfig(path=str(folder), device="cpu"), torch.device("cpu"))[0]
 
 
@@ -240,6 +240,24 @@ def test_bitsandbytes_int8_rows_and_nf4(tmp_path, bits):
         return (table[numbers] * scale[:, None]).view(model.get_submodule(name).weight.shape)
 
     check_values(model, stored, values)
+
+
+PACKED = {
+    "fp8": lambda folder, _: save_fp8(folder),
+    "compressed_tensors": lambda folder, _: save_compressed(folder, INT_FORMATS["int4-asymmetric"]),
+    "torchao.quantization": lambda folder, package: save_torchao(folder, package.Int8WeightOnlyConfig()),
+}
+
+
+@pytest.mark.parametrize("package", list(PACKED))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_another_type_is_that_of_all_weights(tmp_path, package, dtype):
+    module = None if package == "fp8" else pytest.importorskip(package)
+    cfg = ModelConfig(path=str(PACKED[package](tmp_path / "model", module)), device="cpu", dtype=dtype)
+    model, own = load_model(cfg, torch.device("cpu"))[0], load(cfg.path)
+    for name, value in model.named_parameters():
+        assert value.dtype == getattr(torch, dtype)
+        torch.testing.assert_close(value.bfloat16(), own.get_parameter(name), rtol=2**-7, atol=1e-7)
 
 
 def test_a_run_of_a_packed_model_is_that_of_its_plain_copy(tmp_path):

@@ -45,8 +45,8 @@ def check_readable(config: Any) -> None:
         return
     where = f"{(getattr(config, 'architectures', None) or [type(config).__name__])[0]}: its weights are packed"
     if method not in READABLE:
-        advice = f"load a float32, bfloat16 or float16 copy, or one packed by {', '.join(READABLE)} or in a .gguf file"
-        raise UserError(f"{where} ({method}), which can't be read; {advice}")
+        other = f"load a float32, bfloat16 or float16 copy, or one packed by {', '.join(READABLE)} or in a .gguf file"
+        raise UserError(f"{where} ({method}), which can't be read; {other}")
     packing = config.quantization_config
     groups = list((_entry(packing, "config_groups") or {}).values()) if method == "compressed-tensors" else []
     if any(_scheme(group) != _scheme(groups[0]) for group in groups):
@@ -92,7 +92,8 @@ def dequantise(model: nn.Module) -> nn.Module:
     unpacked: dict[int, nn.Parameter] = {}  # shared ones stay shared
     for name, value in packed.items():
         if id(value) not in unpacked:
-            unpacked[id(value)] = nn.Parameter(_torchao_values(f"{type(model).__name__}: {name}", value), False)
+            values = _torchao_values(f"{type(model).__name__}: {name}", value)
+            unpacked[id(value)] = nn.Parameter(values.to(getattr(model, "dtype", value.dtype)), False)
     for name, value in packed.items():
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, unpacked[id(value)])
@@ -118,7 +119,7 @@ def is_torchao(weight: object) -> bool:
 
 
 def _torchao_values(where: str, weight: Any) -> Tensor:
-    """A packed weight's values, in its type. Raises UserError if there is no way to compute them."""
+    """A packed weight's values. Raises UserError if there is no way to compute them."""
     kind = type(weight).__name__
     if getattr(weight, "act_pre_scale", None) is not None:
         problem = "has factors for its inputs (act_pre_scale), which are not supported"
@@ -128,11 +129,11 @@ def _torchao_values(where: str, weight: Any) -> Tensor:
     if type(weight).dequantize is Tensor.dequantize:
         problem = "is in a layout that torchao can't unpack"
         raise UserError(f"{where} ({kind}) {problem}; use int4_packing_format=plain, or load a bfloat16 copy")
-    return weight.dequantize().to(weight.dtype)
+    return weight.dequantize()
 
 
 def _int4_values(weight: Any) -> Tensor:
-    """Values of torchao's `Int4Tensor` [R, E], rounded once from float32.
+    """Values of torchao's `Int4Tensor`, float32 [R, E].
 
     qdata: int8 [R, E / 2], each byte with an even weight's number from −8 to 7 in its lower half and its neighbour's in
     the upper; scale, zero_point: [G, R]. A weight is number · scale + zero_point
@@ -141,5 +142,4 @@ def _int4_values(weight: Any) -> Tensor:
     data = weight.qdata.view(torch.int8)
     numbers = torch.stack([data << 4 >> 4, data >> 4], dim=2).flatten(1).float()
     scale, zero = (each.float().T.unsqueeze(2) for each in (weight.scale, weight.zero_point))
-    values = numbers.unflatten(1, (scale.shape[1], -1)) * scale + zero
-    return values.flatten(1).to(weight.dtype)
+    return (numbers.unflatten(1, (scale.shape[1], -1)) * scale + zero).flatten(1)
