@@ -73,6 +73,11 @@ class Shape:
         return 2 * (self.E * self.H + self.H * self.K) + 4 * (self.H + self.K)
 
     @property
+    def ahead_bytes(self) -> int:
+        """The same where a step at 4 bits predicts a later layer's cluster: the bottleneck's rows take 8 bits."""
+        return self.predictor_bytes - self.E * self.H + 4 * self.H
+
+    @property
     def copy_bytes(self) -> int:
         """Bytes of a layer's one-bit gate and up, score curve and correction: 5.0 % of the FFN at Mistral's shape."""
         return 2 * self.D * ops.row_bytes(self.E) + 4 * (3 * 2 + 1) * self.D + 2 * 2 * self.rank * self.E
@@ -467,10 +472,14 @@ def packed(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         logits, clusters = known[0].candidates
         mask = ops.unpack(calls[0].masks[clusters[0, logits[0].argmax()]].view(torch.uint8), shape.D)
         check_packed_ffn(inside(0), ffns[0], hidden, mask.float())
-        moved = packed_bytes(shape) * ops.mask_size(shape.D, density) / shape.D + shape.predictor_bytes
-        for label, call in (("apc, predictor inside", inside), ("apc, predicted a layer ahead", ahead)):
+        kept = packed_bytes(shape) * ops.mask_size(shape.D, density) / shape.D
+        ways = (
+            ("apc, predictor inside", inside, shape.predictor_bytes),
+            ("apc, predicted a layer ahead", ahead, shape.ahead_bytes),
+        )
+        for label, call, extra in ways:
             todo = [partial(call, index) for index in range(shape.layers)]
-            yield measured(f"FFN, 4 bits, density {density:g}", label, todo, moved)
+            yield measured(f"FFN, 4 bits, density {density:g}", label, todo, kept + extra)
 
 
 def draw_packed(R: int, E: int) -> PackedRows:
@@ -624,10 +633,11 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
             )
             operation = f"decode, density {density:g}"
             for n in options.batches if set(options.modes) - {"packed"} else ():
-                label, moved = f"apc, {way}: {'sparse' if n <= most else 'dense'}", moved_by(ffns * density, None)
-                yield measure(operation, label, n, moved + layers * extra if n == 1 else parameters)
+                sparse, union = n <= most, 1 - (1 - density) ** n  # neurons that any of n random masks keeps
+                moved = moved_by(ffns * union, None) + layers * extra if sparse else parameters
+                yield measure(operation, f"apc, {way}: {'sparse' if sparse else 'dense'}", n, moved)
             if "packed" in options.modes and policy == "predicted" and most:
-                moved = moved_by(ffns * density, 4) + layers * extra
+                moved = moved_by(ffns * density, 4) + layers * (shape.ahead_bytes if predictor.lookahead else extra)
                 yield measure(operation, f"apc, 4 bits, {way}: sparse", 1, moved, bits=4)
             restore(model)
 

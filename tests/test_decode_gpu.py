@@ -104,8 +104,10 @@ def test_other_heads_biases_and_activations(device, changes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_long_text(device):
-    """More keys than a program reads at a time, in a cache that is longer still."""
+@pytest.mark.parametrize("long", [512, 4096])
+def test_a_long_text(monkeypatch, device, long):
+    """More keys than a program reads at a time, in a cache that is longer still; also with a long one's shares."""
+    monkeypatch.setattr(decode_gpu, "_LONG", long)
     model = model_of(max_position_embeddings=2048).to(device)
     tokens = torch.randint(61, (1, 700 if device == "cuda" else 90), device=device)
     plain, other = (GreedyDecoder(model, 1, 1000, mode=None) for _ in range(2))

@@ -31,7 +31,8 @@ _ROWS_TILE = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 4}  # of
 _PARTS = 32  # into which `_rows_kernel` cuts the rows
 _PROGRAMS = 264  # of `project`, at least, if there are as many rows: two on each multiprocessor of a large GPU
 _MAX_INPUTS = 2**15
-_SHARES = 16  # parts into which the keys of a head are cut
+_SHARES = 16  # parts into which the keys of a head are cut; twice as many in a cache of more than `_LONG` tokens
+_LONG = 2**12
 _GROUP = 16  # rows of a tensor core's product, the most query heads that share a key head
 
 
@@ -419,13 +420,13 @@ class StepGPU:
     def _attend(self, qkv: Tensor, weights: AttentionWeights, position: Tensor) -> Tensor:
         """The tokens' attention, [n, h · d]; writes their keys and values into the cache."""
         n, key_heads, S, d = weights.keys.shape
-        heads = weights.projections[0].shape[0] // d
-        sums = qkv.new_empty((n, heads, _SHARES, d), dtype=torch.float32)
-        ends = qkv.new_empty((n, heads, _SHARES, 2), dtype=torch.float32)
+        heads, shares = weights.projections[0].shape[0] // d, 2 * _SHARES if S > _LONG else _SHARES
+        sums = qkv.new_empty((n, heads, shares, d), dtype=torch.float32)
+        ends = qkv.new_empty((n, heads, shares, 2), dtype=torch.float32)
         output = qkv.new_empty((n, heads * d))
         query_norm, key_norm = weights.head_norms
         with torch.cuda.device_of(qkv):
-            _attend_kernel[(n * key_heads, _SHARES)](
+            _attend_kernel[(n * key_heads, shares)](
                 *(qkv, weights.keys, weights.values, self._cos, self._sin),
                 *(qkv if query_norm is None else query_norm, qkv if key_norm is None else key_norm),
                 *(position, sums, ends, self._arrivals, output),
@@ -435,7 +436,7 @@ class StepGPU:
                 d=d,
                 GROUP=_GROUP,
                 HEADS=triton.next_power_of_2(heads // key_heads),
-                SHARES=_SHARES,
+                SHARES=shares,
                 **_ATTEND_TILE,
                 **self._options,
             )
