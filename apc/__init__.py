@@ -18,6 +18,7 @@ _MODULES = {  # the module of each public name
     "Result": "share.result",
     "dequantise": "data.dequantise",
     "quantise_ffns": "data.quantise",
+    "own_steps": "sparse.own_steps",
     "round_weights": "sparse.rounded_model",
     "sparsify": "sparse.sparsify",
     "restore": "sparse.sparsify",

@@ -180,9 +180,9 @@ def test_the_check_finds_another_models_logits_and_leaves_the_cache():
     before = [layer.keys.clone() for layer in decoder.cache.layers]
     step = ModelStepGPU(model, decoder.cache)
     logits = model(TOKENS).logits[:, -1]
-    step.check(TOKENS[:1, -1:], 6, logits)
+    step.check(TOKENS[:1, -1:], 6, logits, 7)
     with pytest.raises(NotSupported, match="the kernel's logits differ from the model's by"):
-        step.check(TOKENS[:1, -1:], 6, logits.flip(-1))
+        step.check(TOKENS[:1, -1:], 6, logits.flip(-1), 7)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(decoder.cache.layers, before, strict=True))
     assert [int(layer.cumulative_length) for layer in decoder.cache.layers] == [7, 7]
 
@@ -227,7 +227,7 @@ def several_steps(model, n, policy=None, most=0, length=20, dtype=None):
     for decoder in (plain, other):
         decoder.prefill(tokens)
     step, logits, expected = ModelStepGPU(model, other.cache), [], []
-    step.check(tokens[:, -1:], 6, model(tokens).logits[:, -1])
+    step.check(tokens[:, -1:], 6, model(tokens).logits[:, -1], tokens.numel())
     for token in range(3):
         plain.token.copy_(torch.arange(n)[:, None] + token)
         expected.append(plain.step().float())

@@ -164,7 +164,7 @@ class GreedyDecoder:
         if self._bits not in (None, own):
             raise UserError(f"bits={self._bits}: steps on {self.device.type} read {own} bits; set bits={own}")
         if self._may_use_kernels and (self._own is None or not self._own.is_current()):
-            self._prepare(lambda step: step.check(tokens[:, -1:], tokens.shape[1] - 1, logits))
+            self._prepare(lambda step: step.check(tokens[:, -1:], tokens.shape[1] - 1, logits, tokens.numel()))
         self._check_bits()
 
     def _last_logits(self, call: Callable, tokens: Tensor) -> Tensor:

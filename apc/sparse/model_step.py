@@ -81,11 +81,11 @@ class ModelStep:
         same = self._handle is handle_of(self._model) and self._sparse == self._runs_sparse()
         return same and self._contents == self._current_contents()
 
-    def check(self, token: Tensor, position: int, logits: Tensor) -> None:
+    def check(self, token: Tensor, position: int, logits: Tensor, count: int) -> None:
         """Raises NotSupported unless a step gives the logits [n, V] of a prefill that ended with tokens int64 [n, 1].
 
-        The FFNs of a sparse model run as they did in the prefill of position + 1 tokens each: often dense, where the
-        step runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
+        The FFNs of a sparse model run as they did in the prefill, which had `count` tokens: often dense, where the step
+        runs sparse. Nothing is rounded to fewer bits. The cache stays as it was.
         """
         sparse = self._handle if isinstance(self._handle, SparseFFNs) else None
         before = 0.0 if sparse is None else sparse.max_sparse_tokens
@@ -96,7 +96,7 @@ class ModelStep:
         caches = [each[:, :, position] for layer in decoder.layers for each in layer.attention[-2:]]
         written = [each.clone() for each in caches]
         try:
-            if sparse is not None and len(token) * (position + 1) > before:
+            if sparse is not None and count > before:
                 sparse.max_sparse_tokens = 0
             with _as_not_supported():
                 own = self._logits(decoder, token, position).float()
@@ -318,7 +318,8 @@ def _decoder(model: Any, cache: StaticCache, ffns: Sequence[kernels.AnyFFN]) -> 
             )
         )
     for part in (model, body, body.rotary_emb, *parts):
-        if "forward" in part.__dict__ or hasattr(part, "_hf_hook"):
+        own = part is model and hasattr(part.__dict__.get("forward"), "own_steps")
+        if ("forward" in part.__dict__ and not own) or hasattr(part, "_hf_hook"):
             raise NotSupported("a module's forward is replaced")
         if any(getattr(hook, "__self__", None) is not handle or handle is None for hook in _hooks(part)):
             raise NotSupported("the model has forward hooks")
