@@ -242,7 +242,7 @@ def bytes_at_8_bits(decoder: GreedyDecoder) -> int:
     for layer in weights.layers:
         whole += layer.attention.projections
         if isinstance(layer.ffn, ClusterFFN):
-            whole += [layer.ffn.predictor.reduce, layer.ffn.predictor.expand]
+            whole += map(rounding.rows_of, (layer.ffn.predictor.reduce, layer.ffn.predictor.expand))
             picked += layer.ffn.weights[:3]
         else:
             whole += layer.ffn[:3]

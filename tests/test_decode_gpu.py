@@ -69,12 +69,12 @@ def error_of(logits, expected):
     return ((logits - expected).norm() / expected.norm()).item()
 
 
-def check_recorded(decoder, plain):
+def check_recorded(decoder, plain, tokens=TOKENS):
     """A decoder records a step in bfloat16 and gives the logits of another."""
-    decoder.record(TOKENS)
+    decoder.record(tokens)
     logits = []
     for each in (decoder, plain):
-        each.prefill(TOKENS)
+        each.prefill(tokens)
         steps = []
         for token in range(4):
             each.token.fill_(token)
@@ -151,6 +151,36 @@ def test_the_decoder_records_sparse_ffns(lookahead):
     apc.sparsify(model, *parts, "predicted", kernel="triton", max_sparse_tokens=1)
     decoder, plain = GreedyDecoder(model, 1, 16), GreedyDecoder(model, 1, 16, mode=None)
     check_recorded(decoder, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("policy, lookahead", [("predicted", 0), ("predicted", 1), ("static", 0)])
+def test_the_decoder_records_several_sequences(n, policy, lookahead):
+    model = model_of(dtype=torch.bfloat16, hidden_size=128, intermediate_size=304, num_hidden_layers=4).to("cuda")
+    parts = random_parts(model, lookahead=lookahead, decided=True)
+    apc.sparsify(model, *parts, policy, kernel="triton", max_sparse_tokens=n)
+    decoder, plain = GreedyDecoder(model, n, 16), GreedyDecoder(model, n, 16, mode=None)
+    tokens = torch.randint(61, (n, 7), generator=torch.Generator().manual_seed(4))
+    check_recorded(decoder, plain, tokens)
+    check_recorded(decoder, plain, tokens[:, :4])  # at another position
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "dtype", "reason"), [(2, torch.float32, "need a GPU and 16 bits"), (5, torch.bfloat16, "take up to 4")]
+)
+def test_batches_that_the_kernels_do_not_take(n, dtype, reason):
+    decoder = GreedyDecoder(model_of(dtype=dtype).to("cuda"), n, 16)
+    decoder.prefill(TOKENS.repeat(n, 1))
+    assert reason in decoder.reason
+
+
+@pytest.mark.gpu
+def test_4_bits_are_for_one_sequence():
+    decoder = GreedyDecoder(model_of(dtype=torch.bfloat16).to("cuda"), 2, 16, bits=4)
+    with pytest.raises(apc.UserError, match="steps at 4 bits take one sequence"):
+        decoder.prefill(TOKENS.repeat(2, 1))
 
 
 @pytest.mark.gpu
@@ -238,7 +268,7 @@ def several_steps(model, n, policy=None, most=0, length=20, dtype=None):
 @pytest.mark.parametrize("most", [0, 1, 2, None])
 def test_steps_of_two_sequences(monkeypatch, most):
     """By a stand-in for the products; dense, with down projections stored by neuron, and sparse."""
-    monkeypatch.setattr(decode_gpu.products_sm80, "refusal", lambda n, matrices: None)
+    monkeypatch.setattr(decode_gpu.products_sm80, "refusal", lambda *given: None)
     monkeypatch.setattr(decode_gpu.products_sm80, "products", products_by_torch)
     model = model_of("qwen2")
     assert error_of(*several_steps(model, 2, None if most is None else "predicted", most)) < 1e-5

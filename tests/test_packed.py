@@ -350,9 +350,33 @@ def test_wrong_products_are_refused(monkeypatch):
     decoder = GreedyDecoder(model, 1, 16, mode=None)
     decoder.prefill(TOKENS)
     right = packed_gpu.finish
-    monkeypatch.setattr(packed_gpu, "finish", lambda *given: 1.1 * right(*given))
+    monkeypatch.setattr(packed_gpu, "finish", lambda *given, **named: 1.1 * right(*given, **named))
     with pytest.raises(NotSupported, match=r"^the kernel's products differ from the formula's by 10\.0%$"):
         ModelStepGPU(model, decoder.cache, 4)
+
+
+@pytest.mark.gpu
+def test_a_graph_adds_the_spared_neurons_of_its_own_call():
+    """Not those of the call before, which are in the same memory: the spared rows make most of the output here."""
+    ffn, matrices = draw_ffn(1500, 1024, torch.bfloat16, "cuda", 16)
+    large = [rows * 4 for rows in ffn.spared[1:]]
+    for matrix, rows in zip(matrices, large, strict=True):
+        matrix[ffn.spared.neurons.long()] = rows.float()
+    call = PackedFFNCall(
+        PackedClusterFFN(ffn._replace(spared=SparedNeurons(ffn.spared.neurons, *large))), torch.bfloat16
+    )
+    x, norm = torch.randn(1, 1024, device="cuda").bfloat16(), torch.ones(1024, device="cuda").bfloat16()
+    call(x, Norm(norm, 1e-5))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call(part, Norm(norm, 1e-5))[0] for part in (x, -x)]
+    for _ in range(50):
+        x.copy_(torch.randn(1, 1024, device="cuda"))
+        graph.replay()
+        for output, part in zip(outputs, (x, -x), strict=True):
+            expected = formula(part, norm, matrices, torch.ones(1500, device="cuda"))
+            assert error_of(output.float(), expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu

@@ -162,7 +162,8 @@ def _attend_kernel(
     j, row, t = tl.arange(0, d), tl.arange(0, GROUP), tl.arange(0, KEYS)
     kind = keys_ptr.dtype.element_ty
 
-    # The position and the cache were written in earlier steps, before the wait's kernel began.
+    # The position and the cache were written in earlier steps, which have ended: a step begins with a kernel that waits
+    # for all of them, as it is not launched early.
     position = tl.load(position_ptr).to(tl.int32)
     each = tl.cdiv(tl.cdiv(position, SHARES), KEYS) * KEYS
     first = tl.minimum(share * each, position)
@@ -298,22 +299,25 @@ class StepGPU:
     """
 
     def __init__(self, weights: DecoderWeights) -> None:
-        several, tensors = len(weights.layers[0].attention.keys) > 1, self._check(weights)
-        reason = products_sm80.refusal(len(weights.layers[0].attention.keys), tensors)
-        if reason is not None and several:
-            raise Unsupported(reason)
+        n, key_heads, *_ = weights.layers[0].attention.keys.shape
+        matrices = self._check(weights)
         # Triton's products for one sequence need much of the L1 cache, of which kernels of sparse FFNs leave little.
         sparse = not all(isinstance(layer.ffn, DenseFFN) for layer in weights.layers)
-        self._on_tensor_cores = reason is None and (several or sparse)
+        self._on_tensor_cores = False
+        if n > 1 or sparse:
+            activations = {layer.ffn.activation for layer in weights.layers if isinstance(layer.ffn, DenseFFN)}
+            reason = products_sm80.refusal(n, matrices, activations)
+            if reason is not None and n > 1:
+                raise Unsupported(reason)
+            self._on_tensor_cores = reason is None
         self._weights, self._options = weights, pdl_options(weights.embedding.device)
         self._cos, self._sin = (each.detach().float().contiguous() for each in (weights.cos, weights.sin))
         self._attentions = [self._attention(layer.attention) for layer in weights.layers]
-        n, key_heads, *_ = weights.layers[0].attention.keys.shape
         self._arrivals = torch.zeros((n, key_heads), dtype=torch.int32, device=weights.embedding.device)
 
     @staticmethod
     def _check(weights: DecoderWeights) -> list[Tensor]:
-        """The matrices and vectors in the model's type. Raises Unsupported for those that the kernels don't take."""
+        """The matrices that products take, [R, E] each. Raises Unsupported for what the kernels don't take."""
         dtype, d = weights.embedding.dtype, weights.cos.shape[1]
         matrices: list[Rows] = [weights.embedding, weights.head, weights.norm]
         for layer in weights.layers:
@@ -327,13 +331,13 @@ class StepGPU:
             raise Unsupported("its weights have several types, or one that the kernels don't take")
         if any(not each.is_contiguous() or each.device != weights.embedding.device for each in tensors):
             raise Unsupported("its weights lie on several devices, or their rows aren't contiguous")
-        sequences, key_heads, S, _ = weights.layers[0].attention.keys.shape
+        _, key_heads, S, _ = weights.layers[0].attention.keys.shape
         group = weights.layers[0].attention.projections[0].shape[0] // d // key_heads
         if d not in (16, 32, 64, 128, 256) or group > _GROUP:
             raise Unsupported(f"it has heads of size {d}, {group} to a key head")
         if S * d >= 2**31 or max(each.shape[-1] for each in matrices) > _MAX_INPUTS:
             raise Unsupported(f"a matrix has more than {_MAX_INPUTS:,} inputs, or the cache is too long")
-        return tensors
+        return [each for each in tensors[1:] if each.dim() == 2]
 
     @staticmethod
     def _attention(weights: AttentionWeights) -> _Attention:
@@ -352,6 +356,7 @@ class StepGPU:
         The logits are of the weights' type.
         """
         weights = self._weights
+        # Not launched early, as attention reads the cache before it waits.
         residual, added = F.embedding(token[:, 0], weights.embedding), None
         for layer, attention in zip(weights.layers, self._attentions, strict=True):
             qkv, residual = self._project(

@@ -32,9 +32,9 @@ class PackedStepGPU(StepGPU):
     """
 
     def __init__(self, weights: DecoderWeights, layers: Sequence[PackedLayer]) -> None:
-        super().__init__(weights)
         if len(weights.layers[0].attention.keys) > 1:
             raise Unsupported("steps at 4 bits take one sequence")
+        super().__init__(weights)
         self._inputs: list[PackedRows] = []  # projections of query, key and value together
         self._outputs = [layer.projections[-1] for layer in layers]
         try:

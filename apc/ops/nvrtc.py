@@ -167,9 +167,9 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def architecture(device: torch.device) -> str:
     """The architecture to compile for: sm_90a on Hopper, sm_8x on its predecessors. Raises Unavailable for others."""
     major, minor = torch.cuda.get_device_capability(device)
-    if major not in (8, 9):  # only these have AND-POPC as a tensor-core instruction
+    if major not in (8, 9):  # only these have AND-POPC as a tensor-core instruction; others were not tried
         raise Unavailable(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
-            "b1 tensor cores need 8.x or 9.0"
+            "the CUDA C++ kernels are for 8.x and 9.0"
         )
     return "sm_90a" if major == 9 else f"sm_{major}{minor}"

@@ -14,6 +14,7 @@ Weights become float32 without a conversion: a shift and a mask make two of them
 Shape letters: see `apc.ops`; `packed.py` has those of packed rows; H rows of a later predictor's bottleneck.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -530,10 +531,7 @@ class PackedFFNCall:
             self.masks, self._share = ffn.masks.view(torch.int32), popcount(ffn.masks).float().mean().item() / D
         self._spared = None if weights.spared is None or not len(weights.spared.neurons) else weights.spared
         self._P = 0 if self._spared is None else len(self._spared.neurons)
-        self._H, self._reduce = 0, None
-        if self.predictor is not None:
-            self._H = len(self.predictor.reduce)
-            self._reduce = _byte_rows(self.predictor.reduce, self.predictor.reduce_bias)
+        self._H = 0 if self.predictor is None else len(self.predictor.reduce)
         # What `finish` multiplies: the bottleneck and the spared neurons' values lie one after the other.
         parts = [] if ffn.correct is None else [ffn.correct[0]]
         if self._spared is not None:
@@ -541,6 +539,12 @@ class PackedFFNCall:
         self._correct = torch.cat([part.to(dtype) for part in parts]) if parts else None
         self._corrects, self._offsets = ffn.correct is not None, ffn.offsets
         self._bias = torch.zeros(weights.gate.E, device=device) if ffn.correct is None else ffn.correct[1]
+
+    @functools.cached_property
+    def _reduce(self) -> _ByteRows:
+        """The bottleneck's rows for the FFN before, which predicts this layer's cluster."""
+        assert self.predictor is not None
+        return _byte_rows(self.predictor.reduce, self.predictor.reduce_bias)
 
     @property
     def width(self) -> int:
@@ -591,7 +595,7 @@ class PackedFFNCall:
             spared_inner = joined[:, self._H :]
         coming = None if later is None else later.empty_prediction(x)
         reads: tuple[Tensor | None, ...] = (None, None, None, None)
-        if later is not None and later._reduce is not None and coming is not None:
+        if later is not None and coming is not None:
             reads = *later._reduce, coming.bottleneck
         *matrices, activation, _ = self._weights
         candidates = None if prediction is None or self.masks is None else prediction.candidates
@@ -682,14 +686,14 @@ class PackedFFNCall:
         coming: Prediction | None,
     ) -> Tensor:
         """The sum of the parts, and what is added to it; scores the clusters of a later layer."""
-        delta = OutputDelta(offsets=self._offsets)
+        delta, P = OutputDelta(offsets=self._offsets), self._P
         if self._correct is not None:
             delta = OutputDelta(inner, self._correct, self._bias, self._offsets)
         if later is None or coming is None or later.predictor is None:
-            return finish(partial, hidden, candidates, delta, self._options)
+            return finish(partial, hidden, candidates, delta, self._options, fresh=P)
         _, _, expand, expand_bias = later.predictor
         if coming.candidates.logits.shape[1] <= finish_programs(hidden.shape[1]) and later._H <= MAX_SCORED:
-            return finish(partial, hidden, candidates, delta, self._options, later.predictor, coming)
-        output = finish(partial, hidden, candidates, delta, self._options)
+            return finish(partial, hidden, candidates, delta, self._options, later.predictor, coming, P)
+        output = finish(partial, hidden, candidates, delta, self._options, fresh=P)
         score_clusters(coming, expand, expand_bias, self._options, AHEAD)
         return output

@@ -6,7 +6,7 @@
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,8 +92,11 @@ def _machine(device_index: int) -> tuple[int, int, str]:
     return properties["multiprocessor_count"], properties["max_shared_mem"], arch
 
 
-def refusal(n: int, matrices: Sequence[Tensor]) -> str | None:
-    """Why `products` can't take n vectors and these matrices, or None. It compiles a kernel to find out."""
+def refusal(n: int, matrices: Sequence[Tensor], activations: Iterable[str] = ()) -> str | None:
+    """Why `products` can't take n vectors and these matrices, with these activations too, in one line; or None.
+
+    It compiles the kernels to find out. Activations are those of FFNs with as many inputs as the first matrix.
+    """
     first = matrices[0]
     if not first.is_cuda or first.dtype not in _HALVES:
         return "steps of several sequences need a GPU and 16 bits"
@@ -107,9 +110,10 @@ def refusal(n: int, matrices: Sequence[Tensor]) -> str | None:
             sizes = Sizes(n, E, "", first.dtype, arch, shared)
             if not sizes.batches[1]:
                 return f"shared memory has no room for {n} vectors of {E} elements"
-            _prepare(sizes, first.device.index)
+            for activation in ("", *(activations if first.shape[-1] == E else ())):
+                _prepare(sizes._replace(activation=activation), first.device.index)
     except (ImportError, RuntimeError, OSError) as error:
-        return nvrtc.reason(error)
+        return nvrtc.reason(error).partition("\n")[0]
     return None
 
 

@@ -223,12 +223,14 @@ def _finish_kernel(
     later_H,
     later_K,
     groups,
+    fresh,  # the last of inner's values, which the kernel before this one writes
     EARLY: tl.constexpr,
     CORRECTS: tl.constexpr,
     OFFSETS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_FRESH: tl.constexpr,  # 0: none of inner's values is fresh
     BLOCK_C: tl.constexpr,
     SCORES: tl.constexpr,  # clusters that a program scores; 0: none
     BLOCK_LATER: tl.constexpr,
@@ -245,18 +247,27 @@ def _finish_kernel(
     output = tl.zeros([COLUMNS], tl.float32)
     if CORRECTS:
         output += tl.load(correct_bias_ptr + e, mask=e < E, other=0.0)
-        for start in range(0, H, BLOCK_H):
+        for start in range(0, H - fresh, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
-            inner = tl.load(inner_ptr + n * H + h, mask=h < H, other=0.0, cache_modifier=".cg")
+            known = h < H - fresh
+            inner = tl.load(inner_ptr + n * H + h, mask=known, other=0.0, cache_modifier=".cg")
             weights = tl.load(
-                correct_ptr + h[:, None] * E + e[None, :], mask=(h < H)[:, None] & (e < E)[None, :], other=0.0
+                correct_ptr + h[:, None] * E + e[None, :], mask=known[:, None] & (e < E)[None, :], other=0.0
             ).to(tl.float32)
             output += tl.sum(inner[:, None] * weights, axis=0)
+    if BLOCK_FRESH > 0:
+        last = H - fresh + tl.arange(0, BLOCK_FRESH)
+        fresh_weights = tl.load(
+            correct_ptr + last[:, None] * E + e[None, :], mask=(last < H)[:, None] & (e < E)[None, :], other=0.0
+        ).to(tl.float32)
     if OFFSETS:
         row = best(values_ptr + n * candidates, ids_ptr + n * candidates, candidates, BLOCK_C)
         output += tl.load(offsets_ptr + row.to(tl.int64) * E + e, mask=e < E, other=0.0).to(tl.float32)
-    if EARLY:  # only the outputs of `rows` need this wait: earlier kernels had ended when `rows` began
+    if EARLY:  # only what the kernel before wrote needs this wait: earlier ones had ended when that began
         gdc_wait()
+    if BLOCK_FRESH > 0:
+        fresh_inner = tl.load(inner_ptr + n * H + last, mask=last < H, other=0.0, cache_modifier=".cg")
+        output += tl.sum(fresh_inner[:, None] * fresh_weights, axis=0)
     if SCORES > 0:
         later_inner = tl.load(
             later_inner_ptr + n * later_H + later_h, mask=later_h < later_H, other=0.0, cache_modifier=".cg"
@@ -425,11 +436,13 @@ def finish(
     options: dict[str, bool],
     later: PredictorWeights | None = None,
     prediction: Prediction | None = None,
+    fresh: int = 0,
 ) -> Tensor:
     """The output: the sum of the programs' parts, plus `delta`.
 
     options: launch options, from `pdl_options`. later: a later layer's predictor; the kernel computes its candidates
-    from the bottleneck in `prediction`, and writes them to `prediction`.
+    from the bottleneck in `prediction`, and writes them to `prediction`. fresh: how many of the last values of
+    `delta.bottleneck` the kernel before this one writes.
     """
     (programs, n, E), output = partial.shape, hidden.new_empty(hidden.shape)
     # The kernel does not read the placeholders.
@@ -448,12 +461,13 @@ def finish(
         "CORRECTS": corrects,
         "OFFSETS": delta.offsets is not None,
         "SCORES": AHEAD if scores else 0,
+        "BLOCK_FRESH": triton.next_power_of_2(fresh) if fresh else 0,
         "BLOCK_C": triton.next_power_of_2(max(count, 1)),
         "BLOCK_P": min(_PARTS, triton.next_power_of_2(programs)),
         "BLOCK_LATER": triton.next_power_of_2(later_inner.shape[1]),
     }
     with torch.cuda.device_of(hidden):
-        numbers = n, programs, E, inner.shape[1], count, *later_numbers
+        numbers = n, programs, E, inner.shape[1], count, *later_numbers, fresh
         _finish_kernel[(finish_programs(E), n)](
             *tensors, *later_tensors, *numbers, **constants, **options, **_FINISH_TILE
         )

@@ -110,10 +110,10 @@ class GreedyDecoder:
             itself. None: the model's own step, on the CPU too.
         early: whether, on Hopper, torch.compile's kernels may start before the previous kernel has ended, and wait for
             it on the GPU (torch's experimental option `triton.enable_pdl`).
-        bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row; 4 makes a GPU's steps
-            read the layers' matrices at 4 bits, in groups of 32 weights (`apc.quantise_ffns`). They are held beside the
-            model's own, which prefill uses. `prefill` raises UserError if the steps are not our kernels'. A model that
-            `apc.round_weights` has rounded needs no `bits`.
+        bits: 8 makes the CPU's steps read matrices rounded to 8 bits, with a scale for each row; 4 makes a GPU's steps,
+            of one sequence, read the layers' matrices at 4 bits, in groups of 32 weights (`apc.quantise_ffns`). They
+            are held beside the model's own, which prefill uses. `prefill` raises UserError if the steps are not our
+            kernels'. A model that `apc.round_weights` has rounded needs no `bits`.
         own: False: our kernels are not used.
     """
 

@@ -92,7 +92,8 @@ class ModelStep:
         decoder = self.decoder
         if self._handle is not None:
             calls = zip(decoder.layers, _module_calls(self._model), strict=True)
-            decoder = decoder._replace(layers=[layer._replace(ffn=call) for layer, call in calls])
+            layers = [each if isinstance(each.ffn, DenseFFN) else each._replace(ffn=call) for each, call in calls]
+            decoder = decoder._replace(layers=layers)
         caches = [each[:, :, position] for layer in decoder.layers for each in layer.attention[-2:]]
         written = [each.clone() for each in caches]
         try:
@@ -155,7 +156,7 @@ class ModelStepCPU(ModelStep):
 
 
 class ModelStepGPU(ModelStep):
-    """The step of up to four sequences on a GPU, in kernels that a CUDA graph can record.
+    """The step of up to four sequences on a GPU, at 4 bits of one, in kernels that a CUDA graph can record.
 
     bits: None, or 4: the step reads the layers' matrices at 4 bits, as `packed_weights` stores them.
     """
