@@ -25,7 +25,7 @@ READABLE = (*_AT_LOAD, *_AFTERWARDS)
 
 
 def stored_by(config: Any) -> str | None:
-    """What the weights of a model with this configuration are packed by, as `torchao`; None if they are plain."""
+    """The library or format that packed the weights, such as `torchao`; None if they are plain."""
     packing = getattr(config, "quantization_config", None)
     if packing is None or _entry(packing, "dequantize"):  # true if the weights were unpacked on loading
         return None
