@@ -603,7 +603,8 @@ def decode(shape: Shape, options: argparse.Namespace, name: str, copy: float) ->
         decoder.prefill(tokens[n])
         steps = min(prompt // 2, 64)
         seconds = time_cuda([decoder.step], repeats=steps, warmup=4)
-        facts = {"moved": moved, "ok": False, "ceiling": copy, "share_of": "copy"}
+        checked = own and decoder.reason is None  # our steps are compared with the model's prefill
+        facts = {"moved": moved, "ok": checked, "ceiling": copy, "share_of": "copy"}
         facts["note"] = f"{n} sequences, after {prompt} tokens"
         result = row(operation, label, (layers, n, shape.K, shape.D), seconds, name, **facts)
         step = result.seconds_median
