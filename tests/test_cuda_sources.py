@@ -36,8 +36,8 @@ def machine(monkeypatch, libraries):
 
     def start(arch, multiprocessors=2):
         for module in (packed_sm80, products_sm80):
-            monkeypatch.setattr(module, "_machine", lambda index: (multiprocessors, 227 * 1024, arch))
             monkeypatch.setattr(module, "_prepare", module._prepare.__wrapped__)  # without its cache
+        monkeypatch.setattr(nvrtc, "machine", lambda index: (multiprocessors, 227 * 1024, arch))
         monkeypatch.setattr(nvrtc, "function", gpu.function)
         monkeypatch.setattr(nvrtc, "launch", gpu.launch)
         monkeypatch.setattr(torch, "empty_like", lambda x: guarded_empty(x.shape, x.dtype))

@@ -173,3 +173,11 @@ def architecture(device: torch.device) -> str:
             "the CUDA C++ kernels are for 8.x and 9.0"
         )
     return "sm_90a" if major == 9 else f"sm_{major}{minor}"
+
+
+@functools.cache
+def machine(device_index: int) -> tuple[int, int, str]:
+    """Multiprocessors, the bytes of shared memory that a block can have, and the architecture to compile for."""
+    properties = triton_driver.active.utils.get_device_properties(device_index)
+    arch = architecture(torch.device("cuda", device_index))
+    return properties["multiprocessor_count"], properties["max_shared_mem"], arch

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from apc.ops import nvrtc
-from apc.ops._triton import triton_driver
 from apc.ops.ffn_arguments import ACTIVATIONS, EPSILON, Candidates
 from apc.ops.nvrtc import Function, Program, architecture, pointer
 from apc.ops.packed import PackedRows
@@ -128,21 +127,13 @@ def unavailable(device_index: int) -> str | None:
     return None
 
 
-@functools.cache
-def _machine(device_index: int) -> tuple[int, int, str]:
-    """Multiprocessors, the bytes of shared memory that a block can have, and the architecture to compile for."""
-    properties = triton_driver.active.utils.get_device_properties(device_index)
-    arch = architecture(torch.device("cuda", device_index))
-    return properties["multiprocessor_count"], properties["max_shared_mem"], arch
-
-
 def _sizes(name: str, x: Tensor, rows: PackedRows, ffn: Masked = _NO_FFN) -> Sizes:
-    _, shared, arch = _machine(x.device.index)
+    _, shared, arch = nvrtc.machine(x.device.index)
     return Sizes(name, rows.E, rows.group, rows.words.shape[1], x.dtype, arch, shared, ffn)
 
 
 def _masked(x: Tensor, gate: PackedRows, candidates: int, activation: str = "silu") -> Masked:
-    return Masked(len(gate.words), _machine(x.device.index)[0], candidates, activation)
+    return Masked(len(gate.words), nvrtc.machine(x.device.index)[0], candidates, activation)
 
 
 def is_supported(x: Tensor, rows: PackedRows) -> bool:
@@ -161,7 +152,7 @@ def is_ffn_supported(x: Tensor, gate: PackedRows) -> bool:
 
 def empty_list(x: Tensor, gate: PackedRows) -> Tensor | None:
     """An uninitialised list of kept neurons that `project` can write for `ffn`, int32; None: it can't, on this GPU."""
-    if not is_ffn_supported(x, gate) or _machine(x.device.index)[2] != "sm_90a":
+    if not is_ffn_supported(x, gate) or nvrtc.machine(x.device.index)[2] != "sm_90a":
         return None
     ffn = _masked(x, gate, 1)
     if not _sizes("project", x, gate, ffn).slots[1]:
@@ -189,7 +180,7 @@ def project(
     listing: Listing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`packed_gpu.project_packed` for what `is_supported` accepts."""
-    R, blocks = len(rows.words), _machine(x.device.index)[0]
+    R, blocks = len(rows.words), nvrtc.machine(x.device.index)[0]
     output, total = x.new_empty((1, R)), x if added is None else torch.empty_like(x)
     grid, sizes = min(blocks, math.ceil(R / (2 * _ROWS))), _sizes("project", x, rows)
     lists: tuple[Tensor | None, ...] = (None, None, None, None)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from apc.ops import nvrtc
-from apc.ops._triton import triton_driver
 from apc.ops.ffn_arguments import ACTIVATIONS
-from apc.ops.nvrtc import Function, Program, architecture, pointer
+from apc.ops.nvrtc import Function, Program, pointer
 
 MAX_VECTORS = 4
 _HEADERS = ("values_sm80.cuh", "steps_sm80.cuh")
@@ -84,14 +83,6 @@ def _prepare(sizes: Sizes, device_index: int) -> Function:
     return nvrtc.function(sizes.program(), "products", device_index, sizes.shared)
 
 
-@functools.cache
-def _machine(device_index: int) -> tuple[int, int, str]:
-    """Multiprocessors, the bytes of shared memory that a block can have, and the architecture to compile for."""
-    properties = triton_driver.active.utils.get_device_properties(device_index)
-    arch = architecture(torch.device("cuda", device_index))
-    return properties["multiprocessor_count"], properties["max_shared_mem"], arch
-
-
 def refusal(n: int, matrices: Sequence[Tensor], activations: Iterable[str] = ()) -> str | None:
     """Why `products` can't take n vectors and these matrices, with these activations too, in one line; or None.
 
@@ -105,7 +96,7 @@ def refusal(n: int, matrices: Sequence[Tensor], activations: Iterable[str] = ())
     if any(each.shape[-1] % 8 or each.data_ptr() % 16 for each in matrices):
         return "its rows are no multiple of 16 bytes, or not aligned to 16"
     try:
-        _, shared, arch = _machine(first.device.index)
+        _, shared, arch = nvrtc.machine(first.device.index)
         for E in {each.shape[-1] for each in matrices}:
             sizes = Sizes(n, E, "", first.dtype, arch, shared)
             if not sizes.batches[1]:
@@ -134,7 +125,7 @@ def products(
     """
     n, E = x.shape
     R = len(matrices[0]) if activation else sum(map(len, matrices))
-    blocks, shared, arch = _machine(x.device.index)
+    blocks, shared, arch = nvrtc.machine(x.device.index)
     output, total = x.new_empty((n, R)), x if added is None else torch.empty_like(x)
     first, second, third = (matrices[i] if i < len(matrices) else None for i in range(3))
     sizes = Sizes(n, E, activation, x.dtype, arch, shared)
